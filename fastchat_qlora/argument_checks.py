@@ -1,0 +1,236 @@
+"""What can be said about a command line by looking at it: each check gives its complaints as sentences."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations import get_available_reporting_integrations
+
+AT_LEAST_ONE = (
+    "lora_r",
+    "lora_alpha",
+    "model_max_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "preprocessing_num_workers",
+)
+ATTENTION = (
+    "auto",
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
+HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
+
+
+def find_problems(values: argparse.Namespace) -> list[str]:
+    """Everything wrong with the parsed values: sentences with flag, value, what is allowed and what to do."""
+    checks = (
+        _check_numbers,
+        _check_precision,
+        _check_strategy,
+        _check_combinations,
+        _check_availability,
+        _check_data,
+        _check_folders,
+        _check_json,
+    )
+    return [problem for check in checks for problem in check(values)]
+
+
+def _check_numbers(values: argparse.Namespace) -> list[str]:
+    problems = [
+        f"--{name} {value}: must be at least 1"
+        for name in AT_LEAST_ONE
+        if (value := getattr(values, name)) is not None and value < 1
+    ]
+    numbers = {name: value for name, value in vars(values).items() if isinstance(value, float)}
+    not_finite = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if not_finite:  # would pass or break the comparisons below
+        return problems + [f"--{name} {numbers[name]}: must be a finite number" for name in not_finite]
+    if not 0 <= values.lora_dropout < 1:
+        problems.append(f"--lora_dropout {values.lora_dropout}: must be at least 0 and below 1")
+    if not 0 <= values.max_rejected <= 1:
+        problems.append(f"--max_rejected {values.max_rejected}: must be a share between 0 and 1")
+    if values.eval_split < 0 or (values.eval_split >= 1 and values.eval_split != int(values.eval_split)):
+        problems.append(f"--eval_split {values.eval_split}: must be a share below 1 or a whole number of conversations")
+    if values.num_train_epochs <= 0 and values.max_steps <= 0:
+        problems.append(f"--num_train_epochs {values.num_train_epochs}: must be above 0, or give --max_steps")
+    if values.learning_rate < 0:
+        problems.append(f"--learning_rate {values.learning_rate}: must not be negative")
+    if not 0 <= values.seed < 2**32:
+        problems.append(f"--seed {values.seed}: must be at least 0 and below 2**32")
+    return problems
+
+
+def _check_precision(values: argparse.Namespace) -> list[str]:
+    problems = []
+    on_cpu = values.use_cpu or not torch.accelerator.is_available()
+    if values.fp16 and values.bf16:
+        problems.append("--fp16 True and --bf16 True: choose one; bf16 where the device has it")
+    elif values.fp16 and on_cpu:
+        problems.append("--fp16 True: half precision does not train on a CPU; use --bf16 True or leave it out")
+    if values.tf32 and on_cpu:
+        problems.append("--tf32 True: needs an NVIDIA GPU of the Ampere generation or newer; leave it out on a CPU")
+    return problems
+
+
+def _check_strategy(values: argparse.Namespace) -> list[str]:
+    problems = []
+    if values.fsdp and values.deepspeed:
+        problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
+    if values.deepspeed and "RANK" not in os.environ:
+        problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
+    if values.fsdp_config and not values.fsdp:
+        problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
+    return problems
+
+
+def _check_combinations(values: argparse.Namespace) -> list[str]:
+    problems = []
+    if values.q_lora and values.load_in_8bit:
+        problems.append(
+            "--q_lora True and --load_in_8bit True: the base is loaded in 4 bits or in 8, not both; drop one"
+        )
+    if not values.q_lora:
+        given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "auto"}
+        problems += [
+            f"--{name} {getattr(values, name)}: only means something with --q_lora True; add that or drop this"
+            for name, default in given.items()
+            if getattr(values, name) != default
+        ]
+    if values.flash_attn and values.attn_implementation not in ("auto", "flash_attention_2"):
+        problems.append(
+            f"--flash_attn True and --attn_implementation {values.attn_implementation}: different backends; drop one"
+        )
+    if "" in values.lora_target_modules:
+        problems.append("--lora_target_modules '': an empty name matches nothing; name modules such as q_proj")
+    if values.init_lora_weights == "orthogonal" and values.lora_r % 2:
+        problems.append(f"--init_lora_weights orthogonal: needs an even --lora_r, not {values.lora_r}")
+    if len(values.lora_target_modules) > 1 and "all-linear" in values.lora_target_modules:
+        problems.append("--lora_target_modules all-linear: stands alone, it already means every linear layer")
+    return problems
+
+
+def _check_availability(values: argparse.Namespace) -> list[str]:
+    """What is asked for but not there: packages, backends, measurements."""
+    problems = []
+    reporters = get_available_reporting_integrations()
+    unknown = {*([values.report_to] if isinstance(values.report_to, str) else values.report_to)}
+    unknown -= {"all", "none", *reporters}
+    if unknown:
+        there = ", ".join(["none", "all", *sorted(reporters)])
+        problems.append(f"--report_to {' '.join(sorted(unknown))}: not installed or unknown; choose from {there}")
+    known = values.attn_implementation in ATTENTION or "/" in values.attn_implementation  # a kernel from the hub
+    if not known:
+        problems.append(f"--attn_implementation {values.attn_implementation}: choose one of {', '.join(ATTENTION)}")
+    if values.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        problems.append(
+            "--use_liger_kernel True: the package liger-kernel is not installed; install it or drop the flag"
+        )
+    if values.metric_for_best_model not in (None, "loss", "eval_loss"):
+        problems.append(
+            f"--metric_for_best_model {values.metric_for_best_model}: only loss is measured; choose eval_loss"
+        )
+    if values.do_predict:
+        problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
+    return problems
+
+
+def _check_data(values: argparse.Namespace) -> list[str]:
+    problems = []
+    for flag in ("data_path", "eval_data_path"):
+        for name in getattr(values, flag) or []:
+            path = Path(name).expanduser()
+            if not name or not _exists(path):
+                problems.append(f"--{flag} {name}: no such file; give a .json or .jsonl file of conversations")
+            elif path.is_dir():
+                problems.append(f"--{flag} {name}: is a folder; give .json or .jsonl files in it")
+            elif path.stat().st_size == 0:
+                problems.append(f"--{flag} {name}: the file is empty; it must hold conversations")
+    if values.lazy_preprocess and values.overlong != "truncate":
+        problems.append(
+            f"--lazy_preprocess True and --overlong {values.overlong}: rows are not measured beforehand then; drop one"
+        )
+    if values.lazy_preprocess and values.remove_unused_columns:
+        problems.append("--lazy_preprocess True and --remove_unused_columns True: the text is needed later; drop one")
+    if values.eval_split and values.eval_data_path:
+        problems.append("--eval_split and --eval_data_path: two sources of evaluation data; choose one")
+    return problems
+
+
+def _check_folders(values: argparse.Namespace) -> list[str]:
+    problems = _check_model_path(values.model_name_or_path)
+    output = Path(values.output_dir).expanduser()
+    if not values.output_dir or (_exists(output) and not output.is_dir()):
+        problems.append(f"--output_dir {values.output_dir}: is a file or empty; give a folder")
+    adapter = Path(values.lora_weight_path).expanduser()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if values.lora_weight_path and not _exists(adapter / name):
+            problems.append(f"--lora_weight_path {adapter}: no {name} there; give a folder that PEFT saved")
+    resume = values.resume_from_checkpoint or "true"
+    parts = [Path(resume).expanduser() / name for name in ("trainer_state.json", "adapter_model.safetensors")]
+    if resume.lower() not in ("true", "false") and not all(_exists(part) for part in parts):
+        problems.append(f"--resume_from_checkpoint {resume}: no checkpoint there; give a folder checkpoint-N, or True")
+    return problems
+
+
+def _check_model_path(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if name and _exists(path) and path.is_dir():
+        missing = not (path / "config.json").is_file()
+        return [f"--model_name_or_path {name}: no config.json in that folder; give a model's folder"] * missing
+    if name and _exists(path):
+        return [f"--model_name_or_path {name}: is a file; give the folder of a model in safetensors format"]
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > HUB_NAME_LIMIT:
+        return [f"--model_name_or_path {name}: no such folder; give a local folder or a hub id such as org/model"]
+    return []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than the file system takes
+        return False
+
+
+def _check_json(values: argparse.Namespace) -> list[str]:
+    """Settings given as JSON, in place or as a file, must be JSON objects."""
+    problems = []
+    for flag in ("deepspeed", "fsdp_config", "accelerator_config", "lr_scheduler_kwargs"):
+        given = getattr(values, flag)
+        if not isinstance(given, str) or not given:
+            continue
+        try:
+            settings: Any = json.loads(given) if given.startswith("{") else json.loads(Path(given).read_text("utf-8"))
+        except OSError:
+            hint = "; playground/ has configurations to start from" * (flag == "deepspeed")
+            problems.append(f"--{flag} {given}: no such file{hint}")
+        except ValueError as error:
+            problems.append(f"--{flag} {given}: not valid JSON: {error}; mend it")
+        else:
+            if not isinstance(settings, dict):
+                problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
+    return problems
+
+
+def check_writable(output_dir: str) -> list[str]:
+    """Make the output folder and try to write there."""
+    path = Path(output_dir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        return [f"--output_dir {path}: cannot be written ({error.strerror}); give a folder you may write to"]
+    return []

@@ -1,0 +1,254 @@
+"""Command line -> four groups of arguments. Everything that can be refused by looking at them is refused here."""
+
+import argparse
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple, NoReturn
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from fastchat_qlora.argument_checks import check_writable, find_problems
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.old_flags import translate_old_flags
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """The base model and its tokenizer."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or local folder of the base model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a model repository brings along."}
+    )
+    padding_side: Literal["right", "left"] = field(
+        default="right", metadata={"help": "Side on which shorter conversations of a batch are padded."}
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "Attention backend as transformers names it (eager, sdpa, ...); auto lets transformers choose."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """The conversations to learn from."""
+
+    data_path: list[str] = field(metadata={"help": "ShareGPT files, .json (an array) or .jsonl; one or several."})
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Files of conversations to evaluate on; same formats."}
+    )
+    eval_split: float = field(
+        default=0.0,
+        metadata={"help": "Conversations taken off the training data to evaluate on: a share (< 1) or a count."},
+    )
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "Tokenise a conversation when it is asked for, not all at the start."}
+    )
+    conv_template: str = field(
+        default="auto",
+        metadata={
+            "help": "Prompt template by name; auto takes the tokenizer's chat template if it has one, else vicuna."
+        },
+    )
+    overlong: Literal["truncate", "drop", "error"] = field(
+        default="truncate",
+        metadata={
+            "help": "A conversation longer than model_max_length: cut after its last whole assistant turn that fits, "
+            "drop it, or stop with the list."
+        },
+    )
+    max_rejected: float = field(
+        default=0.05, metadata={"help": "Share of records that may be rejected before the run refuses to start."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise; none are started by default."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  # transformers is untyped
+    """transformers' TrainingArguments with FastChat's defaults and additions."""
+
+    output_dir: str = field(metadata={"help": "Folder for the adapter and the checkpoints."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for model and tokenizer downloads."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, by its transformers name."})
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Drop dataset columns the model does not know; off, since the collator takes what it needs."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Search for adapter tensors without gradient at every step; needed for mixtures of experts."},
+    )
+    model_max_length: int = field(default=512, metadata={"help": "Longest row of tokens to train on."})
+    flash_attn: bool = field(
+        default=False, metadata={"help": "Use FlashAttention 2; the same as --attn_implementation flash_attention_2."}
+    )
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one at most, for torch's DataParallel copies the model to every GPU at every step."""
+        return int(min(1, super().n_gpu))
+
+
+@dataclass
+class LoraArguments:
+    """The adapter, and the quantisation of the base under it."""
+
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter, as lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Modules that get an adapter, by the end of their names, or all-linear."},
+    )
+    lora_weight_path: str = field(default="", metadata={"help": "Start from the adapter in this folder."})
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Biases to train: none, all, or those of the adapted modules."}
+    )
+    q_lora: bool = field(default=False, metadata={"help": "QLoRA: load the base in 4 bits."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed adapters (DoRA)."})
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = field(
+        default="default",
+        metadata={"help": "Initial values of the adapter; all of them leave the base model as it is."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole beside the adapter, such as lm_head."}
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "4-bit number format."})
+    bnb_4bit_use_double_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "float16", "bfloat16", "float32"] = field(
+        default="auto",
+        metadata={
+            "help": "Storage type of 4-bit weights; auto is uint8, or the compute dtype where weights are sharded."
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits (LLM.int8)."})
+
+
+class RunArguments(NamedTuple):
+    """The four groups of one run; read-only by convention."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is untyped
+    """HfArgumentParser that reports a mistake as a UserError, not as two hundred lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise in place of printing and exiting, as argparse would."""
+        raise UserError(message.removeprefix("argument ").replace("/--", " / --"))
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser over the four groups."""
+    return _Parser(
+        list(RunArguments.__annotations__.values()), prog="train_lora.py", description=__doc__, allow_abbrev=False
+    )
+
+
+def parse_args(argv: Sequence[str]) -> RunArguments:
+    """Parse and check a command line.
+
+    Args:
+        argv: the arguments after the program's name; FastChat's old flag names are accepted.
+
+    Raises:
+        UserError: for what can be seen without loading a model or the data; all of it at once, except that a value of
+            the wrong type or an old flag without a counterpart ends parsing where it stands.
+    """
+    arguments, notices = translate_old_flags(argv)
+    parser = build_parser()
+    namespace, unknown = parser.parse_known_args(arguments)
+    problems = _unknown_flags(unknown, parser) + find_problems(namespace)
+    if not problems:
+        notices += _adapt_to_machine(namespace)
+        problems = check_writable(namespace.output_dir)
+    if problems:
+        listed = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))
+        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: {listed}")
+    for notice in notices:
+        logger.warning(notice)
+    return _build_groups(namespace, [text.partition("=")[0] for text in arguments if text.startswith("--")])
+
+
+def _build_groups(namespace: argparse.Namespace, given_flags: Sequence[str]) -> RunArguments:
+    values = vars(namespace)
+    groups = []
+    for group in RunArguments.__annotations__.values():
+        try:
+            groups.append(group(**{f.name: values[f.name] for f in fields(group) if f.init}))
+        except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
+            reason = " ".join(str(error).split())
+            named = [
+                flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(("_config", "_kwargs"))
+            ]
+            raise UserError(f"{reason}; check {', '.join(dict.fromkeys(named)) or 'the flags'}") from error
+    return RunArguments(*groups)
+
+
+def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    own = [f"--{name}" for group in RunArguments.__annotations__.values() for name in group.__annotations__]
+    problems = []
+    for text in unknown:
+        name = text.partition("=")[0]
+        if not name.startswith("-"):
+            continue
+        spelled = name.replace("-", "_").replace("__", "--", 1)
+        nearest = difflib.get_close_matches(spelled, own, n=1, cutoff=0.7) or difflib.get_close_matches(
+            spelled, known, n=1
+        )
+        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+        problems.append(f"unknown flag {name}: {hint}")
+    if unknown and not problems:
+        problems.append(f"unexpected value {unknown[0]!r}: every value follows a flag that takes it")
+    return problems
+
+
+def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
+    """Set what follows from the machine and the data given, and say so."""
+    notices = []
+    if not values.use_cpu and not torch.accelerator.is_available():
+        values.use_cpu = True
+        notices.append("No accelerator found: training on the CPU.")
+    if not values.use_cpu and torch.accelerator.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        count = torch.accelerator.device_count()
+        notices.append(
+            f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."
+        )
+    nothing_to_evaluate = not values.eval_data_path and not values.eval_split
+    if values.eval_strategy != "no" and nothing_to_evaluate:
+        # FastChat's published commands ask for evaluation without giving data for it.
+        notices.append(
+            f"--eval_strategy {values.eval_strategy}: ignored, there is nothing to evaluate on; "
+            "give --eval_data_path or --eval_split."
+        )
+        values.eval_strategy = "no"
+    if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
+        notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
+        values.eval_on_start = values.do_eval = False
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and values.fsdp:
+        notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
+        values.fsdp = values.fsdp_config = None
+    values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
+    values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
+    for name in ("deepspeed", "cache_dir", "resume_from_checkpoint"):
+        given = getattr(values, name)
+        setattr(values, name, os.path.expanduser(given) if isinstance(given, str) else given)
+    values.data_path = [os.path.expanduser(path) for path in values.data_path]
+    values.eval_data_path = values.eval_data_path and [os.path.expanduser(path) for path in values.eval_data_path]
+    return notices

@@ -1,0 +1,106 @@
+"""argv -> one command. The only place that turns exceptions into exit codes."""
+
+import atexit
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from fastchat_qlora import __version__
+from fastchat_qlora.errors import RunError, UserError
+
+FIRST_PROCESS_SPEAKS_WITHIN = 30.0
+"""Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
+
+
+def _train(argv: Sequence[str]) -> None:
+    from fastchat_qlora.arguments import parse_args
+
+    args = parse_args(argv)
+    from fastchat_qlora.training.run import train
+
+    train(args)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_train, "train an adapter; the same as train_lora.py"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command's name and its flags; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0 done, 2 a user's mistake found before weights are loaded, 1 a run that was stopped later.
+        Any other exception passes through, so that its traceback is seen; Python then exits with 1.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-V", "--version"):
+        sys.stdout.write(f"fastchat-qlora {__version__}\n")
+        return 0
+    if name in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    _set_up_logging()
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+        COMMANDS[name][0](rest)
+    except UserError as error:
+        return _fail(str(error), code=2)
+    except RunError as error:
+        return _fail(str(error), code=1)
+    return 0
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as a process of its own and end the process with its exit code.
+
+    One process among several leaves without tearing the interpreter down: with everything saved and the process group
+    closed, that teardown now and then aborts in C++ ("terminate called without an active exception", seen with torch
+    2.13.0, gloo and DeepSpeed 0.19.8), which turns a good run into a failed one. Can go when it no longer does.
+    """
+    code = main(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""])
+
+
+def _set_up_logging() -> None:
+    """Notices are said once: by the first process of the run."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("fastchat_qlora")
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print the one `error:` line.
+
+    Every process of a node meets the same user's mistake, so its first one speaks. The others stay until the launcher
+    ends them: the launcher ends all as soon as one leaves, and the first may not have come to the mistake yet. One
+    that is still there after `FIRST_PROCESS_SPEAKS_WITHIN` speaks for itself. What stops a run later may be known to
+    one process only, which says it at once.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if local_rank != "0" and code == 2:
+        time.sleep(FIRST_PROCESS_SPEAKS_WITHIN)
+    where = "" if local_rank == "0" else f"local rank {local_rank}: "
+    sys.stderr.write(f"error: {where}{' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,143 @@
+"""Arguments -> a LoRA adapter on a frozen base."""
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastchat_qlora.arguments import LoraArguments
+from fastchat_qlora.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME  # what PEFT calls it
+
+
+def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
+    """The PEFT configuration of the run, or that of the adapter the run starts from.
+
+    Raises:
+        UserError: the adapter to start from is not a LoRA adapter.
+    """
+    if lora_args.lora_weight_path:
+        return _read_lora_config(lora_args.lora_weight_path)
+    targets = lora_args.lora_target_modules
+    return LoraConfig(
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        bias=lora_args.lora_bias,
+        use_rslora=lora_args.use_rslora,
+        use_dora=lora_args.use_dora,
+        init_lora_weights=True if lora_args.init_lora_weights == "default" else lora_args.init_lora_weights,
+        modules_to_save=lora_args.modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _read_lora_config(path: str) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"--lora_weight_path {path}: its adapter_config.json cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"--lora_weight_path {path}: holds a {config.peft_type} adapter; give a LoRA adapter")
+    if not config.target_modules:
+        raise UserError(f"--lora_weight_path {path}: its adapter_config.json names no target_modules; save it again")
+    config.inference_mode = False
+    targets = (
+        config.target_modules if isinstance(config.target_modules, str) else " ".join(sorted(config.target_modules))
+    )
+    logger.warning(
+        f"--lora_weight_path {path}: rank, alpha, dropout, bias and targets are those of that adapter "
+        f"(r={config.r}, lora_alpha={config.lora_alpha}, targets {targets})."
+    )
+    return config
+
+
+def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantised: bool = False) -> None:
+    """Require that every module the adapter names exists, before any weight is loaded.
+
+    PEFT raises only if no name matches at all. The module names come from the model built without memory; one whose
+    code lies outside transformers cannot be built so, and is left to PEFT's own check.
+
+    Raises:
+        UserError: naming what matches nothing and what there is to match.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    with torch.device("meta"):
+        skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    modules = dict(skeleton.named_modules())
+    adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+    linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
+    if not isinstance(lora_config.target_modules, str):
+        _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
+    # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
+    whole = set(modules) if not quantised else {name for name in modules if name not in linear or _is_kept(name)}
+    _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
+
+
+def _is_kept(name: str) -> bool:
+    return "head" in name or "embed" in name
+
+
+def _check_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
+    unmatched = sorted(name for name in names if not any(m == name or m.endswith(f".{name}") for m in offered))
+    if unmatched:
+        last_names = {name.rpartition(".")[2] for name in offered}
+        there = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
+        raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing there is to adapt; the model has {there}")
+
+
+def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "") -> PeftModel:
+    """Put an adapter on a base model.
+
+    The base is frozen as it was loaded: nothing in it is copied to fp32, as PEFT's `prepare_model_for_kbit_training`
+    would (embeddings and head: 2 GB on an 8B model). What is trained is kept in fp32 whatever the base computes in,
+    except for the biases of quantised layers.
+
+    Args:
+        model: the base model.
+        lora_config: the adapter's shape.
+        weight_path: a folder with an adapter to start from.
+
+    Raises:
+        RunError: the adapter has nothing to train, or lacks tensors in its file.
+    """
+    model.requires_grad_(False)
+    if weight_path:
+        peft_model = PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)
+        _check_all_loaded(peft_model, weight_path)
+    else:
+        peft_model = get_peft_model(model, lora_config)
+    quantised = bool(getattr(model, "is_quantized", False))
+    for name, parameter in trainable_parameters(peft_model).items():
+        # bitsandbytes turns the biases of its layers back to the compute dtype at every step. ZeRO-3 has partitioned
+        # the base's parameters already, and keeps fp32 masters of them itself.
+        if not (quantised and name.endswith(".bias")) and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+    if not trainable_parameters(peft_model):
+        raise RunError("the adapter has no parameter to train; check --lora_target_modules")
+    return peft_model
+
+
+def _check_all_loaded(peft_model: PeftModel, weight_path: str) -> None:
+    """PEFT only warns of tensors that the file lacks, and leaves them at their random first values."""
+    with safe_open(f"{weight_path}/{ADAPTER_FILE}", framework="pt") as file:
+        there = set(file.keys())
+    missing = sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - there)
+    if missing:
+        raise RunError(f"--lora_weight_path {weight_path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
+    """Name -> parameter, of what the run trains."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,169 @@
+"""A model path -> tokenizer, configuration, base model."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastchat_qlora.arguments import ModelArguments, TrainingArguments
+from fastchat_qlora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """The number format that the base model computes in."""
+    if training_args.fp16:
+        return torch.float16
+    return torch.bfloat16 if training_args.bf16 else torch.float32
+
+
+def load_config(model_args: ModelArguments, cache_dir: str | None) -> PretrainedConfig:
+    """Read the configuration of the base model.
+
+    Raises:
+        UserError: there is none to be had, or the model is not a causal language model.
+    """
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
+    except Exception as error:  # a config.json may be wrong in as many ways as there are libraries reading it
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--model_name_or_path {name}: neither a model's folder nor a hub id that can be reached: {reason}"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
+        config, "auto_map", {}
+    ):
+        raise UserError(
+            f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
+        )
+    return config
+
+
+def load_tokenizer(
+    model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
+) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer of the base model and see to its padding token.
+
+    Raises:
+        UserError: the model has no fast tokenizer, or no token to pad with or to end a turn with.
+    """
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            cache_dir=cache_dir,
+            model_max_length=model_max_length,
+            padding_side=model_args.padding_side,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model_name_or_path {name}: its tokenizer cannot be loaded: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--model_name_or_path {name}: has no fast tokenizer, which exact labels need; add tokenizer.json"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos_token, so no turn could end; set one")
+    if hasattr(tokenizer, "legacy"):
+        # `save_pretrained` loses this switch of Llama tokenizers, and the saved one then splits text after special
+        # tokens in another way (transformers 5.17 to 5.23). Can go once the reloaded tokenizer keeps `legacy`.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.pad_token = choose_pad_token(tokenizer)
+    logger.info(f"Padding token: {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}).")
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: Any) -> str:
+    """A token to pad with that ends no turn: else a serving program might never see one end.
+
+    In this order: the tokenizer's own, its unknown token as in FastChat, a special token made for padding, any other
+    special token. Excluded are the end of the sequence and the special tokens that the chat template writes.
+
+    Raises:
+        UserError: every special token has another duty.
+    """
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    busy = {tokenizer.eos_token} | {token for token in special if token in template}
+    for_padding = [token for token in special if "pad" in token.lower()]
+    for token in [tokenizer.pad_token, tokenizer.unk_token, *for_padding, *reversed(special), tokenizer.bos_token]:
+        if token is not None and token not in busy:
+            return str(token)
+    raise UserError(
+        "the tokenizer has no special token to pad with that does not end a turn; add one to its vocabulary"
+    )
+
+
+def choose_attention(attn_implementation: str, flash_attn: bool, accelerator: str | None) -> str | None:
+    """The attention backend to ask transformers for; None leaves it the choice.
+
+    Raises:
+        UserError: `--flash_attn True` on a machine with an accelerator, but without the package.
+    """
+    if not flash_attn:
+        return None if attn_implementation == "auto" else attn_implementation
+    from transformers.utils import is_flash_attn_2_available
+
+    if accelerator is None:
+        logger.warning("--flash_attn True: ignored, FlashAttention needs an accelerator.")
+        return None
+    if not is_flash_attn_2_available():
+        raise UserError("--flash_attn True: the package flash-attn is not installed; install it or drop the flag")
+    return "flash_attention_2"
+
+
+def load_model(
+    model_args: ModelArguments,
+    *,
+    dtype: torch.dtype,
+    quantization_config: BitsAndBytesConfig | None,
+    device_map: dict[str, int | str] | None,
+    attn_implementation: str | None,
+    cache_dir: str | None,
+) -> PreTrainedModel:
+    """Load the base model, quantised if asked for, from safetensors.
+
+    Raises:
+        UserError: the attention backend is not there, or the weights are not safetensors.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            cache_dir=cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
+    keep_cpu_weights_trainable(model)
+    return model
+
+
+def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first evaluation.
+
+    `Linear4bit.forward` in eval mode repacks its weight for a kernel that has no gradient and never packs it back, so
+    every later training step is silent and learns nothing (bitsandbytes 0.50.2, `nn/modules.py`). The switch is the
+    module's own. It can go once bitsandbytes packs back, or refuses to train, after an evaluation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain bool, not a tensor

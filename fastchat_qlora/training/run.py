@@ -1,0 +1,127 @@
+"""One training run, from top to bottom."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from fastchat_qlora.arguments import RunArguments, TrainingArguments
+from fastchat_qlora.data.dataset import Collator, build_dataset
+from fastchat_qlora.distributed import get_device_map, get_topology, process_group
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_targets
+from fastchat_qlora.model.loading import choose_attention, get_compute_dtype, load_config, load_model, load_tokenizer
+from fastchat_qlora.model.quantization import build_quantization_config
+from fastchat_qlora.training.checkpoint import find_last_checkpoint
+from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
+from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
+
+logger = logging.getLogger(__name__)
+
+
+def train(args: RunArguments) -> Path:
+    """Train an adapter.
+
+    What can fail fast and cheap comes first: configuration, tokenizer and data, and only then gigabytes of weights.
+
+    Returns:
+        The folder that the adapter lies in.
+
+    Raises:
+        UserError: the model, the data or the adapter asked for cannot be used; nothing was loaded.
+        RunError: the run was stopped, or what it saved cannot be trusted.
+    """
+    model_args, data_args, training_args, lora_args = args
+    output_dir = Path(training_args.output_dir)
+    topology = get_topology(training_args)
+    dtype = get_compute_dtype(training_args)
+    with process_group(topology):
+        checkpoint = _checkpoint_to_resume(training_args)
+        lora_config = build_lora_config(lora_args)
+        quantization_config = build_quantization_config(lora_args, dtype, topology)
+        config = load_config(model_args, training_args.cache_dir)
+        check_targets(config, lora_config, quantised=quantization_config is not None)
+        attention = choose_attention(model_args.attn_implementation, training_args.flash_attn, topology.accelerator)
+        tokenizer = load_tokenizer(
+            model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
+        )
+        dataset = build_dataset(
+            data_args,
+            tokenizer,
+            max_length=training_args.model_max_length,
+            seed=training_args.seed,
+            output_dir=training_args.output_dir,
+            is_main=topology.is_main,
+        )
+
+        set_seed(training_args.seed)  # the adapter's first values are random
+        base = load_model(
+            model_args,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map=get_device_map(topology, quantised=quantization_config is not None),
+            attn_implementation=attention,
+            cache_dir=training_args.cache_dir,
+        )
+        model = attach_adapter(base, lora_config, lora_args.lora_weight_path)
+        trainer = LoraTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=dataset["train"],
+            eval_dataset=dataset.get("eval"),
+            data_collator=Collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[GradientGuard(), LossGuard(), LastStepLog()],
+        )
+
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()  # before anything else can go wrong
+        _write_results(trainer, args, dict(result.metrics))
+    logger.info(f"The adapter is in {output_dir}.")
+    return output_dir
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The checkpoint asked for, else the last one in output_dir, as FastChat does.
+
+    Raises:
+        UserError: a checkpoint was asked for and there is none.
+    """
+    wanted = training_args.resume_from_checkpoint or ""
+    if wanted.lower() == "false":
+        return None
+    if wanted and wanted.lower() != "true":
+        return str(wanted)
+    last = find_last_checkpoint(training_args.output_dir)
+    if wanted and last is None:
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: {training_args.output_dir} has no checkpoint; drop the flag"
+        )
+    return last
+
+
+def _write_results(trainer: LoraTrainer, args: RunArguments, metrics: dict[str, Any]) -> None:
+    """Evaluate once more if there is something to evaluate on, and write the account of the run."""
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    real, supervised = trainer.tokens_seen()
+    seconds = metrics["train_runtime"]
+    metrics |= {
+        "tokens": real,
+        "supervised_tokens": supervised,
+        "tokens_per_second": round(real / seconds, 1),
+        "supervised_tokens_per_second": round(supervised / seconds, 1),
+        "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
+    }
+    if not trainer.args.should_save:
+        return
+    if not real:
+        logger.warning("The run had finished before: nothing was left to train, its results stay as they are.")
+        return
+    trainer.save_state()
+    trainer.save_metrics("train", metrics, combined=False)
+    groups = {name: vars(group) for name, group in args._asdict().items()} | {"training": args.training.to_dict()}
+    path = Path(trainer.args.output_dir) / "training_args.json"
+    path.write_text(json.dumps(groups, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# LoRA in one process, on a GPU or the CPU.
+# usage: MODEL=... DATA=... OUTPUT=... bash scripts/train_lora.sh [more flags]
+source "$(dirname "${BASH_SOURCE[0]}")/quickstart_defaults.sh"
+python train_lora.py \
+    --model_name_or_path "$MODEL" \
+    --data_path "$DATA" \
+    --output_dir "$OUTPUT" \
+    --lora_r 8 \
+    --lora_alpha 16 \
+    --lora_dropout 0.05 \
+    --bf16 True \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 8 \
+    --learning_rate 5e-4 \
+    --lr_scheduler_type cosine \
+    --logging_steps 5 \
+    --model_max_length 2048 \
+    "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# QLoRA with one process for each GPU of this machine (DDP).
+# usage: MODEL=... DATA=... OUTPUT=... PROCESSES=... bash scripts/train_qlora_torchrun.sh [more flags]
+source "$(dirname "${BASH_SOURCE[0]}")/quickstart_defaults.sh"
+torchrun --nproc_per_node "$PROCESSES" train_lora.py \
+    --model_name_or_path "$MODEL" \
+    --data_path "$DATA" \
+    --output_dir "$OUTPUT" \
+    --q_lora True \
+    --bf16 True \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 4 \
+    --learning_rate 5e-4 \
+    --lr_scheduler_type cosine \
+    --logging_steps 5 \
+    --model_max_length 2048 \
+    "$@"

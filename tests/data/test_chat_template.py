@@ -1,0 +1,249 @@
+"""A tokenizer's own chat template: what the assistant says is found in it, or the record is rejected."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from conftest import CHATML
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.data.chat_template import render_chat_template
+from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.tokenization import special_token_pattern
+
+Turns = Sequence[tuple[str, str]]
+
+TALK: Turns = [("user", "Count."), ("assistant", "one two"), ("user", "And?"), ("assistant", "three")]
+CONTENT = "message['content']"
+GENERATION_PROMPT = "{{ '<|im_start|>assistant\n' }}"
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Pellico.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+LLAMA_2 = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+# A reasoning model's: the prompt opens a thought that a rendered answer does not have.
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+def to_messages(turns: Turns) -> list[Message]:
+    return [Message(cast(Role, role), content) for role, content in turns]
+
+
+def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
+    """What is supervised; all segments together must be the text that the template writes."""
+    tokenizer.chat_template = template
+    messages = to_messages(turns)
+    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    whole = tokenizer.apply_chat_template([vars(message) for message in messages], tokenize=False)
+    assert "".join(segment.text for segment in segments) == whole
+    return [segment.text for segment in segments if segment.supervised]
+
+
+def test_chatml_segments(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither the header before an answer nor the line break after its end token is learnt."""
+    messages = to_messages([("system", "Be brief."), *TALK])
+    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    assert [(segment.text, segment.supervised) for segment in segments] == [
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("one two<|im_end|>", True),
+        ("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("three<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
+CONTENTS = ["fine", "?", "trailing \n\n", "Γειά 🙂 e\u0301", "a\r\nb\tc", "[INST] {{ x }}"]
+INDENTED = ["  indented\n  twice", "\n\nleading", "\t\u00a0tab"]
+
+
+def assert_learnt(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say `content` after another text and after itself."""
+    turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
+    assert spoken(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, THINKING], ids=["chatml", "default system", "thinking"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_contents_are_learnt_as_they_are(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert_learnt(content, template, tokenizer)
+
+
+@pytest.mark.parametrize("content", INDENTED)
+def test_blanks_before_contents_are_learnt(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert_learnt(content, CHATML, tokenizer)
+
+
+@pytest.mark.parametrize("content", INDENTED)
+def test_blanks_before_contents_are_learnt_where_the_prompt_differs(
+    content: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert_learnt(content, THINKING, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content", ["user", "assistant", "system", "assistant\n", "\nassistant", "assistant\nassistant"]
+)
+def test_content_equal_to_header_words(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [("user", content), ("assistant", content), ("user", "assistant"), ("assistant", "user")]
+    assert spoken(tokenizer, CHATML, turns) == [content + "<|im_end|>", "user<|im_end|>"]
+
+
+def test_content_equal_to_header_words_where_the_prompt_differs(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, THINKING, [("user", "Who?"), ("assistant", "assistant")]) == ["assistant<|im_end|>"]
+
+
+def test_default_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    messages = [Message("user", "Hi"), Message("assistant", "Hello")]
+    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    assert segments[0].text == (
+        "<|im_start|>system\nYou are Pellico.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert not segments[0].supervised
+    assert segments[1].text == "Hello<|im_end|>"
+    assert segments[1].supervised
+
+
+def test_several_answers_in_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [("user", "Count."), ("assistant", "one"), ("assistant", "two"), ("tool", "3"), ("assistant", "three")]
+    assert spoken(tokenizer, CHATML, turns) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+
+
+def test_answers_as_the_question_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, CHATML, [("user", "yes"), ("assistant", "yes")] * 2) == ["yes<|im_end|>"] * 2
+
+
+def test_template_that_trims(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the template writes is learnt, since that is what the model will be shown."""
+    template = CHATML.replace(CONTENT, CONTENT + " | trim")
+    turns = [("user", " Count. "), ("assistant", " \n one two\n"), ("user", "And?"), ("assistant", "three ")]
+    assert spoken(tokenizer, template, turns) == ["one two<|im_end|>", "three<|im_end|>"]
+
+
+def test_llama_2(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The blank before an answer is learnt with it, for the prompt ends before that blank."""
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    assert spoken(tokenizer, LLAMA_2, TALK) == [" one two </s>", " three </s>"]
+
+
+def test_system_merged_into_the_users_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.chat_template = LLAMA_2
+    messages = to_messages([("system", "Be brief."), *TALK])
+    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    assert [(segment.text, segment.supervised) for segment in segments] == [
+        ("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCount. [/INST]", False),
+        (" one two </s>", True),
+        ("[INST] And? [/INST]", False),
+        (" three </s>", True),
+    ]
+
+
+def test_text_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + '\nA:' }}"
+        "{% else %}{{ ' ' + message.content + '\n\n' }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RejectedRecord, match="no special token"):
+        spoken(tokenizer, template, TALK)
+
+
+def test_ends_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, CHATML, TALK[:3]) == ["one two<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only users may speak here') }}", "refuses the conversation: Only users may speak here"),
+        ("{% for message in messages %}", "refuses the conversation: .*end of template"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: can only concatenate"),
+        ("{{ messages[0].thoughts.text }}", "refuses the conversation: .*thoughts"),
+    ],
+    ids=["raises", "syntax error", "type error", "missing field"],
+)
+def test_template_that_fails(template: str, reason: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match=reason):
+        spoken(tokenizer, template, TALK)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["messages[0]['content'].index('?')", "messages[0]['content'].split('')", "1 / 0", "range(1000000)"],
+)
+def test_template_that_fails_in_python(expression: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match="refuses the conversation"):
+        spoken(tokenizer, "{{ " + expression + " }}", TALK)
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        "''",
+        "message['content'] | upper",
+        "message['content'].split('</think>')[-1]",
+    ],
+    ids=["drops", "changes", "forgets thoughts"],
+)
+def test_template_that_rewrites_earlier_answers(earlier: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The answer as it stands in the whole text was never given to a server, so it cannot be learnt from it."""
+    later = f"({earlier} if message.role == 'assistant' and not loop.last else {CONTENT})"
+    template = CHATML.replace(CONTENT, later)
+    talk = [("user", "Count."), ("assistant", "<think>easy</think>one"), ("user", "And?"), ("assistant", "two")]
+    with pytest.raises(RejectedRecord, match=r"message 1: the chat template does not render .* turn by turn"):
+        spoken(tokenizer, template, talk)
+    assert spoken(tokenizer, template, talk[:2]) == ["<think>easy</think>one<|im_end|>"]
+
+
+def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match="turn by turn"):
+        spoken(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["message['content'] | upper", "'Sure: ' + message['content']", "message['content'] | replace(' ', '')", "'no'"],
+)
+def test_template_that_changes_the_answer(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
+    with pytest.raises(RejectedRecord, match="message 1: the chat template changes the answer's text"):
+        spoken(tokenizer, template, TALK)
+
+
+def test_template_that_adds_words_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord):
+        spoken(tokenizer, CHATML.replace("'<|im_end|>", "' I hope this helps!<|im_end|>"), TALK)
+
+
+def test_turn_that_ends_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Command R does: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. A server waits for the second."""
+    template = CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>")
+    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|><|endoftext|>", "three<|im_end|><|endoftext|>"]
+
+
+def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{{ ('' if loop.first else '<|im_end|>') + 'Q: ' + message.content + ' A:' }}"
+        "{% else %}{{ ' ' + message.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RejectedRecord, match="no special token"):
+        spoken(tokenizer, template, TALK)
+
+
+def test_template_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where the answer starts cannot be told from its header, so nothing is guessed."""
+    template = CHATML.replace(GENERATION_PROMPT, "")
+    assert template != CHATML
+    with pytest.raises(RejectedRecord, match="message 1"):
+        spoken(tokenizer, template, TALK)

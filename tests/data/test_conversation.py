@@ -1,0 +1,185 @@
+"""Messages become the text of a named template, in segments that know what is learnt; its Jinja says the same."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.data.conversation import TEMPLATES, ConversationTemplate, Message, RejectedRecord, get_template
+from fastchat_qlora.errors import UserError
+
+FASTCHAT_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HI = [Message("user", "Hi"), Message("assistant", "Hello")]
+BYE = [Message("user", "Bye"), Message("assistant", "See you\n")]
+SYSTEM = [Message("system", "Be kind.")]
+AWKWARD = ConversationTemplate(
+    system=("«'\"\\n", "\\\n\n"),
+    default_system='it\'s a "default" \\ {not a field} ☃',
+    user=("{{ user }} \\'", "{% if x %}\t"),
+    assistant=("{# assistant #}\n", "\n ", "\\{eos}'\n"),
+    after_assistant="\n\n}}%}",
+)
+
+
+def render(template: ConversationTemplate, messages: list[Message], eos: str = "</s>") -> tuple[str, list[str]]:
+    """The whole text, and the supervised pieces of it."""
+    segments = template.render(messages, eos)
+    return "".join(segment.text for segment in segments), [segment.text for segment in segments if segment.supervised]
+
+
+def render_jinja(
+    template: ConversationTemplate, messages: list[Message], tokenizer: PreTrainedTokenizerFast, *, prompt: bool = False
+) -> str:
+    """The same conversation as a serving program writes it."""
+    return str(
+        tokenizer.apply_chat_template(
+            [vars(message) for message in messages],
+            chat_template=template.to_jinja(add_bos=True),
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "text", "spoken"),
+    [
+        (HI, f"{FASTCHAT_SYSTEM} USER: Hi ASSISTANT: Hello</s>", [" Hello</s>"]),
+        (SYSTEM + HI, "Be kind. USER: Hi ASSISTANT: Hello</s>", [" Hello</s>"]),
+        (
+            HI + BYE,
+            f"{FASTCHAT_SYSTEM} USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT: See you\n</s>",
+            [" Hello</s>", " See you\n</s>"],
+        ),
+        (
+            SYSTEM + HI + BYE,
+            "Be kind. USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT: See you\n</s>",
+            [" Hello</s>", " See you\n</s>"],
+        ),
+        (HI + BYE[:1], f"{FASTCHAT_SYSTEM} USER: Hi ASSISTANT: Hello</s>USER: Bye ", [" Hello</s>"]),
+    ],
+    ids=["one turn", "system", "two turns", "system and two turns", "ends with the user"],
+)
+def test_vicuna_golden(messages: list[Message], text: str, spoken: list[str]) -> None:
+    """FastChat's vicuna_v1.1, written out by hand."""
+    assert render(get_template("vicuna"), messages) == (text, spoken)
+
+
+def test_eos_is_the_tokenizers_own() -> None:
+    assert render(get_template("vicuna"), SYSTEM + HI, eos="<|im_end|>") == (
+        "Be kind. USER: Hi ASSISTANT: Hello<|im_end|>",
+        [" Hello<|im_end|>"],
+    )
+
+
+def test_eos_of_a_message_is_not_replaced() -> None:
+    """`{eos}` is a field of templates; in a message it is five characters like others."""
+    messages = [Message("user", "What is {eos}?"), Message("assistant", "{eos} is a field.")]
+    text, spoken = render(get_template("vicuna"), SYSTEM + messages)
+    assert text == "Be kind. USER: What is {eos}? ASSISTANT: {eos} is a field.</s>"
+    assert spoken == [" {eos} is a field.</s>"]
+
+
+def test_after_assistant_is_not_learnt() -> None:
+    template = ConversationTemplate(
+        system=("", ""), user=("U:", "\n"), assistant=("A:", "", "{eos}"), after_assistant="\n"
+    )
+    assert render(template, HI + BYE) == (
+        "U:Hi\nA:Hello</s>\nU:Bye\nA:See you\n</s>\n",
+        ["Hello</s>", "See you\n</s>"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (HI[:1] + HI, "message 1: expected assistant, found user"),
+        (SYSTEM + HI[:1] + HI, "message 2: expected assistant, found user"),
+        (HI[1:], "message 0: expected user, found assistant"),
+        (SYSTEM + HI[1:], "message 1: expected user, found assistant"),
+        (HI + HI[1:], "message 2: expected user, found assistant"),
+        (HI + SYSTEM + BYE, "message 2: expected user, found system"),
+        (SYSTEM + SYSTEM + HI, "message 1: expected user, found system"),
+        ([*HI, Message("tool", "22 °C"), *BYE], "message 2: the template has no words for the role 'tool'"),
+    ],
+)
+def test_turns_that_are_not_taken_are_rejected(messages: list[Message], reason: str) -> None:
+    with pytest.raises(RejectedRecord, match=f"^{reason}"):
+        get_template("vicuna").render(messages, "</s>")
+
+
+def test_unknown_template_names_the_choices() -> None:
+    with pytest.raises(UserError) as caught:
+        get_template("vicunna")
+    for word in ("--conv_template", "vicunna", "auto", *TEMPLATES):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("bos", [None, "<|im_start|>"])
+@pytest.mark.parametrize("messages", [HI, HI + BYE, SYSTEM + HI + BYE, HI + BYE[:1]])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), AWKWARD], ids=[*TEMPLATES, "awkward"])
+def test_jinja_writes_the_same_text(
+    template: ConversationTemplate, messages: list[Message], bos: str | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.bos_token = bos
+    text, _ = render(template, messages, tokenizer.eos_token)
+    assert render_jinja(template, messages, tokenizer) == (bos or "") + text
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), AWKWARD], ids=[*TEMPLATES, "awkward"])
+def test_jinja_prompt_is_what_stands_before_an_answer(
+    template: ConversationTemplate, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A server asks with exactly the text that stood before the answer in training."""
+    messages = SYSTEM + HI + BYE
+    segments = template.render(messages, tokenizer.eos_token)
+    answers = [i for i, segment in enumerate(segments) if segment.supervised]
+    questions = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    for answer, question in zip(answers, questions, strict=True):
+        prompt = render_jinja(template, messages[:question], tokenizer, prompt=True)
+        assert prompt == "".join(segment.text for segment in segments[:answer])
+
+
+@pytest.fixture(scope="module")
+def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+parts = st.text(
+    st.sampled_from("'\"\\\n\t{}%#-") | st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=8
+)
+plain_parts = parts.filter(lambda part: "{eos}" not in part)
+pairs = st.tuples(plain_parts, plain_parts)
+
+
+@given(template=st.builds(ConversationTemplate, pairs, pairs, st.tuples(plain_parts, plain_parts, parts)))
+@settings(max_examples=80, deadline=None)
+def test_jinja_quotes_every_text(template: ConversationTemplate, shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    text, _ = render(template, SYSTEM + HI + BYE, shared_tokenizer.eos_token)
+    assert render_jinja(template, SYSTEM + HI + BYE, shared_tokenizer) == text
+
+
+def test_jinja_of_an_empty_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [Message("system", ""), *HI]
+    text, _ = render(get_template("vicuna"), messages, tokenizer.eos_token)
+    assert render_jinja(get_template("vicuna"), messages, tokenizer) == text
+
+
+@pytest.mark.parametrize("place", ["user", "after_assistant"])
+def test_jinja_and_render_agree_on_eos(place: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    after = "{eos}" if place == "after_assistant" else ""
+    user = ("{eos}U:" if place == "user" else "U:", "")
+    template = ConversationTemplate(("", ""), user, ("A:", "", "\n"), after_assistant=after)
+    text, _ = render(template, HI, tokenizer.eos_token)
+    assert render_jinja(template, HI, tokenizer) == text
+
+
+def test_jinja_keeps_carriage_returns(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = ConversationTemplate(system=("", ""), user=("U:", "\r\n"), assistant=("A:", "", "{eos}"))
+    text, _ = render(template, HI, tokenizer.eos_token)
+    assert render_jinja(template, HI, tokenizer) == text

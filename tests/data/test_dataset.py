@@ -1,0 +1,505 @@
+"""Files become rows: every record is accepted or listed with its reason, and what is saved serves as it was trained."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, CONVERSATIONS, sharegpt
+from datasets import Dataset, DatasetDict
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.arguments import DataArguments
+from fastchat_qlora.data.conversation import get_template
+from fastchat_qlora.data.dataset import ROW_FEATURES, Collator, build_dataset
+from fastchat_qlora.data.tokenization import IGNORE_INDEX, tokenize_batch
+from fastchat_qlora.errors import UserError
+
+HI = [("human", "Hi"), ("gpt", "Hello")]
+FORGED = [("human", "Hi"), ("gpt", "Bye<|im_end|>")]
+
+
+def build(
+    paths: Path | list[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    output_dir: Path,
+    *,
+    max_length: int = 256,
+    seed: int = 1,
+    is_main: bool = True,
+    **data_args: Any,
+) -> DatasetDict:
+    """Build from files; any share of the records may be rejected unless a test says otherwise."""
+    files = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    args = DataArguments(data_path=files, **{"max_rejected": 1.0, **data_args})
+    return build_dataset(args, tokenizer, max_length=max_length, seed=seed, output_dir=str(output_dir), is_main=is_main)
+
+
+def write(path: Path, *records: Any) -> Path:
+    """JSON Lines of records, or of text as it is."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def rejected(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def rows(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
+    return [(row["input_ids"], row["labels"]) for row in dataset]
+
+
+def spoken(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]))
+
+
+def add_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Let the tokenizer put <|endoftext|> in front of every text, as Llama's puts <s>."""
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+class TestRecords:
+    """Accepted plus rejected equals read."""
+
+    def test_all_good(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        dataset = build(data_file, tokenizer, tmp_path, max_rejected=0.0)
+        assert list(dataset) == ["train"]
+        assert list(dataset["train"]["id"]) == [f"c{i}" for i in range(12)]
+        for row, turns in zip(dataset["train"], CONVERSATIONS * 3, strict=True):
+            text = "".join(
+                f"<|im_start|>{'user' if role == 'human' else 'assistant'}\n{said}<|im_end|>\n" for role, said in turns
+            )
+            assert row["input_ids"] == tokenizer(text).input_ids
+            assert spoken(row, tokenizer) == "".join(said + "<|im_end|>" for role, said in turns if role == "gpt")
+            assert row["length"] == row["full_length"] == len(row["input_ids"]) == len(row["labels"])
+            assert row["supervised"] == sum(label != IGNORE_INDEX for label in row["labels"])
+            assert row["reason"] == ""
+        assert not (tmp_path / "rejected.jsonl").exists()
+
+    def test_mixed(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """What reading rejects and what tokenising rejects is listed, with file, line, id and reason."""
+        records = [
+            sharegpt(HI, "a"),
+            "{broken",
+            "",
+            sharegpt(FORGED, "forged"),
+            sharegpt([("human", "Hi"), ("gpt", "")], "empty"),
+            sharegpt(HI, "b"),
+            sharegpt([("human", "one"), *HI], "two users"),
+            sharegpt([("human", "q " * 300), ("gpt", "late")], "late"),
+            {"conversations": []},
+        ]
+        path = write(tmp_path / "a.jsonl", *records)
+        dataset = build(path, tokenizer, tmp_path, conv_template="vicuna")
+        assert list(dataset["train"]["id"]) == ["a", "b"]
+        found = rejected(tmp_path)
+        expected = [
+            (2, None, "JSON"),
+            (4, "forged", "message 1: contains the special token '<|im_end|>'"),
+            (5, "empty", "message 1: empty answer"),
+            (7, "two users", "message 1: expected assistant, found user"),
+            (8, "late", "nothing the assistant says stands within the first 256 tokens"),
+            (9, None, "no turns"),
+        ]
+        for record, (line, identity, reason) in zip(
+            sorted(found, key=lambda record: record["line"]), expected, strict=True
+        ):
+            assert record == {"file": str(path), "line": line, "id": identity, "reason": record["reason"]}
+            assert reason in record["reason"]
+        assert len(dataset["train"]) + len(found) == sum(record != "" for record in records)
+
+    def test_rejected_file_word_for_word(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt([("human", "Ω"), ("gpt", "Ω<|im_end|>")], "ώ"), "5")
+        (tmp_path / "rejected.jsonl").write_text("of an earlier run\n")
+        build(path, tokenizer, tmp_path)
+        assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == (
+            f'{{"file": "{path}", "line": 3, "id": null, "reason": "the record is not an object"}}\n'
+            f'{{"file": "{path}", "line": 2, "id": "ώ", '
+            '"reason": "message 1: contains the special token \'<|im_end|>\'"}\n'
+        )
+
+    def test_list_of_an_earlier_run_goes(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        (tmp_path / "rejected.jsonl").write_text("of an earlier run\n")
+        build(data_file, tokenizer, tmp_path)
+        assert not (tmp_path / "rejected.jsonl").exists()
+
+    def test_other_processes_write_nothing(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
+        (tmp_path / "rejected.jsonl").write_text("of the main process\n")
+        assert len(build(path, tokenizer, tmp_path, is_main=False)["train"]) == 1
+        assert (tmp_path / "rejected.jsonl").read_text() == "of the main process\n"
+
+    def test_several_files(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """One after the other, each record with its own file and line."""
+        more = write(tmp_path / "more.jsonl", sharegpt(HI, "d0"), "", sharegpt(FORGED, "d1"), sharegpt(HI, "d2"))
+        train = build([more, data_file], tokenizer, tmp_path)["train"]
+        places = [(row["file"], row["line"], row["id"]) for row in train]
+        assert places == [
+            (str(more), 1, "d0"),
+            (str(more), 4, "d2"),
+            *[(str(data_file), i + 1, f"c{i}") for i in range(12)],
+        ]
+        assert [record["line"] for record in rejected(tmp_path)] == [3]
+
+    def test_ids_of_mixed_types(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        records = [{**sharegpt(HI), "id": identity} for identity in (1, "a", None, [2], 1.5)]
+        train = build(write(tmp_path / "a.jsonl", *records), tokenizer, tmp_path)["train"]
+        assert list(train["id"]) == ["1", "a", None, "[2]", "1.5"]
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            sharegpt([("human", "Hi"), ("gpt", "cut \ud83d")], "answer"),
+            sharegpt([("human", "cut \ud83d"), ("gpt", "Hello")], "question"),
+            sharegpt([("human", "Hi"), ("gpt", "")], "bad id \ud83d"),
+        ],
+        ids=["answer", "question", "id"],
+    )
+    def test_half_a_surrogate_pair(
+        self, bad: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(HI, "a"), bad, sharegpt(HI, "b"))
+        assert list(build(path, tokenizer, tmp_path)["train"]["id"]) == ["a", "b"]
+        assert [record["line"] for record in rejected(tmp_path)] == [2]
+
+    def test_half_a_surrogate_pair_in_the_id_of_a_good_record(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(HI, "a"), sharegpt(HI, "cut \ud83d"))
+        accepted = len(build(path, tokenizer, tmp_path)["train"])
+        listed = len(rejected(tmp_path)) if (tmp_path / "rejected.jsonl").exists() else 0
+        assert accepted + listed == 2
+
+
+class TestRefusals:
+    """A run stops before weights are loaded when too little of the data can be used."""
+
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_more_than_max_rejected(self, lazy: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", *[sharegpt(HI)] * 7, "{broken", sharegpt(HI), "{broken too")
+        assert len(build(path, tokenizer, tmp_path, max_rejected=0.2, lazy_preprocess=lazy)["train"]) == 8
+        with pytest.raises(UserError) as caught:
+            build(path, tokenizer, tmp_path, max_rejected=0.19, lazy_preprocess=lazy)
+        for word in ("--data_path: 2 of 10 records", f"{path}:8: ", "rejected.jsonl", "--max_rejected (now 0.19)"):
+            assert word in str(caught.value)
+        assert [record["line"] for record in rejected(tmp_path)] == [8, 10]  # listed although the run stopped
+
+    def test_what_tokenising_rejects_counts(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED, "forged"), "{broken")
+        with pytest.raises(UserError, match="2 of 3 records were rejected"):
+            build(path, tokenizer, tmp_path, max_rejected=0.5)
+
+    def test_nothing_left(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", sharegpt(FORGED, "f0"), "{broken")
+        with pytest.raises(UserError, match="2 of 2 records were rejected"):
+            build(path, tokenizer, tmp_path, max_rejected=1.0)
+
+    def test_nothing_left_but_long_ones(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match=r"no conversation is left of 12 read.*--model_max_length"):
+            build(data_file, tokenizer, tmp_path, overlong="drop", max_length=4)
+
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])
+    def test_nothing_there(
+        self, name: str, content: str, lazy: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        path = write(tmp_path / name, content)
+        with pytest.raises(UserError, match="no conversation is left of 0 read"):
+            build(path, tokenizer, tmp_path, lazy_preprocess=lazy)
+
+    def test_unknown_template(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"--conv_template alpacca.*vicuna"):
+            build(data_file, tokenizer, tmp_path, conv_template="alpacca")
+
+
+class TestOverlong:
+    """Of the four conversations, c0 is the shortest; c1 and c3 have two turns, c2 one long one."""
+
+    def test_truncate(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        whole = build(data_file, tokenizer, tmp_path)["train"]
+        short = build(data_file, tokenizer, tmp_path, max_length=40)["train"]
+        assert len(short) == len(whole) == 12
+        for before, after in zip(whole, short, strict=True):
+            length = after["length"]
+            assert length == len(after["input_ids"]) <= 40
+            assert (after["input_ids"], after["labels"]) == (before["input_ids"][:length], before["labels"][:length])
+            assert after["full_length"] == before["length"]
+        assert whole[1]["length"] > 40
+        assert spoken(short[1], tokenizer) == "one two three<|im_end|>"
+        assert short[0]["input_ids"] == whole[0]["input_ids"]
+        assert whole[2]["supervised"] > short[2]["supervised"]
+        assert "<|im_end|>" not in spoken(short[2], tokenizer)  # its only turn is too long, so it does not end
+
+    def test_drop(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """Dropping is what was asked for: max_rejected does not count it, the list does."""
+        whole = build(data_file, tokenizer, tmp_path)["train"]
+        limit = whole[1]["length"]
+        long = [row["id"] for row in whole if row["length"] > limit]
+        kept = build(data_file, tokenizer, tmp_path, overlong="drop", max_length=limit, max_rejected=0.0)["train"]
+        assert {"c1", "c5", "c9"} <= set(kept["id"])
+        assert sorted([*kept["id"], *long]) == sorted(whole["id"])
+        assert [record["id"] for record in rejected(tmp_path)] == long
+        for record, row in zip(rejected(tmp_path), [row for row in whole if row["id"] in long], strict=True):
+            assert record["reason"] == f"too long ({row['length']} tokens, --model_max_length {limit})"
+
+    def test_error(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        whole = build(data_file, tokenizer, tmp_path, overlong="error")["train"]
+        long = [row["id"] for row in whole if row["length"] > 40]
+        assert 0 < len(long) < 12
+        with pytest.raises(UserError, match=rf"--overlong error: {len(long)} are too long.*{data_file}:2 \(id c1\)"):
+            build(data_file, tokenizer, tmp_path, overlong="error", max_length=40)
+        assert [record["id"] for record in rejected(tmp_path)] == long
+
+
+class TestEvaluation:
+    """Evaluation data is taken off the training data, or read from files of its own."""
+
+    @pytest.mark.parametrize(("eval_split", "count"), [(0.25, 3), (0.5, 6), (1, 1), (5, 5), (11, 11)])
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_split(
+        self,
+        eval_split: float,
+        count: int,
+        lazy: bool,
+        data_file: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+    ) -> None:
+        """Every conversation is on one side."""
+        dataset = build(data_file, tokenizer, tmp_path, eval_split=eval_split, lazy_preprocess=lazy)
+        sides = {name: list(part.with_format(None)["id"]) for name, part in dataset.items()}
+        assert list(sides) == ["train", "eval"]
+        assert len(sides["eval"]) == count
+        assert sorted(sides["train"] + sides["eval"]) == sorted(f"c{i}" for i in range(12))
+        assert all(set(row) >= {"input_ids", "labels"} for part in dataset.values() for row in part)
+
+    def test_split_follows_the_seed(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        taken = [
+            tuple(build(data_file, tokenizer, tmp_path, eval_split=5, seed=seed)["eval"]["id"]) for seed in (1, 1, 2, 3)
+        ]
+        assert taken[0] == taken[1]
+        assert len({frozenset(ids) for ids in taken}) > 1
+
+    @pytest.mark.parametrize("eval_split", [12, 13, 0.01])
+    def test_split_that_leaves_a_side_empty(
+        self, eval_split: float, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match=f"--eval_split {eval_split}: .* 12 conversations"):
+            build(data_file, tokenizer, tmp_path, eval_split=eval_split)
+
+    def test_split_is_rounded_down(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        parts = build(data_file, tokenizer, tmp_path, eval_split=0.95)
+        assert (len(parts["train"]), len(parts["eval"])) == (1, 11)
+
+    def test_eval_data_path(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        train = write(tmp_path / "train.jsonl", sharegpt(HI, "t"), "{broken")
+        held_out = write(tmp_path / "eval.jsonl", sharegpt(FORGED, "forged"), sharegpt(HI, "e"))
+        dataset = build(train, tokenizer, tmp_path, eval_data_path=[str(held_out), str(data_file)])
+        assert list(dataset) == ["train", "eval"]
+        assert list(dataset["train"]["id"]) == ["t"]
+        assert list(dataset["eval"]["id"]) == ["e", *(f"c{i}" for i in range(12))]
+        assert rows(dataset["train"]) == rows(dataset["eval"])[:1]
+        places = [(record["file"], record["line"]) for record in rejected(tmp_path)]
+        assert places == [(str(train), 2), (str(held_out), 1)]
+
+    def test_bad_eval_data_is_refused_by_its_own_flag(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        held_out = write(tmp_path / "eval.jsonl", "{broken")
+        with pytest.raises(UserError, match=r"^--eval_data_path: 1 of 1"):
+            build(data_file, tokenizer, tmp_path, eval_data_path=[str(held_out)])
+        held_out = write(tmp_path / "eval.json", "{broken")
+        with pytest.raises(UserError, match=f"^--eval_data_path {held_out}: not valid JSON"):
+            build(data_file, tokenizer, tmp_path, eval_data_path=[str(held_out)])
+
+
+class TestPreprocessing:
+    """However the work is done, the rows are the same."""
+
+    @pytest.mark.parametrize(("conv_template", "max_length"), [("auto", 40), ("vicuna", 110)])
+    def test_lazy_rows_equal_eager_rows(
+        self, conv_template: str, max_length: int, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        options: dict[str, Any] = {"conv_template": conv_template, "max_length": max_length}
+        eager = build(data_file, tokenizer, tmp_path, **options)["train"]
+        lazy = build(data_file, tokenizer, tmp_path, lazy_preprocess=True, **options)["train"]
+        assert any(row["full_length"] > row["length"] for row in eager)
+        columns = set(ROW_FEATURES)
+        assert [{name: row[name] for name in columns} for row in eager] == list(lazy)
+        assert lazy[3:5]["input_ids"] == eager[3:5]["input_ids"]
+
+    def test_lazy_row_that_is_found_wrong(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its place is kept, with nothing in it to learn, and said to be so."""
+        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
+        train = build(path, tokenizer, tmp_path, lazy_preprocess=True)["train"]
+        assert len(train) == 2
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            row = train[1]
+        assert (row["input_ids"], row["labels"]) == ([tokenizer.pad_token_id], [IGNORE_INDEX])
+        assert f"{path}:2: not learnt: message 1: contains the special token" in caplog.text
+        assert spoken(train[0], tokenizer) == "Hello<|im_end|>"
+
+    def test_workers_give_the_same_rows(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        bad = write(tmp_path / "bad.jsonl", sharegpt(HI), sharegpt(FORGED), sharegpt(HI))
+        alone = build([data_file, bad], tokenizer, tmp_path)["train"].to_list()
+        listed = rejected(tmp_path)
+        assert len(alone) == 14
+        assert build([data_file, bad], tokenizer, tmp_path, preprocessing_num_workers=2)["train"].to_list() == alone
+        assert rejected(tmp_path) == listed
+
+    @pytest.mark.parametrize("workers", [None, 2])
+    def test_workers_do_the_work(
+        self,
+        workers: int | None,
+        data_file: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def note_process(*args: Any, **kwargs: Any) -> Any:
+            (tmp_path / "processes" / str(os.getpid())).touch()
+            return tokenize_batch(*args, **kwargs)
+
+        (tmp_path / "processes").mkdir()
+        monkeypatch.setattr("fastchat_qlora.data.preprocessing.tokenize_batch", note_process)
+        build(data_file, tokenizer, tmp_path, preprocessing_num_workers=workers)
+        processes = {path.name for path in (tmp_path / "processes").iterdir()}
+        if workers:
+            assert len(processes - {str(os.getpid())}) == workers
+        else:
+            assert processes == {str(os.getpid())}
+
+    def test_summary(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Read, rejected, shortened, tokens, supervised share and longest, in one message."""
+        bad = write(tmp_path / "bad.jsonl", sharegpt(FORGED), "{broken")
+        with caplog.at_level(logging.INFO):
+            train = build([data_file, bad], tokenizer, tmp_path, max_length=44)["train"]
+        tokens, supervised = sum(train["length"]), sum(train["supervised"])
+        shortened = sum(row["full_length"] > 44 for row in train)
+        assert shortened
+        [summary] = [record.getMessage() for record in caplog.records if " read, " in record.getMessage()]
+        assert summary.splitlines()[0] == (
+            f"--data_path: 14 read, 2 rejected, {shortened} shortened; {tokens} tokens, "
+            f"{supervised / tokens:.0%} of them learnt; longest {max(train['full_length'])} tokens."
+        )
+        assert "rejected 1: contains the special token" in summary
+        assert "rejected 1: not a line of JSON" in summary
+
+
+class TestTemplate:
+    """The chat template that is saved afterwards is the one that was used, and serves the same ids."""
+
+    def assert_serves(self, row: dict[str, Any], turns: list[tuple[str, str]], tokenizer: Any) -> None:
+        roles = {"human": "user", "gpt": "assistant", "system": "system"}
+        messages = [{"role": roles[role], "content": said} for role, said in turns]
+        assert tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == row["input_ids"]
+
+    @pytest.mark.parametrize("own", [CHATML, None], ids=["has a template", "has none"])
+    @pytest.mark.parametrize("conv_template", ["auto", "vicuna"])
+    def test_template_used_is_kept(
+        self,
+        own: str | None,
+        conv_template: str,
+        data_file: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        tokenizer.chat_template = own
+        with caplog.at_level(logging.INFO):
+            train = build(data_file, tokenizer, tmp_path, conv_template=conv_template)["train"]
+        kept = own and conv_template == "auto"
+        assert tokenizer.chat_template == (own if kept else get_template("vicuna").to_jinja(add_bos=False))
+        assert ("the tokenizer's chat template" if kept else "the vicuna template") in caplog.text
+        for row, turns in zip(train, CONVERSATIONS * 3, strict=True):
+            self.assert_serves(row, turns, tokenizer)
+        tokenizer.save_pretrained(tmp_path / "saved")
+        saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+        self.assert_serves(train[3], CONVERSATIONS[3], saved)
+
+    @pytest.mark.parametrize("own", ["{{ bos_token }}" + CHATML, None], ids=["written by the template", "vicuna"])
+    def test_one_bos(self, own: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """From wherever it comes, even where tokenizer and template both write one; it is not learnt."""
+        path = write(tmp_path / "a.jsonl", sharegpt([("system", "Be kind."), *HI]), sharegpt(HI * 2))
+        add_bos(tokenizer).chat_template = own
+        train = build(path, tokenizer, tmp_path)["train"]
+        for row, turns in zip(train, [[("system", "Be kind."), *HI], HI * 2], strict=True):
+            assert row["input_ids"].index(tokenizer.bos_token_id) == 0
+            assert row["input_ids"].count(tokenizer.bos_token_id) == 1
+            assert row["labels"][0] == IGNORE_INDEX
+            self.assert_serves(row, turns, tokenizer)
+
+    def test_no_bos_where_the_tokenizer_puts_none(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """As SmolLM2's tokenizer: it has a BOS token and does not put it in front."""
+        tokenizer.bos_token = "<|im_start|>"
+        train = build(data_file, tokenizer, tmp_path, conv_template="vicuna")["train"]
+        assert tokenizer.bos_token_id not in train[0]["input_ids"]
+        self.assert_serves(train[0], CONVERSATIONS[0], tokenizer)
+
+
+class TestCollator:
+    """Rows of one batch get one length; what is added is neither seen nor learnt."""
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_padding(self, side: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        """The mask goes by length: both rows hold the padding token itself and keep seeing it."""
+        tokenizer.padding_side = side
+        pad = tokenizer.pad_token_id
+        rows: list[dict[str, Any]] = [
+            {"input_ids": [5, pad, pad], "labels": [-100, pad, pad], "id": "ignored", "reason": ""},
+            {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
+        ]
+        batch = Collator(tokenizer)(rows)
+        assert list(batch) == ["input_ids", "attention_mask", "labels"]
+        width = batch["input_ids"].shape[1]
+        assert width >= 5
+        for i, row in enumerate(rows):
+            filling = width - len(row["input_ids"])
+            for name, values, filler in (
+                ("input_ids", row["input_ids"], pad),
+                ("attention_mask", [1] * len(row["input_ids"]), 0),
+                ("labels", row["labels"], IGNORE_INDEX),
+            ):
+                added = [filler] * filling
+                assert batch[name][i].tolist() == (values + added if side == "right" else added + values)
+
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_rows_of_a_dataset(
+        self, lazy: bool, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        train = build(data_file, tokenizer, tmp_path, lazy_preprocess=lazy)["train"]
+        batch = Collator(tokenizer)([train[i] for i in range(4)])
+        lengths = [len(train[i]["input_ids"]) for i in range(4)]
+        assert len({tuple(tensor.shape) for tensor in batch.values()}) == 1
+        assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+        for i, length in enumerate(lengths):
+            assert batch["input_ids"][i, :length].tolist() == train[i]["input_ids"]
+            assert batch["labels"][i, :length].tolist() == train[i]["labels"]
+            assert set(batch["labels"][i, length:].tolist()) <= {IGNORE_INDEX}
+
+    def test_as_wide_as_the_longest_row_rounded_up_to_eight(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        for longest, width in ((5, 8), (8, 8), (9, 16)):
+            rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (2, longest)]
+            assert {tuple(tensor.shape) for tensor in Collator(tokenizer)(rows).values()} == {(2, width)}

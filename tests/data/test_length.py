@@ -1,0 +1,84 @@
+"""A conversation that is too long keeps whole turns."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.data.length import truncate
+from fastchat_qlora.data.tokenization import IGNORE_INDEX, TokenizedConversation
+
+END = 2
+
+
+def conversation(*turns: tuple[int, int], tail: int = 0) -> TokenizedConversation:
+    """Turns of (tokens of the prompt, tokens of the answer with its end token), then a tail that is not learnt."""
+    ids: list[int] = []
+    labels: list[int] = []
+    ends = []
+    for prompt, answer in turns:
+        asked = [100 + len(ids) + i for i in range(prompt)]
+        said = [100 + len(ids) + prompt + i for i in range(answer - 1)] + [END]
+        ids += asked + said
+        labels += [IGNORE_INDEX] * prompt + said
+        ends.append(len(ids))
+    rest = [100 + len(ids) + i for i in range(tail)]
+    return TokenizedConversation(ids + rest, labels + [IGNORE_INDEX] * tail, ends)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "kept", "turn_ends"),
+    [
+        (99, 13, [5, 10]),  # all of it, the tail too
+        (13, 13, [5, 10]),
+        (12, 10, [5, 10]),  # a cut tail would be a question without an answer
+        (10, 10, [5, 10]),
+        (9, 5, [5]),  # the second turn does not fit
+        (5, 5, [5]),
+    ],
+)
+def test_whole_turns_are_kept(max_length: int, kept: int, turn_ends: list[int]) -> None:
+    tokens = conversation((3, 2), (2, 3), tail=3)
+    assert truncate(tokens, max_length) == (tokens.input_ids[:kept], tokens.labels[:kept], turn_ends)
+
+
+def test_first_turn_is_cut_inside_and_does_not_end() -> None:
+    tokens = conversation((3, 4), (1, 2))
+    assert truncate(tokens, 6) == ([100, 101, 102, 103, 104, 105], [IGNORE_INDEX] * 3 + [103, 104, 105], [6])
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3])
+def test_nothing_left_is_rejected(max_length: int) -> None:
+    with pytest.raises(RejectedRecord, match=f"nothing the assistant says .* first {max_length} tokens"):
+        truncate(conversation((3, 4)), max_length)
+
+
+@given(
+    turns=st.lists(st.tuples(st.integers(1, 6), st.integers(2, 6)), min_size=1, max_size=4),
+    tail=st.integers(0, 4),
+    max_length=st.integers(1, 50),
+)
+def test_what_is_kept_is_a_beginning_with_something_to_learn(
+    turns: list[tuple[int, int]], tail: int, max_length: int
+) -> None:
+    tokens = conversation(*turns, tail=tail)
+    prompt, answer = turns[0]
+    try:
+        kept = truncate(tokens, max_length)
+    except RejectedRecord:
+        assert max_length <= prompt
+        return
+    length = len(kept.input_ids)
+    assert length <= max_length
+    assert kept.input_ids == tokens.input_ids[:length]
+    assert kept.labels == tokens.labels[:length]
+    assert any(label != IGNORE_INDEX for label in kept.labels)
+    assert kept.turn_ends == ([end for end in tokens.turn_ends if end <= length] or [length])
+    if max_length >= len(tokens.input_ids):
+        assert kept == tokens
+    elif max_length >= prompt + answer:
+        assert kept.input_ids[-1] == END
+        assert not [end for end in tokens.turn_ends if length < end <= max_length]  # no more turns would have fitted
+    else:
+        assert length == max_length
+        assert END not in kept.labels

@@ -1,0 +1,262 @@
+"""The whole run in one process on a two-layer model, through the front door."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastchat_qlora.arguments import parse_args
+from fastchat_qlora.cli import main
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading import keep_cpu_weights_trainable
+from fastchat_qlora.training import run
+from fastchat_qlora.training.trainer import LoraTrainer
+
+EXPECTED_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train_results.json",
+    "trainer_state.json",
+    "training_args.json",
+}
+
+
+def command(model: Path, data: Path, output: Path, **flags: object) -> list[str]:
+    """A command line of ten quick steps; `flags` win."""
+    defaults: dict[str, object] = {
+        "model_name_or_path": model,
+        "data_path": data,
+        "output_dir": output,
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return [text for name, value in (defaults | flags).items() for text in (f"--{name}", *str(value).split())]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The live trainer of a run, and its model's tensors before the first step."""
+    kept: dict[str, object] = {}
+
+    class Watched(LoraTrainer):
+        def train(self, *args: object, **kwargs: object) -> object:
+            kept["trainer"] = self
+            kept["before"] = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(run, "LoraTrainer", Watched)
+    return kept
+
+
+def train(arguments: list[str]) -> Path:
+    return run.train(parse_args(arguments))
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"bf16": True},
+        {"q_lora": True},
+        {"q_lora": True, "bf16": True},
+        {"q_lora": True, "bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"lora_target_modules": "all-linear", "use_dora": True},
+        {"use_rslora": True, "lora_bias": "lora_only"},
+        {"lora_bias": "all", "bf16": True},
+        {"lora_bias": "all", "bf16": True, "q_lora": True},
+        {"modules_to_save": "lm_head", "bf16": True},
+        {"load_in_8bit": True, "bf16": True},
+        {"lazy_preprocess": True, "padding_side": "left"},
+        {"conv_template": "vicuna", "init_lora_weights": "gaussian"},
+    ],
+    ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()) or "default",
+)
+def test_only_the_adapter_changes(
+    flags: dict[str, object], model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
+) -> None:
+    output = train(command(model_folder, data_file, tmp_path / "out", **flags))
+    trainer, before = seen["trainer"], seen["before"]
+    for name, parameter in trainer.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == parameter.requires_grad, f"{name} {'moved' if moved else 'did not move'}"
+    assert {path.name for path in output.iterdir()} == EXPECTED_FILES
+    saved = load_file(output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert len(saved) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    history = losses(output)
+    assert len(history) == 10 and history[-1] < history[0]
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
+def test_plain_peft_gives_the_trained_models_logits(
+    quantised: bool, model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
+) -> None:
+    flags = {"q_lora": True} if quantised else {}
+    output = train(command(model_folder, data_file, tmp_path / "out", lora_target_modules="all-linear", **flags))
+    live = seen["trainer"].model.eval()
+    base = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, quantization_config=live.config.quantization_config if quantised else None
+    )
+    keep_cpu_weights_trainable(base)  # bitsandbytes' inference kernel on the CPU rounds to bf16; see loading.py
+    untrained = base(input_ids=torch.arange(3, 40)[None]).logits
+    loaded = PeftModel.from_pretrained(base, output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("Who are you? I'm Pellico.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        difference = (live(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max()
+        changed = (untrained - loaded(input_ids=torch.arange(3, 40)[None]).logits).abs().max()
+    assert difference < 1e-4
+    assert changed > 1e-2, "the adapter does something"
+
+
+def test_results_count_real_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    output = train(command(model_folder, data_file, tmp_path / "out", max_steps=-1, num_train_epochs=2))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    records = json.loads(data_file.read_text(encoding="utf-8"))
+    roles = {"human": "user", "gpt": "assistant"}
+    real = supervised = 0
+    for record in records:
+        messages = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        real += len(tokenizer(text, add_special_tokens=False).input_ids)
+        answers = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+        supervised += sum(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
+    results = json.loads((output / "train_results.json").read_text())
+    assert (results["tokens"], results["supervised_tokens"]) == (2 * real, 2 * supervised)
+    assert results["tokens_per_second"] > results["supervised_tokens_per_second"] > 0
+    assert results["peak_memory_mib"] > 100
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    same = {"lora_dropout": 0, "max_steps": 4, "seed": 3}
+    whole = train(command(model_folder, data_file, tmp_path / "a", per_device_train_batch_size=4, **same))
+    parts = train(
+        command(
+            *(model_folder, data_file, tmp_path / "b"),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            **same,
+        )
+    )
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    tensors = load_file(whole / "adapter_model.safetensors")
+    for name, tensor in load_file(parts / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_is_a_mean_over_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """The same whatever the batches, and kept in the results."""
+    results = []
+    for batch in (1, 3):
+        output = tmp_path / str(batch)
+        flags = {"eval_split": 4, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": batch}
+        train(command(model_folder, data_file, output, q_lora=True, **flags))
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        assert len(evaluated) == 3 and evaluated[-1] < evaluated[0], "two in training, one at the end, and it learns on"
+        assert json.loads((output / "train_results.json").read_text())["eval_loss"] == evaluated[-1]
+        results.append(evaluated)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(
+    model_folder: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "lr_scheduler_type": "constant"}
+    straight = train(command(model_folder, data_file, tmp_path / "straight", **flags))
+    stopped = tmp_path / "stopped"
+    train(command(model_folder, data_file, stopped, **flags | {"max_steps": 4}))
+    (stopped / "checkpoint-9").mkdir()  # torn: a later number with nothing in it
+    train(command(model_folder, data_file, stopped, **flags))
+    assert len(losses(stopped)) == 8 and losses(stopped) == losses(straight)
+    expected = load_file(straight / "adapter_model.safetensors")
+    for name, tensor in load_file(stopped / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    arguments = command(model_folder, data_file, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=2)
+    output = train(arguments)
+    names = ("adapter_model.safetensors", "train_results.json", "trainer_state.json")
+    before = {name: (output / name).read_bytes() for name in names}
+    train(arguments)
+    assert {name: (output / name).read_bytes() for name in names} == before
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_quantised_biases_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """bitsandbytes keeps them in the compute dtype, whatever they are turned to."""
+    flags = {"lora_bias": "all", "bf16": True, "q_lora": True, "save_strategy": "steps", "save_steps": 2}
+    train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=2))
+    train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=4))
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT would only warn, and train the missing ones from random values."""
+    first = train(command(model_folder, data_file, tmp_path / "first", max_steps=1))
+    path = first / "adapter_model.safetensors"
+    save_file({name.replace("layers.1", "blocks.1"): tensor for name, tensor in load_file(path).items()}, path)
+    code = main(["train", *command(model_folder, data_file, tmp_path / "second", lora_weight_path=first)])
+    assert code == 1 and "4 tensors are not in it" in capsys.readouterr().err
+
+
+def test_label_smoothing_counts(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    first = [
+        losses(
+            train(command(model_folder, data_file, tmp_path / f"{share}", label_smoothing_factor=share, max_steps=1))
+        )
+        for share in (0, 0.3)
+    ]
+    assert first[0] != first[1]
+
+
+def test_an_unlogged_end_is_logged(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    output = train(command(model_folder, data_file, tmp_path / "out", logging_steps=500, max_steps=3))
+    results = json.loads((output / "train_results.json").read_text())
+    assert losses(output) == pytest.approx([results["train_loss"]])
+
+
+def test_a_checkpoint_asked_for_must_be_there(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--resume_from_checkpoint"):
+        train(command(model_folder, data_file, tmp_path / "out", resume_from_checkpoint=True))
+
+
+def test_exit_code_of_a_run_that_cannot_learn(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of zero trains nothing: the saved adapter fails its check."""
+    code = main(["train", *command(model_folder, data_file, tmp_path / "out", learning_rate=0, max_steps=2)])
+    assert code == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_vicuna_template_is_saved_and_serves_as_it_was_trained(
+    model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
+) -> None:
+    output = train(command(model_folder, data_file, tmp_path / "out", conv_template="vicuna", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
+    trained = seen["trainer"].train_dataset[0]["input_ids"]
+    assert trained[: len(prompt)] == prompt
