@@ -30,6 +30,9 @@ ATTENTION = (
     "flash_attention_3",
     "flash_attention_4",
 )
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+DATA_SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
+COMPRESSED = (".gz", ".zst")
 HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
 
 
@@ -151,13 +154,7 @@ def _check_data(values: argparse.Namespace) -> list[str]:
     problems = []
     for flag in ("data_path", "eval_data_path"):
         for name in getattr(values, flag) or []:
-            path = Path(name).expanduser()
-            if not name or not _exists(path):
-                problems.append(f"--{flag} {name}: no such file; give a .json or .jsonl file of conversations")
-            elif path.is_dir():
-                problems.append(f"--{flag} {name}: is a folder; give .json or .jsonl files in it")
-            elif path.stat().st_size == 0:
-                problems.append(f"--{flag} {name}: the file is empty; it must hold conversations")
+            problems += _check_data_path(flag, name)
     if values.lazy_preprocess and values.overlong != "truncate":
         problems.append(
             f"--lazy_preprocess True and --overlong {values.overlong}: rows are not measured beforehand then; drop one"
@@ -167,6 +164,36 @@ def _check_data(values: argparse.Namespace) -> list[str]:
     if values.eval_split and values.eval_data_path:
         problems.append("--eval_split and --eval_data_path: two sources of evaluation data; choose one")
     return problems
+
+
+def without_compression(name: str) -> str:
+    """A file's name in small letters, without .gz or .zst."""
+    name = name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file of that name is one of conversations."""
+    return without_compression(name).endswith(DATA_SUFFIXES)
+
+
+def _check_data_path(flag: str, name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if name and _exists(path):
+        is_empty = path.is_file() and path.stat().st_size == 0
+        return [f"--{flag} {name}: the file is empty; it must hold conversations"] * is_empty
+    hub_name, _, split = name.partition(":")
+    if split and _exists(Path(hub_name)):  # a dataset repository's folder
+        return []
+    looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
+    if not name or looks_local or len(name) > HUB_NAME_LIMIT:
+        return [
+            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file of conversations, a folder, or a hub "
+            "dataset such as org/name or org/name:split"
+        ]
+    return []
 
 
 def _check_folders(values: argparse.Namespace) -> list[str]:

@@ -42,9 +42,14 @@ class ModelArguments:
 class DataArguments:
     """The conversations to learn from."""
 
-    data_path: list[str] = field(metadata={"help": "ShareGPT files, .json (an array) or .jsonl; one or several."})
+    data_path: list[str] = field(
+        metadata={
+            "help": "ShareGPT, OpenAI or Alpaca records: .json, .jsonl or .parquet files (also .gz, .zst), folders, or "
+            "hub datasets (name or name:split); one or several."
+        }
+    )
     eval_data_path: list[str] | None = field(
-        default=None, metadata={"help": "Files of conversations to evaluate on; same formats."}
+        default=None, metadata={"help": "Conversations to evaluate on; same formats."}
     )
     eval_split: float = field(
         default=0.0,
@@ -59,18 +64,22 @@ class DataArguments:
             "help": "Prompt template by name; auto takes the tokenizer's chat template if it has one, else vicuna."
         },
     )
-    overlong: Literal["truncate", "drop", "error"] = field(
+    train_on: Literal["assistant", "last", "all"] = field(
+        default="assistant",
+        metadata={"help": "What is learnt: every answer of the assistant, only the last one, or every token."},
+    )
+    overlong: Literal["truncate", "drop", "split", "error"] = field(
         default="truncate",
         metadata={
             "help": "A conversation longer than model_max_length: cut after its last whole assistant turn that fits, "
-            "drop it, or stop with the list."
+            "drop it, split it into several with the same system message, or stop with the list."
         },
     )
     max_rejected: float = field(
         default=0.05, metadata={"help": "Share of records that may be rejected before the run refuses to start."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; none are started by default."}
+        default=None, metadata={"help": "Processes that tokenise; by default as the cores and the data ask for."}
     )
 
 
@@ -79,7 +88,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     """transformers' TrainingArguments with FastChat's defaults and additions."""
 
     output_dir: str = field(metadata={"help": "Folder for the adapter and the checkpoints."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for model and tokenizer downloads."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for downloads and for tokenised data."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, by its transformers name."})
     remove_unused_columns: bool = field(
         default=False,

@@ -1,89 +1,273 @@
-"""Messages -> segments through a tokenizer's own chat template, which is a program and has to be watched."""
+"""Messages -> segments through a tokenizer's own chat template, which is a program and has to be watched.
 
+What a server shows the model before an answer is the template applied to the messages before it, with the generation
+prompt. So an answer may be learnt from a text only if that text, up to the answer, is what the server would show. Most
+templates only ever append, and one text holds all answers. Some rewrite earlier turns once a later one follows (they
+drop reasoning, move the system message); then the conversation becomes several texts, as it would on a server.
+
+`{% generation %}` markers are not needed and change nothing: what the assistant says is found by rendering.
+"""
+
+import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
+
+PROBE = "\ue000"  # characters of private use, which stand in for contents
+PROBE_END = "\ue001"
+PROBES = re.compile(f"{PROBE}(\\d+){PROBE_END}")
+MOST_OUTLINES = 2_000
 
 
-def render_chat_template(messages: Sequence[Message], tokenizer: Any, special: re.Pattern[str]) -> list[Segment]:
-    """Render a conversation turn by turn and mark what the assistant says.
+class Turn(NamedTuple):
+    """An assistant's message in the text that ends with it.
 
-    The prompt of an answer is the text up to it with the generation prompt, as a serving program would send it. The
-    answer is what the template adds for the assistant's message, up to the special token that ends it. This needs a
-    template that only ever appends; one that rewrites what it wrote before is found out and the record rejected.
+    Attributes:
+        index: of the message.
+        text: the conversation up to and with this message.
+        start: where the model begins to speak in it.
+        end: behind the token that ends the turn.
+    """
+
+    index: int
+    text: str
+    start: int
+    end: int
+
+
+class Row(NamedTuple):
+    """One text to train on.
+
+    Attributes:
+        count: how many messages are rendered in it.
+        text: the text.
+        turns: the assistant's turns that stand in it as a server would have shown them.
+    """
+
+    count: int
+    text: str
+    turns: list[Turn]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A part of an outline: fixed text, or the place of a message's content.
+
+    `turn` is the message whose turn the part belongs to; `ends` says that the turn ends with it.
+    """
+
+    text: str
+    index: int = -1
+    turn: int = -1
+    ends: bool = False
+
+
+class Outline(NamedTuple):
+    """A row of all conversations with the same sequence of roles: what the template writes around the contents."""
+
+    count: int
+    slots: list[Slot]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
 
     Args:
-        messages: one conversation.
         tokenizer: a tokenizer with a chat template.
         special: matches each special token of the tokenizer.
-
-    Raises:
-        RejectedRecord: the template refuses the conversation, does not render it turn by turn or changes an answer.
     """
-    whole = _apply(tokenizer, messages)
-    segments: list[Segment] = []
-    position = 0
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        answered = _apply(tokenizer, messages[: i + 1])
-        start, end = _find_answer(tokenizer, messages[: i + 1], answered, special)
-        if not whole.startswith(answered) or start < position:
-            raise RejectedRecord(f"message {i}: the chat template does not render this conversation turn by turn")
-        segments += [Segment(whole[position:start]), Segment(whole[start:end], supervised=True)]
-        position = end
-    segments.append(Segment(whole[position:]))
-    return [segment for segment in segments if segment.text]
 
+    def __init__(self, tokenizer: Any, special: re.Pattern[str]) -> None:
+        self.tokenizer = tokenizer
+        self.special = special
+        self.marks = _marks(tokenizer.chat_template)
+        self.outlines: dict[str, list[Outline] | None] = {}
+        self.renderings: dict[tuple[str, bool, bool], str] = {}
 
-def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except Exception as error:  # a template is a program: it may fail in any way
-        raise RejectedRecord(f"the chat template refuses the conversation: {error}") from error
-    return str(text)
+    def render(self, conversation: Conversation, learnt: Sequence[int]) -> list[list[Segment]]:
+        """Render a conversation as one or several texts in segments, each learnt answer in one of them.
 
+        Args:
+            conversation: the messages.
+            learnt: indices of the assistant's messages to learn.
 
-def _find_answer(
-    tokenizer: Any, messages: Sequence[Message], answered: str, special: re.Pattern[str]
-) -> tuple[int, int]:
-    """Start and end of the last message, an assistant's, in `answered`: blanks, its content, and what ends the turn.
+        Raises:
+            RejectedRecord: the template refuses the conversation, leaves something out or changes what is said.
+        """
+        wanted = set(learnt)
+        messages = conversation.messages
+        if not conversation.tools and all(message.is_plain for message in messages):
+            if not any(self.marks.search(message.content) for message in messages):
+                rows = self._by_outline(messages, wanted)
+                if rows is not None:
+                    return rows
+        checked = self._checked_rows(messages, conversation.tools, wanted)
+        return [list(_segments(row, wanted)) for row in checked]
 
-    It starts behind the generation prompt. Where that is no part of a finished turn (it may open a thought that an
-    answer need not have), it starts where the rendering begins to depend on the content.
-    """
-    *before, message = messages
-    start = len(prompt := _apply(tokenizer, before, add_generation_prompt=True))
-    if not answered.startswith(prompt):
-        probe = _apply(tokenizer, [*before, Message("assistant", PROBE)])
-        start = next((i for i, (a, b) in enumerate(zip(answered, probe, strict=False)) if a != b), len(probe))
-    content_end = _content_end(answered, start, message.content)
-    if content_end is None:
+    def _by_outline(self, messages: Sequence[Message], wanted: set[int]) -> list[list[Segment]] | None:
+        """The fast way: what is known of this sequence of roles, confirmed by rendering the conversation itself."""
+        roles = " ".join(message.role for message in messages)
+        key = f"{roles} {sorted(wanted)}" if len(wanted) < _answers(messages) else roles
+        if key not in self.outlines:
+            if len(self.outlines) >= MOST_OUTLINES:
+                self.outlines.clear()
+                self.renderings.clear()
+            self.outlines[key] = self._make_outlines(messages, wanted)
+        outlines = self.outlines[key]
+        if outlines is None:
+            return None
+        rows = []
+        for outline in outlines:
+            text = self._apply(messages[: outline.count], ())
+            segments = _fill(outline, [message.content for message in messages], wanted, text)
+            if segments is None:
+                return None
+            rows.append(segments)
+        return rows
+
+    def _make_outlines(self, messages: Sequence[Message], wanted: set[int]) -> list[Outline] | None:
+        probes = [Message(message.role, f"{PROBE}{i}{PROBE_END}") for i, message in enumerate(messages)]
+        try:
+            rows = self._checked_rows(probes, (), wanted, remember=True)
+        except RejectedRecord:  # the conversation itself shall say why
+            return None
+        return [_outline(row) for row in rows]
+
+    def _checked_rows(
+        self, messages: Sequence[Message], tools: Sequence[Any], wanted: set[int], remember: bool = False
+    ) -> list[Row]:
+        """The careful way: every answer is rendered as a server would have seen it."""
+        render = self._remembering(messages) if remember else self._rendering(messages, tools)
+        turns = [self._find_turn(messages, i, render) for i, message in enumerate(messages) if message.role == "assistant"]
+        whole = render(len(messages), False, False)
+        rows: list[Row] = []
+        while turns and any(turn.index in wanted for turn in turns):
+            while turns[-1].index not in wanted:
+                turns.pop()
+            last = turns[-1]
+            appended = not rows and whole.startswith(last.text[: last.end])
+            count, text = (len(messages), whole) if appended else (last.index + 1, last.text)
+            together = [turn for turn in turns if text.startswith(turn.text[: turn.end])]
+            rows.append(Row(count, text, together))
+            turns = [turn for turn in turns if turn not in together]
+        for row in rows:
+            _check_nothing_left_out(messages[: row.count], row.text)
+        return rows[::-1]
+
+    def _rendering(self, messages: Sequence[Message], tools: Sequence[Any]) -> Callable[[int, bool, bool], str]:
+        def render(count: int, prompt: bool, probe: bool) -> str:
+            shown = list(messages[:count])
+            if probe:
+                shown[-1] = Message("assistant", PROBE)
+            return self._apply(shown, tools, prompt)
+
+        return render
+
+    def _remembering(self, messages: Sequence[Message]) -> Callable[[int, bool, bool], str]:
+        """Longer conversations begin as shorter ones do; what was rendered for one is not rendered again."""
+        plain = self._rendering(messages, ())
+
+        def render(count: int, prompt: bool, probe: bool) -> str:
+            key = (" ".join(message.role for message in messages[:count]), prompt, probe)
+            if key not in self.renderings:
+                self.renderings[key] = plain(count, prompt, probe)
+            return self.renderings[key]
+
+        return render
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message.to_template() for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise RejectedRecord(f"the chat template refuses the conversation: {error}") from error
+        return str(text)
+
+    def _find_turn(self, messages: Sequence[Message], index: int, render: Callable[[int, bool, bool], str]) -> Turn:
+        message = messages[index]
+        answered = render(index + 1, False, False)
+        probe = render(index + 1, False, True)
+        prompt = render(index, True, False) if index else ""
+        place = probe.rfind(PROBE)
+        if place < 0:
+            raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
+        ending = probe[place + len(PROBE) :]
+        if message.reasoning or message.tool_calls:
+            start = len(prompt) if answered.startswith(prompt) else _common(answered, probe)
+            end = self._structured_end(answered, start, ending, index)
+            _check_structure(message, answered[start:end], index)
+            return Turn(index, answered, start, end)
+        # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
+        # is often part of the first token.
+        start = len(prompt) if probe.startswith(prompt) and not probe[len(prompt) : place].strip() else place
+        for content in _variants(message.content):
+            if answered == probe[:place] + content + ending:
+                end = _turn_end(answered, place + len(content), self.special, index)
+                return Turn(index, answered, start, end)
+        return self._reasoned_turn(message, index, answered, prompt, ending)
+
+    def _reasoned_turn(self, message: Message, index: int, answered: str, prompt: str, ending: str) -> Turn:
+        """An answer whose text holds its reasoning in tags that the template lays out anew: only blanks may differ."""
+        content_end = len(answered) - len(ending)
+        said = message.content
+        if opening := re.match(r"\s*(<[^<>\s]+>|\[[A-Z]+\])", said):
+            if prompt.rstrip().endswith(opening.group(1)):  # the prompt has said that already
+                said = said[opening.end() :]
+        if answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
+            if "".join(answered[len(prompt) : content_end].split()) == "".join(said.split()):
+                return Turn(index, answered, len(prompt), _turn_end(answered, content_end, self.special, index))
         raise RejectedRecord(
-            f"message {len(before)}: the chat template changes the answer's text, or writes more before it than "
+            f"message {index}: the chat template changes the answer's text, or writes more before it than "
             "its generation prompt"
         )
-    return start, _turn_end(answered, content_end, special, len(before))
+
+    def _structured_end(self, answered: str, start: int, ending: str, index: int) -> int:
+        if answered.endswith(ending) and len(answered) - len(ending) >= start:
+            return _turn_end(answered, len(answered) - len(ending), self.special, index)
+        last = None
+        for last in self.special.finditer(answered, start):
+            pass
+        if last is None or answered[last.end() :].strip():
+            raise RejectedRecord(f"message {index}: the chat template ends the turn with no special token to stop at")
+        return last.end()
 
 
-PROBE = "\ue000"  # a character of private use, with which no answer begins
+def _answers(messages: Sequence[Message]) -> int:
+    return sum(message.role == "assistant" for message in messages)
 
 
-def _content_end(text: str, start: int, content: str) -> int | None:
-    """Where `content` ends in `text` if it stands at `start`, perhaps behind blanks; many templates trim it."""
-    rest = text[start:]
-    blanks = len(rest) - len(rest.lstrip())
-    for spoken in (content, content.strip()):
-        lead = max(0, blanks - (len(spoken) - len(spoken.lstrip())))
-        if rest.startswith(spoken, lead):
-            return start + lead + len(spoken)
-    return None
+def _marks(template: Any) -> re.Pattern[str]:
+    """Matches what a template may look for in contents: the tags among its string literals, such as </think>.
+
+    Conversations that hold one are rendered the careful way, since the template may treat them differently.
+    """
+    source = template if isinstance(template, str) else json.dumps(template)
+    literals = {match.group(2) for match in re.finditer(r"""(['"])((?:\\.|(?!\1).)*)\1""", source, re.DOTALL)}
+    parts = {part for literal in literals for part in re.split(r"\\n|\s+", literal) if re.search(r"[<\[{|]", part)}
+    parts = {part for part in parts if 1 < len(part) < 60 and "\\" not in part}
+    return re.compile("|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True)) or r"(?!)")
+
+
+def _variants(content: str) -> Iterator[str]:
+    """What templates make of a content: most leave it, many trim it."""
+    yield content
+    yield content.strip()
+    yield content.strip("\n")
+    yield content.lstrip("\n")
+    yield content.lstrip()
+    yield content.rstrip()
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def _turn_end(text: str, content_end: int, special: re.Pattern[str], index: int) -> int:
@@ -96,3 +280,94 @@ def _turn_end(text: str, content_end: int, special: re.Pattern[str], index: int)
     if end == content_end:
         raise RejectedRecord(f"message {index}: the chat template ends the turn with no special token to stop at")
     return end
+
+
+def _check_structure(message: Message, spoken: str, index: int) -> None:
+    """Reasoning, content, names and arguments must all stand in what is to be learnt."""
+    parts = [message.reasoning.strip(), message.content.strip()]
+    for call in message.tool_calls:
+        parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
+    for part in parts:
+        if not _stands_in(part, spoken):
+            raise RejectedRecord(f"message {index}: the chat template does not write {part[:40]!r}, which is said there")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def _stands_in(part: str, text: str) -> bool:
+    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+    return any(form in text for form in forms)
+
+
+def _check_nothing_left_out(messages: Sequence[Message], text: str) -> None:
+    for i, message in enumerate(messages):
+        if message.role != "assistant" and not _stands_in(message.content.strip(), text):
+            raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")
+
+
+def _segments(row: Row, wanted: set[int]) -> Iterator[Segment]:
+    position = 0
+    for turn in row.turns:
+        if turn.start < position:
+            raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
+        if turn.start > position:
+            yield Segment(row.text[position : turn.start])
+        yield Segment(row.text[turn.start : turn.end], supervised=turn.index in wanted, ends_turn=True)
+        position = turn.end
+    if position < len(row.text):
+        yield Segment(row.text[position:])
+
+
+def _outline(row: Row) -> Outline:
+    """Cut a row of probes at its probes and at the edges of turns."""
+    slots: list[Slot] = []
+    position = 0
+    for turn in row.turns:
+        slots += _slots(row.text[position : turn.start])
+        slots += [replace(slot, turn=turn.index) for slot in _slots(row.text[turn.start : turn.end])]
+        slots[-1] = replace(slots[-1], ends=True)
+        position = turn.end
+    return Outline(row.count, slots + _slots(row.text[position:]))
+
+
+def _slots(text: str) -> list[Slot]:
+    parts = PROBES.split(text)
+    slots = [Slot("", int(part)) if i % 2 else Slot(part) for i, part in enumerate(parts)]
+    return [slot for slot in slots if slot.text or slot.index >= 0]
+
+
+def _fill(outline: Outline, contents: Sequence[str], wanted: set[int], text: str) -> list[Segment] | None:
+    """The segments of an outline with these contents, if they make up `text`; None if the template does more."""
+    for said in (contents, [content.strip() for content in contents]):
+        parts = [slot.text if slot.index < 0 else said[slot.index] for slot in outline.slots]
+        if "".join(parts) == text:
+            return list(_join(outline.slots, parts, wanted))
+    return None
+
+
+def _join(slots: Sequence[Slot], parts: Sequence[str], wanted: set[int]) -> Iterator[Segment]:
+    gathered: list[str] = []
+    turn = -1
+    for slot, part in zip(slots, parts, strict=True):
+        if slot.turn != turn and gathered:
+            yield Segment("".join(gathered))
+            gathered = []
+        turn = slot.turn
+        gathered.append(part)
+        if slot.ends:
+            yield Segment("".join(gathered), supervised=turn in wanted, ends_turn=True)
+            gathered, turn = [], -1
+    if gathered:
+        yield Segment("".join(gathered))

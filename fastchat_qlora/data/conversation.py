@@ -1,8 +1,8 @@
 """Messages -> the text of a conversation, in segments that know whether they are learnt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastchat_qlora.errors import UserError
 
@@ -15,81 +15,140 @@ class RejectedRecord(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One thing said by one participant."""
+    """One thing said by one participant.
+
+    Attributes:
+        role: who says it.
+        content: the text said.
+        reasoning: what an assistant thought before it, where the record keeps that apart.
+        tool_calls: the functions that an assistant calls, each `{"type": "function", "function": {"name", "arguments"}}`.
+        extra: further fields for the chat template, such as the name or the call that a tool's result belongs to.
+        learn: whether an assistant's message is learnt.
+    """
 
     role: Role
     content: str
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    learn: bool = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the content is all there is to it."""
+        return not (self.reasoning or self.tool_calls or self.extra)
+
+    def to_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it."""
+        fields: dict[str, Any] = {"role": self.role, "content": self.content, **self.extra}
+        if self.reasoning:
+            fields |= {"reasoning_content": self.reasoning, "thinking": self.reasoning, "reasoning": self.reasoning}
+        if self.tool_calls:
+            fields["tool_calls"] = list(self.tool_calls)
+        return fields
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one record says.
+
+    Attributes:
+        messages: in the order they were said.
+        tools: descriptions of the functions that the assistant may call, as JSON Schema objects.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a conversation's text. A supervised piece is what the assistant says: its labels are its tokens."""
+    """A piece of a conversation's text.
+
+    Attributes:
+        text: the piece.
+        supervised: whether it is learnt: its labels are its tokens.
+        ends_turn: whether a whole turn of the assistant ends with it, learnt or not; a text may be cut behind it.
+    """
 
     text: str
     supervised: bool = False
+    ends_turn: bool = False
 
 
 @dataclass(frozen=True)
 class ConversationTemplate:
     """A prompt format as text around the contents of messages.
 
-    `{eos}` stands for the tokenizer's end-of-sequence token. A supervised turn starts where a serving program stops
-    writing the prompt: the blank before the answer is learnt with it, since it is often part of the first token.
+    `{bos}` and `{eos}` stand for the tokenizer's tokens at the beginning and end of a sequence. A supervised turn
+    starts where a serving program stops writing the prompt: the blank before the answer is learnt with it, since it is
+    often part of the first token.
 
     Attributes:
         system: what stands in front of a system message and behind it.
         default_system: the system message of a conversation that has none; empty for no system message at all.
+        system_in_user: write the system message inside the first user turn, in front of the content.
         user: what stands in front of a user message and behind it.
         assistant: the prompt that asks for an answer, the blank between it and the answer, and what ends the turn.
         after_assistant: what follows an ended turn and is not learnt.
+        tokens: the special tokens that it writes beside {bos} and {eos}; a tokenizer must have them.
     """
 
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str, str]
     default_system: str = ""
+    system_in_user: bool = False
     after_assistant: str = ""
-    roles: frozenset[str] = field(default=frozenset({"system", "user", "assistant"}))
+    tokens: tuple[str, ...] = ()
 
-    def render(self, messages: Sequence[Message], eos: str) -> list[Segment]:
+    def render(self, messages: Sequence[Message], bos: str, eos: str) -> list[Segment]:
         """Write a conversation as segments.
 
         Raises:
-            RejectedRecord: a role the template has no words for, or roles that do not take turns.
+            RejectedRecord: a message the template has no words for, or roles that do not take turns.
         """
-        check_turns(messages, self.roles)
+        check_turns(messages)
+        fill = {"{bos}": bos, "{eos}": eos}
+        prompt, blank, end = (_fill(part, fill) for part in self.assistant)
         has_system = messages[0].role == "system"
-        segments = []
-        if has_system or self.default_system:
-            content = messages[0].content if has_system else self.default_system
-            segments.append(Segment(_around(self.system, content, eos)))
-        prompt, blank, end = (part.replace("{eos}", eos) for part in self.assistant)
-        for message in messages[has_system:]:
+        system = messages[0].content if has_system else self.default_system
+        system = _around(self.system, system, fill) if system or has_system else ""
+        segments = [] if self.system_in_user or not system else [Segment(system)]
+        for i, message in enumerate(messages[has_system:]):
             if message.role == "user":
-                segments.append(Segment(_around(self.user, message.content, eos)))
+                first = system if self.system_in_user and i == 0 else ""
+                segments.append(Segment(_around(self.user, first + message.content, fill)))
                 continue
-            segments += [Segment(prompt), Segment(blank + message.content + end, supervised=True)]
+            spoken = blank + message.content + end
+            segments += [Segment(prompt)] if prompt else []
+            segments.append(Segment(spoken, supervised=message.learn, ends_turn=True))
             if self.after_assistant:
-                segments.append(Segment(self.after_assistant.replace("{eos}", eos)))
+                segments.append(Segment(_fill(self.after_assistant, fill)))
         return segments
 
     def to_jinja(self, *, add_bos: bool) -> str:
         """The same format as a chat template, so that what is saved beside the adapter serves as it was trained.
 
         Args:
-            add_bos: start with the BOS token.
+            add_bos: start with the BOS token, where the format does not do so by itself.
         """
-        quote = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        text = {role: [_jinja_string(part) for part in parts] for role, parts in quote.items()}
-        prompt, blank, end = text["assistant"]
-        default = f"{{{{ {_jinja_string(self.system[0] + self.default_system + self.system[1])} }}}}"
-        opening = "{% if messages[0]['role'] != 'system' %}" + default + "{% endif %}" if self.default_system else ""
+        user = [_jinja_string(part) for part in self.user]
+        prompt, blank, end = (_jinja_string(part) for part in self.assistant)
+        before, after = (_jinja_string(part) for part in self.system)
+        default = _jinja_string(self.default_system)
+        writes_bos = (self.system[0] if not self.system_in_user else self.user[0]).startswith("{bos}")
+        system = (
+            f"{{% set system = {before} + messages[0]['content'] + {after} if messages[0]['role'] == 'system' "
+            f"else {f'{before} + {default} + {after}' if self.default_system else _jinja_string('')} %}}"
+        )
+        first = "(system if loop.index0 == (messages[0]['role'] == 'system') | int else '') + "
         return (
-            ("{{ bos_token }}" if add_bos else "") + opening + "{% for message in messages %}"
-            "{% if message['role'] == 'system' %}"
-            f"{{{{ {text['system'][0]} + message['content'] + {text['system'][1]} }}}}"
-            "{% elif message['role'] == 'user' %}"
-            f"{{{{ {text['user'][0]} + message['content'] + {text['user'][1]} }}}}"
+            ("{{ bos_token }}" if add_bos and not writes_bos else "")
+            + system
+            + ("" if self.system_in_user else "{{ system }}")
+            + "{% for message in messages %}{% if message['role'] == 'user' %}"
+            f"{{{{ {user[0]} + {first if self.system_in_user else ''}message['content'] + {user[1]} }}}}"
             "{% elif message['role'] == 'assistant' %}"
             f"{{{{ {prompt} + {blank} + message['content'] + {end} + {_jinja_string(self.after_assistant)} }}}}"
             "{% endif %}{% endfor %}"
@@ -97,15 +156,18 @@ class ConversationTemplate:
         )
 
 
-def check_turns(messages: Sequence[Message], roles: frozenset[str]) -> None:
-    """Require one optional system message, then user and assistant in turn.
+def check_turns(messages: Sequence[Message]) -> None:
+    """Require plain messages: one optional system message, then user and assistant in turn.
 
     Raises:
         RejectedRecord: naming the first message that is out of turn.
     """
     for i, message in enumerate(messages):
-        if message.role not in roles:
+        if message.role not in ("system", "user", "assistant"):
             raise RejectedRecord(f"message {i}: the template has no words for the role {message.role!r}")
+        if message.tool_calls or message.reasoning:
+            kind = "tool calls" if message.tool_calls else "reasoning"
+            raise RejectedRecord(f"message {i}: the template has no words for {kind}")
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for i, message in enumerate(turns):
         expected = "user" if i % 2 == 0 else "assistant"
@@ -116,13 +178,19 @@ def check_turns(messages: Sequence[Message], roles: frozenset[str]) -> None:
             )
 
 
-def _around(parts: tuple[str, str], content: str, eos: str) -> str:
-    return parts[0].replace("{eos}", eos) + content + parts[1].replace("{eos}", eos)
+def _fill(text: str, tokens: Mapping[str, str]) -> str:
+    for name, token in tokens.items():
+        text = text.replace(name, token)
+    return text
+
+
+def _around(parts: tuple[str, str], content: str, tokens: Mapping[str, str]) -> str:
+    return _fill(parts[0], tokens) + content + _fill(parts[1], tokens)
 
 
 def _jinja_string(text: str) -> str:
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r") + "'"
-    return quoted.replace("{eos}", "' + eos_token + '")
+    return quoted.replace("{eos}", "' + eos_token + '").replace("{bos}", "' + (bos_token or '') + '")
 
 
 TEMPLATES = {
@@ -136,6 +204,62 @@ TEMPLATES = {
         ),
         user=("USER: ", " "),
         assistant=("ASSISTANT:", " ", "{eos}"),
+    ),
+    "chatml": ConversationTemplate(
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant=("<|im_start|>assistant\n", "", "<|im_end|>"),
+        after_assistant="\n",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama-2": ConversationTemplate(
+        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_user=True,
+        user=("{bos}[INST] ", " [/INST]"),
+        assistant=("", " ", " {eos}"),
+    ),
+    "llama-3": ConversationTemplate(
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        assistant=("<|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>"),
+        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "mistral": ConversationTemplate(
+        system=("", "\n\n"),
+        system_in_user=True,
+        user=("[INST] ", " [/INST]"),
+        assistant=("", " ", "{eos}"),
+    ),
+    "zephyr": ConversationTemplate(
+        system=("<|system|>\n", "{eos}\n"),
+        user=("<|user|>\n", "{eos}\n"),
+        assistant=("<|assistant|>\n", "", "{eos}"),
+        after_assistant="\n",
+    ),
+    # The layout of the Stanford Alpaca prompt; a record's input stands below its instruction.
+    "alpaca": ConversationTemplate(
+        system=("", "\n\n"),
+        default_system=(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        ),
+        user=("### Instruction:\n", "\n\n"),
+        assistant=("### Response:", "\n", "{eos}"),
+        after_assistant="\n\n",
+    ),
+    "gemma": ConversationTemplate(
+        system=("", "\n\n"),
+        system_in_user=True,
+        user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+        assistant=("<start_of_turn>model\n", "", "<end_of_turn>"),
+        after_assistant="\n",
+        tokens=("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "phi-3": ConversationTemplate(
+        system=("<|system|>\n", "<|end|>\n"),
+        user=("<|user|>\n", "<|end|>\n"),
+        assistant=("<|assistant|>\n", "", "<|end|>"),
+        after_assistant="\n",
+        tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
 }
 

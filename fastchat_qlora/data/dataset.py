@@ -1,30 +1,49 @@
 """Files -> datasets of input_ids and labels: the only door out of this room."""
 
-import json
 import logging
-import re
-from collections import Counter
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq
 
 from fastchat_qlora.arguments import DataArguments
-from fastchat_qlora.data.preprocessing import OVERLONG, ROW_FEATURES, LazyPreprocessor, Preprocessor
-from fastchat_qlora.data.readers import Conversation, Rejection, Source, read_conversations
+from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
+from fastchat_qlora.data.cache import get_cache_root, get_key, hash_file, open_or_build
+from fastchat_qlora.data.preprocessing import LazyPreprocessor, Preprocessor
+from fastchat_qlora.data.readers import RawRecord, find_files, load_hub_dataset, read_file, read_hub_dataset
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
+class LoadedData(NamedTuple):
+    """The rows of one flag's data, and what became of its records (see building.build_rows)."""
+
+    rows: Dataset
+    account: dict[str, Any]
+
+
 def build_dataset(
-    data_args: DataArguments, tokenizer: Any, *, max_length: int, seed: int, output_dir: str, is_main: bool = True
+    data_args: DataArguments,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    seed: int,
+    output_dir: str,
+    cache_dir: str | None = None,
+    is_main: bool = True,
 ) -> DatasetDict:
     """Read, check and tokenise the training data and, where there is any, the evaluation data.
+
+    What was done before with the same data, tokenizer and settings is read back from the cache. Several processes on
+    one machine may call this at once: one does the work, the others wait for its lock.
 
     Args:
         data_args: where the data is and how it is treated.
@@ -32,124 +51,184 @@ def build_dataset(
         max_length: the most tokens of a row.
         seed: decides which conversations `eval_split` takes.
         output_dir: where rejected.jsonl is written, by the main process.
-        is_main: whether this process writes.
+        cache_dir: where the cache lies; beside Hugging Face's by default.
+        is_main: whether this process writes and shows its progress.
 
     Returns:
-        "train", and "eval" if there is evaluation data; rows have the columns of ROW_FEATURES.
+        "train", and "eval" if there is evaluation data; rows have the columns of preprocessing.EAGER_FEATURES.
 
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
     """
-    preprocessor = Preprocessor(tokenizer, data_args.conv_template, max_length, data_args.overlong)
-    logger.info(f"Conversations are written with {preprocessor.name}.")
-    rejected_path = Path(output_dir) / "rejected.jsonl"
-    if is_main:
-        rejected_path.unlink(missing_ok=True)  # of an earlier run
-    paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path or []}
-    loaded = {}
-    for flag, files in paths.items():
-        if files:
-            rejected_to = rejected_path if is_main else None
-            loaded[flag] = _load(files, flag, preprocessor, data_args, rejected_to)
+    loaded = load_data(
+        data_args,
+        tokenizer,
+        max_length=max_length,
+        rejected_to=Path(output_dir) / REJECTED if is_main else None,
+        cache_dir=cache_dir,
+        is_main=is_main,
+    )
+    train, held_out = loaded["--data_path"].rows, loaded.get("--eval_data_path")
     if data_args.eval_split:
-        return _split(loaded["--data_path"], data_args.eval_split, seed)
-    datasets = {"train": loaded["--data_path"], "eval": loaded.get("--eval_data_path")}
-    return DatasetDict({name: dataset for name, dataset in datasets.items() if dataset is not None})
+        return _split(train, data_args.eval_split, seed)
+    return DatasetDict({"train": train} | ({"eval": held_out.rows} if held_out is not None else {}))
+
+
+def load_data(
+    data_args: DataArguments,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    rejected_to: Path | None,
+    cache_dir: str | None = None,
+    is_main: bool = True,
+    strict: bool = True,
+) -> dict[str, LoadedData]:
+    """The rows and the account of each flag's data; arguments and errors as for build_dataset.
+
+    Args:
+        rejected_to: where rejected.jsonl is written, if at all.
+        strict: stop where too much was rejected, instead of only saying so.
+    """
+    preprocessor = Preprocessor(
+        tokenizer,
+        data_args.conv_template,
+        max_length,
+        data_args.overlong,
+        data_args.train_on,
+        lazy=data_args.lazy_preprocess,
+    )
+    logger.info(f"Conversations are written with {preprocessor.name}.")
+    if rejected_to is not None:
+        rejected_to.unlink(missing_ok=True)  # of an earlier run
+    loaded = {}
+    for flag, paths in {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}.items():
+        if paths:
+            source = DataSource(paths, flag, cache_dir, show_progress=is_main)
+            workers = choose_workers(data_args.preprocessing_num_workers, source.size)
+            loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
+            _check_rejections(loaded[flag], flag, data_args, rejected_to, strict)
+    return loaded
+
+
+class DataSource:
+    """The files and hub datasets of one flag, in their order.
+
+    Raises:
+        UserError: something cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[str], flag: str, cache_dir: str | None, show_progress: bool) -> None:
+        self.flag = flag
+        self.show_progress = show_progress
+        self.parts: list[tuple[str, Any]] = []
+        for path in paths:
+            if not os.path.exists(path):
+                self.parts.append((path, load_hub_dataset(path, flag, cache_dir)))
+                continue
+            files = find_files(path)
+            if not files:
+                raise UserError(f"{flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
+            self.parts += [(str(file), None) for file in files]
+        self.size = sum(os.path.getsize(name) for name, hub in self.parts if hub is None)
+
+    def contents(self) -> list[tuple[str, str]]:
+        """The name and the content's hash of each part."""
+        try:
+            return [
+                (name, hash_file(Path(name)) if hub is None else str(hub._fingerprint)) for name, hub in self.parts
+            ]
+        except OSError as error:
+            raise UserError(
+                f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a file you may read"
+            ) from error
+
+    def records(self) -> Iterator[RawRecord]:
+        """All records."""
+        with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=not self.show_progress) as bar:
+            for name, hub in self.parts:
+                records = read_file(Path(name), self.flag, bar.update) if hub is None else read_hub_dataset(name, hub)
+                yield from records
 
 
 def _load(
-    paths: Sequence[str], flag: str, preprocessor: Preprocessor, data_args: DataArguments, rejected_to: Path | None
-) -> Dataset:
-    records = [record for path in paths for record in read_conversations(path, flag)]
-    rejections = [record for record in records if isinstance(record, Rejection)]
-    dataset = _to_dataset([record for record in records if isinstance(record, Conversation)])
-    if data_args.lazy_preprocess:
-        dataset = dataset.with_transform(LazyPreprocessor(preprocessor))
-    elif len(dataset):
-        dataset, found = _preprocess(dataset, preprocessor, data_args.preprocessing_num_workers)
-        rejections += found
-    if rejected_to is not None and rejections:
-        _write_rejections(rejections, rejected_to)
-    _check_rejections(rejections, len(records), flag, data_args, rejected_to)
-    logger.info(_summary(dataset, rejections, len(records), flag, lazy=data_args.lazy_preprocess))
-    return dataset
-
-
-def _to_dataset(conversations: Sequence[Conversation]) -> Dataset:
-    """Messages are kept as JSON text: Arrow would give every record the union of all records' fields."""
-    columns = {name: [getattr(item.source, name) for item in conversations] for name in Source._fields}
-    columns["messages"] = [json.dumps([vars(message) for message in item.messages]) for item in conversations]
-    return Dataset.from_dict(columns)
-
-
-def _preprocess(
-    dataset: Dataset, preprocessor: Preprocessor, num_workers: int | None
-) -> tuple[Dataset, list[Rejection]]:
-    source = Features({"file": Value("string"), "line": Value("int64"), "id": Value("string")})
-    rows = dataset.map(
-        preprocessor,
-        batched=True,
-        num_proc=num_workers,
-        remove_columns="messages",
-        features=Features({**source, **ROW_FEATURES}),
-        load_from_cache_file=False,
-        desc="Tokenising",
+    source: DataSource, preprocessor: Preprocessor, workers: int, rejected_to: Path | None, cache_dir: str | None
+) -> LoadedData:
+    key = get_key(preprocessor.fingerprint(), source.contents())
+    entry, account, built = open_or_build(
+        get_cache_root(cache_dir),
+        key,
+        lambda folder: build_rows(source.records(), preprocessor, workers, folder, source.flag),
     )
-    reasons = rows["reason"]
-    rejections = [
-        Rejection(Source(row["file"], row["line"], row["id"]), row["reason"])
-        for row in rows.select_columns([*source, "reason"]).select([i for i, text in enumerate(reasons) if text])
-    ]
-    return rows.select([i for i, text in enumerate(reasons) if not text]), rejections
-
-
-def _write_rejections(rejections: Sequence[Rejection], path: Path) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for source, reason in rejections:
-            file.write(json.dumps({**source._asdict(), "reason": reason}, ensure_ascii=False) + "\n")
+    if not built:
+        logger.info(f"{source.flag}: read back from {entry}, where it was prepared before.")
+    if rejected_to is not None and account["rejected"]:
+        with rejected_to.open("ab") as target:
+            target.write((entry / REJECTED).read_bytes())
+    rows = Dataset.from_file(str(entry / ROWS))
+    logger.info(_summary(rows, account, source.flag, lazy=preprocessor.lazy))
+    return LoadedData(rows.with_transform(LazyPreprocessor(preprocessor)) if preprocessor.lazy else rows, account)
 
 
 def _check_rejections(
-    rejections: Sequence[Rejection], read: int, flag: str, data_args: DataArguments, listed_in: Path | None
+    loaded: LoadedData, flag: str, data_args: DataArguments, listed_in: Path | None, strict: bool
 ) -> None:
-    where = f"; all are listed in {listed_in}" if listed_in and rejections else ""
-    too_long = [rejection for rejection in rejections if rejection.reason.startswith(OVERLONG)]
-    bad = [rejection for rejection in rejections if not rejection.reason.startswith(OVERLONG)]
+    account = loaded.account
+    read, rejected, too_long = account["read"], account["rejected"], account["too_long"]
+    bad = rejected - too_long
+    where = f"; all are listed in {listed_in}" if listed_in and rejected else ""
+    problem = ""
     if data_args.overlong == "error" and too_long:
-        raise UserError(f"--overlong error: {len(too_long)} are too long, the first is {_describe(too_long[0])}{where}")
-    if bad and (len(bad) > data_args.max_rejected * read or len(rejections) == read):
-        raise UserError(
-            f"{flag}: {len(bad)} of {read} records were rejected, the first is {_describe(bad[0])}{where}; "
+        problem = f"--overlong error: {too_long} are too long, the first is {account['first_too_long']}{where}"
+    elif bad and (bad > data_args.max_rejected * read or rejected == read):
+        problem = (
+            f"{flag}: {bad} of {read} records were rejected, the first is {account['first']}{where}; "
             f"mend the data or raise --max_rejected (now {data_args.max_rejected})"
         )
-    if len(rejections) == read:
-        raise UserError(f"{flag}: no conversation is left of {read} read{where}; check the data and --model_max_length")
+    elif rejected == read:
+        problem = f"{flag}: no conversation is left of {read} read{where}; check the data and --model_max_length"
+    if problem and strict:
+        raise UserError(problem)
+    if problem:
+        logger.warning(f"Training would stop here: {problem}")
 
 
-def _describe(rejection: Rejection) -> str:
-    identity = f" (id {rejection.source.id})" if rejection.source.id is not None else ""
-    return f"{rejection.source.file}:{rejection.source.line}{identity}: {rejection.reason}"
+def column(rows: Dataset, name: str) -> Any:
+    """A column of numbers as a NumPy array, of the rows that a dataset selects."""
+    values = rows.data.column(name).to_numpy()
+    return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
 
 
-def _summary(dataset: Dataset, rejections: Sequence[Rejection], read: int, flag: str, *, lazy: bool) -> str:
+def _summary(rows: Dataset, account: dict[str, Any], flag: str, *, lazy: bool) -> str:
     """The line at the start of a run that says what became of the data."""
-    line = f"{flag}: {read} read, {len(rejections)} rejected"
+    line = f"{flag}: {account['read']} read, {account['rejected']} rejected"
+    kinds = [f"  rejected {count}: {kind}" for kind, count in list(account["kinds"].items())[:5]]
     if lazy:
-        return f"{line}; the rest is tokenised when it is asked for (--lazy_preprocess)."
-    tokens, supervised = sum(dataset["length"]), sum(dataset["supervised"])
-    shortened = sum(full > kept for full, kept in zip(dataset["full_length"], dataset["length"], strict=True))
-    line += f", {shortened} shortened; {tokens} tokens, {supervised / tokens:.0%} of them learnt"
-    line += f"; longest {max(dataset['full_length'])} tokens."
-    kinds = Counter(re.sub(r"message \d+: |\d+|'.*'", "", rejection.reason)[:60] for rejection in rejections)
-    return "\n".join([line, *(f"  rejected {count}: {kind}" for kind, count in kinds.most_common(5))])
+        line += "; the rest is tokenised when it is asked for (--lazy_preprocess)."
+    elif len(rows):
+        full, kept, tokens = (column(rows, name) for name in ("full_length", "length", "length"))
+        records = column(rows, "record")
+        conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))
+        learnt = int(column(rows, "supervised").sum())
+        line += f", {shortened} shortened; {tokens.sum()} tokens, {learnt / tokens.sum():.0%} of them learnt"
+        line += f"; longest {full.max()} tokens."
+        if len(rows) > conversations:
+            line += f" {conversations} conversations became {len(rows)} rows."
+    return "\n".join([line, *kinds])
 
 
-def _split(dataset: Dataset, eval_split: float, seed: int) -> DatasetDict:
-    size = int(eval_split if eval_split >= 1 else eval_split * len(dataset))
-    if not 0 < size < len(dataset):
-        raise UserError(f"--eval_split {eval_split}: leaves nothing on one side of {len(dataset)} conversations")
-    parts = dataset.train_test_split(test_size=size, seed=seed)
-    return DatasetDict(train=parts["train"], eval=parts["test"])
+def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
+    """Whole conversations to either side: one that became several rows must not be learnt and then asked for."""
+    records = column(rows, "record")
+    conversations = np.unique(records)
+    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
+    if not 0 < size < len(conversations):
+        raise UserError(f"--eval_split {eval_split}: leaves nothing on one side of {len(conversations)} conversations")
+    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
+    is_held_out = np.isin(records, held_out)
+    return DatasetDict(
+        train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out))
+    )
 
 
 class Collator:

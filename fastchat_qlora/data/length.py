@@ -1,6 +1,8 @@
 """What happens to a conversation longer than model_max_length."""
 
-from fastchat_qlora.data.conversation import RejectedRecord
+from collections.abc import Sequence
+
+from fastchat_qlora.data.conversation import Message, RejectedRecord
 from fastchat_qlora.data.tokenization import IGNORE_INDEX, TokenizedConversation
 
 
@@ -15,13 +17,55 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
         max_length: the most tokens to keep.
 
     Raises:
-        RejectedRecord: nothing that the assistant says fits.
+        RejectedRecord: nothing that is to be learnt fits.
     """
     if len(tokens.input_ids) <= max_length:
         return tokens
     whole_turns = [end for end in tokens.turn_ends if end <= max_length]
     cut = whole_turns[-1] if whole_turns else max_length
     labels = tokens.labels[:cut]
-    if all(label == IGNORE_INDEX for label in labels):
-        raise RejectedRecord(f"nothing the assistant says stands within the first {max_length} tokens")
+    if not (labels != IGNORE_INDEX).any():
+        raise RejectedRecord(f"nothing to learn stands within the first {max_length} tokens")
     return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut])
+
+
+def split_messages(
+    messages: Sequence[Message], turn_ends: Sequence[int], max_length: int
+) -> list[tuple[int, list[Message]]]:
+    """Cut a conversation in front of user messages into parts that should fit, each with the system message.
+
+    A part holds at least one exchange, and as many more as fit by the lengths they had in the whole. Parts may still
+    turn out too long, since a template may write more around them; then they can be split again.
+
+    Args:
+        messages: the conversation.
+        turn_ends: for each assistant turn, the number of tokens up to its end in the whole.
+        max_length: the most tokens of a part.
+
+    Returns:
+        For each part the index of its first message behind the system message, and its messages.
+    """
+    has_system = messages[0].role == "system"
+    starts = [i for i, message in enumerate(messages) if message.role == "user"] or [int(has_system)]
+    starts[0] = int(has_system)
+    ends = iter(turn_ends)
+    end_of = {i: next(ends, turn_ends[-1]) for i, message in enumerate(messages) if message.role == "assistant"}
+    exchanges = [
+        (start, stop)
+        for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True)
+        if any(message.role == "assistant" for message in messages[start:stop])
+    ]
+    parts: list[tuple[int, int]] = []
+    used = before = 0
+    for start, stop in exchanges:
+        end = max(end_of[i] for i in range(start, stop) if i in end_of)
+        if parts and end - used <= max_length:
+            parts[-1] = (parts[-1][0], stop)
+        else:
+            used = before
+            parts.append((start, stop))
+        before = end
+    if len(parts) == 1 and len(exchanges) > 1:  # it was expected to fit and did not
+        middle = exchanges[len(exchanges) // 2][0]
+        parts = [(parts[0][0], middle), (middle, parts[0][1])]
+    return [(start, [*messages[:has_system], *messages[start:stop]]) for start, stop in parts]

@@ -1,26 +1,35 @@
-"""Conversations -> rows of input_ids and labels, one by one: the steps of this room in order."""
+"""Raw records -> rows of input_ids and labels: the steps of this room in order, for one batch of records at a time."""
 
+import hashlib
 import json
 import logging
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 from datasets import Features, List, Value
 
-from fastchat_qlora.data.chat_template import render_chat_template
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment, get_template
-from fastchat_qlora.data.length import truncate
+from fastchat_qlora.data.chat_template import ChatTemplate
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.formats import get_id, parse_record, to_conversation
+from fastchat_qlora.data.length import split_messages, truncate
+from fastchat_qlora.data.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.tokenization import (
     IGNORE_INDEX,
+    Encoder,
     TokenizedConversation,
     check_plain,
     special_token_pattern,
-    tokenize_batch,
 )
+from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 OVERLONG = "too long"
 
+SOURCE_FEATURES = {"file": Value("string"), "line": Value("int64"), "id": Value("string"), "record": Value("int64")}
 ROW_FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -28,82 +37,264 @@ ROW_FEATURES = Features(
         "length": Value("int32"),
         "supervised": Value("int32"),
         "full_length": Value("int32"),
-        "reason": Value("string"),
+        "turns": Value("int32"),
     }
 )
+EAGER_FEATURES = Features({**SOURCE_FEATURES, **ROW_FEATURES})
+LAZY_FEATURES = Features({**SOURCE_FEATURES, "segments": Value("string")})
+
+
+class Draft(NamedTuple):
+    """One text of a record, before it is tokenised: the record's place in the batch, and what it was written from."""
+
+    index: int
+    conversation: Conversation
+    segments: list[Segment]
+
+
+class Batch(NamedTuple):
+    """Records with their texts; `problems` holds the reason at the place of each rejected record."""
+
+    records: list[tuple[int, Source]]
+    drafts: list[Draft]
+    problems: dict[int, str]
+
+
+class Finished(NamedTuple):
+    """What became of a batch: rows with the columns of EAGER_FEATURES or LAZY_FEATURES, and what was rejected."""
+
+    rows: pa.Table
+    rejections: list[Rejection]
+    read: int
 
 
 class Preprocessor:
-    """Conversations -> rows for the model; a callable over batches, as `datasets` maps them.
+    """Conversations -> rows for the model.
 
     Args:
-        tokenizer: a fast tokenizer.
+        tokenizer: a fast tokenizer; its chat template becomes the one that is used.
         conv_template: the name of a template, or auto.
         max_length: the most tokens of a row.
-        overlong: truncate, drop or error.
+        overlong: truncate, drop, split or error.
+        train_on: assistant, last or all.
+        lazy: stop before tokenising.
+
+    Raises:
+        UserError: there is no such template, or the tokenizer lacks a token that it writes.
     """
 
-    def __init__(self, tokenizer: Any, conv_template: str, max_length: int, overlong: str) -> None:
-        named = conv_template if conv_template != "auto" or tokenizer.chat_template else "vicuna"
-        self.template = None if named == "auto" else get_template(named)
-        self.name = "the tokenizer's chat template" if self.template is None else f"the {named} template"
+    def __init__(
+        self,
+        tokenizer: Any,
+        conv_template: str,
+        max_length: int,
+        overlong: str,
+        train_on: str = "assistant",
+        lazy: bool = False,
+    ) -> None:
+        use_own = conv_template == "auto" and tokenizer.chat_template is not None
+        self.template = None if use_own else get_template("vicuna" if conv_template == "auto" else conv_template)
+        name = "vicuna" if conv_template == "auto" else conv_template
+        self.name = "the tokenizer's chat template" if use_own else f"the {name} template"
+        if self.template is not None:
+            _check_tokens(self.template.tokens, name, tokenizer)
         # A chat template writes its own BOS; in front of a named template stands what the tokenizer would put there.
         first = tokenizer("a").input_ids[0]
-        self.add_bos = self.template is not None and first is not None and first == tokenizer.bos_token_id
+        add_bos = self.template is not None and first is not None and first == tokenizer.bos_token_id
         if self.template is not None:  # what is saved beside the adapter is what it learnt
-            tokenizer.chat_template = self.template.to_jinja(add_bos=self.add_bos)
+            tokenizer.chat_template = self.template.to_jinja(add_bos=add_bos)
         self.tokenizer = tokenizer
         self.special = special_token_pattern(tokenizer)
+        self.chat_template = None if self.template else ChatTemplate(tokenizer, self.special)
+        self.encoder = Encoder(tokenizer, add_bos=add_bos, learn_all=train_on == "all")
         self.max_length = max_length
         self.overlong = overlong
+        self.train_on = train_on
+        self.lazy = lazy
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Turn the column `messages` (JSON) into the columns of ROW_FEATURES, row by row."""
-        segments: list[list[Segment]] = []
-        rejected: list[RejectedRecord | None] = []
-        for text in batch["messages"]:
+    def fingerprint(self) -> str:
+        """Everything beside the data that decides what the rows are: tokenizer, template, policy, and this code."""
+        import tokenizers
+        import transformers
+
+        code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        settings = [
+            [transformers.__version__, tokenizers.__version__, self.tokenizer.backend_tokenizer.to_str()],
+            [self.tokenizer.chat_template, sorted(self.special.pattern), self.tokenizer.special_tokens_map],
+            [self.name, self.encoder.bos_token, self.max_length, self.overlong, self.train_on, self.lazy],
+        ]
+        digest = hashlib.sha256(b"\0".join(code))
+        digest.update(json.dumps(settings, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def __call__(self, records: Sequence[tuple[int, RawRecord]]) -> Finished:
+        """All steps for a batch of numbered records."""
+        batch = self.prepare(records)
+        return self.finish(batch, self.encode(batch))
+
+    def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> Batch:
+        """Parse, understand and render; in Python, one thread."""
+        batch = Batch([], [], {})
+        for index, (number, record) in enumerate(records):
+            source = record.source
             try:
-                messages = [Message(**message) for message in json.loads(text)]
-                check_plain(messages, self.special)
-                segments.append(self._render(messages))
-                rejected.append(None)
+                parsed = parse_record(record.value)
+                source = source._replace(id=get_id(parsed))
+                conversation = to_conversation(parsed)
+                check_plain(conversation, self.special)
+                rendered = self.render(conversation)
+                batch.drafts += [Draft(index, conversation, segments) for segments in rendered]
             except RejectedRecord as error:
-                rejected.append(error)
-        tokenized = iter(tokenize_batch(segments, self.tokenizer, add_bos=self.add_bos))
-        rows = [self._row(next(tokenized) if error is None else error) for error in rejected]
-        return {name: [row[name] for row in rows] for name in ROW_FEATURES}
+                batch.problems[index] = str(error)
+            batch.records.append((number, source))
+        return batch
 
-    def _render(self, messages: list[Message]) -> list[Segment]:
-        if self.template is None:
-            return render_chat_template(messages, self.tokenizer, self.special)
-        return self.template.render(messages, self.tokenizer.eos_token)
+    def encode(self, batch: Batch) -> list[Any]:
+        """Tokenise the texts of a batch, on all cores and outside of Python."""
+        if self.lazy:
+            return []
+        return self.encoder.encode(["".join(segment.text for segment in draft.segments) for draft in batch.drafts])
 
-    def _row(self, tokens: TokenizedConversation | RejectedRecord) -> dict[str, Any]:
-        """One row; a rejected one has a reason and no tokens."""
-        if isinstance(tokens, RejectedRecord):
-            return _rejected_row(str(tokens))
-        full_length = len(tokens.input_ids)
-        if full_length > self.max_length and self.overlong != "truncate":
-            return _rejected_row(f"{OVERLONG} ({full_length} tokens, --model_max_length {self.max_length})")
-        try:
-            kept = truncate(tokens, self.max_length)
-        except RejectedRecord as error:
-            return _rejected_row(str(error))
-        supervised = sum(label != IGNORE_INDEX for label in kept.labels)
-        if not supervised:
-            return _rejected_row("nothing to learn: no token of an answer is left")
-        return {
-            "input_ids": kept.input_ids,
-            "labels": kept.labels,
-            "length": len(kept.input_ids),
-            "supervised": supervised,
-            "full_length": full_length,
-            "reason": "",
-        }
+    def finish(self, batch: Batch, encodings: Sequence[Any]) -> Finished:
+        """Label, prove and cut to length. A record is rejected as a whole or not at all."""
+        if self.lazy:
+            texts = [(draft.index, draft.segments) for draft in batch.drafts]
+            return _assemble(batch, _lazy_columns(texts), [index for index, _ in texts], LAZY_FEATURES)
+        kept: dict[int, list[tuple[TokenizedConversation, int]]] = {}
+        grouped: dict[int, list[tuple[Draft, TokenizedConversation | RejectedRecord]]] = {}
+        for draft, encoding in zip(batch.drafts, encodings, strict=True):
+            grouped.setdefault(draft.index, []).append((draft, self.encoder.label(draft.segments, encoding)))
+        for index, texts in grouped.items():
+            try:
+                kept[index] = self._fit(texts)
+            except RejectedRecord as error:
+                batch.problems[index] = str(error)
+        rows = [row for index in sorted(kept) for row in kept[index]]
+        owners = [index for index in sorted(kept) for _ in kept[index]]
+        return _assemble(batch, _columns(rows), owners, EAGER_FEATURES)
+
+    def render(self, conversation: Conversation) -> list[list[Segment]]:
+        """Write a conversation as one or several texts, with what is to be learnt marked.
+
+        Raises:
+            RejectedRecord: the template cannot write it, or there is nothing in it to learn.
+        """
+        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        answers = answers[-1:] if self.train_on == "last" else answers
+        learnt = [i for i in answers if conversation.messages[i].learn]
+        if not learnt:
+            raise RejectedRecord("nothing to learn: 'train' or 'weight' is 0 for every answer that would be")
+        if self.chat_template is not None:
+            texts = self.chat_template.render(conversation, learnt)
+        elif conversation.tools:
+            raise RejectedRecord("the template has no words for 'tools'")
+        else:
+            chosen = [_with_learn(message, i in learnt) for i, message in enumerate(conversation.messages)]
+            assert self.template is not None
+            texts = [self.template.render(chosen, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
+        return texts[-1:] if self.train_on == "all" else texts
+
+    def _fit(
+        self, texts: Sequence[tuple[Draft, TokenizedConversation | RejectedRecord]]
+    ) -> list[tuple[TokenizedConversation, int]]:
+        """The rows of one record, each with its length before it was cut."""
+        tokenized: list[TokenizedConversation] = []
+        for _, tokens in texts:
+            if isinstance(tokens, RejectedRecord):
+                raise tokens
+            tokenized.append(tokens)
+        longest = max(len(tokens.input_ids) for tokens in tokenized)
+        if longest > self.max_length and self.overlong in ("drop", "error"):
+            raise RejectedRecord(f"{OVERLONG} ({longest} tokens, --model_max_length {self.max_length})")
+        if longest > self.max_length and self.overlong == "split":
+            parts = self._split(texts[0][0].conversation, tokenized)
+            if parts:
+                return parts
+        rows = []
+        problem = RejectedRecord("nothing to learn: no token of an answer is left")
+        for tokens in tokenized:
+            try:
+                kept = truncate(tokens, self.max_length)
+            except RejectedRecord as error:  # its answer starts too late; the record's other texts may do
+                problem = error
+                continue
+            if (kept.labels != IGNORE_INDEX).any():
+                rows.append((kept, len(tokens.input_ids)))
+        if not rows:
+            raise problem
+        return rows
+
+    def _split(
+        self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]
+    ) -> list[tuple[TokenizedConversation, int]]:
+        """The rows of the parts of a conversation that is too long; none if it cannot be split."""
+        answers = sum(message.role == "assistant" for message in conversation.messages)
+        ends = tokenized[0].turn_ends if len(tokenized[0].turn_ends) == answers else [0] * answers
+        parts = [messages for _, messages in split_messages(conversation.messages, ends, self.max_length)]
+        if len(parts) < 2:
+            return []
+        rows = []
+        for messages in parts:
+            part = Conversation(messages, conversation.tools)
+            try:
+                drafts = [Draft(0, part, segments) for segments in self.render(part)]
+                encodings = self.encoder.encode(["".join(piece.text for piece in draft.segments) for draft in drafts])
+                rows += self._fit(
+                    [(d, self.encoder.label(d.segments, e)) for d, e in zip(drafts, encodings, strict=True)]
+                )
+            except RejectedRecord as error:
+                if not str(error).startswith("nothing to learn"):  # such a part is no loss
+                    raise
+        return rows
 
 
-def _rejected_row(reason: str) -> dict[str, Any]:
-    return {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "full_length": 0, "reason": reason}
+def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    missing = [token for token in tokens if token not in special]
+    if missing:
+        raise UserError(
+            f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn would "
+            "end; choose auto, vicuna or the template of this model"
+        )
+
+
+def _with_learn(message: Message, learn: bool) -> Message:
+    if message.learn == learn:
+        return message
+    return Message(message.role, message.content, message.reasoning, message.tool_calls, message.extra, learn)
+
+
+def _columns(rows: Sequence[tuple[TokenizedConversation, int]]) -> dict[str, Any]:
+    lengths = np.array([len(tokens.input_ids) for tokens, _ in rows], dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    empty = [np.empty(0, dtype=np.int32)]
+    ids, labels = (np.concatenate([getattr(t, name) for t, _ in rows] or empty) for name in ("input_ids", "labels"))
+    return {
+        "input_ids": pa.ListArray.from_arrays(offsets, ids),
+        "labels": pa.ListArray.from_arrays(offsets, labels),
+        "length": lengths,
+        "supervised": np.array([(t.labels != IGNORE_INDEX).sum() for t, _ in rows], dtype=np.int32),
+        "full_length": np.array([full for _, full in rows], dtype=np.int32),
+        "turns": np.array([len(tokens.turn_ends) for tokens, _ in rows], dtype=np.int32),
+    }
+
+
+def _lazy_columns(texts: Sequence[tuple[int, list[Segment]]]) -> dict[str, Any]:
+    pieces = [[[part.text, part.supervised, part.ends_turn] for part in segments] for _, segments in texts]
+    return {"segments": [json.dumps(segments, ensure_ascii=False) for segments in pieces]}
+
+
+def _assemble(batch: Batch, columns: dict[str, Any], owners: Sequence[int], features: Features) -> Finished:
+    sources = [batch.records[index] for index in owners]
+    table = {
+        "file": [source.file for _, source in sources],
+        "line": [source.line for _, source in sources],
+        "id": [source.id for _, source in sources],
+        "record": [number for number, _ in sources],
+        **columns,
+    }
+    rejections = [Rejection(batch.records[index][1], batch.problems[index]) for index in sorted(batch.problems)]
+    return Finished(pa.table(table, schema=features.arrow_schema), rejections, len(batch.records))
 
 
 class LazyPreprocessor:
@@ -113,11 +304,25 @@ class LazyPreprocessor:
         self.preprocessor = preprocessor
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Turn the column `messages` into rows."""
-        rows = self.preprocessor(batch)
-        for i, reason in enumerate(rows["reason"]):
-            if reason:
-                logger.warning(f"{batch['file'][i]}:{batch['line'][i]}: not learnt: {reason}")
-                rows["input_ids"][i] = [self.preprocessor.tokenizer.pad_token_id]
-                rows["labels"][i] = [IGNORE_INDEX]
+        """Turn the column `segments` into the columns of ROW_FEATURES."""
+        rows: dict[str, list[Any]] = {name: [] for name in ROW_FEATURES}
+        for i, text in enumerate(batch["segments"]):
+            segments = [Segment(*part) for part in json.loads(text)]
+            try:
+                row = self._row(segments)
+            except RejectedRecord as error:
+                logger.warning(f"{batch['file'][i]}:{batch['line'][i]}: not learnt: {error}")
+                row = ([self.preprocessor.tokenizer.pad_token_id], [IGNORE_INDEX], 1, 0, 1, 0)
+            for name, value in zip(ROW_FEATURES, row, strict=True):
+                rows[name].append(value)
         return rows
+
+    def _row(self, segments: Sequence[Segment]) -> tuple[Any, ...]:
+        [encoding] = self.preprocessor.encoder.encode(["".join(segment.text for segment in segments)])
+        tokens = self.preprocessor.encoder.label(segments, encoding)
+        if isinstance(tokens, RejectedRecord):
+            raise tokens
+        kept = truncate(tokens, self.preprocessor.max_length)
+        supervised = int((kept.labels != IGNORE_INDEX).sum())
+        lengths = (len(kept.input_ids), supervised, len(tokens.input_ids), len(kept.turn_ends))
+        return (kept.input_ids.tolist(), kept.labels.tolist(), *lengths)

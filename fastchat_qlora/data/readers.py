@@ -1,74 +1,174 @@
-"""Files -> messages. Foreign formats end at this door; what cannot be read is set aside with file, line and reason."""
+"""Files and hub datasets -> raw records, one after another, in bounded memory. What a record says is formats.py's."""
 
+import gzip
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastchat_qlora.argument_checks import COMPRESSED, LINE_SUFFIXES, is_data_file, without_compression
+from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
 
-# The names that published data sets use for the participants of a conversation.
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
+LONGEST_LINE = 64 * 1024 * 1024
+"""Bytes. A longer line of JSON Lines is rejected without being held whole."""
+
+WHOLE_FILE_LIMIT = 128 * 1024 * 1024
+"""Bytes. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate pair, huge
+numbers) is read again, whole, by Python's tolerant one."""
+
+BATCH = 256  # rows taken at once out of Arrow data
 
 
 class Source(NamedTuple):
-    """Where a record stands: its file, its line (JSON Lines) or number (JSON array) from 1, and its own id."""
+    """Where a record stands: its file, its line (JSON Lines) or number (everything else) from 1, and its own id."""
 
     file: str
     line: int
     id: str | None = None
 
 
-class Conversation(NamedTuple):
-    """A record that was understood."""
-
-    source: Source
-    messages: list[Message]
-
-
 class Rejection(NamedTuple):
-    """A record that was not."""
+    """A record that is not trained on."""
 
     source: Source
     reason: str
 
 
-def read_conversations(path: str, flag: str = "--data_path") -> Iterator[Conversation | Rejection]:
-    """Read a file of ShareGPT records, a JSON array or JSON Lines by its name; `flag` is named in errors.
+class RawRecord(NamedTuple):
+    """A record before anyone has looked at it.
+
+    Attributes:
+        source: where it stands.
+        value: the parsed record, a line of JSON as bytes, or the reason why there is neither.
+    """
+
+    source: Source
+    value: Any
+
+
+Progress = Callable[[int], object]
+"""Told how many more bytes of the files have been read."""
+
+
+def find_files(path: str) -> list[Path]:
+    """The data files that a path stands for: itself, or those in a folder and its subfolders, sorted."""
+    root = Path(path)
+    if not root.is_dir():
+        return [root]
+    files = (file for file in root.rglob("*") if file.is_file() and is_data_file(file.name))
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+
+
+def read_file(path: Path, flag: str, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
+    """Read the records of one file, by its name's ending: Parquet, JSON Lines, or JSON (an array or lines).
+
+    Args:
+        path: the file; .gz and .zst are unpacked on the way.
+        flag: the flag to name in errors.
+        progress: told of the bytes read from disk.
 
     Raises:
-        UserError: the file as a whole cannot be read.
+        UserError: the file cannot be read, or breaks off in the middle of an array.
     """
-    records = _json_lines(path, flag) if path.endswith((".jsonl", ".ndjson")) else _json_array(path, flag)
-    for source, record in records:
-        if isinstance(record, RejectedRecord):
-            yield Rejection(source, str(record))
-            continue
-        source = source._replace(id=_record_id(record))
-        try:
-            yield Conversation(source, to_messages(record))
-        except RejectedRecord as error:
-            yield Rejection(source, str(error))
-
-
-def _json_array(path: str, flag: str) -> Iterator[tuple[Source, Any]]:
+    records = _parquet if without_compression(path.name).endswith(".parquet") else _json
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}; give a file you may read") from error
+        with path.open("rb") as raw:
+            done = 0
+            for count, record in enumerate(records(path, raw, flag)):
+                yield record
+                if count % BATCH == 0:
+                    position = raw.tell()
+                    progress(position - done)
+                    done = position
+    except (OSError, EOFError) as error:  # EOFError: a .gz file that ends too early
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{flag} {path}: cannot be read: {reason}; give a file you may read") from error
+
+
+def _parquet(path: Path, raw: IO[bytes], flag: str) -> Iterator[RawRecord]:
+    try:
+        batches = pq.ParquetFile(raw).iter_batches(batch_size=BATCH)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield RawRecord(Source(str(path), number), without_nulls(row))
+    except pa.ArrowException as error:
+        raise UserError(f"{flag} {path}: not a Parquet file that can be read: {error}; write it again") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out the fields that Arrow adds, empty, because another record has them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json(path: Path, raw: IO[bytes], flag: str) -> Iterator[RawRecord]:
+    file = _unpack(path.name.lower(), raw)
+    if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte order mark
+        file.read(3)
+    is_lines = without_compression(path.name).endswith(LINE_SUFFIXES)
+    first = file.peek(1)
+    while not is_lines and first[:1].isspace():
+        file.read(1)
+        first = file.peek(1)
+    if is_lines or first[:1] == b"{":
+        return _lines(path, file)
+    return _array(path, file, flag)
+
+
+def _unpack(name: str, raw: IO[bytes]) -> io.BufferedReader:
+    if name.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]  # typeshed wants a RawIOBase
+    if name.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
+    return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type, type-var]
+
+
+def _lines(path: Path, file: io.BufferedReader) -> Iterator[RawRecord]:
+    """One record a line; a line that cannot be one becomes a reason in the record's place."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        source = Source(str(path), number)
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield RawRecord(source, RejectedRecord(f"a line of more than {LONGEST_LINE // 2**20} MiB"))
+        elif not line.isspace():
+            yield RawRecord(source, line)
+
+
+def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
+    number = 0
+    try:
+        for record in ijson.items(file, "item", use_float=True, buf_size=1 << 20):
+            number += 1
+            yield RawRecord(Source(str(path), number), record)
+        if number == 0:  # nothing that is an array's item; say what it is instead
+            yield from _whole_array(path, flag, skip=0)
+    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
+        if path.stat().st_size > WHOLE_FILE_LIMIT or path.name.endswith(COMPRESSED):
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{flag} {path}: not valid JSON in UTF-8 after record {number}: {reason}; mend it, or write one record "
+                "a line (.jsonl), where a broken one is only left out"
+            ) from error
+        yield from _whole_array(path, flag, skip=number)
+
+
+def _whole_array(path: Path, flag: str, skip: int) -> Iterator[RawRecord]:
+    """The rest of an array that only a tolerant parser can read; its errors name the line."""
+    try:
+        opened = _unpack(path.name.lower(), path.open("rb"))
+        with opened as file:
+            records = json.loads(file.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -76,63 +176,39 @@ def _json_array(path: str, flag: str) -> Iterator[tuple[Source, Any]]:
     if not isinstance(records, list):
         kind = "an object" if isinstance(records, dict) else f"a {type(records).__name__}"
         raise UserError(f"{flag} {path}: holds {kind}, must hold an array of records; JSON Lines end in .jsonl")
-    for number, record in enumerate(records, 1):
-        yield Source(path, number), record
+    for number, record in islice(enumerate(records, 1), skip, None):
+        yield RawRecord(Source(str(path), number), record)
 
 
-def _json_lines(path: str, flag: str) -> Iterator[tuple[Source, Any]]:
-    """Records, or for a line that cannot be read a RejectedRecord in the record's place."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115  # closed below
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}; give a file you may read") from error
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            record: Any
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                record = RejectedRecord(f"not a line of JSON in UTF-8: {error}")
-            yield Source(path, number), record
-
-
-def _record_id(record: Any) -> str | None:
-    identity = record.get("id") if isinstance(record, dict) else None
-    return None if identity is None else str(identity).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def to_messages(record: Any) -> list[Message]:
-    """Understand one ShareGPT record, `{"conversations": [{"from": ..., "value": ...}, ...]}`.
-
-    An assistant's opening line that answers nobody is left out, as FastChat does.
+def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
+    """A dataset from the hub, or from a dataset repository's folder, as `name` or `name:split`.
 
     Raises:
-        RejectedRecord: the record is no conversation with something to learn.
+        UserError: it cannot be had, or it has several splits and none was chosen.
     """
-    if not isinstance(record, dict):
-        raise RejectedRecord("the record is not an object")
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RejectedRecord("no turns: 'conversations' must be a list of {from, value}")
-    messages = [_to_message(turn, i) for i, turn in enumerate(turns)]
-    first = 1 if messages[0].role == "system" else 0
-    while len(messages) > first and messages[first].role == "assistant":
-        del messages[first]
-    if not any(message.role == "assistant" for message in messages):
-        raise RejectedRecord("no answer: the conversation has no assistant turn after a user's")
-    return messages
+    import datasets
+
+    path, _, split = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(path, split=split or None, cache_dir=cache_dir)
+    except Exception as error:  # the hub, its cache and the files of strangers fail in many ways
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{flag} {name}: neither a file or folder here nor a dataset that can be loaded: {reason}; give a file, a "
+            "folder, or a hub id such as org/name or org/name:split"
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if len(loaded) > 1 and "train" not in loaded:
+        raise UserError(f"{flag} {name}: has the splits {', '.join(loaded)}; choose one as {path}:SPLIT")
+    return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
 
-def _to_message(turn: Any, index: int) -> Message:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise RejectedRecord(f"message {index}: must be an object with text in 'from' and 'value'")
-    role = ROLES.get(str(turn.get("from")).lower())
-    if role is None:
-        raise RejectedRecord(f"message {index}: unknown role {turn.get('from')!r}; known are {', '.join(ROLES)}")
-    if role == "assistant" and not turn["value"].strip():
-        raise RejectedRecord(f"message {index}: empty answer")
-    if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
-        raise RejectedRecord(f"message {index}: holds half of a surrogate pair, which is no character")
-    return Message(role, turn["value"])
+def read_hub_dataset(name: str, dataset: Any) -> Iterator[RawRecord]:
+    """Read the rows of a loaded dataset."""
+    number = 0
+    for batch in dataset.iter(batch_size=BATCH):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            row = dict(zip(batch, values, strict=True))
+            yield RawRecord(Source(name, number), without_nulls(row))

@@ -1,25 +1,32 @@
 """Segments -> token ids and labels, from one tokenisation. The only place that writes IGNORE_INDEX."""
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
+import numpy as np
+from numpy.typing import NDArray
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Segment
 
 IGNORE_INDEX = -100
 
+Ids = NDArray[np.int32]
+
 
 class TokenizedConversation(NamedTuple):
-    """One conversation as the model sees it; all lists over tokens have the same length.
+    """One conversation as the model sees it; all arrays over tokens have the same length.
 
     Attributes:
-        input_ids: token ids.
-        labels: the id where the assistant speaks, IGNORE_INDEX elsewhere.
+        input_ids: token ids, int32, shape (tokens,).
+        labels: the id where the assistant speaks, IGNORE_INDEX elsewhere; int32, shape (tokens,).
         turn_ends: for each assistant turn, the number of tokens up to its end.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Ids
+    labels: Ids
     turn_ends: list[int]
 
 
@@ -30,85 +37,180 @@ def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
 
 
-def check_plain(messages: Sequence[Message], special: re.Pattern[str]) -> None:
+def check_plain(conversation: Conversation, special: re.Pattern[str]) -> None:
     """Refuse contents in which the tokenizer would see a special token: they could end or forge a turn.
 
     Raises:
         RejectedRecord: naming the message and the token.
     """
-    for i, message in enumerate(messages):
+    for i, message in enumerate(conversation.messages):
         found = special.search(message.content)
+        if not found and not message.is_plain:
+            rest = [message.reasoning, message.tool_calls, dict(message.extra)]
+            found = special.search(message.reasoning) or special.search(json.dumps(rest, ensure_ascii=False))
         if found:
             raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}")
+    if conversation.tools and (found := special.search(json.dumps(conversation.tools, ensure_ascii=False))):
+        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
 
 
-def tokenize_batch(
-    conversations: Sequence[Sequence[Segment]], tokenizer: Any, *, add_bos: bool
-) -> list[TokenizedConversation | RejectedRecord]:
-    """Tokenise conversations, each as one text, and label them by the characters that each token covers.
+class Encoder:
+    """Texts in segments -> ids and labels, each text tokenised once, as a whole.
 
     Pieces of text tokenised on their own do not add up to the tokens of the whole, and counting them is how labels go
-    wrong. One tokenisation with offsets needs no counting. That the labels are right is then shown by decoding them.
+    wrong. Here the bytes that each token stands for say which tokens an answer has, and the proof comes with it: all
+    tokens together must give the bytes of the text. Where they do not (a tokenizer that rewrites text), the tokenizer's
+    own character offsets are used, and the labels are proven by decoding them.
 
     Args:
-        conversations: for each conversation its segments.
-        tokenizer: a fast tokenizer, which knows the characters of each token.
+        tokenizer: a fast tokenizer.
         add_bos: put the BOS token in front of a text that does not start with it.
-
-    Returns:
-        For each conversation its tokens, or the reason why its labels cannot be shown to be exact.
+        learn_all: learn every token, apart from turns of the assistant that are not to be learnt.
     """
-    texts = ["".join(segment.text for segment in segments) for segments in conversations]
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    results: list[TokenizedConversation | RejectedRecord] = []
-    for text, segments, ids, offsets in zip(
-        texts, conversations, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+
+    def __init__(self, tokenizer: Any, *, add_bos: bool, learn_all: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.learn_all = learn_all
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.bos_token = tokenizer.bos_token if add_bos else None
+        self.bos_id = tokenizer.bos_token_id
+        self.vocabulary = _token_bytes(tokenizer)
+        self.lengths = np.array([len(token) for token in self.vocabulary], dtype=np.int64)
+        self.special_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Tokenise texts, on all cores and without holding Python up; label() takes the result."""
+        encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return encodings
+
+    def label(self, segments: Sequence[Segment], encoding: Any) -> TokenizedConversation | RejectedRecord:
+        """The tokens of one conversation with their labels, or why these cannot be shown to be exact."""
+        ids = encoding.ids
+        pieces = [segment.text.encode() for segment in segments]
+        text = b"".join(pieces)
+        if not ids:
+            return RejectedRecord("nothing to learn: the text has no tokens")
+        array = np.array(ids, dtype=np.int32)
         try:
-            tokens = _label(ids, offsets, list(_spans(segments)), text, tokenizer)
+            lengths = self._token_lengths(ids, array, text)
+            if lengths is None:
+                tokens = self._label_by_offsets(segments)
+            else:
+                tokens = _label_by_bytes(array, lengths, segments, pieces)
+            if self.learn_all:
+                tokens = _learn_all(tokens, segments)
         except RejectedRecord as error:
-            results.append(error)
-            continue
-        needs_bos = add_bos and not text.startswith(tokenizer.bos_token)
-        results.append(_prepend(tokenizer.bos_token_id, tokens) if needs_bos else tokens)
-    return results
+            return error
+        needs_bos = self.bos_token is not None and not text.startswith(self.bos_token.encode())
+        return self._prepend_bos(tokens) if needs_bos else tokens
+
+    def _token_lengths(self, ids: list[int], array: Ids, text: bytes) -> NDArray[np.int64] | None:
+        """How many bytes of the text each token stands for; None if the tokens do not give the text.
+
+        Tokenizers of Llama's family put a blank, which is no part of the text, in front of each piece between special
+        tokens; the token with it stands for one byte less.
+        """
+        if int(array.max()) >= len(self.lengths):
+            return None
+        lengths: NDArray[np.int64] = self.lengths[array]
+        if b"".join(map(self.vocabulary.__getitem__, ids)) == text:
+            return lengths
+        starts = np.flatnonzero(np.isin(array, self.special_ids)) + 1
+        edges = [0, *starts.tolist(), len(ids)]
+        position = 0
+        for start, end in zip(edges, edges[1:], strict=False):
+            piece = b"".join(map(self.vocabulary.__getitem__, ids[start:end]))
+            if not text.startswith(piece, position):
+                if piece[:1] != b" " or not text.startswith(piece[1:], position):
+                    return None
+                piece = piece[1:]
+                lengths[start] -= 1
+            position += len(piece)
+        return lengths if position == len(text) else None
+
+    def _label_by_offsets(self, segments: Sequence[Segment]) -> TokenizedConversation:
+        """Label by the characters that the tokenizer says each token covers, and prove it by decoding.
+
+        Raises:
+            RejectedRecord: a token lies across an edge of an answer, or the labels decode to another text.
+        """
+        text = "".join(segment.text for segment in segments)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        turn_ends = []
+        position = at = 0
+        for segment in segments:
+            start, end = at, at + len(segment.text)
+            at = end
+            if not (segment.supervised or segment.ends_turn):
+                continue
+            while position < len(ids) and offsets[position][1] <= start:
+                position += 1
+            first = position
+            while position < len(ids) and offsets[position][0] < end:
+                position += 1
+            if segment.supervised:
+                if first == position or offsets[first][0] < start or offsets[position - 1][1] > end:
+                    raise RejectedRecord(ACROSS)
+                _prove(ids[first:position], segment.text, self.tokenizer)
+                labels[first:position] = ids[first:position]
+            turn_ends.append(position)
+        labels[:1] = IGNORE_INDEX  # nothing stands before the first token that could predict it
+        return TokenizedConversation(np.array(ids, dtype=np.int32), labels, turn_ends)
+
+    def _prepend_bos(self, tokens: TokenizedConversation) -> TokenizedConversation:
+        bos = np.array([self.bos_id], dtype=np.int32)
+        ignored = np.array([IGNORE_INDEX], dtype=np.int32)
+        labels = tokens.labels
+        return TokenizedConversation(
+            np.concatenate([bos, tokens.input_ids]),
+            np.concatenate([ignored, labels]),
+            [end + 1 for end in tokens.turn_ends],
+        )
 
 
-def _spans(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
-    """Start and end, in characters, of each supervised segment."""
-    position = 0
-    for segment in segments:
-        if segment.supervised:
-            yield position, position + len(segment.text)
-        position += len(segment.text)
+def _learn_all(tokens: TokenizedConversation, segments: Sequence[Segment]) -> TokenizedConversation:
+    """Every token becomes its own label, apart from the first one and from turns set aside."""
+    labels = tokens.input_ids.copy()
+    labels[0] = IGNORE_INDEX
+    turns = [segment for segment in segments if segment.ends_turn]
+    begins = [0, *tokens.turn_ends]
+    for turn, begin, end in zip(turns, begins, tokens.turn_ends, strict=False):
+        if not turn.supervised:
+            labels[begin:end] = IGNORE_INDEX
+    return tokens._replace(labels=labels)
 
 
-def _label(
-    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, tokenizer: Any
+ACROSS = "a token lies across the edge of an answer, so the answer cannot be learnt exactly"
+
+
+def _label_by_bytes(
+    ids: Ids, lengths: NDArray[np.int64], segments: Sequence[Segment], pieces: Sequence[bytes]
 ) -> TokenizedConversation:
-    """Label the tokens of one text.
+    """Label the tokens whose bytes lie in a supervised segment.
 
     Raises:
-        RejectedRecord: a token lies across the edge of what the assistant says, or the labels decode to another text.
+        RejectedRecord: a token lies across the edge of one.
     """
-    labels = [IGNORE_INDEX] * len(ids)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     turn_ends = []
-    position = 0
-    for start, end in spans:
-        while position < len(ids) and offsets[position][1] <= start:
-            position += 1
-        first = position
-        while position < len(ids) and offsets[position][0] < end:
-            position += 1
-        if first == position or offsets[first][0] < start or offsets[position - 1][1] > end:
-            raise RejectedRecord("a token lies across the edge of an answer, so the answer cannot be learnt exactly")
-        _prove(ids[first:position], text[start:end], tokenizer)
-        labels[first:position] = ids[first:position]
-        turn_ends.append(position)
-    if labels:
-        labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
+    at = 0
+    for segment, piece in zip(segments, pieces, strict=True):
+        start, at = at, at + len(piece)
+        if not (segment.supervised or segment.ends_turn):
+            continue
+        first, last = np.searchsorted(starts, (start, at)).tolist()
+        if segment.supervised:
+            if first == last or starts[first] != start or ends[last - 1] != at or (first and ends[first - 1] != start):
+                raise RejectedRecord(ACROSS)
+            labels[first:last] = ids[first:last]
+        turn_ends.append(last)
+    labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
     return TokenizedConversation(ids, labels, turn_ends)
 
 
@@ -125,6 +227,23 @@ def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
         raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {spoken[:60]!r}")
 
 
-def _prepend(bos: int, tokens: TokenizedConversation) -> TokenizedConversation:
-    turn_ends = [end + 1 for end in tokens.turn_ends]
-    return TokenizedConversation([bos, *tokens.input_ids], [IGNORE_INDEX, *tokens.labels], turn_ends)
+def _token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that each token id stands for, as byte-level and SentencePiece vocabularies write them.
+
+    Nothing depends on this being right for a tokenizer: what it says is compared with the text each time.
+    """
+    backend = tokenizer.backend_tokenizer
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    tokens = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    byte_level = "ByteLevel" in f"{backend.decoder} {backend.pre_tokenizer}"
+    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    for token, i in vocabulary.items():
+        if byte_level and all(character in to_byte for character in token):
+            tokens[i] = bytes(to_byte[character] for character in token)
+        elif not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            tokens[i] = bytes([int(token[3:5], 16)])
+        else:
+            tokens[i] = token.replace("\u2581", " ").encode("utf-8", "replace")
+    for i, added in tokenizer.added_tokens_decoder.items():
+        tokens[i] = added.content.encode()
+    return tokens

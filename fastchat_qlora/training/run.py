@@ -53,6 +53,7 @@ def train(args: RunArguments) -> Path:
             max_length=training_args.model_max_length,
             seed=training_args.seed,
             output_dir=training_args.output_dir,
+            cache_dir=training_args.cache_dir,
             is_main=topology.is_main,
         )
 
