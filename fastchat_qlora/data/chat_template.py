@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 
@@ -22,7 +22,8 @@ PROBES = re.compile(f"{PROBE}(\\d+){PROBE_END}")
 MOST_OUTLINES = 2_000
 
 
-class Turn(NamedTuple):
+@dataclass(frozen=True)
+class Turn:
     """An assistant's message in the text that ends with it.
 
     Attributes:
@@ -38,7 +39,8 @@ class Turn(NamedTuple):
     end: int
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One text to train on.
 
     Attributes:
@@ -65,7 +67,8 @@ class Slot:
     ends: bool = False
 
 
-class Outline(NamedTuple):
+@dataclass(frozen=True)
+class Outline:
     """A row of all conversations with the same sequence of roles: what the template writes around the contents."""
 
     count: int
@@ -141,7 +144,9 @@ class ChatTemplate:
     ) -> list[Row]:
         """The careful way: every answer is rendered as a server would have seen it."""
         render = self._remembering(messages) if remember else self._rendering(messages, tools)
-        turns = [self._find_turn(messages, i, render) for i, message in enumerate(messages) if message.role == "assistant"]
+        turns = [
+            self._find_turn(messages, i, render) for i, message in enumerate(messages) if message.role == "assistant"
+        ]
         whole = render(len(messages), False, False)
         rows: list[Row] = []
         while turns and any(turn.index in wanted for turn in turns):
@@ -267,7 +272,9 @@ def _variants(content: str) -> Iterator[str]:
 
 def _common(first: str, second: str) -> int:
     """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _turn_end(text: str, content_end: int, special: re.Pattern[str], index: int) -> int:
@@ -289,7 +296,9 @@ def _check_structure(message: Message, spoken: str, index: int) -> None:
         parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
     for part in parts:
         if not _stands_in(part, spoken):
-            raise RejectedRecord(f"message {index}: the chat template does not write {part[:40]!r}, which is said there")
+            raise RejectedRecord(
+                f"message {index}: the chat template does not write {part[:40]!r}, which is said there"
+            )
 
 
 def _leaves(value: Any) -> Iterator[str]:

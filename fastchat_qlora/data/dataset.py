@@ -135,9 +135,7 @@ class DataSource:
     def contents(self) -> list[tuple[str, str]]:
         """The name and the content's hash of each part."""
         try:
-            return [
-                (name, hash_file(Path(name)) if hub is None else str(hub._fingerprint)) for name, hub in self.parts
-            ]
+            return [(name, hash_file(Path(name)) if hub is None else str(hub._fingerprint)) for name, hub in self.parts]
         except OSError as error:
             raise UserError(
                 f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a file you may read"
@@ -226,9 +224,7 @@ def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
         raise UserError(f"--eval_split {eval_split}: leaves nothing on one side of {len(conversations)} conversations")
     held_out = np.random.default_rng(seed).permutation(conversations)[:size]
     is_held_out = np.isin(records, held_out)
-    return DatasetDict(
-        train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out))
-    )
+    return DatasetDict(train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out)))
 
 
 class Collator:

@@ -55,7 +55,9 @@ def get_id(record: Any) -> str | None:
     """The record's own name, if it has one."""
     if not isinstance(record, dict):
         return None
-    identity = next((record[key] for key in ("id", "conversation_id", "prompt_id") if record.get(key) is not None), None)
+    identity = next(
+        (record[key] for key in ("id", "conversation_id", "prompt_id") if record.get(key) is not None), None
+    )
     try:
         return None if identity is None else str(identity).encode("utf-8", "backslashreplace").decode("utf-8")[:200]
     except RecursionError:
@@ -131,13 +133,14 @@ def _read_message(turn: Any, index: int) -> Message:
         raise RejectedRecord(f"message {index}: must be an object with text in 'from' and 'value', or role and content")
     name = turn["role"] if turn.get("role") is not None else turn.get("from")
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    speaker = name.lower() if isinstance(name, str) else ""
+    role = ROLES.get(speaker)
     if role is None:
         raise RejectedRecord(f"message {index}: unknown role {str(name)[:40]!r}; known are {', '.join(ROLES)}")
     calls = turn.get("tool_calls") or []
     if turn.get("function_call"):  # OpenAI's older name for one call
         calls = [turn["function_call"]]
-    if name.lower() in CALLS:
+    if speaker in CALLS:
         content, calls = "", _parse_json(content, index)
     tool_calls = tuple(_read_call(call, index) for call in (calls if isinstance(calls, list) else [calls]))
     if content is None and role == "assistant" and tool_calls:
@@ -171,11 +174,13 @@ def _text(content: Any, index: int) -> str:
 
 
 def _join_parts(parts: list[Any], index: int) -> str:
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    for part, text in zip(parts, texts, strict=True):
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise RejectedRecord(f"message {index}: a content part is no text but {str(kind)[:40]!r}")
+        texts.append(text)
     return "".join(texts)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ EAGER_FEATURES = Features({**SOURCE_FEATURES, **ROW_FEATURES})
 LAZY_FEATURES = Features({**SOURCE_FEATURES, "segments": Value("string")})
 
 
-class Draft(NamedTuple):
+@dataclass(frozen=True)
+class Draft:
     """One text of a record, before it is tokenised: the record's place in the batch, and what it was written from."""
 
     index: int
@@ -143,7 +145,7 @@ class Preprocessor:
                 conversation = to_conversation(parsed)
                 check_plain(conversation, self.special)
                 rendered = self.render(conversation)
-                batch.drafts += [Draft(index, conversation, segments) for segments in rendered]
+                batch.drafts.extend(Draft(index, conversation, segments) for segments in rendered)
             except RejectedRecord as error:
                 batch.problems[index] = str(error)
             batch.records.append((number, source))
@@ -158,8 +160,8 @@ class Preprocessor:
     def finish(self, batch: Batch, encodings: Sequence[Any]) -> Finished:
         """Label, prove and cut to length. A record is rejected as a whole or not at all."""
         if self.lazy:
-            texts = [(draft.index, draft.segments) for draft in batch.drafts]
-            return _assemble(batch, _lazy_columns(texts), [index for index, _ in texts], LAZY_FEATURES)
+            owners = [draft.index for draft in batch.drafts]
+            return _assemble(batch, _lazy_columns(batch.drafts), owners, LAZY_FEATURES)
         kept: dict[int, list[tuple[TokenizedConversation, int]]] = {}
         grouped: dict[int, list[tuple[Draft, TokenizedConversation | RejectedRecord]]] = {}
         for draft, encoding in zip(batch.drafts, encodings, strict=True):
@@ -279,8 +281,8 @@ def _columns(rows: Sequence[tuple[TokenizedConversation, int]]) -> dict[str, Any
     }
 
 
-def _lazy_columns(texts: Sequence[tuple[int, list[Segment]]]) -> dict[str, Any]:
-    pieces = [[[part.text, part.supervised, part.ends_turn] for part in segments] for _, segments in texts]
+def _lazy_columns(drafts: Sequence[Draft]) -> dict[str, Any]:
+    pieces = [[[part.text, part.supervised, part.ends_turn] for part in draft.segments] for draft in drafts]
     return {"segments": [json.dumps(segments, ensure_ascii=False) for segments in pieces]}
 
 

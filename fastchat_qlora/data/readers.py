@@ -128,7 +128,7 @@ def _unpack(name: str, raw: IO[bytes]) -> io.BufferedReader:
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]  # typeshed wants a RawIOBase
     if name.endswith(".zst"):
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type, type-var]
+    return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type]
 
 
 def _lines(path: Path, file: io.BufferedReader) -> Iterator[RawRecord]:

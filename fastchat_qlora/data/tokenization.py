@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ class Encoder:
         starts = np.flatnonzero(np.isin(array, self.special_ids)) + 1
         edges = [0, *starts.tolist(), len(ids)]
         position = 0
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             piece = b"".join(map(self.vocabulary.__getitem__, ids[start:end]))
             if not text.startswith(piece, position):
                 if piece[:1] != b" " or not text.startswith(piece[1:], position):
