@@ -190,7 +190,7 @@ def _check_data_path(flag: str, name: str) -> list[str]:
     looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
     if not name or looks_local or len(name) > HUB_NAME_LIMIT:
         return [
-            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file of conversations, a folder, or a hub "
+            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file, a folder, or a hub "
             "dataset such as org/name or org/name:split"
         ]
     return []

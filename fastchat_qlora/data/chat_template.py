@@ -102,11 +102,11 @@ class ChatTemplate:
         """
         wanted = set(learnt)
         messages = conversation.messages
-        if not conversation.tools and all(message.is_plain for message in messages):
-            if not any(self.marks.search(message.content) for message in messages):
-                rows = self._by_outline(messages, wanted)
-                if rows is not None:
-                    return rows
+        plain = not conversation.tools and all(message.is_plain for message in messages)
+        if plain and not any(self.marks.search(message.content) for message in messages):
+            rows = self._by_outline(messages, wanted)
+            if rows is not None:
+                return rows
         checked = self._checked_rows(messages, conversation.tools, wanted)
         return [list(_segments(row, wanted)) for row in checked]
 
@@ -204,29 +204,33 @@ class ChatTemplate:
         if place < 0:
             raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
         ending = probe[place + len(PROBE) :]
+        # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
+        # is often part of the first token.
+        spoken = len(prompt) if probe.startswith(prompt) and not probe[len(prompt) : place].strip() else place
         if message.reasoning or message.tool_calls:
-            start = len(prompt) if answered.startswith(prompt) else _common(answered, probe)
+            if not message.reasoning and answered.startswith(probe[:place]):
+                start = spoken
+            else:
+                start = len(prompt) if answered.startswith(prompt) else _common(answered, probe)
             end = self._structured_end(answered, start, ending, index)
             _check_structure(message, answered[start:end], index)
             return Turn(index, answered, start, end)
-        # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
-        # is often part of the first token.
-        start = len(prompt) if probe.startswith(prompt) and not probe[len(prompt) : place].strip() else place
         for content in _variants(message.content):
             if answered == probe[:place] + content + ending:
                 end = _turn_end(answered, place + len(content), self.special, index)
-                return Turn(index, answered, start, end)
+                return Turn(index, answered, spoken, end)
         return self._reasoned_turn(message, index, answered, prompt, ending)
 
     def _reasoned_turn(self, message: Message, index: int, answered: str, prompt: str, ending: str) -> Turn:
         """An answer whose text holds its reasoning in tags that the template lays out anew: only blanks may differ."""
         content_end = len(answered) - len(ending)
         said = message.content
-        if opening := re.match(r"\s*(<[^<>\s]+>|\[[A-Z]+\])", said):
-            if prompt.rstrip().endswith(opening.group(1)):  # the prompt has said that already
-                said = said[opening.end() :]
+        opening = re.match(r"\s*(<[^</>\s][^<>\s]*>|\[[A-Z]+\])", said)
+        if opening and prompt.rstrip().endswith(opening.group(1)):  # the prompt has said that already
+            said = said[opening.end() :]
         if answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
-            if "".join(answered[len(prompt) : content_end].split()) == "".join(said.split()):
+            written = answered[len(prompt) : content_end]
+            if "".join(written.split()) == "".join(said.split()):
                 return Turn(index, answered, len(prompt), _turn_end(answered, content_end, self.special, index))
         raise RejectedRecord(
             f"message {index}: the chat template changes the answer's text, or writes more before it than "
@@ -236,9 +240,7 @@ class ChatTemplate:
     def _structured_end(self, answered: str, start: int, ending: str, index: int) -> int:
         if answered.endswith(ending) and len(answered) - len(ending) >= start:
             return _turn_end(answered, len(answered) - len(ending), self.special, index)
-        last = None
-        for last in self.special.finditer(answered, start):
-            pass
+        last = max(self.special.finditer(answered, start), key=lambda token: token.start(), default=None)
         if last is None or answered[last.end() :].strip():
             raise RejectedRecord(f"message {index}: the chat template ends the turn with no special token to stop at")
         return last.end()

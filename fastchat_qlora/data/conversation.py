@@ -21,7 +21,7 @@ class Message:
         role: who says it.
         content: the text said.
         reasoning: what an assistant thought before it, where the record keeps that apart.
-        tool_calls: the functions that an assistant calls, each `{"type": "function", "function": {"name", "arguments"}}`.
+        tool_calls: the functions that an assistant calls: `{"type": "function", "function": {"name", "arguments"}}`.
         extra: further fields for the chat template, such as the name or the call that a tool's result belongs to.
         learn: whether an assistant's message is learnt.
     """

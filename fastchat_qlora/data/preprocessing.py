@@ -255,8 +255,8 @@ def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:
     missing = [token for token in tokens if token not in special]
     if missing:
         raise UserError(
-            f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn would "
-            "end; choose auto, vicuna or the template of this model"
+            f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn "
+            "would end; choose auto, vicuna or the template of this model"
         )
 
 

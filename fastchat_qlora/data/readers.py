@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ijson
 import pyarrow as pa
@@ -92,7 +92,7 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
         raise UserError(f"{flag} {path}: cannot be read: {reason}; give a file you may read") from error
 
 
-def _parquet(path: Path, raw: IO[bytes], flag: str) -> Iterator[RawRecord]:
+def _parquet(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
     try:
         batches = pq.ParquetFile(raw).iter_batches(batch_size=BATCH)
         rows = (row for batch in batches for row in batch.to_pylist())
@@ -109,7 +109,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _json(path: Path, raw: IO[bytes], flag: str) -> Iterator[RawRecord]:
+def _json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
     file = _unpack(path.name.lower(), raw)
     if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte order mark
         file.read(3)
@@ -123,12 +123,12 @@ def _json(path: Path, raw: IO[bytes], flag: str) -> Iterator[RawRecord]:
     return _array(path, file, flag)
 
 
-def _unpack(name: str, raw: IO[bytes]) -> io.BufferedReader:
+def _unpack(name: str, raw: io.BufferedReader) -> io.BufferedReader:
     if name.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]  # typeshed wants a RawIOBase
     if name.endswith(".zst"):
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type]
+    return io.BufferedReader(raw, 1 << 20)
 
 
 def _lines(path: Path, file: io.BufferedReader) -> Iterator[RawRecord]:

@@ -13,8 +13,8 @@ def _lines(texts: list[str]) -> Iterator[str]:
         yield from (line for line in text.split("\n") if line)
 
 
-def train_llama_sentencepiece(texts: list[str], model_prefix: str) -> None:
-    """Train a BPE model with Llama's settings, but 1200 pieces, on `texts` and write it to `model_prefix` + ".model".
+def train_llama_sentencepiece(texts: list[str], model_prefix: str, vocab_size: int = 1200) -> None:
+    """Train a BPE model with Llama's settings, but few pieces, on `texts` and write it to `model_prefix` + ".model".
 
     The same texts give the same bytes wherever the file lies: the model is trained in memory, so that no path gets
     into it, in one thread and without shuffling. Another sentencepiece release may give other bytes.
@@ -24,7 +24,7 @@ def train_llama_sentencepiece(texts: list[str], model_prefix: str) -> None:
         sentence_iterator=_lines(texts),
         model_writer=model,
         model_type="bpe",
-        vocab_size=1200,
+        vocab_size=vocab_size,
         character_coverage=0.9995,
         byte_fallback=True,
         normalization_rule_name="identity",
