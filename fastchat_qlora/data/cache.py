@@ -89,6 +89,8 @@ def read_entry(entry: Path) -> dict[str, Any] | None:
             if hash_file(entry / name) != digest:
                 return None
         facts = manifest["facts"]
+        if manifest["digest"] != _digest(manifest["files"], facts):
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return facts if isinstance(facts, dict) else None
@@ -113,8 +115,13 @@ def prune(root: Path) -> None:
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"files": files, "facts": facts}, ensure_ascii=False, indent=1)
+    manifest = {"files": files, "facts": facts, "digest": _digest(files, facts)}
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(files: Any, facts: Any) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps([files, facts], sort_keys=True)))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -87,7 +88,7 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
                     position = raw.tell()
                     progress(position - done)
                     done = position
-    except (OSError, EOFError) as error:  # EOFError: a .gz file that ends too early
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz file that is cut off or damaged
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{flag} {path}: cannot be read: {reason}; give a file you may read") from error
 

@@ -23,7 +23,7 @@ from fastchat_qlora.data.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
-from sentencepiece_model import train_llama_sentencepiece  # noqa: E402
+from sentencepiece_model import train_llama_sentencepiece
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # What ends a turn of the assistant in each family, as its model card or generation_config says.
