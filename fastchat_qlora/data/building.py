@@ -120,15 +120,18 @@ def batches(records: Iterable[RawRecord]) -> Iterator[Numbered]:
         yield batch
 
 
-def _size(value: Any, depth: int = 0) -> int:
-    """About how many characters a raw record holds."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if depth > 3:
-        return 0
-    if isinstance(value, dict):
-        return sum(_size(item, depth + 1) for item in value.values())
-    return sum(_size(item, depth + 1) for item in value) if isinstance(value, list) else 0
+def _size(record: Any) -> int:
+    """About how many characters a raw record holds: its text, and the texts of the messages in it."""
+    if isinstance(record, bytes):
+        return len(record)
+    size = 0
+    for field in record.values() if isinstance(record, dict) else ():
+        if isinstance(field, str):
+            size += len(field)
+        for turn in field if isinstance(field, list) else ():
+            if isinstance(turn, dict):
+                size += sum(len(text) for text in turn.values() if isinstance(text, str | list))
+    return size
 
 
 def choose_workers(asked: int | None, size: int) -> int:

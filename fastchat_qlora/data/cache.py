@@ -121,7 +121,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _digest(files: Any, facts: Any) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json.dumps([files, facts], sort_keys=True)))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps([files, facts], sort_keys=True).encode()))
 
 
 @contextmanager

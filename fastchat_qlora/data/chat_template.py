@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
+from fastchat_qlora.data.marks import Marks
 
 PROBE = "\ue000"  # characters of private use, which stand in for contents
 PROBE_END = "\ue001"
@@ -80,10 +81,10 @@ class ChatTemplate:
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        special: matches each special token of the tokenizer.
+        special: finds each special token of the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, special: re.Pattern[str]) -> None:
+    def __init__(self, tokenizer: Any, special: Marks) -> None:
         self.tokenizer = tokenizer
         self.special = special
         self.marks = _marks(tokenizer.chat_template)
@@ -100,18 +101,60 @@ class ChatTemplate:
         Raises:
             RejectedRecord: the template refuses the conversation, leaves something out or changes what is said.
         """
-        wanted = set(learnt)
-        messages = conversation.messages
-        plain = not conversation.tools and all(message.is_plain for message in messages)
-        if plain and not any(self.marks.search(message.content) for message in messages):
-            rows = self._by_outline(messages, wanted)
-            if rows is not None:
-                return rows
-        checked = self._checked_rows(messages, conversation.tools, wanted)
-        return [list(_segments(row, wanted)) for row in checked]
+        [rows] = self.render_batch([(conversation, learnt)])
+        if isinstance(rows, RejectedRecord):
+            raise rows
+        return rows
 
-    def _by_outline(self, messages: Sequence[Message], wanted: set[int]) -> list[list[Segment]] | None:
-        """The fast way: what is known of this sequence of roles, confirmed by rendering the conversation itself."""
+    def render_batch(
+        self, conversations: Sequence[tuple[Conversation, Sequence[int]]]
+    ) -> list[list[list[Segment]] | RejectedRecord]:
+        """The same for many conversations, with the reason in the place of one that is rejected."""
+        wanted = [set(learnt) for _, learnt in conversations]
+        outlines = [
+            self._get_outlines(conversation, chosen)
+            for (conversation, _), chosen in zip(conversations, wanted, strict=True)
+        ]
+        texts = self._texts_of_outlines([conversation for conversation, _ in conversations], outlines)
+        results: list[list[list[Segment]] | RejectedRecord] = []
+        for (conversation, _), chosen, planned in zip(conversations, wanted, outlines, strict=True):
+            rows: list[list[Segment]] | RejectedRecord | None = None
+            if planned and texts is not None:
+                contents = [message.content for message in conversation.messages]
+                filled = [_fill(outline, contents, chosen, next(texts)) for outline in planned]
+                rows = [row for row in filled if row is not None]
+                rows = rows if len(rows) == len(filled) else None
+            results.append(rows if rows is not None else self._render_carefully(conversation, chosen))
+        return results
+
+    def _render_carefully(self, conversation: Conversation, wanted: set[int]) -> list[list[Segment]] | RejectedRecord:
+        try:
+            rows = self._checked_rows(conversation.messages, conversation.tools, wanted)
+            return [list(_segments(row, wanted)) for row in rows]
+        except RejectedRecord as error:
+            return error
+
+    def _texts_of_outlines(
+        self, conversations: Sequence[Conversation], outlines: Sequence[list[Outline] | None]
+    ) -> Iterator[str] | None:
+        """The conversations' own texts, by which outlines are confirmed; None if the template refuses one of them."""
+        shown = [
+            [message.to_template() for message in conversation.messages[: outline.count]]
+            for conversation, planned in zip(conversations, outlines, strict=True)
+            for outline in planned or ()
+        ]
+        try:  # one call for all of them: the tokenizer prepares each call at length
+            return iter(self.tokenizer.apply_chat_template(shown, tokenize=False) if shown else [])
+        except Exception:  # a template may fail in any way; the careful way will say for which conversation
+            return None
+
+    def _get_outlines(self, conversation: Conversation, wanted: set[int]) -> list[Outline] | None:
+        """What is known of this sequence of roles; None where the conversation has to be rendered the careful way."""
+        messages = conversation.messages
+        if conversation.tools or not all(message.is_plain for message in messages):
+            return None
+        if any(self.marks.search(message.content) for message in messages):
+            return None
         roles = " ".join(message.role for message in messages)
         key = f"{roles} {sorted(wanted)}" if len(wanted) < _answers(messages) else roles
         if key not in self.outlines:
@@ -119,17 +162,7 @@ class ChatTemplate:
                 self.outlines.clear()
                 self.renderings.clear()
             self.outlines[key] = self._make_outlines(messages, wanted)
-        outlines = self.outlines[key]
-        if outlines is None:
-            return None
-        rows = []
-        for outline in outlines:
-            text = self._apply(messages[: outline.count], ())
-            segments = _fill(outline, [message.content for message in messages], wanted, text)
-            if segments is None:
-                return None
-            rows.append(segments)
-        return rows
+        return self.outlines[key]
 
     def _make_outlines(self, messages: Sequence[Message], wanted: set[int]) -> list[Outline] | None:
         probes = [Message(message.role, f"{PROBE}{i}{PROBE_END}") for i, message in enumerate(messages)]
@@ -250,8 +283,8 @@ def _answers(messages: Sequence[Message]) -> int:
     return sum(message.role == "assistant" for message in messages)
 
 
-def _marks(template: Any) -> re.Pattern[str]:
-    """Matches what a template may look for in contents: the tags among its string literals, such as </think>.
+def _marks(template: Any) -> Marks:
+    """Finds what a template may look for in contents: the tags among its string literals, such as </think>.
 
     Conversations that hold one are rendered the careful way, since the template may treat them differently.
     """
@@ -259,7 +292,7 @@ def _marks(template: Any) -> re.Pattern[str]:
     literals = {match.group(2) for match in re.finditer(r"""(['"])((?:\\.|(?!\1).)*)\1""", source, re.DOTALL)}
     parts = {part for literal in literals for part in re.split(r"\\n|\s+", literal) if re.search(r"[<\[{|]", part)}
     parts = {part for part in parts if 1 < len(part) < 60 and "\\" not in part}
-    return re.compile("|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True)) or r"(?!)")
+    return Marks(parts)
 
 
 def _variants(content: str) -> Iterator[str]:
@@ -279,7 +312,7 @@ def _common(first: str, second: str) -> int:
     )
 
 
-def _turn_end(text: str, content_end: int, special: re.Pattern[str], index: int) -> int:
+def _turn_end(text: str, content_end: int, special: Marks, index: int) -> int:
     """Where the token or tokens that end a turn end themselves; between the content and them stand at most blanks."""
     end = content_end
     while (token := special.match(text, end)) or (end == content_end and (token := special.search(text, end))):

@@ -28,6 +28,8 @@ ROLES: dict[str, Role] = {
 }
 CALLS = ("function_call", "tool_call")  # roles whose text is the call, as JSON
 
+SPEAKERS = {name: role for name, role in ROLES.items() if name not in CALLS}
+
 MOST_CHARACTERS = 10_000_000
 """In one record; millions of tokens, more than any model attends to."""
 
@@ -129,6 +131,18 @@ def _read_alpaca(record: dict[str, Any]) -> list[Message]:
 
 
 def _read_message(turn: Any, index: int) -> Message:
+    """Understand one message; the short way first, which nearly all messages can go."""
+    if isinstance(turn, dict) and len(turn) == 2:
+        name, content = (
+            (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+        )
+        role = SPEAKERS.get(name) if isinstance(name, str) else None
+        if role is not None and isinstance(content, str) and content and not content.isspace():
+            return Message(role, _text(content, index))
+    return _read_any_message(turn, index)
+
+
+def _read_any_message(turn: Any, index: int) -> Message:
     if not isinstance(turn, dict):
         raise RejectedRecord(f"message {index}: must be an object with text in 'from' and 'value', or role and content")
     name = turn["role"] if turn.get("role") is not None else turn.get("from")

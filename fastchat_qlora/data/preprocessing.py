@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from fastchat_qlora.data.chat_template import ChatTemplate
-from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Segment, get_template
 from fastchat_qlora.data.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.length import split_messages, truncate
 from fastchat_qlora.data.readers import RawRecord, Rejection, Source
@@ -122,7 +122,7 @@ class Preprocessor:
         code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
         settings = [
             [transformers.__version__, tokenizers.__version__, self.tokenizer.backend_tokenizer.to_str()],
-            [self.tokenizer.chat_template, sorted(self.special.pattern), self.tokenizer.special_tokens_map],
+            [self.tokenizer.chat_template, self.special.texts, self.tokenizer.special_tokens_map],
             [self.name, self.encoder.bos_token, self.max_length, self.overlong, self.train_on, self.lazy],
         ]
         digest = hashlib.sha256(b"\0".join(code))
@@ -137,6 +137,7 @@ class Preprocessor:
     def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> Batch:
         """Parse, understand and render; in Python, one thread."""
         batch = Batch([], [], {})
+        understood = []
         for index, (number, record) in enumerate(records):
             source = record.source
             try:
@@ -144,11 +145,16 @@ class Preprocessor:
                 source = source._replace(id=get_id(parsed))
                 conversation = to_conversation(parsed)
                 check_plain(conversation, self.special)
-                rendered = self.render(conversation)
-                batch.drafts.extend(Draft(index, conversation, segments) for segments in rendered)
+                understood.append((index, conversation))
             except RejectedRecord as error:
                 batch.problems[index] = str(error)
             batch.records.append((number, source))
+        rendered = self.render([conversation for _, conversation in understood])
+        for (index, conversation), texts in zip(understood, rendered, strict=True):
+            if isinstance(texts, RejectedRecord):
+                batch.problems[index] = str(texts)
+            else:
+                batch.drafts.extend(Draft(index, conversation, segments) for segments in texts)
         return batch
 
     def encode(self, batch: Batch) -> list[Any]:
@@ -175,26 +181,36 @@ class Preprocessor:
         owners = [index for index in sorted(kept) for _ in kept[index]]
         return _assemble(batch, _columns(rows), owners, EAGER_FEATURES)
 
-    def render(self, conversation: Conversation) -> list[list[Segment]]:
-        """Write a conversation as one or several texts, with what is to be learnt marked.
+    def render(self, conversations: Sequence[Conversation]) -> list[list[list[Segment]] | RejectedRecord]:
+        """Write each conversation as one or several texts with what is to be learnt marked, or say why it cannot be."""
+        results: list[list[list[Segment]] | RejectedRecord] = []
+        chosen = [(conversation, self._choose(conversation)) for conversation in conversations]
+        useful = [(conversation, learnt) for conversation, learnt in chosen if learnt]
+        rendered = iter(self.chat_template.render_batch(useful) if self.chat_template else map(self._by_name, useful))
+        for _, learnt in chosen:
+            nothing = RejectedRecord("nothing to learn: 'train' or 'weight' is 0 for every answer that would be")
+            texts = next(rendered) if learnt else nothing
+            if self.train_on == "all" and not isinstance(texts, RejectedRecord):
+                texts = texts[-1:]  # the last text has all that the others have
+            results.append(texts)
+        return results
 
-        Raises:
-            RejectedRecord: the template cannot write it, or there is nothing in it to learn.
-        """
+    def _choose(self, conversation: Conversation) -> list[int]:
+        """Indices of the messages to learn."""
         answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
         answers = answers[-1:] if self.train_on == "last" else answers
-        learnt = [i for i in answers if conversation.messages[i].learn]
-        if not learnt:
-            raise RejectedRecord("nothing to learn: 'train' or 'weight' is 0 for every answer that would be")
-        if self.chat_template is not None:
-            texts = self.chat_template.render(conversation, learnt)
-        elif conversation.tools:
-            raise RejectedRecord("the template has no words for 'tools'")
-        else:
-            chosen = [_with_learn(message, i in learnt) for i, message in enumerate(conversation.messages)]
-            assert self.template is not None
-            texts = [self.template.render(chosen, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
-        return texts[-1:] if self.train_on == "all" else texts
+        return [i for i in answers if conversation.messages[i].learn]
+
+    def _by_name(self, chosen: tuple[Conversation, Sequence[int]]) -> list[list[Segment]] | RejectedRecord:
+        conversation, learnt = chosen
+        assert self.template is not None
+        if conversation.tools:
+            return RejectedRecord("the template has no words for 'tools'")
+        messages = [replace(message, learn=i in learnt) for i, message in enumerate(conversation.messages)]
+        try:
+            return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
+        except RejectedRecord as error:
+            return error
 
     def _fit(
         self, texts: Sequence[tuple[Draft, TokenizedConversation | RejectedRecord]]
@@ -236,10 +252,12 @@ class Preprocessor:
         if len(parts) < 2:
             return []
         rows = []
-        for messages in parts:
-            part = Conversation(messages, conversation.tools)
+        conversations = [Conversation(messages, conversation.tools) for messages in parts]
+        for part, texts in zip(conversations, self.render(conversations), strict=True):
             try:
-                drafts = [Draft(0, part, segments) for segments in self.render(part)]
+                if isinstance(texts, RejectedRecord):
+                    raise texts
+                drafts = [Draft(0, part, segments) for segments in texts]
                 encodings = self.encoder.encode(["".join(piece.text for piece in draft.segments) for draft in drafts])
                 rows += self._fit(
                     [(d, self.encoder.label(d.segments, e)) for d, e in zip(drafts, encodings, strict=True)]
@@ -258,12 +276,6 @@ def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:
             f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn "
             "would end; choose auto, vicuna or the template of this model"
         )
-
-
-def _with_learn(message: Message, learn: bool) -> Message:
-    if message.learn == learn:
-        return message
-    return Message(message.role, message.content, message.reasoning, message.tool_calls, message.extra, learn)
 
 
 def _columns(rows: Sequence[tuple[TokenizedConversation, int]]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
 
 def _unpack(name: str, raw: io.BufferedReader) -> io.BufferedReader:
     if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]  # typeshed wants a RawIOBase
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if name.endswith(".zst"):
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
     return io.BufferedReader(raw, 1 << 20)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Segment
+from fastchat_qlora.data.marks import Marks
 
 IGNORE_INDEX = -100
 
@@ -31,14 +33,13 @@ class TokenizedConversation(NamedTuple):
     turn_ends: list[int]
 
 
-def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern that finds each special token of a tokenizer in text."""
+def special_token_pattern(tokenizer: Any) -> Marks:
+    """Finds each special token of a tokenizer in text."""
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+    return Marks(names | set(tokenizer.all_special_tokens))
 
 
-def check_plain(conversation: Conversation, special: re.Pattern[str]) -> None:
+def check_plain(conversation: Conversation, special: Marks) -> None:
     """Refuse contents in which the tokenizer would see a special token: they could end or forge a turn.
 
     Raises:
@@ -116,7 +117,7 @@ class Encoder:
         if int(array.max()) >= len(self.lengths):
             return None
         lengths: NDArray[np.int64] = self.lengths[array]
-        if b"".join(map(self.vocabulary.__getitem__, ids)) == text:
+        if b"".join(itemgetter(*ids, 0)(self.vocabulary)[:-1]) == text:  # the 0: a getter of one item gives no tuple
             return lengths
         starts = np.flatnonzero(np.isin(array, self.special_ids)) + 1
         edges = [0, *starts.tolist(), len(ids)]

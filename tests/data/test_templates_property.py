@@ -198,8 +198,8 @@ class TestEveryTemplate:
             return
         said = [text for row in rows for text in learnt(row, tokenizer)]
         assert len(said) == len(turns)
-        for text, (_, answer) in zip(said, turns, strict=True):
-            assert is_said(text, answer, ENDS[name])
+        for _, answer in turns:  # rows follow each other by their last answers, so the order may differ
+            said.remove(next(text for text in said if is_said(text, answer, ENDS[name])))
 
     def test_plain_conversations_are_accepted(self, name: str, family: str) -> None:
         """So that the property above is not one of rejections only."""

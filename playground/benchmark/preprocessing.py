@@ -1,0 +1,733 @@
+r"""How fast does a file of conversations become a dataset to train on? This program, FastChat, TRL and LLaMA-Factory.
+
+Every contestant gets the same ShareGPT file, the same tokenizer and the same longest row, in a process and an
+environment of its own; one run takes them in turn, round after round, so that a machine that slows down slows them all.
+The clock runs from the path of the file to a dataset that a trainer would take: reading, writing with the chat
+template, tokenising, masking, and whatever the tool writes to its cache. Every cache is empty at the start. Imports and
+the loading of the tokenizer are not timed. Linux only, for memory is read from /proc.
+
+The environments, each made once, with Python 3.11 and a torch that is as small as pip can get it (on a machine without
+a GPU give pip the CPU build of torch). This program's own is the one that runs this file:
+
+    python scripts/quickstart.py --only_model --folder MODELS
+    python -m venv peers/fastchat
+    peers/fastchat/bin/pip install torch==2.13.0 fschat==0.2.36 transformers==4.36.2 peft==0.7.1 accelerate==0.25.0 \
+        "numpy<2"
+    python -m venv peers/trl
+    peers/trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets==5.2.0
+    python -m venv peers/llamafactory
+    peers/llamafactory/bin/pip install torch==2.13.0 transformers==5.6.0 datasets==4.0.0 peft==0.18.1 \
+        accelerate==1.11.0 trl==0.24.0 "av<=16" einops numpy omegaconf protobuf pydantic pyyaml scipy sentencepiece \
+        tiktoken
+    peers/llamafactory/bin/pip install --no-deps llamafactory==0.9.5
+
+The run (a contestant whose interpreter is not given is left out, and the report says so):
+
+    python playground/benchmark/preprocessing.py --model MODELS/SmolLM2-135M-Instruct \
+        --fastchat_python peers/fastchat/bin/python --trl_python peers/trl/bin/python \
+        --llamafactory_python peers/llamafactory/bin/python --report report.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Nothing but the standard library up here: this file runs in the environments of all contestants.
+
+ROOT = Path(__file__).resolve().parents[2]
+DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
+SEED = 20
+MIB = 1024 * 1024
+IGNORED = -100  # the label of what is not learnt, the same in all four tools
+SAMPLE_SECONDS = 0.25
+
+# The shape of the conversations. Lengths are drawn in tokens and written in words, so one number turns the one into the
+# other. It is set so that the SmolLM2 tokenizer makes about 1,440 tokens of a conversation, template included, which is
+# somewhat more than it makes of a word: by the means below a conversation would be a tenth longer.
+MEAN_EXCHANGES, MOST_EXCHANGES = 3.51, 60
+USER_TOKENS, USER_SIGMA = 94.46, 1.3  # mean of a log-normal distribution, and its sigma
+ASSISTANT_TOKENS, ASSISTANT_SIGMA = 348.45, 0.85
+TOKENS_PER_WORD = 1.92
+SHORTEST_RUN, LONGEST_RUN = 5, 60  # words that are copied in one go, so that spacing and phrases stay those of prose
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def collect_words() -> list[str]:
+    """Words with the punctuation and the white space that follow them, as real English has them.
+
+    They come from the example conversations, from Python's licence and from the docstrings of its standard library.
+    Words with a "<" are left out: some tool or tokenizer may take "<image>" or "</s>" for more than text.
+    """
+    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
+    texts = [message["value"] for record in records for message in record["conversations"]]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts += [path.read_text(encoding="utf-8") for path in [library / "LICENSE.txt"] if path.is_file()]
+    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
+        if path.parent.name not in {"test", "idlelib", "site-packages", "dist-packages", "lib2to3"}:
+            texts += read_docstrings(path)
+    pieces = re.findall(r"\S+\s*", "\n\n".join([*texts, ""]))
+    return [piece for piece in pieces if "<" not in piece]
+
+
+def read_docstrings(path: Path) -> list[str]:
+    """The docstrings of a Python file; none if it cannot be parsed."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in found if text]
+
+
+def make_data(path: Path, conversations: int, seed: int = SEED) -> None:
+    """Write a ShareGPT file, a JSON array; the same numbers and the same Python make the same bytes.
+
+    Args:
+        path: the file.
+        conversations: how many are written.
+        seed: of the random numbers.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    words = collect_words()
+
+    def write(mean: float, sigma: float) -> str:
+        # The mean of a log-normal distribution is exp(mu + sigma^2 / 2).
+        left = max(1, round(random.lognormal(np.log(mean) - sigma**2 / 2, sigma) / TOKENS_PER_WORD))
+        pieces: list[str] = []
+        while left > 0:
+            run = min(left, int(random.integers(SHORTEST_RUN, LONGEST_RUN + 1)))
+            start = int(random.integers(0, len(words) - run))
+            pieces += words[start : start + run]
+            left -= run
+        return "".join(pieces).strip()
+
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(conversations):
+            turns = []
+            for _ in range(min(MOST_EXCHANGES, int(random.geometric(1 / MEAN_EXCHANGES)))):
+                turns.append({"from": "human", "value": write(USER_TOKENS, USER_SIGMA)})
+                turns.append({"from": "gpt", "value": write(ASSISTANT_TOKENS, ASSISTANT_SIGMA)})
+            record = {"id": f"talk_{i}", "conversations": turns}
+            file.write(("[\n" if i == 0 else ",\n") + json.dumps(record, ensure_ascii=False))
+        file.write("\n]\n")
+
+
+def write_first(source: Path, target: Path, count: int) -> None:
+    """Copy the first conversations of a file to another one."""
+    records = json.loads(source.read_text(encoding="utf-8"))[:count]
+    target.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+
+
+def write_old_tokenizer(model: Path, folder: Path) -> None:
+    """Copy a tokenizer so that the tokenizers library of FastChat's days can read it: a merge was one string then."""
+    folder.mkdir()
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name.endswith("_token")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contestants, each run in a process of its own
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What a contestant is given.
+
+    Attributes:
+        data: the ShareGPT file.
+        model: the tokenizer's folder.
+        folder: where caches and output go.
+        max_length: the most tokens of a row.
+        workers: processes that tokenise; None leaves the tool its default.
+    """
+
+    data: Path
+    model: Path
+    folder: Path
+    max_length: int
+    workers: int | None
+
+
+class Count(NamedTuple):
+    """What came out: rows, their tokens without padding, and how many of those are learnt (None: nothing is masked)."""
+
+    rows: int
+    tokens: int
+    supervised: int | None
+
+
+class Watch:
+    """Times what stands in its `with` block, and reads this process's memory at both ends."""
+
+    def __enter__(self) -> Watch:
+        self.imported_mib = read_memory("VmRSS")
+        self.started = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = time.monotonic()
+        self.peak_mib = read_memory("VmHWM")
+
+
+def read_memory(name: str) -> float:
+    """A line of this process's memory account in MiB: VmRSS (resident now) or VmHWM (the most ever resident).
+
+    Not ru_maxrss, which a new process takes over from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found, f"no {name} in /proc/self/status"
+    return int(found.group(1)) / 1024
+
+
+def count_rows(dataset: Any) -> Count:
+    """Count what a dataset with the columns input_ids and labels holds."""
+    tokens = supervised = 0
+    for batch in dataset.with_format("numpy", columns=["input_ids", "labels"]).iter(batch_size=500):
+        tokens += sum(len(row) for row in batch["input_ids"])
+        supervised += sum(int((row != IGNORED).sum()) for row in batch["labels"])
+    return Count(len(dataset), tokens, supervised)
+
+
+def run_raw(task: Task) -> tuple[Watch, Count]:
+    """The ceiling: text that is written already goes through the tokenizer, and the ids stay where they are."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    records = json.loads(task.data.read_text(encoding="utf-8"))
+    texts = [tokenizer.apply_chat_template(to_messages(record)["messages"], tokenize=False) for record in records]
+    del records
+    backend = tokenizer.backend_tokenizer
+    tokens = 0
+    with Watch() as watch:
+        for start in range(0, len(texts), 1000):
+            encoded = backend.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+            tokens += sum(map(len, encoded))
+    return watch, Count(len(texts), tokens, None)
+
+
+def run_ours(task: Task) -> tuple[Watch, Count]:
+    """This program, as train_lora.py calls it."""
+    from transformers import AutoTokenizer
+
+    from fastchat_qlora.arguments import DataArguments
+    from fastchat_qlora.data.dataset import build_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    arguments = DataArguments(data_path=[str(task.data)], preprocessing_num_workers=task.workers)
+    output, cache = task.folder / "output", task.folder / "cache"
+    output.mkdir(exist_ok=True)
+    with Watch() as watch:
+        datasets = build_dataset(
+            arguments, tokenizer, max_length=task.max_length, seed=0, output_dir=str(output), cache_dir=str(cache)
+        )
+    return watch, count_rows(datasets["train"])
+
+
+def run_fastchat(task: Task) -> tuple[Watch, Count]:
+    """FastChat's train.py up to its eager dataset, with the tokenizer set up as there.
+
+    It asks for a slow tokenizer, but SmolLM2 has only a fast one and gets that. The attribute `legacy`, which only
+    Llama's tokenizers have and `preprocess` reads, is set as theirs was.
+    """
+    from fastchat.train.train import DataArguments, make_supervised_data_module
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        task.model, model_max_length=task.max_length, padding_side="right", use_fast=False
+    )
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.legacy = True
+    arguments = DataArguments(data_path=str(task.data), lazy_preprocess=False)
+    with Watch() as watch:
+        dataset = make_supervised_data_module(tokenizer, arguments)["train_dataset"]
+    supervised = (dataset.labels != IGNORED) & dataset.attention_mask
+    return watch, Count(len(dataset), int(dataset.attention_mask.sum()), int(supervised.sum()))
+
+
+def run_trl(task: Task) -> tuple[Watch, Count]:
+    """TRL's SFTTrainer, built as a user builds it; its model is next to nothing, so the data is what takes time."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    template = task.folder / "training.jinja"
+    template.write_text(mark_answers(tokenizer.chat_template), encoding="utf-8")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    config = SFTConfig(
+        output_dir=str(task.folder / "output"),
+        max_length=task.max_length,
+        assistant_only_loss=True,
+        chat_template_path=str(template),
+        dataset_num_proc=task.workers,
+        use_cpu=True,
+        bf16=False,
+    )
+    with Watch() as watch:
+        dataset = load_dataset("json", data_files=str(task.data), split="train")
+        dataset = dataset.map(to_messages, remove_columns="conversations", num_proc=task.workers)
+        trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    return watch, count_rows(trainer.train_dataset)
+
+
+def to_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT record as messages; TRL would rename the fields itself, but not the roles."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = record["conversations"]
+    return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
+
+
+def mark_answers(template: str) -> str:
+    """SmolLM2's chat template with the marks that TRL needs to find answers; what it writes stays the same.
+
+    TRL brings such templates for some models, but not for SmolLM2, and asks for one by hand then.
+
+    Raises:
+        ValueError: the template is not SmolLM2's.
+    """
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    if turn not in template:
+        raise ValueError("the chat template is not SmolLM2's, so where its answers stand is unknown")
+    marked = (
+        "{{'<|im_start|>' + message['role'] + '\n'}}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
+        "{% else %}{{message['content'] + '<|im_end|>'}}{% endif %}{{'\n'}}"
+    )
+    return template.replace(turn, marked)
+
+
+def run_llamafactory(task: Task) -> tuple[Watch, Count]:
+    """LLaMA-Factory's get_dataset with its ChatML template and the system prompt that SmolLM2's own template writes."""
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError):  # it is imported for audio only, and its builds want the libraries of a GPU
+        sys.modules["torchaudio"] = stub = types.ModuleType("torchaudio")
+        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from transformers import AutoTokenizer, Seq2SeqTrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
+    data_arguments = DataArguments(
+        dataset="talks",
+        dataset_dir=str(write_dataset_info(task)),
+        template="chatml",
+        default_system=system and system.group(1),
+        cutoff_len=task.max_length,
+        preprocessing_num_workers=task.workers,
+    )
+    model_arguments = ModelArguments(model_name_or_path=str(task.model))
+    training_arguments = Seq2SeqTrainingArguments(output_dir=str(task.folder / "output"), use_cpu=True)
+    template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
+    with Watch() as watch:
+        module = get_dataset(template, model_arguments, data_arguments, training_arguments, "sft", tokenizer=tokenizer)
+    return watch, count_rows(module["train_dataset"])
+
+
+def write_dataset_info(task: Task) -> Path:
+    """The folder of the file that tells LLaMA-Factory where the data is and what its columns are."""
+    info = {"talks": {"file_name": str(task.data), "formatting": "sharegpt", "columns": {"messages": "conversations"}}}
+    (task.folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return task.folder
+
+
+class Contestant(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        title: its name there.
+        environment: whose interpreter runs it.
+        run: what it does.
+        packages: whose versions are reported.
+        workers: processes that tokenise; None for the tool's default, 0 for one for each core.
+        settings: what a reader has to know about the run.
+    """
+
+    title: str
+    environment: str
+    run: Callable[[Task], tuple[Watch, Count]]
+    packages: tuple[str, ...]
+    workers: int | None
+    settings: str
+
+
+MODERN = ("torch", "transformers", "tokenizers", "datasets")
+TRL_SETTINGS = (
+    "SFTTrainer's construction, SFTConfig with assistant_only_loss; roles renamed by a map, as a user must; "
+    "SmolLM2's template with generation marks added by hand, for TRL brings none"
+)
+CONTESTANTS = {
+    "raw": Contestant(
+        "raw tokenizer",
+        "ours",
+        run_raw,
+        ("transformers", "tokenizers"),
+        None,
+        "encode_batch_fast on texts in memory, 1,000 at a time; nothing is shortened, masked, kept or written",
+    ),
+    "ours": Contestant(
+        "this program",
+        "ours",
+        run_ours,
+        ("fastchat-qlora", *MODERN),
+        None,
+        "build_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last whole "
+        "answer that fits, where the others cut in the middle",
+    ),
+    "ours_warm": Contestant(
+        "this program, again", "ours", run_ours, (), None, "a new process on the cache that the first has left"
+    ),
+    "fastchat": Contestant(
+        "FastChat",
+        "fastchat",
+        run_fastchat,
+        ("fschat", "torch", "transformers", "tokenizers"),
+        None,
+        "SupervisedDataset (eager; every row is padded to the length of the longest allowed), its vicuna template; "
+        "SmolLM2's fast tokenizer, for it has no slow one, which FastChat asks for; its masks count tokens as Llama's "
+        "tokenizer makes them, so here it does all the work, and then ignores each conversation that was not cut",
+    ),
+    "trl": Contestant("TRL", "trl", run_trl, ("trl", *MODERN), None, f"one process (default): {TRL_SETTINGS}"),
+    "trl_workers": Contestant(
+        "TRL, all cores", "trl", run_trl, ("trl", *MODERN), 0, f"dataset_num_proc as many as cores: {TRL_SETTINGS}"
+    ),
+    "llamafactory": Contestant(
+        "LLaMA-Factory",
+        "llamafactory",
+        run_llamafactory,
+        ("llamafactory", *MODERN),
+        0,
+        "get_dataset, stage sft, template chatml with SmolLM2's system prompt, preprocessing_num_workers as many as "
+        "cores",
+    ),
+}
+
+
+def run_contestant(name: str, task: Task) -> dict[str, Any]:
+    """Run a contestant in this process; what tools print goes to stderr.
+
+    Returns:
+        What is measured, ready for JSON.
+    """
+    contestant = CONTESTANTS[name]
+    with contextlib.redirect_stdout(sys.stderr):
+        watch, count = contestant.run(task)
+    return {
+        "name": name,
+        "seconds": watch.ended - watch.started,
+        **vars(watch),
+        **count._asdict(),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in contestant.packages},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """A contestant did not get to its end."""
+
+
+def measure(name: str, python: str, task: Task) -> dict[str, Any]:
+    """Run a contestant in a process of its own, and watch the memory of that process and its children.
+
+    Returns:
+        What run_contestant returns, with peak_mib for the whole tree of processes.
+
+    Raises:
+        Failure: with the last lines of what it said.
+    """
+    task.folder.mkdir(exist_ok=True)
+    command = [python, str(Path(__file__).resolve()), "--run", name]
+    for field, value in task._asdict().items():
+        command += [f"--{field}", str(value)] if value is not None else []
+    log = task.folder / "stderr.txt"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=make_environment(task), cwd=task.folder
+        )
+        samples = list(sample_memory(process))
+        output = process.communicate()[0]
+    if process.returncode:
+        raise Failure(" / ".join(log.read_text(errors="replace").splitlines()[-3:]))
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    sampled = [mib for moment, mib in samples if result["started"] <= moment <= result["ended"]]
+    result["peak_mib"] = max([result["peak_mib"], *sampled])
+    return result
+
+
+def make_environment(task: Task) -> dict[str, str]:
+    """The variables of a contestant's process: its own empty caches, no hub, no GPU, nothing of this environment's."""
+    dropped = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
+    kept |= {name: str(task.folder / folder) for name, folder in caches.items()}
+    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def sample_memory(process: subprocess.Popen[str]) -> Iterator[tuple[float, float]]:
+    """Moment and proportional set size in MiB of a process and its children, until it ends.
+
+    Proportional: a page that several processes share counts once in the sum.
+    """
+    import psutil
+
+    top = psutil.Process(process.pid)
+    while process.poll() is None:
+        kilobytes = 0
+        with contextlib.suppress(psutil.Error, OSError):  # a process may end while it is looked at
+            for one in [top, *top.children(recursive=True)]:
+                found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{one.pid}/smaps_rollup").read_text(), re.MULTILINE)
+                kilobytes += int(found.group(1)) if found else 0
+        yield time.monotonic(), kilobytes / 1024
+        time.sleep(SAMPLE_SECONDS)
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Task]:
+    """Write the data; return each contestant's task but for its folder, which is that of the run here."""
+    data = folder / "data.json"
+    make_data(data, arguments.conversations)
+    task = Task(data, arguments.model.resolve(), folder, arguments.max_length, None)
+    tasks = {
+        name: task._replace(workers=cores() if of.workers == 0 else of.workers) for name, of in CONTESTANTS.items()
+    }
+    if arguments.fastchat_conversations:
+        write_first(data, folder / "fewer.json", arguments.fastchat_conversations)
+        tasks["fastchat"] = tasks["fastchat"]._replace(data=folder / "fewer.json")
+    write_old_tokenizer(arguments.model, folder / "old_tokenizer")
+    tasks["fastchat"] = tasks["fastchat"]._replace(model=folder / "old_tokenizer")
+    return tasks
+
+
+def run_rounds(
+    arguments: argparse.Namespace, tasks: dict[str, Task], folder: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Run all contestants in turn, as many times as there are rounds.
+
+    Returns:
+        Name -> what was measured in each round, and name -> why a contestant is not there. One that fails once does not
+        run again.
+    """
+    left_out = {name: "its interpreter was not given" for name in CONTESTANTS if not get_python(name, arguments)}
+    left_out |= {name: "it was not asked for" for name in CONTESTANTS if name not in arguments.contestants}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number in range(arguments.rounds):
+        for name in [name for name in CONTESTANTS if name not in left_out]:
+            if name == "ours_warm" and "ours" not in results:
+                left_out[name] = "there is no cache to run on"
+                continue
+            place = folder / f"round_{number}_{name.removesuffix('_warm')}"
+            try:
+                result = measure(name, get_python(name, arguments), tasks[name]._replace(folder=place))
+            except Failure as failure:
+                left_out[name] = f"it failed: {failure}"
+                results.pop(name, None)
+                continue
+            results.setdefault(name, []).append(result)
+            print(f"round {number + 1}: {name} {result['seconds']:.2f} s", file=sys.stderr)
+        for place in folder.glob("round_*"):
+            shutil.rmtree(place)
+    return results, left_out
+
+
+def get_python(name: str, arguments: argparse.Namespace) -> str:
+    """The interpreter of a contestant, or nothing. Not resolved, for a virtual environment is known by its link."""
+    given = getattr(arguments, f"{CONTESTANTS[name].environment}_python")
+    return os.path.abspath(given) if given else ""
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+# ----------------------------------------------------------------------------------------------------------------------
+
+HEADINGS = (
+    "contestant",
+    "conversations",
+    "conversations/s",
+    "lowest - highest",
+    "ours / theirs",
+    "tokens/s",
+    "peak MiB",
+    "MiB after imports",
+    "rows",
+    "tokens",
+    "learnt",
+)
+
+
+def write_report(
+    arguments: argparse.Namespace,
+    data: Path,
+    results: dict[str, list[dict[str, Any]]],
+    left_out: dict[str, str],
+) -> str:
+    """The report in Markdown."""
+    read = dict.fromkeys(CONTESTANTS, arguments.conversations)
+    read["fastchat"] = min(arguments.conversations, arguments.fastchat_conversations or arguments.conversations)
+    rows = [describe(name, results, read) for name in results if name != "ours_warm"]
+    lines = ["# Preprocessing, cold", "", *describe_run(arguments, data, results), "", *make_table(HEADINGS, rows), ""]
+    if warm := results.get("ours_warm"):
+        seconds = statistics.median(result["seconds"] for result in warm)
+        lines += [f"This program again, {CONTESTANTS['ours_warm'].settings}: {seconds:.2f} s (median).", ""]
+    lines += [EXPLANATION, ""]
+    details = [
+        (CONTESTANTS[name].title, CONTESTANTS[name].settings, describe_versions(rounds[0]["versions"]))
+        for name, rounds in results.items()
+        if name != "ours_warm"
+    ]
+    lines += make_table(("contestant", "settings", "versions"), details)
+    lines += ["", *(f"Left out: {CONTESTANTS[name].title}; {reason}." for name, reason in left_out.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+EXPLANATION = """\
+Timed is the way from the file's path to a dataset to train on, with empty caches (the file itself is in the system's \
+page cache); imports and the loading of the tokenizer are not. Rates are medians over the rounds; the ratio is the \
+median of the ratios within a round. Tokens are those of the finished rows, without padding, and those learnt have a \
+label. Peak: the larger of the process's own highest resident memory up to the clock's end (VmHWM, imports included) \
+and the sum over it and its children of the proportional set size, sampled while the clock runs. After imports: \
+resident memory of the process just before the clock starts, tokenizer loaded."""
+
+
+def describe(name: str, results: dict[str, list[dict[str, Any]]], read: dict[str, int]) -> tuple[str, ...]:
+    """A contestant's line of the table."""
+    rounds = results[name]
+    rates = [read[name] / result["seconds"] for result in rounds]
+    ours = [read["ours"] / result["seconds"] for result in results.get("ours", [])]
+    ratios = [mine / theirs for mine, theirs in zip(ours, rates, strict=False)]  # ours may be absent
+    supervised = rounds[0]["supervised"]
+    return (
+        CONTESTANTS[name].title,
+        f"{read[name]:,}",
+        f"{statistics.median(rates):,.0f}",
+        f"{min(rates):,.0f} - {max(rates):,.0f}",
+        f"{statistics.median(ratios):.2f}" if ratios else "-",
+        f"{statistics.median(result['tokens'] / result['seconds'] for result in rounds):,.0f}",
+        f"{statistics.median(result['peak_mib'] for result in rounds):,.0f}",
+        f"{statistics.median(result['imported_mib'] for result in rounds):,.0f}",
+        f"{rounds[0]['rows']:,}",
+        f"{rounds[0]['tokens']:,}",
+        f"{supervised:,}" if supervised is not None else "-",
+    )
+
+
+def describe_run(arguments: argparse.Namespace, data: Path, results: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
+    """What was run on what."""
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    yield (
+        f"- Data: {arguments.conversations:,} conversations, {data.stat().st_size / MIB:.1f} MiB, made with seed {SEED}"
+        f" (SHA-256 {digest[:16]})."
+    )
+    if raw := results.get("raw"):
+        yield f"- Mean length: {raw[0]['tokens'] / arguments.conversations:,.0f} tokens of the tokenizer below."
+    yield f"- Tokenizer: {arguments.model.name}; longest row: {arguments.max_length} tokens; as each tool shortens."
+    yield f"- Rounds: {arguments.rounds}, in turn: {', '.join(CONTESTANTS[name].title for name in results)}."
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    yield f"- Machine: {name_processor()}, {cores()} cores; load average at the end {load} (1, 5, 15 minutes)."
+    yield f"- System: {platform.system()} {platform.release()}."
+
+
+def name_processor() -> str:
+    """The processor's name."""
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found.group(1) if found else platform.machine()
+
+
+def describe_versions(versions: dict[str, str]) -> str:
+    """Names and versions in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def make_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines; all columns but the first are aligned to the right if they hold numbers."""
+    rows = list(rows)
+    numeric = [bool(rows) and all(re.fullmatch(r"[\d,.\s-]+", row[i]) for row in rows) for i in range(len(headings))]
+    rule = [("---:" if is_number else "---") for is_number in numeric]
+    return [f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: of the whole run, and of one contestant's process."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct's tokenizer")
+    parser.add_argument("--conversations", type=int, default=20_000, help="how many are made (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each contestant runs (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=2048, help="the most tokens of a row (default: %(default)s)")
+    parser.add_argument("--report", type=Path, help="file for the report, which is also printed")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who runs")
+    parser.add_argument("--fastchat_conversations", type=int, help="FastChat gets only the first so many")
+    parser.add_argument("--ours_python", default=sys.executable, help="interpreter of this program's environment")
+    for name in ("fastchat", "trl", "llamafactory"):
+        parser.add_argument(f"--{name}_python", help=f"interpreter of the environment for {name}")
+    parser.add_argument("--folder", type=Path, help="folder for data and caches while it runs; a temporary one")
+    for name, kind in (("run", str), ("data", Path), ("workers", int)):  # of one contestant's process
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark, or one contestant of it."""
+    arguments = build_parser().parse_args()
+    if arguments.run:
+        task = Task(**{field: getattr(arguments, field) for field in Task._fields})
+        print(json.dumps(run_contestant(arguments.run, task)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        tasks = prepare(arguments, folder)
+        results, left_out = run_rounds(arguments, tasks, folder)
+        report = write_report(arguments, folder / "data.json", results, left_out)
+    print(report, end="")
+    if arguments.report:
+        arguments.report.write_text(report, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
