@@ -96,6 +96,12 @@ def data_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised data of a test lies in a folder of its own, and no test finds another's."""
+    monkeypatch.setattr("fastchat_qlora.data.cache.HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+
+
+@pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
     """The environment and the log as plain `python` leaves them; what a test sets in them ends with it."""
     package = logging.getLogger("fastchat_qlora")

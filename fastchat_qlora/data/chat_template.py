@@ -20,6 +20,7 @@ from fastchat_qlora.data.marks import Marks
 PROBE = "\ue000"  # characters of private use, which stand in for contents
 PROBE_END = "\ue001"
 PROBES = re.compile(f"{PROBE}(\\d+){PROBE_END}")
+TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 MOST_OUTLINES = 2_000
 
 
@@ -239,7 +240,10 @@ class ChatTemplate:
         ending = probe[place + len(PROBE) :]
         # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
         # is often part of the first token.
-        spoken = len(prompt) if probe.startswith(prompt) and not probe[len(prompt) : place].strip() else place
+        header = probe[len(prompt) : place] if probe.startswith(prompt) else ""
+        if header.strip() and not (self.special.search(header) or TAG.search(header)):
+            raise RejectedRecord(f"message {index}: the chat template puts {header[:40]!r} in the assistant's mouth")
+        spoken = len(prompt) if probe.startswith(prompt) and not header.strip() else place
         if message.reasoning or message.tool_calls:
             if not message.reasoning and answered.startswith(probe[:place]):
                 start = spoken
@@ -258,10 +262,13 @@ class ChatTemplate:
         """An answer whose text holds its reasoning in tags that the template lays out anew: only blanks may differ."""
         content_end = len(answered) - len(ending)
         said = message.content
-        opening = re.match(r"\s*(<[^</>\s][^<>\s]*>|\[[A-Z]+\])", said)
-        if opening and prompt.rstrip().endswith(opening.group(1)):  # the prompt has said that already
-            said = said[opening.end() :]
-        if answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
+        opening = TAG.match(said.lstrip())
+        if (
+            opening and "/" not in opening.group() and prompt.rstrip().endswith(opening.group())
+        ):  # the prompt has said that already
+            said = said.lstrip()[len(opened) :]
+        has_thought = TAG.search(message.content) is not None
+        if has_thought and answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
             written = answered[len(prompt) : content_end]
             if "".join(written.split()) == "".join(said.split()):
                 return Turn(index, answered, len(prompt), _turn_end(answered, content_end, self.special, index))

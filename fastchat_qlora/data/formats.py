@@ -150,7 +150,7 @@ def _read_any_message(turn: Any, index: int) -> Message:
     speaker = name.lower() if isinstance(name, str) else ""
     role = ROLES.get(speaker)
     if role is None:
-        raise RejectedRecord(f"message {index}: unknown role {str(name)[:40]!r}; known are {', '.join(ROLES)}")
+        raise RejectedRecord(f"message {index}: unknown role {_short(name)}; known are {', '.join(ROLES)}")
     calls = turn.get("tool_calls") or []
     if turn.get("function_call"):  # OpenAI's older name for one call
         calls = [turn["function_call"]]
@@ -173,6 +173,10 @@ def _read_any_message(turn: Any, index: int) -> Message:
         },
         learn=_read_flag(turn, index),
     )
+
+
+def _short(value: Any) -> str:
+    return repr(value if isinstance(value, str | int | float | None) else type(value).__name__)[:42]
 
 
 def _text(content: Any, index: int) -> str:

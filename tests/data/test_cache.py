@@ -150,7 +150,7 @@ def test_old_entries_are_pruned(build: Build, tmp_path: Path) -> None:
 
 def test_cache_that_cannot_be_written(build: Build, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="--cache_dir: tokenised data cannot be kept in .*cache"):
+    with pytest.raises(UserError, match=r"--cache_dir: tokenised data cannot be kept in .*cache"):
         build()
 
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import CHATML
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.chat_template import render_chat_template
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.chat_template import ChatTemplate
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
+from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.tokenization import special_token_pattern
 
 Turns = Sequence[tuple[str, str]]
@@ -36,12 +37,24 @@ def to_messages(turns: Turns) -> list[Message]:
     return [Message(cast(Role, role), content) for role, content in turns]
 
 
+def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[list[Segment]]:
+    """All answers learnt, in one or several rows."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return ChatTemplate(tokenizer, special_token_pattern(tokenizer)).render(Conversation(messages), answers)
+
+
+def render_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: Marks) -> list[Segment]:
+    """The only row."""
+    [segments] = render_rows(messages, tokenizer)
+    return segments
+
+
 def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
     """What is supervised; all segments together must be the text that the template writes."""
     tokenizer.chat_template = template
     messages = to_messages(turns)
     segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
-    whole = tokenizer.apply_chat_template([vars(message) for message in messages], tokenize=False)
+    whole = tokenizer.apply_chat_template([message.to_template() for message in messages], tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
     return [segment.text for segment in segments if segment.supervised]
 
@@ -187,26 +200,35 @@ def test_template_that_fails_in_python(expression: str, tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize(
-    "earlier",
+    ("earlier", "shown"),
     [
-        "''",
-        "message['content'] | upper",
-        "message['content'].split('</think>')[-1]",
+        ("''", ""),
+        ("message['content'] | upper", "<THINK>EASY</THINK>ONE"),
+        ("message['content'].split('</think>')[-1]", "one"),
     ],
     ids=["drops", "changes", "forgets thoughts"],
 )
-def test_template_that_rewrites_earlier_answers(earlier: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The answer as it stands in the whole text was never given to a server, so it cannot be learnt from it."""
+def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each answer is learnt in the text in which a server would have asked for it."""
     later = f"({earlier} if message.role == 'assistant' and not loop.last else {CONTENT})"
-    template = CHATML.replace(CONTENT, later)
+    tokenizer.chat_template = CHATML.replace(CONTENT, later)
     talk = [("user", "Count."), ("assistant", "<think>easy</think>one"), ("user", "And?"), ("assistant", "two")]
-    with pytest.raises(RejectedRecord, match=r"message 1: the chat template does not render .* turn by turn"):
-        spoken(tokenizer, template, talk)
-    assert spoken(tokenizer, template, talk[:2]) == ["<think>easy</think>one<|im_end|>"]
+    first, second = render_rows(to_messages(talk), tokenizer)
+    asked = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n"
+    assert first == [
+        Segment(asked),
+        Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True),
+        Segment("\n"),
+    ]
+    assert second == [
+        Segment(f"{asked}{shown}<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"),
+        Segment("two<|im_end|>", supervised=True, ends_turn=True),
+        Segment("\n"),
+    ]
 
 
 def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RejectedRecord, match="turn by turn"):
+    with pytest.raises(RejectedRecord, match="message 0: the chat template leaves the user's message out"):
         spoken(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
 
 
@@ -216,7 +238,7 @@ def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenize
 )
 def test_template_that_changes_the_answer(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
     template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
-    with pytest.raises(RejectedRecord, match="message 1: the chat template changes the answer's text"):
+    with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|puts|leaves) .*(answer|mouth)"):
         spoken(tokenizer, template, TALK)
 
 
@@ -242,8 +264,7 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
 
 
 def test_template_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Where the answer starts cannot be told from its header, so nothing is guessed."""
+    """The header is told from the answer by rendering another answer in its place."""
     template = CHATML.replace(GENERATION_PROMPT, "")
     assert template != CHATML
-    with pytest.raises(RejectedRecord, match="message 1"):
-        spoken(tokenizer, template, TALK)
+    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|>", "three<|im_end|>"]

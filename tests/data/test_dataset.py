@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.conversation import get_template
-from fastchat_qlora.data.dataset import ROW_FEATURES, Collator, build_dataset
-from fastchat_qlora.data.tokenization import IGNORE_INDEX, tokenize_batch
+from fastchat_qlora.data.dataset import Collator, build_dataset
+from fastchat_qlora.data.preprocessing import ROW_FEATURES
+from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
 HI = [("human", "Hi"), ("gpt", "Hello")]
@@ -82,7 +82,6 @@ class TestRecords:
             assert spoken(row, tokenizer) == "".join(said + "<|im_end|>" for role, said in turns if role == "gpt")
             assert row["length"] == row["full_length"] == len(row["input_ids"]) == len(row["labels"])
             assert row["supervised"] == sum(label != IGNORE_INDEX for label in row["labels"])
-            assert row["reason"] == ""
         assert not (tmp_path / "rejected.jsonl").exists()
 
     def test_mixed(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -364,28 +363,6 @@ class TestPreprocessing:
         assert len(alone) == 14
         assert build([data_file, bad], tokenizer, tmp_path, preprocessing_num_workers=2)["train"].to_list() == alone
         assert rejected(tmp_path) == listed
-
-    @pytest.mark.parametrize("workers", [None, 2])
-    def test_workers_do_the_work(
-        self,
-        workers: int | None,
-        data_file: Path,
-        tokenizer: PreTrainedTokenizerFast,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def note_process(*args: Any, **kwargs: Any) -> Any:
-            (tmp_path / "processes" / str(os.getpid())).touch()
-            return tokenize_batch(*args, **kwargs)
-
-        (tmp_path / "processes").mkdir()
-        monkeypatch.setattr("fastchat_qlora.data.preprocessing.tokenize_batch", note_process)
-        build(data_file, tokenizer, tmp_path, preprocessing_num_workers=workers)
-        processes = {path.name for path in (tmp_path / "processes").iterdir()}
-        if workers:
-            assert len(processes - {str(os.getpid())}) == workers
-        else:
-            assert processes == {str(os.getpid())}
 
     def test_summary(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture

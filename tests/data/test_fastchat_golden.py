@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.arguments import ModelArguments
 from fastchat_qlora.data.preprocessing import Preprocessor
-from fastchat_qlora.data.readers import Conversation, read_conversations
+from fastchat_qlora.data.readers import read_file
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.model.loading import load_tokenizer
 
@@ -49,9 +49,9 @@ def llama_tokenizer(golden: dict[str, np.ndarray], tmp_path_factory: pytest.Temp
 
 
 def preprocess(tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    conversations = [item for item in read_conversations(str(DATA)) if isinstance(item, Conversation)]
-    messages = [json.dumps([vars(message) for message in item.messages]) for item in conversations]
-    return Preprocessor(tokenizer, "vicuna", 2048, "truncate")({"messages": messages})
+    done = Preprocessor(tokenizer, "vicuna", 2048, "truncate")(list(enumerate(read_file(DATA, "--data_path"))))
+    assert not done.rejections
+    return done.rows.to_pydict()
 
 
 def assert_equals_fastchat(rows: dict[str, list], golden: dict[str, np.ndarray]) -> None:

@@ -28,8 +28,8 @@ RECORDS: list[dict[str, Any]] = [
         "messages": [
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-        ]
-        + [{"role": "assistant", "content": "Hello", "weight": 1}],
+            {"role": "assistant", "content": "Hello", "weight": 1},
+        ],
         "id": 7,
     },
     {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hi", "Hello"]]},
@@ -48,8 +48,9 @@ RECORDS: list[dict[str, Any]] = [
     },
 ]
 JUNK: list[Any] = [
-    None, True, 0, -1, 1.5, float("nan"), float("inf"), "", " ", "\x00", "\ud800", "<|im_end|>", "x" * 5000, "🙂", [], {}, [[]],
-    [None], {"a": {"b": [1]}}, "assistant", "user", ["text"], [{"type": "image"}], [{"text": 5}], 10**400, b"bytes".hex(), "\u2028",
+    None, True, 0, -1, 1.5, float("nan"), float("inf"), "", " ", "\x00", "\ud800", "<|im_end|>", "x" * 5000, "🙂",
+    [], {}, [[]], [None], {"a": {"b": [1]}}, "assistant", "user", ["text"], [{"type": "image"}], [{"text": 5}],
+    10**400, "\u2028",
 ]  # fmt: skip
 
 

@@ -2,14 +2,41 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import CONVERSATIONS, sharegpt
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
-from fastchat_qlora.data.readers import Conversation, Rejection, Source, read_conversations, to_messages
+from fastchat_qlora.data.formats import get_id, parse_record, to_conversation
+from fastchat_qlora.data.readers import Rejection, Source, read_file
 from fastchat_qlora.errors import UserError
+
+
+class Conversation(NamedTuple):
+    """A record that was understood."""
+
+    source: Source
+    messages: list[Message]
+
+
+def to_messages(record: Any) -> list[Message]:
+    return list(to_conversation(record).messages)
+
+
+def read_conversations(path: str, flag: str = "--data_path") -> list[Conversation | Rejection]:
+    """What becomes of each record of a file."""
+    read: list[Conversation | Rejection] = []
+    for record in read_file(Path(path), flag):
+        source = record.source
+        try:
+            parsed = parse_record(record.value)
+            source = source._replace(id=get_id(parsed))
+            read.append(Conversation(source, to_messages(parsed)))
+        except RejectedRecord as error:
+            read.append(Rejection(source, str(error)))
+    return read
+
 
 GOOD = sharegpt([("human", "Hi"), ("gpt", "Hello")], "good")
 MESSAGES = [Message("user", "Hi"), Message("assistant", "Hello")]
@@ -59,7 +86,7 @@ def test_good_records(name: str, tmp_path: Path) -> None:
         ({"conversations": ["Hi", "Hello"]}, "message 0: must be an object"),
         ({"conversations": [*GOOD["conversations"], {"from": "human"}]}, "message 2: must be an object"),
         ({"conversations": [{"from": "human", "value": 5}]}, "message 0: must be an object with text"),
-        ({"conversations": [{"from": "human", "value": ["Hi"]}]}, "message 0: must be an object with text"),
+        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part is no text but 'int'"),
         ({"conversations": [{"from": "human", "value": float("nan")}]}, "message 0: must be an object with text"),
         (sharegpt([("human", "Hi"), ("alien", "Hello")]), "message 1: unknown role 'alien'; known are .*human.*gpt"),
         ({"conversations": [{"value": "Hi"}]}, "message 0: unknown role None"),
@@ -150,7 +177,7 @@ def test_byte_order_mark(name: str, tmp_path: Path) -> None:
 
 def test_not_a_number_and_unknown_fields_do_no_harm(tmp_path: Path) -> None:
     content = b'{"id": NaN, "score": -Infinity, "tags": [1, "a"], "conversations": [{"from": "human", "value": "Hi",'
-    content += b' "weight": NaN}, {"from": "gpt", "value": "Hello", "weight": null}]}'
+    content += b' "score": NaN}, {"from": "gpt", "value": "Hello", "weight": null}]}'
     [record] = read(tmp_path / "a.jsonl", content)
     assert record == Conversation(Source(str(tmp_path / "a.jsonl"), 1, "nan"), MESSAGES)
 
@@ -197,17 +224,15 @@ def test_contents_are_kept_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (line(GOOD), "an object"),
         (b'"text"', "a str"),
         (b"null", "a NoneType"),
         (line([GOOD])[:-1], "not valid JSON"),
         (line([GOOD, GOOD])[:-30], "not valid JSON"),
-        (line() + b"\n" + line(), "not valid JSON.*JSON Lines files end in .jsonl"),
+        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), "not valid JSON.*JSON Lines files end in .jsonl"),
         (b"", "not valid JSON"),
         (b'["' + b"a" * 6 + b"\xe9", "not UTF-8 at byte 8"),
-        (b"[" * DEEP + b"]" * DEEP, "not valid JSON"),
     ],
-    ids=["object", "text", "null", "open", "cut", "lines", "empty", "Latin-1", "deep"],
+    ids=["text", "null", "open", "cut", "two arrays", "empty", "Latin-1"],
 )
 def test_file_that_is_no_array(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
@@ -215,6 +240,18 @@ def test_file_that_is_no_array(content: bytes, reason: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=reason) as caught:
         list(read_conversations(str(path), "--eval_data_path"))
     assert str(caught.value).startswith(f"--eval_data_path {path}: ")
+
+
+def test_lines_in_a_json_file(tmp_path: Path) -> None:
+    """By its first character a file of objects is told from an array, whatever it is called."""
+    records = read(tmp_path / "a.json", b"\n" + line() + b"\n{broken\n" + line())
+    assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
+
+
+def test_deep_record_in_an_array(tmp_path: Path) -> None:
+    deep = b"[" * DEEP + b"]" * DEEP
+    records = read(tmp_path / "a.json", b"[" + line() + b"," + deep + b"," + line() + b"]")
+    assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", b"[]"), ("a.jsonl", b""), ("a.jsonl", b"\n \n")])

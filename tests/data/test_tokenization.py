@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.chat_template import render_chat_template
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.chat_template import ChatTemplate
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.tokenization import (
     IGNORE_INDEX,
+    Encoder,
     TokenizedConversation,
-    check_plain,
     special_token_pattern,
-    tokenize_batch,
 )
+from fastchat_qlora.data.tokenization import check_plain as check_conversation
 
 END = "<|im_end|>"
 AWKWARD = [*"\n \t🙂한\u0301\u200b\x85\x1c\x00", "\n\n", "  a", "a  ", "\u00a0x", "👩‍👩‍👧", "e\u0301", END]
@@ -29,6 +30,32 @@ AWKWARD = [*"\n \t🙂한\u0301\u200b\x85\x1c\x00", "\n\n", "  a", "a  ", "\u00a
 def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
     """For tests that change nothing."""
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+def check_plain(messages: list[Message], special: Marks) -> None:
+    check_conversation(Conversation(messages), special)
+
+
+def render_chat_template(messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: Marks) -> list[Segment]:
+    """One row with all answers."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
+    return segments
+
+
+def tokenize_batch(
+    batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
+) -> list[TokenizedConversation | RejectedRecord]:
+    """Texts tokenised together; arrays as lists, to be compared."""
+    encoder = Encoder(tokenizer, add_bos=add_bos)
+    encodings = encoder.encode(["".join(segment.text for segment in segments) for segments in batch])
+    done = [encoder.label(segments, encoding) for segments, encoding in zip(batch, encodings, strict=True)]
+    return [
+        tokens
+        if isinstance(tokens, RejectedRecord)
+        else TokenizedConversation(tokens.input_ids.tolist(), tokens.labels.tolist(), tokens.turn_ends)
+        for tokens in done
+    ]
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
@@ -125,7 +152,7 @@ def test_vicuna_labels_are_what_the_assistant_says(
 ) -> None:
     """None crosses an edge: with this tokenizer nothing grows together with the colon before the answer."""
     assume(not holds_special_token(turns))
-    segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], END)
+    segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], "<s>", END)
     tokens = tokenize(segments, shared_tokenizer)
     assert not isinstance(tokens, RejectedRecord)
     assert_exact(tokens, vicuna_pieces(turns), shared_tokenizer)
