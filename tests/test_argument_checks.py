@@ -25,9 +25,7 @@ def files(tmp_path: Path, model_folder: Path) -> Path:
     contents: dict[str, object] = {
         "empty.json": "",
         "blank.json": "\n",
-        "object.json": record,
         "torn.json": '[{"id": ',
-        "lines.json": json.dumps(record) + "\n" + json.dumps(record) + "\n",
         "no_records.json": [],
         "no_turns.json": [{"id": "seven", "conversations": []}],
         "no_conversations.json": [{"id": "seven", "text": "hi"}],
@@ -95,7 +93,6 @@ SEEN_AT_ONCE = {
     "no such data, unicode": (["--data_path", "ü 🙂.json"], ["--data_path ü 🙂.json", "no such file", ".jsonl"]),
     "one of two data files": (["--data_path", "one.json", "none.json"], ["--data_path none.json", "no such file"]),
     "empty data": (["--data_path", "empty.json"], ["--data_path empty.json", "empty", "must hold conversations"]),
-    "folder as data": (["--data_path", "folder"], ["--data_path folder", "is a folder", "give .json"]),
     "no such eval data": (["--eval_data_path", "none.json"], ["--eval_data_path none.json", "no such file"]),
     "model, absolute": (["--model_name_or_path", "/none"], ["--model_name_or_path /none", "give a local folder"]),
     "model, relative": (["--model_name_or_path", "./none"], ["--model_name_or_path ./none", "give a local folder"]),
@@ -141,7 +138,7 @@ SEEN_AT_ONCE = {
     "no adapter in it": (["--lora_weight_path", "folder"], ["--lora_weight_path folder", "adapter_config.json"]),
     "no such deepspeed": (["--deepspeed", "none.json"], ["--deepspeed none.json", "no such file", "playground/"]),
     "wrong choice": (["--lora_bias", "some"], ["--lora_bias", "'some'", "'none', 'all', 'lora_only'"]),
-    "wrong policy": (["--overlong", "shorten"], ["--overlong", "'shorten'", "'truncate', 'drop', 'error'"]),
+    "wrong policy": (["--overlong", "shorten"], ["--overlong", "'shorten'", "'truncate', 'drop', 'split', 'error'"]),
     "wrong strategy": (["--save_strategy", "often"], ["--save_strategy", "'often'", "'steps', 'epoch'"]),
     "not a number": (["--lora_r", "eight"], ["--lora_r", "'eight'", "int"]),
     "not a whole number": (["--lora_r", "8.5"], ["--lora_r", "'8.5'", "int"]),
@@ -163,8 +160,6 @@ def test_mistake_on_the_command_line(mistake: Run, files: Path, given: list[str]
 
 
 SEEN_BEFORE_WEIGHTS = {
-    "JSON that is no array": (["--data_path", "object.json"], ["--data_path object.json", "array", ".jsonl"]),
-    "JSON Lines by a wrong name": (["--data_path", "lines.json"], ["--data_path lines.json", "line 2", ".jsonl"]),
     "torn JSON": (["--data_path", "torn.json"], ["--data_path torn.json", "not valid JSON"]),
     "blank data": (["--data_path", "blank.json"], ["--data_path blank.json", "not valid JSON"]),
     "not UTF-8": (["--data_path", "latin1.json"], ["--data_path latin1.json", "byte 2", "UTF-8"]),

@@ -263,9 +263,8 @@ class ChatTemplate:
         content_end = len(answered) - len(ending)
         said = message.content
         opening = TAG.match(said.lstrip())
-        if (
-            opening and "/" not in opening.group() and prompt.rstrip().endswith(opening.group())
-        ):  # the prompt has said that already
+        opened = opening.group() if opening and "/" not in opening.group() else ""
+        if opened and prompt.rstrip().endswith(opened):  # the prompt has said that already
             said = said.lstrip()[len(opened) :]
         has_thought = TAG.search(message.content) is not None
         if has_thought and answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):

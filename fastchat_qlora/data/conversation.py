@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any, Literal
 
 from fastchat_qlora.errors import UserError
@@ -137,14 +138,20 @@ class ConversationTemplate:
         prompt, blank, end = (_jinja_string(part) for part in self.assistant)
         before, after = (_jinja_string(part) for part in self.system)
         default = _jinja_string(self.default_system)
-        writes_bos = (self.system[0] if not self.system_in_user else self.user[0]).startswith("{bos}")
+        # What a conversation with and one without a system message begin with; it may be the BOS token itself.
+        starts = [self.system[0]] * (not self.system_in_user) + [self.user[0]] * (not self.default_system)
+        opening = commonprefix(starts or [self.user[0]])  # noqa: RUF071  # by characters, as wanted
         system = (
             f"{{% set system = {before} + messages[0]['content'] + {after} if messages[0]['role'] == 'system' "
             f"else {f'{before} + {default} + {after}' if self.default_system else _jinja_string('')} %}}"
         )
         first = "(system if loop.index0 == (messages[0]['role'] == 'system') | int else '') + "
         return (
-            ("{{ bos_token }}" if add_bos and not writes_bos else "")
+            (
+                f"{{{{ '' if ({_jinja_string(opening)}).startswith(bos_token or '') else bos_token }}}}"
+                if add_bos
+                else ""
+            )
             + system
             + ("" if self.system_in_user else "{{ system }}")
             + "{% for message in messages %}{% if message['role'] == 'user' %}"

@@ -106,7 +106,7 @@ class TestRecords:
             (4, "forged", "message 1: contains the special token '<|im_end|>'"),
             (5, "empty", "message 1: empty answer"),
             (7, "two users", "message 1: expected assistant, found user"),
-            (8, "late", "nothing the assistant says stands within the first 256 tokens"),
+            (8, "late", "nothing to learn stands within the first 256 tokens"),
             (9, None, "no turns"),
         ]
         for record, (line, identity, reason) in zip(
@@ -121,9 +121,9 @@ class TestRecords:
         (tmp_path / "rejected.jsonl").write_text("of an earlier run\n")
         build(path, tokenizer, tmp_path)
         assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == (
-            f'{{"file": "{path}", "line": 3, "id": null, "reason": "the record is not an object"}}\n'
             f'{{"file": "{path}", "line": 2, "id": "ώ", '
             '"reason": "message 1: contains the special token \'<|im_end|>\'"}\n'
+            f'{{"file": "{path}", "line": 3, "id": null, "reason": "the record is not an object"}}\n'
         )
 
     def test_list_of_an_earlier_run_goes(
@@ -320,7 +320,7 @@ class TestEvaluation:
         held_out = write(tmp_path / "eval.jsonl", "{broken")
         with pytest.raises(UserError, match=r"^--eval_data_path: 1 of 1"):
             build(data_file, tokenizer, tmp_path, eval_data_path=[str(held_out)])
-        held_out = write(tmp_path / "eval.json", "{broken")
+        held_out = write(tmp_path / "eval.json", "[broken")
         with pytest.raises(UserError, match=f"^--eval_data_path {held_out}: not valid JSON"):
             build(data_file, tokenizer, tmp_path, eval_data_path=[str(held_out)])
 
@@ -344,14 +344,15 @@ class TestPreprocessing:
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Its place is kept, with nothing in it to learn, and said to be so."""
-        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
+        asked = [("human", "much too long a question " * 100), ("gpt", "Hello")]
+        path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(asked))
         train = build(path, tokenizer, tmp_path, lazy_preprocess=True)["train"]
         assert len(train) == 2
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             row = train[1]
         assert (row["input_ids"], row["labels"]) == ([tokenizer.pad_token_id], [IGNORE_INDEX])
-        assert f"{path}:2: not learnt: message 1: contains the special token" in caplog.text
+        assert f"{path}:2: not learnt: nothing to learn stands within the first 256 tokens" in caplog.text
         assert spoken(train[0], tokenizer) == "Hello<|im_end|>"
 
     def test_workers_give_the_same_rows(

@@ -278,3 +278,10 @@ def test_conversation_that_becomes_several_rows(tokenizer: PreTrainedTokenizerFa
         ] * 2
         assert "hm" not in tokenizer.decode(rows[1]["input_ids"])
     assert not set(data["train"]["record"]) & set(data["eval"]["record"])  # whole conversations on one side
+
+
+def test_folder_without_data(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no data")
+    with pytest.raises(UserError, match=f"--data_path {tmp_path}/empty: no data file in that folder; give .json"):
+        build(tmp_path / "empty", tokenizer, tmp_path)
