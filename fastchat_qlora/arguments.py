@@ -4,9 +4,9 @@ import argparse
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -17,6 +17,8 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import translate_old_flags
 
 logger = logging.getLogger(__name__)
+
+Own = TypeVar("Own")
 
 
 @dataclass
@@ -162,11 +164,10 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is untype
         raise UserError(message.removeprefix("argument ").replace("/--", " / --"))
 
 
-def build_parser() -> HfArgumentParser:
-    """The parser over the four groups."""
-    return _Parser(
-        list(RunArguments.__annotations__.values()), prog="train_lora.py", description=__doc__, allow_abbrev=False
-    )
+def build_parser(prog: str = "train_lora.py", own: type | None = None) -> HfArgumentParser:
+    """The parser over the four groups, and over a command's own one."""
+    groups = [*RunArguments.__annotations__.values(), *([own] if own else [])]
+    return _Parser(groups, prog=prog, description=__doc__, allow_abbrev=False)
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
@@ -186,18 +187,50 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     if not problems:
         notices += _adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
+    _raise_all(problems)
+    for notice in notices:
+        logger.warning(notice)
+    return RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
+
+
+def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunArguments, Own]:
+    """Parse and check the command line of a command that takes the train command's flags and starts no run.
+
+    `output_dir` may be left out and nothing is written to it; what the machine makes of a run is not told.
+
+    Args:
+        argv: the arguments after the command's name.
+        prog: the command's name in its help.
+        own: the dataclass of the command's own flags.
+
+    Raises:
+        UserError: as for parse_args.
+    """
+    arguments, notices = translate_old_flags(argv)
+    parser = build_parser(prog, own)
+    parser.set_defaults(output_dir=".")
+    for action in parser._actions:
+        action.required = action.required and action.dest != "output_dir"
+    namespace, unknown = parser.parse_known_args(arguments)
+    _raise_all(_unknown_flags(unknown, parser) + find_problems(namespace))
+    _adapt_to_machine(namespace)
+    for notice in notices:
+        logger.warning(notice)
+    *groups, last = _build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
+    return RunArguments(*groups), last
+
+
+def _raise_all(problems: Sequence[str]) -> None:
     if problems:
         listed = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: {listed}")
-    for notice in notices:
-        logger.warning(notice)
-    return _build_groups(namespace, [text.partition("=")[0] for text in arguments if text.startswith("--")])
 
 
-def _build_groups(namespace: argparse.Namespace, given_flags: Sequence[str]) -> RunArguments:
+def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, arguments: Sequence[str]) -> list[Any]:
     values = vars(namespace)
+    given_flags = [text.partition("=")[0] for text in arguments if text.startswith("--")]
     groups = []
-    for group in RunArguments.__annotations__.values():
+    for group in kinds:
         try:
             groups.append(group(**{f.name: values[f.name] for f in fields(group) if f.init}))
         except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
@@ -206,12 +239,12 @@ def _build_groups(namespace: argparse.Namespace, given_flags: Sequence[str]) -> 
                 flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(("_config", "_kwargs"))
             ]
             raise UserError(f"{reason}; check {', '.join(dict.fromkeys(named)) or 'the flags'}") from error
-    return RunArguments(*groups)
+    return groups
 
 
-def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> list[str]:
+def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    own = [f"--{name}" for group in RunArguments.__annotations__.values() for name in group.__annotations__]
+    own = [f"--{name}" for group in parser.dataclass_types for name in group.__annotations__]
     problems = []
     for text in unknown:
         name = text.partition("=")[0]

@@ -24,8 +24,15 @@ def _train(argv: Sequence[str]) -> None:
     train(args)
 
 
+def _inspect(argv: Sequence[str]) -> None:
+    from fastchat_qlora.commands.inspect import inspect
+
+    inspect(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train an adapter; the same as train_lora.py"),
+    "inspect": (_inspect, "show what would be learnt; takes the flags of train"),
 }
 
 

@@ -24,10 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class LoadedData(NamedTuple):
-    """The rows of one flag's data, and what became of its records (see building.build_rows)."""
+    """The rows of one flag's data, what became of its records (see building.build_rows), the rejected line by line."""
 
     rows: Dataset
     account: dict[str, Any]
+    rejected: Path
 
 
 def build_dataset(
@@ -68,10 +69,7 @@ def build_dataset(
         cache_dir=cache_dir,
         is_main=is_main,
     )
-    train, held_out = loaded["--data_path"].rows, loaded.get("--eval_data_path")
-    if data_args.eval_split:
-        return _split(train, data_args.eval_split, seed)
-    return DatasetDict({"train": train} | ({"eval": held_out.rows} if held_out is not None else {}))
+    return arrange(loaded, data_args.eval_split, seed)
 
 
 def load_data(
@@ -109,6 +107,14 @@ def load_data(
             loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
             _check_rejections(loaded[flag], flag, data_args, rejected_to, strict)
     return loaded
+
+
+def arrange(loaded: dict[str, LoadedData], eval_split: float, seed: int) -> DatasetDict:
+    """The sets of a run: "train", and "eval" if there is evaluation data."""
+    train, held_out = loaded["--data_path"].rows, loaded.get("--eval_data_path")
+    if eval_split:
+        return _split(train, eval_split, seed)
+    return DatasetDict({"train": train} | ({"eval": held_out.rows} if held_out is not None else {}))
 
 
 class DataSource:
@@ -165,7 +171,9 @@ def _load(
             target.write((entry / REJECTED).read_bytes())
     rows = Dataset.from_file(str(entry / ROWS))
     logger.info(_summary(rows, account, source.flag, lazy=preprocessor.lazy))
-    return LoadedData(rows.with_transform(LazyPreprocessor(preprocessor)) if preprocessor.lazy else rows, account)
+    if preprocessor.lazy:
+        rows = rows.with_transform(LazyPreprocessor(preprocessor))
+    return LoadedData(rows, account, entry / REJECTED)
 
 
 def _check_rejections(

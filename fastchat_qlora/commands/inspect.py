@@ -1,0 +1,161 @@
+"""`fastchat-qlora inspect`: what a run would learn, before it starts."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastchat_qlora.arguments import RunArguments, parse_command
+from fastchat_qlora.commands.inspect_views import print_report, write_page
+from fastchat_qlora.commands.inspection import Account, Example, Report, get_rows, measure
+from fastchat_qlora.data.building import describe
+from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
+from fastchat_qlora.data.readers import Rejection, Source
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading import load_tokenizer
+
+LISTED = 20
+"""Rejected records that are listed one by one."""
+
+
+@dataclass
+class InspectArguments:
+    """What to show, and where."""
+
+    num_examples: int = field(default=5, metadata={"help": "Rows of each set to show or to write; 0 for all of them."})
+    output: str = field(
+        default="", metadata={"help": "Write the rows to this .html page or .jsonl file, not to the terminal."}
+    )
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Prepare the data as `train` would, with nothing of the model but its tokenizer, and show what is learnt.
+
+    Args:
+        argv: the flags of `train`, and those of InspectArguments.
+
+    Raises:
+        UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
+    """
+    args, own = parse_command(argv, "fastchat-qlora inspect", InspectArguments)
+    if own.num_examples < 0:
+        raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all rows")
+    output = Path(own.output).expanduser()
+    write = {"": print_report, ".jsonl": write_rows, ".html": write_page}.get(output.suffix.lower() or own.output)
+    if write is None:
+        raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
+    if own.output:
+        _check_output(output)
+    report, tokenizer = _prepare(args)
+    examples = _examples(report, tokenizer, own.num_examples)
+    if not own.output:
+        print_report(report, examples, sys.stdout)
+        return
+    with _written_whole(output) as target:
+        write(report, examples, target)
+    print_report(report, [], sys.stdout)
+    sys.stdout.write(f"{report.count(own.num_examples)} rows are in {output}\n")
+
+
+def write_rows(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """One line of JSON a row: the very ids and labels that training gets."""
+    for example in examples:
+        row = {
+            "id": example.id,
+            "source": example.source,
+            "input_ids": example.input_ids,
+            "labels": example.labels,
+            "truncated": example.is_shortened,
+        }
+        if len(report.sets) > 1:
+            row["set"] = example.set
+        target.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
+    model_args, data_args, training_args, _ = args
+    tokenizer = load_tokenizer(
+        model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
+    )
+    loaded = load_data(
+        data_args,
+        tokenizer,
+        max_length=training_args.model_max_length,
+        rejected_to=None,
+        cache_dir=training_args.cache_dir,
+        strict=False,
+    )
+    sets: dict[str, Dataset] = {"train": loaded["--data_path"].rows}
+    if len(sets["train"]):  # of nothing, nothing can be split off
+        sets = dict(arrange(loaded, data_args.eval_split, training_args.seed))
+    report = Report(
+        model=model_args.model_name_or_path,
+        max_length=training_args.model_max_length,
+        accounts={f"{flag} {' '.join(_paths(flag, args))}": _account(data) for flag, data in loaded.items()},
+        sets=sets,
+        measures={name: measure(rows) for name, rows in sets.items()},
+    )
+    return report, tokenizer
+
+
+def _paths(flag: str, args: RunArguments) -> list[str]:
+    return getattr(args.data, flag.lstrip("-"))  # type: ignore[no-any-return]
+
+
+def _account(data: LoadedData) -> Account:
+    with data.rejected.open(encoding="utf-8") as lines:
+        first = [json.loads(line) for line in islice(lines, LISTED)]
+    listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
+    account = data.account
+    return Account(account["read"], account["rejected"], account["kinds"], listed)
+
+
+def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Example]:
+    """The first rows of each set, all of them for 0."""
+    for name, rows in report.sets.items():
+        for i, row in enumerate(get_rows(rows, count)):
+            yield Example(
+                set=name,
+                position=f"{i + 1} of {len(rows)}",
+                source=f"{row['file']}:{row['line']}",
+                id=row["id"],
+                input_ids=row["input_ids"],
+                labels=row["labels"],
+                full_length=row["full_length"],
+                tokenizer=tokenizer,
+            )
+
+
+def _check_output(path: Path) -> None:
+    """Refuse what cannot be written before anything is read."""
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; give the name of a file")
+    with _written_whole(path, keep=False):
+        pass
+
+
+@contextmanager
+def _written_whole(path: Path, *, keep: bool = True) -> Iterator[IO[str]]:
+    """A text file that appears under its name when all is written, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as target:
+            yield target
+        if keep:
+            part.replace(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror}); give another name") from error
+    finally:
+        part.unlink(missing_ok=True)

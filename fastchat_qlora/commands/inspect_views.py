@@ -1,0 +1,110 @@
+"""What `inspect` found, for a terminal and as a page."""
+
+from collections.abc import Iterable
+from typing import IO
+
+from jinja2 import Environment, PackageLoader
+from rich.bar import Bar
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fastchat_qlora import __version__
+from fastchat_qlora.commands.inspection import Account, Example, Measures, Report, visible
+
+OPEN, CLOSE = "⟦", "⟧"
+"""Around what is learnt, for files, and for eyes that cannot go by colour."""
+
+LEARNT = "bold green"
+NOT_LEARNT = "dim"
+BAR = 30  # columns
+
+
+def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """Rows first, so that the counts are what stands above the prompt in the end."""
+    console = Console(file=target, highlight=False)
+    legend = Text.assemble("Learnt: ", (f"{OPEN}this{CLOSE}", LEARNT), "  Read but not learnt: ", ("this", NOT_LEARNT))
+    shown = False
+    for example in examples:
+        shown = True
+        console.print(Text(example.title, style="bold"), soft_wrap=True)
+        console.print(_text(example), "", soft_wrap=True, sep="\n")
+    if shown:
+        console.print(legend, Rule(style="dim"), sep="\n")
+    for flag, account in report.accounts.items():
+        console.print(Text(visible(flag), style="bold"), soft_wrap=True)
+        console.print(_facts_table(describe_account(account)))
+        for line in account.listed:
+            console.print(Text(f"  {visible(line)}", style="red"), soft_wrap=True)
+        if len(account.listed) < account.rejected:
+            console.print(f"  ... and {account.rejected - len(account.listed):,} more")
+    for name, measures in report.measures.items():
+        console.print("", Text(f"{name}, at most {report.max_length:,} tokens a row", style="bold"), sep="\n")
+        console.print(_facts_table(describe_measures(measures)))
+        console.print(_histogram(measures))
+
+
+def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """One HTML file that needs no other."""
+    environment = Environment(
+        loader=PackageLoader("fastchat_qlora.commands", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = visible
+    template = environment.get_template("inspect.html.jinja")
+    stream = template.stream(
+        report=report,
+        examples=examples,
+        accounts={flag: (account, describe_account(account)) for flag, account in report.accounts.items()},
+        measures={name: (found, describe_measures(found)) for name, found in report.measures.items()},
+        version=__version__,
+    )
+    stream.enable_buffering(64)
+    target.writelines(stream)
+
+
+def describe_account(account: Account) -> dict[str, str]:
+    """What became of the records of one flag, as named numbers."""
+    facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
+    kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
+    return {visible(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
+
+
+def describe_measures(measures: Measures) -> dict[str, str]:
+    """The counts of one set, as named numbers."""
+    share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
+    lengths = ", ".join(f"{name} {length:,}" for name, length in measures.lengths.items())
+    return {
+        "rows": f"{measures.rows:,}",
+        "conversations": f"{measures.conversations:,}",
+        "shortened": f"{measures.shortened:,}",
+        "assistant turns": f"{measures.answers:,}",
+        "tokens": f"{measures.tokens:,}",
+        "learnt tokens": f"{measures.learnt:,}{share}",
+        "tokens a row": lengths or "none",
+    }
+
+
+def _text(example: Example) -> Text:
+    text = Text()
+    for part in example.parts:
+        text.append(f"{OPEN}{part.text}{CLOSE}" if part.learnt else part.text, LEARNT if part.learnt else NOT_LEARNT)
+    return text
+
+
+def _facts_table(facts: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(Text(f"  {name}"), Text(value))
+    return table
+
+
+def _histogram(measures: Measures) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    most = max((part.rows for part in measures.histogram), default=1)
+    for part in measures.histogram:
+        bar = Bar(most, 0, part.rows, width=BAR, color="green")
+        table.add_row(f"  {part.first:,} to {part.last:,} tokens", f"{part.rows:,}", bar)
+    return table

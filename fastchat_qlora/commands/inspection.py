@@ -1,0 +1,185 @@
+"""What `inspect` shows, before it is known how: examples, counts and lengths."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from fastchat_qlora.data.dataset import column
+from fastchat_qlora.data.tokenization import IGNORE_INDEX
+
+BATCH = 256
+BINS = 12
+PERCENTILES = {"shortest": 0, "median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+JOINERS = "\u200c\u200d"
+"""Format characters that belong to what is seen: Indic and Persian letters, emoji."""
+
+
+class Part(NamedTuple):
+    """A piece of a row's text, with what cannot be seen made visible."""
+
+    text: str
+    learnt: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row; `input_ids` and `labels` as training gets them, `full_length` its tokens before it was shortened."""
+
+    set: str
+    position: str
+    source: str
+    id: str | None
+    input_ids: list[int]
+    labels: list[int]
+    full_length: int
+    tokenizer: Any
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the conversation had more tokens than the row."""
+        return self.full_length > len(self.input_ids)
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that are learnt."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+    @property
+    def title(self) -> str:
+        """Where the row comes from, and its size."""
+        identity = f", id {self.id}" if self.id is not None else ""
+        cut = f", shortened from {self.full_length:,}" if self.is_shortened else ""
+        size = f"{len(self.input_ids):,} tokens, {self.learnt:,} learnt{cut}"
+        return visible(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
+
+    @property
+    def parts(self) -> list[Part]:
+        """The row's text, cut where learning begins or ends."""
+        return split_learnt(self.input_ids, self.labels, self.tokenizer)
+
+
+class Account(NamedTuple):
+    """What became of the records of one flag; `kinds` counts reasons, `listed` names the first rejected ones."""
+
+    read: int
+    rejected: int
+    kinds: dict[str, int]
+    listed: list[str]
+
+
+class Bin(NamedTuple):
+    """Rows of `first` to `last` tokens."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Counts over the rows of one set; `lengths` are percentiles of a row's tokens."""
+
+    rows: int
+    conversations: int
+    shortened: int
+    answers: int
+    tokens: int
+    learnt: int
+    lengths: dict[str, int]
+    histogram: list[Bin]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known before rows are looked at one by one; `max_length` in tokens."""
+
+    model: str
+    max_length: int
+    accounts: dict[str, Account]
+    sets: dict[str, Dataset]
+    measures: dict[str, Measures]
+
+    def count(self, num_examples: int) -> int:
+        """How many rows are shown when so many of each set are asked for."""
+        return sum(min(num_examples or len(rows), len(rows)) for rows in self.sets.values())
+
+
+def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a set, all for a count of 0, with the columns that say where they come from."""
+    stop = min(count or len(rows), len(rows))
+    plain = rows.with_format(None)
+    for start in range(0, stop, BATCH):
+        end = min(start + BATCH, stop)
+        batch = {**plain[start:end], **rows[start:end]}  # --lazy_preprocess tokenises in the second one
+        for i in range(end - start):
+            yield {name: values[i] for name, values in batch.items()}
+
+
+def measure(rows: Dataset) -> Measures:
+    """Count a set. With --lazy_preprocess this tokenises all of it."""
+    names = ("length", "supervised", "full_length", "turns")
+    if set(names) <= set(rows.column_names):
+        numbers = {name: column(rows, name) for name in names}
+    else:
+        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        numbers = {name: np.array([n for batch in batches for n in batch[name]], dtype=np.int64) for name in names}
+    records = column(rows, "record")
+    lengths, learnt = numbers["length"], numbers["supervised"]
+    return Measures(
+        rows=len(rows),
+        conversations=len(np.unique(records)),
+        shortened=len(np.unique(records[numbers["full_length"] > lengths])),
+        answers=int(numbers["turns"].sum()),
+        tokens=int(lengths.sum()),
+        learnt=int(learnt.sum()),
+        lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
+        histogram=_histogram(lengths),
+    )
+
+
+def _histogram(lengths: NDArray[np.int64]) -> list[Bin]:
+    if not len(lengths):
+        return []
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
+
+
+def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
+    """The text of a row in pieces that are learnt or not.
+
+    A piece is what its tokens add to the text before them: decoded alone, it would lose the blank in front in
+    tokenizers of Llama's family.
+    """
+    is_learnt = np.array(labels) != IGNORE_INDEX
+    edges = [0, *(np.flatnonzero(is_learnt[1:] != is_learnt[:-1]) + 1).tolist(), len(input_ids)]
+    parts = []
+    before = ""
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not text.startswith(before):  # a character in halves, on either side of where the row was cut
+            before = ""
+            text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
+        parts.append(Part(visible(text[len(before) :]), bool(is_learnt[start])))
+        before = text
+    return parts
+
+
+def visible(text: str) -> str:
+    """Text with escapes in place of characters that steer a terminal or reorder a line; line ends and tabs stay."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if _is_hidden(character) else character for character in text
+    )
+
+
+def _is_hidden(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + JOINERS
