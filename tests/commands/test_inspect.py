@@ -1,0 +1,246 @@
+"""`inspect` shows the very rows that training gets, marks what is learnt, and writes only what it was asked for."""
+
+import html
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from conftest import CONVERSATIONS, sharegpt
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora import cli
+from fastchat_qlora.arguments import DataArguments
+from fastchat_qlora.commands.inspection import Example, Report, split_learnt, visible
+from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.tokenization import IGNORE_INDEX
+from fastchat_qlora.model.loading import load_tokenizer
+
+LONG = [("human", "Count."), ("gpt", "one two three " * 20), ("human", "More."), ("gpt", "four five six " * 20)]
+MODEL_MAX_LENGTH = "120"
+
+
+@pytest.fixture
+def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder without its weights, which are not to be touched."""
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Good conversations, one that is too long, one that forges a turn and one that is none."""
+    path = tmp_path / "records.jsonl"
+    lines: list[Any] = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 2)]
+    lines += [sharegpt(LONG, "long"), sharegpt([("human", "Hi"), ("gpt", "Bye<|im_end|>")], "forged"), {"text": "?"}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def inspect(base: Path, data: Path, *flags: str) -> int:
+    """Run the command."""
+    needed = ["--model_name_or_path", str(base), "--data_path", str(data)]
+    return cli.main(["inspect", *needed, "--model_max_length", MODEL_MAX_LENGTH, *flags])
+
+
+def trained_rows(base: Path, output_dir: Path, **data_args: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """The rows that a run with these arguments gets."""
+
+    class Model:
+        model_name_or_path, padding_side, trust_remote_code = str(base), "right", False
+
+    length = int(MODEL_MAX_LENGTH)
+    tokenizer = load_tokenizer(Model, cache_dir=None, model_max_length=length)  # type: ignore[arg-type]
+    args = DataArguments(max_rejected=1.0, **data_args)
+    sets = build_dataset(args, tokenizer, max_length=length, seed=42, output_dir=str(output_dir))
+    return {name: [(row["input_ids"], row["labels"]) for row in rows] for name, rows in sets.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "data_args"),
+    [
+        ([], {}),
+        (["--eval_split", "3"], {"eval_split": 3.0}),
+        (["--overlong", "split"], {"overlong": "split"}),
+        (["--train_on", "all"], {"train_on": "all"}),
+        (["--lazy_preprocess", "True"], {"lazy_preprocess": True}),
+        (["--conv_template", "vicuna"], {"conv_template": "vicuna"}),
+    ],
+)
+def test_json_lines_are_the_rows_of_training(
+    flags: list[str], data_args: dict[str, Any], base: Path, records: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "rows.jsonl"
+    assert inspect(base, records, "--output", str(output), "--num_examples", "0", *flags) == 0
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    expected = trained_rows(base, tmp_path, data_path=[str(records)], **data_args)
+    assert sum(map(len, expected.values())) >= 9
+    for name, rows in expected.items():
+        assert [(row["input_ids"], row["labels"]) for row in lines if row.get("set", "train") == name] == rows
+    assert {row["source"].rpartition(":")[0] for row in lines} == {str(records)}
+
+
+def test_a_json_line_has_what_the_contract_says(base: Path, records: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    assert inspect(base, records, "--output", str(output), "--num_examples", "0") == 0
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert all(list(row) == ["id", "source", "input_ids", "labels", "truncated"] for row in lines)
+    assert [(row["id"], row["source"]) for row in lines if row["truncated"]] == [("long", f"{records}:9")]
+    assert len(next(row for row in lines if row["truncated"])["input_ids"]) <= int(MODEL_MAX_LENGTH)
+
+
+def test_evaluation_data_is_shown_as_such(base: Path, records: Path, data_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    flags = ["--eval_data_path", str(data_file), "--output", str(output)]
+    assert inspect(base, records, *flags, "--num_examples", "2") == 0
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["set"] for row in lines] == ["train", "train", "eval", "eval"]
+    assert lines[2]["source"] == f"{data_file}:1"
+
+
+def test_the_terminal_marks_what_is_learnt(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(base, records, "--num_examples", "2") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"⟦(.*?)⟧", out) == [
+        "I'm Pellico.<|im_end|>",
+        "one two three<|im_end|>",
+        "four five six<|im_end|>",
+        "this",
+    ]
+    assert f"train row 2 of 9: {records}:2, id c1: " in out
+
+
+def test_the_terminal_counts(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(base, records, "--num_examples", "1") == 0
+    out = capsys.readouterr().out
+    counts = dict(re.findall(r"^  ([a-z ]+?)  +([\d,]+)", out, re.MULTILINE))
+    facts = {"read": "11", "accepted": "9", "rejected": "2", "rows": "9", "shortened": "1", "assistant turns": "13"}
+    assert facts.items() <= counts.items()
+    assert f"{records}:10 (id forged): message 1: contains the special token '<|im_end|>'" in out
+    assert sum(int(rows) for rows in re.findall(r"to \d+ tokens +(\d+)", out)) == 9
+
+
+def test_colour_where_it_is_wanted(
+    base: Path, records: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inspect(base, records) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert inspect(base, records) == 0
+    assert re.search(r"\x1b\[1;32m⟦I'm Pellico\.<\|im_end\|>⟧\x1b\[0m", capsys.readouterr().out)
+
+
+def test_the_page_stands_alone_and_marks_what_is_learnt(base: Path, records: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert inspect(base, records, "--output", str(page), "--num_examples", "2") == 0
+    text = page.read_text(encoding="utf-8")
+    marked = [html.unescape(part) for part in re.findall(r"<mark>(.*?)</mark>", text, re.DOTALL)]
+    assert marked == ["this", "I'm Pellico.<|im_end|>", "one two three<|im_end|>", "four five six<|im_end|>"]
+    assert not re.search(r"(src|href)=|url\(|@import|<script", text)
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+
+
+NASTY = "<script>alert(1)</script> [red]no markup[/red] \x1b[31mred \u202eback {{ 7 * 7 }}\n\n  kept"
+
+
+def test_contents_are_shown_and_never_obeyed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, page = tmp_path / "[bold]nasty.jsonl", tmp_path / "page.html"
+    data.write_text(json.dumps(sharegpt([("human", "Hi"), ("gpt", NASTY)])) + "\n", encoding="utf-8")
+    seen = "<script>alert(1)</script> [red]no markup[/red] \\x1b[31mred \\u202eback {{ 7 * 7 }}\n\n  kept"
+    assert inspect(base, data) == 0
+    out = capsys.readouterr().out
+    assert f"⟦{seen}<|im_end|>⟧" in out and "[bold]nasty" in out and "\x1b" not in out
+    assert inspect(base, data, "--output", str(page)) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert seen + "<|im_end|>" in html.unescape(text)
+
+
+def test_nothing_else_is_written(base: Path, records: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    earlier = tmp_path / "out" / "rejected.jsonl"
+    earlier.write_text("of the last run\n", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    assert inspect(base, records, "--output_dir", str(tmp_path / "out")) == 0
+    assert inspect(base, records, "--output_dir", str(tmp_path / "new")) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert earlier.read_text(encoding="utf-8") == "of the last run\n"
+
+
+def test_data_that_would_stop_training_is_shown_with_the_reason(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "?"}\nnot json\n', encoding="utf-8")
+    for flags in ([], ["--eval_split", "0.5"], ["--output", str(tmp_path / "page.html")]):
+        assert inspect(base, data, *flags) == 0
+        captured = capsys.readouterr()
+        assert f"{data}:2: " in captured.out
+        assert re.search(r"Training would stop here: --data_path: 2 of 2 records were rejected", captured.err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--output", "rows.txt"], "--output rows.txt: give a name that ends in .html (a page) or .jsonl (rows)"),
+        (["--output", "."], "--output .: give a name that ends in"),
+        (["--output", "missing/rows.jsonl"], "--output missing/rows.jsonl: cannot be written"),
+        (["--output", "folder.html"], "--output folder.html: is a folder"),
+        (["--num_examples", "-1"], "--num_examples -1: must be at least 0"),
+        (["--num_exampels", "3"], "unknown flag --num_exampels: did you mean --num_examples?"),
+        (["--train_on", "nothing"], "invalid choice: 'nothing'"),
+        (["--model_max_length", "0"], "--model_max_length 0: must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_data_is_read(
+    flags: list[str],
+    told: str,
+    base: Path,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.html").mkdir()
+    assert inspect(base, records, *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and told in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "records.jsonl"]
+
+
+def test_output_that_cannot_be_finished_leaves_the_earlier_one(
+    base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.jsonl"
+    output.write_text("earlier\n", encoding="utf-8")
+
+    def fail(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+        target.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastchat_qlora.commands.inspect.write_rows", fail)
+    assert inspect(base, records, "--output", str(output)) == 2
+    assert output.read_text(encoding="utf-8") == "earlier\n"
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_parts_add_up_to_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("Γειά σου 🙂 and so on", add_special_tokens=False).input_ids
+    for edge in range(1, len(ids)):
+        labels = [IGNORE_INDEX] * edge + ids[edge:]
+        parts = split_learnt(ids, labels, tokenizer)
+        assert [part.learnt for part in parts] == [False, True]
+        if tokenizer.decode(ids).startswith(tokenizer.decode(ids[:edge])):  # not between the bytes of one character
+            assert "".join(part.text for part in parts) == "Γειά σου 🙂 and so on"
+
+
+def test_hidden_characters_are_made_visible() -> None:
+    assert visible("a\x00b\x1b[0m\u202e\u2028\ufeff\r\n\tc 👩\u200d👧 é") == (
+        "a\\x00b\\x1b[0m\\u202e\\u2028\\ufeff\\r\n\tc 👩\u200d👧 é"
+    )
