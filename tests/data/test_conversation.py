@@ -1,5 +1,6 @@
 """Messages become the text of a named template, in segments that know what is learnt; its Jinja says the same."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,66 @@ def render_jinja(
 def test_vicuna_golden(messages: list[Message], text: str, spoken: list[str]) -> None:
     """FastChat's vicuna_v1.1, written out by hand."""
     assert render(get_template("vicuna"), messages) == (text, spoken)
+
+
+ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+# name -> a conversation of one exchange, then one of two behind a system message. Written out by hand; what is learnt
+# stands between « and ».
+GOLDEN = {
+    "chatml": (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n",
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n«See you\n<|im_end|>»\n",
+    ),
+    "llama-2": (
+        "<s>[INST] Hi [/INST]« Hello </s>»",
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]« Hello </s>»<s>[INST] Bye [/INST]« See you\n </s>»",
+    ),
+    "llama-3": (
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»",
+        "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«See you\n<|eot_id|>»",
+    ),
+    "mistral": (
+        "[INST] Hi [/INST]« Hello</s>»",
+        "[INST] Be kind.\n\nHi [/INST]« Hello</s>»[INST] Bye [/INST]« See you\n</s>»",
+    ),
+    "zephyr": (
+        "<|user|>\nHi</s>\n<|assistant|>\n«Hello</s>»\n",
+        "<|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\n«Hello</s>»\n"
+        "<|user|>\nBye</s>\n<|assistant|>\n«See you\n</s>»\n",
+    ),
+    "alpaca": (
+        f"{ALPACA_SYSTEM}\n\n### Instruction:\nHi\n\n### Response:«\nHello</s>»\n\n",
+        "Be kind.\n\n### Instruction:\nHi\n\n### Response:«\nHello</s>»\n\n"
+        "### Instruction:\nBye\n\n### Response:«\nSee you\n</s>»\n\n",
+    ),
+    "gemma": (
+        "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»\n",
+        "<start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n«See you\n<end_of_turn>»\n",
+    ),
+    "phi-3": (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n«Hello<|end|>»\n",
+        "<|system|>\nBe kind.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n«Hello<|end|>»\n"
+        "<|user|>\nBye<|end|>\n<|assistant|>\n«See you\n<|end|>»\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "vicuna"])
+def test_named_templates_golden(name: str) -> None:
+    for messages, golden in zip((HI, SYSTEM + HI + BYE), GOLDEN[name], strict=True):
+        text, spoken = render(get_template(name), messages, bos="<s>")
+        assert text == golden.replace("«", "").replace("»", "")
+        assert spoken == re.findall("«(.*?)»", golden, re.DOTALL)
 
 
 def test_eos_is_the_tokenizers_own() -> None:
