@@ -139,13 +139,12 @@ def choose_workers(asked: int | None, size: int) -> int:
     """How many processes preprocess: as asked, else by the cores of the machine and the bytes of the data.
 
     Below eight cores the tokenizer's own threads use them all. A process costs seconds to start, so it should have 64
-    MiB to do.
+    MiB to do. Other ranks of the machine wait meanwhile, so their number does not matter.
     """
     if asked is not None:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(cores // 4, size // (64 * 1024 * 1024)) if cores >= 8 and local_processes >= 1 else 1
+    return max(1, min(cores // 4, size // (64 * 1024 * 1024))) if cores >= 8 else 1
 
 
 def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, flag: str) -> Iterator[Finished]:
