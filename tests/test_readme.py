@@ -17,6 +17,10 @@ def test_flag_table_is_current() -> None:
 def test_files_named_exist() -> None:
     """Scripts and configurations that the README names are there."""
     words = README.replace("`", " ").replace("(", " ").replace(")", " ").replace(",", " ").split()
-    named = {word.partition(":")[0].rstrip(".") for word in words if word.startswith(("scripts/", "playground/", "data/", "docs/"))}
+    named = {
+        word.partition(":")[0].rstrip(".")
+        for word in words
+        if word.startswith(("scripts/", "playground/", "data/", "docs/"))
+    }
     assert {"scripts/quickstart.sh", "scripts/run_tests.sh"} <= named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
