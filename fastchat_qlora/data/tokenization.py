@@ -5,7 +5,6 @@ import re
 from array import array as Array
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +79,7 @@ class Encoder:
         self.bos_token = tokenizer.bos_token if add_bos else None
         self.bos_id = tokenizer.bos_token_id
         self.vocabulary = _token_bytes(tokenizer)
-        self.lengths = np.array([len(token) for token in self.vocabulary], dtype=np.int64)
+        self.lengths = np.array([len(token) for token in self.vocabulary.tolist()], dtype=np.int64)
         self.special_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
@@ -97,7 +96,7 @@ class Encoder:
             return RejectedRecord("nothing to learn: the text has no tokens")
         array = np.frombuffer(Array("i", ids), dtype=np.int32)  # twice as fast as from the list itself
         try:
-            lengths = self._token_lengths(ids, array, text)
+            lengths = self._token_lengths(array, text)
             if lengths is None:
                 tokens = self._label_by_offsets(segments)
             else:
@@ -109,22 +108,23 @@ class Encoder:
         needs_bos = self.bos_token is not None and not text.startswith(self.bos_token.encode())
         return self._prepend_bos(tokens) if needs_bos else tokens
 
-    def _token_lengths(self, ids: list[int], array: Ids, text: bytes) -> NDArray[np.int64] | None:
+    def _token_lengths(self, ids: Ids, text: bytes) -> NDArray[np.int64] | None:
         """How many bytes of the text each token stands for; None if the tokens do not give the text.
 
         Tokenizers of Llama's family put a blank, which is no part of the text, in front of each piece between special
         tokens; the token with it stands for one byte less.
         """
-        if int(array.max()) >= len(self.lengths):
+        if int(ids.max()) >= len(self.lengths):
             return None
-        lengths: NDArray[np.int64] = self.lengths[array]
-        if b"".join(itemgetter(*ids, 0)(self.vocabulary)[:-1]) == text:  # the 0: a getter of one item gives no tuple
+        tokens = self.vocabulary[ids].tolist()
+        lengths: NDArray[np.int64] = self.lengths[ids]
+        if b"".join(tokens) == text:
             return lengths
-        starts = np.flatnonzero(np.isin(array, self.special_ids)) + 1
+        starts = np.flatnonzero(np.isin(ids, self.special_ids)) + 1
         edges = [0, *starts.tolist(), len(ids)]
         position = 0
         for start, end in pairwise(edges):
-            piece = b"".join(map(self.vocabulary.__getitem__, ids[start:end]))
+            piece = b"".join(tokens[start:end])
             if not text.startswith(piece, position):
                 if piece[:1] != b" " or not text.startswith(piece[1:], position):
                     return None
@@ -230,8 +230,8 @@ def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
         raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {spoken[:60]!r}")
 
 
-def _token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each token id stands for, as byte-level and SentencePiece vocabularies write them.
+def _token_bytes(tokenizer: Any) -> NDArray[np.object_]:
+    """The bytes that each token id stands for, as byte-level and SentencePiece vocabularies write them; shape (ids,).
 
     Nothing depends on this being right for a tokenizer: what it says is compared with the text each time.
     """
@@ -249,4 +249,4 @@ def _token_bytes(tokenizer: Any) -> list[bytes]:
             tokens[i] = token.replace("\u2581", " ").encode("utf-8", "replace")
     for i, added in tokenizer.added_tokens_decoder.items():
         tokens[i] = added.content.encode()
-    return tokens
+    return np.array(tokens, dtype=object)
