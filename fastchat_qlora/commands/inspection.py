@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row; `input_ids` and `labels` as training gets them, `full_length` its tokens before it was shortened."""
+    """One row: `input_ids` and `labels` as training gets them, and about how many tokens the conversation had."""
 
     set: str
     position: str
@@ -54,7 +54,7 @@ class Example:
     def title(self) -> str:
         """Where the row comes from, and its size."""
         identity = f", id {self.id}" if self.id is not None else ""
-        cut = f", shortened from {self.full_length:,}" if self.is_shortened else ""
+        cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
         size = f"{len(self.input_ids):,} tokens, {self.learnt:,} learnt{cut}"
         return visible(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
 

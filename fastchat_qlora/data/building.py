@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ REJECTED = "rejected.jsonl"
 
 BATCH_RECORDS = 256
 BATCH_BYTES = 4 * 1024 * 1024
+GARBAGE_OBJECTS = 50_000  # new ones after which Python looks for garbage; some batches of records
 KINDS = 200  # different reasons that are counted apart
 
 Numbered = list[tuple[int, RawRecord]]
@@ -165,16 +167,27 @@ def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, f
 
 def _run_here(source: Iterator[Numbered], preprocessor: Preprocessor) -> Iterator[Finished]:
     """Tokenise in a thread, which needs no Python, while this one prepares the next batch and finishes the last."""
-    gc.freeze()  # the libraries' million objects need not be searched for garbage again and again: 5 % of the time
-    with ThreadPoolExecutor(1) as pool:
 
-        def submit(numbered: Numbered) -> Future[Any]:
-            batch = preprocessor.prepare(numbered)
-            return pool.submit(lambda: (batch, preprocessor.encode(batch)))
+    def submit(numbered: Numbered) -> Future[Any]:
+        batch = preprocessor.prepare(numbered)
+        return pool.submit(lambda: (batch, preprocessor.encode(batch)))
 
-        for batch, encodings in _in_order(source, submit, window=2):
-            yield preprocessor.finish(batch, encodings)
-    gc.unfreeze()
+    with _little_garbage(), ThreadPoolExecutor(1) as pool:
+        for batch, encoded in _in_order(source, submit, window=2):
+            yield preprocessor.finish(batch, encoded)
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Search for garbage seldom, and not among the libraries' million objects: it took a twentieth of the time."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _in_order(source: Iterator[Numbered], submit: Callable[[Numbered], Future[Any]], window: int) -> Iterator[Any]:

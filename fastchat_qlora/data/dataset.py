@@ -217,7 +217,8 @@ def _summary(rows: Dataset, account: dict[str, Any], flag: str, *, lazy: bool) -
         conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))
         learnt = int(column(rows, "supervised").sum())
         line += f", {shortened} shortened; {tokens.sum()} tokens, {learnt / tokens.sum():.0%} of them learnt"
-        line += f"; longest {full.max()} tokens."
+        about = "about " if full.max() > kept.max() else ""  # the rest of it may not have been tokenised
+        line += f"; longest {about}{full.max()} tokens."
         if len(rows) > conversations:
             line += f" {conversations} conversations became {len(rows)} rows."
     return "\n".join([line, *kinds])

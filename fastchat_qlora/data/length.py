@@ -26,7 +26,7 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
     labels = tokens.labels[:cut]
     if not (labels != IGNORE_INDEX).any():
         raise RejectedRecord(f"nothing to learn stands within the first {max_length} tokens")
-    return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut])
+    return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
 
 
 def split_messages(

@@ -20,7 +20,10 @@ class Marks:
 
     def search(self, text: str, position: int = 0) -> re.Match[str] | None:
         """The first one at or behind a position."""
-        return self.pattern.search(text, position) if any(first in text for first in self.firsts) else None
+        for first in self.firsts:  # no generator: this is asked for every message
+            if first in text:
+                return self.pattern.search(text, position)
+        return None
 
     def match(self, text: str, position: int = 0) -> re.Match[str] | None:
         """The one at a position."""

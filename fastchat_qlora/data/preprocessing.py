@@ -19,6 +19,7 @@ from fastchat_qlora.data.length import split_messages, truncate
 from fastchat_qlora.data.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.tokenization import (
     IGNORE_INDEX,
+    Encoded,
     Encoder,
     TokenizedConversation,
     check_plain,
@@ -157,21 +158,23 @@ class Preprocessor:
                 batch.drafts.extend(Draft(index, conversation, segments) for segments in texts)
         return batch
 
-    def encode(self, batch: Batch) -> list[Any]:
+    def encode(self, batch: Batch) -> list[Encoded]:
         """Tokenise the texts of a batch, on all cores and outside of Python."""
-        if self.lazy:
-            return []
-        return self.encoder.encode(["".join(segment.text for segment in draft.segments) for draft in batch.drafts])
+        return [] if self.lazy else self.encode_texts([draft.segments for draft in batch.drafts])
 
-    def finish(self, batch: Batch, encodings: Sequence[Any]) -> Finished:
+    def encode_texts(self, texts: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        """Tokenise texts as far as their rows need it."""
+        return self.encoder.encode(texts, enough=self.max_length if self.overlong == "truncate" else None)
+
+    def finish(self, batch: Batch, encoded: Sequence[Encoded]) -> Finished:
         """Label, prove and cut to length. A record is rejected as a whole or not at all."""
         if self.lazy:
             owners = [draft.index for draft in batch.drafts]
             return _assemble(batch, _lazy_columns(batch.drafts), owners, LAZY_FEATURES)
-        kept: dict[int, list[tuple[TokenizedConversation, int]]] = {}
+        kept: dict[int, list[TokenizedConversation]] = {}
         grouped: dict[int, list[tuple[Draft, TokenizedConversation | RejectedRecord]]] = {}
-        for draft, encoding in zip(batch.drafts, encodings, strict=True):
-            grouped.setdefault(draft.index, []).append((draft, self.encoder.label(draft.segments, encoding)))
+        for draft, part in zip(batch.drafts, encoded, strict=True):
+            grouped.setdefault(draft.index, []).append((draft, self.encoder.label(part)))
         for index, texts in grouped.items():
             try:
                 kept[index] = self._fit(texts)
@@ -214,8 +217,8 @@ class Preprocessor:
 
     def _fit(
         self, texts: Sequence[tuple[Draft, TokenizedConversation | RejectedRecord]]
-    ) -> list[tuple[TokenizedConversation, int]]:
-        """The rows of one record, each with its length before it was cut."""
+    ) -> list[TokenizedConversation]:
+        """The rows of one record."""
         tokenized: list[TokenizedConversation] = []
         for _, tokens in texts:
             if isinstance(tokens, RejectedRecord):
@@ -237,31 +240,29 @@ class Preprocessor:
                 problem = error
                 continue
             if (kept.labels != IGNORE_INDEX).any():
-                rows.append((kept, len(tokens.input_ids)))
+                rows.append(kept)
         if not rows:
             raise problem
         return rows
 
     def _split(
         self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]
-    ) -> list[tuple[TokenizedConversation, int]]:
+    ) -> list[TokenizedConversation]:
         """The rows of the parts of a conversation that is too long; none if it cannot be split."""
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = tokenized[0].turn_ends if len(tokenized[0].turn_ends) == answers else [0] * answers
         parts = [messages for _, messages in split_messages(conversation.messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
-        rows = []
+        rows: list[TokenizedConversation] = []
         conversations = [Conversation(messages, conversation.tools) for messages in parts]
         for part, texts in zip(conversations, self.render(conversations), strict=True):
             try:
                 if isinstance(texts, RejectedRecord):
                     raise texts
                 drafts = [Draft(0, part, segments) for segments in texts]
-                encodings = self.encoder.encode(["".join(piece.text for piece in draft.segments) for draft in drafts])
-                rows += self._fit(
-                    [(d, self.encoder.label(d.segments, e)) for d, e in zip(drafts, encodings, strict=True)]
-                )
+                encoded = self.encode_texts(texts)
+                rows += self._fit(list(zip(drafts, map(self.encoder.label, encoded), strict=True)))
             except RejectedRecord as error:
                 if not str(error).startswith("nothing to learn"):  # such a part is no loss
                     raise
@@ -278,18 +279,20 @@ def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:
         )
 
 
-def _columns(rows: Sequence[tuple[TokenizedConversation, int]]) -> dict[str, Any]:
-    lengths = np.array([len(tokens.input_ids) for tokens, _ in rows], dtype=np.int32)
+def _columns(rows: Sequence[TokenizedConversation]) -> dict[str, Any]:
+    lengths = np.array([len(tokens.input_ids) for tokens in rows], dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     empty = [np.empty(0, dtype=np.int32)]
-    ids, labels = (np.concatenate([getattr(t, name) for t, _ in rows] or empty) for name in ("input_ids", "labels"))
+    ids, labels = (
+        np.concatenate([getattr(tokens, name) for tokens in rows] or empty) for name in ("input_ids", "labels")
+    )
     return {
         "input_ids": pa.ListArray.from_arrays(offsets, ids),
         "labels": pa.ListArray.from_arrays(offsets, labels),
         "length": lengths,
-        "supervised": np.array([(t.labels != IGNORE_INDEX).sum() for t, _ in rows], dtype=np.int32),
-        "full_length": np.array([full for _, full in rows], dtype=np.int32),
-        "turns": np.array([len(tokens.turn_ends) for tokens, _ in rows], dtype=np.int32),
+        "supervised": np.array([(tokens.labels != IGNORE_INDEX).sum() for tokens in rows], dtype=np.int32),
+        "full_length": np.array([tokens.full_length for tokens in rows], dtype=np.int32),
+        "turns": np.array([len(tokens.turn_ends) for tokens in rows], dtype=np.int32),
     }
 
 
@@ -332,11 +335,11 @@ class LazyPreprocessor:
         return rows
 
     def _row(self, segments: Sequence[Segment]) -> tuple[Any, ...]:
-        [encoding] = self.preprocessor.encoder.encode(["".join(segment.text for segment in segments)])
-        tokens = self.preprocessor.encoder.label(segments, encoding)
+        [encoded] = self.preprocessor.encode_texts([segments])
+        tokens = self.preprocessor.encoder.label(encoded)
         if isinstance(tokens, RejectedRecord):
             raise tokens
         kept = truncate(tokens, self.preprocessor.max_length)
         supervised = int((kept.labels != IGNORE_INDEX).sum())
-        lengths = (len(kept.input_ids), supervised, len(tokens.input_ids), len(kept.turn_ends))
+        lengths = (len(kept.input_ids), supervised, kept.full_length, len(kept.turn_ends))
         return (kept.input_ids.tolist(), kept.labels.tolist(), *lengths)

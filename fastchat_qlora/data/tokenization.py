@@ -2,7 +2,7 @@
 
 import json
 import re
-from array import array as Array
+import struct
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,6 +19,11 @@ IGNORE_INDEX = -100
 Ids = NDArray[np.int32]
 
 
+CHARACTERS_PER_TOKEN = 5
+"""Somewhat more than prose has. Only speed hangs on it: of a text that will be cut so much is tokenised, and all of it
+where that turns out to be too little."""
+
+
 class TokenizedConversation(NamedTuple):
     """One conversation as the model sees it; all arrays over tokens have the same length.
 
@@ -26,11 +31,27 @@ class TokenizedConversation(NamedTuple):
         input_ids: token ids, int32, shape (tokens,).
         labels: the id where the assistant speaks, IGNORE_INDEX elsewhere; int32, shape (tokens,).
         turn_ends: for each assistant turn, the number of tokens up to its end.
+        full_length: tokens of the whole conversation; where only its beginning was tokenised, an estimate.
     """
 
     input_ids: Ids
     labels: Ids
     turn_ends: list[int]
+    full_length: int
+
+
+class Encoded(NamedTuple):
+    """A tokenised text, or the beginning of one.
+
+    Attributes:
+        segments: what was tokenised.
+        encoding: the tokenizer's result.
+        share: which part of the whole text's characters this is, from 0 to 1.
+    """
+
+    segments: Sequence[Segment]
+    encoding: Any
+    share: float = 1.0
 
 
 def special_token_pattern(tokenizer: Any) -> Marks:
@@ -81,20 +102,48 @@ class Encoder:
         self.vocabulary = _token_bytes(tokenizer)
         self.lengths = np.array([len(token) for token in self.vocabulary.tolist()], dtype=np.int64)
         self.special_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self.edges = _edges(tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Tokenise texts, on all cores and without holding Python up; label() takes the result."""
-        encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return encodings
+    def encode(self, texts: Sequence[Sequence[Segment]], enough: int | None = None) -> list[Encoded]:
+        """Tokenise texts, on all cores and without holding Python up; label() takes the results.
 
-    def label(self, segments: Sequence[Segment], encoding: Any) -> TokenizedConversation | RejectedRecord:
+        Args:
+            texts: each in segments.
+            enough: tokenise only the beginning of a text with more tokens than this, up to the end of an assistant's
+                turn. It has the tokens that it has in the whole text: tokenizers split texts at special tokens first.
+        """
+        beginnings = [self._begin(text, enough) if enough else Encoded(text, None) for text in texts]
+        encodings = self._encode(beginnings)
+        encoded = [part._replace(encoding=encoding) for part, encoding in zip(beginnings, encodings, strict=True)]
+        short = [i for i, part in enumerate(encoded) if part.share < 1 and len(part.encoding) <= (enough or 0)]
+        again = [Encoded(texts[i], None) for i in short]
+        for i, part, encoding in zip(short, again, self._encode(again), strict=True):
+            encoded[i] = part._replace(encoding=encoding)
+        return encoded
+
+    def _begin(self, text: Sequence[Segment], enough: int) -> Encoded:
+        """The beginning of a text that should have more tokens than enough; the whole text if it cannot be cut."""
+        size = 0
+        for count, segment in enumerate(text, 1):
+            size += len(segment.text)
+            if size > enough * CHARACTERS_PER_TOKEN and segment.ends_turn and segment.text.endswith(self.edges):
+                rest = sum(len(other.text) for other in text[count:])
+                return Encoded(text[:count], None, share=size / (size + rest))
+        return Encoded(text, None)
+
+    def _encode(self, parts: Sequence[Encoded]) -> list[Any]:
+        texts = ["".join([segment.text for segment in part.segments]) for part in parts]
+        return list(self.backend.encode_batch_fast(texts, add_special_tokens=False)) if texts else []
+
+    def label(self, encoded: Encoded) -> TokenizedConversation | RejectedRecord:
         """The tokens of one conversation with their labels, or why these cannot be shown to be exact."""
+        segments, encoding, share = encoded
         ids = encoding.ids
         pieces = [segment.text.encode() for segment in segments]
         text = b"".join(pieces)
         if not ids:
             return RejectedRecord("nothing to learn: the text has no tokens")
-        array = np.frombuffer(Array("i", ids), dtype=np.int32)  # twice as fast as from the list itself
+        array = np.frombuffer(struct.pack(f"{len(ids)}i", *ids), dtype=np.int32)  # twice as fast as from the list
         try:
             lengths = self._token_lengths(array, text)
             if lengths is None:
@@ -105,8 +154,9 @@ class Encoder:
                 tokens = _learn_all(tokens, segments)
         except RejectedRecord as error:
             return error
-        needs_bos = self.bos_token is not None and not text.startswith(self.bos_token.encode())
-        return self._prepend_bos(tokens) if needs_bos else tokens
+        if self.bos_token is not None and not text.startswith(self.bos_token.encode()):
+            tokens = self._prepend_bos(tokens)
+        return tokens if share == 1 else tokens._replace(full_length=round(tokens.full_length / share))
 
     def _token_lengths(self, ids: Ids, text: bytes) -> NDArray[np.int64] | None:
         """How many bytes of the text each token stands for; None if the tokens do not give the text.
@@ -162,7 +212,7 @@ class Encoder:
                 labels[first:position] = ids[first:position]
             turn_ends.append(position)
         labels[:1] = IGNORE_INDEX  # nothing stands before the first token that could predict it
-        return TokenizedConversation(np.array(ids, dtype=np.int32), labels, turn_ends)
+        return TokenizedConversation(np.array(ids, dtype=np.int32), labels, turn_ends, len(ids))
 
     def _prepend_bos(self, tokens: TokenizedConversation) -> TokenizedConversation:
         bos = np.array([self.bos_id], dtype=np.int32)
@@ -172,6 +222,7 @@ class Encoder:
             np.concatenate([bos, tokens.input_ids]),
             np.concatenate([ignored, labels]),
             [end + 1 for end in tokens.turn_ends],
+            tokens.full_length + 1,
         )
 
 
@@ -214,7 +265,7 @@ def _label_by_bytes(
             labels[first:last] = ids[first:last]
         turn_ends.append(last)
     labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
-    return TokenizedConversation(ids, labels, turn_ends)
+    return TokenizedConversation(ids, labels, turn_ends, len(ids))
 
 
 def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
@@ -228,6 +279,14 @@ def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if decoded != spoken and " " + decoded != spoken:
         raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {spoken[:60]!r}")
+
+
+def _edges(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens behind which a text may be cut: found whatever follows them."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = [token.content for token in added if token.special and not (token.normalized or token.single_word)]
+    others = [token.content for token in added]
+    return tuple(text for text in special if not any(text in other[:-1] for other in others))
 
 
 def _token_bytes(tokenizer: Any) -> NDArray[np.object_]:

@@ -378,7 +378,7 @@ class TestPreprocessing:
         [summary] = [record.getMessage() for record in caplog.records if " read, " in record.getMessage()]
         assert summary.splitlines()[0] == (
             f"--data_path: 14 read, 2 rejected, {shortened} shortened; {tokens} tokens, "
-            f"{supervised / tokens:.0%} of them learnt; longest {max(train['full_length'])} tokens."
+            f"{supervised / tokens:.0%} of them learnt; longest about {max(train['full_length'])} tokens."
         )
         assert "rejected 1: contains the special token" in summary
         assert "rejected 1: not a line of JSON" in summary

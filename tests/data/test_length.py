@@ -24,7 +24,7 @@ def conversation(*turns: tuple[int, int], tail: int = 0) -> TokenizedConversatio
         labels += [IGNORE_INDEX] * prompt + said
         ends.append(len(ids))
     rest = [100 + len(ids) + i for i in range(tail)]
-    return TokenizedConversation(np.array(ids + rest), np.array(labels + [IGNORE_INDEX] * tail), ends)
+    return TokenizedConversation(np.array(ids + rest), np.array(labels + [IGNORE_INDEX] * tail), ends, len(ids + rest))
 
 
 def plain(tokens: TokenizedConversation) -> tuple[list[int], list[int], list[int]]:

@@ -201,6 +201,34 @@ class TestEveryTemplate:
         for _, answer in turns:  # rows follow each other by their last answers, so the order may differ
             said.remove(next(text for text in said if is_said(text, answer, ENDS[name])))
 
+    @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), guess=st.sampled_from([1, 5]))
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    def test_beginning_has_the_tokens_that_it_has_in_the_whole(
+        self, name: str, family: str, turns: list[tuple[str, str]], guess: int
+    ) -> None:
+        """Of a text that will be cut only the beginning is tokenised; the rows are those of the whole text."""
+        tokenizer = FAMILIES[family](name)
+        long = [(asked, f"{answer} {i} and so on " * 4) for i, (asked, answer) in enumerate([*turns, *turns])]
+        rows, tokenised = [], []
+        for cut in (True, False):
+            preprocessor = Preprocessor(tokenizer, "auto", max_length=90, overlong="truncate")
+            if not cut:
+                preprocessor.encoder.edges = ()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("fastchat_qlora.data.tokenization.CHARACTERS_PER_TOKEN", guess)
+                batch = preprocessor.prepare([(0, RawRecord(Source("f", 1), {"messages": chat(long)}))])
+                encoded = preprocessor.encode(batch)
+                done = preprocessor.finish(batch, encoded)
+            columns = ("input_ids", "labels", "length", "supervised", "turns")
+            rows.append([{column: row[column] for column in columns} for row in done.rows.to_pylist()])
+            tokenised.append([part.share for part in encoded])
+        if rows[1]:  # what cannot be learnt exactly may stand only in the end that is cut off
+            assert rows[0] == rows[1]
+        assert all(share == 1 for share in tokenised[1])
+        characters = sum(len(text) for turn in long for text in turn)
+        if rows[0] and len(tokenised[0]) == 1 and characters > 3 * 90 * 5:
+            assert tokenised[0][0] < 1
+
     def test_plain_conversations_are_accepted(self, name: str, family: str) -> None:
         """So that the property above is not one of rejections only."""
         tokenizer = FAMILIES[family](name)

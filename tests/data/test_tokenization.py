@@ -48,12 +48,11 @@ def tokenize_batch(
 ) -> list[TokenizedConversation | RejectedRecord]:
     """Texts tokenised together; arrays as lists, to be compared."""
     encoder = Encoder(tokenizer, add_bos=add_bos)
-    encodings = encoder.encode(["".join(segment.text for segment in segments) for segments in batch])
-    done = [encoder.label(segments, encoding) for segments, encoding in zip(batch, encodings, strict=True)]
+    done = [encoder.label(encoded) for encoded in encoder.encode(batch)]
     return [
         tokens
         if isinstance(tokens, RejectedRecord)
-        else TokenizedConversation(tokens.input_ids.tolist(), tokens.labels.tolist(), tokens.turn_ends)
+        else tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist())
         for tokens in done
     ]
 
@@ -163,7 +162,7 @@ def test_tokens_of_one_conversation(shared_tokenizer: PreTrainedTokenizerFast) -
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
     segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
     tokens = tokenize([*segments, Segment("X")], shared_tokenizer)
-    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6])
+    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ def test_tokenizer_that_rewrites_text(tokenizer: PreTrainedTokenizerFast) -> Non
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenize([Segment("XYZ" + END, supervised=True)], shared_tokenizer)
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
-    assert tokens == ([x, y, z, end], [-100, y, z, end], [4])
+    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4)
 
 
 def test_batch_is_each_conversation_alone(shared_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -260,7 +259,7 @@ def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = tokenize(segments, tokenizer)
     assert isinstance(bare, TokenizedConversation)
     assert bos not in bare.input_ids
-    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4])
+    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4)
     assert tokenize_batch([segments, written], tokenizer, add_bos=True) == [expected, expected]
     assert tokenize(written, tokenizer) == expected
 
