@@ -15,7 +15,7 @@ from fastchat_qlora.data.tokenization import IGNORE_INDEX
 
 BATCH = 256
 BINS = 12
-PERCENTILES = {"shortest": 0, "median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
 JOINERS = "\u200c\u200d"
 """Format characters that belong to what is seen: Indic and Persian letters, emoji."""
 
