@@ -24,7 +24,7 @@ REJECTED = "rejected.jsonl"
 
 BATCH_RECORDS = 256
 BATCH_BYTES = 4 * 1024 * 1024
-GARBAGE_OBJECTS = 50_000  # new ones after which Python looks for garbage; some batches of records
+GARBAGE_OBJECTS = 5000  # new ones after which Python looks for garbage; some batches of records
 KINDS = 200  # different reasons that are counted apart
 
 Numbered = list[tuple[int, RawRecord]]
