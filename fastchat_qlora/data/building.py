@@ -27,6 +27,8 @@ BATCH_BYTES = 4 * 1024 * 1024
 GARBAGE_OBJECTS = 5000  # new ones after which Python looks for garbage; some batches of records
 KINDS = 200  # different reasons that are counted apart
 
+PLACE = re.compile(r"message \d+: ")
+
 Numbered = list[tuple[int, RawRecord]]
 
 
@@ -99,8 +101,9 @@ class Account:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without what differs from record to record."""
-    return re.sub(r"message \d+: |\d+|'.*'|\".*\"", "", reason)[:60].strip()
+    """A reason with what differs from record to record left out: places, quotations and numbers."""
+    reason = re.sub(r"'.*'|\".*\"", "...", reason.partition(": ")[2] if PLACE.match(reason) else reason)
+    return re.sub(r"(?<![-\w])\d+", "N", reason)[:60].strip()
 
 
 def describe(rejection: Rejection) -> str:

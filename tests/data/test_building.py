@@ -1,10 +1,10 @@
-"""How many processes preprocess."""
+"""How many processes preprocess, and which rejections are counted as one kind."""
 
 import os
 
 import pytest
 
-from fastchat_qlora.data.building import choose_workers
+from fastchat_qlora.data.building import choose_workers, kind_of
 
 GIB = 2**30
 
@@ -28,3 +28,16 @@ def test_workers_follow_cores_and_data(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert choose_workers(asked, size) == workers
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("message 3: empty answer", "empty answer"),
+        ("message 12: contains the special token '</s>'", "contains the special token ..."),
+        ("not a line of JSON in UTF-8: line 1 column 16", "not a line of JSON in UTF-8: line N column N"),
+        ("nothing to learn stands within the first 512 tokens", "nothing to learn stands within the first N tokens"),
+    ],
+)
+def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
+    assert kind_of(reason) == kind
