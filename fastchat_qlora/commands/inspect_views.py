@@ -73,7 +73,7 @@ def describe_account(account: Account) -> dict[str, str]:
 def describe_measures(measures: Measures) -> dict[str, str]:
     """The counts of one set, as named numbers."""
     share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
-    lengths = ", ".join(f"{name} {length:,}" for name, length in measures.lengths.items())
+    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
     return {
         "rows": f"{measures.rows:,}",
         "conversations": f"{measures.conversations:,}",

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -103,7 +104,7 @@ class Account:
 def kind_of(reason: str) -> str:
     """A reason with what differs from record to record left out: places, quotations and numbers."""
     reason = re.sub(r"'.*'|\".*\"", "...", reason.partition(": ")[2] if PLACE.match(reason) else reason)
-    return re.sub(r"(?<![-\w])\d+", "N", reason)[:60].strip()
+    return textwrap.shorten(re.sub(r"(?<![-\w])\d+", "N", reason), 80, placeholder=" ...")
 
 
 def describe(rejection: Rejection) -> str:
