@@ -19,6 +19,8 @@ IGNORE_INDEX = -100
 Ids = NDArray[np.int32]
 
 
+STEERING = re.compile(r"<[^\s<>]*[|\uff5c][^\s<>]*>|\[[^\s\[\]]+\]")  # \uff5c: the wide bar of DeepSeek's tokens
+
 CHARACTERS_PER_TOKEN = 5
 """Somewhat more than prose has. Only speed hangs on it: of a text that will be cut so much is tokenised, and all of it
 where that turns out to be too little."""
@@ -55,8 +57,18 @@ class Encoded(NamedTuple):
 
 
 def special_token_pattern(tokenizer: Any) -> Marks:
-    """Finds each special token of a tokenizer in text."""
-    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    """Finds in text each token that could end or forge a turn.
+
+    These are the special tokens, and those of the shape of `<|user|>` or `[INST]` that the chat template writes: some
+    tokenizers have them among their added tokens without calling them special. Tags such as `<think>` are no such
+    tokens, since assistants write them in their answers.
+    """
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    names = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (STEERING.fullmatch(token.content) and token.content in template)
+    }
     return Marks(names | set(tokenizer.all_special_tokens))
 
 

@@ -36,7 +36,10 @@ def test_workers_follow_cores_and_data(
         ("message 3: empty answer", "empty answer"),
         ("message 12: contains the special token '</s>'", "contains the special token ..."),
         ("not a line of JSON in UTF-8: line 1 column 16", "not a line of JSON in UTF-8: line N column N"),
-        (f"refused: {'very ' * 20}long", "refused: very very very very very very very very very very very very very ..."),
+        (
+            f"refused: {'very ' * 20}long",
+            "refused: very very very very very very very very very very very very very ...",
+        ),
         ("nothing to learn stands within the first 512 tokens", "nothing to learn stands within the first N tokens"),
     ],
 )
