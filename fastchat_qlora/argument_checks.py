@@ -155,10 +155,6 @@ def _check_data(values: argparse.Namespace) -> list[str]:
     for flag in ("data_path", "eval_data_path"):
         for name in getattr(values, flag) or []:
             problems += _check_data_path(flag, name)
-    if values.lazy_preprocess and values.overlong != "truncate":
-        problems.append(
-            f"--lazy_preprocess True and --overlong {values.overlong}: rows are not measured beforehand then; drop one"
-        )
     if values.lazy_preprocess and values.remove_unused_columns:
         problems.append("--lazy_preprocess True and --remove_unused_columns True: the text is needed later; drop one")
     if values.eval_split and values.eval_data_path:

@@ -58,7 +58,10 @@ class DataArguments:
         metadata={"help": "Conversations taken off the training data to evaluate on: a share (< 1) or a count."},
     )
     lazy_preprocess: bool = field(
-        default=False, metadata={"help": "Tokenise a conversation when it is asked for, not all at the start."}
+        default=False,
+        metadata={
+            "help": "Check every conversation at the start, keep only its text, and tokenise it when it is asked for."
+        },
     )
     conv_template: str = field(
         default="auto",
@@ -68,7 +71,9 @@ class DataArguments:
     )
     train_on: Literal["assistant", "last", "all"] = field(
         default="assistant",
-        metadata={"help": "What is learnt: every answer of the assistant, only the last one, or every token."},
+        metadata={
+            "help": "What is learnt: every answer of the assistant, only the last one, or every token of the text."
+        },
     )
     overlong: Literal["truncate", "drop", "split", "error"] = field(
         default="truncate",

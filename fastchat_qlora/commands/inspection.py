@@ -111,24 +111,19 @@ class Report:
 
 
 def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
-    """The first rows of a set, all for a count of 0, with the columns that say where they come from."""
+    """The first rows of a set, all for a count of 0."""
     stop = min(count or len(rows), len(rows))
-    plain = rows.with_format(None)
     for start in range(0, stop, BATCH):
         end = min(start + BATCH, stop)
-        batch = {**plain[start:end], **rows[start:end]}  # --lazy_preprocess tokenises in the second one
+        batch = rows[start:end]
         for i in range(end - start):
             yield {name: values[i] for name, values in batch.items()}
 
 
 def measure(rows: Dataset) -> Measures:
-    """Count a set. With --lazy_preprocess this tokenises all of it."""
+    """Count a set."""
     names = ("length", "supervised", "full_length", "turns")
-    if set(names) <= set(rows.column_names):
-        numbers = {name: column(rows, name) for name in names}
-    else:
-        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-        numbers = {name: np.array([n for batch in batches for n in batch[name]], dtype=np.int64) for name in names}
+    numbers = {name: column(rows, name) for name in names}
     records = column(rows, "record")
     lengths, learnt = numbers["length"], numbers["supervised"]
     return Measures(

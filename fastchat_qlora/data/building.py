@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastchat_qlora.data.preprocessing import EAGER_FEATURES, LAZY_FEATURES, OVERLONG, Finished, Preprocessor
+from fastchat_qlora.data.preprocessing import OVERLONG, Finished, Preprocessor
 from fastchat_qlora.data.readers import RawRecord, Rejection
+from fastchat_qlora.data.rows import EAGER_FEATURES, LAZY_FEATURES
 from fastchat_qlora.errors import UserError
 
 ROWS = "rows.arrow"
@@ -128,16 +129,17 @@ def batches(records: Iterable[RawRecord]) -> Iterator[Numbered]:
 
 
 def _size(record: Any) -> int:
-    """About how many characters a raw record holds: its text, and the texts of the messages in it."""
-    if isinstance(record, bytes):
-        return len(record)
+    """About how many characters a raw record holds."""
     size = 0
-    for field in record.values() if isinstance(record, dict) else ():
-        if isinstance(field, str):
-            size += len(field)
-        for turn in field if isinstance(field, list) else ():
-            if isinstance(turn, dict):
-                size += sum(len(text) for text in turn.values() if isinstance(text, str | list))
+    waiting = [record]
+    while waiting:  # no recursion: a record may be nested as deep as it likes
+        value = waiting.pop()
+        if isinstance(value, str | bytes):
+            size += len(value)
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
     return size
 
 
@@ -149,8 +151,12 @@ def choose_workers(asked: int | None, size: int) -> int:
     """
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _count_cores()
     return max(1, min(cores // 4, size // (64 * 1024 * 1024))) if cores >= 8 else 1
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, flag: str) -> Iterator[Finished]:
@@ -158,7 +164,7 @@ def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, f
         yield from _run_here(source, preprocessor)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit the tokenizer's threads, and CUDA
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, _count_cores() // workers)
     with ProcessPoolExecutor(workers, context, _start_worker, (preprocessor, threads)) as pool:
         try:
             yield from _in_order(source, lambda batch: pool.submit(_work, batch), window=2 * workers)

@@ -4,12 +4,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
 from fastchat_qlora.errors import UserError
@@ -97,7 +97,11 @@ def read_entry(entry: Path) -> dict[str, Any] | None:
 
 
 def prune(root: Path) -> None:
-    """Remove the entries used longest ago, and what was left unfinished; open files of other runs stay readable."""
+    """Remove the entries used longest ago, and what was left unfinished; open files of other runs stay readable.
+
+    An entry that another process holds the lock of is left alone. Locks themselves stay, as empty files: one that was
+    removed while a process waits for it would let two of them in.
+    """
     now = time.time()
     entries = []
     for folder in root.iterdir():
@@ -109,8 +113,8 @@ def prune(root: Path) -> None:
             entries.append((used, folder))
     for i, (used, folder) in enumerate(sorted(entries, reverse=True)):
         if now - used > DAY and (i >= KEPT or folder.suffix == ".building"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_suffix(".lock").unlink(missing_ok=True)
+            with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

@@ -70,11 +70,13 @@ class Segment:
         text: the piece.
         supervised: whether it is learnt: its labels are its tokens.
         ends_turn: whether a whole turn of the assistant ends with it, learnt or not; a text may be cut behind it.
+        withheld: whether the record says that this turn is not to be learnt, not even where everything is.
     """
 
     text: str
     supervised: bool = False
     ends_turn: bool = False
+    withheld: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from transformers import DataCollatorForSeq2Seq
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
 from fastchat_qlora.data.cache import get_cache_root, get_key, hash_file, open_or_build
-from fastchat_qlora.data.preprocessing import LazyPreprocessor, Preprocessor
+from fastchat_qlora.data.preprocessing import Preprocessor
 from fastchat_qlora.data.readers import RawRecord, find_files, load_hub_dataset, read_file, read_hub_dataset
+from fastchat_qlora.data.rows import Tokenised
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -56,7 +57,7 @@ def build_dataset(
         is_main: whether this process writes and shows its progress.
 
     Returns:
-        "train", and "eval" if there is evaluation data; rows have the columns of preprocessing.EAGER_FEATURES.
+        "train", and "eval" if there is evaluation data; rows have the columns of rows.EAGER_FEATURES.
 
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
@@ -136,7 +137,7 @@ class DataSource:
             if not files:
                 raise UserError(f"{flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
             self.parts += [(str(file), None) for file in files]
-        self.size = sum(os.path.getsize(name) for name, hub in self.parts if hub is None)
+        self.size = sum(os.path.getsize(name) if hub is None else hub.data.nbytes for name, hub in self.parts)
 
     def contents(self) -> list[tuple[str, str]]:
         """The name and the content's hash of each part."""
@@ -151,8 +152,10 @@ class DataSource:
         """All records."""
         with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=not self.show_progress) as bar:
             for name, hub in self.parts:
-                records = read_file(Path(name), self.flag, bar.update) if hub is None else read_hub_dataset(name, hub)
-                yield from records
+                if hub is None:
+                    yield from read_file(Path(name), self.flag, bar.update)
+                else:
+                    yield from read_hub_dataset(name, hub, bar.update)
 
 
 def _load(
@@ -170,9 +173,9 @@ def _load(
         with rejected_to.open("ab") as target:
             target.write((entry / REJECTED).read_bytes())
     rows = Dataset.from_file(str(entry / ROWS))
-    logger.info(_summary(rows, account, source.flag, lazy=preprocessor.lazy))
+    logger.info(_summary(rows, account, source.flag))
     if preprocessor.lazy:
-        rows = rows.with_transform(LazyPreprocessor(preprocessor))
+        rows = rows.with_transform(Tokenised(preprocessor.encoder, preprocessor.max_length))
     return LoadedData(rows, account, entry / REJECTED)
 
 
@@ -184,9 +187,10 @@ def _check_rejections(
     bad = rejected - too_long
     where = f"; all are listed in {listed_in}" if listed_in and rejected else ""
     problem = ""
+    allowed = data_args.max_rejected * read + 1e-6  # 0.29 * 100 is a little less than 29
     if data_args.overlong == "error" and too_long:
         problem = f"--overlong error: {too_long} are too long, the first is {account['first_too_long']}{where}"
-    elif bad and (bad > data_args.max_rejected * read or rejected == read):
+    elif bad and (bad > allowed or rejected == read):
         problem = (
             f"{flag}: {bad} of {read} records were rejected, the first is {account['first']}{where}; "
             f"mend the data or raise --max_rejected (now {data_args.max_rejected})"
@@ -205,13 +209,11 @@ def column(rows: Dataset, name: str) -> Any:
     return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
 
 
-def _summary(rows: Dataset, account: dict[str, Any], flag: str, *, lazy: bool) -> str:
+def _summary(rows: Dataset, account: dict[str, Any], flag: str) -> str:
     """The line at the start of a run that says what became of the data."""
     line = f"{flag}: {account['read']} read, {account['rejected']} rejected"
     kinds = [f"  rejected {count}: {kind}" for kind, count in list(account["kinds"].items())[:5]]
-    if lazy:
-        line += "; the rest is tokenised when it is asked for (--lazy_preprocess)."
-    elif len(rows):
+    if len(rows):
         full, kept, tokens = (column(rows, name) for name in ("full_length", "length", "length"))
         records = column(rows, "record")
         conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))

@@ -111,6 +111,8 @@ def _read_messages(record: dict[str, Any]) -> list[Message]:
     system = record.get("system")
     if isinstance(system, str) and system and messages[0].role != "system":
         messages.insert(0, Message("system", _text(system, 0)))
+    elif isinstance(system, str) and system and messages[0].content != system:
+        raise RejectedRecord("two system messages that differ: 'system' and the first message")
     return messages
 
 
@@ -169,7 +171,9 @@ def _read_any_message(turn: Any, index: int) -> Message:
         reasoning=_text(reasoning, index) if role == "assistant" else "",
         tool_calls=tool_calls if role == "assistant" else (),
         extra={
-            key: _text(turn[key], index) for key in ("name", "tool_call_id") if turn.get(key) and role != "assistant"
+            key: _text(str(turn[key]) if isinstance(turn[key], int) else turn[key], index)
+            for key in ("name", "tool_call_id")
+            if turn.get(key) and role != "assistant"
         },
         learn=_read_flag(turn, index),
     )

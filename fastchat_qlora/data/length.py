@@ -29,9 +29,7 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
     return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
 
 
-def split_messages(
-    messages: Sequence[Message], turn_ends: Sequence[int], max_length: int
-) -> list[tuple[int, list[Message]]]:
+def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_length: int) -> list[list[Message]]:
     """Cut a conversation in front of user messages into parts that should fit, each with the system message.
 
     A part holds at least one exchange, and as many more as fit by the lengths they had in the whole. Parts may still
@@ -43,7 +41,7 @@ def split_messages(
         max_length: the most tokens of a part.
 
     Returns:
-        For each part the index of its first message behind the system message, and its messages.
+        The messages of each part.
     """
     has_system = messages[0].role == "system"
     starts = [i for i, message in enumerate(messages) if message.role == "user"] or [int(has_system)]
@@ -68,4 +66,4 @@ def split_messages(
     if len(parts) == 1 and len(exchanges) > 1:  # it was expected to fit and did not
         middle = exchanges[len(exchanges) // 2][0]
         parts = [(parts[0][0], middle), (middle, parts[0][1])]
-    return [(start, [*messages[:has_system], *messages[start:stop]]) for start, stop in parts]
+    return [[*messages[:has_system], *messages[start:stop]] for start, stop in parts]

@@ -13,7 +13,7 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastchat_qlora.argument_checks import COMPRESSED, LINE_SUFFIXES, is_data_file, without_compression
+from fastchat_qlora.argument_checks import LINE_SUFFIXES, is_data_file, without_compression
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
 
@@ -21,8 +21,8 @@ LONGEST_LINE = 64 * 1024 * 1024
 """Bytes. A longer line of JSON Lines is rejected without being held whole."""
 
 WHOLE_FILE_LIMIT = 128 * 1024 * 1024
-"""Bytes. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate pair, huge
-numbers) is read again, whole, by Python's tolerant one."""
+"""Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
+pair, huge numbers) is read again, whole, by Python's tolerant one."""
 
 BATCH = 256  # rows taken at once out of Arrow data
 
@@ -153,23 +153,23 @@ def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[RawRecord
             number += 1
             yield RawRecord(Source(str(path), number), record)
         if number == 0:  # nothing that is an array's item; say what it is instead
-            yield from _whole_array(path, flag, skip=0)
+            yield from _whole_array(path, flag, 0)
     except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
-        if path.stat().st_size > WHOLE_FILE_LIMIT or path.name.endswith(COMPRESSED):
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{flag} {path}: not valid JSON in UTF-8 after record {number}: {reason}; mend it, or write one record "
-                "a line (.jsonl), where a broken one is only left out"
-            ) from error
-        yield from _whole_array(path, flag, skip=number)
+        reason = " ".join(str(error).split())[:200]
+        yield from _whole_array(path, flag, number, f"not valid JSON in UTF-8 after record {number}: {reason}")
 
 
-def _whole_array(path: Path, flag: str, skip: int) -> Iterator[RawRecord]:
+def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[RawRecord]:
     """The rest of an array that only a tolerant parser can read; its errors name the line."""
+    opened = _unpack(path.name.lower(), path.open("rb"))
+    with opened as file:
+        content = file.read(WHOLE_FILE_LIMIT + 1)
+    if len(content) > WHOLE_FILE_LIMIT:
+        raise UserError(
+            f"{flag} {path}: {reason}; mend it, or write one record a line (.jsonl), where a broken one is left out"
+        )
     try:
-        opened = _unpack(path.name.lower(), path.open("rb"))
-        with opened as file:
-            records = json.loads(file.read().decode("utf-8-sig"))
+        records = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -205,11 +205,15 @@ def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
     return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
 
-def read_hub_dataset(name: str, dataset: Any) -> Iterator[RawRecord]:
-    """Read the rows of a loaded dataset."""
-    number = 0
+def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
+    """Read the rows of a loaded dataset; `progress` is told each row's share of its bytes."""
+    number = told = 0
+    bytes_a_row = dataset.data.nbytes / max(len(dataset), 1)
     for batch in dataset.iter(batch_size=BATCH):
         for values in zip(*batch.values(), strict=True):
             number += 1
             row = dict(zip(batch, values, strict=True))
             yield RawRecord(Source(name, number), without_nulls(row))
+        total = int(bytes_a_row * number)
+        progress(total - told)
+        told = total

@@ -1,25 +1,23 @@
 """Segments -> token ids and labels, from one tokenisation. The only place that writes IGNORE_INDEX."""
 
-import json
 import re
 import struct
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Segment
+from fastchat_qlora.data.conversation import RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
+from fastchat_qlora.data.vocabulary import find_edges, get_token_bytes
 
 IGNORE_INDEX = -100
 
+ACROSS = "a token lies across the edge of an answer, so the answer cannot be learnt exactly"
+BLANKS = re.compile(rb"\s*")
+
 Ids = NDArray[np.int32]
-
-
-STEERING = re.compile(r"<[^\s<>]*[|\uff5c][^\s<>]*>|\[[^\s\[\]]+\]")  # \uff5c: the wide bar of DeepSeek's tokens
 
 CHARACTERS_PER_TOKEN = 5
 """Somewhat more than prose has. Only speed hangs on it: of a text that will be cut so much is tokenised, and all of it
@@ -56,37 +54,12 @@ class Encoded(NamedTuple):
     share: float = 1.0
 
 
-def special_token_pattern(tokenizer: Any) -> Marks:
-    """Finds in text each token that could end or forge a turn.
+class Turn(NamedTuple):
+    """The tokens of an assistant's turn: from `first` up to `last`, which is not its own any more."""
 
-    These are the special tokens, and those of the shape of `<|user|>` or `[INST]` that the chat template writes: some
-    tokenizers have them among their added tokens without calling them special. Tags such as `<think>` are no such
-    tokens, since assistants write them in their answers.
-    """
-    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-    names = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (STEERING.fullmatch(token.content) and token.content in template)
-    }
-    return Marks(names | set(tokenizer.all_special_tokens))
-
-
-def check_plain(conversation: Conversation, special: Marks) -> None:
-    """Refuse contents in which the tokenizer would see a special token: they could end or forge a turn.
-
-    Raises:
-        RejectedRecord: naming the message and the token.
-    """
-    for i, message in enumerate(conversation.messages):
-        found = special.search(message.content)
-        if not found and not message.is_plain:
-            rest = [message.reasoning, message.tool_calls, dict(message.extra)]
-            found = special.search(message.reasoning) or special.search(json.dumps(rest, ensure_ascii=False))
-        if found:
-            raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}")
-    if conversation.tools and (found := special.search(json.dumps(conversation.tools, ensure_ascii=False))):
-        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
+    first: int
+    last: int
+    segment: Segment
 
 
 class Encoder:
@@ -99,22 +72,25 @@ class Encoder:
 
     Args:
         tokenizer: a fast tokenizer.
+        control: finds the tokens that no message may bring about.
         add_bos: put the BOS token in front of a text that does not start with it.
-        learn_all: learn every token, apart from turns of the assistant that are not to be learnt.
+        learn_all: learn every token, apart from turns of the assistant that a record sets aside.
     """
 
-    def __init__(self, tokenizer: Any, *, add_bos: bool, learn_all: bool = False) -> None:
+    def __init__(self, tokenizer: Any, control: Marks, *, add_bos: bool, learn_all: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.control = control
         self.learn_all = learn_all
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.bos_token = tokenizer.bos_token if add_bos else None
         self.bos_id = tokenizer.bos_token_id
-        self.vocabulary = _token_bytes(tokenizer)
+        self.vocabulary = get_token_bytes(tokenizer)
         self.lengths = np.array([len(token) for token in self.vocabulary.tolist()], dtype=np.int64)
-        self.special_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self.edges = _edges(tokenizer)
+        self.added = dict(tokenizer.added_tokens_decoder)
+        self.is_added = np.isin(np.arange(len(self.vocabulary)), list(self.added))
+        self.edges = find_edges(tokenizer)
 
     def encode(self, texts: Sequence[Sequence[Segment]], enough: int | None = None) -> list[Encoded]:
         """Tokenise texts, on all cores and without holding Python up; label() takes the results.
@@ -151,61 +127,93 @@ class Encoder:
         """The tokens of one conversation with their labels, or why these cannot be shown to be exact."""
         segments, encoding, share = encoded
         ids = encoding.ids
-        pieces = [segment.text.encode() for segment in segments]
-        text = b"".join(pieces)
         if not ids:
             return RejectedRecord("nothing to learn: the text has no tokens")
         array = np.frombuffer(struct.pack(f"{len(ids)}i", *ids), dtype=np.int32)  # twice as fast as from the list
+        pieces = [segment.text.encode() for segment in segments]
+        text = b"".join(pieces)
         try:
-            lengths = self._token_lengths(array, text)
-            if lengths is None:
-                tokens = self._label_by_offsets(segments)
-            else:
-                tokens = _label_by_bytes(array, lengths, segments, pieces)
-            if self.learn_all:
-                tokens = _learn_all(tokens, segments)
+            places = self._locate_tokens(array, text)
+            turns = (
+                self._find_by_offsets(array, segments) if places is None else _find_by_bytes(places, segments, pieces)
+            )
         except RejectedRecord as error:
             return error
+        labels = self._make_labels(array, turns)
+        ends = [turn.last for turn in turns]
         if self.bos_token is not None and not text.startswith(self.bos_token.encode()):
-            tokens = self._prepend_bos(tokens)
-        return tokens if share == 1 else tokens._replace(full_length=round(tokens.full_length / share))
+            array = np.concatenate([[self.bos_id], array], dtype=np.int32)
+            labels = np.concatenate([[IGNORE_INDEX], labels], dtype=np.int32)
+            ends = [end + 1 for end in ends]
+        labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
+        return TokenizedConversation(array, labels, ends, round(len(array) / share))
 
-    def _token_lengths(self, ids: Ids, text: bytes) -> NDArray[np.int64] | None:
-        """How many bytes of the text each token stands for; None if the tokens do not give the text.
+    def _make_labels(self, ids: Ids, turns: Sequence[Turn]) -> Ids:
+        labels = ids.copy() if self.learn_all else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        for first, last, segment in turns:
+            if segment.supervised:
+                labels[first:last] = ids[first:last]
+            elif segment.withheld:
+                labels[first:last] = IGNORE_INDEX
+        return labels
 
-        Tokenizers of Llama's family put a blank, which is no part of the text, in front of each piece between special
-        tokens; the token with it stands for one byte less.
-        """
+    def _locate_tokens(self, ids: Ids, text: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Where in the bytes of the text each token starts and ends; None if the tokens do not give the text."""
         if int(ids.max()) >= len(self.lengths):
             return None
-        tokens = self.vocabulary[ids].tolist()
         lengths: NDArray[np.int64] = self.lengths[ids]
+        tokens = self.vocabulary[ids].tolist()
         if b"".join(tokens) == text:
-            return lengths
-        starts = np.flatnonzero(np.isin(ids, self.special_ids)) + 1
-        edges = [0, *starts.tolist(), len(ids)]
-        position = 0
-        for start, end in pairwise(edges):
+            ends = np.cumsum(lengths)
+            return ends - lengths, ends
+        return self._locate_between_added(ids, lengths, tokens, text)
+
+    def _locate_between_added(
+        self, ids: Ids, lengths: NDArray[np.int64], tokens: Sequence[bytes], text: bytes
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """The same for tokenizers that treat the blanks around added tokens in ways of their own.
+
+        Llama's family puts a blank, which is no part of the text, in front of each piece between added tokens; the
+        token with it stands for one byte less. Added tokens may swallow the blanks before or behind them (Phi-3's do);
+        those belong to no token.
+        """
+        gaps = np.zeros(len(ids), dtype=np.int64)  # bytes in front of a token that belong to none
+        position = start = swallowed = 0
+        for end in [*np.flatnonzero(self.is_added[ids]).tolist(), len(ids)]:
             piece = b"".join(tokens[start:end])
             if not text.startswith(piece, position):
                 if piece[:1] != b" " or not text.startswith(piece[1:], position):
                     return None
                 piece = piece[1:]
                 lengths[start] -= 1
+            if start < end:
+                gaps[start], swallowed = swallowed, 0
             position += len(piece)
-        return lengths if position == len(text) else None
+            if end == len(ids):
+                break
+            added = self.added[int(ids[end])]
+            before = _count_blanks(text, position) if added.lstrip and not text.startswith(tokens[end], position) else 0
+            if not text.startswith(tokens[end], position + before):
+                return None
+            position += before + len(tokens[end])
+            behind = _count_blanks(text, position) if added.rstrip else 0
+            gaps[end], swallowed = swallowed + before, behind
+            position += behind
+            start = end + 1
+        ends = np.cumsum(lengths + gaps)
+        return (ends - lengths, ends) if position == len(text) else None
 
-    def _label_by_offsets(self, segments: Sequence[Segment]) -> TokenizedConversation:
-        """Label by the characters that the tokenizer says each token covers, and prove it by decoding.
+    def _find_by_offsets(self, ids: Ids, segments: Sequence[Segment]) -> list[Turn]:
+        """The turns' tokens by the characters that the tokenizer says each token covers, proven by decoding.
 
         Raises:
-            RejectedRecord: a token lies across an edge of an answer, or the labels decode to another text.
+            RejectedRecord: a token lies across an edge of an answer, its tokens decode to another text, or the
+                tokenizer makes a control token of what is none.
         """
         text = "".join(segment.text for segment in segments)
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        turn_ends = []
+        self._check_control_tokens(ids, text)
+        offsets = self.backend.encode(text, add_special_tokens=False).offsets
+        turns = []
         position = at = 0
         for segment in segments:
             start, end = at, at + len(segment.text)
@@ -220,51 +228,33 @@ class Encoder:
             if segment.supervised:
                 if first == position or offsets[first][0] < start or offsets[position - 1][1] > end:
                     raise RejectedRecord(ACROSS)
-                _prove(ids[first:position], segment.text, self.tokenizer)
-                labels[first:position] = ids[first:position]
-            turn_ends.append(position)
-        labels[:1] = IGNORE_INDEX  # nothing stands before the first token that could predict it
-        return TokenizedConversation(np.array(ids, dtype=np.int32), labels, turn_ends, len(ids))
+                _prove(ids[first:position].tolist(), segment.text, self.tokenizer)
+            turns.append(Turn(first, position, segment))
+        return turns
 
-    def _prepend_bos(self, tokens: TokenizedConversation) -> TokenizedConversation:
-        bos = np.array([self.bos_id], dtype=np.int32)
-        ignored = np.array([IGNORE_INDEX], dtype=np.int32)
-        labels = tokens.labels
-        return TokenizedConversation(
-            np.concatenate([bos, tokens.input_ids]),
-            np.concatenate([ignored, labels]),
-            [end + 1 for end in tokens.turn_ends],
-            tokens.full_length + 1,
-        )
+    def _check_control_tokens(self, ids: Ids, text: str) -> None:
+        """A tokenizer that rewrites text first (to NFKC, say) may make a control token of characters that are none."""
+        names = set(self.control.texts)
+        made = [self.added[i].content for i in ids[self.is_added[ids]].tolist() if self.added[i].content in names]
+        if made != [match.group() for match in self.control.finditer(text)]:
+            raise RejectedRecord("the tokenizer makes special tokens of text that holds none")
 
 
-def _learn_all(tokens: TokenizedConversation, segments: Sequence[Segment]) -> TokenizedConversation:
-    """Every token becomes its own label, apart from the first one and from turns set aside."""
-    labels = tokens.input_ids.copy()
-    labels[0] = IGNORE_INDEX
-    turns = [segment for segment in segments if segment.ends_turn]
-    begins = [0, *tokens.turn_ends]
-    for turn, begin, end in zip(turns, begins, tokens.turn_ends, strict=False):
-        if not turn.supervised:
-            labels[begin:end] = IGNORE_INDEX
-    return tokens._replace(labels=labels)
+def _count_blanks(text: bytes, position: int) -> int:
+    found = BLANKS.match(text, position)
+    return len(found.group()) if found else 0
 
 
-ACROSS = "a token lies across the edge of an answer, so the answer cannot be learnt exactly"
-
-
-def _label_by_bytes(
-    ids: Ids, lengths: NDArray[np.int64], segments: Sequence[Segment], pieces: Sequence[bytes]
-) -> TokenizedConversation:
-    """Label the tokens whose bytes lie in a supervised segment.
+def _find_by_bytes(
+    places: tuple[NDArray[np.int64], NDArray[np.int64]], segments: Sequence[Segment], pieces: Sequence[bytes]
+) -> list[Turn]:
+    """The turns' tokens by their bytes.
 
     Raises:
-        RejectedRecord: a token lies across the edge of one.
+        RejectedRecord: a token lies across the edge of an answer, or some of the answer is in no token.
     """
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-    turn_ends = []
+    starts, ends = places
+    turns = []
     at = 0
     for segment, piece in zip(segments, pieces, strict=True):
         start, at = at, at + len(piece)
@@ -272,12 +262,13 @@ def _label_by_bytes(
             continue
         first, last = np.searchsorted(starts, (start, at)).tolist()
         if segment.supervised:
-            if first == last or starts[first] != start or ends[last - 1] != at or (first and ends[first - 1] != start):
+            covered = int((ends[first:last] - starts[first:last]).sum())
+            if covered != len(piece) or not covered or starts[first] != start or ends[last - 1] != at:
                 raise RejectedRecord(ACROSS)
-            labels[first:last] = ids[first:last]
-        turn_ends.append(last)
-    labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
-    return TokenizedConversation(ids, labels, turn_ends, len(ids))
+        else:  # all that has a part in it
+            first = int(np.searchsorted(ends, start, side="right"))
+        turns.append(Turn(first, last, segment))
+    return turns
 
 
 def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
@@ -291,33 +282,3 @@ def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if decoded != spoken and " " + decoded != spoken:
         raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {spoken[:60]!r}")
-
-
-def _edges(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens behind which a text may be cut: found whatever follows them."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = [token.content for token in added if token.special and not (token.normalized or token.single_word)]
-    others = [token.content for token in added]
-    return tuple(text for text in special if not any(text in other[:-1] for other in others))
-
-
-def _token_bytes(tokenizer: Any) -> NDArray[np.object_]:
-    """The bytes that each token id stands for, as byte-level and SentencePiece vocabularies write them; shape (ids,).
-
-    Nothing depends on this being right for a tokenizer: what it says is compared with the text each time.
-    """
-    backend = tokenizer.backend_tokenizer
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    tokens = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    byte_level = "ByteLevel" in f"{backend.decoder} {backend.pre_tokenizer}"
-    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-    for token, i in vocabulary.items():
-        if byte_level and all(character in to_byte for character in token):
-            tokens[i] = bytes(to_byte[character] for character in token)
-        elif not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            tokens[i] = bytes([int(token[3:5], 16)])
-        else:
-            tokens[i] = token.replace("\u2581", " ").encode("utf-8", "replace")
-    for i, added in tokenizer.added_tokens_decoder.items():
-        tokens[i] = added.content.encode()
-    return np.array(tokens, dtype=object)

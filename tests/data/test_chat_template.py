@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.chat_template import ChatTemplate
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
 from fastchat_qlora.data.marks import Marks
-from fastchat_qlora.data.tokenization import special_token_pattern
+from fastchat_qlora.data.vocabulary import find_control_tokens
 
 Turns = Sequence[tuple[str, str]]
 
@@ -40,7 +40,7 @@ def to_messages(turns: Turns) -> list[Message]:
 def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[list[Segment]]:
     """All answers learnt, in one or several rows."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    return ChatTemplate(tokenizer, special_token_pattern(tokenizer)).render(Conversation(messages), answers)
+    return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
 
 
 def render_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: Marks) -> list[Segment]:
@@ -53,7 +53,7 @@ def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> l
     """What is supervised; all segments together must be the text that the template writes."""
     tokenizer.chat_template = template
     messages = to_messages(turns)
-    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     whole = tokenizer.apply_chat_template([message.to_template() for message in messages], tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
     return [segment.text for segment in segments if segment.supervised]
@@ -62,7 +62,7 @@ def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> l
 def test_chatml_segments(tokenizer: PreTrainedTokenizerFast) -> None:
     """Neither the header before an answer nor the line break after its end token is learnt."""
     messages = to_messages([("system", "Be brief."), *TALK])
-    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     assert [(segment.text, segment.supervised) for segment in segments] == [
         (
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n",
@@ -118,7 +118,7 @@ def test_content_equal_to_header_words_where_the_prompt_differs(tokenizer: PreTr
 def test_default_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = DEFAULT_SYSTEM
     messages = [Message("user", "Hi"), Message("assistant", "Hello")]
-    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     assert segments[0].text == (
         "<|im_start|>system\nYou are Pellico.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -153,7 +153,7 @@ def test_system_merged_into_the_users_turn(tokenizer: PreTrainedTokenizerFast) -
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     tokenizer.chat_template = LLAMA_2
     messages = to_messages([("system", "Be brief."), *TALK])
-    segments = render_chat_template(messages, tokenizer, special_token_pattern(tokenizer))
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     assert [(segment.text, segment.supervised) for segment in segments] == [
         ("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCount. [/INST]", False),
         (" one two </s>", True),
@@ -220,8 +220,11 @@ def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokeni
         Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True),
         Segment("\n"),
     ]
+    # What is left of the earlier answer is a turn too: a text may be cut behind it, and `train_on all` must know it.
+    then = "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    earlier_turn = [Segment(asked), Segment(f"{shown}<|im_end|>", ends_turn=True), Segment(then)]
     assert second == [
-        Segment(f"{asked}{shown}<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"),
+        *(earlier_turn if shown else [Segment(f"{asked}<|im_end|>{then}")]),
         Segment("two<|im_end|>", supervised=True, ends_turn=True),
         Segment("\n"),
     ]
@@ -254,13 +257,36 @@ def test_turn_that_ends_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = (
+    """As GLM-4 does it: what ends the last turn, too, is what the template writes when the user speaks again."""
+    tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         "{{ ('' if loop.first else '<|im_end|>') + 'Q: ' + message.content + ' A:' }}"
         "{% else %}{{ ' ' + message.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RejectedRecord, match="no special token"):
-        spoken(tokenizer, template, TALK)
+    for _ in range(2):
+        [row] = render_rows(to_messages(TALK), tokenizer)
+        assert row == [
+            Segment("Q: Count. A:"),
+            Segment(" one two<|im_end|>", supervised=True, ends_turn=True),
+            Segment("Q: And? A:"),
+            Segment(" three<|im_end|>", supervised=True, ends_turn=True),
+        ]
+    consecutive = [*TALK, ("assistant", "four")]
+    with pytest.raises(RejectedRecord, match="^message 3: the chat template ends the turn with no special token"):
+        render_rows(to_messages(consecutive), tokenizer)
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_next_header_is_not_learnt(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Llama-3's first template writes the generation prompt whether asked to or not."""
+    prompt = f"{between}<|im_start|>assistant\n"
+    tokenizer.chat_template = (
+        f"{{% for message in messages %}}{{{{ '{between}<|im_start|>' + message['role'] + '\n' + message['content'] "
+        f"+ '<|im_end|>' }}}}{{% endfor %}}{{{{ '{prompt}' }}}}"
+    ).replace("\n", "\\n")
+    [row] = render_rows(to_messages(TALK), tokenizer)
+    assert [segment.text for segment in row if segment.supervised] == ["one two<|im_end|>", "three<|im_end|>"]
+    assert row[-1].text == prompt
 
 
 def test_template_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.conversation import get_template
 from fastchat_qlora.data.dataset import Collator, build_dataset
-from fastchat_qlora.data.preprocessing import ROW_FEATURES
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -328,32 +327,37 @@ class TestEvaluation:
 class TestPreprocessing:
     """However the work is done, the rows are the same."""
 
+    @pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
     @pytest.mark.parametrize(("conv_template", "max_length"), [("auto", 40), ("vicuna", 110)])
     def test_lazy_rows_equal_eager_rows(
-        self, conv_template: str, max_length: int, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+        self,
+        conv_template: str,
+        max_length: int,
+        overlong: str,
+        data_file: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
     ) -> None:
-        options: dict[str, Any] = {"conv_template": conv_template, "max_length": max_length}
-        eager = build(data_file, tokenizer, tmp_path, **options)["train"]
-        lazy = build(data_file, tokenizer, tmp_path, lazy_preprocess=True, **options)["train"]
-        assert any(row["full_length"] > row["length"] for row in eager)
-        columns = set(ROW_FEATURES)
-        assert [{name: row[name] for name in columns} for row in eager] == list(lazy)
+        options: dict[str, Any] = {"conv_template": conv_template, "max_length": max_length, "overlong": overlong}
+        eager = build(data_file, tokenizer, tmp_path, max_rejected=1.0, **options)["train"]
+        lazy = build(data_file, tokenizer, tmp_path, max_rejected=1.0, lazy_preprocess=True, **options)["train"]
+        assert overlong == "drop" or any(row["full_length"] > row["length"] for row in eager)
+        assert "segments" in lazy.data.column_names
+        assert not {"input_ids", "labels"} & set(lazy.data.column_names)
+        assert list(lazy) == list(eager)
         assert lazy[3:5]["input_ids"] == eager[3:5]["input_ids"]
 
-    def test_lazy_row_that_is_found_wrong(
-        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Its place is kept, with nothing in it to learn, and said to be so."""
+    def test_lazy_rows_are_checked_at_the_start(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """What cannot be learnt is rejected then, and not met in the middle of a run."""
         asked = [("human", "much too long a question " * 100), ("gpt", "Hello")]
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(asked))
-        train = build(path, tokenizer, tmp_path, lazy_preprocess=True)["train"]
-        assert len(train) == 2
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            row = train[1]
-        assert (row["input_ids"], row["labels"]) == ([tokenizer.pad_token_id], [IGNORE_INDEX])
-        assert f"{path}:2: not learnt: nothing to learn stands within the first 256 tokens" in caplog.text
-        assert spoken(train[0], tokenizer) == "Hello<|im_end|>"
+        train = build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.5)["train"]
+        assert [spoken(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
+        assert [line["reason"] for line in rejected(tmp_path)] == [
+            "nothing to learn stands within the first 256 tokens"
+        ]
+        with pytest.raises(UserError, match=r"^--data_path: 1 of 2 records were rejected"):
+            build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.05)
 
     def test_workers_give_the_same_rows(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.chat_template import ChatTemplate
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
 from fastchat_qlora.data.marks import Marks
-from fastchat_qlora.data.tokenization import (
-    IGNORE_INDEX,
-    Encoder,
-    TokenizedConversation,
-    special_token_pattern,
-)
-from fastchat_qlora.data.tokenization import check_plain as check_conversation
+from fastchat_qlora.data.tokenization import IGNORE_INDEX, Encoder, TokenizedConversation
+from fastchat_qlora.data.vocabulary import check_plain as check_conversation
+from fastchat_qlora.data.vocabulary import find_control_tokens
 
 END = "<|im_end|>"
 AWKWARD = [*"\n \t🙂한\u0301\u200b\x85\x1c\x00", "\n\n", "  a", "a  ", "\u00a0x", "👩‍👩‍👧", "e\u0301", END]
@@ -47,7 +43,7 @@ def tokenize_batch(
     batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
 ) -> list[TokenizedConversation | RejectedRecord]:
     """Texts tokenised together; arrays as lists, to be compared."""
-    encoder = Encoder(tokenizer, add_bos=add_bos)
+    encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
     done = [encoder.label(encoded) for encoded in encoder.encode(batch)]
     return [
         tokens
@@ -130,7 +126,7 @@ def test_chatml_labels_are_what_the_assistant_says(
     turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     messages = to_messages(turns)
-    special = special_token_pattern(shared_tokenizer)
+    special = find_control_tokens(shared_tokenizer)
     if holds_special_token(turns):
         with pytest.raises(RejectedRecord, match="contains the special token"):
             check_plain(messages, special)
@@ -268,7 +264,7 @@ def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize("text", ["{}", "before{}after", "\n{} "])
 def test_special_token_in_a_message_is_refused(special: str, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
-    pattern = special_token_pattern(tokenizer)
+    pattern = find_control_tokens(tokenizer)
     messages = [Message("user", "Who?"), Message("assistant", "I."), Message("user", text.format(special))]
     check_plain(messages[:2], pattern)
     with pytest.raises(RejectedRecord, match=r"^message 2: contains the special token ") as caught:
@@ -278,10 +274,10 @@ def test_special_token_in_a_message_is_refused(special: str, text: str, tokenize
 
 @pytest.mark.parametrize("text", ["<|im_end", "im_end|>", "<|IM_END|>", "<| im_end |>", "</s>", "<|other|>", ""])
 def test_what_only_looks_like_a_special_token_is_plain(text: str, shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    check_plain([Message("user", text)], special_token_pattern(shared_tokenizer))
+    check_plain([Message("user", text)], find_control_tokens(shared_tokenizer))
     assert not set(shared_tokenizer(text).input_ids) & set(shared_tokenizer.all_special_ids)
 
 
 def test_tokenizer_without_special_tokens() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    check_plain([Message("user", "<s> anything at all")], special_token_pattern(bare))
+    check_plain([Message("user", "<s> anything at all")], find_control_tokens(bare))

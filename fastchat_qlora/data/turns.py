@@ -1,0 +1,310 @@
+"""Where the assistant speaks in the texts that a chat template makes of one conversation, found by rendering.
+
+Every answer is rendered as a server would have shown it to the model, once with a probe in its place, and the text that
+it is learnt from is compared with that. Anything unexpected is a reason to reject the conversation.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
+from fastchat_qlora.data.marks import Marks
+from fastchat_qlora.data.outlines import PROBE
+
+TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
+ALONE = re.compile(f"{PROBE}(?!\\d)")  # a probe that stands for no numbered message
+
+NO_END = "the chat template ends the turn with no special token to stop at"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant's message in a text.
+
+    Attributes:
+        index: of the message.
+        text: the text, up to `end` at least.
+        start: where the model begins to speak.
+        end: behind the token that ends the turn.
+        ending: what ends it, from the last of its words to `end`.
+        is_learnt: whether it is learnt from this text.
+    """
+
+    index: int
+    text: str
+    start: int
+    end: int
+    ending: str = ""
+    is_learnt: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text to train on.
+
+    Attributes:
+        count: how many messages are rendered in it.
+        text: the text.
+        turns: the assistant's turns in it, learnt or not.
+        unplaced: messages of the assistant that could not be found in it; none of them is learnt.
+        closing: the token that ends the last turn, where the template writes it with the next message only.
+    """
+
+    count: int
+    text: str
+    turns: list[Turn]
+    unplaced: list[int]
+    closing: str = ""
+
+
+Render = Callable[[int, bool, int | None], str]
+"""(how many messages, with the generation prompt, which answer is replaced by a probe) -> text."""
+
+
+class TurnFinder:
+    """Finds the assistant's turns of one conversation.
+
+    Args:
+        messages: the conversation.
+        render: renders the first messages of it. One more than there is must be there, a user's: some templates write
+            what ends a turn only where the next one begins.
+        control: finds the tokens that can end a turn or begin one.
+    """
+
+    def __init__(self, messages: Sequence[Message], render: Render, control: Marks) -> None:
+        self.messages = messages
+        self.render = render
+        self.control = control
+
+    def find_rows(self, wanted: set[int]) -> list[Row]:
+        """The texts to train on, so that each wanted answer is learnt from one of them.
+
+        Raises:
+            RejectedRecord: the template refuses the conversation, leaves something out or changes what is said.
+        """
+        whole = self.render(len(self.messages), False, None)
+        turns: dict[int, Turn] = {}
+        for i, message in enumerate(self.messages):
+            if message.role == "assistant":
+                turn = self._find_turn(i)
+                is_appended = whole.startswith(turn.text[: turn.end])
+                turns[i] = replace(turn, text=whole) if is_appended else turn  # keeps one text, not one for each turn
+        rows: list[Row] = []
+        left = {i: turn for i, turn in turns.items() if i in wanted}
+        while left:
+            last = left[max(left)]
+            is_whole = not rows and last.text is whole
+            count = len(self.messages) if is_whole else last.index + 1
+            text = whole if is_whole else self.render(count, False, None)
+            closing = "" if text.startswith(last.text[: last.end]) else last.text[len(text) : last.end]
+            row = self._place_turns(Row(count, text + closing, [], [], closing), turns, set(left))
+            rows.append(row)
+            left = {i: turn for i, turn in left.items() if not any(t.index == i and t.is_learnt for t in row.turns)}
+        return rows[::-1]
+
+    def _place_turns(self, row: Row, turns: dict[int, Turn], left: set[int]) -> Row:
+        """A row with its turns. One that stands there as a server has shown it may be learnt, if it still is to be."""
+        _check_nothing_left_out(self.messages[: row.count], row.text)
+        placed, unplaced = [], []
+        for i, turn in turns.items():
+            if i >= row.count:
+                break
+            if row.text.startswith(turn.text[: turn.end]):
+                placed.append(replace(turn, is_learnt=i in left))
+            elif (rewritten := self._find_rewritten(turn, row)) is not None:
+                placed.append(rewritten)
+            else:
+                unplaced.append(i)
+        if not all(self.messages[i].learn for i in unplaced):
+            raise RejectedRecord("the chat template rewrites an answer that is not to be learnt beyond recognition")
+        return replace(row, turns=placed, unplaced=unplaced)
+
+    def _find_rewritten(self, turn: Turn, row: Row) -> Turn | None:
+        """An answer that the template writes otherwise once a later one follows: without its thoughts, say."""
+        try:
+            probed = self.render(row.count, False, turn.index) + row.closing
+        except RejectedRecord:
+            return None
+        place = ALONE.search(probed)
+        if place is None or not row.text.startswith(probed[: place.start()]):
+            return None
+        said = len(row.text) - (len(probed) - place.end())
+        if said < place.start() or row.text[said:] != probed[place.end() :]:
+            return None
+        if row.text.startswith(turn.ending, said):
+            return Turn(turn.index, row.text, place.start(), said + len(turn.ending), turn.ending)
+        token = self.control.search(row.text, said)
+        if token is None or row.text[said : token.start()].strip():
+            return None
+        return Turn(turn.index, row.text, place.start(), token.end(), row.text[said : token.end()])
+
+    def _find_turn(self, index: int) -> Turn:
+        message = self.messages[index]
+        answered = self.render(index + 1, False, None)
+        probe = self.render(index + 1, False, index)
+        prompt = self.render(index, True, None) if index else ""
+        place = probe.rfind(PROBE)
+        if place < 0:
+            raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
+        ending = probe[place + len(PROBE) :]
+        if not self.control.search(ending):
+            answered, ending = self._close(answered, ending, index)
+        # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
+        # is often part of the first token.
+        header = probe[len(prompt) : place] if probe.startswith(prompt) else ""
+        if header.strip() and not (self.control.search(header) or TAG.search(header)):
+            raise RejectedRecord(f"message {index}: the chat template puts {header[:40]!r} in the assistant's mouth")
+        spoken = len(prompt) if probe.startswith(prompt) and not header.strip() else place
+        if message.reasoning or message.tool_calls:
+            if not message.reasoning and answered.startswith(probe[:place]):
+                start = spoken
+            else:
+                start = len(prompt) if answered.startswith(prompt) else _common(answered, probe)
+            said, end = self._structured_end(answered, start, ending, index)
+            _check_structure(message, answered[start:end], index)
+            return Turn(index, answered, start, end, answered[said:end])
+        for content in _variants(message.content):
+            if answered == probe[:place] + content + ending:
+                said = place + len(content)
+                end = self._turn_end(answered, said, index)
+                return Turn(index, answered, spoken, end, answered[said:end])
+        return self._reasoned_turn(message, index, answered, prompt, ending)
+
+    def _close(self, answered: str, ending: str, index: int) -> tuple[str, str]:
+        """An answered conversation and its ending with the token that begins the next message, if that ends the turn.
+
+        GLM-4 stops by saying whose turn is next, the user's or a tool's, and its template has no other end of turn.
+
+        Raises:
+            RejectedRecord: no control token follows the answer.
+        """
+        said = answered.removesuffix(ending)
+        if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
+            followed = self.render(index + 2, False, None)
+            token = self.control.search(followed, len(said))
+            if followed.startswith(said) and token and not followed[len(said) : token.start()].strip():
+                return followed[: token.end()], followed[len(said) : token.end()]
+        raise RejectedRecord(f"message {index}: {NO_END}")
+
+    def _reasoned_turn(self, message: Message, index: int, answered: str, prompt: str, ending: str) -> Turn:
+        """An answer with its reasoning in tags, which the template lays out anew: only blanks beside tags differ."""
+        content_end = len(answered) - len(ending)
+        said = message.content
+        opening = TAG.match(said.lstrip())
+        opened = opening.group() if opening and "/" not in opening.group() else ""
+        if opened and prompt.rstrip().endswith(opened):  # the prompt has said that already
+            said = said.lstrip()[len(opened) :]
+        has_thought = TAG.search(message.content) is not None
+        if has_thought and answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
+            written = answered[len(prompt) : content_end]
+            if _pieces(written) == _pieces(said):
+                end = self._turn_end(answered, content_end, index)
+                return Turn(index, answered, len(prompt), end, answered[content_end:end])
+        raise RejectedRecord(
+            f"message {index}: the chat template changes the answer's text, or writes more before it than "
+            "its generation prompt"
+        )
+
+    def _structured_end(self, answered: str, start: int, ending: str, index: int) -> tuple[int, int]:
+        """Where the words of an answer with thoughts or calls end, and where what ends the turn does."""
+        said = len(answered) - len(ending)
+        if answered.endswith(ending) and said >= start:
+            return said, self._turn_end(answered, said, index)
+        last = max(self.control.finditer(answered, start), key=lambda token: token.start(), default=None)
+        if last is None or answered[last.end() :].strip():
+            raise RejectedRecord(f"message {index}: {NO_END}")
+        return last.start(), last.end()
+
+    def _turn_end(self, text: str, said: int, index: int) -> int:
+        """Where the token or tokens that end a turn end themselves; between the words and them stand at most blanks."""
+        first = self.control.search(text, said)
+        if first is None:
+            raise RejectedRecord(f"message {index}: {NO_END}")
+        if text[said : first.start()].strip():
+            raise RejectedRecord(f"message {index}: the chat template adds words to the answer")
+        end = first.end()
+        while token := self.control.match(text, end):
+            end = token.end()
+        # Where words follow, the next header has begun, with one of these tokens; no telling which, but for the first.
+        return first.end() if text[end:].strip() else end
+
+
+def cut_row(row: Row, messages: Sequence[Message]) -> Iterator[Segment]:
+    """A row in segments.
+
+    Raises:
+        RejectedRecord: its turns do not follow each other.
+    """
+    position = 0
+    for turn in row.turns:
+        if turn.start < position:
+            raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
+        if turn.start > position:
+            yield Segment(row.text[position : turn.start])
+        withheld = not messages[turn.index].learn
+        yield Segment(row.text[turn.start : turn.end], turn.is_learnt, ends_turn=True, withheld=withheld)
+        position = turn.end
+    if position < len(row.text):
+        yield Segment(row.text[position:])
+
+
+def _pieces(text: str) -> list[list[str]]:
+    """The tags of a text, and what stands between them without the blanks beside them."""
+    return [TAG.findall(text), [piece.strip() for piece in TAG.split(text)]]
+
+
+def _variants(content: str) -> Iterator[str]:
+    """What templates make of a content: most leave it, many trim it."""
+    yield content
+    yield content.strip()
+    yield content.strip("\n")
+    yield content.lstrip("\n")
+    yield content.lstrip()
+    yield content.rstrip()
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the common beginning."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _check_structure(message: Message, spoken: str, index: int) -> None:
+    """Reasoning, content, names and arguments must all stand in what is to be learnt."""
+    parts = [message.reasoning.strip(), message.content.strip()]
+    for call in message.tool_calls:
+        parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
+    for part in parts:
+        if not _stands_in(part, spoken):
+            raise RejectedRecord(
+                f"message {index}: the chat template does not write {part[:40]!r}, which is said there"
+            )
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def _stands_in(part: str, text: str) -> bool:
+    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+    return any(form in text for form in forms)
+
+
+def _check_nothing_left_out(messages: Sequence[Message], text: str) -> None:
+    for i, message in enumerate(messages):
+        if message.role != "assistant" and not _stands_in(message.content.strip(), text):
+            raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")
