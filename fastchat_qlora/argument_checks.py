@@ -178,11 +178,17 @@ def is_data_file(name: str) -> bool:
 def _check_data_path(flag: str, name: str) -> list[str]:
     path = Path(name).expanduser()
     if name and _exists(path):
-        is_empty = path.is_file() and path.stat().st_size == 0
+        if path.is_dir():
+            return []
+        if not path.is_file():  # a pipe can be read once only, and this program hashes before it reads
+            return [f"--{flag} {name}: is no regular file; write it to a file first"]
+        is_empty = path.stat().st_size == 0
         return [f"--{flag} {name}: the file is empty; it must hold conversations"] * is_empty
     hub_name, _, split = name.partition(":")
-    if split and _exists(Path(hub_name)):  # a dataset repository's folder
-        return []
+    if split and _exists(Path(hub_name)):
+        if Path(hub_name).is_dir():  # a dataset repository's folder
+            return []
+        return [f"--{flag} {name}: a file has no splits; give {hub_name}"]
     looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
     if not name or looks_local or len(name) > HUB_NAME_LIMIT:
         return [

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.text import visible
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
@@ -86,11 +87,19 @@ def _usage() -> str:
     return "\n".join(["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""])
 
 
+class _Formatter(logging.Formatter):
+    """Bare messages; what data and templates bring into them must not steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message with escapes in place of control characters."""
+        return visible(super().format(record))
+
+
 def _set_up_logging() -> None:
     """Notices are said once: by the first process of the run."""
     is_main = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     package = logging.getLogger("fastchat_qlora")
     package.handlers = [handler]
     package.propagate = False
@@ -109,5 +118,5 @@ def _fail(message: str, code: int) -> int:
     if local_rank != "0" and code == 2:
         time.sleep(FIRST_PROCESS_SPEAKS_WITHIN)
     where = "" if local_rank == "0" else f"local rank {local_rank}: "
-    sys.stderr.write(f"error: {where}{' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {where}{visible(' '.join(message.split()))}\n")
     return code

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
-    {"errors"},
+    {"errors", "text"},
     {"old_flags", "argument_checks"},
     {"arguments"},
     {"distributed"},
@@ -27,6 +27,8 @@ def imported_rooms(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import hides the arrow"
             names = [node.module or ""]
+            if node.module == "fastchat_qlora":  # a room, or a name of the package itself
+                names += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in FLOOR_OF]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         rooms |= {name.split(".")[1] for name in names if name.startswith("fastchat_qlora.")}

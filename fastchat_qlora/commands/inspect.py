@@ -1,5 +1,6 @@
 """`fastchat-qlora inspect`: what a run would learn, before it starts."""
 
+import io
 import json
 import os
 import sys
@@ -53,16 +54,33 @@ def inspect(argv: Sequence[str]) -> None:
     if write is None:
         raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
     if own.output:
-        _check_output(output)
+        _check_output(output, [*args.data.data_path, *(args.data.eval_data_path or [])])
     report, tokenizer = _prepare(args)
     examples = _examples(report, tokenizer, own.num_examples)
     if not own.output:
-        print_report(report, examples, sys.stdout)
+        _print(report, examples)
         return
     with _written_whole(output) as target:
         write(report, examples, target)
-    print_report(report, [], sys.stdout)
-    sys.stdout.write(f"{report.count(own.num_examples)} rows are in {output}\n")
+    _print(report, [], f"{report.count(own.num_examples)} rows are in {output}\n")
+
+
+def _print(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
+    """Print the report, with escapes for characters that the terminal's encoding lacks.
+
+    Raises:
+        UserError: standard output cannot be written.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print_report(report, examples, sys.stdout)
+        sys.stdout.write(last_line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written: {error.strerror}; see where it goes to") from error
 
 
 def write_rows(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
@@ -89,9 +107,9 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
         data_args,
         tokenizer,
         max_length=training_args.model_max_length,
-        rejected_to=None,
+        output_dir=None if training_args.output_dir == "." else Path(training_args.output_dir),
         cache_dir=training_args.cache_dir,
-        strict=False,
+        is_rehearsal=True,
     )
     sets: dict[str, Dataset] = {"train": loaded["--data_path"].rows}
     if len(sets["train"]):  # of nothing, nothing can be split off
@@ -134,10 +152,12 @@ def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) ->
             )
 
 
-def _check_output(path: Path) -> None:
-    """Refuse what cannot be written before anything is read."""
-    if path.is_dir():
+def _check_output(path: Path, inputs: Iterable[str]) -> None:
+    """Refuse what cannot or should not be written before anything is read."""
+    if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
     with _written_whole(path, keep=False):
         pass
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastchat_qlora import __version__
-from fastchat_qlora.commands.inspection import Account, Example, Measures, Report, visible
+from fastchat_qlora.commands.inspection import Account, Example, Measures, Report
+from fastchat_qlora.text import visible
 
 OPEN, CLOSE = "⟦", "⟧"
 """Around what is learnt, for files, and for eyes that cannot go by colour."""

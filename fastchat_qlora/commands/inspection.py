@@ -1,6 +1,5 @@
 """What `inspect` shows, before it is known how: examples, counts and lengths."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 
 from fastchat_qlora.data.dataset import column
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
+from fastchat_qlora.text import visible
 
 BATCH = 256
 BINS = 12
 PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
-JOINERS = "\u200c\u200d"
-"""Format characters that belong to what is seen: Indic and Persian letters, emoji."""
 
 
 class Part(NamedTuple):
@@ -166,15 +164,3 @@ def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any
         parts.append(Part(visible(text[len(before) :]), bool(is_learnt[start])))
         before = text
     return parts
-
-
-def visible(text: str) -> str:
-    """Text with escapes in place of characters that steer a terminal or reorder a line; line ends and tabs stay."""
-    return "".join(
-        character.encode("unicode_escape").decode("ascii") if _is_hidden(character) else character for character in text
-    )
-
-
-def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + JOINERS

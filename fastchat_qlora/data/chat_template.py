@@ -16,7 +16,7 @@ from typing import Any
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, Outline, fill, make_outline, probe
-from fastchat_qlora.data.turns import Render, TurnFinder, cut_row
+from fastchat_qlora.data.turns import OTHERS, Render, TurnFinder, cut_row
 
 FOLLOWING = Message("user", "-")
 
@@ -76,11 +76,34 @@ class ChatTemplate:
             results.append(rows if rows is not None else self._render_carefully(conversation, chosen))
         return results
 
+    def describe_prompt_gap(self) -> str:
+        """Where the template's generation prompt goes on after the place at which its texts have an answer.
+
+        DeepSeek's prompt opens a thought, for one, and answers without thoughts stand there without that.
+        """
+        asked = Message("user", "-")
+        try:
+            prompt = self._apply([asked], (), prompt=True)
+            before, found, _ = self._apply([asked, Message("assistant", PROBE)], ()).partition(PROBE)
+            without_prompt = self._apply([asked], ())
+        except RejectedRecord:
+            return ""
+        if not found or prompt == without_prompt or before.startswith(prompt.rstrip()):
+            return ""
+        return (
+            f"The chat template asks for an answer with {prompt[-30:]!r}, and writes one without thoughts behind "
+            f"{before[-30:]!r}: there such answers are learnt."
+        )
+
     def _render_carefully(self, conversation: Conversation, wanted: set[int]) -> list[list[Segment]] | RejectedRecord:
         try:
             followed = [*conversation.messages, FOLLOWING]
             render = self._rendering(followed, conversation.tools)
             rows = TurnFinder(conversation.messages, render, self.control).find_rows(wanted)
+            for tool in conversation.tools:
+                name = str(tool["function"].get("name", ""))
+                if not all(name in row.text for row in rows):
+                    raise RejectedRecord(f"the chat template leaves the tool {name[:40]!r} out")
             return [list(cut_row(row, conversation.messages)) for row in rows]
         except RejectedRecord as error:
             return error
@@ -128,7 +151,11 @@ class ChatTemplate:
     def _rendering(self, messages: Sequence[Message], tools: Sequence[Any]) -> Render:
         def render(count: int, prompt: bool, probed: int | None) -> str:
             shown = list(messages[:count])
-            if probed is not None:
+            if probed == OTHERS:
+                shown = [
+                    message if message.role == "assistant" else probe(message, i) for i, message in enumerate(shown)
+                ]
+            elif probed is not None:
                 shown[probed] = Message("assistant", PROBE)
             return self._apply(shown, tools, prompt)
 

@@ -245,14 +245,15 @@ TEMPLATES = {
         assistant=("<|assistant|>\n", "", "{eos}"),
         after_assistant="\n",
     ),
-    # The layout of the Stanford Alpaca prompt; a record's input stands below its instruction.
+    # The layout of the Stanford Alpaca prompt; a record's input stands below its instruction. The line break belongs to
+    # the prompt, since ":\n" is one token for Llama 3 and others.
     "alpaca": ConversationTemplate(
         system=("", "\n\n"),
         default_system=(
             "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         ),
         user=("### Instruction:\n", "\n\n"),
-        assistant=("### Response:", "\n", "{eos}"),
+        assistant=("### Response:\n", "", "{eos}"),
         after_assistant="\n\n",
     ),
     "gemma": ConversationTemplate(

@@ -16,7 +16,14 @@ from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
 from fastchat_qlora.data.cache import get_cache_root, get_key, hash_file, open_or_build
 from fastchat_qlora.data.preprocessing import Preprocessor
-from fastchat_qlora.data.readers import RawRecord, find_files, load_hub_dataset, read_file, read_hub_dataset
+from fastchat_qlora.data.readers import (
+    RawRecord,
+    find_files,
+    load_hub_dataset,
+    read_file,
+    read_hub_dataset,
+    source_name,
+)
 from fastchat_qlora.data.rows import Tokenised
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
@@ -66,7 +73,7 @@ def build_dataset(
         data_args,
         tokenizer,
         max_length=max_length,
-        rejected_to=Path(output_dir) / REJECTED if is_main else None,
+        output_dir=Path(output_dir),
         cache_dir=cache_dir,
         is_main=is_main,
     )
@@ -78,16 +85,16 @@ def load_data(
     tokenizer: Any,
     *,
     max_length: int,
-    rejected_to: Path | None,
+    output_dir: Path | None,
     cache_dir: str | None = None,
     is_main: bool = True,
-    strict: bool = True,
+    is_rehearsal: bool = False,
 ) -> dict[str, LoadedData]:
     """The rows and the account of each flag's data; arguments and errors as for build_dataset.
 
     Args:
-        rejected_to: where rejected.jsonl is written, if at all.
-        strict: stop where too much was rejected, instead of only saying so.
+        output_dir: the folder of the run, if there is one; what lies there is not read as data.
+        is_rehearsal: write no rejected.jsonl, and only say so where too much was rejected.
     """
     preprocessor = Preprocessor(
         tokenizer,
@@ -98,16 +105,34 @@ def load_data(
         lazy=data_args.lazy_preprocess,
     )
     logger.info(f"Conversations are written with {preprocessor.name}.")
+    if preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
+        logger.warning(notice)
+    paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
+    sources = {
+        flag: DataSource(names, flag, cache_dir, show_progress=is_main, without=output_dir)
+        for flag, names in paths.items()
+        if names
+    }
+    rejected_to = output_dir / REJECTED if output_dir is not None and is_main and not is_rehearsal else None
     if rejected_to is not None:
-        rejected_to.unlink(missing_ok=True)  # of an earlier run
+        _clear(rejected_to, sources)
     loaded = {}
-    for flag, paths in {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}.items():
-        if paths:
-            source = DataSource(paths, flag, cache_dir, show_progress=is_main)
-            workers = choose_workers(data_args.preprocessing_num_workers, source.size)
-            loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
-            _check_rejections(loaded[flag], flag, data_args, rejected_to, strict)
+    for flag, source in sources.items():
+        workers = choose_workers(data_args.preprocessing_num_workers, source.size)
+        loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
+        _check_rejections(loaded[flag], flag, data_args, rejected_to, strict=not is_rehearsal)
     return loaded
+
+
+def _clear(rejected_to: Path, sources: dict[str, "DataSource"]) -> None:
+    """Remove the list of an earlier run."""
+    for flag, source in sources.items():
+        if any(hub is None and os.path.realpath(name) == os.path.realpath(rejected_to) for name, hub in source.parts):
+            raise UserError(f"{flag} {rejected_to}: would be written by this run; give another --output_dir")
+    try:
+        rejected_to.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {rejected_to} cannot be written: {error.strerror}; remove it") from error
 
 
 def arrange(loaded: dict[str, LoadedData], eval_split: float, seed: int) -> DatasetDict:
@@ -125,7 +150,9 @@ class DataSource:
         UserError: something cannot be read.
     """
 
-    def __init__(self, paths: Sequence[str], flag: str, cache_dir: str | None, show_progress: bool) -> None:
+    def __init__(
+        self, paths: Sequence[str], flag: str, cache_dir: str | None, show_progress: bool, without: Path | None = None
+    ) -> None:
         self.flag = flag
         self.show_progress = show_progress
         self.parts: list[tuple[str, Any]] = []
@@ -133,16 +160,27 @@ class DataSource:
             if not os.path.exists(path):
                 self.parts.append((path, load_hub_dataset(path, flag, cache_dir)))
                 continue
-            files = find_files(path)
+            try:
+                files, left_out = find_files(path, None if without is None else without.resolve())
+            except OSError as error:
+                raise UserError(
+                    f"{flag} {error.filename}: cannot be read: {error.strerror}; give a folder you may read"
+                ) from error
             if not files:
                 raise UserError(f"{flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
             self.parts += [(str(file), None) for file in files]
+            if left_out:
+                names = ", ".join(str(file.relative_to(path)) for file in left_out[:5]) + ", ..." * (len(left_out) > 5)
+                logger.info(f"{flag} {path}: {len(files)} files are read; {len(left_out)} others are not: {names}")
         self.size = sum(os.path.getsize(name) if hub is None else hub.data.nbytes for name, hub in self.parts)
 
     def contents(self) -> list[tuple[str, str]]:
         """The name and the content's hash of each part."""
         try:
-            return [(name, hash_file(Path(name)) if hub is None else str(hub._fingerprint)) for name, hub in self.parts]
+            return [
+                (source_name(name), hash_file(Path(name)) if hub is None else str(hub._fingerprint))
+                for name, hub in self.parts
+            ]
         except OSError as error:
             raise UserError(
                 f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a file you may read"
@@ -232,7 +270,10 @@ def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
     conversations = np.unique(records)
     size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
     if not 0 < size < len(conversations):
-        raise UserError(f"--eval_split {eval_split}: leaves nothing on one side of {len(conversations)} conversations")
+        raise UserError(
+            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
+            "one side; give another share or count, or --eval_data_path"
+        )
     held_out = np.random.default_rng(seed).permutation(conversations)[:size]
     is_held_out = np.isin(records, held_out)
     return DatasetDict(train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out)))

@@ -30,6 +30,13 @@ CALLS = ("function_call", "tool_call")  # roles whose text is the call, as JSON
 
 SPEAKERS = {name: role for name, role in ROLES.items() if name not in CALLS}
 
+FIELDS = {
+    *("id", "conversation_id", "prompt_id", "system", "tools", "functions"),
+    *("messages", "conversations", "conversation"),
+    *("instruction", "input", "output", "history"),
+}
+"""The fields of a record that are looked at."""
+
 MOST_CHARACTERS = 10_000_000
 """In one record; millions of tokens, more than any model attends to."""
 
@@ -108,10 +115,12 @@ def _read_messages(record: dict[str, Any]) -> list[Message]:
             "'instruction' and 'output'"
         )
     messages = [_read_message(turn, i) for i, turn in enumerate(turns)]
-    system = record.get("system")
-    if isinstance(system, str) and system and messages[0].role != "system":
+    system = record.get("system") or ""
+    if not isinstance(system, str):
+        raise RejectedRecord("'system' must be text")
+    if system and messages[0].role != "system":
         messages.insert(0, Message("system", _text(system, 0)))
-    elif isinstance(system, str) and system and messages[0].content != system:
+    elif system and messages[0].content != system:
         raise RejectedRecord("two system messages that differ: 'system' and the first message")
     return messages
 
@@ -226,7 +235,10 @@ def _read_call(call: Any, index: int) -> dict[str, Any]:
         arguments = _parse_json(arguments or "{}", index)
     if not isinstance(arguments, dict):
         raise RejectedRecord(f"message {index}: a tool call's arguments must be an object")
-    _text(json.dumps([function["name"], arguments], ensure_ascii=False), index)  # no half surrogate pairs in there
+    try:  # no half surrogate pairs in there, and no NaN
+        _text(json.dumps([function["name"], arguments], ensure_ascii=False, allow_nan=False), index)
+    except ValueError as error:
+        raise RejectedRecord(f"message {index}: a tool call's arguments are not JSON: {error}") from error
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

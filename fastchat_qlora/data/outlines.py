@@ -63,7 +63,7 @@ class Outline:
 
 def probe(message: Message, index: int) -> Message:
     """A stand-in for a message, whose content can be found again in any text."""
-    return Message(message.role, f"{PROBE}{index}{PROBE_END}")
+    return Message(message.role, f"{PROBE}{index}{PROBE_END}", extra=message.extra, learn=message.learn)
 
 
 def make_outline(count: int, text: str, turns: Sequence[PlacedTurn], unplaced: list[int], closing: str = "") -> Outline:

@@ -97,12 +97,18 @@ class Preprocessor:
 
     def fingerprint(self) -> str:
         """Everything beside the data that decides what the rows are: tokenizer, template, policy, and this code."""
+        import jinja2
         import tokenizers
         import transformers
 
         code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
         settings = [
-            [transformers.__version__, tokenizers.__version__, self.tokenizer.backend_tokenizer.to_str()],
+            [
+                transformers.__version__,
+                tokenizers.__version__,
+                jinja2.__version__,
+                self.tokenizer.backend_tokenizer.to_str(),
+            ],
             [self.tokenizer.chat_template, self.control.texts, self.tokenizer.special_tokens_map],
             [self.name, self.encoder.bos_token, self.max_length, self.overlong, self.train_on, self.lazy],
         ]

@@ -1,30 +1,25 @@
 """Files and hub datasets -> raw records, one after another, in bounded memory. What a record says is formats.py's."""
 
-import gzip
 import io
-import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastchat_qlora.argument_checks import LINE_SUFFIXES, is_data_file, without_compression
+from fastchat_qlora.argument_checks import is_data_file, without_compression
 from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.data.formats import FIELDS
+from fastchat_qlora.data.json_files import read_json
 from fastchat_qlora.errors import UserError
 
-LONGEST_LINE = 64 * 1024 * 1024
-"""Bytes. A longer line of JSON Lines is rejected without being held whole."""
-
-WHOLE_FILE_LIMIT = 128 * 1024 * 1024
-"""Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
-pair, huge numbers) is read again, whole, by Python's tolerant one."""
-
 BATCH = 256  # rows taken at once out of Arrow data
+
+UNREADABLE = (UnicodeDecodeError, OverflowError, ValueError)
 
 
 class Source(NamedTuple):
@@ -58,13 +53,36 @@ Progress = Callable[[int], object]
 """Told how many more bytes of the files have been read."""
 
 
-def find_files(path: str) -> list[Path]:
-    """The data files that a path stands for: itself, or those in a folder and its subfolders, sorted."""
+class FoundFiles(NamedTuple):
+    """The data files that a path stands for, and what lies beside them in its folders and is not read."""
+
+    files: list[Path]
+    left_out: list[Path]
+
+
+def find_files(path: str, without: Path | None = None) -> FoundFiles:
+    """The data files that a path stands for: itself, or those in a folder and its subfolders, sorted.
+
+    Args:
+        path: a file or a folder.
+        without: a folder that may lie in it and is none of the data: the run's own output.
+
+    Raises:
+        OSError: a subfolder cannot be read.
+    """
     root = Path(path)
     if not root.is_dir():
-        return [root]
-    files = (file for file in root.rglob("*") if file.is_file() and is_data_file(file.name))
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+        return FoundFiles([root], [])
+    found = FoundFiles([], [])
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        here = Path(folder)
+        found.left_out.extend(here / name for name in subfolders if (here / name).is_symlink())
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and (here / name).resolve() != without]
+        for name in names:
+            is_data = is_data_file(name) and (here / name).is_file()
+            if not name.startswith("."):
+                (found.files if is_data else found.left_out).append(here / name)
+    return FoundFiles(sorted(found.files), sorted(found.left_out))
 
 
 def read_file(path: Path, flag: str, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
@@ -78,29 +96,51 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
     Raises:
         UserError: the file cannot be read, or breaks off in the middle of an array.
     """
-    records = _parquet if without_compression(path.name).endswith(".parquet") else _json
+    is_parquet = without_compression(path.name).endswith(".parquet")
+    if is_parquet and not path.name.lower().endswith(".parquet"):
+        raise UserError(f"{flag} {path}: Parquet is compressed inside; unpack the file")
+    records = _read_parquet if is_parquet else read_json
+    name = source_name(path)
     try:
         with path.open("rb") as raw:
             done = 0
-            for count, record in enumerate(records(path, raw, flag)):
-                yield record
+            for count, (number, record) in enumerate(records(path, raw, flag)):
+                yield RawRecord(Source(name, number), record)
                 if count % BATCH == 0:
                     position = raw.tell()
                     progress(position - done)
                     done = position
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz file that is cut off or damaged
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{flag} {path}: cannot be read: {reason}; give a file you may read") from error
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{flag} {path}: cannot be read: {error.strerror}; give a file you may read") from error
+        raise UserError(f"{flag} {path}: is cut off or damaged: {error}; compress it again") from error
 
 
-def _parquet(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
+def source_name(path: Path | str) -> str:
+    """A file's name for people and for files in UTF-8, which a name on disk need not be."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _read_parquet(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[tuple[int, Any]]:
     try:
-        batches = pq.ParquetFile(raw).iter_batches(batch_size=BATCH)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield RawRecord(Source(str(path), number), without_nulls(row))
+        file = pq.ParquetFile(raw)
+        columns = [column for column in file.schema_arrow.names if column in FIELDS]
+        batches = file.iter_batches(batch_size=BATCH, columns=columns or None)
+        yield from enumerate(chain.from_iterable(map(_rows, batches)), 1)
     except pa.ArrowException as error:
         raise UserError(f"{flag} {path}: not a Parquet file that can be read: {error}; write it again") from error
+
+
+def _rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch; one with a value that Python cannot hold becomes the reason in its place."""
+    try:
+        yield from map(without_nulls, batch.to_pylist())
+    except UNREADABLE:
+        for i in range(len(batch)):
+            try:
+                yield without_nulls(batch.slice(i, 1).to_pylist()[0])
+            except UNREADABLE as error:  # text that is not UTF-8, a date beyond the year 9999
+                yield RejectedRecord(f"a value that cannot be read: {error}")
 
 
 def without_nulls(value: Any) -> Any:
@@ -108,77 +148,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
-    file = _unpack(path.name.lower(), raw)
-    if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte order mark
-        file.read(3)
-    is_lines = without_compression(path.name).endswith(LINE_SUFFIXES)
-    first = file.peek(1)
-    while not is_lines and first[:1].isspace():
-        file.read(1)
-        first = file.peek(1)
-    if is_lines or first[:1] == b"{":
-        return _lines(path, file)
-    return _array(path, file, flag)
-
-
-def _unpack(name: str, raw: io.BufferedReader) -> io.BufferedReader:
-    if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if name.endswith(".zst"):
-        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return io.BufferedReader(raw, 1 << 20)
-
-
-def _lines(path: Path, file: io.BufferedReader) -> Iterator[RawRecord]:
-    """One record a line; a line that cannot be one becomes a reason in the record's place."""
-    number = 0
-    while line := file.readline(LONGEST_LINE):
-        number += 1
-        source = Source(str(path), number)
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield RawRecord(source, RejectedRecord(f"a line of more than {LONGEST_LINE // 2**20} MiB"))
-        elif not line.isspace():
-            yield RawRecord(source, line)
-
-
-def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[RawRecord]:
-    number = 0
-    try:
-        for record in ijson.items(file, "item", use_float=True, buf_size=1 << 20):
-            number += 1
-            yield RawRecord(Source(str(path), number), record)
-        if number == 0:  # nothing that is an array's item; say what it is instead
-            yield from _whole_array(path, flag, 0)
-    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        yield from _whole_array(path, flag, number, f"not valid JSON in UTF-8 after record {number}: {reason}")
-
-
-def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[RawRecord]:
-    """The rest of an array that only a tolerant parser can read; its errors name the line."""
-    opened = _unpack(path.name.lower(), path.open("rb"))
-    with opened as file:
-        content = file.read(WHOLE_FILE_LIMIT + 1)
-    if len(content) > WHOLE_FILE_LIMIT:
-        raise UserError(
-            f"{flag} {path}: {reason}; mend it, or write one record a line (.jsonl), where a broken one is left out"
-        )
-    try:
-        records = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: not valid JSON: {error}; JSON Lines files end in .jsonl") from error
-    if not isinstance(records, list):
-        kind = "an object" if isinstance(records, dict) else f"a {type(records).__name__}"
-        raise UserError(f"{flag} {path}: holds {kind}, must hold an array of records; JSON Lines end in .jsonl")
-    for number, record in islice(enumerate(records, 1), skip, None):
-        yield RawRecord(Source(str(path), number), record)
 
 
 def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
@@ -217,3 +186,7 @@ def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count:
         total = int(bytes_a_row * number)
         progress(total - told)
         told = total
+
+
+def _raise(error: OSError) -> None:
+    raise error

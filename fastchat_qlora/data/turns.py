@@ -4,17 +4,15 @@ Every answer is rendered as a server would have shown it to the model, once with
 it is learnt from is compared with that. Anything unexpected is a reason to reject the conversation.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from fastchat_qlora.data.answers import TAG, check_structure, count_common, get_variants, split_at_tags, stands_in
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
-from fastchat_qlora.data.outlines import PROBE
+from fastchat_qlora.data.outlines import PROBE, probe
 
-TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 ALONE = re.compile(f"{PROBE}(?!\\d)")  # a probe that stands for no numbered message
 
 NO_END = "the chat template ends the turn with no special token to stop at"
@@ -60,8 +58,11 @@ class Row:
     closing: str = ""
 
 
+OTHERS = -1
+
 Render = Callable[[int, bool, int | None], str]
-"""(how many messages, with the generation prompt, which answer is replaced by a probe) -> text."""
+"""(how many messages, with the generation prompt, which answer is replaced by a probe) -> text. OTHERS replaces all
+messages that are not the assistant's by numbered probes."""
 
 
 class TurnFinder:
@@ -107,7 +108,7 @@ class TurnFinder:
 
     def _place_turns(self, row: Row, turns: dict[int, Turn], left: set[int]) -> Row:
         """A row with its turns. One that stands there as a server has shown it may be learnt, if it still is to be."""
-        _check_nothing_left_out(self.messages[: row.count], row.text)
+        self._check_nothing_left_out(row)
         placed, unplaced = [], []
         for i, turn in turns.items():
             if i >= row.count:
@@ -121,6 +122,19 @@ class TurnFinder:
         if not all(self.messages[i].learn for i in unplaced):
             raise RejectedRecord("the chat template rewrites an answer that is not to be learnt beyond recognition")
         return replace(row, turns=placed, unplaced=unplaced)
+
+    def _check_nothing_left_out(self, row: Row) -> None:
+        """What others than the assistant say must stand in the text, and not by chance: "user" does in most headers."""
+        try:
+            probed = self.render(row.count, False, OTHERS)
+        except RejectedRecord:  # a template that looks into contents
+            probed = None
+        for i, message in enumerate(self.messages[: row.count]):
+            if message.role == "assistant":
+                continue
+            is_left_out = probed is not None and probe(message, i).content not in probed
+            if is_left_out or not stands_in(message.content.strip(), row.text):
+                raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")
 
     def _find_rewritten(self, turn: Turn, row: Row) -> Turn | None:
         """An answer that the template writes otherwise once a later one follows: without its thoughts, say."""
@@ -144,30 +158,30 @@ class TurnFinder:
     def _find_turn(self, index: int) -> Turn:
         message = self.messages[index]
         answered = self.render(index + 1, False, None)
-        probe = self.render(index + 1, False, index)
+        probed = self.render(index + 1, False, index)
         prompt = self.render(index, True, None) if index else ""
-        place = probe.rfind(PROBE)
+        place = probed.rfind(PROBE)
         if place < 0:
             raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
-        ending = probe[place + len(PROBE) :]
+        ending = probed[place + len(PROBE) :]
         if not self.control.search(ending):
             answered, ending = self._close(answered, ending, index)
         # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
         # is often part of the first token.
-        header = probe[len(prompt) : place] if probe.startswith(prompt) else ""
+        header = probed[len(prompt) : place] if probed.startswith(prompt) else ""
         if header.strip() and not (self.control.search(header) or TAG.search(header)):
             raise RejectedRecord(f"message {index}: the chat template puts {header[:40]!r} in the assistant's mouth")
-        spoken = len(prompt) if probe.startswith(prompt) and not header.strip() else place
+        spoken = len(prompt) if probed.startswith(prompt) and not header.strip() else place
         if message.reasoning or message.tool_calls:
-            if not message.reasoning and answered.startswith(probe[:place]):
+            if not message.reasoning and answered.startswith(probed[:place]):
                 start = spoken
             else:
-                start = len(prompt) if answered.startswith(prompt) else _common(answered, probe)
+                start = len(prompt) if answered.startswith(prompt) else count_common(answered, probed)
             said, end = self._structured_end(answered, start, ending, index)
-            _check_structure(message, answered[start:end], index)
+            check_structure(message, answered[start:end], index)
             return Turn(index, answered, start, end, answered[said:end])
-        for content in _variants(message.content):
-            if answered == probe[:place] + content + ending:
+        for content in get_variants(message.content):
+            if answered == probed[:place] + content + ending:
                 said = place + len(content)
                 end = self._turn_end(answered, said, index)
                 return Turn(index, answered, spoken, end, answered[said:end])
@@ -200,7 +214,7 @@ class TurnFinder:
         has_thought = TAG.search(message.content) is not None
         if has_thought and answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
             written = answered[len(prompt) : content_end]
-            if _pieces(written) == _pieces(said):
+            if split_at_tags(written) == split_at_tags(said):
                 end = self._turn_end(answered, content_end, index)
                 return Turn(index, answered, len(prompt), end, answered[content_end:end])
         raise RejectedRecord(
@@ -249,62 +263,3 @@ def cut_row(row: Row, messages: Sequence[Message]) -> Iterator[Segment]:
         position = turn.end
     if position < len(row.text):
         yield Segment(row.text[position:])
-
-
-def _pieces(text: str) -> list[list[str]]:
-    """The tags of a text, and what stands between them without the blanks beside them."""
-    return [TAG.findall(text), [piece.strip() for piece in TAG.split(text)]]
-
-
-def _variants(content: str) -> Iterator[str]:
-    """What templates make of a content: most leave it, many trim it."""
-    yield content
-    yield content.strip()
-    yield content.strip("\n")
-    yield content.lstrip("\n")
-    yield content.lstrip()
-    yield content.rstrip()
-
-
-def _common(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-
-
-def _check_structure(message: Message, spoken: str, index: int) -> None:
-    """Reasoning, content, names and arguments must all stand in what is to be learnt."""
-    parts = [message.reasoning.strip(), message.content.strip()]
-    for call in message.tool_calls:
-        parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
-    for part in parts:
-        if not _stands_in(part, spoken):
-            raise RejectedRecord(
-                f"message {index}: the chat template does not write {part[:40]!r}, which is said there"
-            )
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)
-
-
-def _stands_in(part: str, text: str) -> bool:
-    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
-    return any(form in text for form in forms)
-
-
-def _check_nothing_left_out(messages: Sequence[Message], text: str) -> None:
-    for i, message in enumerate(messages):
-        if message.role != "assistant" and not _stands_in(message.content.strip(), text):
-            raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora import cli
 from fastchat_qlora.arguments import DataArguments
-from fastchat_qlora.commands.inspection import Example, Report, split_learnt, visible
+from fastchat_qlora.commands.inspection import Example, Report, split_learnt
 from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.model.loading import load_tokenizer
+from fastchat_qlora.text import visible
 
 LONG = [("human", "Count."), ("gpt", "one two three " * 20), ("human", "More."), ("gpt", "four five six " * 20)]
 MODEL_MAX_LENGTH = "120"

@@ -272,7 +272,7 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
             Segment(" three<|im_end|>", supervised=True, ends_turn=True),
         ]
     consecutive = [*TALK, ("assistant", "four")]
-    with pytest.raises(RejectedRecord, match="^message 3: the chat template ends the turn with no special token"):
+    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
         render_rows(to_messages(consecutive), tokenizer)
 
 

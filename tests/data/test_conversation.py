@@ -108,9 +108,9 @@ GOLDEN = {
         "<|user|>\nBye</s>\n<|assistant|>\n«See you\n</s>»\n",
     ),
     "alpaca": (
-        f"{ALPACA_SYSTEM}\n\n### Instruction:\nHi\n\n### Response:«\nHello</s>»\n\n",
-        "Be kind.\n\n### Instruction:\nHi\n\n### Response:«\nHello</s>»\n\n"
-        "### Instruction:\nBye\n\n### Response:«\nSee you\n</s>»\n\n",
+        f"{ALPACA_SYSTEM}\n\n### Instruction:\nHi\n\n### Response:\n«Hello</s>»\n\n",
+        "Be kind.\n\n### Instruction:\nHi\n\n### Response:\n«Hello</s>»\n\n"
+        "### Instruction:\nBye\n\n### Response:\n«See you\n</s>»\n\n",
     ),
     "gemma": (
         "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»\n",

@@ -295,7 +295,7 @@ class TestEvaluation:
     def test_split_that_leaves_a_side_empty(
         self, eval_split: float, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
-        with pytest.raises(UserError, match=f"--eval_split {eval_split}: .* 12 conversations"):
+        with pytest.raises(UserError, match=f"--eval_split {eval_split}: takes .* of 12 conversations and leaves"):
             build(data_file, tokenizer, tmp_path, eval_split=eval_split)
 
     def test_split_is_rounded_down(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

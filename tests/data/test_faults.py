@@ -126,9 +126,9 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
             arguments,
             tokenizer,
             max_length=200,
-            rejected_to=tmp_path / "rejected.jsonl",
+            output_dir=tmp_path,
             cache_dir=str(tmp_path / "cache"),
-            is_main=False,
+            is_main=True,
         )["--data_path"]
 
     return load_path

@@ -1,0 +1,167 @@
+"""Files of JSON -> records, as a stream: arrays and lines, .gz and .zst."""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ijson
+import pyarrow as pa
+
+from fastchat_qlora.argument_checks import LINE_SUFFIXES, without_compression
+from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.errors import UserError
+
+Numbered = tuple[int, Any]
+
+LONGEST_LINE = 64 * 1024 * 1024
+"""Bytes. A longer line of JSON Lines is rejected without being held whole."""
+
+WHOLE_FILE_LIMIT = 128 * 1024 * 1024
+"""Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
+pair, huge numbers) is read again, whole, by Python's tolerant one."""
+
+# Half a surrogate pair, unless the backslash before the u is itself escaped; and very many brackets in a row.
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
+DEEP = re.compile(rb"(?:\[\s*){12000}|(?:\{\s*\"[^\"]{0,32}\"\s*:\s*){12000}")
+HELD = 12  # bytes: two escapes
+OVERLAP = 1 << 17
+
+
+def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[Numbered]:
+    """The records of a file of JSON, an array or lines, unpacked on the way.
+
+    Args:
+        path: the file; its name says how it is packed, and whether it is of lines.
+        raw: the file, open.
+        flag: the flag to name in errors.
+
+    Returns:
+        Numbers, of lines or of items, and records: parsed, as a line's bytes, or the reason why there is neither.
+
+    Raises:
+        UserError: it is not valid JSON in UTF-8, other than in lines.
+    """
+    file = _unpack(path.name.lower(), raw)
+    if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte order mark
+        file.read(3)
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{flag} {path}: is text in UTF-16; convert the file to UTF-8")
+    is_lines = without_compression(path.name).endswith(LINE_SUFFIXES)
+    first = file.peek(1)
+    while not is_lines and first[:1].isspace():
+        file.read(1)
+        first = file.peek(1)
+    if is_lines:
+        return _lines(file)
+    if first[:1] != b"{":
+        return _array(path, file, flag)
+    line, line_end, _ = file.peek(1).partition(b"\n")  # perhaps only the beginning of a line, which may be a long one
+    return _lines(file) if not line_end or _is_json(line) else _whole_array(path, flag, 0)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+def _unpack(name: str, raw: io.BufferedReader) -> io.BufferedReader:
+    if name.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if name.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
+    return io.BufferedReader(raw, 1 << 20)
+
+
+def _lines(file: io.BufferedReader) -> Iterator[Numbered]:
+    """One record a line; a line that cannot be one becomes a reason in the record's place."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield number, RejectedRecord(f"a line of more than {LONGEST_LINE // 2**20} MiB")
+        elif not line.isspace():
+            yield number, line
+
+
+def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[Numbered]:
+    number = 0
+    try:
+        for record in ijson.items(_Watched(file), "item", use_float=True, buf_size=1 << 20):
+            number += 1
+            yield number, record
+        if number == 0:  # nothing that is an array's item; say what it is instead
+            yield from _whole_array(path, flag, 0)
+    except (ijson.JSONError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        yield from _whole_array(path, flag, number, f"not valid JSON in UTF-8 after record {number}: {reason}")
+
+
+class _Watched:
+    """A file that refuses what the streaming parser reads wrongly, without a word, or not within memory.
+
+    Of half a surrogate pair yajl makes "?" or another character, and for each bracket that is open ijson keeps the
+    whole path to it (yajl 2, ijson 3.6).
+    """
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file = file
+        self.held = b""  # read, and not given away before it is known what follows
+        self.given = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes of the file.
+
+        Raises:
+            ValueError: they hold what the parser must not see.
+        """
+        if size == 0:
+            return b""
+        chunk = self.file.read(size)
+        known = self.held + chunk
+        known, self.held = (known[:-HELD], known[-HELD:]) if len(chunk) == size else (known, b"")
+        _check_pairs(self.given[-HELD:] + known, self.held)
+        if DEEP.search(self.given + known):
+            raise ValueError("is nested too deep")
+        self.given = known[-OVERLAP:]
+        return known
+
+
+def _check_pairs(text: bytes, behind: bytes) -> None:
+    for half in HALF_PAIR.finditer(text + behind):
+        before = text[: half.start()]
+        escapes = len(before) - len(before.rstrip(b"\\"))
+        if half.start() < len(text) and escapes % 2 == 0:
+            raise ValueError("holds half of a surrogate pair, which is no character")
+
+
+def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[Numbered]:
+    """The rest of an array that only a tolerant parser can read; its errors name the line."""
+    opened = _unpack(path.name.lower(), path.open("rb"))
+    with opened as file:
+        content = file.read(WHOLE_FILE_LIMIT + 1)
+    if len(content) > WHOLE_FILE_LIMIT:
+        raise UserError(
+            f"{flag} {path}: {reason}; mend it, or write one record a line (.jsonl), where a broken one is left out"
+        )
+    try:
+        records = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: not valid JSON: {error}; JSON Lines files end in .jsonl") from error
+    if not isinstance(records, list):
+        kind = "an object" if isinstance(records, dict) else f"a {type(records).__name__}"
+        raise UserError(f"{flag} {path}: holds {kind}, must hold an array of records; JSON Lines end in .jsonl")
+    yield from islice(enumerate(records, 1), skip, None)
