@@ -125,7 +125,7 @@ class ConversationTemplate:
                 continue
             spoken = blank + message.content + end
             segments += [Segment(prompt)] if prompt else []
-            segments.append(Segment(spoken, supervised=message.learn, ends_turn=True))
+            segments.append(Segment(spoken, supervised=message.learn, ends_turn=True, withheld=not message.learn))
             if self.after_assistant:
                 segments.append(Segment(_fill(self.after_assistant, fill)))
         return segments

@@ -107,7 +107,8 @@ def _join(slots: Sequence[Slot], parts: Sequence[str], messages: Sequence[Messag
         turn = slot.turn
         gathered.append(part)
         if slot.ends:
-            yield Segment("".join(gathered), slot.is_learnt, ends_turn=True, withheld=not messages[turn].learn)
+            learn = messages[turn].learn
+            yield Segment("".join(gathered), slot.is_learnt and learn, ends_turn=True, withheld=not learn)
             gathered, turn = [], -1
     if gathered:
         yield Segment("".join(gathered))

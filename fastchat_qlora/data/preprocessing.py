@@ -181,17 +181,18 @@ class Preprocessor:
         return results
 
     def _choose(self, conversation: Conversation) -> list[int]:
-        """Indices of the messages to learn."""
+        """Indices of the messages to learn; with `train_on all` also of those set aside, so that all is rendered."""
         answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
         answers = answers[-1:] if self.train_on == "last" else answers
-        return [i for i in answers if conversation.messages[i].learn]
+        learnt = [i for i in answers if conversation.messages[i].learn]
+        return answers if learnt and self.train_on == "all" else learnt
 
     def _by_name(self, chosen: tuple[Conversation, Sequence[int]]) -> list[list[Segment]] | RejectedRecord:
         conversation, learnt = chosen
         assert self.template is not None
         if conversation.tools:
             return RejectedRecord("the template has no words for 'tools'")
-        messages = [replace(message, learn=i in learnt) for i, message in enumerate(conversation.messages)]
+        messages = [replace(one, learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
         try:
             return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
         except RejectedRecord as error:
@@ -231,7 +232,7 @@ class Preprocessor:
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
         learnt = self._choose(conversation)
-        messages = [replace(message, learn=i in learnt) for i, message in enumerate(conversation.messages)]
+        messages = [replace(one, learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []

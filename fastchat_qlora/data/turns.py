@@ -195,12 +195,13 @@ class TurnFinder:
         Raises:
             RejectedRecord: no control token follows the answer.
         """
-        said = answered.removesuffix(ending)
         if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
-            followed = self.render(index + 2, False, None)
-            token = self.control.search(followed, len(said))
-            if followed.startswith(said) and token and not followed[len(said) : token.start()].strip():
-                return followed[: token.end()], followed[len(said) : token.end()]
+            followed = self.render(index + 2, False, index)  # without the answer: its thoughts may be dropped by then
+            place = ALONE.search(followed)
+            token = self.control.search(followed, place.end()) if place else None
+            if place and token and not followed[place.end() : token.start()].strip():
+                closing = followed[place.end() : token.end()]
+                return answered.removesuffix(ending) + closing, closing
         raise RejectedRecord(f"message {index}: {NO_END}")
 
     def _reasoned_turn(self, message: Message, index: int, answered: str, prompt: str, ending: str) -> Turn:
@@ -258,8 +259,8 @@ def cut_row(row: Row, messages: Sequence[Message]) -> Iterator[Segment]:
             raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
         if turn.start > position:
             yield Segment(row.text[position : turn.start])
-        withheld = not messages[turn.index].learn
-        yield Segment(row.text[turn.start : turn.end], turn.is_learnt, ends_turn=True, withheld=withheld)
+        learn = messages[turn.index].learn
+        yield Segment(row.text[turn.start : turn.end], turn.is_learnt and learn, ends_turn=True, withheld=not learn)
         position = turn.end
     if position < len(row.text):
         yield Segment(row.text[position:])

@@ -5,62 +5,21 @@ The templates are those that TRL brings along: stock templates of the common mod
 rows.
 """
 
-import re
-import sys
-from collections.abc import Sequence
-from functools import cache
+import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from real_templates import ENDS, FAMILIES, byte_level, chat, learnt, make_folders, run
 
-from fastchat_qlora.data.preprocessing import Finished, Preprocessor
+from fastchat_qlora.data.preprocessing import Preprocessor
 from fastchat_qlora.data.readers import RawRecord, Source
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
-from sentencepiece_model import train_llama_sentencepiece
-
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-# What ends a turn of the assistant in each family, as its model card or generation_config says.
-ENDS = {
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-    "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
-    "gemma": "<end_of_turn>",
-    "gemma3": "<end_of_turn>",
-    "gemma4": "<turn|>",
-    "gemma4_v5": "<turn|>",
-    "gptoss": "<|return|>",
-    "lfm2": "<|im_end|>",
-    "lfm2_2_5": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "llama3_1": "<|eot_id|>",
-    "llama3_2": "<|eot_id|>",
-    "nemotron_3_nano": "<|im_end|>",
-    "nemotron_3_super": "<|im_end|>",
-    "nemotron_3_ultra": "<|im_end|>",
-    "phi3": "<|end|>",
-    "phi3_5": "<|end|>",
-    "qwen2_5": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "qwen3_5_nothink": "<|im_end|>",
-    "qwen3_5_think": "<|im_end|>",
-    "qwen3_6": "<|im_end|>",
-    "qwen3_8": "<|im_end|>",
-    "qwen3_instruct_2507": "<|im_end|>",
-}
-ENDS |= {f"{name}_training": end for name, end in ENDS.items() if (FOLDER / f"{name}_training.jinja").exists()}
 NO_SYSTEM = {"gemma", "gemma_training"}
 OPENS_THOUGHT = ("deepseek", "nemotron")  # their prompt ends with <think>, which a rendered answer does not have
 REWRITES = {"qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "gptoss", "gptoss_training"}
 
-SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜\s]+｜>|</?s>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<bos>")
 AWKWARD = [
     "\n",
     " ",
@@ -98,65 +57,9 @@ texts = st.text(max_size=25) | st.lists(st.sampled_from(AWKWARD), min_size=1, ma
 answers = texts.filter(lambda text: bool(text.strip()))
 
 
-@cache
-def byte_level(name: str) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer with the template and the special tokens that it writes."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(_FOLDERS["byte-level"])
-    return _with_template(tokenizer, name)
-
-
-@cache
-def sentencepiece(name: str) -> PreTrainedTokenizerBase:
-    """The same for a SentencePiece model as Llama's."""
-    return _with_template(AutoTokenizer.from_pretrained(_FOLDERS["sentencepiece"]), name)
-
-
-_FOLDERS: dict[str, str] = {}
-FAMILIES = {"byte-level": byte_level, "sentencepiece": sentencepiece}
-
-
-def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
-    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    written = sorted({*SPECIAL.findall(source), "<s>", "</s>", "<|im_end|>"})
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": written})
-    if name.startswith("deepseek"):
-        tokenizer.eos_token = "<｜end▁of▁sentence｜>"
-    if name.startswith("llama3"):
-        tokenizer.eos_token = "<|eot_id|>"
-    tokenizer.chat_template = source
-    return tokenizer  # type: ignore[no-any-return]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def tokenizer_folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    train_llama_sentencepiece(
-        ["The quick brown fox says: hello, user! I am an assistant.\nOne two three."] * 50
-        + ["".join(chr(i) for i in range(32, 127)) * 3],
-        str(folder / "tokenizer"),
-        vocab_size=400,
-    )
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": true}')
-    _FOLDERS.update({"byte-level": str(tokenizer_folder), "sentencepiece": str(folder)})
-
-
-def run(tokenizer: PreTrainedTokenizerBase, *messages: list[dict[str, Any]], **options: Any) -> Finished:
-    settings = {"max_length": 100_000, "overlong": "truncate", **options}
-    preprocessor = Preprocessor(tokenizer, "auto", **settings)
-    records = [(i, RawRecord(Source("f", i + 1), {"messages": turns})) for i, turns in enumerate(messages)]
-    return preprocessor(records)
-
-
-def learnt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each run of learnt tokens."""
-    runs: list[list[int]] = [[]]
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (IGNORE_INDEX, token)
-        if label != IGNORE_INDEX:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [str(tokenizer.decode(run, skip_special_tokens=False)) for run in runs if run]
+    make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
 
 
 def is_said(decoded: str, content: str, end: str) -> bool:
@@ -170,13 +73,6 @@ def is_said(decoded: str, content: str, end: str) -> bool:
     if "</think>" in content:
         written, content = "".join(written.split()), "".join(content.split())
     return decoded.endswith(end) and written.strip() == content.strip()
-
-
-def chat(turns: Sequence[tuple[str, str]], system: str | None = None) -> list[dict[str, Any]]:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    for asked, answered in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return messages
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -238,6 +134,15 @@ class TestEveryTemplate:
         assert rejected == ([2] if name in NO_SYSTEM else [])
         [said] = learnt(done.rows.to_pylist()[-1], tokenizer)
         assert is_said(said, "Three 🙂\n\nfour", ENDS[name])
+
+    def test_few_are_rejected(self, name: str, family: str) -> None:
+        """Odd contents are no reason to; but "▁" is a blank in tokens, and templates cut off half a thought."""
+        chance = random.Random(0)
+        pieces = [text for text in AWKWARD if text not in ("▁", "</think>")] + ["Some ", "words, ", "and ", "others "]
+        turns = [["".join(chance.sample(pieces, 4)) + "." for _ in range(4)] for _ in range(60)]
+        done = run(FAMILIES[family](name), *(chat([(a, b), (c, d)]) for a, b, c, d in turns))
+        assert done.read == 60
+        assert len(done.rejections) <= 12, [rejection.reason for rejection in done.rejections]
 
     def test_rows_are_what_a_server_shows(self, name: str, family: str) -> None:
         """Up to each answer, the ids are those of the prompt that a server would make of the messages before it."""
