@@ -1,6 +1,6 @@
 r"""How much memory and time do very large files take? Prepared cold, then from the cache, each in its own process.
 
-    python playground/benchmark/scale.py --model MODEL --conversations 1000000 --characters 100
+    python playground/benchmark/scale.py --model MODEL --report playground/benchmark/scale.md
     python playground/benchmark/scale.py --model MODEL --conversations 100000 --characters 1000
     python playground/benchmark/scale.py --model MODEL --gibibytes 1 --characters 4000 --suffix .json
 
@@ -9,15 +9,18 @@ Pages of the memory-mapped cache count as resident although they can be given ba
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MIB = 1024 * 1024
 WORDS = ("the", "river", "stone", "bread", "morning", "house", "green", "walks", "sings", "under", "quickly", "why")
@@ -65,10 +68,53 @@ def read_peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+class Case(NamedTuple):
+    """A file to make: so many conversations, or as many as so many GiB hold, of about so many characters each."""
+
+    conversations: int | None
+    gibibytes: float
+    characters: int
+    suffix: str
+
+
+CASES = (
+    Case(1_000_000, 0, 100, ".jsonl"),
+    Case(100_000, 0, 1000, ".jsonl"),
+    Case(None, 1, 4000, ".json"),
+    Case(None, 1, 4000, ".jsonl"),
+)
+HEADINGS = ("conversations", "file", "start", "ready after, s", "peak MiB", "MiB before the first record")
+
+
+def measure(model: str, case: Case) -> Iterator[list[str]]:
+    """A row of the table for the cold start and one for the warm start, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / f"conversations{case.suffix}"
+        count = write_conversations(data, case.conversations, case.gibibytes, case.characters)
+        for name in ("cold", "warm"):
+            command = [sys.executable, __file__, "--model", model, "--prepare", str(data), folder]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+            found = json.loads(done.stdout)
+            assert found["rows"] == count
+            size = f"{data.stat().st_size / MIB:,.0f} MiB {case.suffix}"
+            yield [
+                f"{count:,}", size, name, f"{found['seconds']:,.2f}", f"{found['peak_mib']:,.0f}",
+                f"{found['before_mib']:,.0f}",
+            ]  # fmt: skip
+
+
+def describe_machine() -> str:
+    """Versions and cores, for the report."""
+    names = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "ijson")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, {platform.system()}."
+
+
 def main() -> None:
-    """Make the file, prepare it twice, print two lines."""
+    """Make the files, prepare each twice, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id of a chat model; its tokenizer is used")
+    parser.add_argument("--report", type=Path, help="measure the cases of this file and write the table there")
     parser.add_argument("--conversations", type=int, help="how many; else as many as --gibibytes holds")
     parser.add_argument("--gibibytes", type=float, default=1.0, help="size of the file")
     parser.add_argument("--characters", type=int, default=200, help="about how many characters a conversation has")
@@ -78,19 +124,15 @@ def main() -> None:
     if args.prepare:
         print(json.dumps(prepare(args.model, *args.prepare)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / f"conversations{args.suffix}"
-        count = write_conversations(data, args.conversations, args.gibibytes, args.characters)
-        print(f"{count:,} conversations, {data.stat().st_size / MIB:,.0f} MiB as {args.suffix}, {os.cpu_count()} cores")
-        for name in ("cold", "warm"):
-            command = [sys.executable, __file__, "--model", args.model, "--prepare", str(data), folder]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-            found = json.loads(done.stdout)
-            print(
-                f"{name}: ready after {found['seconds']:,.2f} s with {found['rows']:,} rows; "
-                f"peak {found['peak_mib']:,.0f} MiB, of which {found['before_mib']:,.0f} MiB before the first record",
-                flush=True,
-            )
+    own = Case(args.conversations, args.gibibytes, args.characters, args.suffix)
+    lines = [f"| {' | '.join(HEADINGS)} |", f"| {' | '.join('---' for _ in HEADINGS)} |"]
+    print("\n".join(lines), flush=True)
+    for row in (row for case in (CASES if args.report else (own,)) for row in measure(args.model, case)):
+        lines.append(f"| {' | '.join(row)} |")
+        print(lines[-1], flush=True)
+    if args.report:
+        title = "# Very large files\n\n`playground/benchmark/scale.py` wrote this.\n\n"
+        args.report.write_text(title + "\n".join(lines) + f"\n\n{describe_machine()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
