@@ -134,12 +134,17 @@ def _size(record: Any) -> int:
     waiting = [record]
     while waiting:  # no recursion: a record may be nested as deep as it likes
         value = waiting.pop()
-        if isinstance(value, str | bytes):
+        kind = type(value)
+        if kind is str or kind is bytes:
             size += len(value)
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list):
+        elif kind is list:
             waiting += value
+        elif kind is dict:
+            for item in value.values():  # the texts at once, for there are many of them
+                if type(item) is str:
+                    size += len(item)
+                else:
+                    waiting.append(item)
     return size
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,10 @@ OVERLONG = "too long"
 NOTHING = "nothing to learn"
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """One text of a record, before it is tokenised: the record's place in the batch, and what it was written from."""
 
-    index: int
+    place: int
     conversation: Conversation
     segments: list[Segment]
 
@@ -125,23 +123,23 @@ class Preprocessor:
         """Parse, understand and render; in Python, one thread."""
         batch = Batch([], [], {})
         understood = []
-        for index, (number, record) in enumerate(records):
+        for place, (number, record) in enumerate(records):
             source = record.source
             try:
                 parsed = parse_record(record.value)
                 source = source._replace(id=get_id(parsed))
                 conversation = to_conversation(parsed)
                 check_plain(conversation, self.control)
-                understood.append((index, conversation))
+                understood.append((place, conversation))
             except RejectedRecord as error:
-                batch.problems[index] = str(error)
+                batch.problems[place] = str(error)
             batch.records.append((number, source))
         rendered = self.render([conversation for _, conversation in understood])
-        for (index, conversation), texts in zip(understood, rendered, strict=True):
+        for (place, conversation), texts in zip(understood, rendered, strict=True):
             if isinstance(texts, RejectedRecord):
-                batch.problems[index] = str(texts)
+                batch.problems[place] = str(texts)
             else:
-                batch.drafts.extend(Draft(index, conversation, segments) for segments in texts)
+                batch.drafts.extend(Draft(place, conversation, segments) for segments in texts)
         return batch
 
     def encode(self, batch: Batch) -> list[Encoded]:
@@ -156,14 +154,14 @@ class Preprocessor:
         """Label, prove and cut to length. A record is rejected as a whole or not at all."""
         labelled: dict[int, list[Labelled]] = {}
         for draft, part in zip(batch.drafts, encoded, strict=True):
-            labelled.setdefault(draft.index, []).append((draft, self.encoder.label(part)))
+            labelled.setdefault(draft.place, []).append((draft, self.encoder.label(part)))
         rows: list[tuple[int, Source, Row]] = []
-        for index, texts in sorted(labelled.items()):
+        for place, texts in sorted(labelled.items()):
             try:
-                rows += [(*batch.records[index], row) for row in self._fit(texts)]
+                rows += [(*batch.records[place], row) for row in self._fit(texts)]
             except RejectedRecord as error:
-                batch.problems[index] = str(error)
-        rejections = [Rejection(batch.records[index][1], batch.problems[index]) for index in sorted(batch.problems)]
+                batch.problems[place] = str(error)
+        rejections = [Rejection(batch.records[place][1], problem) for place, problem in sorted(batch.problems.items())]
         return Finished(assemble(rows, lazy=self.lazy), rejections, len(batch.records))
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[list[Segment]] | RejectedRecord]:
@@ -192,7 +190,7 @@ class Preprocessor:
         assert self.template is not None
         if conversation.tools:
             return RejectedRecord("the template has no words for 'tools'")
-        messages = [replace(one, learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
+        messages = [one._replace(learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
         try:
             return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
         except RejectedRecord as error:
@@ -232,7 +230,7 @@ class Preprocessor:
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
         learnt = self._choose(conversation)
-        messages = [replace(one, learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
+        messages = [one._replace(learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []

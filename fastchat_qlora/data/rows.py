@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from datasets import Features, List, Value
 from fastchat_qlora.data.conversation import RejectedRecord, Segment
 from fastchat_qlora.data.length import truncate
 from fastchat_qlora.data.readers import Source
-from fastchat_qlora.data.tokenization import IGNORE_INDEX, Encoder, TokenizedConversation
+from fastchat_qlora.data.tokenization import IGNORE_INDEX, Encoder, Ids, TokenizedConversation
 
 COMMON = {
     "file": Value("string"),
@@ -47,26 +46,29 @@ def assemble(rows: Sequence[tuple[int, Source, Row]], *, lazy: bool) -> pa.Table
     """
     sources = [source for _, source, _ in rows]
     tokens = [row.tokens for _, _, row in rows]
+    offsets = np.cumsum([0, *(len(one.input_ids) for one in tokens)], dtype=np.int32)
+    labels = _join([one.labels for one in tokens])
+    learnt = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)]).astype(np.int32)
     columns = {
         "file": [source.file for source in sources],
         "line": [source.line for source in sources],
         "id": [source.id for source in sources],
         "record": [number for number, _, _ in rows],
-        "length": [len(one.input_ids) for one in tokens],
-        "supervised": [int((one.labels != IGNORE_INDEX).sum()) for one in tokens],
+        "length": np.diff(offsets),
+        "supervised": np.diff(learnt[offsets]),
         "full_length": [one.full_length for one in tokens],
         "turns": [len(one.turn_ends) for one in tokens],
     }
     if lazy:
-        columns["segments"] = [json.dumps([astuple(part) for part in row.segments]) for _, _, row in rows]
+        columns["segments"] = [json.dumps(row.segments) for _, _, row in rows]
     else:
-        columns |= {name: _lists([getattr(one, name) for one in tokens]) for name in ("input_ids", "labels")}
+        columns["input_ids"] = pa.ListArray.from_arrays(offsets, _join([one.input_ids for one in tokens]))
+        columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
     return pa.table(columns, schema=(LAZY_FEATURES if lazy else EAGER_FEATURES).arrow_schema)
 
 
-def _lists(arrays: Sequence[Any]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([*arrays, np.empty(0, dtype=np.int32)], dtype=np.int32))
+def _join(arrays: Sequence[Ids]) -> Ids:
+    return np.concatenate([*arrays, np.empty(0, dtype=np.int32)], dtype=np.int32)
 
 
 class Tokenised:

@@ -54,6 +54,20 @@ class Encoded(NamedTuple):
     share: float = 1.0
 
 
+class Places(NamedTuple):
+    """Where in the bytes of a text its tokens stand.
+
+    Attributes:
+        starts: the first byte of each token, shape (tokens,).
+        ends: behind its last byte, shape (tokens,).
+        has_gaps: whether there may be bytes that are in no token.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    has_gaps: bool
+
+
 class Turn(NamedTuple):
     """The tokens of an assistant's turn: from `first` up to `last`, which is not its own any more."""
 
@@ -134,9 +148,10 @@ class Encoder:
         text = b"".join(pieces)
         try:
             places = self._locate_tokens(array, text)
-            turns = (
-                self._find_by_offsets(array, segments) if places is None else _find_by_bytes(places, segments, pieces)
-            )
+            if places is None:
+                turns = self._find_by_offsets(array, segments)
+            else:
+                turns = _find_by_bytes(places, segments, pieces)
         except RejectedRecord as error:
             return error
         labels = self._make_labels(array, turns)
@@ -157,7 +172,7 @@ class Encoder:
                 labels[first:last] = IGNORE_INDEX
         return labels
 
-    def _locate_tokens(self, ids: Ids, text: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    def _locate_tokens(self, ids: Ids, text: bytes) -> Places | None:
         """Where in the bytes of the text each token starts and ends; None if the tokens do not give the text."""
         if int(ids.max()) >= len(self.lengths):
             return None
@@ -165,12 +180,12 @@ class Encoder:
         tokens = self.vocabulary[ids].tolist()
         if b"".join(tokens) == text:
             ends = np.cumsum(lengths)
-            return ends - lengths, ends
+            return Places(ends - lengths, ends, has_gaps=False)
         return self._locate_between_added(ids, lengths, tokens, text)
 
     def _locate_between_added(
         self, ids: Ids, lengths: NDArray[np.int64], tokens: Sequence[bytes], text: bytes
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    ) -> Places | None:
         """The same for tokenizers that treat the blanks around added tokens in ways of their own.
 
         Llama's family puts a blank, which is no part of the text, in front of each piece between added tokens; the
@@ -201,7 +216,7 @@ class Encoder:
             position += behind
             start = end + 1
         ends = np.cumsum(lengths + gaps)
-        return (ends - lengths, ends) if position == len(text) else None
+        return Places(ends - lengths, ends, has_gaps=True) if position == len(text) else None
 
     def _find_by_offsets(self, ids: Ids, segments: Sequence[Segment]) -> list[Turn]:
         """The turns' tokens by the characters that the tokenizer says each token covers, proven by decoding.
@@ -245,29 +260,30 @@ def _count_blanks(text: bytes, position: int) -> int:
     return len(found.group()) if found else 0
 
 
-def _find_by_bytes(
-    places: tuple[NDArray[np.int64], NDArray[np.int64]], segments: Sequence[Segment], pieces: Sequence[bytes]
-) -> list[Turn]:
+def _find_by_bytes(places: Places, segments: Sequence[Segment], pieces: Sequence[bytes]) -> list[Turn]:
     """The turns' tokens by their bytes.
 
     Raises:
         RejectedRecord: a token lies across the edge of an answer, or some of the answer is in no token.
     """
-    starts, ends = places
+    starts, ends, has_gaps = places
+    sizes = np.cumsum([0, *map(len, pieces)])
+    own = [i for i, segment in enumerate(segments) if segment.supervised or segment.ends_turn]
+    if not own:
+        return []
+    begins, stops = sizes[own], sizes[[i + 1 for i in own]]  # all at once: a call to NumPy is worth many tokens
+    firsts, lasts = np.searchsorted(starts, (begins, stops))
+    exact = (starts[np.minimum(firsts, len(starts) - 1)] == begins) & (ends[lasts - 1] == stops)
+    if has_gaps:
+        covered = np.concatenate(([0], np.cumsum(ends - starts)))
+        exact &= covered[lasts] - covered[firsts] == stops - begins
+    touched = np.searchsorted(ends, begins, side="right")  # the first tokens with a part in the turns
     turns = []
-    at = 0
-    for segment, piece in zip(segments, pieces, strict=True):
-        start, at = at, at + len(piece)
-        if not (segment.supervised or segment.ends_turn):
-            continue
-        first, last = np.searchsorted(starts, (start, at)).tolist()
-        if segment.supervised:
-            covered = int((ends[first:last] - starts[first:last]).sum())
-            if covered != len(piece) or not covered or starts[first] != start or ends[last - 1] != at:
-                raise RejectedRecord(ACROSS)
-        else:  # all that has a part in it
-            first = int(np.searchsorted(ends, start, side="right"))
-        turns.append(Turn(first, last, segment))
+    for n, i in enumerate(own):
+        if segments[i].supervised and not exact[n]:
+            raise RejectedRecord(ACROSS)
+        first = firsts[n] if segments[i].supervised else touched[n]
+        turns.append(Turn(int(first), int(lasts[n]), segments[i]))
     return turns
 
 

@@ -41,7 +41,7 @@ def render_jinja(
     """The same conversation as a serving program writes it."""
     return str(
         tokenizer.apply_chat_template(
-            [vars(message) for message in messages],
+            [message.to_template() for message in messages],
             chat_template=template.to_jinja(add_bos=True),
             tokenize=False,
             add_generation_prompt=prompt,
