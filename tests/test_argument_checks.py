@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,13 +43,19 @@ def files(tmp_path: Path, model_folder: Path) -> Path:
         "other_adapter/adapter_config.json": {"peft_type": "IA3", "target_modules": ["q_proj"]},
         "untargeted_adapter/adapter_config.json": {"peft_type": "LORA", "r": 8},
         "broken.json": '{"zero_optimization": ',
+        "broken_tokenizer/tokenizer.json": "{}",
+        "list_tokenizer/tokenizer_config.json": [],
+        "rejecting/rejected.jsonl": json.dumps(record),
+        "blocked/rejected.jsonl/x": "",
     }
     for name, content in contents.items():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     (tmp_path / "latin1.json").write_bytes('["é"]'.encode("latin-1"))
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("broken_tokenizer", "list_tokenizer"):
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "misfit_config").mkdir()
     (tmp_path / "misfit_config" / "config.json").write_text(json.dumps(config | {"hidden_size": "x"}), encoding="utf-8")
     return tmp_path
@@ -93,6 +100,15 @@ SEEN_AT_ONCE = {
     "no such data, unicode": (["--data_path", "ü 🙂.json"], ["--data_path ü 🙂.json", "no such file", ".jsonl"]),
     "one of two data files": (["--data_path", "one.json", "none.json"], ["--data_path none.json", "no such file"]),
     "empty data": (["--data_path", "empty.json"], ["--data_path empty.json", "empty", "must hold conversations"]),
+    "split of a file": (
+        ["--data_path", "one.json:train"],
+        ["--data_path one.json:train: a file has no splits; give one.json"],
+    ),
+    "no regular file": (
+        ["--data_path", "/dev/null"],
+        ["--data_path /dev/null: is no regular file"],
+    ),
+    "name that steers": (["--data_path", "\x1b[31m.json"], ["--data_path \\x1b[31m.json: no such file"]),
     "no such eval data": (["--eval_data_path", "none.json"], ["--eval_data_path none.json", "no such file"]),
     "model, absolute": (["--model_name_or_path", "/none"], ["--model_name_or_path /none", "give a local folder"]),
     "model, relative": (["--model_name_or_path", "./none"], ["--model_name_or_path ./none", "give a local folder"]),
@@ -187,6 +203,22 @@ SEEN_BEFORE_WEIGHTS = {
     "hub id that is none": (["--model_name_or_path", "org/none"], ["--model_name_or_path org/none", "hub id"]),
     "model of one word": (["--model_name_or_path", "none"], ["--model_name_or_path none", "folder", "hub id"]),
     "broken config": (["--model_name_or_path", "broken_config"], ["--model_name_or_path broken_config", "config"]),
+    "broken tokenizer": (
+        ["--model_name_or_path", "broken_tokenizer"],
+        ["--model_name_or_path broken_tokenizer: its tokenizer cannot be loaded"],
+    ),
+    "tokenizer of a list": (
+        ["--model_name_or_path", "list_tokenizer"],
+        ["--model_name_or_path list_tokenizer: its tokenizer cannot be loaded"],
+    ),
+    "data that would be overwritten": (
+        ["--data_path", "rejecting", "--output_dir", "rejecting"],
+        ["--data_path rejecting/rejected.jsonl: would be written by this run; give another --output_dir"],
+    ),
+    "no place for the list": (
+        ["--output_dir", "blocked"],
+        ["--output_dir: blocked/rejected.jsonl cannot be written", "remove it"],
+    ),
     "broken adapter": (
         ["--lora_weight_path", "broken_adapter"],
         ["--lora_weight_path broken_adapter", "cannot be read"],
@@ -321,6 +353,21 @@ def test_learning_rate_is_not_negative(value: float) -> None:
 def test_there_is_something_to_train(epochs: float, steps: int) -> None:
     problems = problems_with(num_train_epochs=epochs, max_steps=steps)
     assert bool(problems) == (epochs <= 0 and steps <= 0)
+
+
+@pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])
+def test_a_pipe_is_refused_without_waiting_for_its_other_end(flag: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    assert problems_with(**{flag: [str(pipe)]}) == [f"--{flag} {pipe}: is no regular file; write it to a file first"]
+
+
+@pytest.mark.parametrize("split", ["train", "x", "train[:10]"])
+def test_a_folder_may_have_splits_and_a_file_has_none(split: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert problems_with(data_path=[f"{tmp_path}:{split}"]) == []
+    told = f"--data_path {tmp_path}/a.jsonl:{split}: a file has no splits; give {tmp_path}/a.jsonl"
+    assert problems_with(data_path=[f"{tmp_path}/a.jsonl:{split}"]) == [told]
 
 
 @pytest.mark.parametrize("name", ["fp16", "tf32"])

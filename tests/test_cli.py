@@ -115,6 +115,33 @@ def test_an_error_is_one_line(
     assert err.removeprefix("error:").split() == message.split()
 
 
+STEERING = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202eback \ud83d \x08"
+SHOWN = "\\x1b[2J\\x1b]0;title\\x07 \\x9b31m \\u202eback \\ud83d \\x08"
+
+
+@pytest.mark.parametrize("error", [UserError, RunError])
+def test_an_error_does_not_steer_the_terminal(
+    error: type[Exception], train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_does(raising(error(f"--data_path é 🙂 {STEERING}: no")))
+    assert cli.main(["train"]) in (1, 2)
+    assert capsys.readouterr().err == f"error: --data_path é 🙂 {SHOWN}: no\n"
+
+
+def test_a_notice_does_not_steer_the_terminal(
+    train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("fastchat_qlora.data.dataset")
+
+    def action(argv: Sequence[str]) -> None:
+        logger.info(f"read é 🙂 {STEERING}\n\tkept")
+        logger.warning("rejected %s", STEERING)
+
+    train_does(action)
+    assert cli.main(["train"]) == 0
+    assert capsys.readouterr().err == f"read é 🙂 {SHOWN}\n\tkept\nrejected {SHOWN}\n"
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (RunError("no"), 1)])
 @pytest.mark.parametrize(("rank", "local_rank"), [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")])
 def test_the_first_process_of_each_machine_speaks_first(

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastchat_qlora.commands.inspect_views import print_report, write_page
 from fastchat_qlora.commands.inspection import Account, Example, Report, get_rows, measure
 from fastchat_qlora.data.building import describe
 from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
-from fastchat_qlora.data.readers import Rejection, Source
+from fastchat_qlora.data.readers import Rejection, Source, find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import load_tokenizer
 
@@ -54,7 +54,7 @@ def inspect(argv: Sequence[str]) -> None:
     if write is None:
         raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
     if own.output:
-        _check_output(output, [*args.data.data_path, *(args.data.eval_data_path or [])])
+        _check_output(output, args)
     report, tokenizer = _prepare(args)
     examples = _examples(report, tokenizer, own.num_examples)
     if not own.output:
@@ -107,7 +107,7 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
         data_args,
         tokenizer,
         max_length=training_args.model_max_length,
-        output_dir=None if training_args.output_dir == "." else Path(training_args.output_dir),
+        output_dir=_output_dir(args),
         cache_dir=training_args.cache_dir,
         is_rehearsal=True,
     )
@@ -122,6 +122,10 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
         measures={name: measure(rows) for name, rows in sets.items()},
     )
     return report, tokenizer
+
+
+def _output_dir(args: RunArguments) -> Path | None:
+    return None if args.training.output_dir == "." else Path(args.training.output_dir)
 
 
 def _paths(flag: str, args: RunArguments) -> list[str]:
@@ -152,14 +156,26 @@ def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) ->
             )
 
 
-def _check_output(path: Path, inputs: Iterable[str]) -> None:
+def _check_output(path: Path, args: RunArguments) -> None:
     """Refuse what cannot or should not be written before anything is read."""
     if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
+    if os.path.realpath(path) in map(os.path.realpath, _data_files(args)):
         raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
     with _written_whole(path, keep=False):
         pass
+
+
+def _data_files(args: RunArguments) -> list[Path]:
+    run = _output_dir(args)
+    try:
+        return [
+            file
+            for name in (*args.data.data_path, *(args.data.eval_data_path or ()))
+            for file in find_files(name, run and run.resolve()).files
+        ]
+    except OSError:  # is told when the data is to be read
+        return []
 
 
 @contextmanager
@@ -178,4 +194,5 @@ def _written_whole(path: Path, *, keep: bool = True) -> Iterator[IO[str]]:
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); give another name") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be made cannot always be removed
+            part.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ijson
+import numpy as np
 import pyarrow as pa
 
 from fastchat_qlora.argument_checks import LINE_SUFFIXES, without_compression
@@ -25,11 +26,15 @@ WHOLE_FILE_LIMIT = 128 * 1024 * 1024
 """Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
 pair, huge numbers) is read again, whole, by Python's tolerant one."""
 
-# Half a surrogate pair, unless the backslash before the u is itself escaped; and very many brackets in a row.
+DEEPEST = 12_000
+"""Brackets that may be open at once in an array. A record that is nested less deep can be rejected by itself."""
+
+ESCAPED_BACKSLASH = b"\\\\"
+# The first half of a surrogate pair without the second.
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
-DEEP = re.compile(rb"(?:\[\s*){12000}|(?:\{\s*\"[^\"]{0,32}\"\s*:\s*){12000}")
 HELD = 12  # bytes: two escapes
-OVERLAP = 1 << 17
+STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[Numbered]:
@@ -118,7 +123,8 @@ class _Watched:
     def __init__(self, file: io.BufferedReader) -> None:
         self.file = file
         self.held = b""  # read, and not given away before it is known what follows
-        self.given = b""
+        self.begun = b""  # the quote of a string and the backslash of an escape that what is given away ended in
+        self.depth = 0
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes of the file.
@@ -131,19 +137,27 @@ class _Watched:
         chunk = self.file.read(size)
         known = self.held + chunk
         known, self.held = (known[:-HELD], known[-HELD:]) if len(chunk) == size else (known, b"")
-        _check_pairs(self.given[-HELD:] + known, self.held)
-        if DEEP.search(self.given + known):
-            raise ValueError("is nested too deep")
-        self.given = known[-OVERLAP:]
+        text = self.begun + known
+        _check_pairs(text, self.held)
+        self._follow(text)
         return known
+
+    def _follow(self, text: bytes) -> None:
+        """Count open brackets, other than those in strings."""
+        plain = text.replace(ESCAPED_BACKSLASH, b"").replace(b'\\"', b"")
+        parts = plain.split(b'"')
+        steps = np.frombuffer(b"".join(parts[::2]).translate(STEPS, NO_BRACKETS), np.int8)
+        depths = self.depth + steps.cumsum(dtype=np.int64)
+        if depths.max(initial=0) > DEEPEST:
+            raise ValueError("is nested too deep")
+        self.depth = int(depths[-1]) if len(depths) else self.depth
+        self.begun = b'"' * (len(parts) % 2 == 0) + b"\\" * plain.endswith(b"\\")
 
 
 def _check_pairs(text: bytes, behind: bytes) -> None:
-    for half in HALF_PAIR.finditer(text + behind):
-        before = text[: half.start()]
-        escapes = len(before) - len(before.rstrip(b"\\"))
-        if half.start() < len(text) and escapes % 2 == 0:
-            raise ValueError("holds half of a surrogate pair, which is no character")
+    masked = (text + behind).replace(ESCAPED_BACKSLASH, b"--")  # then each backslash left begins an escape
+    if any(half.start() < len(text) for half in HALF_PAIR.finditer(masked)):
+        raise ValueError("holds half of a surrogate pair, which is no character")
 
 
 def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[Numbered]:

@@ -110,6 +110,7 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
                     position = raw.tell()
                     progress(position - done)
                     done = position
+        progress(path.stat().st_size - done)
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{flag} {path}: cannot be read: {error.strerror}; give a file you may read") from error
@@ -177,13 +178,12 @@ def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
 def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
     """Read the rows of a loaded dataset; `progress` is told each row's share of its bytes."""
     number = told = 0
-    bytes_a_row = dataset.data.nbytes / max(len(dataset), 1)
     for batch in dataset.iter(batch_size=BATCH):
         for values in zip(*batch.values(), strict=True):
             number += 1
             row = dict(zip(batch, values, strict=True))
             yield RawRecord(Source(name, number), without_nulls(row))
-        total = int(bytes_a_row * number)
+        total = dataset.data.nbytes * number // len(dataset)
         progress(total - told)
         told = total
 

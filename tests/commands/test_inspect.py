@@ -2,8 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -191,6 +194,9 @@ def test_data_that_would_stop_training_is_shown_with_the_reason(
         (["--output", "."], "--output .: give a name that ends in"),
         (["--output", "missing/rows.jsonl"], "--output missing/rows.jsonl: cannot be written"),
         (["--output", "folder.html"], "--output folder.html: is a folder"),
+        (["--output", "records.jsonl/rows.jsonl"], "--output records.jsonl/rows.jsonl: cannot be written (Not a dir"),
+        (["--output", f"{'x' * 300}.jsonl"], "x.jsonl: cannot be written (File name too long); give another name"),
+        (["--output", f"{'x' * 5000}/rows.html"], "x/rows.html: cannot be written (File name too long); give another"),
         (["--num_examples", "-1"], "--num_examples -1: must be at least 0"),
         (["--num_exampels", "3"], "unknown flag --num_exampels: did you mean --num_examples?"),
         (["--train_on", "nothing"], "invalid choice: 'nothing'"),
@@ -245,3 +251,116 @@ def test_hidden_characters_are_made_visible() -> None:
     assert visible("a\x00b\x1b[0m\u202e\u2028\ufeff\r\n\tc 👩\u200d👧 é") == (
         "a\\x00b\\x1b[0m\\u202e\\u2028\\ufeff\\r\n\tc 👩\u200d👧 é"
     )
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "data/part.jsonl", "link.jsonl", "data/../records.jsonl"])
+@pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])
+@pytest.mark.parametrize("given", ["file", "link", "folder"])
+def test_output_that_is_a_file_of_the_data(
+    given: str,
+    flag: str,
+    name: str,
+    base: Path,
+    records: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However it is named, it would be lost."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(records, tmp_path / "data" / "part.jsonl")
+    target = Path("data/part.jsonl" if given == "folder" or "part" in name else "records.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(target)
+    path = {"file": target, "link": Path("link.jsonl"), "folder": Path("data")}[given]
+    is_of_the_data = Path(name).resolve() in (target.resolve(), path.resolve())
+    before = target.read_bytes()
+    flags = [flag, str(path)] if flag == "--eval_data_path" else []
+    data = data_file if flag == "--eval_data_path" else path
+    assert inspect(base, data, *flags, "--output", name) == (2 if is_of_the_data else 0)
+    assert target.read_bytes() == before
+    if is_of_the_data:
+        told = f"error: --output {name}: is a file of the data, which would be lost; give another name\n"
+        assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("rows.html", []), ("new.jsonl", []), (".rows.jsonl", []), ("out/rows.jsonl", ["--output_dir", "data/out"])],
+)
+def test_output_beside_the_data_may_be_written_again(
+    name: str, flags: list[str], base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not read as data is nobody's loss."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "out").mkdir(parents=True)
+    shutil.copy(records, tmp_path / "data")
+    output = tmp_path / "data" / name
+    if name != "new.jsonl":
+        output.write_text("earlier\n")
+    assert inspect(base, tmp_path / "data", *flags, "--output", str(output)) == 0
+    assert "Pellico" in output.read_text(encoding="utf-8") or '"input_ids"' in output.read_text(encoding="utf-8")
+
+
+PROGRAM = "from fastchat_qlora.cli import program; program()"
+
+
+def run_as_a_process(
+    base: Path, data: Path, stdout: IO[str] | int, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command with its standard output going to a file, or to a pipe."""
+    command = [sys.executable, "-c", PROGRAM, "inspect", "--model_name_or_path", str(base), "--data_path", str(data)]
+    command += ["--cache_dir", str(data.parent / "cache")]
+    return subprocess.run(
+        command,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+def test_terminal_that_knows_few_characters(base: Path, records: Path) -> None:
+    done = run_as_a_process(base, records, subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    greek = "Γειά σου, κόσμε 🙂".encode("ascii", "backslashreplace").decode()
+    assert f"\\u27e6{greek}<|im_end|>\\u27e7" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_standard_output_that_is_full(base: Path, records: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_as_a_process(base, records, full)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.stderr.endswith(
+        "\nerror: standard output cannot be written: No space left on device; see where it goes to\n"
+    )
+
+
+STEERING = "\x1b]0;title\x07\x9b31m"
+SHOWN = "\\x1b]0;title\\x07\\x9b31m"
+
+
+@pytest.mark.parametrize("place", ["id", "file name", "role", "template"])
+@pytest.mark.parametrize("command", ["inspect", "train"])
+def test_nothing_in_the_data_steers_the_terminal(
+    command: str, place: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor in a template: what it raises is shown as well."""
+    data = tmp_path / f"{STEERING if place == 'file name' else 'data'}.jsonl"
+    record = sharegpt([("human", "Hi"), (STEERING if place == "role" else "alien", "Hello")], STEERING)
+    if place == "template":
+        record = sharegpt([("human", "Hi"), ("gpt", "Hello")])
+        text = json.dumps(STEERING, ensure_ascii=False)
+        (base / "chat_template.jinja").write_text(f"{{{{ raise_exception({text}) }}}}", encoding="utf-8")
+    data.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    flags = ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([command, *flags]) == (0 if command == "inspect" else 2)
+    captured = capsys.readouterr()
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", captured.out + captured.err)
+    assert SHOWN in captured.err
+    assert SHOWN in captured.out or command == "train"

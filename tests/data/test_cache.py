@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CONVERSATIONS, sharegpt
 from datasets import Dataset
+from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.arguments import DataArguments
@@ -146,6 +148,51 @@ def test_old_entries_are_pruned(build: Build, tmp_path: Path) -> None:
     kept = {path.name for path in entries(tmp_path)}
     assert {f"old{age:02}" for age in range(cache.KEPT - 1)} < kept
     assert len(kept) == cache.KEPT
+
+
+@pytest.mark.parametrize("age", [0.5, 2.0], ids=["of today", "old"])
+@pytest.mark.parametrize("held", [False, True], ids=["left behind", "being built"])
+def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, age: float, tmp_path: Path) -> None:
+    """A large build may take days, and its folder is as old as its last new file."""
+    unfinished = tmp_path / "key.building"
+    unfinished.mkdir()
+    (unfinished / "rows.arrow").write_bytes(b"half")
+    (tmp_path / "other.lock").touch()
+    started = time.time() - age * cache.DAY
+    os.utime(unfinished, (started, started))
+    lock = FileLock(tmp_path / "key.lock")
+    with lock if held else nullcontext():
+        cache.prune(tmp_path)
+    assert unfinished.exists() == (held or age < 1)
+    assert (tmp_path / "other.lock").exists()
+
+
+def test_old_entry_that_is_in_use_is_not_pruned(tmp_path: Path) -> None:
+    """Its process checks it, and is about to say that it was used now."""
+    for age in range(cache.KEPT + 3):
+        folder = tmp_path / f"old{age:02}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+        used = time.time() - (2 + age) * cache.DAY
+        os.utime(folder / "manifest.json", (used, used))
+    with FileLock(tmp_path / "old11.lock"):
+        cache.prune(tmp_path)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {f"old{age:02}" for age in (*range(cache.KEPT), 11)}
+
+
+def test_locks_stay(build: Build, tmp_path: Path) -> None:
+    """One that is removed while a process waits for it lets two processes in."""
+    build()
+    [entry] = entries(tmp_path)
+    lock = entry.with_suffix(".lock")
+    assert lock.exists()
+    unfinished = entry.rename(entry.with_suffix(".building"))
+    used = time.time() - 2 * cache.DAY
+    os.utime(unfinished / "manifest.json", (used, used))
+    cache.prune(unfinished.parent)
+    assert entries(tmp_path) == []
+    assert lock.exists()
 
 
 def test_cache_that_cannot_be_written(build: Build, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.conversation import get_template
-from fastchat_qlora.data.dataset import Collator, build_dataset
+from fastchat_qlora.data.dataset import Collator, DataSource, build_dataset
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -222,6 +224,136 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"--conv_template alpacca.*vicuna"):
             build(data_file, tokenizer, tmp_path, conv_template="alpacca")
 
+    @pytest.mark.parametrize(("share", "bad"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.0, 0)])
+    def test_max_rejected_is_meant_as_written(
+        self, share: float, bad: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """0.29 * 100 is a little less than 29."""
+        path = write(tmp_path / "a.jsonl", *[sharegpt(HI)] * (100 - bad), *["{broken"] * bad)
+        assert len(build(path, tokenizer, tmp_path, max_rejected=share)["train"]) == 100 - bad
+        write(path, *[sharegpt(HI)] * (99 - bad), *["{broken"] * (bad + 1))
+        with pytest.raises(UserError, match=f"{bad + 1} of 100 records were rejected"):
+            build(path, tokenizer, tmp_path, max_rejected=share)
+
+
+class TestPlaces:
+    """Where data and the run's own files lie: nothing is left out unsaid, and nothing of the user's is lost."""
+
+    @pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_rejected_list_that_is_a_file_of_the_data(
+        self, linked: bool, flag: str, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "out"
+        output.mkdir()
+        path = write(output / "rejected.jsonl", sharegpt(HI), "{broken")
+        if linked:
+            (tmp_path / "link.jsonl").symlink_to(path)
+        before = path.read_bytes()
+        given = {"data_path": [str(data_file)], flag: [str(tmp_path / "link.jsonl" if linked else path)]}
+        args = DataArguments(max_rejected=1.0, **given)
+        with pytest.raises(
+            UserError, match=f"^--{flag} {path}: would be written by this run; give another --output_dir"
+        ):
+            build_dataset(args, tokenizer, max_length=256, seed=1, output_dir=str(output))
+        assert path.read_bytes() == before
+
+    def test_rejected_list_that_is_a_folder(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        (tmp_path / "rejected.jsonl").mkdir()
+        with pytest.raises(UserError, match=f"^--output_dir: {tmp_path}/rejected.jsonl cannot be written: .*; remove"):
+            build(data_file, tokenizer, tmp_path)
+        assert (tmp_path / "rejected.jsonl").is_dir()
+
+    def test_output_inside_the_data_is_no_data(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither the list of an earlier run nor a checkpoint's JSON becomes records of the next one."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
+        write(tmp_path / "data" / "a.jsonl", sharegpt(HI), "{broken")
+        for output in (tmp_path / "data" / "out", Path("data/out"), Path("data/../data/out")):
+            (output / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+            (output / "checkpoint-1" / "trainer_state.json").write_text("{}")
+            assert len(build(tmp_path / "data", tokenizer, output)["train"]) == 1
+            assert [(record["file"], record["line"]) for record in rejected(output)] == [
+                (str(tmp_path / "data" / "a.jsonl"), 2)
+            ]
+
+    def test_what_of_a_folder_is_not_read_is_named(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: pytest.LogCaptureFixture
+    ) -> None:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        write(folder / "a.jsonl", sharegpt(HI))
+        (folder / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
+        (folder / "linked").symlink_to(tmp_path)
+        (folder / "b.json.bz2").write_bytes(b"")
+        (folder / ".hidden.txt").write_bytes(b"")
+        assert len(build(folder, tokenizer, tmp_path)["train"]) == 1
+        told = f"--data_path {folder}: 1 files are read; 3 others are not: b.json.bz2, gone.jsonl, linked"
+        assert told in notices.messages
+        for i in range(4):
+            (folder / f"notes{i}.txt").write_bytes(b"")
+        build(folder, tokenizer, tmp_path)
+        assert told.replace("3 others", "7 others") + ", notes0.txt, notes1.txt, ..." in notices.messages
+
+    def test_folder_that_cannot_be_read_in_full(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Training on what happens to be readable would be training on something else."""
+        locked = tmp_path / "data" / "locked"
+        locked.mkdir(parents=True)
+        write(tmp_path / "data" / "a.jsonl", sharegpt(HI))
+        scan = os.scandir
+
+        def refuse(path: Any = ".") -> Iterator[os.DirEntry[str]]:  # the tests may run as root, who can read anything
+            if os.fspath(path) == str(locked):
+                raise PermissionError(13, "Permission denied", str(locked))
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(UserError, match=f"^--data_path {locked}: cannot be read: Permission denied; give a folder"):
+            build(tmp_path / "data", tokenizer, tmp_path)
+
+    @pytest.mark.parametrize("in_folder", [False, True])
+    def test_name_that_is_not_utf_8(self, in_folder: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        folder = tmp_path / os.fsdecode(b"donn\xe9es")
+        folder.mkdir()
+        path = write(folder / os.fsdecode(b"caf\xe9.jsonl"), sharegpt(HI, "a"), "{broken")
+        name = f"{tmp_path}/donn\\xe9es/caf\\xe9.jsonl"
+        for _ in range(2):  # built, and read back
+            train = build(folder if in_folder else path, tokenizer, tmp_path)["train"]
+            assert [(row["file"], row["line"], row["id"]) for row in train] == [(name, 1, "a")]
+            assert [(record["file"], record["line"]) for record in rejected(tmp_path)] == [(name, 2)]
+
+    def test_size_counts_files_and_hub_datasets(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By it the number of processes is chosen, and the progress bar ends at it."""
+        hub = Dataset.from_list([sharegpt(turns) for turns in CONVERSATIONS * 200])
+        monkeypatch.setattr("fastchat_qlora.data.dataset.load_hub_dataset", lambda *args: hub)
+        source = DataSource(["org/name", str(data_file), "org/name"], "--data_path", None, show_progress=False)
+        assert source.size == 2 * hub.data.nbytes + data_file.stat().st_size
+        told: list[int] = []
+
+        class Bar:
+            def __init__(self, total: int, **options: Any) -> None:
+                assert total == source.size
+
+            def __enter__(self) -> "Bar":
+                return self
+
+            def __exit__(self, *error: object) -> None: ...
+
+            def update(self, count: int) -> None:
+                told.append(count)
+
+        monkeypatch.setattr("fastchat_qlora.data.dataset.tqdm", Bar)
+        assert sum(1 for _ in source.records()) == 2 * 800 + 12
+        assert sum(told) == source.size
+
 
 class TestOverlong:
     """Of the four conversations, c0 is the shortest; c1 and c3 have two turns, c2 one long one."""
@@ -291,12 +423,17 @@ class TestEvaluation:
         assert taken[0] == taken[1]
         assert len({frozenset(ids) for ids in taken}) > 1
 
-    @pytest.mark.parametrize("eval_split", [12, 13, 0.01])
+    @pytest.mark.parametrize("eval_split", [12, 13, 0.01, 0.05])
     def test_split_that_leaves_a_side_empty(
         self, eval_split: float, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
-        with pytest.raises(UserError, match=f"--eval_split {eval_split}: takes .* of 12 conversations and leaves"):
+        with pytest.raises(UserError) as caught:
             build(data_file, tokenizer, tmp_path, eval_split=eval_split)
+        taken = int(eval_split if eval_split >= 1 else 0)
+        assert str(caught.value) == (
+            f"--eval_split {eval_split}: takes {taken} of 12 conversations and leaves nothing on one side; "
+            "give another share or count, or --eval_data_path"
+        )
 
     def test_split_is_rounded_down(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         parts = build(data_file, tokenizer, tmp_path, eval_split=0.95)

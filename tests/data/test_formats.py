@@ -112,12 +112,53 @@ def test_tool_calls(said: dict[str, Any]) -> None:
         ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),
+        *[
+            (
+                {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+                "message 1: .* are not JSON: Out of",
+            )
+            for arguments in ({"a": float("nan")}, {"a": [{"b": float("-inf")}]}, '{"a": NaN}', '{"a": [-Infinity]}')
+        ],
     ],
 )
 def test_bad_message(change: dict[str, Any], reason: str) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", **change}]
     with pytest.raises(RejectedRecord, match=reason):
         to_conversation({"messages": turns})
+
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SAID_BEFORE = [{"role": "system", "content": SYSTEM}, *HI]
+
+
+@pytest.mark.parametrize("system", [5, True, 1.5, ["Be brief."], {"content": "Be brief."}])
+@pytest.mark.parametrize("turns", [{"messages": HI}, {"messages": SAID_BEFORE}, {"instruction": "Hi", "output": "Ho"}])
+def test_system_message_that_is_no_text(turns: dict[str, Any], system: Any) -> None:
+    """What a run says to the model all through is not dropped without a word."""
+    with pytest.raises(RejectedRecord, match=r"^'system' must be text$"):
+        to_conversation({"system": system, **turns})
+
+
+@pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
+def test_two_system_messages_that_differ(first: Any) -> None:
+    record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
+    with pytest.raises(RejectedRecord, match=r"^two system messages that differ: 'system' and the first message$"):
+        to_conversation(record)
+
+
+@pytest.mark.parametrize("system", [SYSTEM, "", None])
+@pytest.mark.parametrize("first", [SYSTEM, [{"type": "text", "text": SYSTEM}]])
+def test_a_system_message_that_is_given_twice_is_one(first: Any, system: str | None) -> None:
+    record = {"system": system, "messages": [{"role": "system", "content": first}, *HI]}
+    assert to_conversation(record).messages == to_conversation({"messages": SAID_BEFORE}).messages
+
+
+@pytest.mark.parametrize(("given", "kept"), [(7, "7"), ("c7", "c7"), (10**30, "1" + "0" * 30)])
+@pytest.mark.parametrize("key", ["tool_call_id", "name"])
+def test_number_as_the_name_of_a_tool_call(key: str, given: Any, kept: str) -> None:
+    result = {"role": "tool", "content": "3", key: given}
+    turns = [HI[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, result, HI[1]]
+    assert to_conversation({"messages": turns}).messages[2] == Message("tool", "3", extra={key: kept})
 
 
 def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> DatasetDict:

@@ -1,8 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastchat_qlora.arguments import LoraArguments, ModelArguments
@@ -92,6 +94,38 @@ def test_tokenizer_is_set_up(model_folder: Path) -> None:
     )
     assert tokenizer.is_fast and tokenizer.model_max_length == 77 and tokenizer.padding_side == "left"
     assert tokenizer.pad_token == "<|endoftext|>", "its own pad token ends a turn, so the unknown token is taken"
+
+
+WITHOUT_UNKNOWN = Tokenizer(models.WordLevel({"hi": 0, "</s>": 1}))
+WITHOUT_UNKNOWN.pre_tokenizer = pre_tokenizers.Whitespace()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", ""),
+        ("tokenizer.json", '{"added_tokens": ['),
+        ("tokenizer.json", WITHOUT_UNKNOWN.to_str()),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "pad_token": {"a": 1}}'),
+        ("special_tokens_map.json", "[]"),
+        ("added_tokens.json", "[]"),
+    ],
+)
+def test_broken_tokenizer(name: str, content: str, model_folder: Path, tmp_path: Path) -> None:
+    """The libraries fail over such files in as many ways: KeyError, TypeError, AttributeError, Rust's own."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template.jinja"))
+    (folder / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(ModelArguments(str(folder)), cache_dir=None, model_max_length=77)
+    assert str(caught.value).startswith(f"--model_name_or_path {folder}: its tokenizer cannot be loaded: ")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_pad_token_rule(tokenizer: PreTrainedTokenizerFast) -> None:
