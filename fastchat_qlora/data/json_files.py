@@ -144,17 +144,27 @@ class _Watched:
 
     def _follow(self, text: bytes) -> None:
         """Count open brackets, other than those in strings."""
-        plain = text.replace(ESCAPED_BACKSLASH, b"").replace(b'\\"', b"")
-        parts = plain.split(b'"')
-        steps = np.frombuffer(b"".join(parts[::2]).translate(STEPS, NO_BRACKETS), np.int8)
+        outside = []
+        is_string = False
+        for part in text.split(b'"'):
+            is_escaped = False  # the quote behind this part
+            if not is_string:
+                outside.append(part)
+            elif part.endswith(b"\\"):
+                is_escaped = (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
+            is_string ^= not is_escaped
+        steps = np.frombuffer(b"".join(outside).translate(STEPS, NO_BRACKETS), np.int8)
         depths = self.depth + steps.cumsum(dtype=np.int64)
         if depths.max(initial=0) > DEEPEST:
             raise ValueError("is nested too deep")
         self.depth = int(depths[-1]) if len(depths) else self.depth
-        self.begun = b'"' * (len(parts) % 2 == 0) + b"\\" * plain.endswith(b"\\")
+        # Behind the last part there is no quote, but the end of what is known.
+        self.begun = b'"\\' if is_escaped else b'"' * (not is_string)
 
 
 def _check_pairs(text: bytes, behind: bytes) -> None:
+    if b"\\u" not in text + behind[:1]:
+        return
     masked = (text + behind).replace(ESCAPED_BACKSLASH, b"--")  # then each backslash left begins an escape
     if any(half.start() < len(text) for half in HALF_PAIR.finditer(masked)):
         raise ValueError("holds half of a surrogate pair, which is no character")

@@ -277,14 +277,12 @@ def _find_by_bytes(places: Places, segments: Sequence[Segment], pieces: Sequence
     if has_gaps:
         covered = np.concatenate(([0], np.cumsum(ends - starts)))
         exact &= covered[lasts] - covered[firsts] == stops - begins
-    touched = np.searchsorted(ends, begins, side="right")  # the first tokens with a part in the turns
-    turns = []
-    for n, i in enumerate(own):
-        if segments[i].supervised and not exact[n]:
-            raise RejectedRecord(ACROSS)
-        first = firsts[n] if segments[i].supervised else touched[n]
-        turns.append(Turn(int(first), int(lasts[n]), segments[i]))
-    return turns
+    supervised = [segments[i].supervised for i in own]
+    if not exact[supervised].all():
+        raise RejectedRecord(ACROSS)
+    if not all(supervised):  # of other turns all tokens with a part in them
+        firsts = np.where(supervised, firsts, np.searchsorted(ends, begins, side="right"))
+    return [Turn(*turn) for turn in zip(firsts.tolist(), lasts.tolist(), (segments[i] for i in own), strict=True)]
 
 
 def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
