@@ -18,7 +18,7 @@ KEPT = 10
 """Entries that pruning leaves, the latest used ones; those used within the last day are left in any case."""
 
 MANIFEST = "manifest.json"
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 DAY = 24 * 3600.0
 
 

@@ -100,10 +100,14 @@ class TurnFinder:
             is_whole = not rows and last.text is whole
             count = len(self.messages) if is_whole else last.index + 1
             text = whole if is_whole else self.render(count, False, None)
-            closing = "" if text.startswith(last.text[: last.end]) else last.text[len(text) : last.end]
+            said = last.text[: last.end]
+            closing = said[len(text) :] if said.startswith(text) else ""
             row = self._place_turns(Row(count, text + closing, [], [], closing), turns, set(left))
+            learnt = {turn.index for turn in row.turns if turn.is_learnt}
+            if last.index not in learnt:
+                raise RejectedRecord(f"message {last.index}: {NO_END}")
             rows.append(row)
-            left = {i: turn for i, turn in left.items() if not any(t.index == i and t.is_learnt for t in row.turns)}
+            left = {i: turn for i, turn in left.items() if i not in learnt}
         return rows[::-1]
 
     def _place_turns(self, row: Row, turns: dict[int, Turn], left: set[int]) -> Row:

@@ -276,6 +276,17 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
         render_rows(to_messages(consecutive), tokenizer)
 
 
+def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The last answer's line break goes once a message follows, so no text has both it and the end of the turn."""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
+        "{% else %}{{ ' ' + message.content + ('\n' if loop.last else '') }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+        render_rows(to_messages(TALK), tokenizer)
+
+
 @pytest.mark.parametrize("between", ["", "\n"])
 def test_next_header_is_not_learnt(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Llama-3's first template writes the generation prompt whether asked to or not."""
