@@ -29,7 +29,7 @@ def get_cache_root(cache_dir: str | None) -> Path:
 
 def get_key(fingerprint: str, contents: Sequence[tuple[str, str]]) -> str:
     """The name of an entry, from what decides how data is treated and from the data's names and content hashes."""
-    return xxhash.xxh3_128_hexdigest(json.dumps([fingerprint, contents]).encode("utf-8", "surrogateescape"))
+    return xxhash.xxh3_128_hexdigest(json.dumps([fingerprint, contents]).encode())
 
 
 def hash_file(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from fastchat_qlora.data.chat_template import ChatTemplate
-from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
 from fastchat_qlora.data.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.length import split_messages, truncate
 from fastchat_qlora.data.readers import RawRecord, Rejection, Source
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What became of a batch: rows with the columns of rows.get_features, and what was rejected."""
+    """What became of a batch: rows with the columns of EAGER_FEATURES or LAZY_FEATURES, and what was rejected."""
 
     rows: pa.Table
     rejections: list[Rejection]
@@ -190,7 +190,7 @@ class Preprocessor:
         assert self.template is not None
         if conversation.tools:
             return RejectedRecord("the template has no words for 'tools'")
-        messages = [one._replace(learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
+        messages = _withhold_others(conversation.messages, learnt)
         try:
             return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
         except RejectedRecord as error:
@@ -230,7 +230,7 @@ class Preprocessor:
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
         learnt = self._choose(conversation)
-        messages = [one._replace(learn=one.learn and i in learnt) for i, one in enumerate(conversation.messages)]
+        messages = _withhold_others(conversation.messages, learnt)
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
@@ -251,6 +251,11 @@ class Preprocessor:
                     raise
                 lost += sum(_accepted(tokens).full_length for _, tokens in labelled)
         return _with_lost(rows, lost)
+
+
+def _withhold_others(messages: Sequence[Message], learnt: Sequence[int]) -> list[Message]:
+    """The messages, of which only those at these indices may be learnt."""
+    return [message._replace(learn=message.learn and i in learnt) for i, message in enumerate(messages)]
 
 
 def _accepted(tokens: TokenizedConversation | RejectedRecord) -> TokenizedConversation:
