@@ -198,7 +198,8 @@ def _text(content: Any, index: int) -> str:
     if not isinstance(content, str):
         raise RejectedRecord(f"message {index}: must be an object with text in 'from' and 'value', or role and content")
     try:
-        content.encode("utf-8")
+        if not content.isascii():  # most are, and that is told without reading them
+            content.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RejectedRecord(f"message {index}: holds half of a surrogate pair, which is no character") from error
     return content
