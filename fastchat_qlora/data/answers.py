@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.outlines import PROBE, PROBE_END
 
+MARK = re.compile(rf"(?:{PROBE}|\\ufdd0)(\d+)")  # as it is, or as JSON writes it
 TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 
 
@@ -32,8 +34,37 @@ def count_common(first: str, second: str) -> int:
     )
 
 
-def check_structure(message: Message, spoken: str, index: int) -> None:
-    """Reasoning, content, names and arguments must all stand in what is to be learnt.
+def _mark_structure(message: Message) -> tuple[Message, list[str]]:
+    """The message with a numbered probe for its reasoning and each name, argument and value of its calls, and these.
+
+    Their words may stand in the content too, so that finding them in a text says little.
+    """
+    parts: list[str] = []
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {mark(str(key)): mark(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [mark(item) for item in value]
+        parts.append(str(value))
+        return f"{PROBE}{len(parts) - 1}{PROBE_END}"
+
+    calls = [
+        {**call, "function": {name: mark(call["function"][name]) for name in ("name", "arguments")}}
+        for call in message.tool_calls
+    ]
+    reasoning = mark(message.reasoning) if message.reasoning else ""
+    return message._replace(reasoning=reasoning, tool_calls=tuple(calls)), parts
+
+
+def check_structure(message: Message, spoken: str, render: Callable[[Message], str], index: int) -> None:
+    """Reasoning, content, names and arguments must all be written by the template, and stand in what is to be learnt.
+
+    Args:
+        message: the assistant's message.
+        spoken: what is to be learnt of it.
+        render: the text of the conversation up to it, with another message in its place.
+        index: of the message.
 
     Raises:
         RejectedRecord: one of them does not.
@@ -41,11 +72,14 @@ def check_structure(message: Message, spoken: str, index: int) -> None:
     parts = [message.reasoning.strip(), message.content.strip()]
     for call in message.tool_calls:
         parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
-    for part in parts:
-        if not stands_in(part, spoken):
-            raise RejectedRecord(
-                f"message {index}: the chat template does not write {part[:40]!r}, which is said there"
-            )
+    missing = [part for part in dict.fromkeys(parts) if not stands_in(part, spoken)]
+    marked, marked_parts = _mark_structure(message)
+    written = {int(number) for number in MARK.findall(render(marked))}
+    missing += [part for number, part in enumerate(marked_parts) if number not in written]
+    if missing:
+        raise RejectedRecord(
+            f"message {index}: the chat template does not write {missing[0][:40]!r}, which is said there"
+        )
 
 
 def _leaves(value: Any) -> Iterator[str]:

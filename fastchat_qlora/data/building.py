@@ -172,7 +172,12 @@ def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, f
     threads = max(1, _count_cores() // workers)
     with ProcessPoolExecutor(workers, context, _start_worker, (preprocessor, threads)) as pool:
         try:
-            yield from _in_order(source, lambda batch: pool.submit(_work, batch), window=2 * workers)
+            for numbered, future in _in_order(source, lambda batch: pool.submit(_work, batch), window=2 * workers):
+                try:
+                    finished = future.result()
+                except RecursionError:  # a record that is nested too deep to be sent to a worker
+                    finished = preprocessor(numbered)
+                yield finished
         except BrokenProcessPool as error:
             raise UserError(
                 f"{flag}: a process that preprocesses it died, perhaps for lack of memory; give a lower "
@@ -188,8 +193,8 @@ def _run_here(source: Iterator[Numbered], preprocessor: Preprocessor) -> Iterato
         return pool.submit(lambda: (batch, preprocessor.encode(batch)))
 
     with _little_garbage(), ThreadPoolExecutor(1) as pool:
-        for batch, encoded in _in_order(source, submit, window=2):
-            yield preprocessor.finish(batch, encoded)
+        for _, future in _in_order(source, submit, window=2):
+            yield preprocessor.finish(*future.result())
 
 
 @contextmanager
@@ -205,14 +210,15 @@ def _little_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _in_order(source: Iterator[Numbered], submit: Callable[[Numbered], Future[Any]], window: int) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
+def _in_order(
+    source: Iterator[Numbered], submit: Callable[[Numbered], Future[Any]], window: int
+) -> Iterator[tuple[Numbered, Future[Any]]]:
+    waiting: deque[tuple[Numbered, Future[Any]]] = deque()
     for numbered in source:
-        waiting.append(submit(numbered))
+        waiting.append((numbered, submit(numbered)))
         if len(waiting) >= window:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+            yield waiting.popleft()
+    yield from waiting
 
 
 _worker: list[Preprocessor] = []

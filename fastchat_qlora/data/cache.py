@@ -67,9 +67,9 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
             if facts is not None:
                 (entry / MANIFEST).touch()  # used now: pruning goes by it
                 return entry, facts, False
-            shutil.rmtree(entry, ignore_errors=True)
+            _remove(entry)
             unfinished = root / f"{key}.building"
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            _remove(unfinished)  # of a process that was killed
             unfinished.mkdir()
             try:
                 facts = build(unfinished)
@@ -84,16 +84,25 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
 def read_entry(entry: Path) -> dict[str, Any] | None:
     """The facts of a complete entry; None if it is not there, or any byte of it is missing or changed."""
     try:
+        if not (entry / MANIFEST).is_file():
+            return None
         manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest["files"].items():
-            if hash_file(entry / name) != digest:
+            if not (entry / name).is_file() or hash_file(entry / name) != digest:
                 return None
         facts = manifest["facts"]
         if manifest["digest"] != _digest(manifest["files"], facts):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return facts if isinstance(facts, dict) else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prune(root: Path) -> None:

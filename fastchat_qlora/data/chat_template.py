@@ -10,13 +10,13 @@ drop reasoning, move the system message); then the conversation becomes several 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, Outline, fill, make_outline, probe
-from fastchat_qlora.data.turns import OTHERS, Render, TurnFinder, cut_row
+from fastchat_qlora.data.turns import Render, TurnFinder, cut_row
 
 FOLLOWING = Message("user", "-")
 
@@ -38,7 +38,7 @@ class ChatTemplate:
         self.control = control
         self.marks = _marks(tokenizer.chat_template)
         self.outlines: dict[str, list[Outline] | None] = {}
-        self.renderings: dict[tuple[str, bool, int | None], str] = {}
+        self.renderings: dict[tuple[str, bool, tuple[tuple[int, str], ...]], str] = {}
         self.rendered = 0
 
     def render(self, conversation: Conversation, learnt: Sequence[int]) -> list[list[Segment]]:
@@ -149,14 +149,8 @@ class ChatTemplate:
         return [make_outline(row.count, row.text, row.turns, row.unplaced, row.closing) for row in rows]
 
     def _rendering(self, messages: Sequence[Message], tools: Sequence[Any]) -> Render:
-        def render(count: int, prompt: bool, probed: int | None) -> str:
-            shown = list(messages[:count])
-            if probed == OTHERS:
-                shown = [
-                    message if message.role == "assistant" else probe(message, i) for i, message in enumerate(shown)
-                ]
-            elif probed is not None:
-                shown[probed] = Message("assistant", PROBE)
+        def render(count: int, prompt: bool, stand_ins: Mapping[int, Message]) -> str:
+            shown = [stand_ins.get(i, message) for i, message in enumerate(messages[:count])]
             return self._apply(shown, tools, prompt)
 
         return render
@@ -165,12 +159,16 @@ class ChatTemplate:
         """Longer conversations begin as shorter ones do; what was rendered for one is not rendered again."""
         plain = self._rendering(messages, ())
 
-        def render(count: int, prompt: bool, probed: int | None) -> str:
-            key = (" ".join(message.role for message in messages[:count]), prompt, probed)
-            if key not in self.renderings:
-                self.renderings[key] = plain(count, prompt, probed)
-                self.rendered += len(key[0]) + len(self.renderings[key])
-            return self.renderings[key]
+        def render(count: int, prompt: bool, stand_ins: Mapping[int, Message]) -> str:
+            roles = " ".join(message.role for message in messages[:count])
+            key = (roles, prompt, tuple((i, message.content) for i, message in stand_ins.items()))
+            text = self.renderings.get(key)
+            if text is None:
+                text = plain(count, prompt, stand_ins)
+                if self.rendered <= MOST_RENDERED:
+                    self.renderings[key] = text
+                    self.rendered += len(roles) + len(text)
+            return text
 
         return render
 

@@ -199,12 +199,16 @@ class DataSource:
 def _load(
     source: DataSource, preprocessor: Preprocessor, workers: int, rejected_to: Path | None, cache_dir: str | None
 ) -> LoadedData:
-    key = get_key(preprocessor.fingerprint(), source.contents())
-    entry, account, built = open_or_build(
-        get_cache_root(cache_dir),
-        key,
-        lambda folder: build_rows(source.records(), preprocessor, workers, folder, source.flag),
-    )
+    contents = source.contents()
+
+    def build(folder: Path) -> dict[str, Any]:
+        account = build_rows(source.records(), preprocessor, workers, folder, source.flag)
+        if source.contents() != contents:
+            raise UserError(f"{source.flag}: a file was changed while it was read; start again when it is complete")
+        return account
+
+    key = get_key(preprocessor.fingerprint(), contents)
+    entry, account, built = open_or_build(get_cache_root(cache_dir), key, build)
     if not built:
         logger.info(f"{source.flag}: read back from {entry}, where it was prepared before.")
     if rejected_to is not None and account["rejected"]:

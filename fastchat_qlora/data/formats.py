@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role
+from fastchat_qlora.data.outlines import PROBE, PROBE_END
 
 # The names that published data sets use for the participants of a conversation.
 ROLES: dict[str, Role] = {
@@ -93,14 +94,15 @@ def to_conversation(record: Any) -> Conversation:
         del messages[first]
     if not any(message.role == "assistant" for message in messages):
         raise RejectedRecord("no answer: the conversation has no assistant turn after a user's")
-    _check_size(messages)
+    _check_size(messages, conversation.tools)
     return Conversation(messages, conversation.tools)
 
 
-def _check_size(messages: Sequence[Message]) -> None:
+def _check_size(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
     if len(messages) > MOST_MESSAGES:
         raise RejectedRecord(f"{len(messages)} messages, more than {MOST_MESSAGES}")
     size = sum(len(message.content) + len(message.reasoning) for message in messages)
+    size += sum(len(str(calls)) for calls in (tools, *(message.tool_calls for message in messages)) if calls)
     if size > MOST_CHARACTERS:
         raise RejectedRecord(f"{size} characters, more than {MOST_CHARACTERS}")
 
@@ -127,6 +129,8 @@ def _read_messages(record: dict[str, Any]) -> list[Message]:
 
 def _read_alpaca(record: dict[str, Any]) -> list[Message]:
     """`instruction` and `output`, with `input` below the instruction, after an optional `system` and `history`."""
+    if "output" not in record:
+        raise RejectedRecord("'instruction' without 'output': there is no answer under that name")
     texts = {key: record.get(key) or "" for key in ("system", "instruction", "input", "output")}
     wrong = [key for key, text in texts.items() if not isinstance(text, str)]
     if wrong:
@@ -164,9 +168,12 @@ def _read_any_message(turn: Any, index: int) -> Message:
         raise RejectedRecord(f"message {index}: unknown role {_short(name)}; known are {', '.join(ROLES)}")
     calls = turn.get("tool_calls") or []
     if turn.get("function_call"):  # OpenAI's older name for one call
+        if calls:
+            raise RejectedRecord(f"message {index}: has 'tool_calls' and 'function_call'; one of them must go")
         calls = [turn["function_call"]]
     if speaker in CALLS:
-        content, calls = "", _parse_json(content, index)
+        content, calls = "", content
+    calls = _parse_json(calls, index) if isinstance(calls, str) else calls
     tool_calls = tuple(_read_call(call, index) for call in (calls if isinstance(calls, list) else [calls]))
     if content is None and role == "assistant" and tool_calls:
         content = ""
@@ -197,11 +204,13 @@ def _text(content: Any, index: int) -> str:
         content = _join_parts(content, index)
     if not isinstance(content, str):
         raise RejectedRecord(f"message {index}: must be an object with text in 'from' and 'value', or role and content")
-    try:
-        if not content.isascii():  # most are, and that is told without reading them
+    if not content.isascii():  # most are, and that is told without reading them
+        try:
             content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RejectedRecord(f"message {index}: holds half of a surrogate pair, which is no character") from error
+        except UnicodeEncodeError as error:
+            raise RejectedRecord(f"message {index}: holds half of a surrogate pair, which is no character") from error
+        if PROBE in content or PROBE_END in content:  # chat templates are watched with them
+            raise RejectedRecord(f"message {index}: holds U+FDD0 or U+FDD1, which is no character")
     return content
 
 
@@ -236,11 +245,12 @@ def _read_call(call: Any, index: int) -> dict[str, Any]:
         arguments = _parse_json(arguments or "{}", index)
     if not isinstance(arguments, dict):
         raise RejectedRecord(f"message {index}: a tool call's arguments must be an object")
-    try:  # no half surrogate pairs in there, and no NaN
-        _text(json.dumps([function["name"], arguments], ensure_ascii=False, allow_nan=False), index)
-    except ValueError as error:
+    try:
+        text = json.dumps([function["name"], arguments], ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # NaN
         raise RejectedRecord(f"message {index}: a tool call's arguments are not JSON: {error}") from error
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    _text(text, index)
+    identity = {"id": _text(call["id"], index)} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -262,4 +272,8 @@ def _read_tools(record: dict[str, Any]) -> list[Mapping[str, Any]]:
         raise RejectedRecord("'tools' must be a list of objects, or that as JSON")
     if tools:
         _text(json.dumps(tools, ensure_ascii=False), 0)
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    functions = [tool["function"] for tool in tools]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise RejectedRecord("'tools' holds a function that is not an object with a name")
+    return tools

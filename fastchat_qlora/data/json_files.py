@@ -29,6 +29,9 @@ pair, huge numbers) is read again, whole, by Python's tolerant one."""
 DEEPEST = 12_000
 """Brackets that may be open at once in an array. A record that is nested less deep can be rejected by itself."""
 
+LONGEST_NUMBER = 4_000
+"""Digits of a whole number; Python refuses to read much longer ones."""
+
 ESCAPED_BACKSLASH = b"\\\\"
 # The first half of a surrogate pair without the second.
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
@@ -170,6 +173,10 @@ def _check_pairs(text: bytes, behind: bytes) -> None:
         raise ValueError("holds half of a surrogate pair, which is no character")
 
 
+def _parse_int(digits: str) -> float:
+    return int(digits) if len(digits) <= LONGEST_NUMBER else float(digits)
+
+
 def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[Numbered]:
     """The rest of an array that only a tolerant parser can read; its errors name the line."""
     opened = _unpack(path.name.lower(), path.open("rb"))
@@ -180,7 +187,7 @@ def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no recor
             f"{flag} {path}: {reason}; mend it, or write one record a line (.jsonl), where a broken one is left out"
         )
     try:
-        records = json.loads(content.decode("utf-8-sig"))
+        records = json.loads(content.decode("utf-8-sig"), parse_int=_parse_int)
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:

@@ -44,8 +44,13 @@ def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_le
         The messages of each part.
     """
     has_system = messages[0].role == "system"
-    starts = [i for i, message in enumerate(messages) if message.role == "user"] or [int(has_system)]
-    starts[0] = int(has_system)
+    starts = [int(has_system)]
+    is_answered = False  # users may say several things before
+    for i, message in enumerate(messages):
+        is_answered |= message.role == "assistant"
+        if message.role == "user" and is_answered:
+            starts.append(i)
+            is_answered = False
     ends = iter(turn_ends)
     end_of = {i: next(ends, turn_ends[-1]) for i, message in enumerate(messages) if message.role == "assistant"}
     exchanges = [

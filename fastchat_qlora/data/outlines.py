@@ -7,8 +7,8 @@ from typing import Protocol
 
 from fastchat_qlora.data.conversation import Message, Segment
 
-PROBE = "\ue000"  # characters of private use, which stand in for contents
-PROBE_END = "\ue001"
+PROBE = "\ufdd0"  # Unicode's noncharacters, which stand in for contents; records that hold one are rejected
+PROBE_END = "\ufdd1"
 PROBES = re.compile(f"{PROBE}(\\d+){PROBE_END}")
 
 

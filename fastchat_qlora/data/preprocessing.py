@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,9 +235,11 @@ class Preprocessor:
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
+        skipped = [part for part in parts if not self._choose(part)]
+        share = _count_characters(skipped) / _count_characters(parts)
+        lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))
         parts = [part for part in parts if self._choose(part)]
         rows: list[Row] = []
-        lost = 0
         for part, texts in zip(parts, self.render(parts), strict=True):
             if isinstance(texts, RejectedRecord):
                 raise texts
@@ -256,6 +259,10 @@ class Preprocessor:
 def _withhold_others(messages: Sequence[Message], learnt: Sequence[int]) -> list[Message]:
     """The messages, of which only those at these indices may be learnt."""
     return [message._replace(learn=message.learn and i in learnt) for i, message in enumerate(messages)]
+
+
+def _count_characters(parts: Sequence[Conversation]) -> int:
+    return sum(len(message.content) + 1 for part in parts for message in part.messages)
 
 
 def _accepted(tokens: TokenizedConversation | RejectedRecord) -> TokenizedConversation:

@@ -177,15 +177,32 @@ def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
 
 def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
     """Read the rows of a loaded dataset; `progress` is told each row's share of its bytes."""
-    number = told = 0
-    for batch in dataset.iter(batch_size=BATCH):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            row = dict(zip(batch, values, strict=True))
-            yield RawRecord(Source(name, number), without_nulls(row))
-        total = dataset.data.nbytes * number // len(dataset)
+    columns = [column for column in dataset.column_names if column in FIELDS]
+    wanted = dataset.select_columns(columns)  # others may not even be readable: images without a library for them
+    told = 0
+    for start in range(0, len(dataset), BATCH):
+        end = min(start + BATCH, len(dataset))
+        for number, row in enumerate(_hub_rows(wanted, start, end), start + 1):
+            yield RawRecord(Source(name, number), row)
+        total = dataset.data.nbytes * end // len(dataset)
         progress(total - told)
         told = total
+
+
+def _hub_rows(dataset: Any, start: int, end: int) -> Iterator[Any]:
+    """Some rows of a dataset, as those of a batch of Parquet."""
+    if not dataset.column_names:
+        yield from ({} for _ in range(start, end))
+        return
+    try:
+        columns = dataset[start:end]
+        yield from (without_nulls(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
+    except UNREADABLE:
+        for i in range(start, end):
+            try:
+                yield without_nulls(dataset[i])
+            except UNREADABLE as error:
+                yield RejectedRecord(f"a value that cannot be read: {error}")
 
 
 def _raise(error: OSError) -> None:

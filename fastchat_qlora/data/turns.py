@@ -5,7 +5,7 @@ it is learnt from is compared with that. Anything unexpected is a reason to reje
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastchat_qlora.data.answers import TAG, check_structure, count_common, get_variants, split_at_tags, stands_in
@@ -13,6 +13,7 @@ from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, probe
 
+ALONE_PROBE = Message("assistant", PROBE)
 ALONE = re.compile(f"{PROBE}(?!\\d)")  # a probe that stands for no numbered message
 
 NO_END = "the chat template ends the turn with no special token to stop at"
@@ -58,11 +59,13 @@ class Row:
     closing: str = ""
 
 
-OTHERS = -1
+MOST_TEXT = 20_000_000
+"""Characters of the texts that one conversation may become, together; a template that rewrites makes many."""
 
-Render = Callable[[int, bool, int | None], str]
-"""(how many messages, with the generation prompt, which answer is replaced by a probe) -> text. OTHERS replaces all
-messages that are not the assistant's by numbered probes."""
+Render = Callable[[int, bool, Mapping[int, Message]], str]
+"""(how many messages, with the generation prompt, what stands in for which of them) -> text."""
+
+AS_THEY_ARE: Mapping[int, Message] = {}
 
 
 class TurnFinder:
@@ -79,6 +82,8 @@ class TurnFinder:
         self.messages = messages
         self.render = render
         self.control = control
+        self.size = 0
+        self.rewritten: dict[int, Turn] = {}
 
     def find_rows(self, wanted: set[int]) -> list[Row]:
         """The texts to train on, so that each wanted answer is learnt from one of them.
@@ -86,20 +91,21 @@ class TurnFinder:
         Raises:
             RejectedRecord: the template refuses the conversation, leaves something out or changes what is said.
         """
-        whole = self.render(len(self.messages), False, None)
+        whole = self._count(self.render(len(self.messages), False, AS_THEY_ARE))
         turns: dict[int, Turn] = {}
         for i, message in enumerate(self.messages):
             if message.role == "assistant":
                 turn = self._find_turn(i)
                 is_appended = whole.startswith(turn.text[: turn.end])
-                turns[i] = replace(turn, text=whole) if is_appended else turn  # keeps one text, not one for each turn
+                # Keeps one text, not one for each turn.
+                turns[i] = replace(turn, text=whole if is_appended else self._count(turn.text))
         rows: list[Row] = []
         left = {i: turn for i, turn in turns.items() if i in wanted}
         while left:
             last = left[max(left)]
             is_whole = not rows and last.text is whole
             count = len(self.messages) if is_whole else last.index + 1
-            text = whole if is_whole else self.render(count, False, None)
+            text = whole if is_whole else self._count(self.render(count, False, AS_THEY_ARE))
             said = last.text[: last.end]
             closing = said[len(text) :] if said.startswith(text) else ""
             row = self._place_turns(Row(count, text + closing, [], [], closing), turns, set(left))
@@ -109,6 +115,12 @@ class TurnFinder:
             rows.append(row)
             left = {i: turn for i, turn in left.items() if i not in learnt}
         return rows[::-1]
+
+    def _count(self, text: str) -> str:
+        self.size += len(text)
+        if self.size > MOST_TEXT:
+            raise RejectedRecord(f"the chat template makes texts of more than {MOST_TEXT} characters of it")
+        return text
 
     def _place_turns(self, row: Row, turns: dict[int, Turn], left: set[int]) -> Row:
         """A row with its turns. One that stands there as a server has shown it may be learnt, if it still is to be."""
@@ -130,7 +142,9 @@ class TurnFinder:
     def _check_nothing_left_out(self, row: Row) -> None:
         """What others than the assistant say must stand in the text, and not by chance: "user" does in most headers."""
         try:
-            probed = self.render(row.count, False, OTHERS)
+            messages = enumerate(self.messages[: row.count])
+            probes = {i: probe(message, i) for i, message in messages if message.role != "assistant"}
+            probed = self.render(row.count, False, probes)
         except RejectedRecord:  # a template that looks into contents
             probed = None
         for i, message in enumerate(self.messages[: row.count]):
@@ -142,8 +156,16 @@ class TurnFinder:
 
     def _find_rewritten(self, turn: Turn, row: Row) -> Turn | None:
         """An answer that the template writes otherwise once a later one follows: without its thoughts, say."""
+        known = self.rewritten.get(turn.index)
+        if known is None or not row.text.startswith(known.text[: known.end]):  # nearly always as in a longer row
+            known = self._search_rewritten(turn, row)
+            if known is not None:
+                self.rewritten[turn.index] = known
+        return known
+
+    def _search_rewritten(self, turn: Turn, row: Row) -> Turn | None:
         try:
-            probed = self.render(row.count, False, turn.index) + row.closing
+            probed = self.render(row.count, False, {turn.index: ALONE_PROBE}) + row.closing
         except RejectedRecord:
             return None
         place = ALONE.search(probed)
@@ -161,9 +183,9 @@ class TurnFinder:
 
     def _find_turn(self, index: int) -> Turn:
         message = self.messages[index]
-        answered = self.render(index + 1, False, None)
-        probed = self.render(index + 1, False, index)
-        prompt = self.render(index, True, None) if index else ""
+        answered = self.render(index + 1, False, AS_THEY_ARE)
+        probed = self.render(index + 1, False, {index: ALONE_PROBE})
+        prompt = self.render(index, True, AS_THEY_ARE) if index else ""
         place = probed.rfind(PROBE)
         if place < 0:
             raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
@@ -182,7 +204,7 @@ class TurnFinder:
             else:
                 start = len(prompt) if answered.startswith(prompt) else count_common(answered, probed)
             said, end = self._structured_end(answered, start, ending, index)
-            check_structure(message, answered[start:end], index)
+            check_structure(message, answered[start:end], lambda m: self.render(index + 1, False, {index: m}), index)
             return Turn(index, answered, start, end, answered[said:end])
         for content in get_variants(message.content):
             if answered == probed[:place] + content + ending:
@@ -200,7 +222,8 @@ class TurnFinder:
             RejectedRecord: no control token follows the answer.
         """
         if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
-            followed = self.render(index + 2, False, index)  # without the answer: its thoughts may be dropped by then
+            # Without the answer, for its thoughts may be dropped by then.
+            followed = self.render(index + 2, False, {index: ALONE_PROBE})
             place = ALONE.search(followed)
             token = self.control.search(followed, place.end()) if place else None
             if place and token and not followed[place.end() : token.start()].strip():

@@ -120,6 +120,49 @@ def test_damaged_entry_is_built_again(
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["rows.arrow", "manifest.json"])
+@pytest.mark.parametrize("thing", ["pipe", "folder", "nested"])
+def test_what_is_no_file_of_an_entry(name: str, thing: str, build: Build, built: list[str], tmp_path: Path) -> None:
+    """Built again, and nobody waits at a pipe for ever."""
+    first = build().to_list()
+    path = entries(tmp_path)[0] / name
+    path.unlink()
+    if thing == "pipe":
+        os.mkfifo(path)
+    elif thing == "folder":
+        path.mkdir()
+    else:
+        path.write_text("[" * 100_000)
+    assert build().to_list() == first
+    assert len(built) == 2
+
+
+def test_file_in_the_place_of_an_entry(build: Build, built: list[str], tmp_path: Path) -> None:
+    first = build().to_list()
+    [entry] = entries(tmp_path)
+    entry.rename(tmp_path / "elsewhere")
+    entry.write_text("")
+    assert build().to_list() == first
+    assert len(built) == 2
+
+
+def test_data_that_changes_while_it_is_read(
+    build: Build, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows must not be found again under what it was before."""
+    make = building.build_rows
+
+    def changing(*args: Any) -> Any:
+        account = make(*args)
+        data_file.write_text(data_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+        return account
+
+    monkeypatch.setattr("fastchat_qlora.data.dataset.build_rows", changing)
+    with pytest.raises(UserError, match="--data_path: a file was changed while it was read; start again"):
+        build()
+    assert entries(tmp_path) == []
+
+
 def test_unfinished_entry_of_a_killed_process(build: Build, built: list[str], tmp_path: Path) -> None:
     first = build().to_list()
     [entry] = entries(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import CONVERSATIONS, sharegpt
+from real_templates import with_template
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ from fastchat_qlora.data.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
-Load = Callable[[Path], LoadedData]
+Load = Callable[..., LoadedData]
 
 END = "<|im_end|>"
 
@@ -49,6 +50,14 @@ RECORDS: list[dict[str, Any]] = [
             {"role": "assistant", "content": "Two"},
         ],
         "tools": TOOLS,
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "reasoning_content": "A greeting."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "So.", "reasoning_content": "A question."},
+        ],
     },
 ]
 JUNK: list[Any] = [
@@ -94,17 +103,23 @@ def mutate(value: Any, rng: random.Random) -> Any:
     return rng.choice(JUNK)
 
 
-@pytest.mark.parametrize("conv_template", ["auto", "vicuna"])
-def test_five_thousand_mutated_records(conv_template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Twice 5,000: each is accepted or rejected with a reason, and what is accepted has something to learn."""
+@pytest.mark.parametrize("template", ["auto", "vicuna", "qwen2_5", "qwen3"])
+def test_five_thousand_mutated_records(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """5,000 times four: each is accepted or rejected with a reason, and what is accepted has something to learn.
+
+    Qwen's templates have words for tools, and Qwen3's for thoughts too.
+    """
     rng = random.Random(0)
-    preprocessor = Preprocessor(tokenizer, conv_template, 200, "split")
+    has_tools = template.startswith("qwen")
+    if has_tools:
+        with_template(tokenizer, template)
+    preprocessor = Preprocessor(tokenizer, "auto" if has_tools else template, 700 if has_tools else 200, "split")
     mutated = [mutate(rng.choice(RECORDS), rng) for _ in range(4_990)]
     mutated += [deep(depth) for depth in (5, 500, 100_000)]
     mutated += [{"messages": deep(100_000)}, {**RECORDS[4], "tools": [{"a": deep(100_000)}]}, {"id": deep(100_000)}]
     mutated += [{"messages": [{"role": "user", "content": deep(9_000)}]}, {**RECORDS[0], "id": deep(9_000)}, [], "text"]
     records = [(i, RawRecord(Source("f", i + 1), record)) for i, record in enumerate(mutated)]
-    accepted = rejected = 0
+    accepted = rejected = calls = thoughts = 0
     for start in range(0, len(records), 250):
         done = preprocessor(records[start : start + 250])
         rows = done.rows.to_pylist()
@@ -112,16 +127,21 @@ def test_five_thousand_mutated_records(conv_template: str, tokenizer: PreTrained
         assert done.read == 250 == len(own) + len(done.rejections)
         assert own.isdisjoint(rejection.source.line - 1 for rejection in done.rejections)
         assert all(rejection.reason for rejection in done.rejections)
-        assert all(0 < row["supervised"] <= row["length"] <= 200 for row in rows)
+        assert all(0 < row["supervised"] <= row["length"] <= preprocessor.max_length for row in rows)
+        said = [tokenizer.decode([i for i in row["labels"] if i != IGNORE_INDEX]) for row in rows]
+        calls += sum("<tool_call>" in text for text in said)
+        thoughts += sum("A greeting." in text for text in said)
         accepted, rejected = accepted + len(own), rejected + len(done.rejections)
     assert accepted > 500
     assert rejected > 500
+    assert (calls > 100) == has_tools
+    assert (thoughts > 100) == (template == "qwen3")
 
 
 @pytest.fixture
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
-    def load_path(path: Path) -> LoadedData:
-        arguments = DataArguments(data_path=[str(path)], max_rejected=1.0)
+    def load_path(path: Path, workers: int | None = None) -> LoadedData:
+        arguments = DataArguments(data_path=[str(path)], max_rejected=1.0, preprocessing_num_workers=workers)
         return load_data(
             arguments,
             tokenizer,
@@ -218,6 +238,19 @@ def test_bad_record_among_good_ones(record: str, load: Load, tmp_path: Path) -> 
     assert (loaded.account["read"], loaded.account["rejected"]) == (3, 1)
     assert [row["line"] for row in loaded.rows] == [1, 3]
     assert [line["line"] for line in rejected_lines(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_bad_records_with_several_workers(ending: str, load: Load, tmp_path: Path) -> None:
+    """One of them is nested too deep to be sent to another process."""
+    nested = "[" * 9_000 + "]" * 9_000
+    records = [GOOD, f'{{"messages": {nested}}}', '{"messages": [], "tools": [{"function": "add"}]}', "5", GOOD]
+    path = tmp_path / f"a{ending}"
+    path.write_text(f"[{','.join(records)}]" if ending == ".json" else "\n".join(records), encoding="utf-8")
+    loaded = load(path, workers=2)
+    assert (loaded.account["read"], loaded.account["rejected"]) == (5, 3)
+    assert [row["line"] for row in loaded.rows] == [1, 5]
+    assert [line["line"] for line in rejected_lines(tmp_path)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])

@@ -80,8 +80,10 @@ def test_alpaca_input_stands_below_the_instruction() -> None:
         },
         {"role": "assistant", "content": "", "function_call": CALL["function"]},
         {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "function_call", "value": CALL["function"]},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
     ],
-    ids=["object", "JSON", "older name", "ShareGPT"],
+    ids=["object", "JSON", "older name", "ShareGPT", "ShareGPT, object", "all in JSON"],
 )
 def test_tool_calls(said: dict[str, Any]) -> None:
     """However it is written down, a call is one; the tool's result and description are kept for the template."""
@@ -109,6 +111,8 @@ def test_tool_calls(said: dict[str, Any]) -> None:
             "message 1: a content part is no text but 'image_url'",
         ),
         ({"content": None}, "message 1: must be an object with text"),
+        ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
+        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has 'tool_calls' and 'function_call'"),
         ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastchat_qlora.data.conversation import RejectedRecord
-from fastchat_qlora.data.length import truncate
+from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.length import split_messages, truncate
 from fastchat_qlora.data.tokenization import IGNORE_INDEX, TokenizedConversation
 
 END = 2
@@ -57,6 +57,26 @@ def test_first_turn_is_cut_inside_and_does_not_end() -> None:
 def test_nothing_left_is_rejected(max_length: int) -> None:
     with pytest.raises(RejectedRecord, match=f"nothing to learn .* first {max_length} tokens"):
         truncate(conversation((3, 4)), max_length)
+
+
+ROLES: st.SearchStrategy[Role] = st.sampled_from(["user", "user", "assistant", "tool"])
+
+
+@given(roles=st.lists(ROLES, max_size=12), has_system=st.booleans(), max_length=st.integers(1, 60))
+def test_parts_have_everything_that_was_said_before_an_answer(
+    roles: list[Role], has_system: bool, max_length: int
+) -> None:
+    """Users may say several things in a row, and all of them are what is answered."""
+    system: list[Role] = ["system"] if has_system else []
+    messages = [Message(role, f"{i}") for i, role in enumerate([*system, "user", "assistant", *roles])]
+    ends = [10 * i for i, message in enumerate(messages, 1) if message.role == "assistant"]
+    parts = split_messages(messages, ends, max_length)
+    said = [message for part in parts for message in part[has_system:]]
+    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+    assert said[: last + 1 - has_system] == messages[has_system : last + 1]
+    assert said == messages[has_system : len(said) + has_system]
+    assert all(part[0].role == "system" for part in parts if has_system)
+    assert all(any(message.role == "assistant" for message in part) for part in parts)
 
 
 @given(

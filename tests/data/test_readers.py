@@ -94,6 +94,7 @@ def test_good_records(name: str, tmp_path: Path) -> None:
         ({"conversations": {"from": "human", "value": "Hi"}}, "no turns"),
         ({"conversations": "Hi"}, "no turns"),
         ({"conversations": ["Hi", "Hello"]}, "message 0: must be an object"),
+        ({"instruction": "Why?", "context": "", "response": "So"}, "'instruction' without 'output'"),
         ({"conversations": [*GOOD["conversations"], {"from": "human"}]}, "message 2: must be an object"),
         ({"conversations": [{"from": "human", "value": 5}]}, "message 0: must be an object with text"),
         ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part is no text but 'int'"),
@@ -422,6 +423,7 @@ def test_brackets_that_are_not_nested_do_no_harm(
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
 def test_array_with_what_only_python_reads(name: str, tmp_path: Path) -> None:
     content = line([{**GOOD, "score": float("nan"), "most": float("-inf"), "count": 10**400}, GOOD])
+    content = content.replace(b"NaN", b'NaN, "long": ' + b"9" * 5_000)  # more digits than Python likes
     assert b"NaN" in content
     records = read(tmp_path / name, pack(content, name))
     assert [record.messages for record in records if isinstance(record, Conversation)] == [MESSAGES] * 2
@@ -580,6 +582,28 @@ def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Pa
     told: list[int] = []
     assert len(list(read_file(path, "--data_path", told.append))) == count
     assert sum(told) == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("columns", "good"),
+    [
+        ({"messages": GOOD_TURNS, "raw": not_utf_8(b"a", b"\xff", b"c"), "when": TOO_LATE}, [True, True, True]),
+        ({"id": not_utf_8(b"a", b"\xff", b"c"), "messages": GOOD_TURNS}, [True, False, True]),
+        ({"id": TOO_LATE, "messages": GOOD_TURNS}, [True, False, True]),
+        ({"raw": not_utf_8(b"a", b"\xff", b"c")}, [False, False, False]),
+    ],
+    ids=["in an unused column", "as id", "a date as id", "in all there is"],
+)
+@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+def test_hub_dataset_with_values_that_python_cannot_hold(
+    columns: dict[str, pa.Array], good: list[bool], before: int
+) -> None:
+    """As in Parquet files."""
+    table = pa.table(columns)
+    dataset = Dataset(pa.concat_tables([table.slice(0, 1)] * before + [table]))
+    values = [record.value for record in read_hub_dataset("org/name", dataset)]
+    assert [bool(value) and not isinstance(value, RejectedRecord) for value in values] == [good[0]] * before + good
+    assert all(isinstance(value, RejectedRecord) or set(value) <= {"id", "messages"} for value in values)
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1, 3 * BATCH - 1])

@@ -1,6 +1,7 @@
 """Tool calls and thoughts through real chat templates: exactly these texts are learnt, and no result of a tool is."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,105 @@ def test_what_a_template_has_no_words_for(name: str, record: Any, reason: str) -
     assert [rejection.reason[: len(reason)] for rejection in done.rejections] == [reason]
 
 
+SAID = [
+    {"role": "user", "content": "Add them."},
+    {"role": "assistant", "content": "I will call add with a 1 and b two."},
+]
+
+
+@pytest.mark.parametrize("name", ["llama3", "deepseek_r1_distill", "phi3"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**SAID[1], "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "end", "arguments": {}}}]},
+        {"role": "assistant", "content": "The sum is three.", "reasoning_content": "three"},
+    ],
+    ids=["announced", "named as the end token", "thought"],
+)
+def test_what_has_no_words_is_missed_though_they_stand_elsewhere(name: str, message: Any) -> None:
+    """The words of a call or a thought may well stand in the content, or in the token that ends the turn."""
+    done = prepare(byte_level(name), {"messages": [SAID[0], message]})
+    reasons = [rejection.reason for rejection in done.rejections]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("message 1: the chat template ")
+    assert len(done.rows) == 0
+
+
+@pytest.mark.parametrize("name", sorted({*LEARNT_OF_TOOLS} - {"llama3_1"}))  # it has no words for both at once
+def test_announced_call_is_learnt_as_well(name: str) -> None:
+    tokenizer = byte_level(name)
+    record = {"messages": [SAID[0], {**SAID[1], "tool_calls": [CALL]}], "tools": [ADD]}
+    rows = learnt_rows(tokenizer, record)
+    [call, *_] = LEARNT_OF_TOOLS[name][0]
+    assert SAID[1]["content"] in "".join(rows[0])
+    assert re.sub(r"\s", "", call).split("</tool_call>")[0] in re.sub(r"\s", "", rows[0][0])
+
+
+@pytest.mark.parametrize("place", ["content", "reasoning_content", "arguments", "id", "tools"])
+@pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
+def test_characters_that_templates_are_watched_with(place: str, character: str) -> None:
+    """They are Unicode's noncharacters; in a message they could be taken for the places that are looked for."""
+    call = json.loads(json.dumps(CALL))
+    tool = json.loads(json.dumps(ADD))
+    answer: dict[str, Any] = {"role": "assistant", "content": "Hello", "tool_calls": [call]}
+    if place == "arguments":
+        call["function"]["arguments"]["b"] = f"x{character}"
+    elif place == "id":
+        call["id"] = f"x{character}"
+    elif place == "tools":
+        tool["function"]["description"] = f"x{character}"
+    else:
+        answer[place] = f"x{character}"
+    done = prepare(byte_level("glm4moe"), {"messages": [SAID[0], answer], "tools": [tool]})
+    assert [rejection.reason.partition(": ")[2] for rejection in done.rejections] == [
+        "holds U+FDD0 or U+FDD1, which is no character"
+    ]
+
+
+def test_characters_of_private_use_are_text() -> None:
+    """Icon fonts have them; one at the end of a question was once taken for the answer."""
+    messages = [
+        {"role": "user", "content": "Hi \ue000"},
+        {"role": "assistant", "content": "Hello \ue001", "reasoning_content": "thought"},
+    ]
+    assert learnt_rows(byte_level("glm4moe"), {"messages": messages}) == [
+        ["\n<think>thought</think>\nHello \ue001<|user|>"]
+    ]
+
+
+@pytest.mark.parametrize("thoughts", [False, True])
+def test_template_that_rewrites_is_rendered_a_few_times_for_each_answer(thoughts: bool) -> None:
+    """Of n answers Qwen3 makes n texts, in each of which the earlier answers have to be found again."""
+    tokenizer = byte_level("qwen3")
+    messages = [
+        {"role": role, "content": f"{role} {i}", **({"reasoning_content": "R"} if thoughts and i % 2 else {})}
+        for i, role in enumerate(("user", "assistant") * 20)
+    ]
+    preprocessor = Preprocessor(tokenizer, "auto", 100_000, "truncate")
+    count = 0
+    apply = tokenizer.apply_chat_template
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return apply(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "apply_chat_template", counted)
+        done = preprocessor([(0, RawRecord(Source("f", 1), {"messages": messages}))])
+    assert len(done.rows) == 20
+    assert all(row["turns"] == i + 1 for i, row in enumerate(done.rows.to_pylist()))
+    assert count < 8 * 20
+
+
+def test_too_much_text_of_one_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastchat_qlora.data.turns.MOST_TEXT", 2_000)
+    messages = [{"role": role, "content": f"{role} {i}" * 5} for i, role in enumerate(("user", "assistant") * 20)]
+    [rejection] = prepare(byte_level("qwen3"), {"messages": messages}).rejections
+    assert rejection.reason == "the chat template makes texts of more than 2000 characters of it"
+
+
 TALK = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "SECRET", "reasoning_content": "thought"},
@@ -167,6 +267,8 @@ class TestWholeConversations:
         assert learnt_rows(tokenizer, {"messages": turns}, train_on="last", **options) == [
             ["assistant 5 and so on<|im_end|>"]
         ]
+        [last] = prepare(tokenizer, {"messages": turns}, train_on="last", **options).rows.to_pylist()
+        assert last["length"] < last["full_length"]  # the other parts are in no row, which is counted
         parts = learnt_rows(tokenizer, {"messages": turns}, **options)
         assert len(parts) > 1
         assert [text for part in parts for text in part] == [f"assistant {i} and so on<|im_end|>" for i in range(6)]
