@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
-from fastchat_qlora.data.outlines import PROBE, PROBE_END
+from fastchat_qlora.data.outlines import WRITTEN_PROBES, numbered_probe
 
-MARK = re.compile(rf"(?:{PROBE}|\\ufdd0)(\d+)")  # as it is, or as JSON writes it
 TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 
 
@@ -40,21 +39,19 @@ def _mark_structure(message: Message) -> tuple[Message, list[str]]:
     Their words may stand in the content too, so that finding them in a text says little.
     """
     parts: list[str] = []
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {mark(str(key)): mark(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [mark(item) for item in value]
-        parts.append(str(value))
-        return f"{PROBE}{len(parts) - 1}{PROBE_END}"
-
-    calls = [
-        {**call, "function": {name: mark(call["function"][name]) for name in ("name", "arguments")}}
-        for call in message.tool_calls
-    ]
-    reasoning = mark(message.reasoning) if message.reasoning else ""
+    calls = [{**call, "function": _mark(call["function"], parts, names=False)} for call in message.tool_calls]
+    reasoning = _mark(message.reasoning, parts) if message.reasoning else ""
     return message._replace(reasoning=reasoning, tool_calls=tuple(calls)), parts
+
+
+def _mark(value: Any, parts: list[str], *, names: bool = True) -> Any:
+    """A value with a probe for each of its parts, which are added to these; its own names may be left as they are."""
+    if isinstance(value, dict):
+        return {_mark(str(key), parts) if names else key: _mark(item, parts) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mark(item, parts) for item in value]
+    parts.append(str(value))
+    return numbered_probe(len(parts) - 1)
 
 
 def check_structure(message: Message, spoken: str, render: Callable[[Message], str], index: int) -> None:
@@ -74,7 +71,7 @@ def check_structure(message: Message, spoken: str, render: Callable[[Message], s
         parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
     missing = [part for part in dict.fromkeys(parts) if not stands_in(part, spoken)]
     marked, marked_parts = _mark_structure(message)
-    written = {int(number) for number in MARK.findall(render(marked))}
+    written = {int(number) for number in WRITTEN_PROBES.findall(render(marked))}
     missing += [part for number, part in enumerate(marked_parts) if number not in written]
     if missing:
         raise RejectedRecord(

@@ -173,16 +173,20 @@ def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, f
     with ProcessPoolExecutor(workers, context, _start_worker, (preprocessor, threads)) as pool:
         try:
             for numbered, future in _in_order(source, lambda batch: pool.submit(_work, batch), window=2 * workers):
-                try:
-                    finished = future.result()
-                except RecursionError:  # a record that is nested too deep to be sent to a worker
-                    finished = preprocessor(numbered)
-                yield finished
+                yield _finish(numbered, future, preprocessor)
         except BrokenProcessPool as error:
             raise UserError(
                 f"{flag}: a process that preprocesses it died, perhaps for lack of memory; give a lower "
                 f"--preprocessing_num_workers than {workers}"
             ) from error
+
+
+def _finish(numbered: Numbered, future: Future[Finished], preprocessor: Preprocessor) -> Finished:
+    """What a worker has made of a batch."""
+    try:
+        return future.result()
+    except RecursionError:  # a record that is nested too deep to be sent to one
+        return preprocessor(numbered)
 
 
 def _run_here(source: Iterator[Numbered], preprocessor: Preprocessor) -> Iterator[Finished]:

@@ -16,7 +16,7 @@ from typing import Any
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, Outline, fill, make_outline, probe
-from fastchat_qlora.data.turns import Render, TurnFinder, cut_row
+from fastchat_qlora.data.turns import ANSWER_PROBE, Render, TurnFinder, cut_row
 
 FOLLOWING = Message("user", "-")
 
@@ -84,7 +84,7 @@ class ChatTemplate:
         asked = Message("user", "-")
         try:
             prompt = self._apply([asked], (), prompt=True)
-            before, found, _ = self._apply([asked, Message("assistant", PROBE)], ()).partition(PROBE)
+            before, found, _ = self._apply([asked, ANSWER_PROBE], ()).partition(PROBE)
             without_prompt = self._apply([asked], ())
         except RejectedRecord:
             return ""

@@ -101,8 +101,8 @@ def to_conversation(record: Any) -> Conversation:
 def _check_size(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
     if len(messages) > MOST_MESSAGES:
         raise RejectedRecord(f"{len(messages)} messages, more than {MOST_MESSAGES}")
-    size = sum(len(message.content) + len(message.reasoning) for message in messages)
-    size += sum(len(str(calls)) for calls in (tools, *(message.tool_calls for message in messages)) if calls)
+    size = sum(len(one.content) + len(one.reasoning) + len(str(one.tool_calls or "")) for one in messages)
+    size += len(str(tools or ""))
     if size > MOST_CHARACTERS:
         raise RejectedRecord(f"{size} characters, more than {MOST_CHARACTERS}")
 

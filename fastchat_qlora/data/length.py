@@ -44,20 +44,9 @@ def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_le
         The messages of each part.
     """
     has_system = messages[0].role == "system"
-    starts = [int(has_system)]
-    is_answered = False  # users may say several things before
-    for i, message in enumerate(messages):
-        is_answered |= message.role == "assistant"
-        if message.role == "user" and is_answered:
-            starts.append(i)
-            is_answered = False
+    exchanges = _find_exchanges(messages, int(has_system))
     ends = iter(turn_ends)
     end_of = {i: next(ends, turn_ends[-1]) for i, message in enumerate(messages) if message.role == "assistant"}
-    exchanges = [
-        (start, stop)
-        for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True)
-        if any(message.role == "assistant" for message in messages[start:stop])
-    ]
     parts: list[tuple[int, int]] = []
     used = before = 0
     for start, stop in exchanges:
@@ -72,3 +61,18 @@ def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_le
         middle = exchanges[len(exchanges) // 2][0]
         parts = [(parts[0][0], middle), (middle, parts[0][1])]
     return [[*messages[:has_system], *messages[start:stop]] for start, stop in parts]
+
+
+def _find_exchanges(messages: Sequence[Message], start: int) -> list[tuple[int, int]]:
+    """From where to where one exchange goes, and the next: all that users say, and all answers to it.
+
+    What nobody answers at the end is in none of them.
+    """
+    exchanges = []
+    is_answered = False
+    for i, message in enumerate(messages):
+        if message.role == "user" and is_answered:
+            exchanges.append((start, i))
+            start, is_answered = i, False
+        is_answered |= message.role == "assistant"
+    return [*exchanges, (start, len(messages))] if is_answered else exchanges

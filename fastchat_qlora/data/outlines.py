@@ -1,5 +1,6 @@
 """What a chat template writes around messages, found once for all conversations with the same sequence of roles."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from fastchat_qlora.data.conversation import Message, Segment
 PROBE = "\ufdd0"  # Unicode's noncharacters, which stand in for contents; records that hold one are rejected
 PROBE_END = "\ufdd1"
 PROBES = re.compile(f"{PROBE}(\\d+){PROBE_END}")
+WRITTEN_PROBES = re.compile(f"(?:{PROBE}|{re.escape(json.dumps(PROBE)[1:-1])})(\\d+)")  # as they are, or as JSON
 
 
 class PlacedTurn(Protocol):
@@ -61,9 +63,14 @@ class Outline:
     closing: str = ""
 
 
+def numbered_probe(number: int) -> str:
+    """Text that can be found again in any text."""
+    return f"{PROBE}{number}{PROBE_END}"
+
+
 def probe(message: Message, index: int) -> Message:
     """A stand-in for a message, whose content can be found again in any text."""
-    return Message(message.role, f"{PROBE}{index}{PROBE_END}", extra=message.extra, learn=message.learn)
+    return Message(message.role, numbered_probe(index), extra=message.extra, learn=message.learn)
 
 
 def make_outline(count: int, text: str, turns: Sequence[PlacedTurn], unplaced: list[int], closing: str = "") -> Outline:

@@ -235,12 +235,12 @@ class Preprocessor:
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
-        skipped = [part for part in parts if not self._choose(part)]
-        share = _count_characters(skipped) / _count_characters(parts)
+        kept = [part for part in parts if self._choose(part)]
+        said = _count_characters(parts)
+        share = (said - _count_characters(kept)) / said
         lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))
-        parts = [part for part in parts if self._choose(part)]
         rows: list[Row] = []
-        for part, texts in zip(parts, self.render(parts), strict=True):
+        for part, texts in zip(kept, self.render(kept), strict=True):
             if isinstance(texts, RejectedRecord):
                 raise texts
             labelled = [

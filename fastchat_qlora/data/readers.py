@@ -127,21 +127,25 @@ def _read_parquet(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[tup
         file = pq.ParquetFile(raw)
         columns = [column for column in file.schema_arrow.names if column in FIELDS]
         batches = file.iter_batches(batch_size=BATCH, columns=columns or None)
-        yield from enumerate(chain.from_iterable(map(_rows, batches)), 1)
+        yield from enumerate(chain.from_iterable(map(_batch_rows, batches)), 1)
     except pa.ArrowException as error:
         raise UserError(f"{flag} {path}: not a Parquet file that can be read: {error}; write it again") from error
 
 
-def _rows(batch: Any) -> Iterator[Any]:
-    """The rows of a batch; one with a value that Python cannot hold becomes the reason in its place."""
+def _batch_rows(batch: Any) -> Iterator[Any]:
+    return _rows(lambda start, end: batch.slice(start, end - start).to_pylist(), 0, len(batch))
+
+
+def _rows(take: Callable[[int, int], list[Any]], start: int, end: int) -> Iterator[Any]:
+    """Rows that can be taken from one number to another; one that cannot becomes the reason in its place."""
     try:
-        yield from map(without_nulls, batch.to_pylist())
-    except UNREADABLE:
-        for i in range(len(batch)):
-            try:
-                yield without_nulls(batch.slice(i, 1).to_pylist()[0])
-            except UNREADABLE as error:  # text that is not UTF-8, a date beyond the year 9999
-                yield RejectedRecord(f"a value that cannot be read: {error}")
+        yield from map(without_nulls, take(start, end))
+    except UNREADABLE as error:  # text that is not UTF-8, a date beyond the year 9999
+        if end - start == 1:
+            yield RejectedRecord(f"a value that cannot be read: {error}")
+            return
+        for i in range(start, end):
+            yield from _rows(take, i, i + 1)
 
 
 def without_nulls(value: Any) -> Any:
@@ -179,30 +183,19 @@ def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count:
     """Read the rows of a loaded dataset; `progress` is told each row's share of its bytes."""
     columns = [column for column in dataset.column_names if column in FIELDS]
     wanted = dataset.select_columns(columns)  # others may not even be readable: images without a library for them
+
+    def take(start: int, end: int) -> list[dict[str, Any]]:
+        columns = wanted[start:end]
+        return [{name: values[i] for name, values in columns.items()} for i in range(end - start)]
+
     told = 0
     for start in range(0, len(dataset), BATCH):
         end = min(start + BATCH, len(dataset))
-        for number, row in enumerate(_hub_rows(wanted, start, end), start + 1):
+        for number, row in enumerate(_rows(take, start, end), start + 1):
             yield RawRecord(Source(name, number), row)
         total = dataset.data.nbytes * end // len(dataset)
         progress(total - told)
         told = total
-
-
-def _hub_rows(dataset: Any, start: int, end: int) -> Iterator[Any]:
-    """Some rows of a dataset, as those of a batch of Parquet."""
-    if not dataset.column_names:
-        yield from ({} for _ in range(start, end))
-        return
-    try:
-        columns = dataset[start:end]
-        yield from (without_nulls(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
-    except UNREADABLE:
-        for i in range(start, end):
-            try:
-                yield without_nulls(dataset[i])
-            except UNREADABLE as error:
-                yield RejectedRecord(f"a value that cannot be read: {error}")
 
 
 def _raise(error: OSError) -> None:

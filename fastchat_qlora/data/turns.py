@@ -13,7 +13,7 @@ from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, probe
 
-ALONE_PROBE = Message("assistant", PROBE)
+ANSWER_PROBE = Message("assistant", PROBE)
 ALONE = re.compile(f"{PROBE}(?!\\d)")  # a probe that stands for no numbered message
 
 NO_END = "the chat template ends the turn with no special token to stop at"
@@ -38,6 +38,10 @@ class Turn:
     end: int
     ending: str = ""
     is_learnt: bool = False
+
+    def begins(self, text: str) -> bool:
+        """Whether a text begins as this one does, up to the end of the turn."""
+        return text.startswith(self.text[: self.end])
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,8 @@ class TurnFinder:
         for i, message in enumerate(self.messages):
             if message.role == "assistant":
                 turn = self._find_turn(i)
-                is_appended = whole.startswith(turn.text[: turn.end])
                 # Keeps one text, not one for each turn.
-                turns[i] = replace(turn, text=whole if is_appended else self._count(turn.text))
+                turns[i] = replace(turn, text=whole if turn.begins(whole) else self._count(turn.text))
         rows: list[Row] = []
         left = {i: turn for i, turn in turns.items() if i in wanted}
         while left:
@@ -129,7 +132,7 @@ class TurnFinder:
         for i, turn in turns.items():
             if i >= row.count:
                 break
-            if row.text.startswith(turn.text[: turn.end]):
+            if turn.begins(row.text):
                 placed.append(replace(turn, is_learnt=i in left))
             elif (rewritten := self._find_rewritten(turn, row)) is not None:
                 placed.append(rewritten)
@@ -141,23 +144,22 @@ class TurnFinder:
 
     def _check_nothing_left_out(self, row: Row) -> None:
         """What others than the assistant say must stand in the text, and not by chance: "user" does in most headers."""
+        messages = enumerate(self.messages[: row.count])
+        probes = {i: probe(message, i) for i, message in messages if message.role != "assistant"}
         try:
-            messages = enumerate(self.messages[: row.count])
-            probes = {i: probe(message, i) for i, message in messages if message.role != "assistant"}
             probed = self.render(row.count, False, probes)
         except RejectedRecord:  # a template that looks into contents
             probed = None
-        for i, message in enumerate(self.messages[: row.count]):
-            if message.role == "assistant":
-                continue
-            is_left_out = probed is not None and probe(message, i).content not in probed
+        for i, stand_in in probes.items():
+            message = self.messages[i]
+            is_left_out = probed is not None and stand_in.content not in probed
             if is_left_out or not stands_in(message.content.strip(), row.text):
                 raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")
 
     def _find_rewritten(self, turn: Turn, row: Row) -> Turn | None:
         """An answer that the template writes otherwise once a later one follows: without its thoughts, say."""
         known = self.rewritten.get(turn.index)
-        if known is None or not row.text.startswith(known.text[: known.end]):  # nearly always as in a longer row
+        if known is None or not known.begins(row.text):  # nearly always it stands there as in a longer row
             known = self._search_rewritten(turn, row)
             if known is not None:
                 self.rewritten[turn.index] = known
@@ -165,7 +167,7 @@ class TurnFinder:
 
     def _search_rewritten(self, turn: Turn, row: Row) -> Turn | None:
         try:
-            probed = self.render(row.count, False, {turn.index: ALONE_PROBE}) + row.closing
+            probed = self.render(row.count, False, {turn.index: ANSWER_PROBE}) + row.closing
         except RejectedRecord:
             return None
         place = ALONE.search(probed)
@@ -184,7 +186,7 @@ class TurnFinder:
     def _find_turn(self, index: int) -> Turn:
         message = self.messages[index]
         answered = self.render(index + 1, False, AS_THEY_ARE)
-        probed = self.render(index + 1, False, {index: ALONE_PROBE})
+        probed = self.render(index + 1, False, {index: ANSWER_PROBE})
         prompt = self.render(index, True, AS_THEY_ARE) if index else ""
         place = probed.rfind(PROBE)
         if place < 0:
@@ -223,7 +225,7 @@ class TurnFinder:
         """
         if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
             # Without the answer, for its thoughts may be dropped by then.
-            followed = self.render(index + 2, False, {index: ALONE_PROBE})
+            followed = self.render(index + 2, False, {index: ANSWER_PROBE})
             place = ALONE.search(followed)
             token = self.control.search(followed, place.end()) if place else None
             if place and token and not followed[place.end() : token.start()].strip():

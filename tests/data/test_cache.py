@@ -179,14 +179,18 @@ def test_nothing_is_left_of_a_failed_build(build: Build, tmp_path: Path, data_fi
     assert entries(tmp_path) == []
 
 
-def test_old_entries_are_pruned(build: Build, tmp_path: Path) -> None:
-    root = tmp_path / "cache" / "fastchat_qlora"
-    for age in range(cache.KEPT + 5):
+def make_old_entries(root: Path, count: int) -> None:
+    """Each of them a day older than the one before."""
+    for age in range(count):
         folder = root / f"old{age:02}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
         used = time.time() - (2 + age) * cache.DAY
         os.utime(folder / "manifest.json", (used, used))
+
+
+def test_old_entries_are_pruned(build: Build, tmp_path: Path) -> None:
+    make_old_entries(tmp_path / "cache" / "fastchat_qlora", cache.KEPT + 5)
     build()
     kept = {path.name for path in entries(tmp_path)}
     assert {f"old{age:02}" for age in range(cache.KEPT - 1)} < kept
@@ -212,12 +216,7 @@ def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, a
 
 def test_old_entry_that_is_in_use_is_not_pruned(tmp_path: Path) -> None:
     """Its process checks it, and is about to say that it was used now."""
-    for age in range(cache.KEPT + 3):
-        folder = tmp_path / f"old{age:02}"
-        folder.mkdir()
-        (folder / "manifest.json").write_text("{}")
-        used = time.time() - (2 + age) * cache.DAY
-        os.utime(folder / "manifest.json", (used, used))
+    make_old_entries(tmp_path, cache.KEPT + 3)
     with FileLock(tmp_path / "old11.lock"):
         cache.prune(tmp_path)
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}

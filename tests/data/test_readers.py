@@ -484,7 +484,7 @@ TOO_LATE = pa.array([0, 2**62, 0], pa.timestamp("us"))
 GOOD_TURNS = turns_with(pa.array(["Hi", "Hello"] * 3, pa.large_utf8()))
 
 
-@pytest.mark.parametrize(
+with_values_that_python_cannot_hold = pytest.mark.parametrize(
     ("columns", "good"),
     [
         ({"messages": GOOD_TURNS, "raw": not_utf_8(b"a", b"\xff", b"c"), "when": TOO_LATE}, [True, True, True]),
@@ -495,6 +495,9 @@ GOOD_TURNS = turns_with(pa.array(["Hi", "Hello"] * 3, pa.large_utf8()))
     ],
     ids=["in an unused column", "as id", "a date as id", "in a message", "in all there is"],
 )
+
+
+@with_values_that_python_cannot_hold
 @pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
 def test_parquet_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
@@ -584,16 +587,7 @@ def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Pa
     assert sum(told) == path.stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("columns", "good"),
-    [
-        ({"messages": GOOD_TURNS, "raw": not_utf_8(b"a", b"\xff", b"c"), "when": TOO_LATE}, [True, True, True]),
-        ({"id": not_utf_8(b"a", b"\xff", b"c"), "messages": GOOD_TURNS}, [True, False, True]),
-        ({"id": TOO_LATE, "messages": GOOD_TURNS}, [True, False, True]),
-        ({"raw": not_utf_8(b"a", b"\xff", b"c")}, [False, False, False]),
-    ],
-    ids=["in an unused column", "as id", "a date as id", "in all there is"],
-)
+@with_values_that_python_cannot_hold
 @pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
 def test_hub_dataset_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int
