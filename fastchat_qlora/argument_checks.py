@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
+from fastchat_qlora.deepspeed_config import find_malformed
+
 AT_LEAST_ONE = (
     "lora_r",
     "lora_alpha",
@@ -233,6 +235,11 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def read_json(given: str) -> Any:
+    """Settings given as JSON in place, or as the name of a file that holds it."""
+    return json.loads(given if given.startswith("{") else Path(given).expanduser().read_text("utf-8"))
+
+
 def _check_json(values: argparse.Namespace) -> list[str]:
     """Settings given as JSON, in place or as a file, must be JSON objects."""
     problems = []
@@ -241,7 +248,7 @@ def _check_json(values: argparse.Namespace) -> list[str]:
         if not isinstance(given, str) or not given:
             continue
         try:
-            settings: Any = json.loads(given) if given.startswith("{") else json.loads(Path(given).read_text("utf-8"))
+            settings = read_json(given)
         except OSError:
             hint = "; playground/ has configurations to start from" * (flag == "deepspeed")
             problems.append(f"--{flag} {given}: no such file{hint}")
@@ -250,6 +257,9 @@ def _check_json(values: argparse.Namespace) -> list[str]:
         else:
             if not isinstance(settings, dict):
                 problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
+                continue
+            malformed = find_malformed(settings) if flag == "deepspeed" else []
+            problems += [f"--{flag} {given}: {problem}" for problem in malformed]
     return problems
 
 

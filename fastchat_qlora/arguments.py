@@ -12,7 +12,9 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from fastchat_qlora.argument_checks import check_writable, find_problems
+from fastchat_qlora.argument_checks import check_writable, find_problems, read_json
+from fastchat_qlora.deepspeed_config import complete, find_contradictions
+from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import translate_old_flags
 
@@ -110,6 +112,13 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         default=False, metadata={"help": "Use FlashAttention 2; the same as --attn_implementation flash_attention_2."}
     )
 
+    def __post_init__(self) -> None:
+        """Checkpointing is of the same kind under both of its names, whatever else the user has set about it."""
+        super().__post_init__()
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second until v6
+            if hasattr(self, name):
+                setattr(self, name, {"use_reentrant": USE_REENTRANT} | (getattr(self, name) or {}))
+
     @property
     def n_gpu(self) -> int:
         """GPUs of this process: one at most, for torch's DataParallel copies the model to every GPU at every step."""
@@ -189,13 +198,17 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     parser = build_parser()
     namespace, unknown = parser.parse_known_args(arguments)
     problems = _unknown_flags(unknown, parser) + find_problems(namespace)
+    configuration = namespace.deepspeed
     if not problems:
         notices += _adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
     _raise_all(problems)
+    args = RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
+    if configuration:
+        _raise_all(_contradictions(configuration, args.training, arguments))
     for notice in notices:
         logger.warning(notice)
-    return RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
+    return args
 
 
 def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunArguments, Own]:
@@ -247,6 +260,14 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
     return groups
 
 
+def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
+    """What the DeepSpeed configuration says against the flags; transformers would tell it after loading the weights."""
+    spelled = {text.partition("=")[0].lstrip("-").replace("-", "_") for text in arguments if text.startswith("--")}
+    given = {str(name): str(getattr(args, name)) for name in ("optim", "lr_scheduler_type") if name in spelled}
+    found = find_contradictions(read_json(configuration), args.hf_deepspeed_config.mismatches, given)
+    return [f"--deepspeed {configuration}: {problem}; make them the same, or leave one out" for problem in found]
+
+
 def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     own = [f"--{name}" for group in parser.dataclass_types for name in group.__annotations__]
@@ -288,12 +309,16 @@ def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
     if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
         notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
         values.eval_on_start = values.do_eval = False
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and values.fsdp:
+    if isinstance(values.fsdp, str) and values.fsdp.lower() in ("true", "false"):
+        values.fsdp = values.fsdp.lower() == "true"
+    if values.fsdp and "RANK" not in os.environ:
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
         values.fsdp = values.fsdp_config = None
     values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
     values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
-    for name in ("deepspeed", "cache_dir", "resume_from_checkpoint"):
+    if values.deepspeed:
+        values.deepspeed = complete(read_json(values.deepspeed), values.optim)
+    for name in ("cache_dir", "resume_from_checkpoint"):
         given = getattr(values, name)
         setattr(values, name, os.path.expanduser(given) if isinstance(given, str) else given)
     values.data_path = [os.path.expanduser(path) for path in values.data_path]

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -14,6 +15,9 @@ from fastchat_qlora.text import visible
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
+
+LAUNCHER_ENDS_WITHIN = 20.0
+"""Seconds that a process which has lost another one waits to be ended before it tells of it."""
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -73,13 +77,33 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     closed, that teardown now and then aborts in C++ ("terminate called without an active exception", seen with torch
     2.13.0, gloo and DeepSpeed 0.19.8), which turns a good run into a failed one. Can go when it no longer does.
     """
-    code = main(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(main(argv))
+    try:
+        code = main(argv)
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    except Exception as error:
+        code = _fail_among_several(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail_among_several(error: Exception) -> int:
+    """Show what went wrong in this process, and leave what went wrong elsewhere to the process that knows.
+
+    When one process has failed, the others find their connections closed and would bury its error under theirs. They
+    wait for the launcher to end them, and speak only where it does not: their launcher may be that of another machine.
+    """
+    from fastchat_qlora.distributed import is_lost_peer
+
+    if is_lost_peer(error):
+        time.sleep(LAUNCHER_ENDS_WITHIN)
+        reason = visible(" ".join(str(error).split()))[:300]
+        sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
+    else:
+        traceback.print_exception(error)
+    return 1
 
 
 def _usage() -> str:

@@ -1,14 +1,20 @@
 """Where this process stands in the run, and what follows from it."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainingArguments
 
-from fastchat_qlora.arguments import TrainingArguments
+from fastchat_qlora.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,15 @@ class Topology:
     def is_main(self) -> bool:
         """Whether this process speaks and writes for the run."""
         return self.rank == 0
+
+    @property
+    def strategy(self) -> str:
+        """The strategy asked for, by its usual name."""
+        if self.zero_stage:
+            return f"ZeRO-{self.zero_stage}"
+        if self.fsdp:
+            return "FSDP2"
+        return "DDP" if self.world_size > 1 else "one process"
 
     @property
     def shards_parameters(self) -> bool:
@@ -69,6 +84,82 @@ def get_device_map(topology: Topology, *, quantised: bool) -> dict[str, int | st
     if topology.accelerator is None:
         return {"": "cpu"}  # None would send 4-bit weights to a GPU that --use_cpu leaves alone
     return {"": topology.local_rank} if topology.world_size != 1 else None
+
+
+def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topology) -> torch.dtype:
+    """The type that packed 4-bit weights are stored as.
+
+    FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
+    sharded the bytes are kept as the compute dtype. What was asked for otherwise is done, with a warning.
+
+    Args:
+        wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
+    """
+    storage: Any = None if wanted == "auto" else getattr(torch, wanted)
+    if not topology.shards_parameters:
+        return storage or torch.uint8
+    if storage is not None and storage != compute_dtype:
+        logger.warning(
+            f"--bnb_4bit_quant_storage {wanted}: {topology.strategy} and QLoRA are incompatible with this storage "
+            f"type; leave it on auto, which is {compute_dtype} here."
+        )
+        return storage  # type: ignore[no-any-return]
+    logger.warning(
+        f"{topology.strategy} with QLoRA: 4-bit weights are stored as {compute_dtype} so that they can be sharded."
+    )
+    return compute_dtype
+
+
+USE_REENTRANT = False
+"""Whether activation checkpointing runs backward inside backward, unless `--gradient_checkpointing_kwargs` says so.
+
+Not under any strategy, and for reasons of each: the reentrant kind drops the gradient where a layer's input needs none,
+which a frozen base's does not (one process); calls DDP's gradient hooks from a nested backward, so that unused
+parameters cannot be found; hides from FSDP2 which layer comes next in backward. ZeRO-3 needed it up to DeepSpeed
+0.19.7, which partitioned frozen weights again while they were recomputed (DeepSpeed#8130); 0.19.8 is the oldest that we
+support.
+"""
+
+
+def get_mixed_precision_policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """What FSDP2 gathers parameters as, and what it sums gradients in.
+
+    Weights are gathered in the compute dtype: fp32 adapters are rounded on the way and their masters stay fp32.
+    Gradients are summed over the processes in fp32, as DDP sums them; accelerate would take the compute dtype.
+    """
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error tells of another process that has gone, not of this one.
+
+    NCCL's and the store's errors have a type of their own; gloo's are RuntimeErrors that name its source file.
+    """
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def require_agreement(settings: Mapping[str, Any]) -> None:
+    """Stop if the processes of a run were not started alike; every process must call this.
+
+    Machines are started one by one, each with its own command line and its own view of the disk.
+
+    Args:
+        settings: name -> value, of what must be the same in every process.
+
+    Raises:
+        UserError: naming what differs, and both values with their ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: str(value) for name, value in settings.items()})
+    problems = []
+    for name, first in everyone[0].items():
+        other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
+        if other is not None:
+            problems.append(f"{name} is {first} in rank 0 and {everyone[other].get(name)} in rank {other}")
+    if problems:
+        raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")
 
 
 @contextmanager

@@ -6,20 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when hug
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
+from stand_in import CHATML as CHATML
+from stand_in import SMALL, make_model, make_tokenizer
 
 CONVERSATIONS = [
     [("human", "Who are you?"), ("gpt", "I'm Pellico.")],
@@ -37,24 +34,8 @@ def sharegpt(turns: list[tuple[str, str]], identity: str = "c") -> dict:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer with ChatML tokens, saved."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = json.loads((ROOT / "data" / "dummy_conversation.json").read_text(encoding="utf-8"))
-    bpe.train_from_iterator((turn["value"] for record in text for turn in record["conversations"]), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = CHATML
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder)
+    make_tokenizer(folder)
     return folder
 
 
@@ -67,21 +48,8 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with that tokenizer, saved."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=600,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        attention_bias=True,
-    )
     folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_model(folder, SMALL)
     PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder)
     return folder
 

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "text"},
-    {"old_flags", "argument_checks"},
+    {"deepspeed_config", "distributed", "old_flags"},
+    {"argument_checks"},
     {"arguments"},
-    {"distributed"},
     {"data", "model"},
     {"training"},
     {"commands"},

@@ -114,6 +114,7 @@ def test_evaluation_without_data_is_turned_off_with_one_notice(
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_fsdp_over_two_processes(flags: list[str], spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))  # it would wait for the other process
     layer = SPELLINGS[spelling]("fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
     training = parse_args([*flags, "--fsdp", "full_shard auto_wrap", *layer]).training
@@ -125,6 +126,7 @@ def test_fsdp_over_two_processes(flags: list[str], spelling: str, monkeypatch: p
 
 def test_several_layers_to_wrap(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
     layers = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,Embedding"]
     training = parse_args([*flags, "--fsdp", "full_shard", *layers]).training

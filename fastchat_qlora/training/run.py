@@ -2,23 +2,33 @@
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+from datasets import DatasetDict
 from transformers import set_seed
 
 from fastchat_qlora.arguments import RunArguments, TrainingArguments
-from fastchat_qlora.data.dataset import Collator, build_dataset
-from fastchat_qlora.distributed import get_device_map, get_topology, process_group
+from fastchat_qlora.data.dataset import Collator, build_dataset, column
+from fastchat_qlora.distributed import get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_targets
 from fastchat_qlora.model.loading import choose_attention, get_compute_dtype, load_config, load_model, load_tokenizer
 from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.training.checkpoint import find_last_checkpoint
+from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
+
+LOCAL = (
+    *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "lora_weight_path"),
+    *("resume_from_checkpoint", "local_rank", "run_name"),
+)
+"""Flags that may differ from process to process."""
 
 
 def train(args: RunArguments) -> Path:
@@ -56,6 +66,7 @@ def train(args: RunArguments) -> Path:
             cache_dir=training_args.cache_dir,
             is_main=topology.is_main,
         )
+        require_agreement(_shared(args, dataset, checkpoint))
 
         set_seed(training_args.seed)  # the adapter's first values are random
         base = load_model(
@@ -77,9 +88,11 @@ def train(args: RunArguments) -> Path:
             callbacks=[GradientGuard(), LossGuard(), LastStepLog()],
         )
 
+        effective = EffectiveSettings(trainer, topology)
+        trainer.add_callback(effective)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()  # before anything else can go wrong
-        _write_results(trainer, args, dict(result.metrics))
+        _write_results(trainer, args, dict(result.metrics), effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
 
@@ -103,7 +116,19 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return last
 
 
-def _write_results(trainer: LoraTrainer, args: RunArguments, metrics: dict[str, Any]) -> None:
+def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: str | None) -> dict[str, Any]:
+    """What must be the same in every process: the flags, the data, and the checkpoint that the run goes on from.
+
+    Folders may be mounted elsewhere on another machine; what is in them counts.
+    """
+    flags = {f"--{f.name}": getattr(group, f.name) for group in args for f in fields(group) if f.name not in LOCAL}
+    lengths = {f"{name} rows": (len(rows), crc32(column(rows, "length"))) for name, rows in dataset.items()}
+    return {**flags, **lengths, "the checkpoint to go on from": checkpoint and Path(checkpoint).name}
+
+
+def _write_results(
+    trainer: LoraTrainer, args: RunArguments, metrics: dict[str, Any], effective: dict[str, str]
+) -> None:
     """Evaluate once more if there is something to evaluate on, and write the account of the run."""
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
@@ -123,6 +148,7 @@ def _write_results(trainer: LoraTrainer, args: RunArguments, metrics: dict[str, 
         return
     trainer.save_state()
     trainer.save_metrics("train", metrics, combined=False)
-    groups = {name: vars(group) for name, group in args._asdict().items()} | {"training": args.training.to_dict()}
+    groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
+    groups |= {"training": args.training.to_dict(), "effective": effective}
     path = Path(trainer.args.output_dir) / "training_args.json"
     path.write_text(json.dumps(groups, indent=2, default=str) + "\n", encoding="utf-8")

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
+from fastchat_qlora.distributed import get_mixed_precision_policy
+from fastchat_qlora.model.loading import get_compute_dtype
 from fastchat_qlora.model.loss import row_losses, supervised_loss
 from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapter, save_adapter
 
@@ -26,6 +30,23 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         )
         self._seen = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # real tokens, supervised tokens
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator; shard by FSDP2 where it was asked for, on the CPU too.
+
+        accelerate 1.15 overlooks an FSDP plugin on the CPU and goes on with DDP, without a word
+        (`AcceleratorState.__init__` in state.py lists the kinds of accelerators). Can go once that list has MULTI_CPU.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is None:
+            return
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            # Both are singletons, and a later AcceleratorState() takes what PartialState says.
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        state.fsdp_plugin.mixed_precision_policy = get_mixed_precision_policy(get_compute_dtype(self.args))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Count the tokens of one optimizer step on the device, without waiting for it."""

@@ -1,0 +1,126 @@
+"""A DeepSpeed configuration beside a command line: what it leaves out follows the flags, a contradiction is an error.
+
+transformers fills in what a configuration calls "auto" and notes what differs from the flags, but tells of it only
+after the weights are loaded, and leaves what the configuration does not mention to DeepSpeed's own defaults: a clipping
+of 1.0 whatever `--max_grad_norm` says.
+"""
+
+import copy
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+FOLLOWING = (
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+"""Settings that follow the command line unless the configuration names them."""
+
+SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+
+COUNTED = ("total_num_steps", "warmup_num_steps")
+"""Parameters of a scheduler that follow from the data."""
+
+STEPPED_BY_CPU_ADAM = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose mathematics DeepSpeed's CPU Adam has; accelerate puts it in their place when they are offloaded."""
+
+ADAM = ("adam", "adamw")
+
+SCHEDULERS = {
+    "WarmupLR": "constant_with_warmup",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
+}
+"""DeepSpeed's name -> transformers' for the same curve."""
+
+
+def find_malformed(config: Mapping[str, Any]) -> list[str]:
+    """Sections that are no objects, and a ZeRO stage that there is not."""
+    problems = [
+        f"{name} must be an object, not {config[name]!r}"
+        for name in SECTIONS
+        if name in config and not isinstance(config[name], dict)
+    ]
+    zero = config.get("zero_optimization", {})
+    if not problems and zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']!r}")
+    scheduled = config.get("scheduler", {}).get("params", {}) if not problems else {}
+    problems += [
+        f"scheduler.params.{name} is {scheduled[name]!r}, which follows from the data; leave it out"
+        for name in COUNTED
+        if scheduled.get(name, "auto") != "auto"
+    ]
+    for name in ("offload_optimizer", "offload_param"):
+        if not problems and not isinstance(zero.get(name, {}), dict):
+            problems.append(f"zero_optimization.{name} must be an object, not {zero[name]!r}")
+    return problems
+
+
+def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
+    """The configuration with everything that should follow the command line marked "auto".
+
+    Args:
+        config: as read from the user's file, for which `find_malformed` finds nothing.
+        optim: the optimizer of the command line, by its transformers name.
+    """
+    completed: dict[str, Any] = copy.deepcopy(dict(config))
+    names = [*FOLLOWING]
+    if "optimizer" in completed:
+        is_adam = str(completed["optimizer"].get("type")).lower() in ADAM
+        names += [f"optimizer.params.{key}" for key in ("lr", "weight_decay", *(("betas", "eps") if is_adam else ()))]
+    scheduler = completed.get("scheduler", {}).get("type")
+    if scheduler in SCHEDULERS:
+        has_end = scheduler != "WarmupLR"
+        names += [f"scheduler.params.{key}" for key in COUNTED if has_end or key != "total_num_steps"]
+        names += ["scheduler.params.warmup_max_lr"] * (scheduler != "WarmupCosineLR")
+    for name in names:
+        *sections, key = name.split(".")
+        place = completed
+        for section in sections:
+            place = place.setdefault(section, {})
+        place.setdefault(key, "auto")
+    completed.setdefault("zero_optimization", {"stage": 0})  # accelerate reads it without asking
+    if "optimizer" not in completed and optim not in STEPPED_BY_CPU_ADAM:
+        # accelerate would put DeepSpeed's CPU Adam in place of whatever optimizer was asked for.
+        completed.setdefault("zero_force_ds_cpu_optimizer", False)
+    return completed
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's state lies outside the device."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], flags: Mapping[str, Any]) -> list[str]:
+    """What the configuration says against the command line, each naming both sides.
+
+    Args:
+        config: as read from the user's file.
+        mismatches: what transformers has noted (`HfTrainerDeepSpeedConfig.mismatches`), as "- ds KEY=VALUE vs hf
+            FLAG=VALUE".
+        flags: `optim` and `lr_scheduler_type`, of those that the user has given.
+    """
+    problems = []
+    for mismatch in mismatches:
+        found = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.+?)=(.*)", mismatch)
+        if found is None:
+            problems.append(mismatch)
+            continue
+        key, theirs, flag, ours = found.groups()
+        problems.append(f"its {key} is {theirs}, --{flag.split('|')[0]} is {ours}")
+    optimizer = config.get("optimizer", {}).get("type")
+    if optimizer and "optim" in flags and not (optimizer.lower() in ADAM and "adamw" in flags["optim"]):
+        problems.append(f"its optimizer.type is {optimizer}, --optim is {flags['optim']}")
+    if config.get("zero_force_ds_cpu_optimizer") and offloads_optimizer(config):
+        optim = flags.get("optim", "adamw_torch")
+        if not optimizer and optim not in STEPPED_BY_CPU_ADAM:
+            problems.append(f"its zero_force_ds_cpu_optimizer is true, which means Adam, --optim is {optim}")
+    scheduler = config.get("scheduler", {}).get("type")
+    if scheduler and "lr_scheduler_type" in flags and SCHEDULERS.get(scheduler) != flags["lr_scheduler_type"]:
+        problems.append(f"its scheduler.type is {scheduler}, --lr_scheduler_type is {flags['lr_scheduler_type']}")
+    return problems

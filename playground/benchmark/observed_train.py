@@ -1,0 +1,42 @@
+"""train_lora.py, which also writes what the live model answers.
+
+Beside every adapter it saves lie `live_logits.pt`: the logits of PROBE, as the wrapped model of the run computes them
+at that moment, and `base_bytes.json`: what the first process holds of the base, and all of it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastchat_qlora import cli
+from fastchat_qlora.training import run
+from fastchat_qlora.training.effective import base_bytes
+from fastchat_qlora.training.trainer import LoraTrainer
+
+PROBE = torch.arange(3, 40)[None]
+"""Token ids, shape (1, 37); every vocabulary has them."""
+
+
+class ObservedTrainer(LoraTrainer):
+    """Looks at the live model whenever an adapter is saved."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as ever; then ask the live model. Every process takes part."""
+        held = base_bytes(self.adapter)  # as the last step left it; a forward pass gathers
+        super().save_model(output_dir, _internal_call)
+        model, was_training = self.model_wrapped, self.model.training
+        model.eval()
+        with torch.no_grad():
+            logits = model(input_ids=PROBE.to(self.args.device)).logits
+        model.train(was_training)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            torch.save(logits.float().cpu(), folder / "live_logits.pt")
+            (folder / "base_bytes.json").write_text(json.dumps(held._asdict()))
+
+
+if __name__ == "__main__":
+    run.LoraTrainer = ObservedTrainer  # type: ignore[misc]  # our own door, for this program only
+    cli.program(["train", *sys.argv[1:]])

@@ -1,0 +1,358 @@
+"""Every strategy against one process: the same losses, the same adapter, resumed in the same way.
+
+    python playground/benchmark/strategies.py --model M --data D.json --table docs/strategies.md
+    bash playground/benchmark/strategies_gpu.sh          # one GPU, with weights made up on the spot
+
+Each case trains for four steps of four rows, saves, and in a second start goes on for two more. One process takes the
+rows as one batch; the processes of a strategy take them one by one, half of them each, by gradient accumulation. Then
+plain PEFT loads the adapter, and what it answers is compared with what the live model answered.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "playground/benchmark/observed_train.py"
+FIRST_STEPS, ALL_STEPS = 4, 6
+ROWS = 4
+
+STRATEGIES = {
+    "DDP": "torchrun {torchrun} {program}",
+    "ZeRO-2": "deepspeed {deepspeed} {program} --deepspeed playground/deepspeed_config_s2.json",
+    "ZeRO-3": "deepspeed {deepspeed} {program} --deepspeed playground/deepspeed_config_s3.json",
+    "ZeRO-3 offload": "deepspeed {deepspeed} {program} --deepspeed playground/deepspeed_config_s3_offload.json",
+    "FSDP2": "torchrun {torchrun} {program} --fsdp True",
+}
+ONE_PROCESS = "python {program}"
+PRECISIONS = {
+    "LoRA fp32": "",
+    "LoRA bf16": "--bf16 True",
+    "QLoRA bf16": "--bf16 True --q_lora True",
+}
+SHARDED = ("ZeRO-3", "ZeRO-3 offload", "FSDP2")
+
+TOLERANCE = {"LoRA fp32": 1e-4, "LoRA bf16": 2**-9, "QLoRA bf16": 2**-9}
+"""Relative difference of a loss from one process's. bf16 keeps 8 bits, so that 2^-9 is one rounding of one number."""
+
+GRADIENT_TOLERANCE = {"LoRA fp32": 1e-3, "LoRA bf16": 0.05, "QLoRA bf16": 0.05}
+"""The same of the gradient's norm, which Adam does not feel and a wrong scale would show in."""
+
+FLAGS = (
+    "--logging_steps 1 --learning_rate 1e-3 --lr_scheduler_type constant --lora_dropout 0 --lora_r 8 --lora_alpha 32 "
+    "--lora_target_modules all-linear --model_max_length 512 --disable_tqdm True --log_level error"
+)
+
+
+class Case(NamedTuple):
+    """One cell of the matrix."""
+
+    strategy: str | None
+    """None is one process."""
+    precision: str
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.strategy or 'one process'}, {self.precision}, checkpointing {'on' if self.checkpointing else 'off'}"
+        )
+
+
+class Outcome(NamedTuple):
+    """What a case left behind."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    adapter: dict[str, torch.Tensor]
+    live_logits: torch.Tensor
+    settings: dict[str, str]
+    held: int
+    whole: int
+    folder: Path
+
+
+class Row(NamedTuple):
+    """A case beside one process: what is compared."""
+
+    case: Case
+    loss_difference: float
+    gradient_difference: float
+    adapter_difference: float
+    logits_difference: float
+    held: int
+    whole: int
+
+
+CASES = [
+    Case(strategy, precision, checkpointing)
+    for strategy in STRATEGIES
+    for precision in PRECISIONS
+    for checkpointing in (False, True)
+]
+
+
+def command(case: Case, processes: int) -> str:
+    """The command line of a case without its paths."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = (STRATEGIES[case.strategy] if case.strategy else ONE_PROCESS).format(
+        program=PROGRAM,
+        torchrun=f"--nproc_per_node {processes} --master_port {port}",
+        deepspeed=f"--num_accelerators {processes} --master_port {port}",
+    )
+    rows, accumulated = (1, ROWS // processes) if case.strategy else (ROWS, 1)
+    return (
+        f"{launcher} {FLAGS} {PRECISIONS[case.precision]} --gradient_checkpointing {case.checkpointing} "
+        f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulated}"
+    )
+
+
+def run(case: Case, model: Path, data: Path, output: Path, *, processes: int = 2, more: str = "") -> Outcome:
+    """Train, save, start again and go on.
+
+    Raises:
+        RuntimeError: a start failed; with the end of what it said.
+    """
+    paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output} {more}"
+    steps = [FIRST_STEPS] if case.strategy is None else [FIRST_STEPS, ALL_STEPS]
+    for last in [ALL_STEPS] if case.strategy is None else steps:
+        start(f"{command(case, processes)} {paths} --max_steps {last} --save_steps {FIRST_STEPS}")
+    state = json.loads((output / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    held = json.loads((output / "base_bytes.json").read_text())
+    return Outcome(
+        losses=[entry["loss"] for entry in logs],
+        gradient_norms=[entry["grad_norm"] for entry in logs],
+        adapter=load_file(output / "adapter_model.safetensors"),
+        live_logits=torch.load(output / "live_logits.pt", weights_only=True),
+        settings=json.loads((output / "training_args.json").read_text())["effective"],
+        held=held["held"],
+        whole=held["whole"],
+        folder=output,
+    )
+
+
+def start(line: str) -> str:
+    """Run one command line and give back what it said."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(shlex.split(line), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    if done.returncode != 0:
+        raise RuntimeError(f"{line}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
+    return done.stdout + done.stderr
+
+
+def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> torch.Tensor:
+    """What plain PEFT answers to the probe with a saved adapter, as logits.
+
+    In bf16 the adapter is rounded to bf16 as well: every strategy computes with it so, whatever its masters are.
+    """
+    from observed_train import PROBE
+
+    torch.set_num_threads(1)  # as the processes of a run here; bf16 kernels split sums by thread
+    dtype = torch.float32 if precision.endswith("fp32") else torch.bfloat16
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype,
+        quantization_config=quantization if precision.startswith("QLoRA") else None,
+        device_map=device,
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # another kernel, which the training did not use
+    loaded = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        return loaded(input_ids=PROBE.to(device)).logits.float().cpu()
+
+
+def compare(reference: Outcome, outcome: Outcome, case: Case, model: Path, device: str = "cpu") -> Row:
+    """A case beside one process with the same precision.
+
+    Raises:
+        AssertionError: the adapters differ in keys, shapes or dtype, or the strategy that ran is another one.
+    """
+    expected, found = reference.adapter, outcome.adapter
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert (tensor.shape, tensor.dtype) == (expected[name].shape, torch.float32), name
+    if case.strategy:
+        assert outcome.settings["strategy"] == case.strategy.removesuffix(" offload")
+    distance = sum(float((found[name] - expected[name]).square().sum()) for name in found)
+    size = sum(float(tensor.square().sum()) for tensor in expected.values())
+    answered = answer(model, outcome.folder, case.precision, device)
+    return Row(
+        case,
+        loss_difference=_furthest(outcome.losses, reference.losses),
+        gradient_difference=_furthest(outcome.gradient_norms, reference.gradient_norms),
+        adapter_difference=(distance / size) ** 0.5,
+        logits_difference=float((answered - outcome.live_logits).abs().max() / answered.abs().max()),
+        held=outcome.held,
+        whole=outcome.whole,
+    )
+
+
+def _furthest(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference."""
+    assert len(found) == len(expected) == ALL_STEPS, (found, expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def problems(row: Row, processes: int) -> list[str]:
+    """What of a case is not as it should be."""
+    precision, strategy = row.case.precision, row.case.strategy
+    found = []
+    if row.loss_difference > TOLERANCE[precision]:
+        found.append(f"loss differs by {row.loss_difference:.1e}")
+    if row.gradient_difference > GRADIENT_TOLERANCE[precision]:
+        found.append(f"gradient norm differs by {row.gradient_difference:.1e}")
+    if row.logits_difference > (1e-5 if precision.endswith("fp32") else 2**-8):
+        found.append(f"PEFT's logits differ from the live model's by {row.logits_difference:.1e}")
+    if strategy in SHARDED and processes > 1 and row.held > 0.6 * row.whole:
+        found.append(f"holds {row.held} of {row.whole} bytes of the base")
+    return found
+
+
+def sweep(cases: Iterable[Case], model: Path, data: Path, folder: Path, processes: int, device: str) -> list[Row]:
+    """Run the cases and what they are compared with; say how each went."""
+    references: dict[tuple[str, bool], Outcome] = {}
+    rows = []
+    for case in cases:
+        key = (case.precision, case.checkpointing)
+        if key not in references:
+            references[key] = run(Case(None, *key), model, data, folder / f"one-{len(references)}")
+        started = time.monotonic()
+        outcome = run(case, model, data, folder / re.sub(r"\W+", "-", str(case)), processes=processes)
+        row = compare(references[key], outcome, case, model, device)
+        rows.append(row)
+        state = "; ".join(problems(row, processes)) or "as one process"
+        print(f"{case}: {state} ({time.monotonic() - started:.0f} s)", flush=True)
+    return rows
+
+
+def noise(model: Path, data: Path, folder: Path) -> dict[str, float]:
+    """How far one process is from itself when it only sums the rows of a step in another order."""
+    found = {}
+    for precision in PRECISIONS:
+        case = Case(None, precision, False)
+        whole = run(case, model, data, folder / f"whole-{len(found)}")
+        again = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4"
+        parts = run(case, model, data, folder / f"parts-{len(found)}", more=again)
+        found[precision] = _furthest(parts.losses, whole.losses)
+    return found
+
+
+def table(rows: Sequence[Row], heading: Sequence[str]) -> str:
+    """The page, in Markdown."""
+    lines = [
+        *heading,
+        "",
+        "| strategy | precision | checkpointing | loss | gradient norm | adapter | PEFT's logits | base in a process |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        held = f"{row.held / 2**20:.1f} of {row.whole / 2**20:.1f} MiB"
+        differences = (row.loss_difference, row.gradient_difference, row.adapter_difference, row.logits_difference)
+        numbers = " | ".join(f"{value:.0e}" if value else "0" for value in differences)
+        checkpointing = "on" if row.case.checkpointing else "off"
+        lines.append(f"| {row.case.strategy} | {row.case.precision} | {checkpointing} | {numbers} | {held} |")
+    return "\n".join(lines) + "\n"
+
+
+EXPLANATION = """\
+Each line: {first} steps of {rows} conversations, saved, and in a second start {more} steps more; LoRA of rank 8 on all
+linear layers, AdamW. The numbers are the largest relative differences from one process that takes each step's
+conversations as one batch: of the loss and of the gradient's norm over all steps, of the adapter after the last one,
+and of the logits that plain PEFT computes with the saved adapter from those of the live model. Keys, shapes and dtype
+(fp32) of the adapter files are equal. The last column is what one process holds of the frozen base between two steps,
+constants of 4-bit layers included.
+
+Allowed are {fp32:.0e} for losses in fp32 and {bf16:.1e} in bf16: bf16 keeps 8 bits, so 2^-9 is a single rounding. For
+comparison, one process that takes the {rows} conversations one by one differs from itself by {spread}."""
+
+
+def heading(title: str, model: str, processes: int, device: str, spread: dict[str, float]) -> list[str]:
+    """What was run and how to read the table."""
+    libraries = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    explanation = EXPLANATION.format(
+        first=FIRST_STEPS,
+        more=ALL_STEPS - FIRST_STEPS,
+        rows=ROWS,
+        fp32=TOLERANCE["LoRA fp32"],
+        bf16=TOLERANCE["LoRA bf16"],
+        spread=", ".join(f"{value:.0e} ({precision})" for precision, value in spread.items()),
+    )
+    return [
+        f"# {title}",
+        "",
+        "Written by `playground/benchmark/strategies.py`, which fails if a line is not as it should be.",
+        "",
+        f"{model}; processes: {processes}, on {device}; Python {platform.python_version()}, {versions}.",
+        "",
+        explanation,
+    ]
+
+
+def main() -> None:
+    """Run the matrix and write its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a chat model; a small made-up one by default")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "dummy_conversation.json")
+    parser.add_argument("--layers", type=int, default=2, help="of the made-up model; above 2 it is as wide as a 1B")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="words that a case's name must have, such as 'FSDP2, QLoRA'")
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs' output goes")
+    parser.add_argument("--table", type=Path, required=True)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model = options.model.resolve() if options.model else made_up(options.folder / "model", options.layers)
+    cases = [case for case in CASES if options.only in str(case)]
+    rows = sweep(cases, model, options.data.resolve(), options.folder.resolve(), options.processes, options.device)
+    wrong = {str(row.case): found for row in rows if (found := problems(row, options.processes))}
+    spread = noise(model, options.data.resolve(), options.folder.resolve())
+    name = model.name if options.model else f"A Llama of {options.layers} layers with random weights"
+    where = torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} CPU cores"
+    title = "Every strategy, the same training"
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    page = table(rows, heading(title, name, options.processes, where, spread))
+    options.table.write_text(page, encoding="utf-8")
+    print(page)
+    sys.exit(f"not as they should be: {wrong}" if wrong else 0)
+
+
+def made_up(folder: Path, layers: int) -> Path:
+    """A model with random weights: of two small layers, or of the width of a model of a billion parameters."""
+    from stand_in import SMALL, make_model, make_tokenizer
+
+    wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    make_tokenizer(folder)
+    make_model(folder, SMALL if layers == 2 else wide | {"num_hidden_layers": layers})
+    return folder.resolve()
+
+
+if __name__ == "__main__":
+    main()
