@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when hug
 
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,23 @@ def data_file(tmp_path: Path) -> Path:
     records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 3)]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty conversations of the dummy data."""
+    records = json.loads((ROOT / "data" / "dummy_conversation.json").read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("data") / "conversations.json"
+    path.write_text(json.dumps(records[:30]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free now, for a rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -1,55 +1,16 @@
 """The published commands as a user types them, with two processes where they take several, on the CPU."""
 
 import json
-import os
-import shlex
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import QUICK, launch, losses, succeed
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "VIRTUAL_ENV": sys.prefix,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-QUICK = "--max_steps 4 --logging_steps 1 --learning_rate 1e-2 --lora_dropout 0 --disable_tqdm True --save_strategy no"
-
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def port() -> int:
-    """A port that is free now, for the rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launch(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        shlex.split(command), cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600
-    )
-
-
-def succeed(command: str, **environment: str) -> str:
-    done = launch(command, **environment)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-6000:]
-    return output
-
-
-def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def assert_adapter_works(output: Path, model_folder: Path) -> None:
@@ -63,15 +24,6 @@ def assert_adapter_works(output: Path, model_folder: Path) -> None:
         before = base(input_ids=ids).logits
         after = PeftModel.from_pretrained(base, output)(input_ids=ids).logits
     assert torch.isfinite(after).all() and (before - after).abs().max() > 1e-3
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty conversations of the dummy data."""
-    records = json.loads((ROOT / "data" / "dummy_conversation.json").read_text(encoding="utf-8"))
-    path = tmp_path_factory.mktemp("data") / "conversations.json"
-    path.write_text(json.dumps(records[:30]), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +42,15 @@ TWO_PROCESSES = {
     "ddp": "torchrun --nproc_per_node 2 --master_port {port} train_lora.py",
     "zero2": "deepspeed --num_accelerators 2 --master_port {port} train_lora.py "
     "--deepspeed playground/deepspeed_config_s2.json",
-    "zero3": "deepspeed --num_accelerators 2 --master_port {port} train_lora.py "
-    "--deepspeed playground/deepspeed_config_s3.json",
 }
 
 
-@pytest.mark.parametrize("strategy", TWO_PROCESSES)
 def test_two_ranks_with_batch_2_are_one_with_batch_4(
-    strategy: str, alone: list[float], model_folder: Path, data: Path, tmp_path: Path, port: int
+    alone: list[float], model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
     output = tmp_path / "out"
     said = succeed(
-        f"{TWO_PROCESSES[strategy].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
+        f"{TWO_PROCESSES['ddp'].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
         f"--output_dir {output} {QUICK} --per_device_train_batch_size 2"
     )
     assert losses(output) == pytest.approx(alone, rel=1e-4)
@@ -111,11 +60,11 @@ def test_two_ranks_with_batch_2_are_one_with_batch_4(
     assert results["tokens"] > results["supervised_tokens"] > 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_qlora_on_two_ranks(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+def test_masters_are_saved(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """DeepSpeed computes with an adapter rounded to bf16."""
     output = tmp_path / "out"
     succeed(
-        f"{TWO_PROCESSES[strategy].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
+        f"{TWO_PROCESSES['zero2'].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
         f"--output_dir {output} {QUICK} --per_device_train_batch_size 2 --q_lora True --bf16 True"
     )
     assert len(losses(output)) == 4

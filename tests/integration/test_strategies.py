@@ -1,0 +1,230 @@
+"""Every strategy trains the same adapter: the matrix of playground/benchmark/strategies.py on two small layers."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launching import QUICK, launch, losses, succeed
+from safetensors.torch import load_file
+from strategies import CASES, STRATEGIES, Case, Outcome, Row, compare, problems, run
+
+pytestmark = pytest.mark.integration
+
+CORE = [
+    case
+    for case in CASES
+    if (case.precision, case.checkpointing) in (("LoRA fp32", False), ("QLoRA bf16", True))
+    or case == Case("ZeRO-3", "LoRA bf16", True)
+]
+"""What every CI run proves; `pytest -m matrix` proves the rest."""
+
+FASTCHAT_S2 = {
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu"},
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+FASTCHAT_S3 = {
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_prefetch_bucket_size": 5e8,
+        "stage3_param_persistence_threshold": 1e6,
+        "sub_group_size": 1e12,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+"""The settings of FastChat's playground/deepspeed_config_s2.json and _s3.json: none of them says how to clip."""
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, bool], Outcome]:
+    """What one process did, by precision and checkpointing."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in CORE else pytest.mark.matrix, id=str(case)) for case in CASES]
+)
+def test_a_strategy_is_as_one_process(
+    case: Case,
+    references: dict[tuple[str, bool], Outcome],
+    model_folder: Path,
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("matrix")
+    key = (case.precision, case.checkpointing)
+    if key not in references:
+        references[key] = run(Case(None, *key), model_folder, data, folder / "one")
+    outcome = run(case, model_folder, data, folder / "several")
+    row = compare(references[key], outcome, case, model_folder)
+    assert problems(row, processes=2) == []
+    assert_settings(outcome.settings, case)
+
+
+def assert_settings(settings: dict[str, str], case: Case) -> None:
+    """What was read back from the live objects is what was asked for."""
+    assert settings["compute dtype"] == ("float32" if case.precision == "LoRA fp32" else "bfloat16")
+    assert settings["checkpointing"] == ("2 of 2 layers, not reentrant" if case.checkpointing else "off")
+    assert settings["batch"] == "1 rows x 2 accumulated x 2 processes = 4 rows a step"
+    assert settings["devices"].startswith("2 x cpu on ")
+    offload = "optimizer on cpu, parameters on cpu"
+    assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
+    stored = "bfloat16" if case.strategy in ("ZeRO-3", "ZeRO-3 offload", "FSDP2") else "uint8"
+    quantised = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
+    assert settings["quantised layers"] == (quantised if case.precision.startswith("QLoRA") else "none")
+
+
+def test_the_matrix_would_notice(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A run with another seed is a run with other rows: it must not pass for the same."""
+    case = Case(None, "LoRA fp32", False)
+    reference = run(case, model_folder, data, tmp_path / "one")
+    other = run(case, model_folder, data, tmp_path / "other", more="--data_seed 5")
+    row = compare(reference, other, case, model_folder)
+    assert any("loss differs" in problem for problem in problems(row, 1))
+    whole = Row(Case("FSDP2", "LoRA fp32", False), 0.0, 0.0, 0.0, 0.0, held=100, whole=100)
+    assert problems(whole, 2) == ["holds 100 of 100 bytes of the base"]
+
+
+def two_processes(strategy: str, port: int, program: str = "train_lora.py") -> str:
+    return STRATEGIES[strategy].format(
+        program=program,
+        torchrun=f"--nproc_per_node 2 --master_port {port}",
+        deepspeed=f"--num_accelerators 2 --master_port {port}",
+    )
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "FastChat's ZeRO-2", "FastChat's ZeRO-3"])
+def test_clipping_is_what_the_command_line_says(
+    strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """One step of SGD at a rate of 1 moves the adapter by the clipped gradient; lora_A has none while lora_B is 0."""
+    given = {"FastChat's ZeRO-2": FASTCHAT_S2, "FastChat's ZeRO-3": FASTCHAT_S3}.get(strategy)
+    command = two_processes(strategy.removeprefix("FastChat's "), port)
+    if given:
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps(given))
+        command = f"{command} --deepspeed {path}"
+    output = tmp_path / "out"
+    succeed(
+        f"{command} --model_name_or_path {model_folder} --data_path {data} --output_dir {output} --optim sgd "
+        "--learning_rate 1 --lr_scheduler_type constant --lora_alpha 256 --lora_dropout 0 --max_steps 1 "
+        "--logging_steps 1 --max_grad_norm 0.3 --save_strategy no"
+    )
+    logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert logs[0]["grad_norm"] > 0.6, "nothing would have been clipped"
+    saved = load_file(output / "adapter_model.safetensors")
+    moved = sum(float(tensor.square().sum()) for name, tensor in saved.items() if "lora_B" in name) ** 0.5
+    assert moved == pytest.approx(0.3, rel=1e-4)
+    settings = json.loads((output / "training_args.json").read_text())["effective"]
+    assert (settings["gradient clipping"], settings["optimizer"]) == ("0.3", "SGD")
+
+
+@pytest.mark.parametrize("strategy", ["DDP", "ZeRO-3"])
+def test_dora_with_rslora(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """The same losses as one process, and magnitudes that are saved whole."""
+    flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --use_dora True --use_rslora True"
+    succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
+    succeed(
+        f"{two_processes(strategy, port)} {flags} --output_dir {tmp_path / 'two'} --per_device_train_batch_size 2 "
+        "--gradient_checkpointing True"
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert sum("lora_magnitude_vector" in name for name in found) == 4
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["use_rslora"]
+
+
+@pytest.mark.parametrize("strategy", ["ZeRO-3", "FSDP2"])
+def test_the_best_checkpoint_is_loaded_at_the_end(
+    strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """A rising rate at which training only gets worse: the first checkpoint is the best, and becomes the adapter."""
+    output = tmp_path / "out"
+    succeed(
+        f"{two_processes(strategy, port)} --model_name_or_path {model_folder} --data_path {data} --output_dir {output} "
+        "--q_lora True --bf16 True --learning_rate 30 --warmup_steps 6 --max_steps 6 --save_steps 2 "
+        "--eval_split 6 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True --logging_steps 1 "
+        "--per_device_train_batch_size 2 --lora_alpha 64"
+    )
+    state = json.loads((output / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.name == "checkpoint-2"
+    saved, expected, last = (
+        load_file(folder / "adapter_model.safetensors") for folder in (output, best, output / "checkpoint-6")
+    )
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert any(not torch.equal(saved[name], last[name]) for name in expected)
+    results = json.loads((output / "train_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["DDP", "ZeRO-3", "FSDP2"])
+def test_a_killed_process_ends_the_run(
+    strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """SIGKILL of one process at its third step: all end, and what was saved after the second goes on."""
+    output = tmp_path / "out"
+    flags = (
+        f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output} {QUICK} --save_strategy steps "
+        "--save_steps 2 --per_device_train_batch_size 2 --lr_scheduler_type constant"
+    )
+    started = time.monotonic()
+    done = launch(
+        f"{two_processes(strategy, port, 'tests/integration/programs/fault.py')} {flags}", FAULT="kill", FAULT_RANK="1"
+    )
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(output) in (process.info["cmdline"] or [])]
+    assert left == []
+    said = succeed(f"{two_processes(strategy, port)} {flags}")
+    assert f"Going on from {output / 'checkpoint-2'}" in said
+    succeed(f"{two_processes(strategy, port)} {flags} --output_dir {tmp_path / 'straight'}")
+    assert losses(output) == losses(tmp_path / "straight")
+    expected = load_file(tmp_path / "straight" / "adapter_model.safetensors")
+    for name, tensor in load_file(output / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"), [("raise", "MemoryError: planted fault"), ("stop", "error: local rank 1: ")]
+)
+def test_the_process_that_failed_is_heard(
+    fault: str, line: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """Not the ones whose connections it took down."""
+    started = time.monotonic()
+    done = launch(
+        f"{two_processes('DDP', port, 'tests/integration/programs/fault.py')} --model_name_or_path {model_folder} "
+        f"--data_path {data} --output_dir {tmp_path / 'out'} {QUICK}",
+        FAULT=fault,
+        FAULT_RANK="1",
+    )
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    said = [text for text in done.stderr.splitlines() if text.startswith(line)]
+    assert len(said) == 1 and "planted fault" in said[0]
+    assert "by peer" not in done.stderr and "rank 0:" not in done.stderr
