@@ -284,10 +284,10 @@ def table(rows: Sequence[Row], heading: Sequence[str]) -> str:
 EXPLANATION = """\
 Each line: {first} steps of {rows} conversations, saved, and in a second start {more} steps more; LoRA of rank 8 on all
 linear layers, AdamW. A step's conversations are taken one by one, by one process or by all in turn. The numbers are the
-largest relative differences from one process: of the loss and of the gradient's norm over all steps, of the adapter after the last one,
-and of the logits that plain PEFT computes with the saved adapter from those of the live model. Keys, shapes and dtype
-(fp32) of the adapter files are equal. The last column is what one process holds of the frozen base between two steps,
-constants of 4-bit layers included.
+largest relative differences from one process: of the loss and of the gradient's norm over all steps, of the adapter
+after the last one, and of the logits that plain PEFT computes with the saved adapter from those of the live model.
+Keys, shapes and dtype (fp32) of the adapter files are equal. The last column is what one process holds of the frozen
+base between two steps, constants of 4-bit layers included.
 
 Allowed are {fp32:.0e} for losses in fp32 and {bf16:.1e} in bf16: it keeps 8 bits, so rounding one number may move it by
 2^-8. For comparison, one process that takes the {rows} conversations as one padded batch differs from itself by
