@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
-from fastchat_qlora.deepspeed_config import find_malformed
+from fastchat_qlora import deepspeed_config, fsdp_config
 
 AT_LEAST_ONE = (
     "lora_r",
@@ -98,7 +98,19 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
     if values.fsdp_config and not values.fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
+    on_cpu = values.use_cpu or not torch.accelerator.is_available()
+    if values.fsdp and on_cpu and fsdp_config.offloads(values.fsdp, _settings(values.fsdp_config)):
+        problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """What a JSON flag holds, or nothing where it is malformed, which is said elsewhere."""
+    try:
+        settings = read_json(given) if given else {}
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _check_combinations(values: argparse.Namespace) -> list[str]:
@@ -258,8 +270,8 @@ def _check_json(values: argparse.Namespace) -> list[str]:
             if not isinstance(settings, dict):
                 problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
                 continue
-            malformed = find_malformed(settings) if flag == "deepspeed" else []
-            problems += [f"--{flag} {given}: {problem}" for problem in malformed]
+            find = {"deepspeed": deepspeed_config.find_malformed, "fsdp_config": fsdp_config.find_problems}.get(flag)
+            problems += [f"--{flag} {given}: {problem}" for problem in (find(settings) if find else ())]
     return problems
 
 

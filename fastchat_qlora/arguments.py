@@ -11,7 +11,10 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from fastchat_qlora import fsdp_config
 from fastchat_qlora.argument_checks import check_writable, find_problems, read_json
 from fastchat_qlora.deepspeed_config import complete, find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
@@ -263,7 +266,11 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
 def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
     """What the DeepSpeed configuration says against the flags; transformers would tell it after loading the weights."""
     spelled = {text.partition("=")[0].lstrip("-").replace("-", "_") for text in arguments if text.startswith("--")}
-    given = {str(name): str(getattr(args, name)) for name in ("optim", "lr_scheduler_type") if name in spelled}
+    chosen = {
+        "optim": OptimizerNames(args.optim).value,
+        "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
+    }
+    given = {name: value for name, value in chosen.items() if name in spelled}
     found = find_contradictions(read_json(configuration), args.hf_deepspeed_config.mismatches, given)
     return [f"--deepspeed {configuration}: {problem}; make them the same, or leave one out" for problem in found]
 
@@ -285,6 +292,17 @@ def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
     if unknown and not problems:
         problems.append(f"unexpected value {unknown[0]!r}: every value follows a flag that takes it")
     return problems
+
+
+def _adapt_fsdp(values: argparse.Namespace) -> list[str]:
+    config, checkpointing = fsdp_config.complete(read_json(values.fsdp_config or "{}"), quantised=values.q_lora)
+    values.fsdp_config = config
+    if not checkpointing:
+        return []
+    values.gradient_checkpointing = True
+    if hasattr(values, "activation_checkpointing"):  # what newer versions of transformers call it
+        values.activation_checkpointing = True
+    return ["--fsdp_config activation_checkpointing: done as --gradient_checkpointing True, to the same effect."]
 
 
 def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
@@ -314,6 +332,8 @@ def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
     if values.fsdp and "RANK" not in os.environ:
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
         values.fsdp = values.fsdp_config = None
+    if values.fsdp:
+        notices += _adapt_fsdp(values)
     values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
     values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
     if values.deepspeed:

@@ -71,11 +71,9 @@ def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantise
     Raises:
         UserError: naming what matches nothing and what there is to match.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    modules = _modules_of(config)
+    if not modules:
         return
-    with torch.device("meta"):
-        skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    modules = dict(skeleton.named_modules())
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
     if not isinstance(lora_config.target_modules, str):
@@ -83,6 +81,29 @@ def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantise
     # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
     whole = set(modules) if not quantised else {name for name in modules if name not in linear or _is_kept(name)}
     _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
+
+
+def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> None:
+    """Require that the layers FSDP2 is to shard one by one exist, before any weight is loaded.
+
+    Raises:
+        UserError: naming the classes that there are not, and those of the model's repeated layers.
+    """
+    classes = {type(module).__name__ for module in _modules_of(config).values()}
+    unmatched = sorted(set(names) - classes)
+    if classes and unmatched:
+        layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
+        raise UserError(
+            f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(unmatched)}: no such module; the model has {layers}"
+        )
+
+
+def _modules_of(config: PretrainedConfig) -> dict[str, torch.nn.Module]:
+    """Name -> module of the model, built without memory; nothing where its code lies outside transformers."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}
+    with torch.device("meta"):
+        return dict(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).named_modules())
 
 
 def _is_kept(name: str) -> bool:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.distributed import Topology
@@ -178,7 +179,9 @@ def _adapter(model: torch.nn.Module) -> str:
 
 def _optimizer(trainer: Trainer, engine: Any) -> str:
     optimizer = engine.basic_optimizer if engine else trainer.optimizer
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+    schedule = engine.scheduler_name() if engine else None
+    schedule = schedule or SchedulerType(trainer.args.lr_scheduler_type).value
+    return f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__}, {schedule} schedule"
 
 
 def _offload(trainer: Trainer, engine: Any) -> str:

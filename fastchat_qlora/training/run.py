@@ -14,7 +14,7 @@ from fastchat_qlora.arguments import RunArguments, TrainingArguments
 from fastchat_qlora.data.dataset import Collator, build_dataset, column
 from fastchat_qlora.distributed import get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_targets
+from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_layer_classes, check_targets
 from fastchat_qlora.model.loading import choose_attention, get_compute_dtype, load_config, load_model, load_tokenizer
 from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.training.checkpoint import find_last_checkpoint
@@ -53,6 +53,7 @@ def train(args: RunArguments) -> Path:
         quantization_config = build_quantization_config(lora_args, dtype, topology)
         config = load_config(model_args, training_args.cache_dir)
         check_targets(config, lora_config, quantised=quantization_config is not None)
+        check_layer_classes(config, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
         attention = choose_attention(model_args.attn_implementation, training_args.flash_attn, topology.accelerator)
         tokenizer = load_tokenizer(
             model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length

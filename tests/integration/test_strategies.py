@@ -1,7 +1,9 @@
 """Every strategy trains the same adapter: the matrix of playground/benchmark/strategies.py on two small layers."""
 
 import json
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -141,7 +143,7 @@ def test_clipping_is_what_the_command_line_says(
     moved = sum(float(tensor.square().sum()) for name, tensor in saved.items() if "lora_B" in name) ** 0.5
     assert moved == pytest.approx(0.3, rel=1e-4)
     settings = json.loads((output / "training_args.json").read_text())["effective"]
-    assert (settings["gradient clipping"], settings["optimizer"]) == ("0.3", "SGD")
+    assert (settings["gradient clipping"], settings["optimizer"]) == ("0.3", "SGD, constant schedule")
 
 
 @pytest.mark.parametrize("strategy", ["DDP", "ZeRO-3"])
@@ -228,3 +230,53 @@ def test_the_process_that_failed_is_heard(
     said = [text for text in done.stderr.splitlines() if text.startswith(line)]
     assert len(said) == 1 and "planted fault" in said[0]
     assert "by peer" not in done.stderr and "rank 0:" not in done.stderr
+
+
+def on_two_nodes(environments: list[dict[str, str]], flags: str) -> list[subprocess.CompletedProcess[str]]:
+    """Start scripts/train_qlora_multinode.sh once for each node, on this machine, and wait for all."""
+    with ThreadPoolExecutor() as pool:
+        starts = [pool.submit(launch, f"bash scripts/train_qlora_multinode.sh {flags}", **env) for env in environments]
+        return [start.result() for start in starts]
+
+
+def nodes(launcher: str, port: int, tmp_path: Path, model_folder: Path, data: Path) -> list[dict[str, str]]:
+    """The environment of each of two nodes with one process."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("first slots=1\nsecond slots=1\n")
+    common = {"MODEL": str(model_folder), "DATA": str(data), "OUTPUT": str(tmp_path / "nodes"), "PROCESSES": "1"}
+    common |= {"MASTER": "127.0.0.1", "MASTER_PORT": str(port), "LAUNCHER": launcher}
+    own = {"torchrun": {"NODES": "2"}, "deepspeed": {"HOSTFILE": str(hosts)}}[launcher]
+    rank = [{"NODE_RANK": str(node)} if launcher == "deepspeed" else {} for node in range(2)]
+    return [common | own | rank[node] for node in range(2)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_nodes_are_one_with_two_processes(
+    launcher: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    flags = f"{QUICK} --model_max_length 512"
+    done = on_two_nodes(nodes(launcher, port, tmp_path, model_folder, data), flags)
+    assert [node.returncode for node in done] == [0, 0], "".join(node.stderr[-3000:] for node in done)
+    assert sum(node.stderr.count("In effect:") for node in done) == 1, "world rank 0 speaks, not one of each node"
+    strategy = {"torchrun": "DDP", "deepspeed": "ZeRO-2"}[launcher]
+    succeed(
+        f"{two_processes(strategy, port)} --model_name_or_path {model_folder} --data_path {data} {flags} --q_lora True "
+        f"--bf16 True --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4 --lr_scheduler_type cosine"
+    )
+    assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "nodes" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_nodes_that_differ_are_refused(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """Here one machine has other data than the other."""
+    environments = nodes("torchrun", port, tmp_path, model_folder, data)
+    shorter = tmp_path / "shorter.json"
+    shorter.write_text(json.dumps(json.loads(data.read_text(encoding="utf-8"))[:20]))
+    environments[1] |= {"DATA": str(shorter)}
+    done = on_two_nodes(environments, QUICK)
+    assert all(node.returncode != 0 for node in done)
+    assert not (tmp_path / "nodes" / "adapter_model.safetensors").exists()
+    errors = [line for node in done for line in node.stderr.splitlines() if line.startswith("error:")]
+    assert errors and all("train rows" in line and "start every machine alike" in line for line in errors)

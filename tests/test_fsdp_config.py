@@ -1,0 +1,92 @@
+"""FSDP2's settings: what is wrong is said before anything is loaded, and nothing is ignored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastchat_qlora.arguments import RunArguments, TrainingArguments, parse_args
+from fastchat_qlora.errors import UserError
+
+
+@pytest.fixture
+def parse(model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As in the first of two processes, without waiting for the other."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    required = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file)]
+    required += ["--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
+
+    def parse_with(*flags: str) -> RunArguments:
+        return parse_args([*required, *flags])
+
+    return parse_with
+
+
+@pytest.mark.parametrize(
+    "flags", [["--fsdp"], ["--fsdp", "True"], ["--fsdp", "true"], ["--fsdp", "full_shard auto_wrap"]]
+)
+def test_spellings_of_on(parse: Any, flags: list[str]) -> None:
+    training = parse(*flags).training
+    assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp", "False"]])
+def test_spellings_of_off(parse: Any, flags: list[str]) -> None:
+    training = parse(*flags).training
+    assert not training.fsdp and training.fsdp_plugin_args is None
+
+
+def test_without_a_launcher_it_is_ignored_and_said(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not parse("--fsdp", "True").training.fsdp
+    assert "--fsdp: ignored" in notices.text
+
+
+@pytest.mark.parametrize(("quantised", "one_reads"), [("False", True), ("True", False)])
+def test_one_process_of_a_machine_reads_plain_weights(parse: Any, quantised: str, one_reads: bool) -> None:
+    assert parse("--fsdp", "--q_lora", quantised).training.fsdp_config["cpu_ram_efficient_loading"] is one_reads
+    chosen = parse("--fsdp", "--fsdp_config", '{"cpu_ram_efficient_loading": false}').training
+    assert chosen.fsdp_config["cpu_ram_efficient_loading"] is False
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+def test_its_checkpointing_is_the_models_own(
+    parse: Any, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """accelerate's wrappers would get into the names of the adapter's tensors."""
+    config = tmp_path / "fsdp.json"
+    config.write_text(json.dumps({name: True, "reshard_after_forward": False}))
+    training = parse("--fsdp", "--fsdp_config", str(config)).training
+    assert training.gradient_checkpointing
+    assert "activation_checkpointing" not in training.fsdp_plugin_args
+    assert training.fsdp_plugin_args["reshard_after_forward"] is False
+    assert "done as --gradient_checkpointing True" in notices.text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"reshard_after_forwards": True}, "did you mean reshard_after_forward?"),
+        ({"zzz": 1}, "zzz is unknown; drop it"),
+        ({"fsdp_use_orig_params": True}, "use_orig_params means something to FSDP1 only"),
+        ({"version": 1}, "version must be 2"),
+        ({"fsdp_version": "1"}, "version must be 2"),
+        ({"cpu_offload": True}, "drop offload"),
+    ],
+)
+def test_what_means_nothing_here_is_refused(parse: Any, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--fsdp", "--fsdp_config", json.dumps(config))
+    assert "--fsdp" in str(error.value) and said in str(error.value)
+
+
+def test_offload_as_a_word(parse: Any) -> None:
+    with pytest.raises(UserError, match="drop offload"):
+        parse("--fsdp", "full_shard offload")
