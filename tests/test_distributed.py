@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastchat_qlora.arguments import TrainingArguments, parse_args
-from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group
+from fastchat_qlora.distributed import (
+    Topology,
+    get_device_map,
+    get_mixed_precision_policy,
+    get_quant_storage,
+    get_topology,
+    is_lost_peer,
+    process_group,
+    require_agreement,
+)
 
 PLAYGROUND = Path(__file__).resolve().parent.parent / "playground"
 LAUNCHERS_SET = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
@@ -123,6 +132,62 @@ def test_fsdp_shards(training_args: TrainingArguments) -> None:
 )
 def test_who_shards_parameters(found: Topology, shards: bool) -> None:
     assert found.shards_parameters is shards
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        (topology(), "one process"),
+        (topology(world_size=2), "DDP"),
+        (topology(world_size=2, zero_stage=2), "ZeRO-2"),
+        (topology(zero_stage=3), "ZeRO-3"),
+        (topology(world_size=2, fsdp=True), "FSDP2"),
+    ],
+)
+def test_the_name_of_the_strategy(found: Topology, name: str) -> None:
+    assert found.strategy == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("found", "sharded"), [(topology(world_size=2), False), (topology(zero_stage=3), True), (topology(fsdp=True), True)]
+)
+def test_quant_storage(found: Topology, sharded: bool, dtype: torch.dtype) -> None:
+    assert get_quant_storage("auto", dtype, found) == (dtype if sharded else torch.uint8)
+    assert get_quant_storage("float16", dtype, found) == torch.float16, "what was asked for is done"
+
+
+def test_fsdp_computes_in_one_dtype_and_sums_gradients_in_fp32() -> None:
+    policy = get_mixed_precision_policy(torch.bfloat16)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("given", [None, '{"use_reentrant": true}', '{"every_n_layers": 2}'])
+def test_checkpointing_is_not_reentrant_unless_asked_for(flags: list[str], given: str | None) -> None:
+    more = ["--gradient_checkpointing_kwargs", given] if given else []
+    training = parse_args([*flags, "--gradient_checkpointing", "True", *more]).training
+    expected = {"use_reentrant": False} | (json.loads(given) if given else {})
+    assert training.gradient_checkpointing_kwargs == expected
+    assert getattr(training, "activation_checkpointing_kwargs", expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistBackendError("NCCL error"), True),
+        (dist.DistNetworkError("the store has gone"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("size mismatch"), False),
+        (OSError("Connection closed by peer"), False),
+    ],
+)
+def test_which_errors_tell_of_another_process(error: Exception, lost: bool) -> None:
+    assert is_lost_peer(error) is lost
+
+
+@pytest.mark.usefixtures("open_group")
+def test_one_process_agrees_with_itself() -> None:
+    require_agreement({"--lora_r": 8})
 
 
 def test_one_process_of_the_run_is_main() -> None:
