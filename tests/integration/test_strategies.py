@@ -16,10 +16,8 @@ from strategies import CASES, STRATEGIES, Case, Outcome, Row, compare, problems,
 pytestmark = pytest.mark.integration
 
 CORE = [
-    case
-    for case in CASES
-    if (case.precision, case.checkpointing) in (("LoRA fp32", False), ("QLoRA bf16", True))
-    or case == Case("ZeRO-3", "LoRA bf16", True)
+    *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
+    *(Case(strategy, "LoRA fp32", False) for strategy in ("ZeRO-2", "ZeRO-3", "FSDP2")),
 ]
 """What every CI run proves; `pytest -m matrix` proves the rest."""
 
@@ -120,7 +118,19 @@ def two_processes(strategy: str, port: int, program: str = "train_lora.py") -> s
     )
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "FastChat's ZeRO-2", "FastChat's ZeRO-3"])
+# FastChat's configurations offload, and are otherwise those of ZeRO-2 and of ZeRO-3 with offload.
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "DDP",
+        "FSDP2",
+        "ZeRO-3",
+        "FastChat's ZeRO-2",
+        "FastChat's ZeRO-3",
+        pytest.param("ZeRO-2", marks=pytest.mark.matrix),
+        pytest.param("ZeRO-3 offload", marks=pytest.mark.matrix),
+    ],
+)
 def test_clipping_is_what_the_command_line_says(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
@@ -186,7 +196,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(
     assert results["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["DDP", "ZeRO-3", "FSDP2"])
+@pytest.mark.parametrize("strategy", [pytest.param("DDP", marks=pytest.mark.matrix), "ZeRO-3", "FSDP2"])
 def test_a_killed_process_ends_the_run(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
