@@ -78,9 +78,14 @@ def _check_numbers(values: argparse.Namespace) -> list[str]:
     return problems
 
 
+def goes_to_cpu(values: argparse.Namespace) -> bool:
+    """Whether the run is on the CPU, asked for or for want of an accelerator."""
+    return values.use_cpu or not torch.accelerator.is_available()
+
+
 def _check_precision(values: argparse.Namespace) -> list[str]:
     problems = []
-    on_cpu = values.use_cpu or not torch.accelerator.is_available()
+    on_cpu = goes_to_cpu(values)
     if values.fp16 and values.bf16:
         problems.append("--fp16 True and --bf16 True: choose one; bf16 where the device has it")
     elif values.fp16 and on_cpu:
@@ -98,8 +103,7 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
     if values.fsdp_config and not values.fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
-    on_cpu = values.use_cpu or not torch.accelerator.is_available()
-    if values.fsdp and on_cpu and fsdp_config.offloads(values.fsdp, _settings(values.fsdp_config)):
+    if values.fsdp and goes_to_cpu(values) and fsdp_config.offloads(values.fsdp, _settings(values.fsdp_config)):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
 

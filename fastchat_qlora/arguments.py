@@ -15,11 +15,11 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora import fsdp_config
-from fastchat_qlora.argument_checks import check_writable, find_problems, read_json
+from fastchat_qlora.argument_checks import check_writable, find_problems, goes_to_cpu, read_json
 from fastchat_qlora.deepspeed_config import complete, find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.old_flags import translate_old_flags
+from fastchat_qlora.old_flags import spelled, translate_old_flags
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +265,13 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
 
 def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
     """What the DeepSpeed configuration says against the flags; transformers would tell it after loading the weights."""
-    spelled = {text.partition("=")[0].lstrip("-").replace("-", "_") for text in arguments if text.startswith("--")}
+    written = {spelled(text.partition("=")[0]) for text in arguments if text.startswith("--")}
     chosen = {
         "optim": OptimizerNames(args.optim).value,
         "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
     }
-    given = {name: value for name, value in chosen.items() if name in spelled}
-    found = find_contradictions(read_json(configuration), args.hf_deepspeed_config.mismatches, given)
+    given = {name: value for name, value in chosen.items() if f"--{name}" in written}
+    found = find_contradictions(args.deepspeed, args.hf_deepspeed_config.mismatches, given)
     return [f"--deepspeed {configuration}: {problem}; make them the same, or leave one out" for problem in found]
 
 
@@ -308,7 +308,7 @@ def _adapt_fsdp(values: argparse.Namespace) -> list[str]:
 def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
     """Set what follows from the machine and the data given, and say so."""
     notices = []
-    if not values.use_cpu and not torch.accelerator.is_available():
+    if goes_to_cpu(values) and not values.use_cpu:
         values.use_cpu = True
         notices.append("No accelerator found: training on the CPU.")
     if not values.use_cpu and torch.accelerator.device_count() > 1 and "WORLD_SIZE" not in os.environ:

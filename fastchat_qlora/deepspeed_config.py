@@ -45,18 +45,22 @@ def find_malformed(config: Mapping[str, Any]) -> list[str]:
         for name in SECTIONS
         if name in config and not isinstance(config[name], dict)
     ]
+    if problems:
+        return problems
     zero = config.get("zero_optimization", {})
-    if not problems and zero.get("stage", 0) not in (0, 1, 2, 3):
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']!r}")
-    scheduled = config.get("scheduler", {}).get("params", {}) if not problems else {}
+    scheduled = config.get("scheduler", {}).get("params", {})
     problems += [
         f"scheduler.params.{name} is {scheduled[name]!r}, which follows from the data; leave it out"
         for name in COUNTED
         if scheduled.get(name, "auto") != "auto"
     ]
-    for name in ("offload_optimizer", "offload_param"):
-        if not problems and not isinstance(zero.get(name, {}), dict):
-            problems.append(f"zero_optimization.{name} must be an object, not {zero[name]!r}")
+    problems += [
+        f"zero_optimization.{name} must be an object, not {zero[name]!r}"
+        for name in ("offload_optimizer", "offload_param")
+        if not isinstance(zero.get(name, {}), dict)
+    ]
     return problems
 
 
@@ -100,7 +104,7 @@ def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], 
     """What the configuration says against the command line, each naming both sides.
 
     Args:
-        config: as read from the user's file.
+        config: as read from the user's file, or completed.
         mismatches: what transformers has noted (`HfTrainerDeepSpeedConfig.mismatches`), as "- ds KEY=VALUE vs hf
             FLAG=VALUE".
         flags: `optim` and `lr_scheduler_type`, of those that the user has given.

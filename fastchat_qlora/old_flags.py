@@ -92,7 +92,7 @@ def _is_true(value: str) -> bool:
     return bool(string_to_bool(value))
 
 
-def _spelled(name: str) -> str:
+def spelled(name: str) -> str:
     """A flag's name with underscores; both spellings are accepted."""
     return "--" + name[2:].replace("-", "_")
 
@@ -131,7 +131,7 @@ def translate_old_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while waiting:
         text = waiting.pop(0)
         name, has_value, value = text.partition("=")
-        old = _spelled(name)
+        old = spelled(name)
         if not name.startswith("--") or old not in OLD_FLAGS:
             arguments.append(text)
             continue
@@ -139,7 +139,7 @@ def translate_old_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         value = _check_value(old, value if has_value else following, OLD_FLAGS[old])
         translation = OLD_FLAGS[old].translate(value)
         new = translation.arguments[0] if translation.arguments else None
-        if new and any(_spelled(given.partition("=")[0]) == new for given in argv):
+        if new and any(spelled(given.partition("=")[0]) == new for given in argv):
             raise UserError(f"{old} {value}: {new} is given too, and is what this flag is called today; drop {old}")
         arguments += translation.arguments
         notices.append(f"{old} {value}: {translation.notice}.")

@@ -6,7 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when hug
 
 import json
 import logging
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
+from launching import free_port
 from stand_in import CHATML as CHATML
 from stand_in import SMALL, make_model, make_tokenizer
 
@@ -75,10 +75,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    """A port that is free now, for a rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """For a rendezvous."""
+    return free_port()
 
 
 @pytest.fixture(autouse=True)

@@ -89,6 +89,8 @@ def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> Non
     Raises:
         UserError: naming the classes that there are not, and those of the model's repeated layers.
     """
+    if not names:
+        return
     classes = {type(module).__name__ for module in _modules_of(config).values()}
     unmatched = sorted(set(names) - classes)
     if classes and unmatched:

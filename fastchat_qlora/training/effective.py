@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 
@@ -20,6 +20,7 @@ from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class HeldBytes(NamedTuple):
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Tell what is in effect when training starts, and stop if it is another strategy than the one asked for."""
 
-    def __init__(self, trainer: Trainer, topology: Topology) -> None:
+    def __init__(self, trainer: LoraTrainer, topology: Topology) -> None:
         self._trainer, self._topology = trainer, topology
         self.settings: dict[str, str] = {}
 
@@ -51,13 +52,13 @@ class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers 
         logger.info(f"In effect:\n{table}")
 
 
-def read_back(trainer: Trainer) -> dict[str, str]:
+def read_back(trainer: LoraTrainer) -> dict[str, str]:
     """Setting -> what the live objects say of it; every process of the run must call this.
 
     Args:
         trainer: set up as far as `on_train_begin`: wrapped model, optimizer and scheduler are there.
     """
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    args, model = trainer.args, trainer.adapter
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else args.per_device_train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
@@ -177,14 +178,14 @@ def _adapter(model: torch.nn.Module) -> str:
     return f"{count:,} parameters, live as {dtypes}, saved as float32"
 
 
-def _optimizer(trainer: Trainer, engine: Any) -> str:
+def _optimizer(trainer: LoraTrainer, engine: Any) -> str:
     optimizer = engine.basic_optimizer if engine else trainer.optimizer
     schedule = engine.scheduler_name() if engine else None
     schedule = schedule or SchedulerType(trainer.args.lr_scheduler_type).value
     return f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__}, {schedule} schedule"
 
 
-def _offload(trainer: Trainer, engine: Any) -> str:
+def _offload(trainer: LoraTrainer, engine: Any) -> str:
     if engine is not None:
         places = {"optimizer": engine.zero_offload_optimizer(), "parameters": engine.zero_offload_param()}
         devices = {name: str(getattr(to.device, "value", to.device)) for name, to in places.items() if to}

@@ -13,9 +13,6 @@ import json
 import os
 import platform
 import re
-import shlex
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,11 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from launching import ROOT, free_port, step_logs, succeed
+from observed_train import PROBE
 from peft import PeftModel
 from safetensors.torch import load_file
+from stand_in import SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+from fastchat_qlora.model.loading import keep_cpu_weights_trainable
+
 PROGRAM = "playground/benchmark/observed_train.py"
 FIRST_STEPS, ALL_STEPS = 4, 6
 ROWS = 4
@@ -107,19 +108,21 @@ CASES = [
 ]
 
 
-def command(case: Case, processes: int) -> str:
-    """The command line of a case without its paths."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = (STRATEGIES[case.strategy] if case.strategy else ONE_PROCESS).format(
-        program=PROGRAM,
+def launch_line(strategy: str | None, port: int, program: str, processes: int = 2) -> str:
+    """How a strategy is launched: a command line up to the flags of the run."""
+    return (STRATEGIES[strategy] if strategy else ONE_PROCESS).format(
+        program=program,
         torchrun=f"--nproc_per_node {processes} --master_port {port}",
         deepspeed=f"--num_accelerators {processes} --master_port {port}",
     )
+
+
+def command(case: Case, processes: int) -> str:
+    """The command line of a case without its paths."""
     accumulated = ROWS // processes if case.strategy else ROWS
     return (
-        f"{launcher} {FLAGS} {PRECISIONS[case.precision]} --gradient_checkpointing {case.checkpointing} "
+        f"{launch_line(case.strategy, free_port(), PROGRAM, processes)} {FLAGS} {PRECISIONS[case.precision]} "
+        f"--gradient_checkpointing {case.checkpointing} "
         f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulated}"
     )
 
@@ -131,11 +134,10 @@ def run(case: Case, model: Path, data: Path, output: Path, *, processes: int = 2
         RuntimeError: a start failed; with the end of what it said.
     """
     paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output} {more}"
-    steps = [FIRST_STEPS] if case.strategy is None else [FIRST_STEPS, ALL_STEPS]
-    for last in [ALL_STEPS] if case.strategy is None else steps:
-        start(f"{command(case, processes)} {paths} --max_steps {last} --save_steps {FIRST_STEPS}")
-    state = json.loads((output / "trainer_state.json").read_text())
-    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    for last in (ALL_STEPS,) if case.strategy is None else (FIRST_STEPS, ALL_STEPS):
+        line = f"{command(case, processes)} {paths} --max_steps {last} --save_steps {FIRST_STEPS}"
+        succeed(line, timeout=1200)
+    logs = step_logs(output)
     held = json.loads((output / "base_bytes.json").read_text())
     return Outcome(
         losses=[entry["loss"] for entry in logs],
@@ -149,23 +151,11 @@ def run(case: Case, model: Path, data: Path, output: Path, *, processes: int = 2
     )
 
 
-def start(line: str) -> str:
-    """Run one command line and give back what it said."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(shlex.split(line), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    if done.returncode != 0:
-        raise RuntimeError(f"{line}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
-    return done.stdout + done.stderr
-
-
 def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> torch.Tensor:
     """What plain PEFT answers to the probe with a saved adapter, as logits.
 
     In bf16 the adapter is rounded to bf16 as well: every strategy computes with it so, whatever its masters are.
     """
-    from observed_train import PROBE
-
     torch.set_num_threads(1)  # as the processes of a run here; bf16 kernels split sums by thread
     dtype = torch.float32 if precision.endswith("fp32") else torch.bfloat16
     quantization = BitsAndBytesConfig(
@@ -177,9 +167,7 @@ def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> t
         quantization_config=quantization if precision.startswith("QLoRA") else None,
         device_map=device,
     )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # another kernel, which the training did not use
+    keep_cpu_weights_trainable(base)  # else another kernel, which the training did not use
     loaded = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
@@ -235,33 +223,43 @@ def problems(row: Row, processes: int) -> list[str]:
     return found
 
 
-def sweep(cases: Iterable[Case], model: Path, data: Path, folder: Path, processes: int, device: str) -> list[Row]:
+class OneProcess:
+    """What one process makes of the same conversations; each kind is run when it is first asked for."""
+
+    def __init__(self, model: Path, data: Path, folder: Path) -> None:
+        self.model, self.data, self.folder = model, data, folder
+        self._outcomes: dict[tuple[str, bool], Outcome] = {}
+
+    def outcome(self, precision: str, checkpointing: bool) -> Outcome:
+        """The rows of a step taken one by one."""
+        key = (precision, checkpointing)
+        if key not in self._outcomes:
+            folder = self.folder / f"one-{len(self._outcomes)}"
+            self._outcomes[key] = run(Case(None, *key), self.model, self.data, folder)
+        return self._outcomes[key]
+
+    def noise(self, precision: str) -> float:
+        """How far the losses are from these when the rows of a step are taken as one padded batch."""
+        case = Case(None, precision, False)
+        together = f"--per_device_train_batch_size {ROWS} --gradient_accumulation_steps 1"
+        folder = self.folder / f"together-{precision.replace(' ', '-')}"
+        padded = run(case, self.model, self.data, folder, more=together)
+        return _furthest(padded.losses, self.outcome(precision, False).losses)
+
+
+def sweep(cases: Iterable[Case], alone: OneProcess, processes: int, device: str) -> list[Row]:
     """Run the cases and what they are compared with; say how each went."""
-    references: dict[tuple[str, bool], Outcome] = {}
     rows = []
     for case in cases:
-        key = (case.precision, case.checkpointing)
-        if key not in references:
-            references[key] = run(Case(None, *key), model, data, folder / f"one-{len(references)}")
+        reference = alone.outcome(case.precision, case.checkpointing)
         started = time.monotonic()
-        outcome = run(case, model, data, folder / re.sub(r"\W+", "-", str(case)), processes=processes)
-        row = compare(references[key], outcome, case, model, device)
+        folder = alone.folder / re.sub(r"\W+", "-", str(case))
+        outcome = run(case, alone.model, alone.data, folder, processes=processes)
+        row = compare(reference, outcome, case, alone.model, device)
         rows.append(row)
         state = "; ".join(problems(row, processes)) or "as one process"
         print(f"{case}: {state} ({time.monotonic() - started:.0f} s)", flush=True)
     return rows
-
-
-def noise(model: Path, data: Path, folder: Path) -> dict[str, float]:
-    """How far one process is from itself when it takes the rows of a step as one padded batch."""
-    found = {}
-    for precision in PRECISIONS:
-        case = Case(None, precision, False)
-        parts = run(case, model, data, folder / f"parts-{len(found)}")
-        together = f"--per_device_train_batch_size {ROWS} --gradient_accumulation_steps 1"
-        whole = run(case, model, data, folder / f"whole-{len(found)}", more=together)
-        found[precision] = _furthest(whole.losses, parts.losses)
-    return found
 
 
 def table(rows: Sequence[Row], heading: Sequence[str]) -> str:
@@ -332,9 +330,10 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model.resolve() if options.model else made_up(options.folder / "model", options.layers)
     cases = [case for case in CASES if options.only in str(case)]
-    rows = sweep(cases, model, options.data.resolve(), options.folder.resolve(), options.processes, options.device)
+    alone = OneProcess(model, options.data.resolve(), options.folder.resolve())
+    rows = sweep(cases, alone, options.processes, options.device)
     wrong = {str(row.case): found for row in rows if (found := problems(row, options.processes))}
-    spread = noise(model, options.data.resolve(), options.folder.resolve())
+    spread = {precision: alone.noise(precision) for precision in PRECISIONS}
     name = model.name if options.model else f"A Llama of {options.layers} layers with random weights"
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} CPU cores"
     title = "Every strategy, the same training"
@@ -347,8 +346,6 @@ def main() -> None:
 
 def made_up(folder: Path, layers: int) -> Path:
     """A model with random weights: of two small layers, or of the width of a model of a billion parameters."""
-    from stand_in import SMALL, make_model, make_tokenizer
-
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     make_tokenizer(folder)
     make_model(folder, SMALL if layers == 2 else wide | {"num_hidden_layers": layers})

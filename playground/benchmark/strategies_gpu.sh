@@ -7,6 +7,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ -z "${WHEELS:-}" ] || python3 -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
-export TOKENIZERS_PARALLELISM=false DS_SKIP_CUDA_CHECK=1
+export PYTHONPATH="$PWD" TOKENIZERS_PARALLELISM=false DS_SKIP_CUDA_CHECK=1
 python3 playground/benchmark/strategies.py --processes 1 --device cuda --layers 4 \
     --folder "${OUT:-/tmp/strategies_gpu}/runs" --table "${OUT:-playground/benchmark}/strategies_gpu.md" "$@"

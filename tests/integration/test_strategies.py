@@ -9,11 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from adapters import assert_same_adapter
 from launching import QUICK, launch, losses, succeed
 from safetensors.torch import load_file
-from strategies import CASES, STRATEGIES, Case, Outcome, Row, compare, problems, run
+from strategies import CASES, SHARDED, Case, OneProcess, Row, compare, launch_line, problems, run
 
 pytestmark = pytest.mark.integration
+
+TRAIN, FAULT = "train_lora.py", "tests/integration/programs/fault.py"
 
 CORE = [
     *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
@@ -61,27 +64,20 @@ FASTCHAT_S3 = {
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[tuple[str, bool], Outcome]:
-    """What one process did, by precision and checkpointing."""
-    return {}
+def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    """What the strategies are compared with."""
+    return OneProcess(model_folder, data, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in CORE else pytest.mark.matrix, id=str(case)) for case in CASES]
 )
 def test_a_strategy_is_as_one_process(
-    case: Case,
-    references: dict[tuple[str, bool], Outcome],
-    model_folder: Path,
-    data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    case: Case, alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path_factory.mktemp("matrix")
-    key = (case.precision, case.checkpointing)
-    if key not in references:
-        references[key] = run(Case(None, *key), model_folder, data, folder / "one")
-    outcome = run(case, model_folder, data, folder / "several")
-    row = compare(references[key], outcome, case, model_folder)
+    reference = alone.outcome(case.precision, case.checkpointing)
+    outcome = run(case, model_folder, data, tmp_path / "several")
+    row = compare(reference, outcome, case, model_folder)
     assert problems(row, processes=2) == []
     assert_settings(outcome.settings, case)
 
@@ -94,28 +90,20 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
     assert settings["devices"].startswith("2 x cpu on ")
     offload = "optimizer on cpu, parameters on cpu"
     assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
-    stored = "bfloat16" if case.strategy in ("ZeRO-3", "ZeRO-3 offload", "FSDP2") else "uint8"
+    stored = "bfloat16" if case.strategy in SHARDED else "uint8"
     quantised = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
     assert settings["quantised layers"] == (quantised if case.precision.startswith("QLoRA") else "none")
 
 
-def test_the_matrix_would_notice(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_the_matrix_would_notice(alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path) -> None:
     """A run with another seed is a run with other rows: it must not pass for the same."""
     case = Case(None, "LoRA fp32", False)
-    reference = run(case, model_folder, data, tmp_path / "one")
+    reference = alone.outcome(case.precision, case.checkpointing)
     other = run(case, model_folder, data, tmp_path / "other", more="--data_seed 5")
     row = compare(reference, other, case, model_folder)
     assert any("loss differs" in problem for problem in problems(row, 1))
     whole = Row(Case("FSDP2", "LoRA fp32", False), 0.0, 0.0, 0.0, 0.0, held=100, whole=100)
     assert problems(whole, 2) == ["holds 100 of 100 bytes of the base"]
-
-
-def two_processes(strategy: str, port: int, program: str = "train_lora.py") -> str:
-    return STRATEGIES[strategy].format(
-        program=program,
-        torchrun=f"--nproc_per_node 2 --master_port {port}",
-        deepspeed=f"--num_accelerators 2 --master_port {port}",
-    )
 
 
 # FastChat's configurations offload, and are otherwise those of ZeRO-2 and of ZeRO-3 with offload.
@@ -136,7 +124,7 @@ def test_clipping_is_what_the_command_line_says(
 ) -> None:
     """One step of SGD at a rate of 1 moves the adapter by the clipped gradient; lora_A has none while lora_B is 0."""
     given = {"FastChat's ZeRO-2": FASTCHAT_S2, "FastChat's ZeRO-3": FASTCHAT_S3}.get(strategy)
-    command = two_processes(strategy.removeprefix("FastChat's "), port)
+    command = launch_line(strategy.removeprefix("FastChat's "), port, TRAIN)
     if given:
         path = tmp_path / "deepspeed.json"
         path.write_text(json.dumps(given))
@@ -162,7 +150,7 @@ def test_dora_with_rslora(strategy: str, model_folder: Path, data: Path, tmp_pat
     flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --use_dora True --use_rslora True"
     succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
     succeed(
-        f"{two_processes(strategy, port)} {flags} --output_dir {tmp_path / 'two'} --per_device_train_batch_size 2 "
+        f"{launch_line(strategy, port, TRAIN)} {flags} --output_dir {tmp_path / 'two'} --per_device_train_batch_size 2 "
         "--gradient_checkpointing True"
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -179,10 +167,10 @@ def test_the_best_checkpoint_is_loaded_at_the_end(
     """A rising rate that ruins the adapter towards the end: an earlier checkpoint is the best, and becomes it."""
     output = tmp_path / "out"
     succeed(
-        f"{two_processes(strategy, port)} --model_name_or_path {model_folder} --data_path {data} --output_dir {output} "
-        "--q_lora True --bf16 True --learning_rate 30 --warmup_steps 6 --max_steps 6 --save_steps 2 "
-        "--eval_split 6 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True --logging_steps 1 "
-        "--per_device_train_batch_size 2 --lora_alpha 64"
+        f"{launch_line(strategy, port, TRAIN)} --model_name_or_path {model_folder} --data_path {data} "
+        f"--output_dir {output} --q_lora True --bf16 True --learning_rate 30 --warmup_steps 6 --max_steps 6 "
+        "--save_steps 2 --eval_split 6 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True "
+        "--logging_steps 1 --per_device_train_batch_size 2 --lora_alpha 64"
     )
     state = json.loads((output / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
@@ -207,19 +195,15 @@ def test_a_killed_process_ends_the_run(
         "--save_steps 2 --per_device_train_batch_size 2 --lr_scheduler_type constant"
     )
     started = time.monotonic()
-    done = launch(
-        f"{two_processes(strategy, port, 'tests/integration/programs/fault.py')} {flags}", FAULT="kill", FAULT_RANK="1"
-    )
+    done = launch(f"{launch_line(strategy, port, FAULT)} {flags}", FAULT="kill", FAULT_RANK="1")
     assert done.returncode != 0 and time.monotonic() - started < 60
     left = [process for process in psutil.process_iter(["cmdline"]) if str(output) in (process.info["cmdline"] or [])]
     assert left == []
-    said = succeed(f"{two_processes(strategy, port)} {flags}")
+    said = succeed(f"{launch_line(strategy, port, TRAIN)} {flags}")
     assert f"Going on from {output / 'checkpoint-2'}" in said
-    succeed(f"{two_processes(strategy, port)} {flags} --output_dir {tmp_path / 'straight'}")
+    succeed(f"{launch_line(strategy, port, TRAIN)} {flags} --output_dir {tmp_path / 'straight'}")
     assert losses(output) == losses(tmp_path / "straight")
-    expected = load_file(tmp_path / "straight" / "adapter_model.safetensors")
-    for name, tensor in load_file(output / "adapter_model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_adapter(output, tmp_path / "straight")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +215,7 @@ def test_the_process_that_failed_is_heard(
     """Not the ones whose connections it took down."""
     started = time.monotonic()
     done = launch(
-        f"{two_processes('DDP', port, 'tests/integration/programs/fault.py')} --model_name_or_path {model_folder} "
+        f"{launch_line('DDP', port, FAULT)} --model_name_or_path {model_folder} "
         f"--data_path {data} --output_dir {tmp_path / 'out'} {QUICK}",
         FAULT=fault,
         FAULT_RANK="1",
@@ -270,13 +254,12 @@ def test_two_nodes_are_one_with_two_processes(
     assert sum(node.stderr.count("In effect:") for node in done) == 1, "world rank 0 speaks, not one of each node"
     strategy = {"torchrun": "DDP", "deepspeed": "ZeRO-2"}[launcher]
     succeed(
-        f"{two_processes(strategy, port)} --model_name_or_path {model_folder} --data_path {data} {flags} --q_lora True "
-        f"--bf16 True --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4 --lr_scheduler_type cosine"
+        f"{launch_line(strategy, port, TRAIN)} --model_name_or_path {model_folder} --data_path {data} {flags} "
+        f"--q_lora True --bf16 True --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4 "
+        "--lr_scheduler_type cosine"
     )
     assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
-    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    for name, tensor in load_file(tmp_path / "nodes" / "adapter_model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_adapter(tmp_path / "nodes", tmp_path / "one")
 
 
 def test_nodes_that_differ_are_refused(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
