@@ -97,13 +97,25 @@ def _check_precision(values: argparse.Namespace) -> list[str]:
 
 def _check_strategy(values: argparse.Namespace) -> list[str]:
     problems = []
-    if values.fsdp and values.deepspeed:
+    fsdp = fsdp_config.read_flag(values.fsdp)
+    if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
     if values.deepspeed and "RANK" not in os.environ:
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
-    if values.fsdp_config and not values.fsdp:
+    if values.fsdp_config and not fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
-    if values.fsdp and goes_to_cpu(values) and fsdp_config.offloads(values.fsdp, _settings(values.fsdp_config)):
+    if unknown := fsdp_config.find_unknown_words(fsdp):
+        allowed = ", ".join(fsdp_config.WORDS)
+        problems.append(f"--fsdp {' '.join(unknown)}: FSDP2 does not have it; give True, or some of {allowed}")
+    if fsdp and values.optim not in fsdp_config.OPTIMIZERS:
+        allowed = ", ".join(fsdp_config.OPTIMIZERS)
+        problems.append(f"--optim {values.optim}: cannot step on what --fsdp shards; choose one of {allowed}")
+    if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
+        problems.append(
+            "--save_only_model True and --load_best_model_at_end True: under --fsdp and --deepspeed a checkpoint is "
+            "loaded whole or not at all; drop one"
+        )
+    if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, _settings(values.fsdp_config)):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
 

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from fastchat_qlora import fsdp_config
 from fastchat_qlora.argument_checks import check_writable, find_problems, goes_to_cpu, read_json
-from fastchat_qlora.deepspeed_config import complete, find_contradictions
+from fastchat_qlora.deepspeed_config import complete, find_contradictions, find_refused
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import spelled, translate_old_flags
@@ -256,9 +256,8 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
             groups.append(group(**{f.name: values[f.name] for f in fields(group) if f.init}))
         except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
             reason = " ".join(str(error).split())
-            named = [
-                flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(("_config", "_kwargs"))
-            ]
+            suspects = ("_config", "_kwargs", "deepspeed")
+            named = [flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(suspects)]
             raise UserError(f"{reason}; check {', '.join(dict.fromkeys(named)) or 'the flags'}") from error
     return groups
 
@@ -272,7 +271,10 @@ def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequ
     }
     given = {name: value for name, value in chosen.items() if f"--{name}" in written}
     found = find_contradictions(args.deepspeed, args.hf_deepspeed_config.mismatches, given)
-    return [f"--deepspeed {configuration}: {problem}; make them the same, or leave one out" for problem in found]
+    hint = "; make them the same, or leave one out"
+    return [f"--deepspeed {configuration}: {problem}{hint}" for problem in found] or [
+        f"--deepspeed {configuration}: {problem}" for problem in find_refused(args.hf_deepspeed_config.config)
+    ]
 
 
 def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
@@ -327,11 +329,10 @@ def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
     if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
         notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
         values.eval_on_start = values.do_eval = False
-    if isinstance(values.fsdp, str) and values.fsdp.lower() in ("true", "false"):
-        values.fsdp = values.fsdp.lower() == "true"
+    values.fsdp = fsdp_config.read_flag(values.fsdp)
     if values.fsdp and "RANK" not in os.environ:
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
-        values.fsdp = values.fsdp_config = None
+        values.fsdp, values.fsdp_config = False, None
     if values.fsdp:
         notices += _adapt_fsdp(values)
     values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~

@@ -7,8 +7,10 @@ of 1.0 whatever `--max_grad_norm` says.
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from fastchat_qlora.text import did_you_mean
 
 FOLLOWING = (
     "gradient_clipping",
@@ -20,7 +22,42 @@ FOLLOWING = (
 )
 """Settings that follow the command line unless the configuration names them."""
 
-SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+)
+"""Settings that hold others and that this program looks into."""
+
+NUMBERS = ("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+LEFT_TO_DEEPSPEED = (
+    *("aio", "checkpoint", "comms_logger", "communication_data_type", "csv_monitor", "comet", "data_types"),
+    *("disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level"),
+    *("memory_breakdown", "prescale_gradients", "steps_per_print", "tensorboard", "timers", "wall_clock_breakdown"),
+    *("wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+)
+"""Settings that change how DeepSpeed works and not what is trained."""
+
+DONE_ELSEWHERE = {
+    "activation_checkpointing": "give --gradient_checkpointing True",
+    "amp": "give --bf16 True or --fp16 True",
+    "autotuning": "run DeepSpeed's tuner on its own",
+    "bfloat16": "it is called bf16",
+    "compile": "give --torch_compile True",
+    "dataloader_drop_last": "give --dataloader_drop_last True",
+    "elasticity": "the batch follows the flags",
+    "gradient_allreduce_op": "gradients are averaged, else the step depends on the number of processes",
+    "tensor_parallel": "choose a ZeRO stage; the layers of a PEFT model are not split",
+    "torch_autocast": "give --bf16 True or --fp16 True",
+}
+"""Settings that would be done twice, or not at all, and what to do about it."""
 
 COUNTED = ("total_num_steps", "warmup_num_steps")
 """Parameters of a scheduler that follow from the data."""
@@ -39,29 +76,97 @@ SCHEDULERS = {
 
 
 def find_malformed(config: Mapping[str, Any]) -> list[str]:
-    """Sections that are no objects, and a ZeRO stage that there is not."""
+    """What is no setting, or no value for one, as far as it can be told without DeepSpeed."""
+    known = {name.partition(".")[0] for name in (*SECTIONS, *NUMBERS)} | {*LEFT_TO_DEEPSPEED}
     problems = [
-        f"{name} must be an object, not {config[name]!r}"
+        f"{name} is not for here: {DONE_ELSEWHERE[name]}; drop it"
+        if name in DONE_ELSEWHERE
+        else f"{name} is unknown; {did_you_mean(name, known)}"
+        for name in config
+        if name not in known
+    ]
+    problems += [
+        f"{name} must be an object, not {value!r}"
         for name in SECTIONS
-        if name in config and not isinstance(config[name], dict)
+        for value in _values(config, name)
+        if not isinstance(value, dict)
+    ]
+    problems += [
+        f"{name} must be a number, not {value!r}; leave it out, and it follows the flags"
+        for name in NUMBERS
+        for value in _values(config, name)
+        if value != "auto" and type(value) not in (int, float)
     ]
     if problems:
         return problems
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']!r}")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if type(stage) is not int or not 1 <= stage <= 3:
+        # Stage 0 is no ZeRO: in bf16 its first step is a wrong one, and what is saved is rounded (DeepSpeed 0.19.8).
+        found = f", not {stage!r}" if stage is not None else ""
+        problems.append(f"zero_optimization.stage must be 1, 2 or 3{found}; without --deepspeed the strategy is DDP")
+    elif stage < 3 and _offloads(config, "offload_param"):
+        problems.append(f"zero_optimization.offload_param means something at stage 3 only, not at {stage}; drop it")
+    for name in ("optimizer", "scheduler"):
+        if name in config and not isinstance(config[name].get("type"), str):
+            problems.append(f"{name}.type must be a name, not {config[name].get('type')!r}")
     scheduled = config.get("scheduler", {}).get("params", {})
     problems += [
         f"scheduler.params.{name} is {scheduled[name]!r}, which follows from the data; leave it out"
         for name in COUNTED
         if scheduled.get(name, "auto") != "auto"
     ]
-    problems += [
-        f"zero_optimization.{name} must be an object, not {zero[name]!r}"
-        for name in ("offload_optimizer", "offload_param")
-        if not isinstance(zero.get(name, {}), dict)
-    ]
     return problems
+
+
+def _values(config: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """The value at a dotted name, if the configuration has one."""
+    *sections, key = name.split(".")
+    place: Any = config
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if isinstance(place, dict) and key in place:
+        yield place[key]
+
+
+def find_refused(config: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself would not take; it would tell only after the weights are loaded.
+
+    Args:
+        config: completed, with what follows the flags filled in.
+    """
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    filled = _without_auto(config)
+    filled.pop("train_batch_size", None)  # multiplied by processes that DeepSpeed does not know of yet
+    problems = []
+    try:
+        DeepSpeedConfig(filled)
+    except ValidationError as error:
+        zero = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+        for found in error.errors():
+            name = ".".join(map(str, found["loc"]))
+            unknown = found["type"] == "extra_forbidden"
+            reason = f"is unknown; {did_you_mean(name, zero)}" if unknown else f"is {found['input']!r}: {found['msg']}"
+            problems.append(f"{name} {reason}" if name else found["msg"])
+    except Exception as error:  # it checks by assertions, conversions and look-ups
+        problems.append(f"DeepSpeed does not take it: {' '.join(str(error).split()) or type(error).__name__}")
+    optimizer = config.get("optimizer", {}).get("type", ADAM[0])
+    if optimizer.lower() not in DEEPSPEED_OPTIMIZERS and not config.get("zero_allow_untested_optimizer"):
+        problems.append(
+            f"optimizer.type {optimizer} is none of {', '.join(DEEPSPEED_OPTIMIZERS)}; give --optim in its place, or "
+            "add zero_allow_untested_optimizer"
+        )
+    return problems
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if value != "auto"
+    }
 
 
 def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
@@ -87,7 +192,6 @@ def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         place.setdefault(key, "auto")
-    completed.setdefault("zero_optimization", {"stage": 0})  # accelerate reads it without asking
     if "optimizer" not in completed and optim not in STEPPED_BY_CPU_ADAM:
         # accelerate would put DeepSpeed's CPU Adam in place of whatever optimizer was asked for.
         completed.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -96,8 +200,11 @@ def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether the optimizer's state lies outside the device."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") != "none")
+    return _offloads(config, "offload_optimizer")
+
+
+def _offloads(config: Mapping[str, Any], what: str) -> bool:
+    return bool(config.get("zero_optimization", {}).get(what, {}).get("device", "none") != "none")
 
 
 def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], flags: Mapping[str, Any]) -> list[str]:

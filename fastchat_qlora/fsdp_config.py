@@ -1,22 +1,35 @@
 """The settings of FSDP2 beside a command line, as transformers names them in `--fsdp_config`."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-KNOWN = (
-    "activation_checkpointing",
-    "auto_wrap_policy",
-    "cpu_offload",
-    "cpu_ram_efficient_loading",
-    "min_num_params",
-    "reshard_after_forward",
-    "state_dict_type",
-    "transformer_layer_cls_to_wrap",
-    "version",
-)
+from fastchat_qlora.text import did_you_mean
 
-FSDP1_ONLY = ("backward_prefetch", "forward_prefetch", "limit_all_gathers", "sync_module_states", "use_orig_params")
+SWITCHES = ("activation_checkpointing", "cpu_offload", "cpu_ram_efficient_loading", "reshard_after_forward")
+
+CHOICES = {
+    "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+    "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
+    "version": (2,),
+}
+
+KNOWN = (*SWITCHES, *CHOICES, "transformer_layer_cls_to_wrap")
+
+WITHOUT_MEANING = {
+    "backward_prefetch": "FSDP1",
+    "forward_prefetch": "FSDP1",
+    "limit_all_gathers": "FSDP1",
+    "min_num_params": "SIZE_BASED_WRAP",
+    "sync_module_states": "FSDP1",
+    "use_orig_params": "FSDP1",
+}
+"""Setting -> what alone it means something to."""
+
+WORDS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
+"""What `--fsdp` may say in place of True; transformers is about to drop them."""
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
+"""Optimizers of torch, which step on shards; others take parameters for whole."""
 
 
 def without_prefix(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,20 +40,43 @@ def without_prefix(config: Mapping[str, Any]) -> dict[str, Any]:
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Settings that mean nothing to FSDP2, or something else than a user would think."""
     problems = []
-    for name in without_prefix(config):
-        if name in FSDP1_ONLY:
-            problems.append(f"{name} means something to FSDP1 only; drop it")
+    for name, value in without_prefix(config).items():
+        if name in WITHOUT_MEANING:
+            problems.append(f"{name} means something to {WITHOUT_MEANING[name]} only; drop it")
         elif name not in KNOWN:
-            nearest = difflib.get_close_matches(name, KNOWN, n=1)
-            problems.append(f"{name} is unknown; " + (f"did you mean {nearest[0]}?" if nearest else "drop it"))
-    if str(config.get("version", config.get("fsdp_version", 2))) != "2":
-        problems.append("version must be 2; transformers is about to drop FSDP1")
+            problems.append(f"{name} is unknown; {did_you_mean(name, KNOWN)}")
+        elif name in SWITCHES and _switch(value) is None:
+            problems.append(f"{name} must be true or false, not {value!r}")
+        elif name in CHOICES and str(value).upper() not in map(str, CHOICES[name]):
+            problems.append(f"{name} must be {' or '.join(map(str, CHOICES[name]))}, not {value!r}")
+        elif name == "transformer_layer_cls_to_wrap" and not _are_names(value):
+            problems.append(f"{name} must be a name or a list of names, not {value!r}")
     return problems
+
+
+def read_flag(fsdp: str | bool | None) -> str | bool:
+    """What `--fsdp` says: on, off, or on with words."""
+    switch = _switch(fsdp)
+    return fsdp if fsdp and switch is None else bool(switch)
+
+
+def find_unknown_words(fsdp: str | bool) -> list[str]:
+    """Words of `--fsdp`, as `read_flag` gives it, that FSDP2 does not know."""
+    return [word for word in fsdp.split() if word not in WORDS] if isinstance(fsdp, str) else []
+
+
+def _switch(value: Any) -> bool | None:
+    """True or False, also as a word, as accelerate writes it; None for anything else."""
+    return {"true": True, "false": False}.get(str(value).lower())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def offloads(words: Any, config: Mapping[str, Any]) -> bool:
     """Whether parameters are to lie in main memory, by `--fsdp "... offload"` or by the configuration."""
-    return "offload" in str(words).split() or bool(without_prefix(config).get("cpu_offload"))
+    return "offload" in str(words).split() or bool(_switch(without_prefix(config).get("cpu_offload")))
 
 
 def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, Any], bool]:
@@ -55,6 +91,10 @@ def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, A
         without them.
     """
     completed = without_prefix(config)
-    checkpointing = str(completed.pop("activation_checkpointing", False)).lower() == "true"
+    completed |= {name: _switch(completed[name]) for name in SWITCHES if name in completed}
+    wrapped = completed.get("transformer_layer_cls_to_wrap")
+    if isinstance(wrapped, str):  # accelerate's own files have several in one string
+        completed["transformer_layer_cls_to_wrap"] = wrapped.split(",")
+    checkpointing = bool(completed.pop("activation_checkpointing", False))
     completed.setdefault("cpu_ram_efficient_loading", not quantised)
     return completed, checkpointing

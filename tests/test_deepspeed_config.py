@@ -10,8 +10,10 @@ import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastchat_qlora.arguments import RunArguments, parse_args
-from fastchat_qlora.deepspeed_config import FOLLOWING, complete, find_malformed
+from fastchat_qlora.deepspeed_config import FOLLOWING, complete
 from fastchat_qlora.errors import UserError
+
+PLAYGROUND = Path(__file__).parent.parent / "playground"
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,7 @@ def parse(model_folder: Path, data_file: Path, tmp_path: Path) -> Any:
     required += ["--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
 
     def parse_with(config: dict[str, Any], *flags: str) -> RunArguments:
+        config = {"zero_optimization": {"stage": 2}} | config
         return parse_args([*required, "--deepspeed", json.dumps(config), *flags])
 
     return parse_with
@@ -136,20 +139,63 @@ def test_agreement_is_no_contradiction(parse: Any, config: dict[str, Any], flags
     assert parse(config, *flags.split()).training.hf_deepspeed_config.mismatches == []
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"bf16": True}, "bf16 must be an object, not True"),
-        ({"zero_optimization": []}, "zero_optimization must be an object"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 4"),
-        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param must be"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "follows from the data; leave it out"),
-    ],
-)
-def test_malformed_sections(config: dict[str, Any], said: str, parse: Any) -> None:
-    assert any(said in problem for problem in find_malformed(config))
-    with pytest.raises(UserError, match="--deepspeed"):
+MALFORMED = [
+    ({"bf16": True}, "bf16 must be an object, not True"),
+    ({"bf16": None}, "bf16 must be an object, not None"),
+    ({"zero_optimization": []}, "zero_optimization must be an object"),
+    ({"zero_optimization": {}}, "zero_optimization.stage must be 1, 2 or 3; without --deepspeed the strategy is DDP"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage must be 1, 2 or 3, not 0"),
+    ({"zero_optimization": {"stage": 4}}, "must be 1, 2 or 3, not 4"),
+    ({"zero_optimization": {"stage": True}}, "must be 1, 2 or 3, not True"),
+    ({"zero_optimization": {"stage": "2"}}, "must be 1, 2 or 3, not '2'"),
+    ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param must be an object"),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param means something at stage"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "follows from the data; leave it out"),
+    ({"scheduler": {"type": "WarmupLR", "params": None}}, "scheduler.params must be an object, not None"),
+    ({"optimizer": {}}, "optimizer.type must be a name, not None"),
+    ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params must be an object, not [1]"),
+    ({"gradient_clipping": None}, "gradient_clipping must be a number, not None"),
+    ({"train_batch_size": "8"}, "train_batch_size must be a number, not '8'"),
+    ({"gradient_cliping": 1.0}, "gradient_cliping is unknown; did you mean gradient_clipping?"),
+    ({"bfloat16": {"enabled": True}}, "bfloat16 is not for here: it is called bf16; drop it"),
+    ({"torch_autocast": {"enabled": True}}, "give --bf16 True or --fp16 True"),
+    ({"activation_checkpointing": {}}, "give --gradient_checkpointing True"),
+    ({"gradient_allreduce_op": "sum"}, "gradients are averaged"),
+]
+
+
+@pytest.mark.parametrize(("config", "said"), MALFORMED)
+def test_what_is_malformed_is_an_error(config: dict[str, Any], said: str, parse: Any) -> None:
+    with pytest.raises(UserError, match="--deepspeed") as error:
         parse(config)
+    assert said in str(error.value)
+
+
+REFUSED = [
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com is unknown; did you mean overlap_comm?"),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, "overlap_comm is 'perhaps': "),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpuu"}}}, "offload_param.device is 'cpuu': "),
+    ({"optimizer": {"type": "SGD"}}, "optimizer.type SGD is none of "),
+    ({"communication_data_type": "int3"}, "DeepSpeed does not take it: "),
+]
+
+
+@pytest.mark.parametrize(("config", "said"), REFUSED)
+def test_what_deepspeed_would_refuse_is_an_error(config: dict[str, Any], said: str, parse: Any) -> None:
+    """At the door, and not after the weights are loaded."""
+    with pytest.raises(UserError, match="--deepspeed") as error:
+        parse(config)
+    assert said in str(error.value)
+
+
+def test_an_untested_optimizer_may_be_allowed(parse: Any) -> None:
+    parse({"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": True})
+
+
+@pytest.mark.parametrize("name", ["s2", "s2_offload", "s3", "s3_offload"])
+def test_our_own_configurations_pass(parse: Any, name: str) -> None:
+    config = json.loads((PLAYGROUND / f"deepspeed_config_{name}.json").read_text())
+    assert parse(config, "--bf16", "True").training.deepspeed
 
 
 @pytest.mark.parametrize(("optim", "forced"), [("adamw_torch", True), ("adamw_torch_fused", True), ("sgd", False)])

@@ -79,6 +79,13 @@ def test_its_checkpointing_is_the_models_own(
         ({"version": 1}, "version must be 2"),
         ({"fsdp_version": "1"}, "version must be 2"),
         ({"cpu_offload": True}, "drop offload"),
+        ({"cpu_offload": "True"}, "drop offload"),
+        ({"cpu_offload": 1}, "cpu_offload must be true or false, not 1"),
+        ({"activation_checkpointing": "x"}, "activation_checkpointing must be true or false, not 'x'"),
+        ({"min_num_params": 1000}, "min_num_params means something to SIZE_BASED_WRAP only"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "auto_wrap_policy must be TRANSFORMER_BASED_WRAP, not"),
+        ({"state_dict_type": "LOCAL_STATE_DICT"}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
+        ({"transformer_layer_cls_to_wrap": 7}, "must be a name or a list of names, not 7"),
     ],
 )
 def test_what_means_nothing_here_is_refused(parse: Any, config: dict[str, Any], said: str) -> None:
@@ -90,3 +97,33 @@ def test_what_means_nothing_here_is_refused(parse: Any, config: dict[str, Any], 
 def test_offload_as_a_word(parse: Any) -> None:
     with pytest.raises(UserError, match="drop offload"):
         parse("--fsdp", "full_shard offload")
+
+
+@pytest.mark.parametrize("word", ["hybrid_shard", "no_shard", "full-shard"])
+def test_words_of_fsdp1_are_refused(parse: Any, word: str) -> None:
+    with pytest.raises(UserError, match=f"--fsdp {word}: FSDP2 does not have it"):
+        parse("--fsdp", word)
+
+
+def test_switches_may_be_words(parse: Any) -> None:
+    training = parse("--fsdp", "--fsdp_config", '{"cpu_offload": "false", "reshard_after_forward": "false"}').training
+    assert training.fsdp_config["cpu_offload"] is False and "cpu_offload" not in training.fsdp_plugin_args
+    assert training.fsdp_plugin_args["reshard_after_forward"] is False
+
+
+def test_layers_may_be_one_string(parse: Any) -> None:
+    config = '{"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer,LlamaMLP"}'
+    training = parse("--fsdp", "--fsdp_config", config).training
+    assert training.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer", "LlamaMLP"]
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_that_cannot_step_on_shards(parse: Any, optim: str) -> None:
+    with pytest.raises(UserError, match=f"--optim {optim}: cannot step on what --fsdp shards"):
+        parse("--fsdp", "--optim", optim)
+
+
+def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
+    flags = "--save_only_model True --load_best_model_at_end True --eval_split 2 --eval_strategy steps --save_steps 500"
+    with pytest.raises(UserError, match="loaded whole or not at all"):
+        parse("--fsdp", *flags.split())
