@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Topology:
 def get_topology(training_args: TrainingArguments) -> Topology:
     """Read the launcher's environment and the strategy asked for."""
     deepspeed_config = getattr(training_args, "hf_deepspeed_config", None)
-    zero = deepspeed_config.config.get("zero_optimization", {}) if deepspeed_config else {}
+    zero_stage = deepspeed_config.config["zero_optimization"]["stage"] if deepspeed_config else 0
     current = None if training_args.use_cpu else torch.accelerator.current_accelerator()
     return Topology(
         # TrainingArguments.local_rank stays -1 under python and torchrun since transformers 5; launchers set these.
@@ -68,7 +69,7 @@ def get_topology(training_args: TrainingArguments) -> Topology:
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         accelerator=current.type if current else None,
-        zero_stage=int(zero.get("stage", 0)),
+        zero_stage=zero_stage,
         fsdp=bool(training_args.fsdp),
     )
 
@@ -90,20 +91,26 @@ def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topolog
     """The type that packed 4-bit weights are stored as.
 
     FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
-    sharded the bytes are kept as the compute dtype. What was asked for otherwise is done, with a warning.
+    sharded the bytes are kept as the compute dtype. Asked for bytes, 4-bit weights are not sharded, with a warning.
 
     Args:
         wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
+
+    Raises:
+        UserError: another floating-point type than the compute dtype where parameters are sharded.
     """
     storage: Any = None if wanted == "auto" else getattr(torch, wanted)
     if not topology.shards_parameters:
         return storage or torch.uint8
     if storage is not None and storage != compute_dtype:
-        logger.warning(
-            f"--bnb_4bit_quant_storage {wanted}: {topology.strategy} and QLoRA are incompatible with this storage "
-            f"type; leave it on auto, which is {compute_dtype} here."
+        incompatible = (
+            f"--bnb_4bit_quant_storage {wanted}: {topology.strategy} and QLoRA are incompatible with this storage type"
         )
-        return storage  # type: ignore[no-any-return]
+        hint = f"leave it on auto, which is {compute_dtype} here"
+        if storage != torch.uint8:
+            raise UserError(f"{incompatible}; {hint}")
+        logger.warning(f"{incompatible}{', 4-bit weights are not sharded' if topology.fsdp else ''}; {hint}.")
+        return torch.uint8
     logger.warning(
         f"{topology.strategy} with QLoRA: 4-bit weights are stored as {compute_dtype} so that they can be sharded."
     )
@@ -162,6 +169,17 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
         raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")
 
 
+def _unlink_shared_buffer(topology: Topology) -> None:
+    """Let the memory that DeepSpeed's all-reduce shares on a CPU machine go when this process ends, however it ends.
+
+    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm for ever. Every process has
+    opened what it needs of it by now, so that the name can go. This can go once DeepSpeed unlinks it.
+    """
+    dist.barrier()
+    where = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}_{topology.rank}").unlink(missing_ok=True)
+
+
 @contextmanager
 def process_group(topology: Topology) -> Iterator[None]:
     """Make ready what DeepSpeed needs before weights are loaded, and take the process group down after a good end.
@@ -176,6 +194,7 @@ def process_group(topology: Topology) -> Iterator[None]:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
+        _unlink_shared_buffer(topology)
     yield
     if dist.is_initialized():
         dist.barrier()  # nobody hangs up while another still writes or talks

@@ -8,22 +8,33 @@
 # deepspeed, started on one machine only, which starts the others over ssh:
 #     LAUNCHER=deepspeed HOSTFILE=hosts bash scripts/train_qlora_multinode.sh [more flags]
 #
-# HOSTFILE has a line "name slots=N" for each machine. MODEL, DATA and OUTPUT are as for the other scripts and PROCESSES
-# is the number of processes on this machine. OUTPUT must lie on storage that all machines share.
-if [ "${LAUNCHER:=torchrun}" = torchrun ]; then
-    : "${NODES:?how many machines there are}" "${MASTER:?name or address of one of them}"
-elif [ -z "${HOSTFILE:-}" ]; then
-    echo "HOSTFILE: name the file with a line 'name slots=N' for each machine" >&2
+# HOSTFILE has a line "name slots=N" for each machine; it says how many processes there are, as PROCESSES does for
+# torchrun, on this machine. MODEL, DATA and OUTPUT are as for the other scripts. OUTPUT must lie on storage that all
+# machines share.
+set -euo pipefail
+fail() {
+    echo "error: $1" >&2
     exit 2
-else
-    HOSTFILE="$(realpath "$HOSTFILE")"
-fi
+}
+case "${LAUNCHER:=torchrun}" in
+    torchrun)
+        [ -n "${NODES:-}" ] || fail "NODES: not set; give the number of machines"
+        [ -n "${MASTER:-}" ] || fail "MASTER: not set; give the name or address of one of the machines"
+        ;;
+    deepspeed)
+        [ -f "${HOSTFILE:-}" ] || fail "HOSTFILE '${HOSTFILE:-}': no such file; give a line 'name slots=N' for each machine"
+        [ -z "${NODE_RANK:-}" ] || [ -n "${MASTER:-}" ] ||
+            fail "MASTER: not set; give the name or address of the machine with NODE_RANK=0"
+        HOSTFILE="$(realpath "$HOSTFILE")"
+        ;;
+    *) fail "LAUNCHER '$LAUNCHER': choose torchrun or deepspeed" ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_defaults.sh"
 port="${MASTER_PORT:-29500}"
+strategy=()
 if [ "$LAUNCHER" = torchrun ]; then
     launch=(torchrun --nnodes "$NODES" --nproc_per_node "$PROCESSES" --rdzv_backend c10d
         --rdzv_endpoint "$MASTER:$port" --rdzv_id "${RUN_ID:-fastchat-qlora}")
-    strategy=()
 else
     launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port")
     [ -z "${MASTER:-}" ] || launch+=(--master_addr "$MASTER")
@@ -34,7 +45,7 @@ fi
     --model_name_or_path "$MODEL" \
     --data_path "$DATA" \
     --output_dir "$OUTPUT" \
-    "${strategy[@]}" \
+    ${strategy[@]+"${strategy[@]}"} \
     --q_lora True \
     --bf16 True \
     --num_train_epochs 1 \

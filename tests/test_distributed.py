@@ -24,6 +24,7 @@ from fastchat_qlora.distributed import (
     process_group,
     require_agreement,
 )
+from fastchat_qlora.errors import UserError
 
 PLAYGROUND = Path(__file__).resolve().parent.parent / "playground"
 LAUNCHERS_SET = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
@@ -105,14 +106,6 @@ def test_the_stage_of_the_published_configurations(
     assert found.shards_parameters == (stage == 3)
 
 
-@pytest.mark.parametrize("zero", [{}, {"stage": 0}])
-def test_deepspeed_without_zero(flags: list[str], zero: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")  # as a launcher does
-    training_args = parse_args([*flags, "--deepspeed", json.dumps({"zero_optimization": zero})]).training
-    assert training_args.deepspeed_plugin is not None
-    assert get_topology(training_args).zero_stage == 0
-
-
 def test_fsdp_shards(training_args: TrainingArguments) -> None:
     training_args.fsdp = True
     found = get_topology(training_args)
@@ -154,7 +147,17 @@ def test_the_name_of_the_strategy(found: Topology, name: str) -> None:
 )
 def test_quant_storage(found: Topology, sharded: bool, dtype: torch.dtype) -> None:
     assert get_quant_storage("auto", dtype, found) == (dtype if sharded else torch.uint8)
-    assert get_quant_storage("float16", dtype, found) == torch.float16, "what was asked for is done"
+    assert get_quant_storage("uint8", dtype, found) == torch.uint8, "what was asked for is done"
+    if sharded:
+        with pytest.raises(UserError, match=r"float16: .* incompatible with this storage type; leave it on auto"):
+            get_quant_storage("float16", dtype, found)
+    else:
+        assert get_quant_storage("float16", dtype, found) == torch.float16
+
+
+def test_bytes_are_not_sharded_by_fsdp(notices: pytest.LogCaptureFixture) -> None:
+    get_quant_storage("uint8", torch.bfloat16, topology(fsdp=True))
+    assert "incompatible with this storage type, 4-bit weights are not sharded" in notices.text
 
 
 def test_fsdp_computes_in_one_dtype_and_sums_gradients_in_fp32() -> None:

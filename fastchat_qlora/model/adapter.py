@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.arguments import LoraArguments
+from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,47 @@ def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantise
         return
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
-    if not isinstance(lora_config.target_modules, str):
-        _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
+    _check_names("--lora_target_modules", _targets(lora_config), linear)
     # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
     whole = set(modules) if not quantised else {name for name in modules if name not in linear or _is_kept(name)}
     _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
+
+
+def check_sharding(
+    config: PretrainedConfig, lora_config: LoraConfig, topology: Topology, *, quantised: bool = False
+) -> None:
+    """Require that what is trained can be trained where parameters are sharded, before any weight is loaded.
+
+    Raises:
+        UserError: naming the flag, and the strategies that can do it.
+    """
+    if quantised and lora_config.use_dora and topology.zero_stage == 3:
+        # Its norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU puts another
+        # parameter in its place at every step (0.21.2, `dequantize_module_weight`).
+        raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
+    if not topology.fsdp:
+        return
+    if quantised and lora_config.bias != "none":
+        # bitsandbytes keeps them in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
+        raise UserError(
+            f"--lora_bias {lora_config.bias} with --q_lora True: biases of 4-bit layers are no fp32 and cannot be "
+            "trained beside the adapter under FSDP2; choose ZeRO or DDP, or --lora_bias none"
+        )
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    trained = {"--modules_to_save": lora_config.modules_to_save or (), "--lora_target_modules": _targets(lora_config)}
+    for flag, names in trained.items():
+        tied = sorted(name for name in names if _is_kept(name))
+        if tied:
+            # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
+            raise UserError(
+                f"{flag} {' '.join(tied)}: the head and the embeddings of this model are one weight, which accelerate "
+                "ties wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
+            )
+
+
+def _targets(lora_config: LoraConfig) -> Collection[str]:
+    return [] if isinstance(lora_config.target_modules, str) else lora_config.target_modules or []
 
 
 def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> None:
@@ -125,7 +162,7 @@ def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path:
 
     The base is frozen as it was loaded: nothing in it is copied to fp32, as PEFT's `prepare_model_for_kbit_training`
     would (embeddings and head: 2 GB on an 8B model). What is trained is kept in fp32 whatever the base computes in,
-    except for the biases of quantised layers.
+    except for the biases of quantised layers and under ZeRO-3.
 
     Args:
         model: the base model.
@@ -142,11 +179,13 @@ def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path:
     else:
         peft_model = get_peft_model(model, lora_config)
     quantised = bool(getattr(model, "is_quantized", False))
+    # A base that ZeRO-3 has partitioned while it was loaded stays as it is when DeepSpeed turns models to its compute
+    # dtype, and so does all beside it; DeepSpeed keeps fp32 masters itself.
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     for name, parameter in trainable_parameters(peft_model).items():
-        # bitsandbytes turns the biases of its layers back to the compute dtype at every step. ZeRO-3 has partitioned
-        # the base's parameters already, and keeps fp32 masters of them itself.
+        # bitsandbytes turns the biases of its layers back to the compute dtype at every step.
         if not (quantised and name.endswith(".bias")) and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(model.dtype if partitioned else torch.float32)
     if not trainable_parameters(peft_model):
         raise RunError("the adapter has no parameter to train; check --lora_target_modules")
     return peft_model

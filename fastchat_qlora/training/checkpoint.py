@@ -1,33 +1,43 @@
 """What is written to disk, and what of it can be gone on from."""
 
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
-from fastchat_qlora.errors import RunError
+from fastchat_qlora.arguments import TrainingArguments
+from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import ADAPTER_FILE, trainable_parameters
 
 logger = logging.getLogger(__name__)
 
+STATE_FILE = "trainer_state.json"
+
 # What every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it.
-COMPLETE = ("trainer_state.json", "scheduler.pt", ADAPTER_FILE)
+COMPLETE = (STATE_FILE, "scheduler.pt", ADAPTER_FILE)
+
+
+SAVED_DTYPE = torch.float32
+"""Of every tensor in an adapter's file, whatever the strategy."""
 
 
 def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Collect what was trained, on the CPU in fp32, whole even where each process holds only a part.
+    """Collect what was trained, on the CPU in `SAVED_DTYPE`, whole even where each process holds only a part.
 
     One parameter is gathered at a time and the base never is. Every process must call this.
 
     Returns:
         Name -> tensor of the parameter's full shape.
     """
-    return {name: _whole(parameter).float() for name, parameter in trainable_parameters(model).items()}
+    return {name: _whole(parameter).to(SAVED_DTYPE) for name, parameter in trainable_parameters(model).items()}
 
 
 def _whole(parameter: Any) -> torch.Tensor:
@@ -104,3 +114,52 @@ def _newest_first(output_dir: Path) -> Iterator[Path]:
 
 def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
+
+
+class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped
+    """How a run is set up, written into the trainer state of its checkpoints.
+
+    The optimizer's state is laid out by the strategy: read under another one it fails in the middle of loading, or is
+    passed over in silence and the optimizer starts anew.
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self.settings = dict(settings)
+
+    def state(self) -> dict[str, Any]:
+        """What transformers keeps of a callback in the trainer state."""
+        return {"args": {"settings": self.settings}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a place in a trainer state that was loaded from a checkpoint of earlier versions."""
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def check(self, checkpoint: str) -> None:
+        """Require that a checkpoint was made by a run that was set up like this one.
+
+        Raises:
+            UserError: naming what differs, or that the checkpoint's trainer state cannot be read.
+        """
+        path = Path(checkpoint) / STATE_FILE
+        try:
+            callbacks = json.loads(path.read_text("utf-8"))["stateful_callbacks"]
+            theirs = callbacks.get(type(self).__name__, {}).get("args", {}).get("settings", {})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: no trainer state can be read from it ({error!r}); {ANEW}") from error
+        if not theirs:
+            logger.warning(f"{checkpoint}: does not say how its run was set up; it is taken to be as this one.")
+        changed = [
+            f"{name}: {theirs[name]} then, {ours} now"
+            for name, ours in self.settings.items()
+            if theirs.get(name, ours) != ours
+        ]
+        if changed:
+            raise UserError(f"{checkpoint}: this run is set up otherwise ({'; '.join(changed)}); {ANEW}")
+
+
+ANEW = (
+    "set it up as before, or start anew with --resume_from_checkpoint False, and --lora_weight_path to keep what was "
+    "learnt"
+)

@@ -20,6 +20,7 @@ from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.training.checkpoint import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
 
 
 def _strategy(wrapped: torch.nn.Module, engine: Any) -> str:
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # --torch_compile
     stage = engine.zero_optimization_stage() if engine else 0
     if stage:
         return f"ZeRO-{stage}"
@@ -175,7 +177,7 @@ def _adapter(model: torch.nn.Module) -> str:
     trainable = trainable_parameters(model).values()
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     dtypes = _counted(_name(parameter.dtype) for parameter in trainable)
-    return f"{count:,} parameters, live as {dtypes}, saved as float32"
+    return f"{count:,} parameters, live as {dtypes}, saved as {_name(SAVED_DTYPE)}"
 
 
 def _optimizer(trainer: LoraTrainer, engine: Any) -> str:
@@ -187,7 +189,8 @@ def _optimizer(trainer: LoraTrainer, engine: Any) -> str:
 
 def _offload(trainer: LoraTrainer, engine: Any) -> str:
     if engine is not None:
-        places = {"optimizer": engine.zero_offload_optimizer(), "parameters": engine.zero_offload_param()}
+        places = {"optimizer": engine.zero_offload_optimizer()}
+        places |= {"parameters": engine.zero_offload_param()} if engine.zero_optimization_stage() == 3 else {}
         devices = {name: str(getattr(to.device, "value", to.device)) for name, to in places.items() if to}
         return ", ".join(f"{name} on {device}" for name, device in devices.items() if device != "none") or "none"
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)

@@ -7,17 +7,26 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
 from datasets import DatasetDict
 from transformers import set_seed
+from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import RunArguments, TrainingArguments
 from fastchat_qlora.data.dataset import Collator, build_dataset, column
-from fastchat_qlora.distributed import get_device_map, get_topology, process_group, require_agreement
+from fastchat_qlora.deepspeed_config import offloads_optimizer
+from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_layer_classes, check_targets
+from fastchat_qlora.model.adapter import (
+    attach_adapter,
+    build_lora_config,
+    check_layer_classes,
+    check_sharding,
+    check_targets,
+)
 from fastchat_qlora.model.loading import choose_attention, get_compute_dtype, load_config, load_model, load_tokenizer
 from fastchat_qlora.model.quantization import build_quantization_config
-from fastchat_qlora.training.checkpoint import find_last_checkpoint
+from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
 from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
@@ -48,11 +57,14 @@ def train(args: RunArguments) -> Path:
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
     with process_group(topology):
-        checkpoint = _checkpoint_to_resume(training_args)
+        set_up = SetUp(_set_up(args, topology, dtype))
+        checkpoint = _checkpoint_to_resume(training_args, set_up)
         lora_config = build_lora_config(lora_args)
         quantization_config = build_quantization_config(lora_args, dtype, topology)
         config = load_config(model_args, training_args.cache_dir)
-        check_targets(config, lora_config, quantised=quantization_config is not None)
+        quantised = quantization_config is not None
+        check_targets(config, lora_config, quantised=quantised)
+        check_sharding(config, lora_config, topology, quantised=quantised)
         check_layer_classes(config, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
         attention = choose_attention(model_args.attn_implementation, training_args.flash_attn, topology.accelerator)
         tokenizer = load_tokenizer(
@@ -74,7 +86,7 @@ def train(args: RunArguments) -> Path:
             model_args,
             dtype=dtype,
             quantization_config=quantization_config,
-            device_map=get_device_map(topology, quantised=quantization_config is not None),
+            device_map=get_device_map(topology, quantised=quantised),
             attn_implementation=attention,
             cache_dir=training_args.cache_dir,
         )
@@ -86,7 +98,7 @@ def train(args: RunArguments) -> Path:
             eval_dataset=dataset.get("eval"),
             data_collator=Collator(tokenizer),
             processing_class=tokenizer,
-            callbacks=[GradientGuard(), LossGuard(), LastStepLog()],
+            callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up],
         )
 
         effective = EffectiveSettings(trainer, topology)
@@ -98,23 +110,39 @@ def train(args: RunArguments) -> Path:
     return output_dir
 
 
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:
+    """What decides how a checkpoint is laid out, and what the state in it is the state of."""
+    config = args.training.deepspeed or {}
+    compute = str(dtype).removeprefix("torch.")
+    quantised = "8 bits" if args.lora.load_in_8bit else args.lora.bnb_4bit_quant_type if args.lora.q_lora else ""
+    return {
+        "strategy": topology.strategy,
+        "processes": str(topology.world_size),
+        "optimizer": config.get("optimizer", {}).get("type") or OptimizerNames(args.training.optim).value,
+        "optimizer's place": "main memory" if offloads_optimizer(config) else "the device",
+        "compute dtype": compute,
+        "base weights": quantised or compute,
+        "state dict of FSDP": (args.training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
+    }
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments, set_up: SetUp) -> str | None:
     """The checkpoint asked for, else the last one in output_dir, as FastChat does.
 
     Raises:
-        UserError: a checkpoint was asked for and there is none.
+        UserError: a checkpoint was asked for and there is none, or its run was set up otherwise.
     """
     wanted = training_args.resume_from_checkpoint or ""
     if wanted.lower() == "false":
         return None
-    if wanted and wanted.lower() != "true":
-        return str(wanted)
-    last = find_last_checkpoint(training_args.output_dir)
-    if wanted and last is None:
+    chosen = find_last_checkpoint(training_args.output_dir) if wanted.lower() in ("", "true") else str(wanted)
+    if wanted and chosen is None:
         raise UserError(
             f"--resume_from_checkpoint {wanted}: {training_args.output_dir} has no checkpoint; drop the flag"
         )
-    return last
+    if chosen:
+        set_up.check(chosen)
+    return chosen
 
 
 def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: str | None) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,15 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastchat_qlora.arguments import LoraArguments
+from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, check_targets, trainable_parameters
+from fastchat_qlora.model.adapter import (
+    attach_adapter,
+    build_lora_config,
+    check_sharding,
+    check_targets,
+    trainable_parameters,
+)
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -119,3 +127,38 @@ def test_targets_that_match_nothing_are_named(model_folder: Path) -> None:
     assert all(name in message for name in LINEAR)
     with pytest.raises(UserError, match="--modules_to_save head"):
         check_targets(config, build_lora_config(LoraArguments(modules_to_save=["head"])))
+
+
+ONE = Topology(local_rank=0, rank=0, world_size=2, accelerator=None, zero_stage=0, fsdp=False)
+ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE, fsdp=True))
+
+
+@pytest.mark.parametrize(
+    ("refused_under", "tied", "quantised", "flags", "said"),
+    [
+        ([ZERO_3], False, True, {"use_dora": True}, "--use_dora True with --q_lora True"),
+        ([FSDP], False, True, {"lora_bias": "all"}, "--lora_bias all with --q_lora True"),
+        ([FSDP], True, False, {"modules_to_save": ["lm_head"]}, "--modules_to_save lm_head: the head and the"),
+        (
+            [FSDP],
+            True,
+            False,
+            {"lora_target_modules": ["q_proj", "embed_tokens"]},
+            "--lora_target_modules embed_tokens",
+        ),
+        ([], False, False, {"modules_to_save": ["lm_head"], "use_dora": True, "lora_bias": "all"}, ""),
+        ([], True, True, {}, ""),
+        ([], True, True, {"lora_target_modules": ["all-linear"]}, ""),
+    ],
+)
+def test_what_cannot_be_trained_on_shards_is_refused(
+    refused_under: list[Topology], tied: bool, quantised: bool, flags: dict, said: str, model_folder: Path
+) -> None:
+    config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=tied)
+    lora_config = build_lora_config(LoraArguments(**flags))
+    for topology in (ONE, ZERO_3, FSDP):
+        if topology in refused_under:
+            with pytest.raises(UserError, match=f"^{said}.*; choose "):
+                check_sharding(config, lora_config, topology, quantised=quantised)
+        else:
+            check_sharding(config, lora_config, topology, quantised=quantised)

@@ -1,5 +1,6 @@
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fastchat_qlora.arguments import LoraArguments
-from fastchat_qlora.errors import RunError
+from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, trainable_parameters
 from fastchat_qlora.training.checkpoint import (
+    SetUp,
     check_saved_adapter,
     find_last_checkpoint,
     gather_adapter,
@@ -118,3 +120,33 @@ def test_an_adapter_that_learnt_nothing_fails(saved: Saved) -> None:
     with pytest.raises(RunError, match="learnt nothing"):
         check_saved_adapter(folder, model, tensors)
     check_saved_adapter(folder, model, tensors, must_have_learnt=False)  # a checkpoint within the warm-up
+
+
+def trainer_state(folder: Path, callbacks: Any) -> str:
+    (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": callbacks}))
+    return str(folder)
+
+
+def test_another_set_up_is_refused_by_name(tmp_path: Path) -> None:
+    made = SetUp({"strategy": "ZeRO-2", "processes": "2", "base weights": "nf4"})
+    folder = trainer_state(tmp_path, {"SetUp": made.state()})
+    made.check(folder)
+    SetUp(made.settings | {"something newer": "x"}).check(folder)
+    with pytest.raises(UserError) as error:
+        SetUp({"strategy": "DDP", "processes": "2", "base weights": "float32"}).check(folder)
+    said = str(error.value)
+    assert "strategy: ZeRO-2 then, DDP now; base weights: nf4 then, float32 now" in said and "processes" not in said
+
+
+def test_a_checkpoint_that_does_not_say_is_gone_on_from(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+    SetUp({"strategy": "DDP"}).check(trainer_state(tmp_path, {}))
+    assert "does not say how its run was set up" in notices.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"stateful_callbacks": []}', '{"stateful_callbacks": {"SetUp": 7}}']
+)
+def test_a_trainer_state_that_cannot_be_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(UserError, match="no trainer state can be read from it"):
+        SetUp({"strategy": "DDP"}).check(str(tmp_path))

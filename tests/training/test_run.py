@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,36 @@ def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_fi
     train(arguments)
     assert {name: (output / name).read_bytes() for name in names} == before
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"q_lora": True}, "base weights: float32 then, nf4 now"),
+        ({"bf16": True}, "compute dtype: float32 then, bfloat16 now"),
+        ({"optim": "sgd"}, "optimizer: adamw_torch then, sgd now"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused(
+    changed: dict[str, Any], said: str, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    output = train(command(model_folder, data_file, tmp_path / "out", **flags))
+    before = (output / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=f"checkpoint-1: this run is set up otherwise .*{said}"):
+        train(command(model_folder, data_file, output, **flags | changed | {"max_steps": 2}))
+    assert (output / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_earlier_versions_goes_on(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 1}
+    output = train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=1))
+    path = output / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["SetUp"]
+    path.write_text(json.dumps(state))
+    train(command(model_folder, data_file, output, **flags, max_steps=2))
+    assert "SetUp" in json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
 
 
 def test_quantised_biases_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
