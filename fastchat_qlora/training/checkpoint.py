@@ -116,6 +116,12 @@ def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
+ANEW = (
+    "set it up as before, or start anew with --resume_from_checkpoint False, and --lora_weight_path to keep what was "
+    "learnt"
+)
+
+
 class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped
     """How a run is set up, written into the trainer state of its checkpoints.
 
@@ -157,9 +163,3 @@ class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
         ]
         if changed:
             raise UserError(f"{checkpoint}: this run is set up otherwise ({'; '.join(changed)}); {ANEW}")
-
-
-ANEW = (
-    "set it up as before, or start anew with --resume_from_checkpoint False, and --lora_weight_path to keep what was "
-    "learnt"
-)

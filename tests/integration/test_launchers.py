@@ -144,6 +144,7 @@ def test_resume_under_zero2(model_folder: Path, data: Path, tmp_path: Path, port
     assert said.count("Going on from") == 1
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert_same_adapter(tmp_path / "stopped", tmp_path / "straight")
+    assert not [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")], "66 MiB of memory are left for ever"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every strategy trains the same adapter: the matrix of playground/benchmark/strategies.py on two small layers."""
 
 import json
+import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ import torch
 from adapters import assert_same_adapter
 from launching import QUICK, launch, losses, succeed
 from safetensors.torch import load_file
-from strategies import CASES, SHARDED, Case, OneProcess, Row, compare, launch_line, problems, run
+from strategies import CASES, SHARDED, TOLERANCE, Case, OneProcess, Row, compare, launch_line, problems, run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +22,8 @@ TRAIN, FAULT = "train_lora.py", "tests/integration/programs/fault.py"
 
 CORE = [
     *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
-    *(Case(strategy, "LoRA fp32", False) for strategy in ("ZeRO-3", "FSDP2")),
+    Case("ZeRO-3", "LoRA bf16", False),
+    Case("FSDP2", "LoRA fp32", False),
 ]
 """What every CI run proves; `pytest -m matrix` proves the rest."""
 
@@ -158,6 +161,37 @@ def test_dora_with_rslora(strategy: str, model_folder: Path, data: Path, tmp_pat
     assert sum("lora_magnitude_vector" in name for name in found) == 4
     assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["use_rslora"]
+
+
+@pytest.mark.parametrize("more", ["", pytest.param("--q_lora True", marks=pytest.mark.matrix)], ids=["LoRA", "QLoRA"])
+def test_zero_3_trains_more_than_the_adapter(
+    more: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """What DeepSpeed has partitioned while it was loaded, beside what PEFT has made since, in bf16."""
+    trained = "--lora_bias all --modules_to_save lm_head"
+    biased = tmp_path / "biased"
+    with_biases(model_folder, biased)
+    flags = f"--model_name_or_path {biased} --data_path {data} {QUICK} --bf16 True {trained} {more}"
+    succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
+    succeed(
+        f"{launch_line('ZeRO-3', port, TRAIN)} {flags} --output_dir {tmp_path / 'two'} --per_device_train_batch_size 2"
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE["LoRA bf16"])
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+    assert sum(name.endswith(".bias") for name in found) == 8 and any("lm_head" in name for name in found)
+
+
+def with_biases(model_folder: Path, folder: Path) -> None:
+    """The same small model with biases in its attention."""
+    shutil.copytree(model_folder, folder)
+    config = AutoConfig.from_pretrained(model_folder, attention_bias=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("strategy", ["ZeRO-3", "FSDP2"])
