@@ -3,20 +3,18 @@
 import argparse
 import difflib
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from fastchat_qlora import fsdp_config
-from fastchat_qlora.argument_checks import check_writable, find_problems, goes_to_cpu, read_json
-from fastchat_qlora.deepspeed_config import complete, find_contradictions, find_refused
+from fastchat_qlora.argument_adaptation import adapt_to_machine
+from fastchat_qlora.argument_checks import check_writable, find_problems
+from fastchat_qlora.deepspeed_config import find_contradictions, find_refused
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import spelled, translate_old_flags
@@ -203,7 +201,7 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     problems = _unknown_flags(unknown, parser) + find_problems(namespace)
     configuration = namespace.deepspeed
     if not problems:
-        notices += _adapt_to_machine(namespace)
+        notices += adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
     _raise_all(problems)
     args = RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
@@ -234,7 +232,7 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
         action.required = action.required and action.dest != "output_dir"
     namespace, unknown = parser.parse_known_args(arguments)
     _raise_all(_unknown_flags(unknown, parser) + find_problems(namespace))
-    _adapt_to_machine(namespace)
+    adapt_to_machine(namespace)
     for notice in notices:
         logger.warning(notice)
     *groups, last = _build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
@@ -294,54 +292,3 @@ def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
     if unknown and not problems:
         problems.append(f"unexpected value {unknown[0]!r}: every value follows a flag that takes it")
     return problems
-
-
-def _adapt_fsdp(values: argparse.Namespace) -> list[str]:
-    config, checkpointing = fsdp_config.complete(read_json(values.fsdp_config or "{}"), quantised=values.q_lora)
-    values.fsdp_config = config
-    if not checkpointing:
-        return []
-    values.gradient_checkpointing = True
-    if hasattr(values, "activation_checkpointing"):  # what newer versions of transformers call it
-        values.activation_checkpointing = True
-    return ["--fsdp_config activation_checkpointing: done as --gradient_checkpointing True, to the same effect."]
-
-
-def _adapt_to_machine(values: argparse.Namespace) -> list[str]:
-    """Set what follows from the machine and the data given, and say so."""
-    notices = []
-    if goes_to_cpu(values) and not values.use_cpu:
-        values.use_cpu = True
-        notices.append("No accelerator found: training on the CPU.")
-    if not values.use_cpu and torch.accelerator.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        count = torch.accelerator.device_count()
-        notices.append(
-            f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."
-        )
-    nothing_to_evaluate = not values.eval_data_path and not values.eval_split
-    if values.eval_strategy != "no" and nothing_to_evaluate:
-        # FastChat's published commands ask for evaluation without giving data for it.
-        notices.append(
-            f"--eval_strategy {values.eval_strategy}: ignored, there is nothing to evaluate on; "
-            "give --eval_data_path or --eval_split."
-        )
-        values.eval_strategy = "no"
-    if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
-        notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
-        values.eval_on_start = values.do_eval = False
-    values.fsdp = fsdp_config.read_flag(values.fsdp)
-    if values.fsdp and "RANK" not in os.environ:
-        notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
-        values.fsdp, values.fsdp_config = False, None
-    if values.fsdp:
-        notices += _adapt_fsdp(values)
-    values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
-    values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
-    if values.deepspeed:
-        values.deepspeed = complete(read_json(values.deepspeed), values.optim)
-    for name in ("cache_dir", "resume_from_checkpoint"):
-        given = getattr(values, name)
-        setattr(values, name, os.path.expanduser(given) if isinstance(given, str) else given)
-    values.data_path = [os.path.expanduser(path) for path in values.data_path]
-    values.eval_data_path = values.eval_data_path and [os.path.expanduser(path) for path in values.eval_data_path]
-    return notices

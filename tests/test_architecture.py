@@ -10,6 +10,7 @@ FLOORS = [
     {"errors", "text"},
     {"deepspeed_config", "distributed", "fsdp_config", "old_flags"},
     {"argument_checks"},
+    {"argument_adaptation"},
     {"arguments"},
     {"data", "model"},
     {"training"},

@@ -150,9 +150,9 @@ class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
         """
         path = Path(checkpoint) / STATE_FILE
         try:
-            callbacks = json.loads(path.read_text("utf-8"))["stateful_callbacks"]
+            callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {})
             theirs = callbacks.get(type(self).__name__, {}).get("args", {}).get("settings", {})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: no trainer state can be read from it ({error!r}); {ANEW}") from error
         if not theirs:
             logger.warning(f"{checkpoint}: does not say how its run was set up; it is taken to be as this one.")
