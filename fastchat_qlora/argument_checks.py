@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
-from fastchat_qlora import deepspeed_config, fsdp_config
+from fastchat_qlora import deepspeed_checks, fsdp_config
 
 AT_LEAST_ONE = (
     "lora_r",
@@ -32,6 +32,8 @@ ATTENTION = (
     "flash_attention_3",
     "flash_attention_4",
 )
+SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "muon")
+"""How the names of optimizers begin that treat a matrix otherwise than its numbers in a row."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 DATA_SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -107,14 +109,18 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
     if unknown := fsdp_config.find_unknown_words(fsdp):
         allowed = ", ".join(fsdp_config.WORDS)
         problems.append(f"--fsdp {' '.join(unknown)}: FSDP2 does not have it; give True, or some of {allowed}")
-    if fsdp and values.optim not in fsdp_config.OPTIMIZERS:
+    if fsdp and "RANK" in os.environ and values.optim not in fsdp_config.OPTIMIZERS:
         allowed = ", ".join(fsdp_config.OPTIMIZERS)
-        problems.append(f"--optim {values.optim}: cannot step on what --fsdp shards; choose one of {allowed}")
+        problems.append(f"--optim {values.optim}: is not proven to step on what --fsdp shards; choose one of {allowed}")
+    if values.deepspeed and values.optim.startswith(SHAPED):
+        problems.append(f"--optim {values.optim}: looks at shapes, which ZeRO flattens; choose adamw_torch, or no ZeRO")
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         problems.append(
             "--save_only_model True and --load_best_model_at_end True: under --fsdp and --deepspeed a checkpoint is "
             "loaded whole or not at all; drop one"
         )
+    if fsdp_config.is_contradictory(fsdp, _settings(values.fsdp_config)):
+        problems.append(f"--fsdp {fsdp}: asks for parameters to be kept and to be given up; name one of the two")
     if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, _settings(values.fsdp_config)):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
@@ -264,8 +270,26 @@ def _exists(path: Path) -> bool:
 
 
 def read_json(given: str) -> Any:
-    """Settings given as JSON in place, or as the name of a file that holds it."""
-    return json.loads(given if given.startswith("{") else Path(given).expanduser().read_text("utf-8"))
+    """Settings given as JSON in place, or as the name of a file that holds it.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no JSON, is nested beyond all measure, or names something twice.
+    """
+    text = given if given.startswith("{") else Path(given).expanduser().read_text("utf-8")
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python would keep the last of several values."""
+    names = [name for name, _ in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is there twice")
+    return dict(pairs)
 
 
 def _check_json(values: argparse.Namespace) -> list[str]:
@@ -286,7 +310,7 @@ def _check_json(values: argparse.Namespace) -> list[str]:
             if not isinstance(settings, dict):
                 problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
                 continue
-            find = {"deepspeed": deepspeed_config.find_malformed, "fsdp_config": fsdp_config.find_problems}.get(flag)
+            find = {"deepspeed": deepspeed_checks.find_malformed, "fsdp_config": fsdp_config.find_problems}.get(flag)
             problems += [f"--{flag} {given}: {problem}" for problem in (find(settings) if find else ())]
     return problems
 

@@ -14,7 +14,8 @@ from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.argument_adaptation import adapt_to_machine
 from fastchat_qlora.argument_checks import check_writable, find_problems
-from fastchat_qlora.deepspeed_config import find_contradictions, find_refused
+from fastchat_qlora.deepspeed_checks import find_refused
+from fastchat_qlora.deepspeed_config import find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import spelled, translate_old_flags
@@ -270,9 +271,8 @@ def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequ
     given = {name: value for name, value in chosen.items() if f"--{name}" in written}
     found = find_contradictions(args.deepspeed, args.hf_deepspeed_config.mismatches, given)
     hint = "; make them the same, or leave one out"
-    return [f"--deepspeed {configuration}: {problem}{hint}" for problem in found] or [
-        f"--deepspeed {configuration}: {problem}" for problem in find_refused(args.hf_deepspeed_config.config)
-    ]
+    problems = [f"{problem}{hint}" for problem in found] + find_refused(args.hf_deepspeed_config.config)
+    return [f"--deepspeed {configuration}: {problem}" for problem in problems]
 
 
 def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:

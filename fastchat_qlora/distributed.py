@@ -91,13 +91,14 @@ def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topolog
     """The type that packed 4-bit weights are stored as.
 
     FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
-    sharded the bytes are kept as the compute dtype. Asked for bytes, 4-bit weights are not sharded, with a warning.
+    sharded the bytes are kept as the compute dtype. DeepSpeed turns other floating-point types into it, and bytes that
+    were packed as numbers of one type are not those of another: the weights would be noise. Plain bytes both leave alone.
 
     Args:
         wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
 
     Raises:
-        UserError: another floating-point type than the compute dtype where parameters are sharded.
+        UserError: a floating-point type other than the compute dtype where parameters are sharded.
     """
     storage: Any = None if wanted == "auto" else getattr(torch, wanted)
     if not topology.shards_parameters:

@@ -13,6 +13,9 @@ CHOICES = {
     "version": (2,),
 }
 
+ACCELERATES = {"fsdp_offload_params": "cpu_offload"}
+"""accelerate's name -> transformers', where it is another one."""
+
 KNOWN = (*SWITCHES, *CHOICES, "transformer_layer_cls_to_wrap")
 
 WITHOUT_MEANING = {
@@ -20,6 +23,7 @@ WITHOUT_MEANING = {
     "forward_prefetch": "FSDP1",
     "limit_all_gathers": "FSDP1",
     "min_num_params": "SIZE_BASED_WRAP",
+    "sharding_strategy": "FSDP1, whose choice is reshard_after_forward here",
     "sync_module_states": "FSDP1",
     "use_orig_params": "FSDP1",
 }
@@ -32,15 +36,15 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimizers of torch, which step on shards; others take parameters for whole."""
 
 
-def without_prefix(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by their short names; accelerate's own files write fsdp_ before each."""
-    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by their names in transformers; accelerate's own files write fsdp_ before each."""
+    return {ACCELERATES.get(name, name.removeprefix("fsdp_")): value for name, value in config.items()}
 
 
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Settings that mean nothing to FSDP2, or something else than a user would think."""
     problems = []
-    for name, value in without_prefix(config).items():
+    for name, value in renamed(config).items():
         if name in WITHOUT_MEANING:
             problems.append(f"{name} means something to {WITHOUT_MEANING[name]} only; drop it")
         elif name not in KNOWN:
@@ -49,7 +53,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} must be true or false, not {value!r}")
         elif name in CHOICES and str(value).upper() not in map(str, CHOICES[name]):
             problems.append(f"{name} must be {' or '.join(map(str, CHOICES[name]))}, not {value!r}")
-        elif name == "transformer_layer_cls_to_wrap" and not _are_names(value):
+        elif name == "transformer_layer_cls_to_wrap" and not _names(value):
             problems.append(f"{name} must be a name or a list of names, not {value!r}")
     return problems
 
@@ -70,13 +74,25 @@ def _switch(value: Any) -> bool | None:
     return {"true": True, "false": False}.get(str(value).lower())
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _names(value: Any) -> list[str]:
+    """Names in a list, or in one string as in accelerate's own files; none if that is not what it is."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        return []
+    return [name.strip() for name in names]
+
+
+def is_contradictory(fsdp: str | bool, config: Mapping[str, Any]) -> bool:
+    """Whether parameters are to be both kept after the forward pass and given up, by words or by the configuration."""
+    words = fsdp.split() if isinstance(fsdp, str) else []
+    said = {word == "full_shard" for word in words if word in ("full_shard", "shard_grad_op")}
+    configured = _switch(renamed(config).get("reshard_after_forward"))
+    return len(said | ({configured} - {None})) > 1 and bool(said)
 
 
 def offloads(words: Any, config: Mapping[str, Any]) -> bool:
     """Whether parameters are to lie in main memory, by `--fsdp "... offload"` or by the configuration."""
-    return "offload" in str(words).split() or bool(_switch(without_prefix(config).get("cpu_offload")))
+    return "offload" in str(words).split() or bool(_switch(renamed(config).get("cpu_offload")))
 
 
 def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, Any], bool]:
@@ -90,11 +106,11 @@ def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, A
         that, and the wrappers' names would get into the adapter's file; the models' own checkpointing does the same
         without them.
     """
-    completed = without_prefix(config)
+    completed = renamed(config)
     completed |= {name: _switch(completed[name]) for name in SWITCHES if name in completed}
-    wrapped = completed.get("transformer_layer_cls_to_wrap")
-    if isinstance(wrapped, str):  # accelerate's own files have several in one string
-        completed["transformer_layer_cls_to_wrap"] = wrapped.split(",")
+    for name, made in (("transformer_layer_cls_to_wrap", _names), ("state_dict_type", str.upper)):
+        if name in completed:
+            completed[name] = made(completed[name])
     checkpointing = bool(completed.pop("activation_checkpointing", False))
     completed.setdefault("cpu_ram_efficient_loading", not quantised)
     return completed, checkpointing

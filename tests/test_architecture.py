@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "text"},
     {"deepspeed_config", "distributed", "fsdp_config", "old_flags"},
+    {"deepspeed_checks"},
     {"argument_checks"},
     {"argument_adaptation"},
     {"arguments"},

@@ -85,6 +85,9 @@ def test_its_checkpointing_is_the_models_own(
         ({"min_num_params": 1000}, "min_num_params means something to SIZE_BASED_WRAP only"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "auto_wrap_policy must be TRANSFORMER_BASED_WRAP, not"),
         ({"state_dict_type": "LOCAL_STATE_DICT"}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
+        ({"fsdp_offload_params": True}, "drop offload"),
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "whose choice is reshard_after_forward here"),
+        ({"transformer_layer_cls_to_wrap": "LlamaMLP,"}, "must be a name or a list of names, not 'LlamaMLP,'"),
         ({"transformer_layer_cls_to_wrap": 7}, "must be a name or a list of names, not 7"),
     ],
 )
@@ -112,14 +115,14 @@ def test_switches_may_be_words(parse: Any) -> None:
 
 
 def test_layers_may_be_one_string(parse: Any) -> None:
-    config = '{"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer,LlamaMLP"}'
+    config = '{"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer, LlamaMLP"}'
     training = parse("--fsdp", "--fsdp_config", config).training
     assert training.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer", "LlamaMLP"]
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "paged_adamw_8bit"])
 def test_an_optimizer_that_cannot_step_on_shards(parse: Any, optim: str) -> None:
-    with pytest.raises(UserError, match=f"--optim {optim}: cannot step on what --fsdp shards"):
+    with pytest.raises(UserError, match=f"--optim {optim}: is not proven to step on what --fsdp shards"):
         parse("--fsdp", "--optim", optim)
 
 
@@ -127,3 +130,20 @@ def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
     flags = "--save_only_model True --load_best_model_at_end True --eval_split 2 --eval_strategy steps --save_steps 500"
     with pytest.raises(UserError, match="loaded whole or not at all"):
         parse("--fsdp", *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags", [["full_shard shard_grad_op"], ["shard_grad_op", "--fsdp_config", '{"reshard_after_forward": true}']]
+)
+def test_words_that_contradict(parse: Any, flags: list[str]) -> None:
+    with pytest.raises(UserError, match="asks for parameters to be kept and to be given up"):
+        parse("--fsdp", *flags)
+
+
+@pytest.mark.parametrize("flags", [["True"], ["shard_grad_op"], ["full_shard auto_wrap"]])
+def test_words_that_agree(parse: Any, flags: list[str]) -> None:
+    keeps = flags == ["shard_grad_op"]
+    config = json.dumps({"reshard_after_forward": not keeps, "state_dict_type": "full_state_dict"})
+    training = parse("--fsdp", *flags, "--fsdp_config", config).training
+    assert training.fsdp_plugin_args["reshard_after_forward"] is not keeps
+    assert training.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"

@@ -1,6 +1,7 @@
 """Arguments -> a LoRA adapter on a frozen base."""
 
 import logging
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -77,7 +78,8 @@ def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantise
         return
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
-    _check_names("--lora_target_modules", _targets(lora_config), linear)
+    if not isinstance(lora_config.target_modules, str):
+        _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
     # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
     whole = set(modules) if not quantised else {name for name in modules if name not in linear or _is_kept(name)}
     _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
@@ -97,27 +99,38 @@ def check_sharding(
         raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
     if not topology.fsdp:
         return
-    if quantised and lora_config.bias != "none":
+    modules = _modules_of(config)
+    biased = any(isinstance(module, torch.nn.Linear) and module.bias is not None for module in modules.values())
+    if quantised and lora_config.bias != "none" and biased:
         # bitsandbytes keeps them in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
         raise UserError(
             f"--lora_bias {lora_config.bias} with --q_lora True: biases of 4-bit layers are no fp32 and cannot be "
             "trained beside the adapter under FSDP2; choose ZeRO or DDP, or --lora_bias none"
         )
-    if not getattr(config, "tie_word_embeddings", False):
+    text_config = config.get_text_config()
+    if not text_config.tie_word_embeddings:
         return
-    trained = {"--modules_to_save": lora_config.modules_to_save or (), "--lora_target_modules": _targets(lora_config)}
-    for flag, names in trained.items():
-        tied = sorted(name for name in names if _is_kept(name))
-        if tied:
+    kinds = (torch.nn.Embedding, torch.nn.Linear)  # the embeddings and the head: a row for each token
+    tied = {n for n, m in modules.items() if isinstance(m, kinds) and len(m.weight) == text_config.vocab_size}
+    for flag, names in (
+        ("--modules_to_save", lora_config.modules_to_save or ()),
+        ("--lora_target_modules", lora_config.target_modules or ()),
+    ):
+        matched = sorted(name for name in tied if _matches(name, names))
+        if matched:
+            given = names if isinstance(names, str) else " ".join(sorted(names))
             # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
             raise UserError(
-                f"{flag} {' '.join(tied)}: the head and the embeddings of this model are one weight, which accelerate "
-                "ties wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
+                f"{flag} {given}: {matched[0]} is one weight with the head or the embeddings of the model, which "
+                "accelerate ties wrongly under FSDP2 once it is trained; choose ZeRO or DDP, or leave it out"
             )
 
 
-def _targets(lora_config: LoraConfig) -> Collection[str]:
-    return [] if isinstance(lora_config.target_modules, str) else lora_config.target_modules or []
+def _matches(name: str, wanted: str | Collection[str]) -> bool:
+    """Whether PEFT takes a module: by a regular expression, or by one of the ends that its name may have."""
+    if isinstance(wanted, str):
+        return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> None:
@@ -150,7 +163,7 @@ def _is_kept(name: str) -> bool:
 
 
 def _check_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
-    unmatched = sorted(name for name in names if not any(m == name or m.endswith(f".{name}") for m in offered))
+    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
     if unmatched:
         last_names = {name.rpartition(".")[2] for name in offered}
         there = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))

@@ -117,8 +117,7 @@ def _has_content(path: Path) -> bool:
 
 
 ANEW = (
-    "set it up as before, or start anew with --resume_from_checkpoint False, and --lora_weight_path to keep what was "
-    "learnt"
+    "set it up as before, or start anew in another --output_dir, where --lora_weight_path goes on from what was learnt"
 )
 
 
@@ -151,8 +150,8 @@ class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
         path = Path(checkpoint) / STATE_FILE
         try:
             callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {})
-            theirs = callbacks.get(type(self).__name__, {}).get("args", {}).get("settings", {})
-        except (OSError, ValueError, AttributeError) as error:
+            theirs = dict(callbacks.get(type(self).__name__, {}).get("args", {}).get("settings", {}))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: no trainer state can be read from it ({error!r}); {ANEW}") from error
         if not theirs:
             logger.warning(f"{checkpoint}: does not say how its run was set up; it is taken to be as this one.")

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import RunArguments, TrainingArguments
 from fastchat_qlora.data.dataset import Collator, build_dataset, column
-from fastchat_qlora.deepspeed_config import offloads_optimizer
+from fastchat_qlora.deepspeed_config import layout, offload_device
 from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter import (
@@ -114,12 +114,15 @@ def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[
     """What decides how a checkpoint is laid out, and what the state in it is the state of."""
     config = args.training.deepspeed or {}
     compute = str(dtype).removeprefix("torch.")
-    quantised = "8 bits" if args.lora.load_in_8bit else args.lora.bnb_4bit_quant_type if args.lora.q_lora else ""
+    double = ", quantised twice" if args.lora.bnb_4bit_use_double_quant else ""
+    quantised = "8 bits" if args.lora.load_in_8bit else args.lora.q_lora and args.lora.bnb_4bit_quant_type + double
+    optimizer = config.get("optimizer", {}).get("type") or OptimizerNames(args.training.optim).value
     return {
         "strategy": topology.strategy,
         "processes": str(topology.world_size),
-        "optimizer": config.get("optimizer", {}).get("type") or OptimizerNames(args.training.optim).value,
-        "optimizer's place": "main memory" if offloads_optimizer(config) else "the device",
+        "optimizer": optimizer.lower().removesuffix("_fused"),
+        "optimizer offloaded to": offload_device(config, "offload_optimizer"),
+        "layout of DeepSpeed's state": layout(config),
         "compute dtype": compute,
         "base weights": quantised or compute,
         "state dict of FSDP": (args.training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),

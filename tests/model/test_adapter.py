@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GPT2Config, LlamaForCausalLM, PreTrainedModel
 
 from fastchat_qlora.arguments import LoraArguments
 from fastchat_qlora.distributed import Topology
@@ -138,13 +139,13 @@ ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE,
     [
         ([ZERO_3], False, True, {"use_dora": True}, "--use_dora True with --q_lora True"),
         ([FSDP], False, True, {"lora_bias": "all"}, "--lora_bias all with --q_lora True"),
-        ([FSDP], True, False, {"modules_to_save": ["lm_head"]}, "--modules_to_save lm_head: the head and the"),
+        ([FSDP], True, False, {"modules_to_save": ["lm_head"]}, "--modules_to_save lm_head: lm_head is one weight"),
         (
             [FSDP],
             True,
             False,
             {"lora_target_modules": ["q_proj", "embed_tokens"]},
-            "--lora_target_modules embed_tokens",
+            "--lora_target_modules embed_tokens q_proj: model.embed_tokens is",
         ),
         ([], False, False, {"modules_to_save": ["lm_head"], "use_dora": True, "lora_bias": "all"}, ""),
         ([], True, True, {}, ""),
@@ -154,7 +155,7 @@ ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE,
 def test_what_cannot_be_trained_on_shards_is_refused(
     refused_under: list[Topology], tied: bool, quantised: bool, flags: dict, said: str, model_folder: Path
 ) -> None:
-    config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=tied)
+    config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=tied, attention_bias="lora_bias" in flags)
     lora_config = build_lora_config(LoraArguments(**flags))
     for topology in (ONE, ZERO_3, FSDP):
         if topology in refused_under:
@@ -162,3 +163,31 @@ def test_what_cannot_be_trained_on_shards_is_refused(
                 check_sharding(config, lora_config, topology, quantised=quantised)
         else:
             check_sharding(config, lora_config, topology, quantised=quantised)
+
+
+def test_there_must_be_biases_to_be_refused(model_folder: Path) -> None:
+    config = AutoConfig.from_pretrained(model_folder, attention_bias=False)
+    check_sharding(config, build_lora_config(LoraArguments(lora_bias="all")), FSDP, quantised=True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules_to_save", "refused"),
+    [
+        (["c_attn"], ["wte"], True),
+        (["c_attn", "wte"], None, True),
+        (r".*(c_attn|wte)", None, True),
+        (["c_attn"], ["wpe"], False),
+        (r".*(c_attn|mlp)", None, False),
+    ],
+)
+def test_tied_embeddings_go_by_many_names(
+    targets: list[str] | str, modules_to_save: list[str] | None, refused: bool
+) -> None:
+    """GPT-2's are called wte; an adapter to start from may name its targets by a regular expression."""
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)
+    lora_config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
+    if refused:
+        with pytest.raises(UserError, match=r"transformer\.wte is one weight"):
+            check_sharding(config, lora_config, FSDP)
+    else:
+        check_sharding(config, lora_config, FSDP)

@@ -144,7 +144,17 @@ def test_a_checkpoint_that_does_not_say_is_gone_on_from(tmp_path: Path, notices:
     assert "does not say how its run was set up" in notices.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"stateful_callbacks": []}', '{"stateful_callbacks": {"SetUp": 7}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"stateful_callbacks": {"SetUp": {"args": {"settings": [1]}}}}',
+        '{"stateful_callbacks": []}',
+        '{"stateful_callbacks": {"SetUp": 7}}',
+    ],
+)
 def test_a_trainer_state_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(UserError, match="no trainer state can be read from it"):

@@ -205,7 +205,7 @@ def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_fi
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"q_lora": True}, "base weights: float32 then, nf4 now"),
+        ({"q_lora": True}, "base weights: float32 then, nf4, quantised twice now"),
         ({"bf16": True}, "compute dtype: float32 then, bfloat16 now"),
         ({"optim": "sgd"}, "optimizer: adamw_torch then, sgd now"),
     ],
