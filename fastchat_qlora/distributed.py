@@ -92,7 +92,7 @@ def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topolog
 
     FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
     sharded the bytes are kept as the compute dtype. DeepSpeed turns other floating-point types into it, and bytes that
-    were packed as numbers of one type are not those of another: the weights would be noise. Plain bytes both leave alone.
+    were packed as numbers of one type are not those of another: the weights would be noise. Plain bytes are left alone.
 
     Args:
         wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
