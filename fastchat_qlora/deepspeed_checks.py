@@ -202,7 +202,9 @@ def _validate(section: str, model: Any, values: Mapping[str, Any]) -> Iterator[s
         names = [field.alias or name for name, field in model.model_fields.items()]
         for found in error.errors():
             path = ".".join([section, *map(str, found["loc"])])
-            if found["type"] != "extra_forbidden":
+            if not found["loc"]:
+                yield f"{section}: {found['msg']}"
+            elif found["type"] != "extra_forbidden":
                 yield f"{path} is {found['input']!r}: {found['msg']}"
             else:
                 nested = len(found["loc"]) > 1

@@ -23,7 +23,7 @@ WITHOUT_MEANING = {
     "forward_prefetch": "FSDP1",
     "limit_all_gathers": "FSDP1",
     "min_num_params": "SIZE_BASED_WRAP",
-    "sharding_strategy": "FSDP1, whose choice is reshard_after_forward here",
+    "sharding_strategy": "FSDP1 (FSDP2 has reshard_after_forward)",
     "sync_module_states": "FSDP1",
     "use_orig_params": "FSDP1",
 }
@@ -46,7 +46,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, value in renamed(config).items():
         if name in WITHOUT_MEANING:
-            problems.append(f"{name} means something to {WITHOUT_MEANING[name]} only; drop it")
+            problems.append(f"{name} only means something to {WITHOUT_MEANING[name]}; drop it")
         elif name not in KNOWN:
             problems.append(f"{name} is unknown; {did_you_mean(name, KNOWN)}")
         elif name in SWITCHES and _switch(value) is None:

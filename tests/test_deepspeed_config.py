@@ -202,6 +202,10 @@ REFUSED = [
         "allgather_bucket_size is auto, which nothing",
     ),
     ({"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}}, "offload_param.devic is unknown; drop it"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "zero_optimization: Val",
+    ),
     ({"fp16": {"loss_scal": 0}}, "fp16.loss_scal is unknown; did you mean loss_scale?"),
     ({"scheduler": {"type": "Linear"}}, "scheduler.type Linear must be one of LRRangeTest, OneCycle, WarmupLR"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_typ": "linear"}}}, "did you mean warmup_type?"),
