@@ -204,7 +204,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}}, "offload_param.devic is unknown; drop it"),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        "zero_optimization: Val",
+        "zero_optimization: Assertion failed, Partial",
     ),
     ({"fp16": {"loss_scal": 0}}, "fp16.loss_scal is unknown; did you mean loss_scale?"),
     ({"scheduler": {"type": "Linear"}}, "scheduler.type Linear must be one of LRRangeTest, OneCycle, WarmupLR"),
