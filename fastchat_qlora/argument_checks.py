@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from fastchat_qlora import deepspeed_checks, fsdp_config
+from fastchat_qlora.path_checks import check_data_path, check_folders
 
 AT_LEAST_ONE = (
     "lora_r",
@@ -34,10 +34,6 @@ ATTENTION = (
 )
 SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "muon")
 """How the names of optimizers begin that treat a matrix otherwise than its numbers in a row."""
-LINE_SUFFIXES = (".jsonl", ".ndjson")
-DATA_SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
-COMPRESSED = (".gz", ".zst")
-HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
 
 
 def find_problems(values: argparse.Namespace) -> list[str]:
@@ -49,7 +45,7 @@ def find_problems(values: argparse.Namespace) -> list[str]:
         _check_combinations,
         _check_availability,
         _check_data,
-        _check_folders,
+        check_folders,
         _check_json,
     )
     return [problem for check in checks for problem in check(values)]
@@ -190,83 +186,12 @@ def _check_data(values: argparse.Namespace) -> list[str]:
     problems = []
     for flag in ("data_path", "eval_data_path"):
         for name in getattr(values, flag) or []:
-            problems += _check_data_path(flag, name)
+            problems += check_data_path(flag, name)
     if values.lazy_preprocess and values.remove_unused_columns:
         problems.append("--lazy_preprocess True and --remove_unused_columns True: the text is needed later; drop one")
     if values.eval_split and values.eval_data_path:
         problems.append("--eval_split and --eval_data_path: two sources of evaluation data; choose one")
     return problems
-
-
-def without_compression(name: str) -> str:
-    """A file's name in small letters, without .gz or .zst."""
-    name = name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def is_data_file(name: str) -> bool:
-    """Whether a file of that name is one of conversations."""
-    return without_compression(name).endswith(DATA_SUFFIXES)
-
-
-def _check_data_path(flag: str, name: str) -> list[str]:
-    path = Path(name).expanduser()
-    if name and _exists(path):
-        if path.is_dir():
-            return []
-        if not path.is_file():  # a pipe can be read once only, and this program hashes before it reads
-            return [f"--{flag} {name}: is no regular file; write it to a file first"]
-        is_empty = path.stat().st_size == 0
-        return [f"--{flag} {name}: the file is empty; it must hold conversations"] * is_empty
-    hub_name, _, split = name.partition(":")
-    if split and _exists(Path(hub_name)):
-        if Path(hub_name).is_dir():  # a dataset repository's folder
-            return []
-        return [f"--{flag} {name}: a file has no splits; give {hub_name}"]
-    looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
-    if not name or looks_local or len(name) > HUB_NAME_LIMIT:
-        return [
-            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file, a folder, or a hub "
-            "dataset such as org/name or org/name:split"
-        ]
-    return []
-
-
-def _check_folders(values: argparse.Namespace) -> list[str]:
-    problems = _check_model_path(values.model_name_or_path)
-    output = Path(values.output_dir).expanduser()
-    if not values.output_dir or (_exists(output) and not output.is_dir()):
-        problems.append(f"--output_dir {values.output_dir}: is a file or empty; give a folder")
-    adapter = Path(values.lora_weight_path).expanduser()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if values.lora_weight_path and not _exists(adapter / name):
-            problems.append(f"--lora_weight_path {adapter}: no {name} there; give a folder that PEFT saved")
-    resume = values.resume_from_checkpoint or "true"
-    parts = [Path(resume).expanduser() / name for name in ("trainer_state.json", "adapter_model.safetensors")]
-    if resume.lower() not in ("true", "false") and not all(_exists(part) for part in parts):
-        problems.append(f"--resume_from_checkpoint {resume}: no checkpoint there; give a folder checkpoint-N, or True")
-    return problems
-
-
-def _check_model_path(name: str) -> list[str]:
-    path = Path(name).expanduser()
-    if name and _exists(path) and path.is_dir():
-        missing = not (path / "config.json").is_file()
-        return [f"--model_name_or_path {name}: no config.json in that folder; give a model's folder"] * missing
-    if name and _exists(path):
-        return [f"--model_name_or_path {name}: is a file; give the folder of a model in safetensors format"]
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > HUB_NAME_LIMIT:
-        return [f"--model_name_or_path {name}: no such folder; give a local folder or a hub id such as org/model"]
-    return []
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name longer than the file system takes
-        return False
 
 
 def read_json(given: str) -> Any:
@@ -313,15 +238,3 @@ def _check_json(values: argparse.Namespace) -> list[str]:
             find = {"deepspeed": deepspeed_checks.find_malformed, "fsdp_config": fsdp_config.find_problems}.get(flag)
             problems += [f"--{flag} {given}: {problem}" for problem in (find(settings) if find else ())]
     return problems
-
-
-def check_writable(output_dir: str) -> list[str]:
-    """Make the output folder and try to write there."""
-    path = Path(output_dir).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        return [f"--output_dir {path}: cannot be written ({error.strerror}); give a folder you may write to"]
-    return []

@@ -13,12 +13,13 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.argument_adaptation import adapt_to_machine
-from fastchat_qlora.argument_checks import check_writable, find_problems
+from fastchat_qlora.argument_checks import find_problems
 from fastchat_qlora.deepspeed_checks import find_refused
 from fastchat_qlora.deepspeed_config import find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.old_flags import spelled, translate_old_flags
+from fastchat_qlora.path_checks import check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "text"},
-    {"deepspeed_config", "distributed", "fsdp_config", "old_flags"},
+    {"deepspeed_config", "distributed", "fsdp_config", "old_flags", "path_checks"},
     {"deepspeed_checks"},
     {"argument_checks"},
     {"argument_adaptation"},

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastchat_qlora.argument_checks import check_writable, find_problems
+from fastchat_qlora.argument_checks import find_problems
 from fastchat_qlora.arguments import build_parser
 from fastchat_qlora.cli import main
+from fastchat_qlora.path_checks import check_writable
 
 Run = Callable[..., str]
 

@@ -13,9 +13,9 @@ import ijson
 import numpy as np
 import pyarrow as pa
 
-from fastchat_qlora.argument_checks import LINE_SUFFIXES, without_compression
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.path_checks import LINE_SUFFIXES, without_compression
 
 Numbered = tuple[int, Any]
 

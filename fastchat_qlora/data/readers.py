@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastchat_qlora.argument_checks import is_data_file, without_compression
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.data.formats import FIELDS
 from fastchat_qlora.data.json_files import read_json
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.path_checks import is_data_file, without_compression
 
 BATCH = 256  # rows taken at once out of Arrow data
 
