@@ -80,6 +80,9 @@ def _print(report: Report, examples: Iterable[Example], last_line: str = "") -> 
     except BrokenPipeError:  # `| head` has seen enough
         raise
     except OSError as error:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Python would try to write the rest once more when it ends, and then exit with 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise UserError(f"standard output cannot be written: {error.strerror}; see where it goes to") from error
 
 

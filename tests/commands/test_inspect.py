@@ -331,9 +331,10 @@ def test_terminal_that_knows_few_characters(base: Path, records: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_standard_output_that_is_full(base: Path, records: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(unbuffered: str, base: Path, records: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = run_as_a_process(base, records, full)
+        done = run_as_a_process(base, records, full, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.stderr.endswith(
