@@ -32,8 +32,10 @@ ATTENTION = (
     "flash_attention_3",
     "flash_attention_4",
 )
-SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "muon")
+SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
 """How the names of optimizers begin that treat a matrix otherwise than its numbers in a row."""
+DEEPEST = 50  # objects within objects; no setting of any library is as deep
+TOO_DEEP = f"objects in more than {DEEPEST} others"
 
 
 def find_problems(values: argparse.Namespace) -> list[str]:
@@ -115,8 +117,10 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
             "--save_only_model True and --load_best_model_at_end True: under --fsdp and --deepspeed a checkpoint is "
             "loaded whole or not at all; drop one"
         )
-    if fsdp_config.is_contradictory(fsdp, _settings(values.fsdp_config)):
-        problems.append(f"--fsdp {fsdp}: asks for parameters to be kept and to be given up; name one of the two")
+    problems += [
+        f"--fsdp {contradiction} contradict each other; drop one"
+        for contradiction in fsdp_config.find_contradictions(fsdp, _settings(values.fsdp_config))
+    ]
     if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, _settings(values.fsdp_config)):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
@@ -203,9 +207,15 @@ def read_json(given: str) -> Any:
     """
     text = given if given.startswith("{") else Path(given).expanduser().read_text("utf-8")
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
+        settings = json.loads(text, object_pairs_hook=_without_repetition)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError(TOO_DEEP) from error
+    level = [settings]
+    for _ in range(DEEPEST):
+        level = [value for values in level if isinstance(values, dict) for value in values.values()]
+    if level:
+        raise ValueError(TOO_DEEP)
+    return settings
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -230,7 +240,7 @@ def _check_json(values: argparse.Namespace) -> list[str]:
             hint = "; playground/ has configurations to start from" * (flag == "deepspeed")
             problems.append(f"--{flag} {given}: no such file{hint}")
         except ValueError as error:
-            problems.append(f"--{flag} {given}: not valid JSON: {error}; mend it")
+            problems.append(f"--{flag} {given}: cannot be read as JSON: {error}; mend it")
         else:
             if not isinstance(settings, dict):
                 problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")

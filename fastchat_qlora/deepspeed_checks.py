@@ -38,7 +38,7 @@ ELSEWHERE = {
     "amp": "give --bf16 True or --fp16 True",
     "autotuning": "run DeepSpeed's tuner on its own",
     "bfloat16": "it is called bf16",
-    "checkpoint": "checkpoints are resumed from by the processes that wrote them",
+    "checkpoint": "a run goes on with the number of processes that it began with",
     "compile": "give --torch_compile True",
     "dataloader_drop_last": "give --dataloader_drop_last True",
     "elasticity": "the batch follows the flags",
@@ -47,13 +47,12 @@ ELSEWHERE = {
     "prescale_gradients": "gradients are averaged",
     "tensor_parallel": "choose a ZeRO stage; the layers of a PEFT model are not split",
     "torch_autocast": "give --bf16 True or --fp16 True",
-    "zero_optimization.compute_grad_norm": "the norm is what clipping and the log need",
     "zero_optimization.cpu_offload": 'give offload_optimizer {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'give offload_param {"device": "cpu"}',
     "zero_optimization.cpu_offload_params": 'give offload_param {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": 'give offload_optimizer {"device": "cpu", "pin_memory": true}',
 }
-"""Settings that would be done twice, or not at all, and what to do about it."""
+"""Settings that would be done twice, or not at all, unless they are switched off; and what to do about it."""
 
 OPTIMIZERS = {
     **dict.fromkeys(ADAM, ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode")),
@@ -71,25 +70,28 @@ FILLED_LATER = (
 
 def find_malformed(config: Mapping[str, Any]) -> list[str]:
     """What is no setting, or no value for one, as far as it can be told without DeepSpeed."""
-    problems = [
-        f"{name} is unknown; {did_you_mean(name, KNOWN)}" for name in config if name not in KNOWN | {*ELSEWHERE}
-    ]
+    known = KNOWN | {name for name in ELSEWHERE if "." not in name}
+    problems = [f"{name} is unknown; {did_you_mean(name, KNOWN)}" for name in config if name not in known]
     problems += [
-        f"{name} is not for here: {ELSEWHERE[name]}; drop it" for name in ELSEWHERE if [*_values(config, name)]
+        f"{name} has no place here ({why}); drop it"
+        for name, why in ELSEWHERE.items()
+        for value in _values(config, name)
+        if value is not False and value != {"enabled": False}
     ]
+    mistyped = []
     for names, kinds, kind in (
         (OBJECTS, dict, "an object"),
         (NUMBERS, (int, float), "a number"),
         (SWITCHES, bool, "true or false"),
         (WORDS, str, "a word"),
     ):
-        problems += [
+        mistyped += [
             f"{name} must be {kind}, not {value!r}; mend it or leave it out"
             for name in names
             for value in _values(config, name)
             if not (_is(value, kinds) or (value == "auto" and name in NUMBERS) or (value is None and name in OPTIONAL))
         ]
-    return problems or [*_check_zero(config), *_check_named(config)]
+    return problems + (mistyped or [*_check_zero(config), *_check_named(config)])
 
 
 def _values(config: Mapping[str, Any], name: str) -> Iterator[Any]:
@@ -116,6 +118,10 @@ def _check_zero(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage must be 1, 2 or 3{found}; without --deepspeed the strategy is DDP"
     elif stage < 3 and offload_device(config, "offload_param") != "none":
         yield f"zero_optimization.offload_param means something at stage 3 only, not at {stage}; drop it"
+    elif stage < 3 and offload_device(config, "offload_optimizer") == "nvme":
+        yield f"zero_optimization.offload_optimizer.device nvme needs stage 3, not {stage}; choose cpu"
+    if zero.get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm is false, and the norm is what clipping and the log need; drop it"
     for name in ("offload_optimizer", "offload_param"):
         device = offload_device(config, name)
         if device not in ("cpu", "nvme", "none"):
@@ -136,10 +142,10 @@ def _check_named(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{section}.type must be a name, not {config[section].get('type')!r}"
     optimizer = config.get("optimizer", {})
     name = str(optimizer.get("type", ADAM[0])).lower()
-    if name not in OPTIMIZERS:
+    if name not in OPTIMIZERS and isinstance(optimizer["type"], str):
         yield f"optimizer.type {optimizer['type']} must be one of {', '.join(OPTIMIZERS)}; or drop it and give --optim"
-    else:
-        for key in optimizer.get("params", {}).keys() - {*OPTIMIZERS[name]}:
+    for key in optimizer.get("params", {}):
+        if key not in OPTIMIZERS.get(name, (key,)):
             yield f"optimizer.params.{key} is unknown; {did_you_mean(key, OPTIMIZERS[name])}"
     for key, value in config.get("data_types", {}).items():
         if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
@@ -165,7 +171,7 @@ def find_refused(config: Mapping[str, Any]) -> list[str]:
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, model in models.items():
         problems += _validate(section, model, filled.get(section, {}))
-    problems += _check_scheduler(filled.get("scheduler", {}))
+    problems += _check_scheduler(config.get("scheduler", {}))
     if problems:
         return problems
     filled.pop("train_batch_size", None)  # multiplied by processes that DeepSpeed does not know of yet
@@ -223,5 +229,6 @@ def _check_scheduler(scheduler: Mapping[str, Any]) -> Iterator[str]:
         yield f"scheduler.type {scheduler['type']} must be one of {', '.join(known)}; or give --lr_scheduler_type"
         return
     names = inspect.signature(getattr(lr_schedules, scheduler["type"])).parameters.keys() - {"optimizer"}
-    for name in scheduler.get("params", {}).keys() - names:
-        yield f"scheduler.params.{name} is unknown; {did_you_mean(name, names)}"
+    for name in scheduler.get("params", {}):
+        if name not in names:
+            yield f"scheduler.params.{name} is unknown; {did_you_mean(name, names)}"

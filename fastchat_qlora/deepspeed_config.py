@@ -29,12 +29,21 @@ STEPPED_BY_CPU_ADAM = ("adamw_torch", "adamw_torch_fused")
 
 ADAM = ("adam", "adamw")
 
-LAYOUT = {
-    "zero_optimization": ("parameter_alignment", "round_robin_gradients", "sub_group_size", "zero_hpz_partition_size"),
-    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
-    "fp16": ("fp16_master_weights_and_grads",),
+LAYOUT: dict[str, dict[str, Any]] = {
+    "zero_optimization": {
+        "parameter_alignment": False,
+        "round_robin_gradients": False,
+        "sub_group_size": 1_000_000_000,
+        "zero_hpz_partition_size": 1,
+    },
+    "bf16": {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False},
+    "fp16": {"fp16_master_weights_and_grads": False},
+    "data_types": {"grad_accum_dtype": None},
 }
-"""Settings by which DeepSpeed orders what it flattens: read with others, values would go to other parameters."""
+"""Settings by which DeepSpeed orders and keeps what it flattens, and their defaults.
+
+Read with others, values would go to other parameters.
+"""
 
 SCHEDULERS = {
     "WarmupLR": "constant_with_warmup",
@@ -81,10 +90,10 @@ def offload_device(config: Mapping[str, Any], what: str) -> str:
 def layout(config: Mapping[str, Any]) -> str:
     """The settings that decide how the optimizer's state is cut up in a checkpoint, as they are written down."""
     found = {
-        name: config[section][name]
-        for section, names in LAYOUT.items()
-        for name in names
-        if name in config.get(section, {})
+        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for section, defaults in LAYOUT.items()
+        for name, value in config.get(section, {}).items()
+        if name in defaults and value != defaults[name]
     }
     return json.dumps(found, sort_keys=True) if found else "its defaults"
 
@@ -105,9 +114,10 @@ def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], 
             problems.append(mismatch)
             continue
         key, theirs, flag, ours = found.groups()
-        problems.append(f"its {key} is {theirs}, --{flag.split('|')[0]} is {ours}")
+        problems.append(f"its {key} is {theirs}, --{flag.split('|')[0].replace('+', ', --')} is {ours}")
     optimizer = config.get("optimizer", {}).get("type")
-    if optimizer and "optim" in flags and not (optimizer.lower() in ADAM and "adamw" in flags["optim"]):
+    is_adamw = str(optimizer).lower() in ADAM and config["optimizer"].get("params", {}).get("adam_w_mode", True)
+    if optimizer and "optim" in flags and not (is_adamw and flags["optim"] in STEPPED_BY_CPU_ADAM):
         problems.append(f"its optimizer.type is {optimizer}, --optim is {flags['optim']}")
     if config.get("zero_force_ds_cpu_optimizer") and offload_device(config, "offload_optimizer") != "none":
         optim = flags.get("optim", "adamw_torch")

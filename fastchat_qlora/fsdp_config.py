@@ -43,7 +43,8 @@ def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Settings that mean nothing to FSDP2, or something else than a user would think."""
-    problems = []
+    names = [name for given in config for name in renamed({given: None})]
+    problems = [f"{name} is given in two spellings; drop one" for name in KNOWN if names.count(name) > 1]
     for name, value in renamed(config).items():
         if name in WITHOUT_MEANING:
             problems.append(f"{name} only means something to {WITHOUT_MEANING[name]}; drop it")
@@ -82,12 +83,18 @@ def _names(value: Any) -> list[str]:
     return [name.strip() for name in names]
 
 
-def is_contradictory(fsdp: str | bool, config: Mapping[str, Any]) -> bool:
-    """Whether parameters are to be both kept after the forward pass and given up, by words or by the configuration."""
+def find_contradictions(fsdp: str | bool, config: Mapping[str, Any]) -> list[str]:
+    """What the words of `--fsdp` say against each other or against the configuration, naming both sides."""
     words = fsdp.split() if isinstance(fsdp, str) else []
-    said = {word == "full_shard" for word in words if word in ("full_shard", "shard_grad_op")}
-    configured = _switch(renamed(config).get("reshard_after_forward"))
-    return len(said | ({configured} - {None})) > 1 and bool(said)
+    problems = ["full_shard and shard_grad_op"] * ({"full_shard", "shard_grad_op"} <= {*words})
+    for word, name, means in (
+        ("full_shard", "reshard_after_forward", True),
+        ("shard_grad_op", "reshard_after_forward", False),
+        ("offload", "cpu_offload", True),
+    ):
+        if word in words and _switch(renamed(config).get(name)) is (not means):
+            problems.append(f"{word} and --fsdp_config {name}")
+    return problems
 
 
 def offloads(words: Any, config: Mapping[str, Any]) -> bool:
@@ -108,7 +115,11 @@ def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, A
     """
     completed = renamed(config)
     completed |= {name: _switch(completed[name]) for name in SWITCHES if name in completed}
-    for name, made in (("transformer_layer_cls_to_wrap", _names), ("state_dict_type", str.upper)):
+    for name, made in (
+        ("transformer_layer_cls_to_wrap", _names),
+        ("state_dict_type", str.upper),
+        ("auto_wrap_policy", str.upper),
+    ):
         if name in completed:
             completed[name] = made(completed[name])
     checkpointing = bool(completed.pop("activation_checkpointing", False))

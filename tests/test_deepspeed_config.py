@@ -103,6 +103,12 @@ CONTRADICTIONS = {
     ),
     "optimizer": ({"optimizer": {"type": "Lion"}}, "--optim adamw_torch", ["type is Lion", "--optim is adamw_torch"]),
     "another optimizer": ({"optimizer": {"type": "AdamW"}}, "--optim sgd", ["type is AdamW", "--optim is sgd"]),
+    "bits": ({"optimizer": {"type": "AdamW"}}, "--optim adamw_8bit", ["type is AdamW", "--optim is adamw_8bit"]),
+    "decay": (
+        {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+        "--optim adamw_torch",
+        ["type is Adam", "--optim is adamw_torch"],
+    ),
     "schedule": (
         {"scheduler": {"type": "WarmupLR"}},
         "--lr_scheduler_type cosine",
@@ -152,7 +158,7 @@ MALFORMED = [
     ({"zero_optimization": {"stage": 4}}, "must be 1, 2 or 3, not 4"),
     ({"zero_optimization": {"stage": True}}, "must be 1, 2 or 3, not True"),
     ({"zero_optimization": {"stage": "2"}}, "must be 1, 2 or 3, not '2'"),
-    ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'give offload_optimizer {"device": "cpu"}; drop it'),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, '(give offload_optimizer {"device": "cpu"}); drop it'),
     ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param must be an object"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param means something at stage"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpuu"}}}, "must be cpu, nvme or none, not cpuu"),
@@ -164,6 +170,9 @@ MALFORMED = [
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "follows from the data; leave it out"),
     ({"scheduler": {"type": "WarmupLR", "params": None}}, "scheduler.params must be an object, not None"),
     ({"scheduler": {"type": "WarmupLR", "warmup_min_lr": 0}}, "it may belong into scheduler.params"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "needs stage 3"),
+    ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "the norm is what clipping and the log need"),
+    ({"zero_optimization.cpu_offload": True}, "zero_optimization.cpu_offload is unknown"),
     ({"optimizer": {}}, "optimizer.type must be a name, not None"),
     ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params must be an object, not [1]"),
     ({"optimizer": {"type": "AdamW", "lr": 0.5}}, "optimizer.lr is unknown; it may belong into optimizer.params"),
@@ -177,7 +186,7 @@ MALFORMED = [
     ({"train_batch_size": "8"}, "train_batch_size must be a number, not '8'"),
     ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown must be true or false, not 'yes'"),
     ({"gradient_cliping": 1.0}, "gradient_cliping is unknown; did you mean gradient_clipping?"),
-    ({"bfloat16": {"enabled": True}}, "bfloat16 is not for here: it is called bf16; drop it"),
+    ({"bfloat16": {"enabled": True}}, "bfloat16 has no place here (it is called bf16); drop it"),
     ({"torch_autocast": {"enabled": True}}, "give --bf16 True or --fp16 True"),
     ({"activation_checkpointing": {}}, "give --gradient_checkpointing True"),
     ({"gradient_allreduce_op": "sum"}, "gradients are averaged"),
@@ -209,6 +218,7 @@ REFUSED = [
     ({"fp16": {"loss_scal": 0}}, "fp16.loss_scal is unknown; did you mean loss_scale?"),
     ({"scheduler": {"type": "Linear"}}, "scheduler.type Linear must be one of LRRangeTest, OneCycle, WarmupLR"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_typ": "linear"}}}, "did you mean warmup_type?"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": "auto"}}}, "params.total_num_steps is unknown"),
     ({"communication_data_type": "int3"}, "DeepSpeed does not take it: "),
 ]
 
@@ -285,6 +295,10 @@ ELSEWHERE_IN_USE = {
         "wall_clock_breakdown": False,
     },
     "nothing offloaded": {"zero_optimization": {"stage": 3, "offload_optimizer": None, "offload_param": None}},
+    "switched off": {
+        "zero_optimization": {"stage": 2, "cpu_offload": False},
+        "prescale_gradients": False,
+    },
     "sums in fp32": {"data_types": {"grad_accum_dtype": "fp32"}},
 }
 
@@ -300,13 +314,14 @@ def test_a_name_that_stands_twice(required: list[str]) -> None:
         parse_args([*required, "--deepspeed", text])
 
 
-def test_nested_beyond_all_measure(required: list[str]) -> None:
-    text = '{"a":' * 100_000 + "1" + "}" * 100_000
-    with pytest.raises(UserError, match="nested too deep"):
+@pytest.mark.parametrize("depth", [51, 900, 100_000])
+def test_nested_beyond_all_measure(depth: int, required: list[str]) -> None:
+    text = '{"timers":' * depth + "1" + "}" * depth
+    with pytest.raises(UserError, match="objects in more than 50 others"):
         parse_args([*required, "--deepspeed", text])
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "apollo_adamw"])
+@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "apollo_adamw", "lomo", "adalomo", "stable_adamw"])
 def test_an_optimizer_that_looks_at_shapes(parse: Any, optim: str) -> None:
     """ZeRO gives it a row of numbers, and it would do something else than it says."""
     with pytest.raises(UserError, match=f"--optim {optim}: looks at shapes, which ZeRO flattens"):
@@ -315,7 +330,23 @@ def test_an_optimizer_that_looks_at_shapes(parse: Any, optim: str) -> None:
 
 def test_the_layout_of_the_state() -> None:
     assert layout({"zero_optimization": {"stage": 2, "overlap_comm": True}}) == layout({})
-    assert layout({"zero_optimization": {"round_robin_gradients": True}}) == '{"round_robin_gradients": true}'
+    assert layout({"zero_optimization": {"sub_group_size": 1e9, "round_robin_gradients": False}}) == layout({})
+    assert layout({"zero_optimization": {"sub_group_size": 10**8}}) == layout(
+        {"zero_optimization": {"sub_group_size": 1e8}}
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": {"round_robin_gradients": True}},
+        {"zero_optimization": {"sub_group_size": 500}},
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        {"data_types": {"grad_accum_dtype": "fp32"}},
+    ],
+)
+def test_another_layout_of_the_state(config: dict[str, Any]) -> None:
+    assert layout(config) != layout({"bf16": {"enabled": True}})
 
 
 @pytest.mark.parametrize("name", ["s2", "s2_offload", "s3", "s3_offload"])

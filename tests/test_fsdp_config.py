@@ -86,6 +86,7 @@ def test_its_checkpointing_is_the_models_own(
         ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "auto_wrap_policy must be TRANSFORMER_BASED_WRAP, not"),
         ({"state_dict_type": "LOCAL_STATE_DICT"}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
         ({"fsdp_offload_params": True}, "drop offload"),
+        ({"reshard_after_forward": True, "fsdp_reshard_after_forward": False}, "is given in two spellings; drop one"),
         ({"fsdp_sharding_strategy": "FULL_SHARD"}, "FSDP1 (FSDP2 has reshard_after_forward); drop it"),
         ({"transformer_layer_cls_to_wrap": "LlamaMLP,"}, "must be a name or a list of names, not 'LlamaMLP,'"),
         ({"transformer_layer_cls_to_wrap": 7}, "must be a name or a list of names, not 7"),
@@ -133,17 +134,25 @@ def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["full_shard shard_grad_op"], ["shard_grad_op", "--fsdp_config", '{"reshard_after_forward": true}']]
+    ("words", "config", "said"),
+    [
+        ("full_shard shard_grad_op", {}, "--fsdp full_shard and shard_grad_op contradict each other; drop one"),
+        ("shard_grad_op", {"reshard_after_forward": True}, "shard_grad_op and --fsdp_config reshard_after_forward"),
+        ("full_shard", {"fsdp_reshard_after_forward": "false"}, "full_shard and --fsdp_config reshard_after_forward"),
+        ("offload", {"cpu_offload": False}, "offload and --fsdp_config cpu_offload"),
+    ],
 )
-def test_words_that_contradict(parse: Any, flags: list[str]) -> None:
-    with pytest.raises(UserError, match="asks for parameters to be kept and to be given up"):
-        parse("--fsdp", *flags)
+def test_words_that_contradict(parse: Any, words: str, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--fsdp", words, "--fsdp_config", json.dumps(config))
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("flags", [["True"], ["shard_grad_op"], ["full_shard auto_wrap"]])
 def test_words_that_agree(parse: Any, flags: list[str]) -> None:
     keeps = flags == ["shard_grad_op"]
-    config = json.dumps({"reshard_after_forward": not keeps, "state_dict_type": "full_state_dict"})
+    config = {"reshard_after_forward": not keeps, "state_dict_type": "full_state_dict"}
+    config = json.dumps(config | {"auto_wrap_policy": "transformer_based_wrap"})
     training = parse("--fsdp", *flags, "--fsdp_config", config).training
     assert training.fsdp_plugin_args["reshard_after_forward"] is not keeps
     assert training.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"

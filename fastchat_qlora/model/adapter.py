@@ -51,6 +51,13 @@ def _read_lora_config(path: str) -> LoraConfig:
         raise UserError(f"--lora_weight_path {path}: its adapter_config.json cannot be read: {error}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"--lora_weight_path {path}: holds a {config.peft_type} adapter; give a LoRA adapter")
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        try:
+            re.compile(config.target_modules)
+        except re.error as error:
+            raise UserError(
+                f"--lora_weight_path {path}: its target_modules are no regular expression: {error}"
+            ) from error
     if not config.target_modules:
         raise UserError(f"--lora_weight_path {path}: its adapter_config.json names no target_modules; save it again")
     config.inference_mode = False
@@ -99,31 +106,44 @@ def check_sharding(
         raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
     if not topology.fsdp:
         return
-    modules = _modules_of(config)
-    biased = any(isinstance(module, torch.nn.Linear) and module.bias is not None for module in modules.values())
-    if quantised and lora_config.bias != "none" and biased:
-        # bitsandbytes keeps them in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
+    skeleton = _skeleton(config)
+    if quantised and _trains_biases(skeleton, lora_config):
+        # With 4-bit weights biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
         raise UserError(
-            f"--lora_bias {lora_config.bias} with --q_lora True: biases of 4-bit layers are no fp32 and cannot be "
+            f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are no fp32 and cannot be "
             "trained beside the adapter under FSDP2; choose ZeRO or DDP, or --lora_bias none"
         )
-    text_config = config.get_text_config()
-    if not text_config.tie_word_embeddings:
+    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
         return
-    kinds = (torch.nn.Embedding, torch.nn.Linear)  # the embeddings and the head: a row for each token
-    tied = {n for n, m in modules.items() if isinstance(m, kinds) and len(m.weight) == text_config.vocab_size}
     for flag, names in (
         ("--modules_to_save", lora_config.modules_to_save or ()),
         ("--lora_target_modules", lora_config.target_modules or ()),
     ):
-        matched = sorted(name for name in tied if _matches(name, names))
-        if matched:
-            given = names if isinstance(names, str) else " ".join(sorted(names))
+        given = names if isinstance(names, str) else " ".join(sorted(names))
+        if any(_matches(tied, names) for tied in _ends(skeleton, names)):
             # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
             raise UserError(
-                f"{flag} {given}: {matched[0]} is one weight with the head or the embeddings of the model, which "
-                "accelerate ties wrongly under FSDP2 once it is trained; choose ZeRO or DDP, or leave it out"
+                f"{flag} {given}: the head and the embeddings of this model are one weight, which accelerate ties "
+                "wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
             )
+
+
+def _trains_biases(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
+    """Whether there are biases to train; taken for granted where the model's code lies outside transformers."""
+    if lora_config.bias == "none" or skeleton is None:
+        return bool(lora_config.bias != "none")
+    biased = [name for name, m in skeleton.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)]
+    if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
+        return bool(biased)
+    return any(_matches(name, lora_config.target_modules or ()) for name in biased)
+
+
+def _ends(skeleton: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
+    """Names of the embeddings and the head; those that sound like it where the model's code lies elsewhere."""
+    if skeleton is None:
+        return [] if isinstance(names, str) else [name for name in names if _is_kept(name)]
+    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    return [name for name, module in skeleton.named_modules() if module in ends]
 
 
 def _matches(name: str, wanted: str | Collection[str]) -> bool:
@@ -150,12 +170,18 @@ def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> Non
         )
 
 
-def _modules_of(config: PretrainedConfig) -> dict[str, torch.nn.Module]:
-    """Name -> module of the model, built without memory; nothing where its code lies outside transformers."""
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model, built without memory; None where its code lies outside transformers."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return {}
+        return None
     with torch.device("meta"):
-        return dict(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).named_modules())
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def _modules_of(config: PretrainedConfig) -> dict[str, torch.nn.Module]:
+    """Name -> module of the model; nothing where its code lies outside transformers."""
+    skeleton = _skeleton(config)
+    return dict(skeleton.named_modules()) if skeleton is not None else {}
 
 
 def _is_kept(name: str) -> bool:

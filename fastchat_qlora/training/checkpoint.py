@@ -116,9 +116,7 @@ def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-ANEW = (
-    "set it up as before, or start anew in another --output_dir, where --lora_weight_path goes on from what was learnt"
-)
+ANEW = "start anew in another --output_dir, where --lora_weight_path goes on from what was learnt"
 
 
 class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped
@@ -161,4 +159,6 @@ class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
             if theirs.get(name, ours) != ours
         ]
         if changed:
-            raise UserError(f"{checkpoint}: this run is set up otherwise ({'; '.join(changed)}); {ANEW}")
+            raise UserError(
+                f"{checkpoint}: this run is set up otherwise ({'; '.join(changed)}); set it up as before, or {ANEW}"
+            )

@@ -5,7 +5,15 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, GPT2Config, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from fastchat_qlora.arguments import LoraArguments
 from fastchat_qlora.distributed import Topology
@@ -130,6 +138,12 @@ def test_targets_that_match_nothing_are_named(model_folder: Path) -> None:
         check_targets(config, build_lora_config(LoraArguments(modules_to_save=["head"])))
 
 
+class ElsewhereConfig(PretrainedConfig):
+    """Of a model whose code comes with its weights."""
+
+    model_type = "elsewhere"
+
+
 ONE = Topology(local_rank=0, rank=0, world_size=2, accelerator=None, zero_stage=0, fsdp=False)
 ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE, fsdp=True))
 
@@ -139,13 +153,19 @@ ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE,
     [
         ([ZERO_3], False, True, {"use_dora": True}, "--use_dora True with --q_lora True"),
         ([FSDP], False, True, {"lora_bias": "all"}, "--lora_bias all with --q_lora True"),
-        ([FSDP], True, False, {"modules_to_save": ["lm_head"]}, "--modules_to_save lm_head: lm_head is one weight"),
+        (
+            [FSDP],
+            True,
+            False,
+            {"modules_to_save": ["lm_head"]},
+            "--modules_to_save lm_head: the head and the embeddings",
+        ),
         (
             [FSDP],
             True,
             False,
             {"lora_target_modules": ["q_proj", "embed_tokens"]},
-            "--lora_target_modules embed_tokens q_proj: model.embed_tokens is",
+            "--lora_target_modules embed_tokens q_proj: the head",
         ),
         ([], False, False, {"modules_to_save": ["lm_head"], "use_dora": True, "lora_bias": "all"}, ""),
         ([], True, True, {}, ""),
@@ -165,9 +185,46 @@ def test_what_cannot_be_trained_on_shards_is_refused(
             check_sharding(config, lora_config, topology, quantised=quantised)
 
 
-def test_there_must_be_biases_to_be_refused(model_folder: Path) -> None:
-    config = AutoConfig.from_pretrained(model_folder, attention_bias=False)
-    check_sharding(config, build_lora_config(LoraArguments(lora_bias="all")), FSDP, quantised=True)
+GPT2 = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)
+LLAMA = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8)
+QWEN2 = Qwen2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("config", "bias", "targets", "refused"),
+    [
+        (LLAMA, "all", ["q_proj"], False),
+        (GPT2, "all", ["c_attn"], True),
+        (QWEN2, "lora_only", ["q_proj"], True),
+        (QWEN2, "lora_only", ["o_proj"], False),
+        (QWEN2, "lora_only", "all-linear", True),
+        (ElsewhereConfig(), "all", ["q_proj"], True),
+    ],
+)
+def test_there_must_be_biases_to_be_refused(
+    config: PretrainedConfig, bias: str, targets: list[str] | str, refused: bool
+) -> None:
+    lora_config = LoraConfig(target_modules=targets, bias=bias)
+    if refused:
+        with pytest.raises(UserError, match=f"--lora_bias {bias} with --q_lora True"):
+            check_sharding(config, lora_config, FSDP, quantised=True)
+    else:
+        check_sharding(config, lora_config, FSDP, quantised=True)
+
+
+def test_a_square_layer_is_no_head() -> None:
+    """Here the vocabulary is as large as the model is wide."""
+    tied = LlamaConfig(**LLAMA.to_dict() | {"tie_word_embeddings": True})
+    check_sharding(tied, LoraConfig(target_modules=["q_proj"]), FSDP)
+    with pytest.raises(UserError, match="--lora_target_modules lm_head"):
+        check_sharding(tied, LoraConfig(target_modules=["lm_head"]), FSDP)
+
+
+def test_tied_ends_of_a_model_whose_code_lies_elsewhere() -> None:
+    config = ElsewhereConfig(tie_word_embeddings=True)
+    check_sharding(config, LoraConfig(target_modules=["q_proj"]), FSDP)
+    with pytest.raises(UserError, match="--modules_to_save embed_tokens"):
+        check_sharding(config, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), FSDP)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +241,9 @@ def test_tied_embeddings_go_by_many_names(
     targets: list[str] | str, modules_to_save: list[str] | None, refused: bool
 ) -> None:
     """GPT-2's are called wte; an adapter to start from may name its targets by a regular expression."""
-    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)
     lora_config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
     if refused:
-        with pytest.raises(UserError, match=r"transformer\.wte is one weight"):
-            check_sharding(config, lora_config, FSDP)
+        with pytest.raises(UserError, match="the head and the embeddings of this model are one"):
+            check_sharding(GPT2, lora_config, FSDP)
     else:
-        check_sharding(config, lora_config, FSDP)
+        check_sharding(GPT2, lora_config, FSDP)
