@@ -11,7 +11,7 @@ from fastchat_qlora.deepspeed_config import complete
 
 
 def adapt_to_machine(values: argparse.Namespace) -> list[str]:
-    """Set what follows, and tell it.
+    """Change in place what follows from the machine and the data.
 
     Args:
         values: as parsed, for which `find_problems` finds nothing.

@@ -97,7 +97,7 @@ def _check_precision(values: argparse.Namespace) -> list[str]:
 
 def _check_strategy(values: argparse.Namespace) -> list[str]:
     problems = []
-    fsdp = fsdp_config.read_flag(values.fsdp)
+    fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), _settings(values.fsdp_config)
     if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
     if values.deepspeed and "RANK" not in os.environ:
@@ -119,9 +119,9 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
         )
     problems += [
         f"--fsdp {contradiction} contradict each other; drop one"
-        for contradiction in fsdp_config.find_contradictions(fsdp, _settings(values.fsdp_config))
+        for contradiction in fsdp_config.find_contradictions(fsdp, fsdp_settings)
     ]
-    if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, _settings(values.fsdp_config)):
+    if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, fsdp_settings):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
 

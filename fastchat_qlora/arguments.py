@@ -208,7 +208,7 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     _raise_all(problems)
     args = RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
     if configuration:
-        _raise_all(_contradictions(configuration, args.training, arguments))
+        _raise_all(_check_deepspeed(configuration, args.training, arguments))
     for notice in notices:
         logger.warning(notice)
     return args
@@ -262,8 +262,11 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
     return groups
 
 
-def _contradictions(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
-    """What the DeepSpeed configuration says against the flags; transformers would tell it after loading the weights."""
+def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
+    """What the DeepSpeed configuration says against the flags, and what DeepSpeed would not take.
+
+    The libraries would tell it after loading the weights.
+    """
     written = {spelled(text.partition("=")[0]) for text in arguments if text.startswith("--")}
     chosen = {
         "optim": OptimizerNames(args.optim).value,

@@ -91,7 +91,7 @@ def find_malformed(config: Mapping[str, Any]) -> list[str]:
             for value in _values(config, name)
             if not (_is(value, kinds) or (value == "auto" and name in NUMBERS) or (value is None and name in OPTIONAL))
         ]
-    return problems + (mistyped or [*_check_zero(config), *_check_named(config)])
+    return problems + (mistyped or [*_check_zero(config), *_check_named(config), *_check_data_types(config)])
 
 
 def _values(config: Mapping[str, Any], name: str) -> Iterator[Any]:
@@ -112,7 +112,7 @@ def _is(value: Any, kinds: Any) -> bool:
 def _check_zero(config: Mapping[str, Any]) -> Iterator[str]:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage")
-    if type(stage) is not int or not 1 <= stage <= 3:
+    if not _is(stage, int) or not 1 <= stage <= 3:
         # Stage 0 is no ZeRO: in bf16 its first step is a wrong one, and what is saved is rounded (DeepSpeed 0.19.8).
         found = f", not {stage!r}" if stage is not None else ""
         yield f"zero_optimization.stage must be 1, 2 or 3{found}; without --deepspeed the strategy is DDP"
@@ -147,13 +147,16 @@ def _check_named(config: Mapping[str, Any]) -> Iterator[str]:
     for key in optimizer.get("params", {}):
         if key not in OPTIMIZERS.get(name, (key,)):
             yield f"optimizer.params.{key} is unknown; {did_you_mean(key, OPTIMIZERS[name])}"
-    for key, value in config.get("data_types", {}).items():
-        if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
-            yield f"data_types.{key} is {value!r}; all there is is grad_accum_dtype: fp32, fp16 or bf16"
     for key in COUNTED:
         value = config.get("scheduler", {}).get("params", {}).get(key, "auto")
         if value != "auto":
             yield f"scheduler.params.{key} is {value!r}, which follows from the data; leave it out"
+
+
+def _check_data_types(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.get("data_types", {}).items():
+        if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
+            yield f"data_types.{key} is {value!r}; all there is is grad_accum_dtype: fp32, fp16 or bf16"
 
 
 def find_refused(config: Mapping[str, Any]) -> list[str]:

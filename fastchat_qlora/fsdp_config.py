@@ -10,7 +10,7 @@ SWITCHES = ("activation_checkpointing", "cpu_offload", "cpu_ram_efficient_loadin
 CHOICES = {
     "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
     "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
-    "version": (2,),
+    "version": ("2",),
 }
 
 ACCELERATES = {"fsdp_offload_params": "cpu_offload"}
@@ -36,24 +36,28 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimizers of torch, which step on shards; others take parameters for whole."""
 
 
-def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by their names in transformers; accelerate's own files write fsdp_ before each."""
-    return {ACCELERATES.get(name, name.removeprefix("fsdp_")): value for name, value in config.items()}
+def _transformers_name(name: str) -> str:
+    """A setting's name in transformers; accelerate's own files write fsdp_ before each."""
+    return ACCELERATES.get(name, name.removeprefix("fsdp_"))
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {_transformers_name(name): value for name, value in config.items()}
 
 
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Settings that mean nothing to FSDP2, or something else than a user would think."""
-    names = [name for given in config for name in renamed({given: None})]
+    names = [_transformers_name(name) for name in config]
     problems = [f"{name} is given in two spellings; drop one" for name in KNOWN if names.count(name) > 1]
-    for name, value in renamed(config).items():
+    for name, value in _renamed(config).items():
         if name in WITHOUT_MEANING:
             problems.append(f"{name} only means something to {WITHOUT_MEANING[name]}; drop it")
         elif name not in KNOWN:
             problems.append(f"{name} is unknown; {did_you_mean(name, KNOWN)}")
         elif name in SWITCHES and _switch(value) is None:
             problems.append(f"{name} must be true or false, not {value!r}")
-        elif name in CHOICES and str(value).upper() not in map(str, CHOICES[name]):
-            problems.append(f"{name} must be {' or '.join(map(str, CHOICES[name]))}, not {value!r}")
+        elif name in CHOICES and str(value).upper() not in CHOICES[name]:
+            problems.append(f"{name} must be {' or '.join(CHOICES[name])}, not {value!r}")
         elif name == "transformer_layer_cls_to_wrap" and not _names(value):
             problems.append(f"{name} must be a name or a list of names, not {value!r}")
     return problems
@@ -67,7 +71,11 @@ def read_flag(fsdp: str | bool | None) -> str | bool:
 
 def find_unknown_words(fsdp: str | bool) -> list[str]:
     """Words of `--fsdp`, as `read_flag` gives it, that FSDP2 does not know."""
-    return [word for word in fsdp.split() if word not in WORDS] if isinstance(fsdp, str) else []
+    return [word for word in _words(fsdp) if word not in WORDS]
+
+
+def _words(fsdp: str | bool) -> list[str]:
+    return fsdp.split() if isinstance(fsdp, str) else []
 
 
 def _switch(value: Any) -> bool | None:
@@ -85,21 +93,21 @@ def _names(value: Any) -> list[str]:
 
 def find_contradictions(fsdp: str | bool, config: Mapping[str, Any]) -> list[str]:
     """What the words of `--fsdp` say against each other or against the configuration, naming both sides."""
-    words = fsdp.split() if isinstance(fsdp, str) else []
+    words, settings = _words(fsdp), _renamed(config)
     problems = ["full_shard and shard_grad_op"] * ({"full_shard", "shard_grad_op"} <= {*words})
     for word, name, means in (
         ("full_shard", "reshard_after_forward", True),
         ("shard_grad_op", "reshard_after_forward", False),
         ("offload", "cpu_offload", True),
     ):
-        if word in words and _switch(renamed(config).get(name)) is (not means):
+        if word in words and _switch(settings.get(name)) is (not means):
             problems.append(f"{word} and --fsdp_config {name}")
     return problems
 
 
-def offloads(words: Any, config: Mapping[str, Any]) -> bool:
+def offloads(fsdp: str | bool, config: Mapping[str, Any]) -> bool:
     """Whether parameters are to lie in main memory, by `--fsdp "... offload"` or by the configuration."""
-    return "offload" in str(words).split() or bool(_switch(renamed(config).get("cpu_offload")))
+    return "offload" in _words(fsdp) or bool(_switch(_renamed(config).get("cpu_offload")))
 
 
 def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, Any], bool]:
@@ -113,7 +121,7 @@ def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, A
         that, and the wrappers' names would get into the adapter's file; the models' own checkpointing does the same
         without them.
     """
-    completed = renamed(config)
+    completed = _renamed(config)
     completed |= {name: _switch(completed[name]) for name in SWITCHES if name in completed}
     for name, made in (
         ("transformer_layer_cls_to_wrap", _names),

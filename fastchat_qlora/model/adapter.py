@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.arguments import LoraArguments
@@ -71,18 +71,20 @@ def _read_lora_config(path: str) -> LoraConfig:
     return config
 
 
-def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantised: bool = False) -> None:
+def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, quantised: bool = False) -> None:
     """Require that every module the adapter names exists, before any weight is loaded.
 
-    PEFT raises only if no name matches at all. The module names come from the model built without memory; one whose
-    code lies outside transformers cannot be built so, and is left to PEFT's own check.
+    PEFT raises only if no name matches at all. A model without skeleton is left to PEFT's own check.
+
+    Args:
+        skeleton: from `loading.build_skeleton`.
 
     Raises:
         UserError: naming what matches nothing and what there is to match.
     """
-    modules = _modules_of(config)
-    if not modules:
+    if skeleton is None:
         return
+    modules = dict(skeleton.named_modules())
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
     if not isinstance(lora_config.target_modules, str):
@@ -93,7 +95,12 @@ def check_targets(config: PretrainedConfig, lora_config: LoraConfig, *, quantise
 
 
 def check_sharding(
-    config: PretrainedConfig, lora_config: LoraConfig, topology: Topology, *, quantised: bool = False
+    config: PretrainedConfig,
+    skeleton: PreTrainedModel | None,
+    lora_config: LoraConfig,
+    topology: Topology,
+    *,
+    quantised: bool = False,
 ) -> None:
     """Require that what is trained can be trained where parameters are sharded, before any weight is loaded.
 
@@ -106,7 +113,6 @@ def check_sharding(
         raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
     if not topology.fsdp:
         return
-    skeleton = _skeleton(config)
     if quantised and _trains_biases(skeleton, lora_config):
         # With 4-bit weights biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
         raise UserError(
@@ -130,8 +136,10 @@ def check_sharding(
 
 def _trains_biases(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
     """Whether there are biases to train; taken for granted where the model's code lies outside transformers."""
-    if lora_config.bias == "none" or skeleton is None:
-        return bool(lora_config.bias != "none")
+    if lora_config.bias == "none":
+        return False
+    if skeleton is None:
+        return True
     biased = [name for name, m in skeleton.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)]
     if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
         return bool(biased)
@@ -153,35 +161,21 @@ def _matches(name: str, wanted: str | Collection[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
-def check_layer_classes(config: PretrainedConfig, names: Collection[str]) -> None:
+def check_layer_classes(skeleton: PreTrainedModel | None, names: Collection[str]) -> None:
     """Require that the layers FSDP2 is to shard one by one exist, before any weight is loaded.
 
     Raises:
         UserError: naming the classes that there are not, and those of the model's repeated layers.
     """
-    if not names:
+    if skeleton is None:
         return
-    classes = {type(module).__name__ for module in _modules_of(config).values()}
+    classes = {type(module).__name__ for module in skeleton.modules()}
     unmatched = sorted(set(names) - classes)
-    if classes and unmatched:
+    if unmatched:
         layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
         raise UserError(
             f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(unmatched)}: no such module; the model has {layers}"
         )
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model, built without memory; None where its code lies outside transformers."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
-    with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-
-
-def _modules_of(config: PretrainedConfig) -> dict[str, torch.nn.Module]:
-    """Name -> module of the model; nothing where its code lies outside transformers."""
-    skeleton = _skeleton(config)
-    return dict(skeleton.named_modules()) if skeleton is not None else {}
 
 
 def _is_kept(name: str) -> bool:

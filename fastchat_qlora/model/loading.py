@@ -51,6 +51,14 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     return config
 
 
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model without memory for its weights; None where its code lies outside transformers."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
 def load_tokenizer(
     model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
 ) -> PreTrainedTokenizerBase:

@@ -66,7 +66,7 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     return {
         "strategy": _strategy(trainer.model_wrapped, engine),
         "devices": _devices(args.device),
-        "compute dtype": _name(_compute_dtype(model, engine)),
+        "compute dtype": dtype_name(_compute_dtype(model, engine)),
         "attention": str(model.config._attn_implementation),
         "quantised layers": _quantised(model),
         "base weights": _base_weights(model),
@@ -104,7 +104,8 @@ def _counted(names: Iterable[str]) -> str:
     return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(names).items())
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as it is written: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -128,7 +129,7 @@ def _quantised(model: torch.nn.Module) -> str:
         double = " with double quantisation" if state.nested else ""
         return (
             f"{len(quantised)} of {len(linear)} linear layers: {state.quant_type}{double}, "
-            f"stored as {_name(quantised[0].weight.dtype)}"
+            f"stored as {dtype_name(quantised[0].weight.dtype)}"
         )
     in_8_bits = sum(layer.weight.dtype == torch.int8 for layer in linear)
     return f"{in_8_bits} of {len(linear)} linear layers: LLM.int8" if in_8_bits else "none"
@@ -176,8 +177,8 @@ def _base_weights(model: torch.nn.Module) -> str:
 def _adapter(model: torch.nn.Module) -> str:
     trainable = trainable_parameters(model).values()
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
-    dtypes = _counted(_name(parameter.dtype) for parameter in trainable)
-    return f"{count:,} parameters, live as {dtypes}, saved as {_name(SAVED_DTYPE)}"
+    dtypes = _counted(dtype_name(parameter.dtype) for parameter in trainable)
+    return f"{count:,} parameters, live as {dtypes}, saved as {dtype_name(SAVED_DTYPE)}"
 
 
 def _optimizer(trainer: LoraTrainer, engine: Any) -> str:

@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from transformers import set_seed
 from transformers.training_args import OptimizerNames
 
-from fastchat_qlora.arguments import RunArguments, TrainingArguments
+from fastchat_qlora.arguments import LoraArguments, RunArguments, TrainingArguments
 from fastchat_qlora.data.dataset import Collator, build_dataset, column
 from fastchat_qlora.deepspeed_config import layout, offload_device
 from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
@@ -24,10 +24,17 @@ from fastchat_qlora.model.adapter import (
     check_sharding,
     check_targets,
 )
-from fastchat_qlora.model.loading import choose_attention, get_compute_dtype, load_config, load_model, load_tokenizer
+from fastchat_qlora.model.loading import (
+    build_skeleton,
+    choose_attention,
+    get_compute_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
-from fastchat_qlora.training.effective import EffectiveSettings
+from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
@@ -63,9 +70,10 @@ def train(args: RunArguments) -> Path:
         quantization_config = build_quantization_config(lora_args, dtype, topology)
         config = load_config(model_args, training_args.cache_dir)
         quantised = quantization_config is not None
-        check_targets(config, lora_config, quantised=quantised)
-        check_sharding(config, lora_config, topology, quantised=quantised)
-        check_layer_classes(config, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
+        skeleton = build_skeleton(config)
+        check_targets(skeleton, lora_config, quantised=quantised)
+        check_sharding(config, skeleton, lora_config, topology, quantised=quantised)
+        check_layer_classes(skeleton, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
         attention = choose_attention(model_args.attn_implementation, training_args.flash_attn, topology.accelerator)
         tokenizer = load_tokenizer(
             model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
@@ -113,9 +121,6 @@ def train(args: RunArguments) -> Path:
 def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:
     """What decides how a checkpoint is laid out, and what the state in it is the state of."""
     config = args.training.deepspeed or {}
-    compute = str(dtype).removeprefix("torch.")
-    double = ", quantised twice" if args.lora.bnb_4bit_use_double_quant else ""
-    quantised = "8 bits" if args.lora.load_in_8bit else args.lora.q_lora and args.lora.bnb_4bit_quant_type + double
     optimizer = config.get("optimizer", {}).get("type") or OptimizerNames(args.training.optim).value
     return {
         "strategy": topology.strategy,
@@ -123,10 +128,18 @@ def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[
         "optimizer": optimizer.lower().removesuffix("_fused"),
         "optimizer offloaded to": offload_device(config, "offload_optimizer"),
         "layout of DeepSpeed's state": layout(config),
-        "compute dtype": compute,
-        "base weights": quantised or compute,
+        "compute dtype": dtype_name(dtype),
+        "base weights": _base_weights(args.lora, dtype),
         "state dict of FSDP": (args.training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
     }
+
+
+def _base_weights(lora_args: LoraArguments, dtype: torch.dtype) -> str:
+    if lora_args.load_in_8bit:
+        return "8 bits"
+    if not lora_args.q_lora:
+        return dtype_name(dtype)
+    return lora_args.bnb_4bit_quant_type + ", quantised twice" * lora_args.bnb_4bit_use_double_quant
 
 
 def _checkpoint_to_resume(training_args: TrainingArguments, set_up: SetUp) -> str | None:

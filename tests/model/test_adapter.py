@@ -25,6 +25,7 @@ from fastchat_qlora.model.adapter import (
     check_targets,
     trainable_parameters,
 )
+from fastchat_qlora.model.loading import build_skeleton
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -126,16 +127,16 @@ def test_start_from_an_adapter(model: PreTrainedModel, model_folder: Path, tmp_p
 
 
 def test_targets_that_match_nothing_are_named(model_folder: Path) -> None:
-    config = AutoConfig.from_pretrained(model_folder)
-    check_targets(config, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "down_proj"])))
-    check_targets(config, build_lora_config(LoraArguments(lora_target_modules=["all-linear"])))
+    skeleton = build_skeleton(AutoConfig.from_pretrained(model_folder))
+    check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "down_proj"])))
+    check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["all-linear"])))
     with pytest.raises(UserError) as caught:
-        check_targets(config, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "query", "W_pack"])))
+        check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "query", "W_pack"])))
     message = str(caught.value)
     assert "--lora_target_modules W_pack query" in message
     assert all(name in message for name in LINEAR)
     with pytest.raises(UserError, match="--modules_to_save head"):
-        check_targets(config, build_lora_config(LoraArguments(modules_to_save=["head"])))
+        check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=["head"])))
 
 
 class ElsewhereConfig(PretrainedConfig):
@@ -180,9 +181,9 @@ def test_what_cannot_be_trained_on_shards_is_refused(
     for topology in (ONE, ZERO_3, FSDP):
         if topology in refused_under:
             with pytest.raises(UserError, match=f"^{said}.*; choose "):
-                check_sharding(config, lora_config, topology, quantised=quantised)
+                check_sharding(config, build_skeleton(config), lora_config, topology, quantised=quantised)
         else:
-            check_sharding(config, lora_config, topology, quantised=quantised)
+            check_sharding(config, build_skeleton(config), lora_config, topology, quantised=quantised)
 
 
 GPT2 = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)
@@ -207,24 +208,30 @@ def test_there_must_be_biases_to_be_refused(
     lora_config = LoraConfig(target_modules=targets, bias=bias)
     if refused:
         with pytest.raises(UserError, match=f"--lora_bias {bias} with --q_lora True"):
-            check_sharding(config, lora_config, FSDP, quantised=True)
+            check_sharding(config, build_skeleton(config), lora_config, FSDP, quantised=True)
     else:
-        check_sharding(config, lora_config, FSDP, quantised=True)
+        check_sharding(config, build_skeleton(config), lora_config, FSDP, quantised=True)
 
 
 def test_a_square_layer_is_no_head() -> None:
     """Here the vocabulary is as large as the model is wide."""
     tied = LlamaConfig(**LLAMA.to_dict() | {"tie_word_embeddings": True})
-    check_sharding(tied, LoraConfig(target_modules=["q_proj"]), FSDP)
+    check_sharding(tied, build_skeleton(tied), LoraConfig(target_modules=["q_proj"]), FSDP)
     with pytest.raises(UserError, match="--lora_target_modules lm_head"):
-        check_sharding(tied, LoraConfig(target_modules=["lm_head"]), FSDP)
+        check_sharding(tied, build_skeleton(tied), LoraConfig(target_modules=["lm_head"]), FSDP)
 
 
 def test_tied_ends_of_a_model_whose_code_lies_elsewhere() -> None:
     config = ElsewhereConfig(tie_word_embeddings=True)
-    check_sharding(config, LoraConfig(target_modules=["q_proj"]), FSDP)
+    assert build_skeleton(config) is None
+    check_sharding(config, None, LoraConfig(target_modules=["q_proj"]), FSDP)
     with pytest.raises(UserError, match="--modules_to_save embed_tokens"):
-        check_sharding(config, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), FSDP)
+        check_sharding(
+            config,
+            build_skeleton(config),
+            LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+            FSDP,
+        )
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,6 @@ def test_tied_embeddings_go_by_many_names(
     lora_config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
     if refused:
         with pytest.raises(UserError, match="the head and the embeddings of this model are one"):
-            check_sharding(GPT2, lora_config, FSDP)
+            check_sharding(GPT2, build_skeleton(GPT2), lora_config, FSDP)
     else:
-        check_sharding(GPT2, lora_config, FSDP)
+        check_sharding(GPT2, build_skeleton(GPT2), lora_config, FSDP)
