@@ -40,7 +40,8 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "Attention backend as transformers names it (eager, sdpa, ...); auto lets transformers choose."
+            "help": "Attention backend as transformers names it (eager, sdpa, ...); auto takes the fastest that keeps "
+            "conversations apart."
         },
     )
 
@@ -87,6 +88,14 @@ class DataArguments:
             "drop it, split it into several with the same system message, or stop with the list."
         },
     )
+    padding_free: bool = field(
+        default=True,
+        metadata={"help": "Lay the conversations of a batch end to end in one row, each attending only to itself."},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Fill rows of model_max_length with as many whole conversations as fit; a batch is of rows."},
+    )
     max_rejected: float = field(
         default=0.05, metadata={"help": "Share of records that may be rejected before the run refuses to start."}
     )
@@ -109,6 +118,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Search for adapter tensors without gradient at every step; needed for mixtures of experts."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log; waits for the device at every batch."},
     )
     model_max_length: int = field(default=512, metadata={"help": "Longest row of tokens to train on."})
     flash_attn: bool = field(

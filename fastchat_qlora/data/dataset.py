@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq
 
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
@@ -25,7 +23,6 @@ from fastchat_qlora.data.readers import (
     source_name,
 )
 from fastchat_qlora.data.rows import Tokenised
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -281,22 +278,3 @@ def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
     held_out = np.random.default_rng(seed).permutation(conversations)[:size]
     is_held_out = np.isin(records, held_out)
     return DatasetDict(train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out)))
-
-
-class Collator:
-    """Rows -> one batch, padded to its longest row, rounded up to a multiple of 8.
-
-    Fewer different shapes are kinder to memory allocators and to matrix units. On two CPU cores the quickstart peaked
-    at 2.5 GiB with rounding and at 3.1 GiB without.
-
-    Returns tensors of shape (rows, length): `input_ids`, `attention_mask` (0 on padding, by length and not by token,
-    for the padding token may well occur in a text) and `labels` (IGNORE_INDEX on padding).
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX, pad_to_multiple_of=8)
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad and stack."""
-        batch = self.pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}

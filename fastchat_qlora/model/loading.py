@@ -116,24 +116,6 @@ def choose_pad_token(tokenizer: Any) -> str:
     )
 
 
-def choose_attention(attn_implementation: str, flash_attn: bool, accelerator: str | None) -> str | None:
-    """The attention backend to ask transformers for; None leaves it the choice.
-
-    Raises:
-        UserError: `--flash_attn True` on a machine with an accelerator, but without the package.
-    """
-    if not flash_attn:
-        return None if attn_implementation == "auto" else attn_implementation
-    from transformers.utils import is_flash_attn_2_available
-
-    if accelerator is None:
-        logger.warning("--flash_attn True: ignored, FlashAttention needs an accelerator.")
-        return None
-    if not is_flash_attn_2_available():
-        raise UserError("--flash_attn True: the package flash-attn is not installed; install it or drop the flag")
-    return "flash_attention_2"
-
-
 def load_model(
     model_args: ModelArguments,
     *,

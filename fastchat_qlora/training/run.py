@@ -8,12 +8,14 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import set_seed
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import LoraArguments, RunArguments, TrainingArguments
-from fastchat_qlora.data.dataset import Collator, build_dataset, column
+from fastchat_qlora.data.collation import Collator
+from fastchat_qlora.data.dataset import build_dataset, column
+from fastchat_qlora.data.packing import PackedRows, PackingSampler
 from fastchat_qlora.deepspeed_config import layout, offload_device
 from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
@@ -24,9 +26,9 @@ from fastchat_qlora.model.adapter import (
     check_sharding,
     check_targets,
 )
+from fastchat_qlora.model.attention import choose_attention
 from fastchat_qlora.model.loading import (
     build_skeleton,
-    choose_attention,
     get_compute_dtype,
     load_config,
     load_model,
@@ -74,7 +76,14 @@ def train(args: RunArguments) -> Path:
         check_targets(skeleton, lora_config, quantised=quantised)
         check_sharding(config, skeleton, lora_config, topology, quantised=quantised)
         check_layer_classes(skeleton, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
-        attention = choose_attention(model_args.attn_implementation, training_args.flash_attn, topology.accelerator)
+        attention = choose_attention(
+            model_args.attn_implementation,
+            training_args.flash_attn,
+            topology.accelerator,
+            config,
+            dtype,
+            padding_free=data_args.padding_free,
+        )
         tokenizer = load_tokenizer(
             model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
         )
@@ -102,9 +111,9 @@ def train(args: RunArguments) -> Path:
         trainer = LoraTrainer(
             model=model,
             args=training_args,
-            train_dataset=dataset["train"],
+            train_dataset=_rows(dataset["train"], args),
             eval_dataset=dataset.get("eval"),
-            data_collator=Collator(tokenizer),
+            data_collator=Collator(tokenizer, padding_free=data_args.padding_free),
             processing_class=tokenizer,
             callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up],
         )
@@ -116,6 +125,18 @@ def train(args: RunArguments) -> Path:
         _write_results(trainer, args, dict(result.metrics), effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
+
+
+def _rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
+    """What a batch is made of: conversations, or rows packed with them."""
+    if not args.data.packing:
+        return conversations
+    seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
+    lengths, capacity = column(conversations, "length"), args.training.model_max_length
+    rows = PackedRows(conversations, PackingSampler(lengths, capacity, seed))
+    share = lengths.sum() / (len(rows) * capacity)
+    logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
+    return rows
 
 
 def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:

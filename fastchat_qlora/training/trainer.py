@@ -1,8 +1,10 @@
 """transformers' Trainer where an adapter on conversations differs from a model on anything."""
 
-import functools
+import inspect
+import logging
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,36 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
+from fastchat_qlora.data.collation import ACCOUNT
+from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import get_mixed_precision_policy
+from fastchat_qlora.model.attention import PER_CONVERSATION
 from fastchat_qlora.model.loading import get_compute_dtype
-from fastchat_qlora.model.loss import row_losses, supervised_loss
+from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
 from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapter, save_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Saves the adapter only, whole under every strategy; weighs evaluation by tokens; counts what it learns from."""
+    """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
+
+    Args:
+        kwargs: as for Trainer; batches come from a data.collation.Collator.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
-        self._smoothing = kwargs["args"].label_smoothing_factor
-        super().__init__(
-            compute_loss_func=functools.partial(supervised_loss, label_smoothing=self._smoothing), **kwargs
-        )
-        self._seen = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # real tokens, supervised tokens
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
+        self._seen = [0, 0]  # real tokens, supervised tokens; of this process
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
+        self.loss_head: LossHead | None = None
+        if reason := why_plain(self.adapter):
+            logger.warning(f"The loss is computed from the logits of all supervised positions at once: {reason}.")
+        else:
+            self.loss_head = install_loss_head(self.adapter)
+        base = self.adapter.get_base_model()
+        self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; shard by FSDP2 where it was asked for, on the CPU too.
@@ -48,27 +63,73 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.is_fsdp_enabled = True
         state.fsdp_plugin.mixed_precision_policy = get_mixed_precision_policy(get_compute_dtype(self.args))
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Count the tokens of one optimizer step on the device, without waiting for it."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows that are packed come in the order of their own sampler."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return dataset.sampler if isinstance(dataset, PackedRows) else super()._get_train_sampler(train_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """The micro-batches of one optimizer step and the number of targets in all of them, over all processes.
+
+        Counted are plain integers that the collator has written down, so that nothing waits for the device.
+        """
         if self.state.global_step >= self.state.max_steps:
             # A run that had finished in the middle of an epoch would take one more step when started again.
             self.control.should_training_stop = True
             return [], None
-        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        for batch in batches:
-            real, supervised = batch["attention_mask"].sum(), (batch["labels"] != IGNORE_INDEX).sum()
-            self._seen += torch.stack([real, supervised]).to(self._seen.device)
-        return batches, num_items_in_batch
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        accounts = [{name: batch.pop(name) for name in ACCOUNT} for batch in batches]
+        supervised = sum(account["num_supervised"] for account in accounts)
+        self._seen[0] += sum(account["num_tokens"] for account in accounts)
+        self._seen[1] += supervised
+        targets = torch.tensor(supervised, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            targets = self.accelerator.reduce(targets, reduction="sum")
+        return batches, targets
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """A micro-batch's share of the mean over all targets of the optimizer step."""
+        losses, _ = self._token_losses(model, inputs)
+        loss = mean_loss(losses, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # strategies average gradients over processes
+        return loss
+
+    def _token_losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each target, and the index of the conversation it belongs to; both of shape (targets,)."""
+        targets = {name: batch[name] for name in ("supervised", "labels")}
+        inputs = {name: value for name, value in batch.items() if name not in (*targets, "conversation")}
+        if self.adapter.config._attn_implementation != PER_CONVERSATION:
+            inputs.pop("conversation_lengths", None)
+        smoothing = self.args.label_smoothing_factor
+        if self.loss_head is not None:
+            with self.loss_head.expecting(**targets, label_smoothing=smoothing):
+                losses = model(**inputs).logits.flatten()
+        else:
+            if self._chooses_logits and "position_ids" in inputs:  # a single row
+                inputs["logits_to_keep"] = batch["supervised"]
+            losses = token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
+        return losses, batch["conversation"]
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluate one batch; its logits are not kept."""
         inputs = dict(self._prepare_inputs(inputs))
-        labels = inputs.pop("labels")
+        conversations = [inputs.pop(name) for name in ACCOUNT][ACCOUNT.index("num_conversations")]
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums, counts = row_losses(model(**inputs), labels, self._smoothing)
-        # Row by row, since this drops the rows that were repeated to give every process as many.
+            losses, owners = self._token_losses(model, inputs)
+        sums = torch.zeros(conversations, device=losses.device).index_add_(0, owners, losses)
+        counts = torch.bincount(owners, minlength=conversations).float()
+        # By conversation, since this drops those that were repeated to give every process as many.
         gathered = self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1))
         self._evaluated += gathered.double().sum(0).cpu()
         return sums.sum() / counts.sum().clamp(min=1), None, None
@@ -99,7 +160,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""
-        real, supervised = self.accelerator.reduce(self._seen, reduction="sum").tolist()
+        seen = torch.tensor(self._seen, device=self.args.device)
+        real, supervised = self.accelerator.reduce(seen, reduction="sum").tolist()
         return int(real), int(supervised)
 
 
