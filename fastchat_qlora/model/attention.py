@@ -80,9 +80,9 @@ def attend_per_conversation(
     lengths = list(conversation_lengths or cu_seq_lens_q.diff().tolist())
     parts = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
     if softcap is None:
-        outputs = [_sdpa(*part, scaling, dropout, sliding_window) for part in parts]
+        outputs = [_sdpa(q, k, v, scaling, dropout, sliding_window) for q, k, v in parts]
     else:
-        outputs = [_softcapped(*part, scaling, dropout, sliding_window, softcap) for part in parts]
+        outputs = [_softcapped(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 

@@ -20,6 +20,7 @@ from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.model.attention import PER_CONVERSATION
 from fastchat_qlora.model.loading import get_compute_dtype
+from fastchat_qlora.model.lora_layers import needs_autocast
 from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
 from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapter, save_adapter
 
@@ -34,6 +35,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        self.autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self._seen = [0, 0]  # real tokens, supervised tokens; of this process
@@ -45,6 +47,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.loss_head = install_loss_head(self.adapter)
         base = self.adapter.get_base_model()
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """No autocast around a model that computes in bf16 by itself: it would look at the dtypes of every operation.
+
+        DeepSpeed has its own way with precision. fp16 keeps autocast, which comes with the scaling of the loss.
+        """
+        settings: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        if not self.autocasts and not self.args.deepspeed:
+            settings["mixed_precision"] = "no"
+        return settings
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; shard by FSDP2 where it was asked for, on the CPU too.

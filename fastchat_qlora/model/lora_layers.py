@@ -1,0 +1,80 @@
+"""LoRA beside a linear layer, without copies that only safety or convenience asks for."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
+
+
+class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
+    """The forward pass of PEFT's linear LoRA layers for the usual case; for any other it asks PEFT's own.
+
+    PEFT turns the input of every adapted layer to the adapter's fp32, which autograd then keeps; clones the output of
+    4-bit layers; and scales and adds in passes of their own. Here the two small matrices are turned to the input's
+    dtype instead, with their gradients summed in fp32 as before, and one `addmm` scales and adds. In fp32 the result
+    is PEFT's up to the order of rounding; in bf16 it is that of PEFT under autocast, rounded once less.
+
+    The usual case: one active adapter without DoRA or other variants and without bias of its own, and weights that are
+    there: ZeRO-3 gathers them for the two matrices' own forward only.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: shape (..., in_features). Returns shape (..., out_features)."""
+        if args or kwargs or not self.is_usual():
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,) = self.active_adapters
+        result: torch.Tensor = self.base_layer(x)
+        down, up = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
+        low = F.linear(self.lora_dropout[name](x), down)
+        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
+        return added.view(result.shape)
+
+    def is_usual(self) -> bool:
+        """Whether the short way is the whole of what this layer does now."""
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+            return False
+        down, up = self.lora_A[names[0]], self.lora_B[names[0]]
+        return (
+            names[0] not in self.lora_variant
+            and up.bias is None
+            and not self.fan_in_fan_out
+            and not hasattr(down.weight, "ds_id")
+        )
+
+
+class LeanLinear(_Lean, Linear):  # type: ignore[misc]
+    """Beside torch's Linear."""
+
+
+def use_lean_layers(config: LoraConfig, model: torch.nn.Module) -> None:
+    """Have PEFT make these layers when it puts the adapter of `config` on `model`.
+
+    Layers that are quantised otherwise than in 4 bits by bitsandbytes stay PEFT's own.
+    """
+    if not getattr(model, "is_quantized", False):
+        config._register_custom_module({torch.nn.Linear: LeanLinear})
+    elif getattr(model, "is_loaded_in_4bit", False):
+        import bitsandbytes
+        from peft.tuners.lora.bnb import Linear4bit
+
+        class LeanLinear4bit(_Lean, Linear4bit):  # type: ignore[misc]
+            """Beside a 4-bit Linear."""
+
+        config._register_custom_module({bitsandbytes.nn.Linear4bit: LeanLinear4bit})
+
+
+def needs_autocast(model: torch.nn.Module) -> bool:
+    """Whether something is trained in fp32 that a half-precision model could not be computed with.
+
+    Not so are the matrices of lean layers, which turn them to the dtype of their input themselves.
+    """
+    lean = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _Lean) and module.is_usual()
+        for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters())
+    }
+    return any(parameter.requires_grad and id(parameter) not in lean for parameter in model.parameters())
