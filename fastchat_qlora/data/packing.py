@@ -83,14 +83,14 @@ class PackedRows(torch.utils.data.Dataset[list[Any]]):
     """
 
     def __init__(self, conversations: Any, sampler: PackingSampler) -> None:
-        self._conversations = conversations
+        self.conversations = conversations
         self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __getitem__(self, row: list[int]) -> list[dict[str, Any]]:
-        return [self._conversations[index] for index in row]
+        return [self.conversations[index] for index in row]
 
     def __getitems__(self, rows: list[list[int]]) -> list[dict[str, Any]]:
         """The conversations of several rows, one after the other; DataLoader asks for a batch in this way."""

@@ -38,6 +38,7 @@ from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
 from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
+from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,10 @@ def train(args: RunArguments) -> Path:
             callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up],
         )
 
+        run_self_test(trainer)
         effective = EffectiveSettings(trainer, topology)
-        trainer.add_callback(effective)
+        for callback in (SelfTest(trainer), effective):
+            trainer.add_callback(callback)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()  # before anything else can go wrong
         _write_results(trainer, args, dict(result.metrics), effective.settings)

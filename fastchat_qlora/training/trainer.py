@@ -26,6 +26,8 @@ from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapt
 
 logger = logging.getLogger(__name__)
 
+TARGETS = ("supervised", "labels")
+
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
@@ -117,10 +119,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _token_losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each target, and the index of the conversation it belongs to; both of shape (targets,)."""
-        targets = {name: batch[name] for name in ("supervised", "labels")}
-        inputs = {name: value for name, value in batch.items() if name not in (*targets, "conversation")}
-        if self.adapter.config._attn_implementation != PER_CONVERSATION:
-            inputs.pop("conversation_lengths", None)
+        inputs = self.model_inputs(batch)
+        targets = {name: batch[name] for name in TARGETS}
         smoothing = self.args.label_smoothing_factor
         if self.loss_head is not None:
             with self.loss_head.expecting(**targets, label_smoothing=smoothing):
@@ -130,6 +130,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 inputs["logits_to_keep"] = batch["supervised"]
             losses = token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
         return losses, batch["conversation"]
+
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What of a batch the model is given."""
+        others = {*TARGETS, *ACCOUNT, "conversation"}
+        if self.adapter.config._attn_implementation != PER_CONVERSATION:
+            others.add("conversation_lengths")
+        return {name: value for name, value in batch.items() if name not in others}
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

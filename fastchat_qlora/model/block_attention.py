@@ -1,0 +1,101 @@
+"""Causal attention in bf16 on a CPU, at the speed of its matrix products.
+
+torch's CPU kernel of FlashAttention goes through small products one by one and reaches a fifth of what `bmm` does in
+bf16 on the same core: measured with torch 2.13 on an AVX512-BF16 core (9 heads and 3 key heads of 64, forward and
+backward), 67 ms against 47 ms for 1,024 tokens, 42 against 22 for 700, 11.3 against 5.7 for 300. This can go once that
+kernel keeps up.
+"""
+
+from typing import Any
+
+import torch
+
+BLOCK = 128
+"""Queries taken at a time: their scores for 1,024 keys and 9 heads are 2 MiB, near enough to stay in the caches."""
+
+
+def attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of one conversation; blocks of queries against all keys before their end.
+
+    Nothing but the three inputs is kept for backward, which computes the weights again. Scores are rounded to the dtype
+    of the inputs before the softmax, as in transformers' eager attention; torch's kernel keeps them in fp32. Against
+    fp32, on SmolLM2-135M and two conversations of 500 tokens, logits are 1.21 % off (root mean square) and gradients
+    4.82 %; with torch's kernel 1.19 % and 4.80 %.
+
+    Args:
+        query: shape (1, heads, tokens, width).
+        key: shape (1, key heads, tokens, width); heads are a multiple of key heads.
+        value: as key.
+        scale: of the scores.
+        window: how many tokens a token attends to, itself included; all before it if None.
+
+    Returns:
+        Shape (1, heads, tokens, width).
+    """
+    attended: torch.Tensor = _BlockAttention.apply(query, key, value, scale, window)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale, ctx.window = scale, window
+        attended = torch.empty_like(query)
+        for block in _blocks(query, key, scale, window):
+            attended[0, :, block.queries] = (block.weights() @ value[0, :, block.keys]).view_as(block.query)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        # Every block adds to the keys before it; summed in fp32.
+        grad_key, grad_value = (torch.zeros_like(tensor[0], dtype=torch.float32) for tensor in (key, value))
+        for block in _blocks(query, key, ctx.scale, ctx.window):
+            weights = block.weights()
+            grad = block.by_key_head(grad_outputs[0][0, :, block.queries])
+            grad_value[:, block.keys] += weights.transpose(1, 2) @ grad
+            grad_weights = grad @ value[0, :, block.keys].transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            grad_query[0, :, block.queries] = (grad_scores @ key[0, :, block.keys]).view_as(block.query)
+            grad_key[:, block.keys] += grad_scores.transpose(1, 2) @ block.by_key_head(block.query)
+        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
+
+
+class _Block:
+    """Some neighbouring queries of a conversation and the keys that they attend to."""
+
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, start: int, end: int, scale: float, window: int | None
+    ) -> None:
+        first = 0 if window is None else max(0, start - window + 1)
+        self.queries, self.keys = slice(start, end), slice(first, end)
+        self.query = query[0, :, self.queries]
+        self._key, self._scale = key[0, :, self.keys], scale
+        distance = torch.arange(start, end)[:, None] - torch.arange(first, end)
+        # Only these columns hold a score that does not count: the last ones, or with a window any.
+        self._masked = slice(start - first if window is None else 0, None)
+        allowed = (distance >= 0) & (distance < (window or end))
+        self._forbidden = ~allowed[:, self._masked]
+
+    def by_key_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(heads, queries, width) -> (key heads, heads per key head x queries, width)."""
+        return tensor.reshape(len(self._key), -1, tensor.shape[-1])
+
+    def weights(self) -> torch.Tensor:
+        """Attention weights, shape (key heads, heads per key head x queries, keys)."""
+        scores = (self.by_key_head(self.query) * self._scale) @ self._key.transpose(1, 2)
+        each = scores.view(len(self.query), -1, scores.shape[-1])  # by head
+        each[..., self._masked].masked_fill_(self._forbidden, -torch.inf)
+        return scores.softmax(-1)
+
+
+def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float, window: int | None) -> list[_Block]:
+    length = query.shape[2]
+    starts = range(0, length, BLOCK)
+    return [_Block(query, key, start, min(start + BLOCK, length), scale, window) for start in starts]
