@@ -1,6 +1,6 @@
 """The first look at a command line: `--help` and mistakes are answered before any library is imported.
 
-Half of the flags are transformers', and to import them takes five seconds. So `flags.json` holds what argparse needs to
+Most of the flags are transformers', and to import them takes five seconds. So `flags.json` holds what argparse needs to
 know of every flag; `scripts/write_flags.py` writes it from the live parser. It is believed only where it would come out
 the same: with the version of transformers and the very sources that it was written from. Elsewhere, and for a command
 line without mistakes, the live parser reads the command line as if there were no first look.
