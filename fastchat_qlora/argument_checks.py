@@ -8,9 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.integrations import get_available_reporting_integrations
-
 from fastchat_qlora import deepspeed_checks, fsdp_config
 from fastchat_qlora.path_checks import check_data_path, check_folders
 
@@ -80,17 +77,20 @@ def _check_numbers(values: argparse.Namespace) -> list[str]:
 
 def goes_to_cpu(values: argparse.Namespace) -> bool:
     """Whether the run is on the CPU, asked for or for want of an accelerator."""
-    return values.use_cpu or not torch.accelerator.is_available()
+    if values.use_cpu:
+        return True
+    import torch
+
+    return not torch.accelerator.is_available()
 
 
 def _check_precision(values: argparse.Namespace) -> list[str]:
     problems = []
-    on_cpu = goes_to_cpu(values)
     if values.fp16 and values.bf16:
         problems.append("--fp16 True and --bf16 True: choose one; bf16 where the device has it")
-    elif values.fp16 and on_cpu:
+    elif values.fp16 and goes_to_cpu(values):
         problems.append("--fp16 True: half precision does not train on a CPU; use --bf16 True or leave it out")
-    if values.tf32 and on_cpu:
+    if values.tf32 and goes_to_cpu(values):
         problems.append("--tf32 True: needs an NVIDIA GPU of the Ampere generation or newer; leave it out on a CPU")
     return problems
 
@@ -163,13 +163,7 @@ def _check_combinations(values: argparse.Namespace) -> list[str]:
 
 def _check_availability(values: argparse.Namespace) -> list[str]:
     """What is asked for but not there: packages, backends, measurements."""
-    problems = []
-    reporters = get_available_reporting_integrations()
-    unknown = {*([values.report_to] if isinstance(values.report_to, str) else values.report_to)}
-    unknown -= {"all", "none", *reporters}
-    if unknown:
-        there = ", ".join(["none", "all", *sorted(reporters)])
-        problems.append(f"--report_to {' '.join(sorted(unknown))}: not installed or unknown; choose from {there}")
+    problems = _check_reporters(values)
     known = values.attn_implementation in ATTENTION or "/" in values.attn_implementation  # a kernel from the hub
     if not known:
         problems.append(f"--attn_implementation {values.attn_implementation}: choose one of {', '.join(ATTENTION)}")
@@ -184,6 +178,18 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
     return problems
+
+
+def _check_reporters(values: argparse.Namespace) -> list[str]:
+    wanted = {*([values.report_to] if isinstance(values.report_to, str) else values.report_to)} - {"all", "none"}
+    if not wanted:
+        return []
+    from transformers.integrations import get_available_reporting_integrations
+
+    reporters = get_available_reporting_integrations()
+    unknown = " ".join(sorted(wanted - {*reporters}))
+    there = ", ".join(["none", "all", *sorted(reporters)])
+    return [f"--report_to {unknown}: not installed or unknown; choose from {there}"] if unknown else []
 
 
 def _check_data(values: argparse.Namespace) -> list[str]:

@@ -1,11 +1,10 @@
 """Command line -> four groups of arguments. Everything that can be refused by looking at them is refused here."""
 
 import argparse
-import difflib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import transformers
 from transformers import HfArgumentParser
@@ -13,12 +12,13 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.argument_adaptation import adapt_to_machine
-from fastchat_qlora.argument_checks import find_problems
 from fastchat_qlora.deepspeed_checks import find_refused
 from fastchat_qlora.deepspeed_config import find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.old_flags import spelled, translate_old_flags
+from fastchat_qlora.first_look import read_flags
+from fastchat_qlora.flag_parsing import FlagParser, raise_all
+from fastchat_qlora.old_flags import spelled
 from fastchat_qlora.path_checks import check_writable
 
 logger = logging.getLogger(__name__)
@@ -186,18 +186,27 @@ class RunArguments(NamedTuple):
     lora: LoraArguments
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is untyped
-    """HfArgumentParser that reports a mistake as a UserError, not as two hundred lines of usage."""
+class LiveParser(FlagParser, HfArgumentParser):  # type: ignore[misc]  # transformers is untyped
+    """HfArgumentParser with this program's way of telling mistakes."""
 
-    def error(self, message: str) -> NoReturn:
-        """Raise in place of printing and exiting, as argparse would."""
-        raise UserError(message.removeprefix("argument ").replace("/--", " / --"))
+    def __init__(self, groups: Sequence[type], prog: str) -> None:
+        HfArgumentParser.__init__(self, groups, prog=prog, description=__doc__, allow_abbrev=False)
+        self.own_flags = [f"--{name}" for group in groups for name in group.__annotations__]
 
 
-def build_parser(prog: str = "train_lora.py", own: type | None = None) -> HfArgumentParser:
+def build_parser(prog: str = "train_lora.py", own: type | None = None) -> LiveParser:
     """The parser over the four groups, and over a command's own one."""
     groups = [*RunArguments.__annotations__.values(), *([own] if own else [])]
-    return _Parser(groups, prog=prog, description=__doc__, allow_abbrev=False)
+    return LiveParser(groups, prog)
+
+
+def build_command_parser(prog: str, own: type) -> LiveParser:
+    """The parser of a command that starts no run: train's flags, of which it needs no `output_dir`, and its own."""
+    parser = build_parser(prog, own)
+    parser.set_defaults(output_dir=".")
+    for action in parser._actions:
+        action.required = action.required and action.dest != "output_dir"
+    return parser
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
@@ -210,18 +219,15 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
         UserError: for what can be seen without loading a model or the data; all of it at once, except that a value of
             the wrong type or an old flag without a counterpart ends parsing where it stands.
     """
-    arguments, notices = translate_old_flags(argv)
-    parser = build_parser()
-    namespace, unknown = parser.parse_known_args(arguments)
-    problems = _unknown_flags(unknown, parser) + find_problems(namespace)
+    arguments, notices, namespace, problems = read_flags(argv, build_parser())
     configuration = namespace.deepspeed
     if not problems:
         notices += adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
-    _raise_all(problems)
+    raise_all(problems)
     args = RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
     if configuration:
-        _raise_all(_check_deepspeed(configuration, args.training, arguments))
+        raise_all(_check_deepspeed(configuration, args.training, arguments))
     for notice in notices:
         logger.warning(notice)
     return args
@@ -240,24 +246,13 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
     Raises:
         UserError: as for parse_args.
     """
-    arguments, notices = translate_old_flags(argv)
-    parser = build_parser(prog, own)
-    parser.set_defaults(output_dir=".")
-    for action in parser._actions:
-        action.required = action.required and action.dest != "output_dir"
-    namespace, unknown = parser.parse_known_args(arguments)
-    _raise_all(_unknown_flags(unknown, parser) + find_problems(namespace))
+    arguments, notices, namespace, problems = read_flags(argv, build_command_parser(prog, own))
+    raise_all(problems)
     adapt_to_machine(namespace)
     for notice in notices:
         logger.warning(notice)
     *groups, last = _build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
     return RunArguments(*groups), last
-
-
-def _raise_all(problems: Sequence[str]) -> None:
-    if problems:
-        listed = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))
-        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: {listed}")
 
 
 def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, arguments: Sequence[str]) -> list[Any]:
@@ -290,22 +285,3 @@ def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Seq
     hint = "; make them the same, or leave one out"
     problems = [f"{problem}{hint}" for problem in found] + find_refused(args.hf_deepspeed_config.config)
     return [f"--deepspeed {configuration}: {problem}" for problem in problems]
-
-
-def _unknown_flags(unknown: list[str], parser: HfArgumentParser) -> list[str]:
-    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    own = [f"--{name}" for group in parser.dataclass_types for name in group.__annotations__]
-    problems = []
-    for text in unknown:
-        name = text.partition("=")[0]
-        if not name.startswith("-"):
-            continue
-        spelled = name.replace("-", "_").replace("__", "--", 1)
-        nearest = difflib.get_close_matches(spelled, own, n=1, cutoff=0.7) or difflib.get_close_matches(
-            spelled, known, n=1
-        )
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
-        problems.append(f"unknown flag {name}: {hint}")
-    if unknown and not problems:
-        problems.append(f"unexpected value {unknown[0]!r}: every value follows a flag that takes it")
-    return problems

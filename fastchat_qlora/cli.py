@@ -21,6 +21,9 @@ LAUNCHER_ENDS_WITHIN = 20.0
 
 
 def _train(argv: Sequence[str]) -> None:
+    from fastchat_qlora.first_look import look_first
+
+    look_first("train", argv)
     from fastchat_qlora.arguments import parse_args
 
     args = parse_args(argv)
@@ -30,6 +33,9 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> None:
+    from fastchat_qlora.first_look import look_first
+
+    look_first("inspect", argv)
     from fastchat_qlora.commands.inspect import inspect
 
     inspect(argv)

@@ -9,9 +9,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from transformers.hf_argparser import string_to_bool
-
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.flag_parsing import string_to_bool
 
 
 class Translation(NamedTuple):
@@ -89,7 +88,7 @@ OLD_FLAGS = {
 
 
 def _is_true(value: str) -> bool:
-    return bool(string_to_bool(value))
+    return string_to_bool(value)
 
 
 def spelled(name: str) -> str:

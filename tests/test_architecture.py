@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "text"},
-    {"deepspeed_config", "distributed", "fsdp_config", "old_flags", "path_checks"},
-    {"deepspeed_checks"},
+    {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "path_checks"},
+    {"deepspeed_checks", "old_flags"},
     {"argument_checks"},
-    {"argument_adaptation"},
+    {"argument_adaptation", "first_look"},
     {"arguments"},
     {"data", "model"},
     {"training"},

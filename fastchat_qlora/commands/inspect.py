@@ -23,6 +23,8 @@ from fastchat_qlora.data.readers import Rejection, Source, find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import load_tokenizer
 
+PROG = "fastchat-qlora inspect"
+
 LISTED = 20
 """Rejected records that are listed one by one."""
 
@@ -46,7 +48,7 @@ def inspect(argv: Sequence[str]) -> None:
     Raises:
         UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
     """
-    args, own = parse_command(argv, "fastchat-qlora inspect", InspectArguments)
+    args, own = parse_command(argv, PROG, InspectArguments)
     if own.num_examples < 0:
         raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all rows")
     output = Path(own.output).expanduser()

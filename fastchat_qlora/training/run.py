@@ -39,6 +39,7 @@ from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
 from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
+from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def train(args: RunArguments) -> Path:
             cache_dir=training_args.cache_dir,
         )
         model = attach_adapter(base, lora_config, lora_args.lora_weight_path)
+        clock = FirstStepClock()
         trainer = LoraTrainer(
             model=model,
             args=training_args,
@@ -116,7 +118,7 @@ def train(args: RunArguments) -> Path:
             eval_dataset=dataset.get("eval"),
             data_collator=Collator(tokenizer, padding_free=data_args.padding_free),
             processing_class=tokenizer,
-            callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up],
+            callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up, clock],
         )
 
         run_self_test(trainer)
@@ -125,7 +127,7 @@ def train(args: RunArguments) -> Path:
             trainer.add_callback(callback)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()  # before anything else can go wrong
-        _write_results(trainer, args, dict(result.metrics), effective.settings)
+        _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
 

@@ -15,6 +15,7 @@ from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import keep_cpu_weights_trainable
 from fastchat_qlora.training import run
+from fastchat_qlora.training.start_up import seconds_since_start
 from fastchat_qlora.training.trainer import LoraTrainer
 
 EXPECTED_FILES = {
@@ -143,6 +144,7 @@ def test_results_count_real_tokens(model_folder: Path, data_file: Path, tmp_path
     assert (results["tokens"], results["supervised_tokens"]) == (2 * real, 2 * supervised)
     assert results["tokens_per_second"] > results["supervised_tokens_per_second"] > 0
     assert results["peak_memory_mib"] > 100
+    assert 0 < results["time_to_first_step"] < seconds_since_start()
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""The first look at a command line: `--help` and mistakes are answered before any library is imported.
+
+Most of the flags are transformers', and to import them takes five seconds. So `flags.json` holds what argparse needs to
+know of every flag; `scripts/write_flags.py` writes it from the live parser. It is believed only where it would come out
+the same: with the version of transformers and the very sources that it was written from. Elsewhere, and for a command
+line without mistakes, the live parser reads the command line as if there were no first look.
+"""
+
+import argparse
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from fastchat_qlora.argument_checks import find_problems
+from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
+from fastchat_qlora.old_flags import translate_old_flags
+
+PACKAGE = Path(__file__).parent
+TABLE = PACKAGE / "flags.json"
+DECLARATIONS = ("arguments.py", "commands/inspect.py")
+"""Where flags are declared, beside transformers."""
+
+
+class NotInTable(Exception):
+    """A value is of a type that only the libraries have."""
+
+
+def _not_in_table(value: str) -> Any:
+    raise NotInTable(value)
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "dict": dict,
+    "string_to_bool": string_to_bool,
+    "library": _not_in_table,
+}
+"""How the table names what makes a value of a text."""
+
+
+class Reading(NamedTuple):
+    """A command line as a parser reads it.
+
+    Attributes:
+        arguments: with the old flags under today's names.
+        notices: what was said about old flags.
+        values: of all flags, by name.
+        problems: everything that is wrong and can be told by looking at the values.
+    """
+
+    arguments: list[str]
+    notices: list[str]
+    values: argparse.Namespace
+    problems: list[str]
+
+
+def read_flags(argv: Sequence[str], parser: FlagParser) -> Reading:
+    """Read and check a command line.
+
+    Raises:
+        UserError: a value of the wrong type, a required flag that is missing, an old flag without a counterpart.
+        SystemExit: after printing the help.
+    """
+    arguments, notices = translate_old_flags(argv)
+    values, unknown = parser.parse_known_args(arguments)
+    return Reading(arguments, notices, values, unknown_flags(unknown, parser) + find_problems(values))
+
+
+def look_first(command: str, argv: Sequence[str]) -> None:
+    """Answer `--help` or tell the mistakes of a command line, if the table can; else do nothing.
+
+    Raises:
+        UserError: what is wrong, in the words of the live parser.
+        SystemExit: after printing the help.
+    """
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    if table["made_from"] != made_from():
+        return
+    try:
+        problems = read_flags(argv, build_table_parser(table, command)).problems
+    except NotInTable:
+        return
+    raise_all(problems)
+
+
+def made_from() -> dict[str, Any]:
+    """What decides on the flags: the version of transformers and the sources that declare the others.
+
+    Nothing where that cannot be told, since a library lies there without its metadata or this package without sources.
+    """
+    try:
+        sources = {name: crc32((PACKAGE / name).read_bytes()) for name in DECLARATIONS}
+        return {"transformers": importlib.metadata.version("transformers"), **sources}
+    except (OSError, importlib.metadata.PackageNotFoundError):
+        return {}
+
+
+def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
+    """The parser of a command, made of the table; it can tell everything but values of kind "library"."""
+    entry = table["commands"][command]
+    parser = FlagParser(
+        prog=entry["prog"],
+        description=table["description"],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flags = table["flags"] | entry["flags"]
+    for name, flag in flags.items():
+        settings = dict(flag)
+        if "type" in settings:
+            settings["type"] = KINDS[settings["type"]]
+        parser.add_argument(name, *settings.pop("also", ()), **settings)
+    parser.own_flags = table["own_flags"] + entry["own_flags"]
+    return parser

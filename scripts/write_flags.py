@@ -1,0 +1,77 @@
+"""Write fastchat_qlora/flags.json, from which `--help` and mistakes are answered without importing a library.
+
+python scripts/write_flags.py
+"""
+
+import argparse
+import json
+from typing import Any
+
+from fastchat_qlora.arguments import LiveParser, build_command_parser, build_parser
+from fastchat_qlora.commands.inspect import PROG, InspectArguments
+from fastchat_qlora.first_look import KINDS, TABLE, made_from
+from fastchat_qlora.flag_parsing import FlagParser
+
+IMPLIED: dict[str, Any] = {"nargs": None, "const": None, "default": None, "choices": None, "required": False}
+"""Settings that argparse takes by itself where none are given."""
+
+
+def flags_json() -> str:
+    """The table as text, one flag a line, so that a change of one flag is a change of one line."""
+    train = build_parser()
+    parsers: dict[str, LiveParser] = {"train": train, "inspect": build_command_parser(PROG, InspectArguments)}
+    flags = _flags(train)
+    table = {
+        "made_from": made_from(),
+        "description": train.description,
+        "own_flags": train.own_flags,
+        "commands": {
+            name: {
+                "prog": parser.prog,
+                "own_flags": parser.own_flags[len(train.own_flags) :],
+                "flags": {key: flag for key, flag in _flags(parser).items() if flags.get(key) != flag},
+            }
+            for name, parser in parsers.items()
+        },
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in table.items()]
+    rows = [f"  {json.dumps(name)}: {json.dumps(flag, ensure_ascii=False)}" for name, flag in flags.items()]
+    return "{\n" + ",\n".join([*lines, '"flags": {\n' + ",\n".join(rows) + "\n}"]) + "\n}\n"
+
+
+def _flags(parser: FlagParser) -> dict[str, dict[str, Any]]:
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    return {action.option_strings[0]: _flag(action) for action in actions}
+
+
+def _flag(action: argparse.Action) -> dict[str, Any]:
+    """What `add_argument` is to be called with.
+
+    Raises:
+        TypeError: an action that the table has no word for.
+    """
+    flag: dict[str, Any] = {"also": action.option_strings[1:], "dest": action.dest}
+    if isinstance(action, argparse._StoreFalseAction):
+        flag |= {"action": "store_false", "default": action.default}
+    elif isinstance(action, argparse._StoreAction):
+        choices = None if action.choices is None else list(action.choices)
+        settings = {"nargs": action.nargs, "const": action.const, "default": action.default, "choices": choices}
+        settings["required"] = action.required
+        flag |= {name: value for name, value in settings.items() if value != IMPLIED[name]}
+        flag["type"] = _kind(action)
+    else:
+        raise TypeError(f"{action}: is neither store nor store_false; teach scripts/write_flags.py about it")
+    return flag | {"help": action.help}
+
+
+def _kind(action: argparse.Action) -> str:
+    """The name in KINDS of what makes a value of a text; for choices that are texts it makes nothing."""
+    if action.choices is not None and all(isinstance(choice, str) for choice in action.choices):
+        return "str"
+    name = getattr(action.type, "__name__", "")
+    return name if name in KINDS else "library"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(flags_json(), encoding="utf-8")
+    print(f"{TABLE} is written.")
