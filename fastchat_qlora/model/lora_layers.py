@@ -27,7 +27,7 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         (name,) = self.active_adapters
         result: torch.Tensor = self.base_layer(x)
         down, up = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
-        low = F.linear(self.lora_dropout[name](x), down)
+        low = F.linear(_drop(x, self.lora_dropout[name]), down)
         added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
         return added.view(result.shape)
 
@@ -43,6 +43,14 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
             and not self.fan_in_fan_out
             and not hasattr(down.weight, "ds_id")
         )
+
+
+def _drop(x: torch.Tensor, dropout: torch.nn.Module) -> torch.Tensor:
+    """Dropout as the module would, with the same random numbers, keeping a mask of one byte a number on the CPU too."""
+    if not dropout.training or not isinstance(dropout, torch.nn.Dropout):
+        return x  # PEFT puts an Identity where there is none
+    kept: torch.Tensor = torch.native_dropout(x, dropout.p, True)[0]
+    return kept
 
 
 class LeanLinear(_Lean, Linear):  # type: ignore[misc]

@@ -14,6 +14,11 @@ LOGITS_BYTES_ELSEWHERE = 2**29
 """On an accelerator so that a chunk keeps it busy: 1,000 tokens at a vocabulary of 128k."""
 
 
+def chunk_length(vocabulary: int, device_type: str) -> int:
+    """How many positions have their logits computed at once."""
+    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * vocabulary))
+
+
 def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """The losses of one micro-batch as its share of the mean over the whole optimizer step.
 
@@ -81,8 +86,7 @@ class LossHead(torch.nn.Linear):
             return super().forward(hidden)
         supervised, labels, smoothing = self._expected
         chosen = hidden.flatten(0, -2).index_select(0, supervised).to(self.weight.dtype)
-        budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES_ELSEWHERE)
-        chunk = max(1, budget // (4 * self.out_features))
+        chunk = chunk_length(self.out_features, hidden.device.type)
         losses: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch is untyped here
             chosen, self.weight, self.bias, labels, smoothing, chunk, torch.is_grad_enabled() and chosen.requires_grad
         )
@@ -109,7 +113,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if with_gradient else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        device_type = "cpu" if hidden.is_meta else hidden.device.type  # torch knows no autocast for meta tensors
+        with torch.autocast(device_type, enabled=False):
             for start in range(0, len(labels), chunk):
                 part = slice(start, start + chunk)
                 target = labels[part, None]

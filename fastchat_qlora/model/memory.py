@@ -1,0 +1,294 @@
+"""The arithmetic of memory: what a run needs, by part, before it needs it.
+
+    peak = weights + adapter + optimizer + activations + work
+
+Activations are not taken from a formula for one family of models but counted: the model is built without memory (on
+torch's meta device), a few tokens are sent through it, and every tensor that autograd would keep is added up, layer by
+layer. The count holds for any architecture and follows the code as it is, dropout, norms and adapters included. For a
+Llama in bf16 with adapters on all linear layers and no dropout it comes to the 16 h + 4 k + 8 f bytes for each token
+and layer that one finds by hand (h: hidden size, k: key heads times head size, f: size of the MLP).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, why_plain
+
+TRACED_TOKENS = 64
+TRACED = "traced"
+"""The name of `_traced_attention` among transformers' attention functions."""
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of one weight in 4 bits with double quantisation: half a byte; one byte for the scale of each block of 64; the scale
+of 256 such scales in fp32 (QLoRA, arXiv 2305.14314, section 3)."""
+
+NF4_SINGLE_BYTES = 0.5 + 4 / 64
+"""Of one weight in 4 bits whose scales stay in fp32."""
+
+STATE_BYTES = {"sgd": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged": 0, "lion": 4, "lion_8bit": 1}
+"""Optimizer state for each trained number, by how the optimizer's name begins, the longest first; Adam's two fp32
+moments (8 bytes) for all others. Paged states can leave the device."""
+
+
+class TokenBytes(NamedTuple):
+    """What autograd keeps for one token, in bytes.
+
+    Attributes:
+        layer: of one layer that is not checkpointed; the mean over all layers.
+        carried: of one that is: its input.
+        outside: of all that is not in a layer: embeddings, last norm, head and loss.
+        widest: of the largest output of a linear layer.
+    """
+
+    layer: float
+    carried: float
+    outside: float
+    widest: float
+
+
+class Model(NamedTuple):
+    """What there is to know of a model for the sums below.
+
+    Attributes:
+        layers: how many can be checkpointed.
+        token: what a token costs.
+        weights: bytes of the frozen base.
+        trained: numbers that are trained.
+        head_work: bytes while losses are computed: logits of one chunk, or of `head_tokens` whole.
+        head_is_chunked: which of the two.
+        dequantised: bytes of the largest 4-bit weight, unpacked.
+    """
+
+    layers: int
+    token: TokenBytes
+    weights: float
+    trained: int
+    head_work: float
+    head_is_chunked: bool
+    dequantised: float
+
+
+class Need(NamedTuple):
+    """Bytes by part."""
+
+    weights: float
+    adapter: float
+    optimizer: float
+    activations: float
+    work: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def of_a_step(self) -> float:
+        """What comes on top once weights and adapter are there."""
+        return self.total - self.weights - self.adapter
+
+
+def _traced_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stands in for a fused attention kernel: keeps what FlashAttention keeps, and computes nothing."""
+    kept: torch.Tensor = _Keep.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return kept, None
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        rows, heads, tokens, _ = query.shape
+        output = torch.empty((rows, tokens, heads, value.shape[-1]), dtype=query.dtype, device=query.device)
+        sums = torch.empty((rows, heads, tokens), dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+
+AttentionInterface.register(TRACED, _traced_attention)
+
+
+def profile(model: Any, *, supervised_share: float, quantised: str = "", device_type: str = "cpu") -> Model:
+    """Count what a model needs.
+
+    Args:
+        model: a PeftModel on the meta device, in the compute dtype of the run; it is used up.
+        supervised_share: targets for each token.
+        quantised: how linear layers will be loaded: "" as they are, "double" or "single" for 4 bits, "int8".
+        device_type: of the run's device, which decides on the size of a chunk of logits.
+
+    Raises:
+        Exception: whatever a model raises that cannot be run in this way.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    head = base.get_output_embeddings()
+    size = base.dtype.itemsize
+    weights, largest = _weight_bytes(base, quantised)
+    chunked = not why_plain(model)
+    vocabulary = head.weight.shape[0]
+    logits = vocabulary * (4 + size if chunked and size < 4 else 8 if chunked else 12 + 2 * size)
+    chunk = chunk_length(vocabulary, device_type)
+    token, layers = _trace(model, supervised_share)
+    return Model(
+        layers=layers,
+        token=token,
+        weights=weights,
+        trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+        head_work=float(logits * chunk if chunked else logits * supervised_share),
+        head_is_chunked=chunked,
+        dequantised=float(largest * size if quantised else 0),
+    )
+
+
+def need(
+    model: Model, tokens: int, checkpointed: int, *, optimizer: str = "adamw_torch", shards: int = 1, scale: float = 1.0
+) -> Need:
+    """What a run needs on one device.
+
+    With some layers checkpointed these are the first ones: backward comes to them last, when what the others kept is
+    gone, so that recomputing one adds to the peak only where nearly all are checkpointed.
+
+    Args:
+        model: from `profile`.
+        tokens: of the largest micro-batch, padding included.
+        checkpointed: how many layers are.
+        optimizer: by its transformers name.
+        shards: over how many processes optimizer state is divided.
+        scale: what a measured step needed for activations and work, as a multiple of what this function says.
+    """
+    token = model.token
+    kept = model.layers - checkpointed
+    activations = tokens * (token.outside + kept * token.layer + checkpointed * token.carried)
+    recomputed = max(0.0, tokens * token.layer * (1 - kept)) if checkpointed else 0.0
+    # The gradients that one MLP has at once on its way back: of the product, of the gate and of the other factor.
+    work = max(recomputed + 3 * tokens * token.widest, model.head_work * (1 if model.head_is_chunked else tokens))
+    state = next((STATE_BYTES[n] for n in sorted(STATE_BYTES, key=len, reverse=True) if optimizer.startswith(n)), 8)
+    return Need(
+        weights=model.weights,
+        adapter=4.0 * model.trained,
+        optimizer=model.trained * (4 + state / shards),  # the gradient and the state
+        activations=activations * scale,
+        work=work * scale + 2 * model.dequantised,
+    )
+
+
+def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any) -> int | None:
+    """The fewest layers to checkpoint for a step to fit; None if it does not fit with all of them.
+
+    Args:
+        model: from `profile`.
+        tokens: of the largest micro-batch.
+        available: bytes there are beside weights and adapter.
+        how: further arguments of `need`.
+    """
+    counts = range(model.layers + 1)
+    return next((count for count in counts if need(model, tokens, count, **how).of_a_step <= available), None)
+
+
+def _weight_bytes(base: PreTrainedModel, quantised: str) -> tuple[float, int]:
+    """Bytes of the frozen base as it will be loaded, and the numbers in its largest quantised weight."""
+    per_weight = {"double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}
+    ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
+    linear = {
+        id(module.weight): module.weight.numel()
+        for module in base.modules()
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in ends and not module.weight.requires_grad
+    }
+    frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
+    if not quantised:
+        return sum(parameter.numel() * parameter.element_size() for parameter in frozen.values()), 0
+    plain = sum(p.numel() * p.element_size() for key, p in frozen.items() if key not in linear)
+    return plain + sum(math.ceil(count * per_weight[quantised]) for count in linear.values()), max(linear.values())
+
+
+def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
+    """Send TRACED_TOKENS through the model and count what is kept, in the layers and outside of them."""
+    base: PreTrainedModel = model.get_base_model()
+    base.set_attn_implementation(TRACED)
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    count = _SavedBytes(base)
+    hooks = [layer.register_forward_pre_hook(lambda *_: count.enter()) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: count.leave()) for layer in layers]
+    wide = _WidestOutput(base)
+    head: LossHead | None = None if why_plain(model) else install_loss_head(model)
+    ids = torch.zeros((1, TRACED_TOKENS), dtype=torch.long, device="meta")
+    targets = torch.zeros(round(supervised_share * TRACED_TOKENS), dtype=torch.long, device="meta")
+    model.train()
+    with count:
+        if head is None:
+            model(input_ids=ids, position_ids=ids, use_cache=False)
+        else:
+            with head.expecting(targets, targets):
+                model(input_ids=ids, position_ids=ids, use_cache=False)
+    for hook in [*hooks, *wide.hooks]:
+        hook.remove()
+    carried = base.config.get_text_config().hidden_size * base.dtype.itemsize
+    inside = count.inside / max(1, len(layers)) / TRACED_TOKENS
+    return TokenBytes(inside, carried, count.outside / TRACED_TOKENS, wide.size / TRACED_TOKENS), len(layers)
+
+
+class _SavedBytes:
+    """Counts the memory that autograd keeps: each storage once, weights and buffers not at all.
+
+    Args:
+        model: whose weights and buffers are left out.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        own = [*model.parameters(), *model.buffers()]
+        self._known = {tensor.untyped_storage()._cdata for tensor in own}
+        self._alive: list[Any] = []  # an address is used again once its tensor has gone
+        self._in_layer = False
+        self.inside = self.outside = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def enter(self) -> None:
+        self._in_layer = True
+
+    def leave(self) -> None:
+        self._in_layer = False
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._alive.append(tensor)
+            size = storage.nbytes()
+            self.inside, self.outside = (
+                (self.inside + size, self.outside) if self._in_layer else (self.inside, self.outside + size)
+            )
+        return tensor
+
+
+class _WidestOutput:
+    """The bytes of the largest output of a linear layer within the layers of a model."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.size = 0
+        self.hooks = [
+            module.register_forward_hook(self._look)
+            for layer in base.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+            for module in layer.modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+
+    def _look(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.size = max(self.size, output.numel() * output.element_size())
