@@ -80,6 +80,8 @@ class Contestant(NamedTuple):
     settings: str
 
 
+TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation marks added by hand"
+FACTORY_SETTINGS = "its train command, template chatml with SmolLM2's system message"
 CONTESTANTS = {
     "ours": Contestant("this program", "ours", {"sharegpt": 1, "alpaca": 4}, {}, False, "defaults"),
     "ours_packed": Contestant(
@@ -105,16 +107,42 @@ CONTESTANTS = {
         {"sharegpt": 1, "alpaca": 1},
         {},
         False,
-        "SFTTrainer, assistant_only_loss",
+        f"{TRL_SETTINGS}; one row at a time, so nothing is padded and no mask is made",
+    ),
+    "trl_packed": Contestant(
+        "TRL, packed",
+        "trl",
+        {"sharegpt": 1, "alpaca": 1},
+        {"packing": True, "train_sampling_strategy": "random"},
+        True,
+        TRL_SETTINGS,
     ),
     "trl_default": Contestant(
-        "TRL, defaults", "trl", {"sharegpt": 8, "alpaca": 8}, {}, False, "SFTTrainer, assistant_only_loss"
+        "TRL, defaults", "trl", {"sharegpt": 8, "alpaca": 8}, {}, False, f"{TRL_SETTINGS}; at most 8 rows at a time"
     ),
     "llamafactory": Contestant(
-        "LLaMA-Factory, best flags", "llamafactory", {"sharegpt": 1, "alpaca": 1}, {}, False, ""
+        "LLaMA-Factory, best flags",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {},
+        False,
+        f"{FACTORY_SETTINGS}; one row at a time",
+    ),
+    "llamafactory_packed": Contestant(
+        "LLaMA-Factory, packed",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {"neat_packing": True, "disable_shuffling": False},
+        True,
+        FACTORY_SETTINGS,
     ),
     "llamafactory_default": Contestant(
-        "LLaMA-Factory, defaults", "llamafactory", {"sharegpt": 1, "alpaca": 1}, {}, False, "its LoRA example"
+        "LLaMA-Factory, defaults",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {},
+        False,
+        f"{FACTORY_SETTINGS}; one row at a time, as in its example for LoRA",
     ),
 }
 USUAL = ("ours", "ours_packed", "fastchat", "trl", "llamafactory")
