@@ -131,6 +131,14 @@ def count_words(record: dict[str, Any]) -> int:
     return sum(len(turn["value"].split()) for turn in record["conversations"])
 
 
+def has_something_to_learn(record: dict[str, Any], max_length: int) -> bool:
+    """Whether an answer begins within so many tokens; taken from the words of the first question, to be safe.
+
+    This program rejects a conversation without, others train on it in vain: so it would not be the same data for all.
+    """
+    return len(record["conversations"][0]["value"].split()) * 1.5 * TOKENS_PER_WORD < max_length
+
+
 def pick_typical(
     records: Sequence[dict[str, Any]], groups: int, size: int, length: Callable[[dict[str, Any]], float], seed: int
 ) -> list[dict[str, Any]]:

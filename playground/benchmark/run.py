@@ -30,7 +30,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conversations import SEED, SHAPES, count_words, draw_conversations, pick_typical, write_records
+from conversations import (
+    SEED,
+    SHAPES,
+    count_words,
+    draw_conversations,
+    has_something_to_learn,
+    pick_typical,
+    write_records,
+)
 from environments import prepare_environment
 from machine import cores, name_processor
 from peers import write_old_model
@@ -174,7 +182,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Write the data and FastChat's copy of the model; return each environment's interpreter."""
     for name in arguments.data:
         data = DATA[name]
-        pool = draw_conversations(POOL, SHAPES[name], SEED)
+        drawn = draw_conversations(POOL, SHAPES[name], SEED)
+        pool = [record for record in drawn if has_something_to_learn(record, arguments.max_length)]
         groups = 2 * (arguments.warmup + count_steps(arguments, name))  # packed rows may take more than a step's share
         write_records(folder / f"{name}.json", pick_typical(pool, groups, data.conversations, count_words, SEED))
     shutil.rmtree(folder / "old_model", ignore_errors=True)
@@ -249,7 +258,8 @@ def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path
         ).returncode
     if code or not task.results.is_file():
         raise Failure(f"exit code {code}: " + " / ".join(log.read_text(errors="replace").splitlines()[-3:]))
-    return run._asdict() | {"task": task._asdict()} | json.loads(task.results.read_text(encoding="utf-8"))
+    measured: dict[str, Any] = json.loads(task.results.read_text(encoding="utf-8"))
+    return run._asdict() | {"task": task._asdict()} | measured
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -362,7 +372,7 @@ def main() -> int:
     print(report, end="")
     if arguments.report:
         arguments.report.write_text(report, encoding="utf-8")
-    if arguments.plot:
+    if arguments.plot and results["runs"]:
         draw_plot(results, arguments.plot)
     return 1 if results["left_out"] else 0
 

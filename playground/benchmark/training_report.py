@@ -45,7 +45,8 @@ def timed(run: Run, count: str) -> float:
 
 def rate(run: Run, count: str) -> float:
     """Tokens a second in the timed steps."""
-    return timed(run, count) / sum(step["seconds"] for step in run["steps"][run["warmup"] :])
+    seconds: float = sum(step["seconds"] for step in run["steps"][run["warmup"] :])
+    return timed(run, count) / seconds
 
 
 def pair_ratios(ours: Runs, theirs: Runs, count: str) -> list[float]:

@@ -31,6 +31,12 @@ def test_conversations_are_as_long_as_published(words: None, name: str) -> None:
     assert records[:10] == conversations.draw_conversations(10, shape)
 
 
+def test_a_question_may_leave_no_room_for_an_answer() -> None:
+    record = {"conversations": [{"value": "word " * 400}, {"value": "word"}]}
+    assert conversations.has_something_to_learn(record, 2048)
+    assert not conversations.has_something_to_learn(record, 1024)
+
+
 def test_typical_groups_are_as_long_as_all() -> None:
     draw = random.Random(0)
     records = [{"length": draw.lognormvariate(5, 1)} for _ in range(1000)]
