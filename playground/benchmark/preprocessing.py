@@ -31,7 +31,6 @@ The run (a contestant whose interpreter is not given is left out, and the report
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import importlib
@@ -45,119 +44,29 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conversations import SEED, make_data
+from machine import cores, describe_versions, make_table, name_processor, read_memory
+from peers import (
+    do_without_torchaudio,
+    mark_answers,
+    read_system_message,
+    to_messages,
+    write_dataset_info,
+    write_first,
+    write_old_tokenizer,
+)
+
 # Nothing but the standard library up here: this file runs in the environments of all contestants.
 
-ROOT = Path(__file__).resolve().parents[2]
-DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
-SEED = 20
 MIB = 1024 * 1024
 IGNORED = -100  # the label of what is not learnt, the same in all four tools
 SAMPLE_SECONDS = 0.25
-
-# The shape of the conversations. Lengths are drawn in tokens and written in words, so one number turns the one into the
-# other. It is set so that the SmolLM2 tokenizer makes about 1,440 tokens of a conversation, template included, which is
-# somewhat more than it makes of a word: by the means below a conversation would be a tenth longer.
-MEAN_EXCHANGES, MOST_EXCHANGES = 3.51, 60
-USER_TOKENS, USER_SIGMA = 94.46, 1.3  # mean of a log-normal distribution, and its sigma
-ASSISTANT_TOKENS, ASSISTANT_SIGMA = 348.45, 0.85
-TOKENS_PER_WORD = 1.92
-SHORTEST_RUN, LONGEST_RUN = 5, 60  # words that are copied in one go, so that spacing and phrases stay those of prose
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The data
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def collect_words() -> list[str]:
-    """Words with the punctuation and the white space that follow them, as real English has them.
-
-    They come from the example conversations, from Python's licence and from the docstrings of its standard library.
-    Words with a "<" are left out: some tool or tokenizer may take "<image>" or "</s>" for more than text.
-    """
-    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
-    texts = [message["value"] for record in records for message in record["conversations"]]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts += [path.read_text(encoding="utf-8") for path in [library / "LICENSE.txt"] if path.is_file()]
-    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
-        if path.parent.name not in {"test", "idlelib", "site-packages", "dist-packages", "lib2to3"}:
-            texts += read_docstrings(path)
-    pieces = re.findall(r"\S+\s*", "\n\n".join([*texts, ""]))
-    return [piece for piece in pieces if "<" not in piece]
-
-
-def read_docstrings(path: Path) -> list[str]:
-    """The docstrings of a Python file; none if it cannot be parsed."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return [text for text in found if text]
-
-
-def make_data(path: Path, conversations: int, seed: int = SEED) -> None:
-    """Write a ShareGPT file, a JSON array; the same numbers and the same Python make the same bytes.
-
-    Args:
-        path: the file.
-        conversations: how many are written.
-        seed: of the random numbers.
-    """
-    import numpy as np
-
-    random = np.random.default_rng(seed)
-    words = collect_words()
-
-    def write(mean: float, sigma: float) -> str:
-        # The mean of a log-normal distribution is exp(mu + sigma^2 / 2).
-        left = max(1, round(random.lognormal(np.log(mean) - sigma**2 / 2, sigma) / TOKENS_PER_WORD))
-        pieces: list[str] = []
-        while left > 0:
-            run = min(left, int(random.integers(SHORTEST_RUN, LONGEST_RUN + 1)))
-            start = int(random.integers(0, len(words) - run))
-            pieces += words[start : start + run]
-            left -= run
-        return "".join(pieces).strip()
-
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(conversations):
-            turns = []
-            for _ in range(min(MOST_EXCHANGES, int(random.geometric(1 / MEAN_EXCHANGES)))):
-                turns.append({"from": "human", "value": write(USER_TOKENS, USER_SIGMA)})
-                turns.append({"from": "gpt", "value": write(ASSISTANT_TOKENS, ASSISTANT_SIGMA)})
-            record = {"id": f"talk_{i}", "conversations": turns}
-            file.write(("[\n" if i == 0 else ",\n") + json.dumps(record, ensure_ascii=False))
-        file.write("\n]\n")
-
-
-def write_first(source: Path, target: Path, count: int) -> None:
-    """Copy the first conversations of a file to another one."""
-    records = json.loads(source.read_text(encoding="utf-8"))[:count]
-    target.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-
-
-def write_old_tokenizer(model: Path, folder: Path) -> None:
-    """Copy a tokenizer so that the tokenizers library of FastChat's days can read it: a merge was one string then."""
-    folder.mkdir()
-    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    merges = tokenizer["model"]["merges"]
-    tokenizer["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if name.endswith("_token")}
-    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The contestants, each run in a process of its own
@@ -201,17 +110,6 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.ended = time.monotonic()
         self.peak_mib = read_memory("VmHWM")
-
-
-def read_memory(name: str) -> float:
-    """A line of this process's memory account in MiB: VmRSS (resident now) or VmHWM (the most ever resident).
-
-    Not ru_maxrss, which a new process takes over from the one that started it.
-    """
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found, f"no {name} in /proc/self/status"
-    return int(found.group(1)) / 1024
 
 
 def count_rows(dataset: Any) -> Count:
@@ -306,52 +204,19 @@ def run_trl(task: Task) -> tuple[Watch, Count]:
     return watch, count_rows(trainer.train_dataset)
 
 
-def to_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """A ShareGPT record as messages; TRL would rename the fields itself, but not the roles."""
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = record["conversations"]
-    return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
-
-
-def mark_answers(template: str) -> str:
-    """SmolLM2's chat template with the marks that TRL needs to find answers; what it writes stays the same.
-
-    TRL brings such templates for some models, but not for SmolLM2, and asks for one by hand then.
-
-    Raises:
-        ValueError: the template is not SmolLM2's.
-    """
-    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    if turn not in template:
-        raise ValueError("the chat template is not SmolLM2's, so where its answers stand is unknown")
-    marked = (
-        "{{'<|im_start|>' + message['role'] + '\n'}}"
-        "{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
-        "{% else %}{{message['content'] + '<|im_end|>'}}{% endif %}{{'\n'}}"
-    )
-    return template.replace(turn, marked)
-
-
 def run_llamafactory(task: Task) -> tuple[Watch, Count]:
     """LLaMA-Factory's get_dataset with its ChatML template and the system prompt that SmolLM2's own template writes."""
-    try:
-        importlib.import_module("torchaudio")
-    except (ImportError, OSError):  # it is imported for audio only, and its builds want the libraries of a GPU
-        sys.modules["torchaudio"] = stub = types.ModuleType("torchaudio")
-        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    do_without_torchaudio()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
     from transformers import AutoTokenizer, Seq2SeqTrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
     data_arguments = DataArguments(
         dataset="talks",
-        dataset_dir=str(write_dataset_info(task)),
+        dataset_dir=str(write_dataset_info(task.data, task.folder)),
         template="chatml",
-        default_system=system and system.group(1),
+        default_system=read_system_message(tokenizer),
         cutoff_len=task.max_length,
         preprocessing_num_workers=task.workers,
     )
@@ -361,13 +226,6 @@ def run_llamafactory(task: Task) -> tuple[Watch, Count]:
     with Watch() as watch:
         module = get_dataset(template, model_arguments, data_arguments, training_arguments, "sft", tokenizer=tokenizer)
     return watch, count_rows(module["train_dataset"])
-
-
-def write_dataset_info(task: Task) -> Path:
-    """The folder of the file that tells LLaMA-Factory where the data is and what its columns are."""
-    info = {"talks": {"file_name": str(task.data), "formatting": "sharegpt", "columns": {"messages": "conversations"}}}
-    (task.folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    return task.folder
 
 
 class Contestant(NamedTuple):
@@ -578,11 +436,6 @@ def get_python(name: str, arguments: argparse.Namespace) -> str:
     return os.path.abspath(given) if given else ""
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,25 +525,6 @@ def describe_run(arguments: argparse.Namespace, data: Path, results: dict[str, l
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     yield f"- Machine: {name_processor()}, {cores()} cores; load average at the end {load} (1, 5, 15 minutes)."
     yield f"- System: {platform.system()} {platform.release()}."
-
-
-def name_processor() -> str:
-    """The processor's name."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found.group(1) if found else platform.machine()
-
-
-def describe_versions(versions: dict[str, str]) -> str:
-    """Names and versions in one line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def make_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines; all columns but the first are aligned to the right if they hold numbers."""
-    rows = list(rows)
-    numeric = [bool(rows) and all(re.fullmatch(r"[\d,.\s-]+", row[i]) for row in rows) for i in range(len(headings))]
-    rule = [("---:" if is_number else "---") for is_number in numeric]
-    return [f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows]]
 
 
 def build_parser() -> argparse.ArgumentParser:

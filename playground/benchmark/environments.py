@@ -1,0 +1,31 @@
+"""The peers' environments: each made once, of pinned requirements, with Python's own venv and pip."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
+
+
+def prepare_environment(name: str, folder: Path) -> str:
+    """The interpreter of a peer's environment, which is made if its requirements are not those it was made of.
+
+    Args:
+        name: of the requirements: NAME.txt and, where there is one, NAME-no-deps.txt, installed without what it asks
+            for.
+        folder: where the environment lies, under its name.
+    """
+    place = folder / name
+    files = [path for path in (REQUIREMENTS / f"{name}.txt", REQUIREMENTS / f"{name}-no-deps.txt") if path.is_file()]
+    wanted = "".join(path.read_text(encoding="utf-8") for path in files)
+    made_of = place / "requirements.txt"
+    python = str(place / "bin" / "python")
+    if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"Making the environment {place}; this takes some minutes.", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    for path in files:
+        flags = ["--no-deps"] if path.name.endswith("-no-deps.txt") else []
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *flags, "-r", str(path)], check=True)
+    made_of.write_text(wanted, encoding="utf-8")
+    return python

@@ -1,0 +1,141 @@
+"""What a peer needs before it takes SmolLM2 and ShareGPT records. Nothing but the standard library.
+
+Contestants import this in environments of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import json
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+
+def write_first(source: Path, target: Path, count: int) -> None:
+    """Copy the first conversations of a file to another one."""
+    records = json.loads(source.read_text(encoding="utf-8"))[:count]
+    target.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+
+
+def write_old_tokenizer(model: Path, folder: Path) -> None:
+    """Copy a tokenizer so that the tokenizers library of FastChat's days can read it: a merge was one string then."""
+    folder.mkdir()
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name.endswith("_token")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def write_old_model(model: Path, folder: Path) -> None:
+    """Copy a Llama-like model so that transformers 4.36 reads the same model of it, and FastChat its tokenizer.
+
+    The base of the rotary embedding stood at the top of the configuration then. FastChat's masks count tokens as
+    Llama's tokenizer makes them: one for the beginning, and one for the end of a turn. With another tokenizer it
+    ignores nearly every conversation; so this one begins a text with its own such token, and one of its tokens that no
+    text uses is renamed to Llama's end of a turn.
+
+    Raises:
+        ValueError: the tokenizer has no token that can be renamed.
+    """
+    write_old_tokenizer(model, folder)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"rope_theta": config.pop("rope_parameters", config).get("rope_theta", 10000.0)}
+    config["torch_dtype"] = config.pop("dtype", config.get("torch_dtype", "bfloat16"))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    os.symlink((model / "model.safetensors").resolve(), folder / "model.safetensors")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    path.write_text(json.dumps(_count_as_llama(tokenizer, settings)), encoding="utf-8")
+
+
+def _count_as_llama(tokenizer: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer.json that begins every text with one token and takes "</s>" for one."""
+    used = set(settings.values())
+    spare = [token for token in tokenizer["added_tokens"] if token["content"] not in used]
+    if not spare:
+        raise ValueError("the tokenizer has no special token without a use, which FastChat's </s> could become")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["</s>"] = vocabulary.pop(spare[0]["content"])
+    spare[0]["content"] = "</s>"
+    start = settings["bos_token"]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {start: {"id": start, "ids": [vocabulary[start]], "tokens": [start]}},
+    }
+    return tokenizer
+
+
+def to_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT record as messages; TRL would rename the fields itself, but not the roles."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = record["conversations"]
+    return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
+
+
+def mark_answers(template: str) -> str:
+    """SmolLM2's chat template with the marks that TRL needs to find answers; what it writes stays the same.
+
+    TRL brings such templates for some models, but not for SmolLM2, and asks for one by hand then.
+
+    Raises:
+        ValueError: the template is not SmolLM2's.
+    """
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    if turn not in template:
+        raise ValueError("the chat template is not SmolLM2's, so where its answers stand is unknown")
+    marked = (
+        "{{'<|im_start|>' + message['role'] + '\n'}}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
+        "{% else %}{{message['content'] + '<|im_end|>'}}{% endif %}{{'\n'}}"
+    )
+    return template.replace(turn, marked)
+
+
+def do_without_torchaudio() -> None:
+    """Let LLaMA-Factory be imported where torchaudio cannot be: it is for audio only, and its builds want a GPU's
+    libraries."""
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = stub = types.ModuleType("torchaudio")
+        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+
+
+def do_without_flash_attn() -> None:
+    """Let FastChat's train_lora.py be imported without flash-attn, which it imports even where it does not use it."""
+    names = {
+        "flash_attn": (),
+        "flash_attn.flash_attn_interface": ("flash_attn_varlen_qkvpacked_func",),
+        "flash_attn.bert_padding": ("unpad_input", "pad_input"),
+    }
+    for name, functions in names.items():
+        sys.modules[name] = stub = types.ModuleType(name)
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(stub).update(dict.fromkeys(functions))
+
+
+def read_system_message(tokenizer: Any) -> str | None:
+    """The system message that a ChatML template writes by itself, for LLaMA-Factory's template, which writes none."""
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
+    return found and found.group(1)
+
+
+def write_dataset_info(data: Path, folder: Path) -> Path:
+    """The folder of the file that tells LLaMA-Factory where the data is and what its columns are."""
+    info = {"talks": {"file_name": str(data), "formatting": "sharegpt", "columns": {"messages": "conversations"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder

@@ -1,0 +1,381 @@
+r"""How fast does this program train, and in how much memory? Beside FastChat, TRL and LLaMA-Factory, in turn.
+
+    pip install -e ".[benchmark]"
+    python scripts/quickstart.py --only_model --folder MODELS
+    python playground/benchmark/run.py --model MODELS/SmolLM2-135M-Instruct --folder F --report training.md
+
+Every contestant trains the same LoRA adapter (r 8, q_proj and v_proj) on the same model in bf16, on the same
+conversations, cut at the same length, the same number of them in an optimizer step. Each run is a process of its own;
+round after round they take turns, so that a machine that slows down slows them all, and ratios are taken within a
+round. Peers run in environments of their own, which are made in F/environments at the first start. What was measured is
+kept in F/results.json; --report_only writes the report from it again. Linux only, for memory is read from /proc.
+
+To try a setting of one contestant:
+
+    python playground/benchmark/run.py --model M --folder F --contestants trl --rounds 1 --micro_batch 4 \
+        --option padding_free=true
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conversations import (
+    SEED,
+    SHAPES,
+    count_words,
+    draw_conversations,
+    has_something_to_learn,
+    pick_typical,
+    write_records,
+)
+from environments import prepare_environment
+from machine import cores, name_processor
+from peers import write_old_model
+from training_report import draw_plot, write_report
+from training_task import Task
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+POOL = 2_000  # conversations from which those of a file are picked
+DROPPED = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV", "OMP_")  # variables of this environment
+
+
+class DataSet(NamedTuple):
+    """What one optimizer step takes of a data set.
+
+    Attributes:
+        conversations: in every contestant's step.
+        packed_rows: rows of the longest length that hold as many on average.
+        steps: that are timed.
+    """
+
+    conversations: int
+    packed_rows: int
+    steps: int
+
+
+DATA = {"sharegpt": DataSet(4, 3, 4), "alpaca": DataSet(16, 3, 4)}
+
+
+class Contestant(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        title: its name there.
+        environment: whose interpreter runs it.
+        micro_batch: rows that go through the model at once, by data set; never more than a step has.
+        options: settings of its own.
+        packed: whether several conversations share a row of the longest length.
+        settings: what a reader has to know about the run.
+    """
+
+    title: str
+    environment: str
+    micro_batch: dict[str, int]
+    options: dict[str, Any]
+    packed: bool
+    settings: str
+
+
+TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation marks added by hand"
+FACTORY_SETTINGS = "its train command, template chatml with SmolLM2's system message"
+CONTESTANTS = {
+    "ours": Contestant("this program", "ours", {"sharegpt": 1, "alpaca": 4}, {}, False, "defaults"),
+    "ours_packed": Contestant(
+        "this program, packed",
+        "ours",
+        {"sharegpt": 1, "alpaca": 1},
+        {"packing": True, "train_sampling_strategy": "random"},
+        True,
+        "--packing True",
+    ),
+    "fastchat": Contestant(
+        "FastChat",
+        "fastchat",
+        {"sharegpt": 2, "alpaca": 2},
+        {},
+        False,
+        "train_lora.py, its published flags (per_device_train_batch_size 2) but for what is equal for all; pads every "
+        "row to the longest length; its tokenizer made to count as Llama's, for which its masks are written",
+    ),
+    "trl": Contestant(
+        "TRL, best flags",
+        "trl",
+        {"sharegpt": 1, "alpaca": 1},
+        {},
+        False,
+        f"{TRL_SETTINGS}; one row at a time, so nothing is padded and no mask is made",
+    ),
+    "trl_packed": Contestant(
+        "TRL, packed",
+        "trl",
+        {"sharegpt": 1, "alpaca": 1},
+        {"packing": True, "train_sampling_strategy": "random"},
+        True,
+        TRL_SETTINGS,
+    ),
+    "trl_default": Contestant(
+        "TRL, defaults", "trl", {"sharegpt": 8, "alpaca": 8}, {}, False, f"{TRL_SETTINGS}; at most 8 rows at a time"
+    ),
+    "llamafactory": Contestant(
+        "LLaMA-Factory, best flags",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {},
+        False,
+        f"{FACTORY_SETTINGS}; one row at a time",
+    ),
+    "llamafactory_packed": Contestant(
+        "LLaMA-Factory, packed",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {"neat_packing": True, "disable_shuffling": False},
+        True,
+        FACTORY_SETTINGS,
+    ),
+    "llamafactory_default": Contestant(
+        "LLaMA-Factory, defaults",
+        "llamafactory",
+        {"sharegpt": 1, "alpaca": 1},
+        {},
+        False,
+        f"{FACTORY_SETTINGS}; one row at a time, as in its example for LoRA",
+    ),
+}
+USUAL = ("ours", "ours_packed", "fastchat", "trl", "llamafactory")
+
+
+class Failure(Exception):
+    """A contestant did not get to its end."""
+
+
+class Round(NamedTuple):
+    """A run among the others."""
+
+    data: str
+    checkpointing: bool
+    number: int
+    contestant: str
+
+
+def list_rounds(arguments: argparse.Namespace) -> Iterator[Round]:
+    """Every run, in the order of running: all contestants, then the next round of them."""
+    for data in arguments.data:
+        for checkpointing in arguments.checkpointing:
+            for number in range(arguments.rounds):
+                for name in arguments.contestants:
+                    yield Round(data, checkpointing == "on", number, name)
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Write the data and FastChat's copy of the model; return each environment's interpreter."""
+    for name in arguments.data:
+        data = DATA[name]
+        drawn = draw_conversations(POOL, SHAPES[name], SEED)
+        pool = [record for record in drawn if has_something_to_learn(record, arguments.max_length)]
+        groups = 2 * (arguments.warmup + count_steps(arguments, name))  # packed rows may take more than a step's share
+        write_records(folder / f"{name}.json", pick_typical(pool, groups, data.conversations, count_words, SEED))
+    shutil.rmtree(folder / "old_model", ignore_errors=True)
+    write_old_model(arguments.model.resolve(), folder / "old_model")
+    needed = {CONTESTANTS[name].environment for name in arguments.contestants} - {"ours"}
+    environments = {name: prepare_environment(name, folder / "environments") for name in sorted(needed)}
+    return environments | {"ours": sys.executable}
+
+
+def count_steps(arguments: argparse.Namespace, data: str) -> int:
+    """Optimizer steps that are timed."""
+    return arguments.steps or DATA[data].steps
+
+
+def make_task(run: Round, arguments: argparse.Namespace, folder: Path) -> Task:
+    """What a contestant is given in a run, in a new folder."""
+    place = folder / "run"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    contestant, data = CONTESTANTS[run.contestant], DATA[run.data]
+    rows = data.packed_rows if contestant.packed else data.conversations
+    micro_batch = min(arguments.micro_batch or contestant.micro_batch[run.data], rows)
+    return Task(
+        model=str(folder / "old_model" if contestant.environment == "fastchat" else arguments.model.resolve()),
+        data=str(folder / f"{run.data}.json"),
+        folder=str(place),
+        max_length=arguments.max_length,
+        micro_batch=micro_batch,
+        accumulation=rows // micro_batch,
+        warmup=arguments.warmup,
+        steps=count_steps(arguments, run.data),
+        seconds=arguments.seconds,
+        checkpointing=run.checkpointing,
+        dropout=arguments.dropout,
+        learning_rate=arguments.learning_rate,
+        options=contestant.options | dict(arguments.option),
+        started=time.monotonic(),
+    )
+
+
+def make_variables(environment: str, folder: Path, threads: int) -> dict[str, str]:
+    """The variables of a contestant's process: its own empty caches, no hub, nothing of this environment's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
+    caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
+    kept |= {name: str(folder / cache) for name, cache in caches.items()}
+    kept |= {"PYTHONPATH": str(ROOT)} if environment == "ours" else {}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
+
+
+def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run a contestant in a process of its own.
+
+    Returns:
+        What it measured, its task and its place among the runs.
+
+    Raises:
+        Failure: with the last lines of what it said.
+    """
+    environment = CONTESTANTS[run.contestant].environment
+    task = make_task(run, arguments, folder)
+    place = Path(task.folder)
+    command = [python, str(HERE / f"train_{environment}.py"), str(task.write())]
+    log = place / "log.txt"
+    with log.open("w") as output:
+        code = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=place,
+            env=make_variables(environment, place, arguments.threads),
+        ).returncode
+    if code or not task.results.is_file():
+        raise Failure(f"exit code {code}: " + " / ".join(log.read_text(errors="replace").splitlines()[-3:]))
+    measured: dict[str, Any] = json.loads(task.results.read_text(encoding="utf-8"))
+    return run._asdict() | {"task": task._asdict()} | measured
+
+
+def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run everything; results.json is written anew after every run.
+
+    Returns:
+        What is in that file: the machine, the settings, the runs, and why a contestant is not among them. One that
+        fails does not run again.
+    """
+    pythons = prepare(arguments, folder)
+    results: dict[str, Any] = {"about": describe_run(arguments), "runs": [], "left_out": {}}
+    for run in list_rounds(arguments):
+        if run.contestant in results["left_out"]:
+            continue
+        python = pythons[CONTESTANTS[run.contestant].environment]
+        try:
+            results["runs"].append(measure(run, python, arguments, folder))
+            print(f"done: {' '.join(map(str, run))}", file=sys.stderr)
+        except Failure as failure:
+            results["left_out"][run.contestant] = str(failure)
+            print(f"failed: {' '.join(map(str, run))}: {failure}", file=sys.stderr)
+        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and how everything ran, and the contestants as the report shows them."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "model": arguments.model.name,
+        "max_length": arguments.max_length,
+        "dropout": arguments.dropout,
+        "learning_rate": arguments.learning_rate,
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+        "threads": arguments.threads,
+        "commit": git.stdout.strip() or "not in a git repository",
+        "processor": name_processor(),
+        "cores": cores(),
+        "load": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "conversations": {name: DATA[name].conversations for name in arguments.data},
+        "contestants": {name: CONTESTANTS[name]._asdict() for name in arguments.contestants},
+    }
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE; the value is JSON, so text stands in quotes.
+
+    Raises:
+        ValueError: it is not of that form; argparse tells it.
+    """
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--folder", type=Path, required=True, help="environments, data and results lie here")
+    parser.add_argument("--report", type=Path, help="Markdown file for the report, which is also printed")
+    parser.add_argument("--plot", type=Path, help="picture of the rates: .svg or .png; needs the extra `benchmark`")
+    parser.add_argument("--report_only", action="store_true", help="write the report from the results that are there")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(USUAL), help="who runs")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["sharegpt"], help="on what (default: sharegpt)")
+    parser.add_argument(
+        "--checkpointing", nargs="+", choices=["off", "on"], default=["off"], help="of activations (default: off)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times that each contestant runs (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps that are timed (default: 4)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=75,
+        help="warm-up and timed steps both end with the first step that ends after so many (default: %(default)s)",
+    )
+    parser.add_argument("--max_length", type=int, default=1024, help="the most tokens of a row (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=2e-5, help="constant (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=cores(), help="of torch (default: %(default)s, one a core)")
+    parser.add_argument("--micro_batch", type=int, help="another than the contestants' own")
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        type=read_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings beside the contestants' own; values as in JSON",
+    )
+    return parser
+
+
+def main() -> int:
+    """Run the benchmark, or write its report again."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if arguments.report_only:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    elif arguments.model is None:
+        parser.error("--model is needed, unless --report_only is given")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = run_all(arguments, folder)
+    report = write_report(results)
+    print(report, end="")
+    if arguments.report:
+        arguments.report.write_text(report, encoding="utf-8")
+    if arguments.plot and results["runs"]:
+        draw_plot(results, arguments.plot)
+    return 1 if results["left_out"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

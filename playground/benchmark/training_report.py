@@ -1,0 +1,169 @@
+"""The report of run.py: rates, ratios within a round, memory, and what a reader needs to do it again."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import describe_versions, make_table
+
+HEADINGS = (
+    "data",
+    "checkpointing",
+    "contestant",
+    "real tokens/s",
+    "supervised tokens/s",
+    "ours / theirs: real",
+    "supervised",
+    "packed / theirs: real",
+    "supervised",
+    "positions / real",
+    "peak MiB",
+    "first step s",
+    "real a step",
+    "supervised a step",
+    "steps",
+)
+EXPLANATION = """\
+Rates are those of the timed steps, median over the rounds with the lowest and the highest; the ratios are medians of \
+the ratios within a round, with the lowest and the highest. Real tokens are those of the conversations, without \
+padding; supervised ones are a target of the loss; positions are what goes into the model, with padding. Peak: the \
+process's highest resident memory (VmHWM), imports and model included, or the GPU's allocated memory where there is \
+one. First step: from the start of the process to the end of the first optimizer step, with empty caches."""
+
+Run = dict[str, Any]
+Runs = list[Run]
+
+
+def timed(run: Run, count: str) -> float:
+    """What the timed steps added to a count that the run kept."""
+    steps, warmup = run["steps"], run["warmup"]
+    return float(steps[-1][count] - (steps[warmup - 1][count] if warmup else 0))
+
+
+def rate(run: Run, count: str) -> float:
+    """Tokens a second in the timed steps."""
+    seconds: float = sum(step["seconds"] for step in run["steps"][run["warmup"] :])
+    return timed(run, count) / seconds
+
+
+def pair_ratios(ours: Runs, theirs: Runs, count: str) -> list[float]:
+    """The ratio of the rates in every round in which both ran."""
+    by_round = {run["number"]: run for run in theirs}
+    return [rate(run, count) / rate(by_round[run["number"]], count) for run in ours if run["number"] in by_round]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and the lowest and the highest if there are several; "-" for nothing."""
+    if not values:
+        return "-"
+    middle = format(statistics.median(values), form)
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}} - {max(values):{form}})"
+
+
+def group_runs(results: dict[str, Any]) -> Iterator[tuple[str, bool, dict[str, Runs]]]:
+    """Data set, checkpointing, and the runs of each contestant there."""
+    groups: dict[tuple[str, bool], dict[str, Runs]] = {}
+    for run in results["runs"]:
+        group = groups.setdefault((run["data"], run["checkpointing"]), {})
+        group.setdefault(run["contestant"], []).append(run)
+    for (data, checkpointing), group in groups.items():
+        yield data, checkpointing, group
+
+
+def describe_contestant(name: str, group: dict[str, Runs]) -> list[str]:
+    """The measured cells of a contestant's line."""
+    runs = group[name]
+    ratios = [
+        spread(pair_ratios(group.get(ours, []), runs, count), ".2f") if name != ours else "1"
+        for ours in ("ours", "ours_packed")
+        for count in ("real", "supervised")
+    ]
+    steps = [len(run["steps"]) - run["warmup"] for run in runs]
+    return [
+        spread([rate(run, "real") for run in runs], ",.0f"),
+        spread([rate(run, "supervised") for run in runs], ",.0f"),
+        *ratios,
+        f"{statistics.median(timed(run, 'positions') / timed(run, 'real') for run in runs):.2f}",
+        spread([run["gpu_peak_mib"] or run["peak_mib"] for run in runs], ",.0f"),
+        spread([run["first_step_seconds"] for run in runs], ".1f"),
+        *(
+            f"{statistics.median(timed(run, count) / taken for run, taken in zip(runs, steps, strict=True)):,.0f}"
+            for count in ("real", "supervised")
+        ),
+        "/".join(map(str, steps)),
+    ]
+
+
+def write_report(results: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    contestants = results["about"]["contestants"]
+    rows = [
+        [data, "on" if checkpointing else "off", contestants[name]["title"], *describe_contestant(name, group)]
+        for data, checkpointing, group in group_runs(results)
+        for name in group
+    ]
+    lines = ["# Training", "", *describe_run(results), "", *make_table(HEADINGS, rows), "", EXPLANATION, ""]
+    lines += make_table(("contestant", "micro-batch", "settings", "versions"), list_settings(results))
+    lines += ["", *(f"Left out: {contestants[name]['title']}; {why}." for name, why in results["left_out"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def describe_run(results: dict[str, Any]) -> Iterator[str]:
+    """Where and how everything ran."""
+    about = results["about"]
+    devices = sorted({run["device"] for run in results["runs"]})
+    yield f"- Model: {about['model']} in bf16; LoRA r 8, alpha 16 on q_proj and v_proj, dropout {about['dropout']}."
+    yield f"- AdamW, constant learning rate {about['learning_rate']}; longest row {about['max_length']} tokens."
+    for name, conversations in about["conversations"].items():
+        yield f"- {name}: {conversations} conversations in an optimizer step; of packed rows as many as hold so many."
+    titles = ", ".join(contestant["title"] for contestant in about["contestants"].values())
+    yield f"- {about['rounds']} rounds, in turn: {titles}; a phase ends early after {about['seconds']:g} s."
+    yield f"- Device: {', '.join(devices)}; {about['processor']}, {about['cores']} cores, {about['threads']} threads."
+    yield f"- {about['system']}; commit {about['commit']}; load average at the start {about['load']:.2f}."
+
+
+def list_settings(results: dict[str, Any]) -> Iterator[list[str]]:
+    """A line for each contestant: how it ran, and of which versions."""
+    for name, contestant in results["about"]["contestants"].items():
+        runs = [run for run in results["runs"] if run["contestant"] == name]
+        if not runs:
+            continue
+        batches = {run["data"]: f"{run['task']['micro_batch']} x {run['task']['accumulation']}" for run in runs}
+        options = {setting: value for run in runs for setting, value in run["task"]["options"].items()}
+        written = ", ".join(f"{setting} {value}" for setting, value in options.items())
+        yield [
+            contestant["title"],
+            ", ".join(f"{data}: {batch}" for data, batch in batches.items()),
+            "; ".join(text for text in (contestant["settings"], written) if text),
+            describe_versions(runs[0]["versions"]),
+        ]
+
+
+def draw_plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the rates of real tokens as bars, with the lowest and the highest; a panel for each data set and kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(group_runs(results))
+    figure, panels = pyplot.subplots(len(groups), 1, figsize=(8, 0.8 + 2.4 * len(groups)), squeeze=False)
+    for panel, (data, checkpointing, group) in zip(panels[:, 0], groups, strict=True):
+        names = list(group)[::-1]
+        rates = [[rate(run, "real") for run in group[name]] for name in names]
+        middles = [statistics.median(values) for values in rates]
+        reach = [[middle - min(values) for middle, values in zip(middles, rates, strict=True)]]
+        reach += [[max(values) - middle for middle, values in zip(middles, rates, strict=True)]]
+        colours = ["tab:blue" if name.startswith("ours") else "tab:grey" for name in names]
+        titles = [results["about"]["contestants"][name]["title"] for name in names]
+        bars = panel.barh(titles, middles, xerr=reach, color=colours, capsize=3)
+        panel.bar_label(bars, fmt="{:,.0f}", padding=6)
+        panel.margins(x=0.12)
+        panel.set_title(f"{data}-like, checkpointing {'on' if checkpointing else 'off'}")
+        panel.set_xlabel("real tokens a second")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
