@@ -119,6 +119,16 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         default=False,
         metadata={"help": "Search for adapter tensors without gradient at every step; needed for mixtures of experts."},
     )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in backward rather than keep them: True, False, or auto (the default): "
+            "in as few layers as the device's memory asks for."
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The older name of activation_checkpointing."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log; waits for the device at every batch."},
@@ -129,7 +139,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     )
 
     def __post_init__(self) -> None:
-        """Checkpointing is of the same kind under both of its names, whatever else the user has set about it."""
+        """Checkpointing is the same under both of its names, and of the same kind whatever else is set about it."""
+        given = [value for value in (self.activation_checkpointing, self.gradient_checkpointing) if value is not None]
+        self.auto_checkpointing = not given
+        self.activation_checkpointing = self.gradient_checkpointing = bool(given and given[0])
         super().__post_init__()
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second until v6
             if hasattr(self, name):

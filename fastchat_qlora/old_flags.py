@@ -87,6 +87,10 @@ OLD_FLAGS = {
 }
 
 
+AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
+"""Flags that transformers declares as booleans and that are decided by the run when left out, which "auto" says too."""
+
+
 def _is_true(value: str) -> bool:
     return string_to_bool(value)
 
@@ -131,6 +135,9 @@ def translate_old_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         text = waiting.pop(0)
         name, has_value, value = text.partition("=")
         old = spelled(name)
+        if old in AUTOMATIC and (value if has_value else waiting[0] if waiting else "").lower() == "auto":
+            waiting = waiting if has_value else waiting[1:]
+            continue
         if not name.startswith("--") or old not in OLD_FLAGS:
             arguments.append(text)
             continue

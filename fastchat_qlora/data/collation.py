@@ -10,8 +10,17 @@ from transformers import DataCollatorForSeq2Seq
 
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 
+MULTIPLE = 8
+"""Of which padded lengths are: kind to matrix units."""
+
 ACCOUNT = ("num_tokens", "num_supervised", "num_conversations")
 """What a batch says of itself in plain integers, counted before anything is on a device."""
+
+
+def largest_batch(lengths: np.ndarray[Any, Any], batch_size: int, *, padding_free: bool) -> int:
+    """The most tokens that a batch of so many conversations can have, padding included."""
+    longest = np.sort(lengths)[-batch_size:]
+    return int(longest.sum() if padding_free else len(longest) * -(-longest[-1] // MULTIPLE) * MULTIPLE)
 
 
 class Collator:
@@ -41,7 +50,7 @@ class Collator:
     def __init__(self, tokenizer: Any, *, padding_free: bool) -> None:
         self.padding_free = padding_free
         self._side = tokenizer.padding_side
-        self._pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+        self._pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows that have `input_ids` and `labels`, IGNORE_INDEX where nothing is learnt."""

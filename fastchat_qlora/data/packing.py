@@ -55,7 +55,8 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int, seed: int) -> None:
-        self._lengths, self._capacity, self._seed = np.asarray(lengths), capacity, seed
+        self.capacity = capacity
+        self._lengths, self._seed = np.asarray(lengths), seed
         self._epoch = 0
         self._count = len(pack(self._lengths, capacity))
 
@@ -69,7 +70,7 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self._seed, self._epoch))
         order = random.permutation(len(self._lengths))
-        rows = pack(self._lengths[order], self._capacity)
+        rows = pack(self._lengths[order], self.capacity)
         for row in random.permutation(len(rows)).tolist():
             yield order[rows[row]].tolist()
 

@@ -9,7 +9,9 @@ Llama in bf16 with adapters on all linear layers and no dropout it comes to the 
 and layer that one finds by hand (h: hidden size, k: key heads times head size, f: size of the MLP).
 """
 
+import contextlib
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastchat_qlora.model.adapter import trainable_parameters
 from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, why_plain
 
-TRACED_TOKENS = 64
-TRACED = "traced"
-"""The name of `_traced_attention` among transformers' attention functions."""
+TRACED_TOKENS = (64, 128)
+"""Rows that are sent through; what the longer one costs more is what its tokens cost, without what is there once."""
+
+KEPT_BY_ATTENTION = ("inputs", "inputs and output", "inputs and output, which is copied")
+"""What attention keeps: recomputing all, as in blocks on a CPU; a fused kernel; one called for each conversation."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits with double quantisation: half a byte; one byte for the scale of each block of 64; the scale
@@ -59,8 +63,9 @@ class Model(NamedTuple):
         token: what a token costs.
         weights: bytes of the frozen base.
         trained: numbers that are trained.
-        head_work: bytes while losses are computed: logits of one chunk, or of `head_tokens` whole.
-        head_is_chunked: which of the two.
+        targets: for each token.
+        target_work: bytes for each target whose loss is being computed.
+        chunk: how many targets that are at once; all of them if None.
         dequantised: bytes of the largest 4-bit weight, unpacked.
     """
 
@@ -68,8 +73,9 @@ class Model(NamedTuple):
     token: TokenBytes
     weights: float
     trained: int
-    head_work: float
-    head_is_chunked: bool
+    targets: float
+    target_work: float
+    chunk: int | None
     dequantised: float
 
 
@@ -93,30 +99,31 @@ class Need(NamedTuple):
         return self.total - self.weights - self.adapter
 
 
-def _traced_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Stands in for a fused attention kernel: keeps what FlashAttention keeps, and computes nothing."""
-    kept: torch.Tensor = _Keep.apply(query, key, value)  # type: ignore[no-untyped-call]
-    return kept, None
+def _traced_attention(kept: str) -> Callable[..., tuple[torch.Tensor, None]]:
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Stands in for a kernel: keeps what it keeps, and computes nothing."""
+        output: torch.Tensor = _Keep.apply(query, key, value, kept != KEPT_BY_ATTENTION[0])  # type: ignore[no-untyped-call]
+        return output.clone() if kept == KEPT_BY_ATTENTION[2] else output, None
+
+    return attend
 
 
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, with_output: bool
+    ) -> torch.Tensor:
         rows, heads, tokens, _ = query.shape
         output = torch.empty((rows, tokens, heads, value.shape[-1]), dtype=query.dtype, device=query.device)
         sums = torch.empty((rows, heads, tokens), dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, output, sums)
+        ctx.save_for_backward(query, key, value, *([output, sums] if with_output else []))
         return output
 
 
-AttentionInterface.register(TRACED, _traced_attention)
+for name in KEPT_BY_ATTENTION:
+    AttentionInterface.register(name, _traced_attention(name))
 
 
 def profile(model: Any, *, supervised_share: float, quantised: str = "", device_type: str = "cpu") -> Model:
@@ -138,15 +145,17 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
     chunked = not why_plain(model)
     vocabulary = head.weight.shape[0]
     logits = vocabulary * (4 + size if chunked and size < 4 else 8 if chunked else 12 + 2 * size)
-    chunk = chunk_length(vocabulary, device_type)
+    on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
+    base.set_attn_implementation(on_cpu if device_type == "cpu" else KEPT_BY_ATTENTION[1])
     token, layers = _trace(model, supervised_share)
     return Model(
         layers=layers,
         token=token,
         weights=weights,
         trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
-        head_work=float(logits * chunk if chunked else logits * supervised_share),
-        head_is_chunked=chunked,
+        targets=supervised_share,
+        target_work=float(logits),
+        chunk=chunk_length(vocabulary, device_type) if chunked else None,
         dequantised=float(largest * size if quantised else 0),
     )
 
@@ -172,7 +181,8 @@ def need(
     activations = tokens * (token.outside + kept * token.layer + checkpointed * token.carried)
     recomputed = max(0.0, tokens * token.layer * (1 - kept)) if checkpointed else 0.0
     # The gradients that one MLP has at once on its way back: of the product, of the gate and of the other factor.
-    work = max(recomputed + 3 * tokens * token.widest, model.head_work * (1 if model.head_is_chunked else tokens))
+    at_once = min(tokens * model.targets, model.chunk or math.inf)
+    work = max(recomputed + 3 * tokens * token.widest, at_once * model.target_work)
     state = next((STATE_BYTES[n] for n in sorted(STATE_BYTES, key=len, reverse=True) if optimizer.startswith(n)), 8)
     return Need(
         weights=model.weights,
@@ -213,33 +223,40 @@ def _weight_bytes(base: PreTrainedModel, quantised: str) -> tuple[float, int]:
 
 
 def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
-    """Send TRACED_TOKENS through the model and count what is kept, in the layers and outside of them."""
+    """Send two rows through the model and compare what is kept, in the layers and outside of them."""
     base: PreTrainedModel = model.get_base_model()
-    base.set_attn_implementation(TRACED)
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    count = _SavedBytes(base)
+    head = None if why_plain(model) else install_loss_head(model)
+    model.train()
+    short, long = (_count_kept(model, layers, head, tokens, supervised_share) for tokens in TRACED_TOKENS)
+    more = TRACED_TOKENS[1] - TRACED_TOKENS[0]
+    inside, outside, widest = ((b - a) / more for a, b in zip(short, long, strict=True))
+    carried = base.config.get_text_config().hidden_size * base.dtype.itemsize
+    return TokenBytes(inside / max(1, len(layers)), carried, outside, widest), len(layers)
+
+
+def _count_kept(
+    model: Any, layers: Sequence[torch.nn.Module], head: LossHead | None, tokens: int, supervised_share: float
+) -> tuple[int, int, int]:
+    """Bytes kept for one row in the layers and outside of them, and those of the widest output of a linear layer."""
+    count = _SavedBytes(model)
     hooks = [layer.register_forward_pre_hook(lambda *_: count.enter()) for layer in layers]
     hooks += [layer.register_forward_hook(lambda *_: count.leave()) for layer in layers]
-    wide = _WidestOutput(base)
-    head: LossHead | None = None if why_plain(model) else install_loss_head(model)
-    ids = torch.zeros((1, TRACED_TOKENS), dtype=torch.long, device="meta")
-    targets = torch.zeros(round(supervised_share * TRACED_TOKENS), dtype=torch.long, device="meta")
-    model.train()
-    with count:
-        if head is None:
+    linear = [module for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    hooks += [module.register_forward_hook(count.look) for module in linear]
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    targets = torch.zeros(round(supervised_share * tokens), dtype=torch.long, device="meta")
+    try:
+        with count, head.expecting(targets, targets) if head else contextlib.nullcontext():
             model(input_ids=ids, position_ids=ids, use_cache=False)
-        else:
-            with head.expecting(targets, targets):
-                model(input_ids=ids, position_ids=ids, use_cache=False)
-    for hook in [*hooks, *wide.hooks]:
-        hook.remove()
-    carried = base.config.get_text_config().hidden_size * base.dtype.itemsize
-    inside = count.inside / max(1, len(layers)) / TRACED_TOKENS
-    return TokenBytes(inside, carried, count.outside / TRACED_TOKENS, wide.size / TRACED_TOKENS), len(layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count.inside, count.outside, count.widest
 
 
 class _SavedBytes:
-    """Counts the memory that autograd keeps: each storage once, weights and buffers not at all.
+    """Counts the bytes that autograd keeps: each storage once, weights and buffers not at all.
 
     Args:
         model: whose weights and buffers are left out.
@@ -250,8 +267,12 @@ class _SavedBytes:
         self._known = {tensor.untyped_storage()._cdata for tensor in own}
         self._alive: list[Any] = []  # an address is used again once its tensor has gone
         self._in_layer = False
-        self.inside = self.outside = 0
+        self.inside = self.outside = self.widest = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def look(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """See an output of a linear layer."""
+        self.widest = max(self.widest, output.numel() * output.element_size())
 
     def enter(self) -> None:
         self._in_layer = True
@@ -275,20 +296,3 @@ class _SavedBytes:
                 (self.inside + size, self.outside) if self._in_layer else (self.inside, self.outside + size)
             )
         return tensor
-
-
-class _WidestOutput:
-    """The bytes of the largest output of a linear layer within the layers of a model."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.size = 0
-        self.hooks = [
-            module.register_forward_hook(self._look)
-            for layer in base.modules()
-            if isinstance(layer, GradientCheckpointingLayer)
-            for module in layer.modules()
-            if isinstance(module, torch.nn.Linear)
-        ]
-
-    def _look(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.size = max(self.size, output.numel() * output.element_size())

@@ -17,9 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.arguments import TrainingArguments
+from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.model.loss import chunk_length
 from fastchat_qlora.training.checkpoint import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
@@ -63,11 +65,14 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else args.per_device_train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
+    unit = "rows" if isinstance(trainer.train_dataset, PackedRows) else "conversations"
     return {
         "strategy": _strategy(trainer.model_wrapped, engine),
         "devices": _devices(args.device),
-        "compute dtype": dtype_name(_compute_dtype(model, engine)),
+        "compute dtype": dtype_name(_compute_dtype(model, engine)) + ", by autocast" * _autocasts(trainer),
         "attention": str(model.config._attn_implementation),
+        "rows": _rows(trainer),
+        "loss": _loss(trainer),
         "quantised layers": _quantised(model),
         "base weights": _base_weights(model),
         "adapter": _adapter(model),
@@ -75,8 +80,8 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
         "gradient clipping": str(engine.gradient_clipping() if engine else args.max_grad_norm),
         "offload": _offload(trainer, engine),
         "checkpointing": _checkpointing(model),
-        "batch": f"{micro} rows x {accumulation} accumulated x {args.world_size} processes "
-        f"= {micro * accumulation * args.world_size} rows a step",
+        "batch": f"{micro} x {accumulation} accumulated x {args.world_size} processes "
+        f"= {micro * accumulation * args.world_size} {unit} a step",
     }
 
 
@@ -89,6 +94,24 @@ def _strategy(wrapped: torch.nn.Module, engine: Any) -> str:
         return "FSDP2"
     replicated = engine or isinstance(wrapped, DistributedDataParallel)
     return "DDP" if replicated and dist.get_world_size() > 1 else "one process"
+
+
+def _autocasts(trainer: LoraTrainer) -> bool:
+    return bool(trainer.accelerator.native_amp)
+
+
+def _rows(trainer: LoraTrainer) -> str:
+    padded = "conversations end to end" if trainer.data_collator.padding_free else "padded to the longest conversation"
+    packed = isinstance(trainer.train_dataset, PackedRows)
+    return f"packed up to {trainer.train_dataset.sampler.capacity} tokens, {padded}" if packed else padded
+
+
+def _loss(trainer: LoraTrainer) -> str:
+    head = trainer.loss_head
+    if head is None:
+        return "from the logits of all supervised positions"
+    chunk = chunk_length(head.out_features, trainer.args.device.type)
+    return f"from the logits of {chunk:,} supervised positions at a time, with the gradient in the same pass"
 
 
 def _devices(device: torch.device) -> str:

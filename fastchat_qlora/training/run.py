@@ -9,7 +9,8 @@ from zlib import crc32
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import set_seed
+from peft import LoraConfig
+from transformers import PretrainedConfig, set_seed
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import LoraArguments, RunArguments, TrainingArguments
@@ -34,7 +35,9 @@ from fastchat_qlora.model.loading import (
     load_model,
     load_tokenizer,
 )
+from fastchat_qlora.model.memory import Model
 from fastchat_qlora.model.quantization import build_quantization_config
+from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, profile_model
 from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
 from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
@@ -100,6 +103,8 @@ def train(args: RunArguments) -> Path:
         )
         require_agreement(_shared(args, dataset, checkpoint))
 
+        profile = _profile(args, config, lora_config, dtype, dataset["train"], topology)
+
         set_seed(training_args.seed)  # the adapter's first values are random
         base = load_model(
             model_args,
@@ -123,8 +128,10 @@ def train(args: RunArguments) -> Path:
 
         run_self_test(trainer)
         effective = EffectiveSettings(trainer, topology)
-        for callback in (SelfTest(trainer), effective):
-            trainer.add_callback(callback)
+        trainer.add_callback(SelfTest(trainer))
+        if profile is not None:
+            trainer.add_callback(AutoCheckpointing(trainer, profile))
+        trainer.add_callback(effective)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()  # before anything else can go wrong
         _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
@@ -142,6 +149,29 @@ def _rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
     share = lengths.sum() / (len(rows) * capacity)
     logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
     return rows
+
+
+def _profile(
+    args: RunArguments,
+    config: PretrainedConfig,
+    lora_config: LoraConfig,
+    dtype: torch.dtype,
+    conversations: Dataset,
+    topology: Topology,
+) -> Model | str | None:
+    """What the model will need, if that is to be known."""
+    if not args.training.auto_checkpointing:
+        return None
+    lora = args.lora
+    four_bits = "double" if lora.bnb_4bit_use_double_quant else "single"
+    return profile_model(
+        config,
+        lora_config,
+        dtype,
+        supervised_share=column(conversations, "supervised").sum() / column(conversations, "length").sum(),
+        quantised="int8" if lora.load_in_8bit else four_bits if lora.q_lora else "",
+        device_type=topology.accelerator or "cpu",
+    )
 
 
 def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:

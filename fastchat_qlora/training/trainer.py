@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastchat_qlora.data.collation import ACCOUNT
+from fastchat_qlora.data.collation import ACCOUNT, largest_batch
+from fastchat_qlora.data.dataset import column
 from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.model.attention import PER_CONVERSATION
@@ -41,6 +42,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self._seen = [0, 0]  # real tokens, supervised tokens; of this process
+        self.largest_batch = 0  # tokens of the largest micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
         self.loss_head: LossHead | None = None
         if reason := why_plain(self.adapter):
@@ -98,6 +100,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         supervised = sum(account["num_supervised"] for account in accounts)
         self._seen[0] += sum(account["num_tokens"] for account in accounts)
         self._seen[1] += supervised
+        self.largest_batch = max([self.largest_batch, *(batch["input_ids"].numel() for batch in batches)])
         targets = torch.tensor(supervised, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
@@ -176,6 +179,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def adapter(self) -> PeftModel:
         """The model without what a strategy has wrapped around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def largest_possible_batch(self) -> int:
+        """The most tokens that a micro-batch of this run can have, padding included."""
+        rows, batch_size = self.train_dataset, self.args.per_device_train_batch_size
+        if isinstance(rows, PackedRows):
+            return int(batch_size * rows.sampler.capacity)
+        return largest_batch(column(rows, "length"), batch_size, padding_free=self.data_collator.padding_free)
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""

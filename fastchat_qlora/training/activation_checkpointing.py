@@ -1,0 +1,168 @@
+"""--activation_checkpointing auto: recompute no more than memory asks for."""
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastchat_qlora.arguments import TrainingArguments
+from fastchat_qlora.model import memory
+from fastchat_qlora.model.adapter import attach_adapter
+from fastchat_qlora.model.loading import build_skeleton
+from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
+
+logger = logging.getLogger(__name__)
+
+USABLE = {"cpu": 0.8}
+"""How much of the free memory a step may be planned to take; on a CPU others want some too."""
+USABLE_ELSEWHERE = 0.92
+GIB = 2**30
+
+
+def profile_model(
+    config: PretrainedConfig, lora_config: LoraConfig, dtype: torch.dtype, **how: Any
+) -> memory.Model | str:
+    """What the model of a run will need, before any of its weights is loaded; or why that cannot be told.
+
+    Args:
+        config: of the base model.
+        lora_config: of the adapter.
+        dtype: that the base computes in.
+        how: further arguments of memory.profile.
+    """
+    skeleton = build_skeleton(copy.deepcopy(config))
+    if skeleton is None:
+        return "the model's code lies outside transformers"
+    try:
+        return memory.profile(attach_adapter(skeleton.to(dtype), copy.deepcopy(lora_config)), **how)
+    except Exception as error:  # models fail in as many ways as there are authors
+        return f"the model cannot be run without weights: {' '.join(str(error).split())[:200]}"
+
+
+class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Checkpoint the fewest layers with which a step fits, say why, and look again after the first step.
+
+    Args:
+        trainer: set up, without checkpointing.
+        model: from profile_model.
+    """
+
+    def __init__(self, trainer: LoraTrainer, model: memory.Model | str) -> None:
+        self._trainer, self._model = trainer, model
+        self._tokens = self._checkpointed = 0
+        self._available = self._held = self._peak_before = 0.0
+        self._measured = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide by what is free now that weights and adapter are where they stay; a collective operation."""
+        if isinstance(self._model, str):
+            count = len(_layers(self._trainer))
+            logger.warning(f"Activation checkpointing: on, for what the run needs cannot be told: {self._model}.")
+            checkpoint_layers(self._trainer, count)
+            return
+        device = args.device
+        self._tokens = self._trainer.largest_possible_batch()
+        self._available = free_bytes(device) * USABLE.get(device.type, USABLE_ELSEWHERE)
+        self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
+        self._apply(self._choose(scale=1.0), "")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Correct the estimate by what the first step has needed; a collective operation."""
+        if self._measured or isinstance(self._model, str):
+            return
+        self._measured = True
+        scale, peak = 1.0, peak_memory_mib(args.device)
+        if peak > self._peak_before:  # else loading took more, and the step may have needed anything less
+            foreseen = self._need(self._trainer.largest_batch, self._checkpointed)
+            fixed = foreseen.optimizer + 2 * self._model.dequantised
+            scale = max(0.5, (peak * 2**20 - self._held - fixed) / (foreseen.of_a_step - fixed))
+        count = self._choose(scale)
+        if count != self._checkpointed:
+            self._apply(count, f" (the first step needed {scale:.2f} times what was foreseen)")
+
+    def _need(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.Need:
+        assert not isinstance(self._model, str)
+        return memory.need(self._model, tokens, checkpointed, scale=scale, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        sharded = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
+        shards = self._trainer.args.world_size if sharded else 1
+        return {"optimizer": str(self._trainer.args.optim.value), "shards": shards}
+
+    def _choose(self, scale: float) -> int:
+        """The same in all processes: layers that are recomputed are gathered again by all that share their weights."""
+        assert not isinstance(self._model, str)
+        count = memory.fewest_checkpointed(self._model, self._tokens, self._available, scale=scale, **self._how())
+        chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
+        self._fits = count is not None
+        self._scale = scale
+        return int(self._trainer.accelerator.gather(chosen).max())
+
+    def _apply(self, count: int, because: str) -> None:
+        assert not isinstance(self._model, str)
+        self._checkpointed = count
+        checkpoint_layers(self._trainer, count)
+        need = self._need(self._tokens, count, self._scale)
+        line = (
+            f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
+            f"{self._tokens:,} tokens needs {need.of_a_step / GIB:.2f} GiB (activations "
+            f"{need.activations / GIB:.2f}, work {need.work / GIB:.2f}, gradients and optimizer "
+            f"{need.optimizer / GIB:.2f}) of the {self._available / GIB:.2f} GiB that it may take."
+        )
+        if self._fits:
+            logger.info(line)
+        else:
+            logger.warning(f"{line} It may run out of memory: lower --per_device_train_batch_size.")
+
+
+def _layers(trainer: LoraTrainer) -> list[GradientCheckpointingLayer]:
+    return [module for module in trainer.adapter.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
+    """Checkpoint the first layers of a model and no others."""
+    base = trainer.adapter.get_base_model()
+    layers = _layers(trainer)
+    if count and not any(layer.gradient_checkpointing for layer in layers):
+        kwargs = dict(trainer.args.gradient_checkpointing_kwargs or {})
+        # Called so since transformers 5.22 or so; the other name goes with version 6.
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable(kwargs)
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that this process may still take: of its device, or its share of what the machine has left."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
+    # DeepSpeed's launcher tells the number of processes of a machine under the first name, torch's under the second.
+    neighbours = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return float(min(psutil.virtual_memory().available, _left_in_container()) / neighbours)
+
+
+def _left_in_container() -> float:
+    """Bytes up to the limit of this process's control group; no limit where there is none (Linux, cgroup v2)."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return float("inf") if limit == "max" else float(limit) - float(used)
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def held_bytes(device: torch.device) -> float:
+    """Memory that this process holds now: on the device, or resident on the CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    return float(psutil.Process().memory_info().rss)
