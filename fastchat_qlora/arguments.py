@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
@@ -129,6 +130,16 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "The older name of activation_checkpointing."}
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each repeated layer by itself with torch.compile; pays on a GPU, in runs of many steps."
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that make batches; by default 2 beside an accelerator and none on the CPU."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log; waits for the device at every batch."},
@@ -143,7 +154,12 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         given = [value for value in (self.activation_checkpointing, self.gradient_checkpointing) if value is not None]
         self.auto_checkpointing = not given
         self.activation_checkpointing = self.gradient_checkpointing = bool(given and given[0])
+        on_accelerator = not self.use_cpu and torch.accelerator.is_available()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if on_accelerator else 0
         super().__post_init__()
+        if on_accelerator and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # batches are copied while the device computes
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second until v6
             if hasattr(self, name):
                 setattr(self, name, {"use_reentrant": USE_REENTRANT} | (getattr(self, name) or {}))

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.collation import ACCOUNT, largest_batch
@@ -50,6 +51,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             self.loss_head = install_loss_head(self.adapter)
         base = self.adapter.get_base_model()
+        if self.args.compile_layers:
+            compile_layers(base)
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -137,7 +140,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What of a batch the model is given."""
         others = {*TARGETS, *ACCOUNT, "conversation"}
-        if self.adapter.config._attn_implementation != PER_CONVERSATION:
+        if self.adapter.config._attn_implementation != PER_CONVERSATION or self.args.compile_layers:
+            # To compiled code every new tuple of integers is another program.
             others.add("conversation_lengths")
         return {name: value for name, value in batch.items() if name not in others}
 
@@ -192,6 +196,17 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         seen = torch.tensor(self._seen, device=self.args.device)
         real, supervised = self.accelerator.reduce(seen, reduction="sum").tolist()
         return int(real), int(supervised)
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Have each repeated layer compiled by itself when it is first called: the code of one serves all of them.
+
+    Names of modules and tensors stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile()
+    logger.info(f"{len(layers)} layers are compiled with the first batches, which takes some minutes.")
 
 
 def peak_memory_mib(device: torch.device) -> float:
