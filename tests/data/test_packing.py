@@ -102,7 +102,7 @@ def test_a_batch_of_rows_is_their_conversations() -> None:
     rows = list(dataset.sampler)
     assert len(dataset) == len(rows)
     assert [c["name"] for c in dataset[rows[0]]] == rows[0]
-    assert [c["name"] for c in dataset.__getitems__(rows[:3])] == sum(rows[:3], [])
+    assert [c["name"] for c in dataset.__getitems__(rows[:3])] == [*rows[0], *rows[1], *rows[2]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
