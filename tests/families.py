@@ -139,7 +139,13 @@ class Padding:
 
 def make_trainer(model: PeftModel, folder: Path, layout: str = "end to end", **kwargs: Any) -> LoraTrainer:
     """A trainer around it, batches laid out as said: end to end, padded on the right, padded on the left."""
-    flags = {"model_name_or_path": "-", "data_path": "-", "output_dir": folder, "disable_tqdm": True, "report_to": "none"}
+    flags = {
+        "model_name_or_path": "-",
+        "data_path": "-",
+        "output_dir": folder,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
     flags |= kwargs.pop("flags", {})
     arguments = parse_args([text for name, value in flags.items() for text in (f"--{name}", str(value))])
     side = "left" if layout.endswith("left") else "right"
