@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -72,7 +73,8 @@ def make_base(
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model.load_state_dict(_weights(family))
+    if "vocab_size" not in changes:
+        model.load_state_dict(_weights(family))
     return model.to(dtype)
 
 
@@ -153,6 +155,22 @@ def make_trainer(model: PeftModel, folder: Path, layout: str = "end to end", **k
     trainer = LoraTrainer(model=model, args=arguments.training, data_collator=collator, **kwargs)
     trainer.state.max_steps = 10  # it is asked for batches without having been started
     return trainer
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that was made meanwhile; views of what there was are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return result
 
 
 def conversation(length: int, seed: int, learnt: float = 0.6) -> dict[str, list[int]]:
