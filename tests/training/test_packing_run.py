@@ -32,6 +32,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
         watching = False
 
     def test_first(trainer: Any) -> None:
+        Watched.watching = False
         run_self_test(trainer)
         Watched.watching = True
 
@@ -71,7 +72,7 @@ def test_a_resumed_run_goes_on_with_the_rows_it_would_have_had(
     tensors = load_file(straight / "adapter_model.safetensors")
     for step in (2, per_epoch + 1 + (per_epoch + 1) % 2):  # in the middle of each epoch
         assert step % per_epoch
-        stopped = tmp_path / f"stopped at {step}"
+        stopped = tmp_path / f"stopped-{step}"
         shutil.copytree(straight / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
         rows.clear()
         assert main(["train", *command(model_folder, alphabet, stopped, **flags)]) == 0
