@@ -1,12 +1,12 @@
 """Conversations of one batch: what is learnt where, and what lies between them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from families import Padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -17,24 +17,6 @@ from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 
 LAYOUTS = ("end to end", "padded on the right", "padded on the left")
-
-
-class Padding:
-    """All that a collator asks of a tokenizer, without one: hypothesis draws many batches."""
-
-    def __init__(self, side: str) -> None:
-        self.padding_side = side
-
-    def pad(self, features: Sequence[dict[str, Any]], pad_to_multiple_of: int, **_: Any) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in features)
-        width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-        ids, mask = (torch.zeros(len(features), width, dtype=torch.long) for _ in range(2))
-        for i, row in enumerate(features):
-            length = len(row["input_ids"])
-            place = slice(0, length) if self.padding_side == "right" else slice(width - length, width)
-            ids[i, place] = torch.tensor(row["input_ids"])
-            mask[i, place] = 1
-        return {"input_ids": ids, "attention_mask": mask}
 
 
 def collator(tokenizer: Any, layout: str) -> Collator:
@@ -69,7 +51,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
 def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: list[dict[str, Any]]) -> None:
     """A first token has nothing of its own before it: in a row of several its neighbour's last one would be."""
-    batch = collator(Padding("right"), layout)(rows)
+    batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
     assert [batch[name] for name in ACCOUNT] == [
         sum(len(row["input_ids"]) for row in rows),
@@ -82,7 +64,7 @@ def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: lis
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
 def test_end_to_end_is_all_tokens_and_where_they_meet(rows: list[dict[str, Any]]) -> None:
-    batch = collator(Padding("right"), "end to end")(rows)
+    batch = collator(Padding(), "end to end")(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     assert batch["input_ids"].tolist() == [[token for row in rows for token in row["input_ids"]]]
     assert batch["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]

@@ -84,6 +84,7 @@ def test_evaluation_is_the_same_however_batches_are_laid_out(family: str, tmp_pa
             flags = {"per_device_eval_batch_size": rows}
             trainer = make_trainer(model, tmp_path, layout, eval_dataset=data, flags=flags)
             evaluated.append(trainer.evaluate()["eval_loss"])
+            assert trainer.evaluate()["eval_loss"] == evaluated[-1], "each time from the start"
     model = make_trainer(our_peft(make_base(family)).eval(), tmp_path).model
     total = targets = 0.0
     for row in CONVERSATIONS:
