@@ -105,6 +105,10 @@ class DataArguments:
     )
 
 
+BARE_IS_TRUE = {"nargs": "?", "const": True}
+"""For argparse: a boolean flag without a value, which HfArgumentParser does not see where the default is None."""
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  # transformers is untyped
     """transformers' TrainingArguments with FastChat's defaults and additions."""
@@ -124,11 +128,12 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         default=None,
         metadata={
             "help": "Compute activations again in backward rather than keep them: True, False, or auto (the default): "
-            "in as few layers as the device's memory asks for."
+            "in as few layers as the device's memory asks for.",
+            **BARE_IS_TRUE,
         },
     )
     gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "The older name of activation_checkpointing."}
+        default=None, metadata={"help": "The older name of activation_checkpointing.", **BARE_IS_TRUE}
     )
     compile_layers: bool = field(
         default=False,

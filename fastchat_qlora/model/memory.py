@@ -136,9 +136,12 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         device_type: of the run's device, which decides on the size of a chunk of logits.
 
     Raises:
-        Exception: whatever a model raises that cannot be run in this way.
+        ValueError: what its attention keeps grows with the square of a conversation's length.
+        Exception: whatever else a model raises that cannot be run in this way.
     """
     base: PreTrainedModel = model.get_base_model()
+    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
+        raise ValueError("attention whose scores are capped keeps them all, so that a token has no price of its own")
     head = base.get_output_embeddings()
     size = base.dtype.itemsize
     weights, largest = _weight_bytes(base, quantised)

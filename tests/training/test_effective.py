@@ -28,7 +28,7 @@ def test_one_process(model_folder: Path, data_file: Path, tmp_path: Path) -> Non
 
 
 def test_packed_rows_and_a_trained_head(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    flags = {"max_steps": 1, "packing": True, "model_max_length": 128, "modules_to_save": ["lm_head"], "bf16": True}
+    flags = {"max_steps": 1, "packing": True, "model_max_length": 128, "modules_to_save": "lm_head", "bf16": True}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
     assert settings["rows"] == "packed up to 128 tokens, conversations end to end"
     assert settings["batch"] == "2 x 1 accumulated x 1 processes = 2 rows a step"
