@@ -216,7 +216,8 @@ def problems(row: Row, processes: int) -> list[str]:
         found.append(f"loss differs by {row.loss_difference:.1e}")
     if row.gradient_difference > GRADIENT_TOLERANCE[precision]:
         found.append(f"gradient norm differs by {row.gradient_difference:.1e}")
-    if row.logits_difference > (1e-5 if precision.endswith("fp32") else 2**-8):
+    # In bf16 the live model rounds elsewhere than plain PEFT does: other attention, one operation where PEFT has three.
+    if row.logits_difference > (1e-5 if precision.endswith("fp32") else 2**-7):
         found.append(f"PEFT's logits differ from the live model's by {row.logits_difference:.1e}")
     if strategy in SHARDED and processes > 1 and row.held > 0.6 * row.whole:
         found.append(f"holds {row.held} of {row.whole} bytes of the base")

@@ -87,7 +87,8 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
     """What was read back from the live objects is what was asked for."""
     assert settings["compute dtype"] == ("float32" if case.precision == "LoRA fp32" else "bfloat16")
     assert settings["checkpointing"] == ("2 of 2 layers, not reentrant" if case.checkpointing else "off")
-    assert settings["batch"] == "1 rows x 2 accumulated x 2 processes = 4 rows a step"
+    assert settings["batch"] == "1 x 2 accumulated x 2 processes = 4 conversations a step"
+    assert (settings["rows"], settings["attention"]) == ("conversations end to end", "per_conversation")
     assert settings["devices"].startswith("2 x cpu on ")
     offload = "optimizer on cpu, parameters on cpu"
     assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
