@@ -17,8 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.collation import ACCOUNT, largest_batch
-from fastchat_qlora.data.dataset import column
-from fastchat_qlora.data.packing import PackedRows
+from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.model.attention import PER_CONVERSATION
 from fastchat_qlora.model.loading import get_compute_dtype
