@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,9 @@ sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
 from launching import free_port
 from stand_in import CHATML as CHATML
 from stand_in import SMALL, make_model, make_tokenizer
+
+# A second thread is waited for rather than used by models of two layers: fifty times as long on a busy machine.
+torch.set_num_threads(1)
 
 CONVERSATIONS = [
     [("human", "Who are you?"), ("gpt", "I'm Pellico.")],

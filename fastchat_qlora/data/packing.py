@@ -93,6 +93,14 @@ class PackedRows(torch.utils.data.Dataset[list[Any]]):
         self.conversations = conversations
         self.sampler = sampler
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next.
+
+        Of several processes each has its share of the rows, and on a resume in the middle of an epoch accelerate finds
+        no way through to the sampler and turns to the dataset (1.15, `DataLoaderShard.set_epoch`).
+        """
+        self.sampler.set_epoch(epoch)
+
     def __len__(self) -> int:
         return len(self.sampler)
 

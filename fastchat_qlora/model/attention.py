@@ -164,7 +164,7 @@ def _fits_varlen(query: torch.Tensor, value: torch.Tensor, conversations: int) -
     if query.device.type != "cuda" or query.dtype not in HALF or _varlen_attn() is None:
         return False
     _, heads, tokens, width = query.shape
-    numbers = (tokens + 128 * conversations) * heads * (width + 31) // 32 * 32
+    numbers = (tokens + 128 * conversations) * heads * ((width + 31) // 32 * 32)
     capable = torch.cuda.get_device_capability(query.device) >= (8, 0) and torch.version.hip is None
     return capable and width == value.shape[-1] and width <= 256 and width % 8 == 0 and numbers < LARGEST_INDEX
 

@@ -6,6 +6,7 @@ backward), 67 ms against 47 ms for 1,024 tokens, 42 against 22 for 700, 11.3 aga
 kernel keeps up.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ class _BlockAttention(torch.autograd.Function):
             grad = block.by_key_head(grad_outputs[0][0, :, block.queries])
             grad_value[:, block.keys] += weights.transpose(1, 2) @ grad
             grad_weights = grad @ value[0, :, block.keys].transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            grad_query[0, :, block.queries] = (grad_scores @ key[0, :, block.keys]).view_as(block.query)
-            grad_key[:, block.keys] += grad_scores.transpose(1, 2) @ block.by_key_head(block.query)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_query[0, :, block.queries] = _product(grad_scores, block.key, ctx.scale).view_as(block.query)
+            grad_key[:, block.keys] += _product(grad_scores.transpose(1, 2), block.by_key_head(block.query), ctx.scale)
         return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
 
 
@@ -75,24 +76,35 @@ class _Block:
     ) -> None:
         first = 0 if window is None else max(0, start - window + 1)
         self.queries, self.keys = slice(start, end), slice(first, end)
-        self.query = query[0, :, self.queries]
-        self._key, self._scale = key[0, :, self.keys], scale
-        distance = torch.arange(start, end)[:, None] - torch.arange(first, end)
+        self.query, self.key = query[0, :, self.queries], key[0, :, self.keys]
+        self._scale = scale
         # Only these columns hold a score that does not count: the last ones, or with a window any.
         self._masked = slice(start - first if window is None else 0, None)
-        allowed = (distance >= 0) & (distance < (window or end))
-        self._forbidden = ~allowed[:, self._masked]
+        ahead = 0 if window is None else start - first
+        self._forbidden = _forbidden(end - start, ahead, window)
 
     def by_key_head(self, tensor: torch.Tensor) -> torch.Tensor:
         """(heads, queries, width) -> (key heads, heads per key head x queries, width)."""
-        return tensor.reshape(len(self._key), -1, tensor.shape[-1])
+        return tensor.reshape(len(self.key), -1, tensor.shape[-1])
 
     def weights(self) -> torch.Tensor:
         """Attention weights, shape (key heads, heads per key head x queries, keys)."""
-        scores = (self.by_key_head(self.query) * self._scale) @ self._key.transpose(1, 2)
+        scores = _product(self.by_key_head(self.query), self.key.transpose(1, 2), self._scale)
         each = scores.view(len(self.query), -1, scores.shape[-1])  # by head
         each[..., self._masked].masked_fill_(self._forbidden, -torch.inf)
         return scores.softmax(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _forbidden(queries: int, ahead: int, window: int | None) -> torch.Tensor:
+    """Which query must not see which key, shape (queries, ahead + queries); `ahead` keys lie before the first query."""
+    distance = torch.arange(ahead, ahead + queries)[:, None] - torch.arange(ahead + queries)
+    return (distance < 0) | (distance >= (window or ahead + queries))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * (a @ b) in one pass."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float, window: int | None) -> list[_Block]:

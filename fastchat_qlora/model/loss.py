@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-LOGITS_BYTES = {"cpu": 2**26}
-"""How large the fp32 logits of a chunk may become, by type of device: on the CPU so that they stay near the caches."""
+LOGITS_BYTES = {"cpu": 2**24}
+"""How large the fp32 logits of a chunk may become, by type of device: on the CPU so that they stay near the caches. For
+820 targets of SmolLM2 one core took 0.69, 0.61, 0.65 and 0.78 s with 64, 32, 16 and 8 MiB."""
 
 LOGITS_BYTES_ELSEWHERE = 2**29
 """On an accelerator so that a chunk keeps it busy: 1,000 tokens at a vocabulary of 128k."""

@@ -18,6 +18,9 @@ from fastchat_qlora.training.trainer import LoraTrainer
 PROBE = torch.arange(3, 40)[None]
 """Token ids, shape (1, 37); every vocabulary has them."""
 
+BOUNDARIES = torch.tensor([0, PROBE.numel()], dtype=torch.int32)
+"""It is one conversation."""
+
 
 class ObservedTrainer(LoraTrainer):
     """Looks at the live model whenever an adapter is saved."""
@@ -29,7 +32,9 @@ class ObservedTrainer(LoraTrainer):
         model, was_training = self.model_wrapped, self.model.training
         model.eval()
         with torch.no_grad():
-            logits = model(input_ids=PROBE.to(self.args.device)).logits
+            device = self.args.device
+            boundaries = {"cu_seq_lens_q": BOUNDARIES.to(device), "max_length_q": PROBE.numel()}
+            logits = model(input_ids=PROBE.to(device), **boundaries).logits
         model.train(was_training)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.conversation import get_template
-from fastchat_qlora.data.dataset import Collator, DataSource, build_dataset
+from fastchat_qlora.data.dataset import DataSource, build_dataset
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -576,49 +576,3 @@ class TestTemplate:
         train = build(data_file, tokenizer, tmp_path, conv_template="vicuna")["train"]
         assert tokenizer.bos_token_id not in train[0]["input_ids"]
         self.assert_serves(train[0], CONVERSATIONS[0], tokenizer)
-
-
-class TestCollator:
-    """Rows of one batch get one length; what is added is neither seen nor learnt."""
-
-    @pytest.mark.parametrize("side", ["right", "left"])
-    def test_padding(self, side: str, tokenizer: PreTrainedTokenizerFast) -> None:
-        """The mask goes by length: both rows hold the padding token itself and keep seeing it."""
-        tokenizer.padding_side = side
-        pad = tokenizer.pad_token_id
-        rows: list[dict[str, Any]] = [
-            {"input_ids": [5, pad, pad], "labels": [-100, pad, pad], "id": "ignored", "reason": ""},
-            {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
-        ]
-        batch = Collator(tokenizer)(rows)
-        assert list(batch) == ["input_ids", "attention_mask", "labels"]
-        width = batch["input_ids"].shape[1]
-        assert width >= 5
-        for i, row in enumerate(rows):
-            filling = width - len(row["input_ids"])
-            for name, values, filler in (
-                ("input_ids", row["input_ids"], pad),
-                ("attention_mask", [1] * len(row["input_ids"]), 0),
-                ("labels", row["labels"], IGNORE_INDEX),
-            ):
-                added = [filler] * filling
-                assert batch[name][i].tolist() == (values + added if side == "right" else added + values)
-
-    @pytest.mark.parametrize("lazy", [False, True])
-    def test_rows_of_a_dataset(
-        self, lazy: bool, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-    ) -> None:
-        train = build(data_file, tokenizer, tmp_path, lazy_preprocess=lazy)["train"]
-        batch = Collator(tokenizer)([train[i] for i in range(4)])
-        lengths = [len(train[i]["input_ids"]) for i in range(4)]
-        assert len({tuple(tensor.shape) for tensor in batch.values()}) == 1
-        assert batch["attention_mask"].sum(dim=1).tolist() == lengths
-        for i, length in enumerate(lengths):
-            assert batch["input_ids"][i, :length].tolist() == train[i]["input_ids"]
-            assert batch["labels"][i, :length].tolist() == train[i]["labels"]
-            assert set(batch["labels"][i, length:].tolist()) <= {IGNORE_INDEX}
-
-    def test_as_wide_as_the_longest_row_rounded_up_to_eight(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        for longest, width in ((5, 8), (8, 8), (9, 16)):
-            rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (2, longest)]
-            assert {tuple(tensor.shape) for tensor in Collator(tokenizer)(rows).values()} == {(2, width)}

@@ -11,7 +11,7 @@ from fastchat_qlora.arguments import LoraArguments, ModelArguments
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter import attach_adapter, build_lora_config, trainable_parameters
-from fastchat_qlora.model.loading import choose_attention, choose_pad_token, load_config, load_model, load_tokenizer
+from fastchat_qlora.model.loading import choose_pad_token, load_config, load_model, load_tokenizer
 from fastchat_qlora.model.quantization import build_quantization_config
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
@@ -141,14 +141,3 @@ def test_pad_token_may_be_missing(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "<|endoftext|><|im_start|><|im_end|>"  # every special token has a duty
     with pytest.raises(UserError, match="pad"):
         choose_pad_token(tokenizer)
-
-
-def test_attention_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_attention("auto", False, None) is None
-    assert choose_attention("eager", False, "cuda") == "eager"
-    assert choose_attention("auto", True, None) is None, "FlashAttention needs an accelerator; the run says so"
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
-    with pytest.raises(UserError, match="flash-attn"):
-        choose_attention("auto", True, "cuda")
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    assert choose_attention("auto", True, "cuda") == "flash_attention_2"

@@ -21,8 +21,19 @@ def test_one_process(model_folder: Path, data_file: Path, tmp_path: Path) -> Non
     assert (settings["strategy"], settings["compute dtype"]) == ("one process", "float32")
     assert settings["gradient clipping"] == "0.7"
     assert settings["optimizer"] == "AdamW, cosine schedule"
-    assert settings["batch"] == "2 rows x 3 accumulated x 1 processes = 6 rows a step"
+    assert settings["batch"] == "2 x 3 accumulated x 1 processes = 6 conversations a step"
+    assert (settings["rows"], settings["attention"]) == ("conversations end to end", "per_conversation")
+    assert settings["loss"].endswith("supervised positions at a time, with the gradient in the same pass")
     assert (settings["quantised layers"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
+
+
+def test_packed_rows_and_a_trained_head(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags = {"max_steps": 1, "packing": True, "model_max_length": 128, "modules_to_save": ["lm_head"], "bf16": True}
+    settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
+    assert settings["rows"] == "packed up to 128 tokens, conversations end to end"
+    assert settings["batch"] == "2 x 1 accumulated x 1 processes = 2 rows a step"
+    assert settings["loss"] == "from the logits of all supervised positions"
+    assert settings["compute dtype"] == "bfloat16, by autocast"
 
 
 def test_qlora_with_checkpointing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

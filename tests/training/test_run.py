@@ -121,8 +121,9 @@ def test_plain_peft_gives_the_trained_models_logits(
     loaded = PeftModel.from_pretrained(base, output).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
     ids = tokenizer("Who are you? I'm Pellico.", return_tensors="pt").input_ids
+    row = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32), "max_length_q": ids.shape[1]}
     with torch.no_grad():
-        difference = (live(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max()
+        difference = (live(input_ids=ids, **row).logits - loaded(input_ids=ids).logits).abs().max()
         changed = (untrained - loaded(input_ids=torch.arange(3, 40)[None]).logits).abs().max()
     assert difference < 1e-4
     assert changed > 1e-2, "the adapter does something"

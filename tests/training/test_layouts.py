@@ -1,0 +1,148 @@
+"""However conversations are laid out, each is learnt as if it were alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import (
+    FAMILIES,
+    WINDOW,
+    conversation,
+    make_base,
+    make_quantised_base,
+    make_trainer,
+    our_peft,
+    plain_peft,
+)
+from peft import PeftModel
+
+from fastchat_qlora.data.packing import PackedRows, PackingSampler
+from fastchat_qlora.model.attention import PER_CONVERSATION
+from fastchat_qlora.model.loss import LossHead
+from fastchat_qlora.training.trainer import LoraTrainer
+
+CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 2))]
+LAYOUTS = {
+    "packed": (PER_CONVERSATION, "end to end"),
+    "padding-free": (PER_CONVERSATION, "end to end"),
+    "transformers' masks": (None, "end to end"),
+    "padded on the right": (None, "padded on the right"),
+    "padded on the left": (None, "padded on the left"),
+}
+CHECKPOINTING = {
+    "kept": None,
+    "checkpointed": {"use_reentrant": False},
+}
+Learnt = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def truth(model: PeftModel) -> Learnt:
+    """Loss and gradients of transformers and PEFT, conversation by conversation."""
+    losses = []
+    for row in CONVERSATIONS:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum"))
+    targets = sum(label != -100 for row in CONVERSATIONS for label in row["labels"])
+    loss = sum(losses) / targets
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, Learnt]:
+    return {family: truth(plain_peft(make_base(family)).train()) for family in FAMILIES}
+
+
+def batch_of(trainer: LoraTrainer, layout: str) -> dict[str, Any]:
+    """All conversations as one batch; packed in rows of 24 they come in another order."""
+    if layout != "packed":
+        return trainer.data_collator(CONVERSATIONS)
+    sampler = PackingSampler([len(row["input_ids"]) for row in CONVERSATIONS], 24, seed=0)
+    rows = list(sampler)
+    assert 1 < len(rows) < len(CONVERSATIONS)
+    return trainer.data_collator(PackedRows(CONVERSATIONS, sampler).__getitems__(rows))
+
+
+def learn(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> Learnt:
+    trainer = make_trainer(model.train(), folder, LAYOUTS[layout][1])
+    if settings := CHECKPOINTING[checkpointing]:
+        model.gradient_checkpointing_enable(settings)
+        model.enable_input_require_grads()
+    (batch,), count = trainer.get_batch_samples(iter([batch_of(trainer, layout)]), 1, torch.device("cpu"))
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def require_equal(learnt: Learnt, expected: Learnt) -> None:
+    """Up to rounding in fp32: of the loss, and of each gradient as a whole."""
+    torch.testing.assert_close(learnt[0], expected[0], rtol=1e-5, atol=0)
+    assert learnt[1].keys() == expected[1].keys() and learnt[1]
+    for name, gradient in learnt[1].items():
+        assert (gradient - expected[1][name]).norm() <= 1e-5 * expected[1][name].norm(), name
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_each_conversation_alone(
+    family: str, layout: str, checkpointing: str, truths: dict[str, Learnt], tmp_path: Path
+) -> None:
+    model = our_peft(make_base(family, LAYOUTS[layout][0]))
+    require_equal(learn(model, tmp_path, layout, checkpointing), truths[family])
+    assert isinstance(model.get_output_embeddings(), LossHead) == (family != "gemma2")
+
+
+def test_with_4_bit_weights(tmp_path: Path) -> None:
+    expected = truth(plain_peft(make_quantised_base(tmp_path)).train())
+    for layout, (attention, _) in LAYOUTS.items():
+        for checkpointing in CHECKPOINTING:
+            model = our_peft(make_quantised_base(tmp_path, attention))
+            require_equal(learn(model, tmp_path, layout, checkpointing), expected)
+
+
+def test_the_models_of_these_tests_can_tell() -> None:
+    """Their windows, caps and positions matter to these conversations: without them the loss is another."""
+    without = {
+        "mistral": {"sliding_window": None},
+        "gemma2": {"attn_logit_softcapping": None},
+        "gemma3": {"sliding_window": 4 * WINDOW},
+    }
+    ids = torch.tensor([CONVERSATIONS[0]["input_ids"]])
+    for family, changes in without.items():
+        model = make_base(family)
+        logits = model(input_ids=ids).logits
+        changed = make_base(family, **changes)
+        assert (changed(input_ids=ids).logits - logits).norm() > 1e-2 * logits.norm(), family
+
+
+def losses_by_conversation(trainer: LoraTrainer, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        losses, owners = trainer._token_losses(trainer.model, batch)
+    return [losses[owners == i] for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_conversation_knows_nothing_of_its_neighbours(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit, whichever of them changes; in bf16 the CPU attends in blocks."""
+    trainer = make_trainer(our_peft(make_base(family, PER_CONVERSATION, dtype)).eval(), tmp_path)
+    before = losses_by_conversation(trainer, CONVERSATIONS)
+    for changed, row in enumerate(CONVERSATIONS):
+        other = conversation(len(row["input_ids"]), seed=100 + changed)
+        after = losses_by_conversation(
+            trainer, [*CONVERSATIONS[:changed], other | {"labels": other["input_ids"]}, *CONVERSATIONS[changed + 1 :]]
+        )
+        for i, losses in enumerate(before):
+            if i != changed:
+                assert torch.equal(after[i], losses), f"conversation {i} sees number {changed}"
+            elif losses.numel():
+                assert after[i].numel() != losses.numel() or not torch.equal(after[i], losses)

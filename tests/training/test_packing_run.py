@@ -1,0 +1,95 @@
+"""Runs on packed rows: what an epoch sees, and that a resumed run sees what it would have seen."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import sharegpt
+from safetensors.torch import load_file
+from test_run import command, losses
+
+from fastchat_qlora.cli import main
+from fastchat_qlora.data.collation import Collator
+from fastchat_qlora.training import run
+
+Row = tuple[tuple[int, ...], ...]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """What batches are made of, in order; accelerate makes one ahead, but none beyond the end of an epoch."""
+    made: list[Row] = []
+
+    class Watched(Collator):
+        def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            if self.watching:
+                made.append(tuple(tuple(row["input_ids"]) for row in rows))
+            return super().__call__(rows)
+
+        watching = False
+
+    def test_first(trainer: Any) -> None:
+        Watched.watching = False
+        run_self_test(trainer)
+        Watched.watching = True
+
+    run_self_test = run.run_self_test
+    monkeypatch.setattr(run, "Collator", Watched)
+    monkeypatch.setattr(run, "run_self_test", test_first)
+    return made
+
+
+@pytest.fixture
+def alphabet(tmp_path: Path) -> Path:
+    """Fifteen conversations, five of each length, no two alike."""
+    path = tmp_path / "alphabet.json"
+    turns = [[("human", f"Say {c}"), ("gpt", f"{c} " * (1 + 12 * (i % 3)))] for i, c in enumerate("ABCDEFGHIJKLMNO")]
+    path.write_text(json.dumps([sharegpt(each, str(i)) for i, each in enumerate(turns)]))
+    return path
+
+
+def test_a_resumed_run_goes_on_with_the_rows_it_would_have_had(
+    model_folder: Path, alphabet: Path, tmp_path: Path, rows: list[Row]
+) -> None:
+    """In the first epoch and in the second, bit for bit, with dropout."""
+    flags = {"packing": True, "model_max_length": 75, "per_device_train_batch_size": 1, "max_steps": -1}
+    flags |= {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1}
+    straight = tmp_path / "straight"
+    assert main(["train", *command(model_folder, alphabet, straight, **flags)]) == 0
+    expected = list(rows)
+    per_epoch = len(expected) // 2
+    assert per_epoch >= 5 and len(losses(straight)) == 2 * per_epoch
+    epochs = [expected[:per_epoch], expected[per_epoch:]]
+    assert epochs[0] != epochs[1] and set(epochs[0]) != set(epochs[1]), "another order and other partners"
+    for epoch in epochs:
+        assert len({text for row in epoch for text in row}) == sum(len(row) for row in epoch) == 15
+        assert any(len(row) > 1 for row in epoch)
+        assert all(sum(map(len, row)) <= 75 for row in epoch)
+
+    tensors = load_file(straight / "adapter_model.safetensors")
+    for step in (2, per_epoch + 1 + (per_epoch + 1) % 2):  # in the middle of each epoch
+        assert step % per_epoch
+        stopped = tmp_path / f"stopped-{step}"
+        shutil.copytree(straight / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
+        rows.clear()
+        assert main(["train", *command(model_folder, alphabet, stopped, **flags)]) == 0
+        assert rows == expected[step:]
+        assert losses(stopped) == losses(straight)
+        resumed = load_file(stopped / "adapter_model.safetensors")
+        assert all((resumed[name] == tensor).all() for name, tensor in tensors.items())
+
+
+def test_packed_rows_are_fewer_steps_over_the_same_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    results = {}
+    for packing in (False, True):
+        output = tmp_path / str(packing)
+        flags = {"packing": packing, "max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+        flags |= {"model_max_length": 120, "eval_split": 3}
+        assert main(["train", *command(model_folder, data_file, output, **flags)]) == 0
+        results[packing] = json.loads((output / "train_results.json").read_text())
+    assert len(losses(tmp_path / "False")) == 9 > len(losses(tmp_path / "True")) > 2
+    for name in ("tokens", "supervised_tokens"):
+        assert results[True][name] == results[False][name]

@@ -1,0 +1,133 @@
+"""What the trainer counts, learns from and evaluates, without a run around it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from families import VOCABULARY, Largest, conversation, make_base, make_trainer, our_peft
+
+from fastchat_qlora.model import loss
+from fastchat_qlora.model.attention import PER_CONVERSATION
+from fastchat_qlora.training.trainer import LoraTrainer
+
+CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 30, 12))]
+UNTAUGHT = conversation(11, seed=9, learnt=0.0)
+CPU = torch.device("cpu")
+
+
+def attention(layout: str) -> str | None:
+    return PER_CONVERSATION if layout == "end to end" else None
+
+
+def step(trainer: LoraTrainer, *micro_batches: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of an optimizer step and its gradients, with as many micro-batches."""
+    trainer.model.zero_grad()
+    loader = (trainer.data_collator(rows) for rows in micro_batches)
+    batches, count = trainer.get_batch_samples(loader, len(micro_batches), CPU)
+    total = 0.0
+    for batch in batches:
+        part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        part.backward()
+        total += part.item()
+    return total, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+LAYOUTS = ["end to end", "padded on the right"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accumulation_is_the_same_as_a_larger_batch(layout: str, tmp_path: Path) -> None:
+    """Also where one micro-batch teaches nothing at all."""
+    trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
+    rows = [*CONVERSATIONS[:3], UNTAUGHT]
+    loss_of_one, gradients = step(trainer, rows)
+    loss_of_four, summed = step(trainer, *([row] for row in rows))
+    assert loss_of_four == pytest.approx(loss_of_one, rel=1e-6)
+    assert summed.keys() == gradients.keys() != set()
+    for name, gradient in gradients.items():
+        assert (summed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_seen_are_those_of_the_data(layout: str, tmp_path: Path) -> None:
+    """Padding does not count, nor does what is not a target."""
+    trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
+    batches = [CONVERSATIONS[:2], CONVERSATIONS[2:5], [CONVERSATIONS[5], UNTAUGHT]]
+    loader = iter([trainer.data_collator(rows) for rows in batches])
+    for taken in (2, 1, 0):  # two micro-batches a step are asked for, and the data ends in the middle of one
+        micro_batches, count = trainer.get_batch_samples(loader, 2, CPU)
+        assert len(micro_batches) == taken
+        assert count == sum(len(batch["labels"]) for batch in micro_batches)
+        assert not any(isinstance(value, int) and "num_" in name for b in micro_batches for name, value in b.items())
+    rows = [*CONVERSATIONS, UNTAUGHT]
+    supervised = sum(label != -100 for row in rows for label in row["labels"])
+    assert trainer.tokens_seen() == (sum(len(row["input_ids"]) for row in rows), supervised)
+
+
+def test_a_finished_run_takes_no_batch(tmp_path: Path) -> None:
+    trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
+    trainer.state.global_step = trainer.state.max_steps
+    assert trainer.get_batch_samples(iter([trainer.data_collator(CONVERSATIONS)]), 1, CPU) == ([], None)
+    assert trainer.control.should_training_stop and trainer.tokens_seen() == (0, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_evaluation_is_the_same_however_batches_are_laid_out(family: str, tmp_path: Path) -> None:
+    """A mean over tokens, of the head's losses (Llama) and of the plain ones (Gemma-2)."""
+    data = Dataset.from_list(CONVERSATIONS)
+    evaluated = []
+    for layout in (*LAYOUTS, "padded on the left"):
+        for rows in (1, 4):
+            model = our_peft(make_base(family, attention(layout)))
+            flags = {"per_device_eval_batch_size": rows}
+            trainer = make_trainer(model, tmp_path, layout, eval_dataset=data, flags=flags)
+            evaluated.append(trainer.evaluate()["eval_loss"])
+            assert trainer.evaluate()["eval_loss"] == evaluated[-1], "each time from the start"
+    model = make_trainer(our_peft(make_base(family)).eval(), tmp_path).model
+    total = targets = 0.0
+    for row in CONVERSATIONS:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        targets += (labels != -100).sum().item()
+    assert evaluated == pytest.approx([total / targets] * 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "rows_of_logits"), [("llama", 3), ("gemma2", None)])
+def test_evaluation_keeps_no_logits(
+    family: str, rows_of_logits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor makes any but of chunks, or without a LossHead of supervised positions."""
+    vocabulary = 900
+    monkeypatch.setitem(loss.LOGITS_BYTES, "cpu", 4 * vocabulary * 3)
+    data = Dataset.from_list(CONVERSATIONS)
+    model = our_peft(make_base(family, PER_CONVERSATION, vocab_size=vocabulary))
+    flags = {"per_device_eval_batch_size": 6}
+    trainer = make_trainer(model, tmp_path, eval_dataset=data, flags=flags)
+    with Largest() as seen:
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader(), "evaluation")
+    supervised = sum(label != -100 for row in CONVERSATIONS for label in row["labels"])
+    tokens = sum(len(row["input_ids"]) for row in CONVERSATIONS)
+    assert supervised < tokens and tokens > VOCABULARY
+    assert output.predictions is None and output.label_ids is None
+    largest_activation = tokens * 96  # of the MLP
+    assert seen.numel == max((rows_of_logits or supervised) * vocabulary, largest_activation)
+
+
+def test_label_smoothing_is_that_of_the_flag(tmp_path: Path) -> None:
+    """With the head and without it."""
+    losses = {}
+    for share in (0.0, 0.3):
+        flags = {"label_smoothing_factor": share}
+        trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path, flags=flags)
+        by_head, gradients = step(trainer, CONVERSATIONS)
+        trainer.loss_head = None
+        by_logits, plain_gradients = step(trainer, CONVERSATIONS)
+        assert by_head == pytest.approx(by_logits, rel=1e-6)
+        for name, gradient in gradients.items():
+            assert (gradient - plain_gradients[name]).norm() <= 1e-5 * gradient.norm(), name
+        losses[share] = by_head
+    assert losses[0.0] != pytest.approx(losses[0.3], rel=1e-3)
