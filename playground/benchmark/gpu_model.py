@@ -94,6 +94,8 @@ def make_base(size: Size, device: torch.device, *, quantised: bool, attention: s
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
+        if device.type == "cuda":
+            model.hf_device_map = {"": device.index or 0}  # as from_pretrained leaves it
     keep_cpu_weights_trainable(model)
     if attention is not None:
         model.set_attn_implementation(attention)

@@ -46,6 +46,8 @@ PARTS = ("ceilings", "ours", "compile", "sweep", "lora", "peers", "profile")
 CONVERSATIONS = 1500
 COMPILED_MORE = 6
 """Further steps to warm up with compiled layers: some of the first few batches are of shapes that ask for new code."""
+PROFILED = 3
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -145,6 +147,13 @@ def _commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
+def steps_of(setup: Setup, plan: Plan) -> Plan:
+    """More steps to warm up where layers are compiled, and fewer to time where every kernel is written down."""
+    if setup.compiled:
+        return plan._replace(warmup=plan.warmup + COMPILED_MORE)
+    return plan._replace(steps=min(plan.steps, PROFILED)) if setup.profiled else plan
+
+
 def run_part(
     part: str, plan: Plan, conversations: dict[int, Conversations], results: Results, *, longest: int, deadline: float
 ) -> None:
@@ -158,8 +167,7 @@ def run_part(
                 print(f"{setup.name}: no time left; call again", flush=True)
                 continue
             began = time.monotonic()
-            steps = plan._replace(warmup=plan.warmup + COMPILED_MORE) if setup.compiled else plan
-            measured = measure(setup, steps, conversations[setup.capacity])
+            measured = measure(setup, steps_of(setup, plan), conversations[setup.capacity])
             measured |= {"setup": setup._asdict(), "wall_seconds": time.monotonic() - began}
             results.add("runs", setup.name, measured)
             said = measured.get("failed") or f"{measured['real_per_second']:,.0f} real tokens/s"
