@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from fastchat_qlora.data.dataset import column
+from fastchat_qlora.data.packing import column
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.text import visible
 

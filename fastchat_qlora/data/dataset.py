@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from fastchat_qlora.arguments import DataArguments
 from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
 from fastchat_qlora.data.cache import get_cache_root, get_key, hash_file, open_or_build
+from fastchat_qlora.data.packing import column
 from fastchat_qlora.data.preprocessing import Preprocessor
 from fastchat_qlora.data.readers import (
     RawRecord,
@@ -240,12 +241,6 @@ def _check_rejections(
         raise UserError(problem)
     if problem:
         logger.warning(f"Training would stop here: {problem}")
-
-
-def column(rows: Dataset, name: str) -> Any:
-    """A column of numbers as a NumPy array, of the rows that a dataset selects."""
-    values = rows.data.column(name).to_numpy()
-    return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
 
 
 def _summary(rows: Dataset, account: dict[str, Any], flag: str) -> str:

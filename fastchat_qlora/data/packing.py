@@ -7,6 +7,12 @@ import numpy as np
 import torch
 
 
+def column(rows: Any, name: str) -> Any:
+    """A column of numbers as a NumPy array, of the rows that a dataset selects."""
+    values = rows.data.column(name).to_numpy()
+    return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
+
+
 def pack(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest row that still has room for it.
 

@@ -146,9 +146,11 @@ def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _varlen_attn() -> tuple[Any, bool] | None:
-    """torch's FlashAttention for rows of several sequences, and whether it takes fewer key heads than heads.
+    """torch's FlashAttention for rows of several sequences, and whether fewer key heads than heads must be announced.
 
-    It came with torch 2.10; `window_size` with 2.11, the oldest supported here, and `enable_gqa` with 2.12.
+    It came with torch 2.10; `window_size` with 2.11, the oldest supported here, and `enable_gqa` with 2.12. The flag
+    lifts a check that 2.11 does not make: the kernel takes groups of heads in all of them (`mha_varlen_fwd` and
+    `mha_varlen_bwd` in aten's flash_api.cpp).
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -179,13 +181,10 @@ def _varlen(
     """Attention of all conversations at once; shape (tokens, heads, width)."""
     found = _varlen_attn()
     assert found is not None  # _fits_varlen has asked
-    varlen_attn, takes_groups = found
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not takes_groups:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    varlen_attn, announces_groups = found
     tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    options = {"enable_gqa": True} if groups > 1 and takes_groups else {}
+    options = {"enable_gqa": True} if announces_groups and query.shape[1] != key.shape[1] else {}
     attended: torch.Tensor = varlen_attn(
         *tokens_first, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **options
     )

@@ -14,10 +14,16 @@ LOGITS_BYTES = {"cpu": 2**24}
 LOGITS_BYTES_ELSEWHERE = 2**29
 """On an accelerator so that a chunk keeps it busy: 1,000 tokens at a vocabulary of 128k."""
 
+TILE = 128
+"""Rows that an accelerator's matrix products take at once; a chunk of a few more would leave the last tile empty."""
+
 
 def chunk_length(vocabulary: int, device_type: str) -> int:
     """How many positions have their logits computed at once."""
-    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * vocabulary))
+    length = LOGITS_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * vocabulary)
+    if device_type not in LOGITS_BYTES and length > TILE:
+        length -= length % TILE
+    return max(1, length)
 
 
 def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

@@ -83,8 +83,12 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         scale, peak = 1.0, peak_memory_mib(args.device)
         if peak > self._peak_before:  # else loading took more, and the step may have needed anything less
             foreseen = self._need(self._trainer.largest_batch, self._checkpointed)
-            fixed = foreseen.optimizer + 2 * self._model.dequantised
-            scale = max(0.5, (peak * 2**20 - self._held - fixed) / (foreseen.of_a_step - fixed))
+            unpacked = 2 * self._model.dequantised
+            in_backward = peak * 2**20 - self._held - unpacked
+            # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
+            # it is more than the state. Of a step as small as that there is nothing to learn.
+            if in_backward > foreseen.optimizer:
+                scale = max(0.5, in_backward / (foreseen.of_a_step - foreseen.optimizer - unpacked))
         count = self._choose(scale)
         if count != self._checkpointed:
             self._apply(count, f" (the first step needed {scale:.2f} times what was foreseen)")

@@ -15,8 +15,8 @@ from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import LoraArguments, RunArguments, TrainingArguments
 from fastchat_qlora.data.collation import Collator
-from fastchat_qlora.data.dataset import build_dataset, column
-from fastchat_qlora.data.packing import PackedRows, PackingSampler
+from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.packing import PackedRows, PackingSampler, column
 from fastchat_qlora.deepspeed_config import layout, offload_device
 from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError

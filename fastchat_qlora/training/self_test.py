@@ -5,12 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.arguments import TrainingArguments
-from fastchat_qlora.data.dataset import column
-from fastchat_qlora.data.packing import PackedRows
+from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import measure_leak, stock_attention
 from fastchat_qlora.model.loss import token_losses
@@ -99,7 +97,7 @@ def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
 def _two_conversations(trainer: LoraTrainer) -> list[list[int]]:
     """The first conversation and the longest one, cut short."""
     data = trainer.train_dataset
-    conversations: Dataset = data.conversations if isinstance(data, PackedRows) else data
+    conversations = data.conversations if isinstance(data, PackedRows) else data
     longest = int(np.argmax(column(conversations, "length")))
     window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
     most = window + 32 if window + 32 <= LONGEST else TOKENS

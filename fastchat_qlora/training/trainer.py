@@ -17,8 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.collation import ACCOUNT, largest_batch
-from fastchat_qlora.data.dataset import column
-from fastchat_qlora.data.packing import PackedRows
+from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.model.attention import PER_CONVERSATION
 from fastchat_qlora.model.loading import get_compute_dtype
@@ -104,7 +103,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._seen[0] += sum(account["num_tokens"] for account in accounts)
         self._seen[1] += supervised
         self.largest_batch = max([self.largest_batch, *(batch["input_ids"].numel() for batch in batches)])
-        targets = torch.tensor(supervised, device=device)
+        # Filled by the device: a copy from the host's memory would wait until the step before is done.
+        targets = torch.full((), supervised, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
         return batches, targets

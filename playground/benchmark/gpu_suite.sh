@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What this program makes of one GPU; see gpu_suite.py. At most ten minutes a call: choose parts, and keep FOLDER.
+# usage: [WHEELS=folder of wheels] [COMMIT=...] [FOLDER=...] bash playground/benchmark/gpu_suite.sh [--parts ours sweep]
+#
+# WHEELS holds bitsandbytes alone, cut down where there is a package index, for CUDA 13.0 (torch says which:
+# torch.version.cuda) as follows; bitsandbytes finds the library by its name:
+#   pip download --no-deps bitsandbytes==0.50.2 -d whole && python3 -m wheel unpack whole/bitsandbytes-*.whl -d cut
+#   find cut -name 'libbitsandbytes_*.so' ! -name '*_cuda130.so' -delete && mkdir -p wheels
+#   python3 -m wheel pack cut/bitsandbytes-0.50.2 -d wheels
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+[ -z "${WHEELS:-}" ] || python3 -m pip install --quiet --no-index --no-deps --no-compile "$WHEELS"/*.whl
+export PYTHONPATH="$PWD" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+exec python3 playground/benchmark/gpu_suite.py --folder "${FOLDER:-${OUT:-/tmp/gpu_suite}}" "$@"
