@@ -27,8 +27,9 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         (name,) = self.active_adapters
         result: torch.Tensor = self.base_layer(x)
         down, up = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
-        low = F.linear(_drop(x, self.lora_dropout[name]), down)
-        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
+        dropped, factor = _drop(x, self.lora_dropout[name])
+        low = F.linear(dropped, down)
+        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name] * factor)
         return added.view(result.shape)
 
     def is_usual(self) -> bool:
@@ -45,12 +46,21 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         )
 
 
-def _drop(x: torch.Tensor, dropout: torch.nn.Module) -> torch.Tensor:
-    """Dropout as the module would, with the same random numbers, keeping a mask of one byte a number on the CPU too."""
+def _drop(x: torch.Tensor, dropout: torch.nn.Module) -> tuple[torch.Tensor, float]:
+    """What dropout leaves of x, and the factor that it would be multiplied by; a mask of one byte a number is kept.
+
+    On an accelerator the numbers are those that the module would draw. On a CPU torch draws them one by one on one
+    core: 12 ms for 3,000 x 576, where a layer's matrix products take 60. Four to each random integer of 64 bits, they
+    take 2.5; the probability is rounded to 1 / 65,536 for that.
+    """
     if not dropout.training or not isinstance(dropout, torch.nn.Dropout):
-        return x  # PEFT puts an Identity where there is none
-    kept: torch.Tensor = torch.native_dropout(x, dropout.p, True)[0]
-    return kept
+        return x, 1.0  # PEFT puts an Identity where there is none
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, dropout.p, True)[0], 1.0
+    threshold = min(round(dropout.p * 2**16), 2**16 - 1)
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    kept = (drawn.view(torch.int16)[: x.numel()] >= threshold - 2**15).view(x.shape)
+    return torch.where(kept, x, 0), 2**16 / (2**16 - threshold)
 
 
 class LeanLinear(_Lean, Linear):  # type: ignore[misc]

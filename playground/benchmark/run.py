@@ -230,9 +230,7 @@ def make_variables(environment: str, folder: Path, threads: int) -> dict[str, st
     caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
     kept |= {name: str(folder / cache) for name, cache in caches.items()}
     kept |= {"PYTHONPATH": str(ROOT)} if environment == "ours" else {}
-    # Threads that wait by spinning make a run many times slower wherever something else wants a core for a moment.
-    kept |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
 
 
 def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
