@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from adapters import assert_same_adapter
-from launching import QUICK, launch, losses, succeed
+from launching import QUICK, launch, losses, step_logs, succeed
 from safetensors.torch import load_file
 from strategies import CASES, SHARDED, TOLERANCE, Case, OneProcess, Row, compare, launch_line, problems, run
 
@@ -95,6 +95,30 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
     stored = "bfloat16" if case.strategy in SHARDED else "uint8"
     quantised = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
     assert settings["quantised layers"] == (quantised if case.precision.startswith("QLoRA") else "none")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flags"),
+    [
+        ("DDP", "--gradient_checkpointing True"),
+        ("ZeRO-3", "--q_lora True"),
+        pytest.param("DDP", "--q_lora True", marks=pytest.mark.matrix),
+        pytest.param("ZeRO-3", "--gradient_checkpointing True", marks=pytest.mark.matrix),
+    ],
+)
+def test_rows_without_padding_are_as_a_padded_batch(
+    strategy: str, flags: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    """In fp32: two conversations end to end in each of two processes, and four padded ones in one."""
+    paths = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} {flags}"
+    padded, laid = tmp_path / "padded", tmp_path / "laid"
+    succeed(f"python {TRAIN} {paths} --output_dir {padded} --padding_free False --per_device_train_batch_size 4")
+    line = launch_line(strategy, port, TRAIN)
+    said = succeed(f"{line} {paths} --output_dir {laid} --per_device_train_batch_size 2")
+    assert "conversations end to end" in said
+    for name in ("loss", "grad_norm"):
+        expected, found = ([entry[name] for entry in step_logs(output)] for output in (padded, laid))
+        assert found == pytest.approx(expected, rel=1e-5 if name == "loss" else 1e-4)
 
 
 def test_the_matrix_would_notice(alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fastchat_qlora.model.adapter import attach_adapter
-from fastchat_qlora.model.lora_layers import needs_autocast, use_lean_layers
+from fastchat_qlora.model.lora_layers import _drop, needs_autocast, use_lean_layers
 
 IDS = torch.tensor([conversation(20, seed)["input_ids"] for seed in (0, 1)])
 BASES = ["plain", "4 bits"]
@@ -56,18 +56,55 @@ def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_outcome_is_pefts(base: Callable[[], PreTrainedModel], dropout: float) -> None:
-    """With dropout under a seed too: the same numbers are drawn in the same order."""
-    ours, theirs = (make(base(), lora_dropout=dropout).train() for make in (our_peft, plain_peft))
+def test_outcome_is_pefts(base: Callable[[], PreTrainedModel]) -> None:
+    ours, theirs = (make(base()).train() for make in (our_peft, plain_peft))
     assert len(lean_layers(ours)) == len(lora_layers(ours)) == 14 and not lean_layers(theirs)
+    require_equal(outcome(ours), outcome(theirs))
+
+
+def test_outcome_is_pefts_without_dropout_once_evaluating(base: Callable[[], PreTrainedModel]) -> None:
+    ours, theirs = (make(base(), lora_dropout=0.3).eval() for make in (our_peft, plain_peft))
+    require_equal(outcome(ours), outcome(theirs))
+
+
+def test_a_seed_decides_on_dropout(base: Callable[[], PreTrainedModel]) -> None:
+    ours = our_peft(base(), lora_dropout=0.3).train()
     outcomes = []
-    for model in (ours, theirs):
-        torch.manual_seed(5)
-        outcomes.append(outcome(model))
-    require_equal(*outcomes)
-    if dropout:
-        assert not torch.equal(outcomes[0]["logits"], outcome(ours)["logits"]), "dropout is there"
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        outcomes.append(outcome(ours))
+    require_equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0]["logits"], outcomes[2]["logits"])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_dropout(p: float, dtype: torch.dtype) -> None:
+    """Each number goes with that probability, whatever its neighbours do, and the rest makes up for it."""
+    torch.manual_seed(0)
+    x = torch.ones(1000, 250, dtype=dtype, requires_grad=True)
+    dropped, factor = _drop(x, torch.nn.Dropout(p).train())
+    assert dropped.shape == x.shape and dropped.dtype == dtype
+    kept = (dropped.detach() != 0).float()
+    assert factor == pytest.approx(1 / (1 - p), rel=1e-3)
+    deviation = (p * (1 - p)) ** 0.5
+    assert kept.mean() == pytest.approx(1 - p, abs=5 * deviation / 500)
+    for lane in range(4):  # of one random integer
+        assert kept.flatten()[lane::4].mean() == pytest.approx(1 - p, abs=5 * deviation / 250)
+    centred = kept.flatten() - kept.mean()
+    for distance in (1, 2, 3, 4, 250):
+        correlation = (centred[:-distance] * centred[distance:]).mean() / deviation**2
+        assert abs(correlation) < 5 / 500
+    dropped.sum().backward()
+    assert torch.equal(x.grad.float(), kept), "a gradient comes back where a number has stayed"
+
+
+def test_dropout_of_an_odd_count_and_of_nothing() -> None:
+    x = torch.ones(3, 5)
+    assert _drop(x, torch.nn.Dropout(0.5).train())[0].shape == (3, 5)
+    assert _drop(x, torch.nn.Dropout(0.999999).train())[1] <= 2**16
+    for module in (torch.nn.Dropout(0.5).eval(), torch.nn.Identity()):
+        assert _drop(x, module) == (x, 1.0)
 
 
 def disabled(model: PeftModel) -> dict[str, torch.Tensor]:
