@@ -40,32 +40,48 @@ def attend_in_blocks(
 
 
 class _BlockAttention(torch.autograd.Function):
+    """Works on rows of (key heads, tokens x heads per key head, width), in which a block of queries is one slice."""
+
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window = scale, window
-        attended = torch.empty_like(query)
+        rows = _to_rows(query, key.shape[1])
+        attended = torch.empty_like(rows)
         for block in _blocks(query, key, scale, window):
-            attended[0, :, block.queries] = (block.weights() @ value[0, :, block.keys]).view_as(block.query)
-        return attended
+            attended[:, block.rows] = block.weights(rows) @ value[0, :, block.keys]
+        return _from_rows(attended, query)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
+        rows, grads = (_to_rows(tensor, key.shape[1]) for tensor in (query, grad_outputs[0]))
+        grad_rows = torch.empty_like(rows)
         # Every block adds to the keys before it; summed in fp32.
         grad_key, grad_value = (torch.zeros_like(tensor[0], dtype=torch.float32) for tensor in (key, value))
         for block in _blocks(query, key, ctx.scale, ctx.window):
-            weights = block.weights()
-            grad = block.by_key_head(grad_outputs[0][0, :, block.queries])
+            weights, grad = block.weights(rows), grads[:, block.rows]
             grad_value[:, block.keys] += weights.transpose(1, 2) @ grad
             grad_weights = grad @ value[0, :, block.keys].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_query[0, :, block.queries] = _product(grad_scores, block.key, ctx.scale).view_as(block.query)
-            grad_key[:, block.keys] += _product(grad_scores.transpose(1, 2), block.by_key_head(block.query), ctx.scale)
+            grad_rows[:, block.rows] = _product(grad_scores, block.key, ctx.scale)
+            grad_key[:, block.keys] += _product(grad_scores.transpose(1, 2), rows[:, block.rows], ctx.scale)
+        grad_query = _from_rows(grad_rows, query)
         return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
+
+
+def _to_rows(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """(1, heads, tokens, width) -> (key heads, tokens x heads per key head, width)."""
+    _, _, tokens, width = tensor.shape
+    return tensor.view(key_heads, -1, tokens, width).transpose(1, 2).reshape(key_heads, -1, width)
+
+
+def _from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The way back, to the shape of `like`; in memory the heads of a token lie side by side, as layers take them."""
+    _, heads, tokens, width = like.shape
+    return rows.view(len(rows), tokens, -1, width).transpose(0, 1).reshape(1, tokens, heads, width).transpose(1, 2)
 
 
 class _Block:
@@ -74,32 +90,27 @@ class _Block:
     def __init__(
         self, query: torch.Tensor, key: torch.Tensor, start: int, end: int, scale: float, window: int | None
     ) -> None:
+        groups = query.shape[1] // key.shape[1]
         first = 0 if window is None else max(0, start - window + 1)
-        self.queries, self.keys = slice(start, end), slice(first, end)
-        self.query, self.key = query[0, :, self.queries], key[0, :, self.keys]
-        self._scale = scale
+        self.rows, self.keys = slice(start * groups, end * groups), slice(first, end)
+        self.key, self._scale = key[0, :, self.keys], scale
         # Only these columns hold a score that does not count: the last ones, or with a window any.
         self._masked = slice(start - first if window is None else 0, None)
-        ahead = 0 if window is None else start - first
-        self._forbidden = _forbidden(end - start, ahead, window)
+        self._forbidden = _forbidden(end - start, 0 if window is None else start - first, window, groups)
 
-    def by_key_head(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(heads, queries, width) -> (key heads, heads per key head x queries, width)."""
-        return tensor.reshape(len(self.key), -1, tensor.shape[-1])
-
-    def weights(self) -> torch.Tensor:
-        """Attention weights, shape (key heads, heads per key head x queries, keys)."""
-        scores = _product(self.by_key_head(self.query), self.key.transpose(1, 2), self._scale)
-        each = scores.view(len(self.query), -1, scores.shape[-1])  # by head
-        each[..., self._masked].masked_fill_(self._forbidden, -torch.inf)
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """Attention weights, shape (key heads, queries x heads per key head, keys)."""
+        scores = _product(rows[:, self.rows], self.key.transpose(1, 2), self._scale)
+        scores[..., self._masked].masked_fill_(self._forbidden, -torch.inf)
         return scores.softmax(-1)
 
 
 @functools.lru_cache(maxsize=64)
-def _forbidden(queries: int, ahead: int, window: int | None) -> torch.Tensor:
-    """Which query must not see which key, shape (queries, ahead + queries); `ahead` keys lie before the first query."""
+def _forbidden(queries: int, ahead: int, window: int | None, groups: int) -> torch.Tensor:
+    """Which query must not see which key, for each head of a group; `ahead` keys lie before the first query."""
     distance = torch.arange(ahead, ahead + queries)[:, None] - torch.arange(ahead + queries)
-    return (distance < 0) | (distance >= (window or ahead + queries))
+    forbidden = (distance < 0) | (distance >= (window or ahead + queries))
+    return forbidden.repeat_interleave(groups, dim=0)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

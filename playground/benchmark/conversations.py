@@ -139,6 +139,27 @@ def has_something_to_learn(record: dict[str, Any], max_length: int) -> bool:
     return len(record["conversations"][0]["value"].split()) * 1.5 * TOKENS_PER_WORD < max_length
 
 
+def cut_to_fit(record: dict[str, Any], limit: int, count: Callable[[list[dict[str, str]]], int]) -> dict[str, Any]:
+    """The exchanges that fit, at least the first one, of whose answer as many words are kept as fit.
+
+    Every contestant would shorten a longer conversation in its own way, and learn another number of tokens.
+
+    Args:
+        record: a ShareGPT record whose first question fits.
+        limit: the most tokens.
+        count: tokens of a conversation.
+    """
+    turns = record["conversations"]
+    while len(turns) > 2 and count(turns) > limit:
+        turns = turns[:-2]
+    question, answer = turns[0], turns[1]
+    words = answer["value"].split()
+    while len(turns) == 2 and len(words) > 1 and count([question, answer]) > limit:
+        words = words[: -max(1, len(words) // 50)]
+        answer = answer | {"value": " ".join(words)}
+    return record | {"conversations": [question, answer, *turns[2:]]}
+
+
 def pick_typical(
     records: Sequence[dict[str, Any]], groups: int, size: int, length: Callable[[dict[str, Any]], float], seed: int
 ) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from conversations import (
     SEED,
     SHAPES,
     count_words,
+    cut_to_fit,
     draw_conversations,
     has_something_to_learn,
     pick_typical,
@@ -47,6 +48,7 @@ from training_task import Task
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+TEMPLATES_DIFFER_BY = 64  # tokens, at most: FastChat's has another system message and other words around turns
 POOL = 2_000  # conversations from which those of a file are picked
 DROPPED = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV", "OMP_")  # variables of this environment
 
@@ -180,10 +182,15 @@ def list_rounds(arguments: argparse.Namespace) -> Iterator[Round]:
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Write the data and FastChat's copy of the model; return each environment's interpreter."""
+    count_tokens = make_counter(arguments.model)
     for name in arguments.data:
         data = DATA[name]
         drawn = draw_conversations(POOL, SHAPES[name], SEED)
-        pool = [record for record in drawn if has_something_to_learn(record, arguments.max_length)]
+        pool = [
+            cut_to_fit(record, arguments.max_length - TEMPLATES_DIFFER_BY, count_tokens)
+            for record in drawn
+            if has_something_to_learn(record, arguments.max_length)
+        ]
         groups = 2 * (arguments.warmup + count_steps(arguments, name))  # packed rows may take more than a step's share
         write_records(folder / f"{name}.json", pick_typical(pool, groups, data.conversations, count_words, SEED))
     shutil.rmtree(folder / "old_model", ignore_errors=True)
@@ -191,6 +198,20 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     needed = {CONTESTANTS[name].environment for name in arguments.contestants} - {"ours"}
     environments = {name: prepare_environment(name, folder / "environments") for name in sorted(needed)}
     return environments | {"ours": sys.executable}
+
+
+def make_counter(model: Path) -> Callable[[list[dict[str, str]]], int]:
+    """Tokens of a conversation as the model's own template writes it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def count(turns: list[dict[str, str]]) -> int:
+        roles = {"human": "user", "gpt": "assistant"}
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids)
+
+    return count
 
 
 def count_steps(arguments: argparse.Namespace, data: str) -> int:

@@ -163,3 +163,17 @@ def test_old_model_counts_as_llama(model_folder: Path, tmp_path: Path) -> None:
     assert whole.tokens[0] == "<|im_start|>"
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     assert config["rope_theta"] == 10000.0 and config["torch_dtype"] == "float32"
+
+
+def test_conversations_are_cut_so_that_everybody_sees_the_same() -> None:
+    turns = [{"from": who, "value": "one two three four"} for who in ("human", "gpt") * 3]
+    record = {"id": "a", "conversations": turns}
+
+    def words(of: list[dict[str, str]]) -> int:
+        return sum(len(turn["value"].split()) for turn in of)
+
+    for limit, kept in ((24, 6), (23, 4), (8, 2)):
+        assert conversations.cut_to_fit(record, limit, words)["conversations"] == turns[:kept]
+    cut = conversations.cut_to_fit(record, 6, words)["conversations"]
+    assert cut == [turns[0], {"from": "gpt", "value": "one two"}]
+    assert record["conversations"] == turns
