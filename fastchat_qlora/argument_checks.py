@@ -42,6 +42,7 @@ def find_problems(values: argparse.Namespace) -> list[str]:
         _check_precision,
         _check_strategy,
         _check_combinations,
+        _check_rows,
         _check_availability,
         _check_data,
         check_folders,
@@ -70,6 +71,10 @@ def _check_numbers(values: argparse.Namespace) -> list[str]:
         problems.append(f"--num_train_epochs {values.num_train_epochs}: must be above 0, or give --max_steps")
     if values.learning_rate < 0:
         problems.append(f"--learning_rate {values.learning_rate}: must not be negative")
+    if values.data_seed is not None and not 0 <= values.data_seed < 2**32:
+        problems.append(f"--data_seed {values.data_seed}: must be at least 0 and below 2**32")
+    if values.dataloader_num_workers is not None and values.dataloader_num_workers < 0:
+        problems.append(f"--dataloader_num_workers {values.dataloader_num_workers}: must be at least 0")
     if not 0 <= values.seed < 2**32:
         problems.append(f"--seed {values.seed}: must be at least 0 and below 2**32")
     return problems
@@ -123,6 +128,35 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
     ]
     if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, fsdp_settings):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
+    return problems
+
+
+def _check_rows(values: argparse.Namespace) -> list[str]:
+    problems = []
+    if values.packing and not values.padding_free:
+        problems.append("--packing True and --padding_free False: a full row that is padded has no use; drop one")
+    if values.packing and values.train_sampling_strategy != "random":
+        problems.append(
+            f"--train_sampling_strategy {values.train_sampling_strategy}: packed rows come in random order; drop one"
+            " of it and --packing"
+        )
+    if values.padding_free and values.neftune_noise_alpha is not None:
+        problems.append(
+            f"--neftune_noise_alpha {values.neftune_noise_alpha}: goes by the length of a row, which several "
+            "conversations share; give --padding_free False too"
+        )
+    sliced = [name for name in ("dispatch_batches", "split_batches") if _settings(values.accelerator_config).get(name)]
+    if sliced:
+        problems.append(f"--accelerator_config {', '.join(sliced)}: batches cannot be cut in pieces; leave it out")
+    newer, older = values.activation_checkpointing, values.gradient_checkpointing
+    if None not in (newer, older) and newer != older:
+        problems.append(
+            f"--activation_checkpointing {newer} and --gradient_checkpointing {older}: two names of one thing; drop one"
+        )
+    if newer is None and older is None:
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if "every_n_layers" in _settings(getattr(values, name, None)):
+                problems.append(f"--{name} every_n_layers: auto decides on the layers; give {name[:-7]} True too")
     return problems
 
 

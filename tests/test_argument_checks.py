@@ -176,6 +176,37 @@ def test_mistake_on_the_command_line(mistake: Run, files: Path, given: list[str]
     assert not (files / "output").exists()
 
 
+ROWS = {
+    "packed and padded": (
+        ["--packing", "True", "--padding_free", "False"],
+        ["--packing", "--padding_free", "drop one"],
+    ),
+    "packed in order": (
+        ["--packing", "True", "--train_sampling_strategy", "sequential"],
+        ["--train_sampling_strategy sequential", "random order"],
+    ),
+    "packed by length": (["--packing", "True", "--group_by_length", "True"], ["--train_sampling_strategy"]),
+    "NEFTune": (["--neftune_noise_alpha", "5"], ["--neftune_noise_alpha 5", "--padding_free False"]),
+    "batches in pieces": (["--accelerator_config", '{"split_batches": true}'], ["split_batches", "cut in pieces"]),
+    "two names": (
+        ["--activation_checkpointing", "True", "--gradient_checkpointing", "False"],
+        ["--activation_checkpointing True", "--gradient_checkpointing False", "drop one"],
+    ),
+    "every n layers, by itself": (
+        ["--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'],
+        ["every_n_layers", "gradient_checkpointing True"],
+    ),
+    "seed of the data": (["--packing", "True", "--data_seed", "-1"], ["--data_seed -1", "at least 0"]),
+    "workers": (["--dataloader_num_workers", "-1"], ["--dataloader_num_workers -1", "at least 0"]),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), ROWS.values(), ids=ROWS)
+def test_mistakes_about_rows(mistake: Run, given: list[str], expected: list[str]) -> None:
+    line = mistake(*given)
+    assert [text for text in expected if text not in line] == [], line
+
+
 SEEN_BEFORE_WEIGHTS = {
     "torn JSON": (["--data_path", "torn.json"], ["--data_path torn.json", "not valid JSON"]),
     "blank data": (["--data_path", "blank.json"], ["--data_path blank.json", "not valid JSON"]),

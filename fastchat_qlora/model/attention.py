@@ -106,6 +106,10 @@ def _sdpa(
     mask = None
     if sliding_window is not None and sliding_window < length:
         mask = _window(length, sliding_window, query.device)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda and (mask is not None or query.dtype not in HALF):
+        # Only FlashAttention takes groups there; without it all scores would be written out.
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -114,7 +118,7 @@ def _sdpa(
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=groups > 1,
     )
 
 
@@ -159,13 +163,18 @@ def _varlen_attn() -> tuple[Any, bool] | None:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def _is_ampere() -> bool:
+    """Whether this process's GPU is of that generation or newer, as FlashAttention 2 asks."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def _fits_varlen(query: torch.Tensor, value: torch.Tensor, conversations: int) -> bool:
     """Whether FlashAttention can be had for these tensors: half precision, heads up to 256 wide, Ampere or newer."""
     if query.device.type != "cuda" or query.dtype not in HALF or _varlen_attn() is None:
         return False
     _, heads, tokens, width = query.shape
     numbers = (tokens + 128 * conversations) * heads * ((width + 31) // 32 * 32)
-    capable = torch.cuda.get_device_capability(query.device) >= (8, 0) and torch.version.hip is None
+    capable = _is_ampere() and torch.version.hip is None
     return capable and width == value.shape[-1] and width <= 256 and width % 8 == 0 and numbers < LARGEST_INDEX
 
 
@@ -225,7 +234,7 @@ def choose_attention(
         logger.warning(f"Attention is transformers' own, with a mask: {reason}.")
         return None
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if has_flash and dtype in HALF and getattr(cls, "_supports_flash_attn", False):
+    if has_flash and _is_ampere() and dtype in HALF and getattr(cls, "_supports_flash_attn", False):
         return "flash_attention_2"
     return PER_CONVERSATION
 
@@ -283,7 +292,7 @@ def measure_leak(
 
     Args:
         model: the base model, in evaluation mode, on its device.
-        shared: inputs of two conversations in one row, on that device.
+        shared: inputs of two conversations in one row, on that device, just as training gives them.
         changed: the same with other tokens in the first of them.
         alone: the second one, input_ids of shape (1, tokens).
         forward: the model, or what a strategy has wrapped around it.
@@ -292,7 +301,7 @@ def measure_leak(
         Exception: whatever a model raises that cannot be asked in this way.
     """
     tail = alone.shape[1]
-    in_row, in_changed_row = (_tail(forward(**inputs, use_cache=False), tail) for inputs in (shared, changed))
+    in_row, in_changed_row = (_tail(forward(**inputs), tail) for inputs in (shared, changed))
     in_use = model.config._attn_implementation
     model.set_attn_implementation(stock_attention(model))
     try:

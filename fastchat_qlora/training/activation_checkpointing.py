@@ -138,9 +138,12 @@ def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
     layers = _layers(trainer)
     if count and not any(layer.gradient_checkpointing for layer in layers):
         kwargs = dict(trainer.args.gradient_checkpointing_kwargs or {})
-        # Called so since transformers 5.22 or so; the other name goes with version 6.
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable(kwargs)
+        offload = kwargs.pop("offload", False)  # these two are not for torch's function
+        kwargs.pop("every_n_layers", None)
+        # The older name goes with version 6 of transformers.
+        newer = hasattr(base, "activation_checkpointing_enable")
+        enable = base.activation_checkpointing_enable if newer else base.gradient_checkpointing_enable
+        enable(kwargs, offload=offload)
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
 

@@ -63,7 +63,7 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     """
     args, model = trainer.args, trainer.adapter
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
-    micro = engine.train_micro_batch_size_per_gpu() if engine else args.per_device_train_batch_size
+    micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
     unit = "rows" if isinstance(trainer.train_dataset, PackedRows) else "conversations"
     return {

@@ -146,6 +146,12 @@ def _rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
     seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
     lengths, capacity = column(conversations, "length"), args.training.model_max_length
     rows = PackedRows(conversations, PackingSampler(lengths, capacity, seed))
+    at_once = args.training.per_device_train_batch_size * args.training.world_size
+    if args.training.dataloader_drop_last and len(rows) < at_once:
+        raise UserError(
+            f"--packing True with --dataloader_drop_last True: {len(rows)} rows do not fill one batch of {at_once}; "
+            "lower --per_device_train_batch_size, or drop one of the flags"
+        )
     share = lengths.sum() / (len(rows) * capacity)
     logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
     return rows
@@ -186,6 +192,7 @@ def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[
         "layout of DeepSpeed's state": layout(config),
         "compute dtype": dtype_name(dtype),
         "base weights": _base_weights(args.lora, dtype),
+        "rows of a batch": f"packed up to {args.training.model_max_length}" if args.data.packing else "conversations",
         "state dict of FSDP": (args.training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
     }
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.arguments import TrainingArguments
@@ -50,6 +52,9 @@ class SelfTest(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 def run_self_test(trainer: LoraTrainer) -> None:
     """Test, and go on with padded batches or the plain loss where that fails, and say so."""
     if not _is_wrapped_late(trainer):
+        if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
+            # With these flags Trainer leaves the model where it was loaded until training begins.
+            trainer._move_model_to_device(trainer.model, trainer.args.device)
         _fall_back(trainer, find_failures(trainer, trainer.model))
 
 
@@ -84,14 +89,20 @@ def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
     first, second = _two_conversations(trainer)
     was_training = forward.training
     forward.eval()
-    device = trainer.args.device.type
-    dtype = torch.float16 if trainer.args.fp16 else torch.bfloat16
+    device, dtype = trainer.args.device.type, torch.float16 if trainer.args.fp16 else torch.bfloat16
     try:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=trainer.autocasts):
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=trainer.accelerator.native_amp):
             rows = _test_rows(trainer, forward, first, second) if trainer.data_collator.padding_free else ""
-            return Failures(rows, _test_loss(trainer, forward, [first, second]) if trainer.loss_head else "")
+            loss = _test_loss(trainer, forward, [first, second]) if trainer.loss_head else ""
+        return _agreed(Failures(rows, loss))
     finally:
         forward.train(was_training)
+
+
+def _agreed(found: Failures) -> Failures:
+    """The first reason that any process has found: they must all go on in the same way."""
+    everyone = gather_object([found]) if dist.is_initialized() else [found]
+    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in zip(*everyone, strict=True)))
 
 
 def _two_conversations(trainer: LoraTrainer) -> list[list[int]]:

@@ -38,7 +38,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        self.autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
+        self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self._seen = [0, 0]  # real tokens, supervised tokens; of this process
@@ -60,7 +60,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         DeepSpeed has its own way with precision. fp16 keeps autocast, which comes with the scaling of the loss.
         """
         settings: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        if not self.autocasts and not self.args.deepspeed:
+        if not self._autocasts and not self.args.deepspeed:
             settings["mixed_precision"] = "no"
         return settings
 
@@ -140,10 +140,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What of a batch the model is given."""
         others = {*TARGETS, *ACCOUNT, "conversation"}
-        if self.adapter.config._attn_implementation != PER_CONVERSATION or self.args.compile_layers:
+        compiled = self.args.compile_layers or self.args.torch_compile
+        if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # To compiled code every new tuple of integers is another program.
             others.add("conversation_lengths")
-        return {name: value for name, value in batch.items() if name not in others}
+        inputs = {name: value for name, value in batch.items() if name not in others}
+        # With a cache transformers makes no mask between conversations, whatever their positions say.
+        return inputs | ({"use_cache": False} if self.data_collator.padding_free else {})
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -157,7 +160,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         counts = torch.bincount(owners, minlength=conversations).float()
         # By conversation, since this drops those that were repeated to give every process as many.
         gathered = self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1))
-        self._evaluated += gathered.double().sum(0).cpu()
+        self._evaluated += gathered.cpu().double().sum(0)  # not every device has fp64
         return sums.sum() / counts.sum().clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -186,7 +189,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def largest_possible_batch(self) -> int:
         """The most tokens that a micro-batch of this run can have, padding included."""
-        rows, batch_size = self.train_dataset, self.args.per_device_train_batch_size
+        rows, batch_size = self.train_dataset, self._train_batch_size  # --auto_find_batch_size changes it
         if isinstance(rows, PackedRows):
             return int(batch_size * rows.sampler.capacity)
         return largest_batch(column(rows, "length"), batch_size, padding_free=self.data_collator.padding_free)

@@ -100,7 +100,7 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
 @pytest.mark.parametrize(
     ("strategy", "flags"),
     [
-        ("DDP", "--gradient_checkpointing True"),
+        pytest.param("DDP", "--gradient_checkpointing True", marks=pytest.mark.matrix),
         ("ZeRO-3", "--q_lora True"),
         pytest.param("DDP", "--q_lora True", marks=pytest.mark.matrix),
         pytest.param("ZeRO-3", "--gradient_checkpointing True", marks=pytest.mark.matrix),
@@ -227,7 +227,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(
     assert results["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("DDP", marks=pytest.mark.matrix), "ZeRO-3", "FSDP2"])
+@pytest.mark.parametrize(
+    "strategy", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("DDP", "FSDP2")), "ZeRO-3"]
+)
 def test_a_killed_process_ends_the_run(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:

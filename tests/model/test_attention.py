@@ -243,7 +243,8 @@ def test_when_flash_attention_can_be_had(changes: dict[str, Any], fits: bool, mo
     """2^31 numbers of one tensor are too many, with 128 tokens more for each conversation."""
     case = {"device": "cuda", "dtype": BF16, "heads": 4, "tokens": 100, "width": 64, "conversations": 2}
     case |= {"capability": (8, 0)} | changes
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: case["capability"])
     query = SimpleNamespace(
         device=torch.device(case["device"]),
         dtype=case["dtype"],
@@ -298,7 +299,10 @@ class TestChoice:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+        monkeypatch.setattr(attention, "_is_ampere", lambda: True)
         assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == chosen
+        monkeypatch.setattr(attention, "_is_ampere", lambda: False)
+        assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == PER_CONVERSATION
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_takes_every_family_of_these_tests(self, family: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from conftest import sharegpt
 from safetensors.torch import load_file
-from test_run import command, losses
+from test_run import command, losses, train
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.data.collation import Collator
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run
 
 Row = tuple[tuple[int, ...], ...]
@@ -93,3 +94,17 @@ def test_packed_rows_are_fewer_steps_over_the_same_tokens(model_folder: Path, da
     assert len(losses(tmp_path / "False")) == 9 > len(losses(tmp_path / "True")) > 2
     for name in ("tokens", "supervised_tokens"):
         assert results[True][name] == results[False][name]
+
+
+def test_packing_is_not_switched_on_in_the_middle(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Batches that were seen would be counted in another unit."""
+    flags = {"save_strategy": "steps", "save_steps": 2}
+    train(command(model_folder, data_file, tmp_path / "out", max_steps=2, **flags))
+    with pytest.raises(UserError, match="rows of a batch"):
+        train(command(model_folder, data_file, tmp_path / "out", max_steps=4, packing=True, **flags))
+
+
+def test_fewer_rows_than_a_batch_are_not_all_dropped(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags = {"packing": True, "dataloader_drop_last": True, "per_device_train_batch_size": 50}
+    with pytest.raises(UserError, match="do not fill one batch of 50"):
+        train(command(model_folder, data_file, tmp_path / "out", **flags))

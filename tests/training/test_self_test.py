@@ -15,6 +15,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import PER_CONVERSATION
+from fastchat_qlora.training import self_test
 from fastchat_qlora.training.self_test import Failures, SelfTest, find_failures, run_self_test
 
 ROWS = [conversation(length, seed, learnt=1.0) for seed, length in enumerate((30, 9, 44))]
@@ -194,3 +195,26 @@ class TestWrappedLate:
         monkeypatch.setattr(trainer, "model_wrapped", SimpleNamespace())  # not to be touched
         self.begin(trainer)
         assert trainer.data_collator.padding_free
+
+
+def test_a_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """With a cache transformers would make no mask between the conversations of a row."""
+    flags = {"max_steps": 3, "attn_implementation": "sdpa", "lora_dropout": 0}
+    plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
+    cached = train(command(model_folder, data_file, tmp_path / "cached", **flags, use_cache=True))
+    assert losses(cached) == losses(plain)
+
+
+def test_dora_in_fp32_is_tested_in_fp32(
+    model_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    train(command(model_folder, data_file, tmp_path / "out", max_steps=1, use_dora=True))
+    assert "The loss is computed from the logits of all" not in notices.text
+
+
+def test_all_processes_take_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fell back alone would have other batches than the others, and wait for them for ever."""
+    everyone = [Failures("", ""), Failures("a leak", ""), Failures("another", "scaled")]
+    monkeypatch.setattr(self_test.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(self_test, "gather_object", lambda mine: everyone)
+    assert self_test._agreed(everyone[0]) == ("a leak", "scaled")
