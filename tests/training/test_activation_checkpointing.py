@@ -97,8 +97,10 @@ def test_a_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, see
         (["--activation_checkpointing", "False"], False, False),
     ],
 )
-def test_how_it_is_asked_for(given: list[str], automatic: bool, on: bool, model_folder: Path, data_file: Path) -> None:
-    needed = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", "o"]
+def test_how_it_is_asked_for(
+    given: list[str], automatic: bool, on: bool, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    needed = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", str(tmp_path)]
     training = parse_args([*needed, *given]).training
     assert training.auto_checkpointing is automatic
     assert training.activation_checkpointing is training.gradient_checkpointing is on
