@@ -13,7 +13,7 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
 
     PEFT turns the input of every adapted layer to the adapter's fp32, which autograd then keeps; clones the output of
     4-bit layers; and scales and adds in passes of their own. Here the two small matrices are turned to the input's
-    dtype instead, with their gradients summed in fp32 as before, and one `addmm` scales and adds. In fp32 the result
+    dtype instead, with their gradients summed in fp32 as before, and one `addmm_` scales and adds. In fp32 the result
     is PEFT's up to the order of rounding; in bf16 it is that of PEFT under autocast, rounded once less.
 
     The usual case: one active adapter without DoRA or other variants and without bias of its own, and weights that are
@@ -25,12 +25,16 @@ class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         if args or kwargs or not self.is_usual():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
-        result: torch.Tensor = self.base_layer(x)
+        tokens = x.flatten(0, -2)  # so that the base's output is no view, and can be added to where it lies
+        result: torch.Tensor = self.base_layer(tokens)
         down, up = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
-        dropped, factor = _drop(x, self.lora_dropout[name])
-        low = F.linear(dropped, down)
-        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name] * factor)
-        return added.view(result.shape)
+        dropped, factor = _drop(tokens, self.lora_dropout[name])
+        low, scale = F.linear(dropped, down), self.scaling[name] * factor
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which knows no addition in place
+            result = torch.addmm(result, low, up.t(), alpha=scale)
+        else:
+            result.addmm_(low, up.t(), alpha=scale)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     def is_usual(self) -> bool:
         """Whether the short way is the whole of what this layer does now."""
