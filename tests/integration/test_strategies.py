@@ -21,7 +21,6 @@ TRAIN, FAULT = "train_lora.py", "tests/integration/programs/fault.py"
 CORE = [
     *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
     Case("ZeRO-3", "LoRA bf16", False),
-    Case("FSDP2", "LoRA fp32", False),
 ]
 """What every CI run proves; `pytest -m matrix` proves the rest."""
 
@@ -136,11 +135,11 @@ def test_the_matrix_would_notice(alone: OneProcess, model_folder: Path, data: Pa
 @pytest.mark.parametrize(
     "strategy",
     [
-        "DDP",
         "FSDP2",
         "ZeRO-3",
         "FastChat's ZeRO-2",
-        "FastChat's ZeRO-3",
+        pytest.param("DDP", marks=pytest.mark.matrix),
+        pytest.param("FastChat's ZeRO-3", marks=pytest.mark.matrix),
         pytest.param("ZeRO-2", marks=pytest.mark.matrix),
         pytest.param("ZeRO-3 offload", marks=pytest.mark.matrix),
     ],
@@ -170,7 +169,7 @@ def test_clipping_is_what_the_command_line_says(
     assert (settings["gradient clipping"], settings["optimizer"]) == ("0.3", "SGD, constant schedule")
 
 
-@pytest.mark.parametrize("strategy", ["DDP", "ZeRO-3"])
+@pytest.mark.parametrize("strategy", [pytest.param("DDP", marks=pytest.mark.matrix), "ZeRO-3"])
 def test_dora_with_rslora(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
     """The same losses as one process, and magnitudes that are saved whole."""
     flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --use_dora True --use_rslora True"
@@ -203,7 +202,7 @@ def test_zero_3_trains_more_than_the_adapter(
     assert sum(name.endswith(".bias") for name in found) == 8 and any("lm_head" in name for name in found)
 
 
-@pytest.mark.parametrize("strategy", ["ZeRO-3", "FSDP2"])
+@pytest.mark.parametrize("strategy", ["ZeRO-3", pytest.param("FSDP2", marks=pytest.mark.matrix)])
 def test_the_best_checkpoint_is_loaded_at_the_end(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
