@@ -21,6 +21,7 @@ from fastchat_qlora.first_look import read_flags
 from fastchat_qlora.flag_parsing import FlagParser, raise_all
 from fastchat_qlora.old_flags import spelled
 from fastchat_qlora.path_checks import check_writable
+from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, argument
         try:
             groups.append(group(**{f.name: values[f.name] for f in fields(group) if f.init}))
         except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             suspects = ("_config", "_kwargs", "deepspeed")
             named = [flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(suspects)]
             raise UserError(f"{reason}; check {', '.join(dict.fromkeys(named)) or 'the flags'}") from error

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.text import visible
+from fastchat_qlora.text import one_line, visible
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
@@ -105,7 +105,7 @@ def _fail_among_several(error: Exception) -> int:
 
     if is_lost_peer(error):
         time.sleep(LAUNCHER_ENDS_WITHIN)
-        reason = visible(" ".join(str(error).split()))[:300]
+        reason = visible(one_line(error))[:300]
         sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
     else:
         traceback.print_exception(error)

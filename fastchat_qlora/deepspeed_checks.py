@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastchat_qlora.deepspeed_config import ADAM, COUNTED, offload_device
-from fastchat_qlora.text import did_you_mean
+from fastchat_qlora.text import did_you_mean, one_line
 
 OPTIONAL = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """Sections that may be null."""
@@ -181,7 +181,7 @@ def find_refused(config: Mapping[str, Any]) -> list[str]:
     try:
         DeepSpeedConfig(filled)
     except Exception as error:  # it checks by assertions, conversions and look-ups
-        problems.append(f"DeepSpeed does not take it: {' '.join(str(error).split()) or type(error).__name__}")
+        problems.append(f"DeepSpeed does not take it: {one_line(error) or type(error).__name__}")
     return problems
 
 

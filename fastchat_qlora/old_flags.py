@@ -46,7 +46,7 @@ def _warmup_ratio(value: str) -> Translation:
 
 
 def _group_by_length(value: str) -> Translation:
-    if not _is_true(value):
+    if not string_to_bool(value):
         return Translation([], "is the default today")
     new = ["--train_sampling_strategy", "group_by_length"]
     return Translation(new, f"is called {' '.join(new)} today")
@@ -63,11 +63,11 @@ def _logging_dir(value: str) -> Translation:
 
 
 def _no_cuda(value: str) -> Translation:
-    return Translation(["--use_cpu", str(_is_true(value))], "is called --use_cpu today")
+    return Translation(["--use_cpu", str(string_to_bool(value))], "is called --use_cpu today")
 
 
 def _save_safetensors(value: str) -> Translation:
-    if not _is_true(value):
+    if not string_to_bool(value):
         raise UserError(f"--save_safetensors {value}: adapters are saved as safetensors only; drop the flag")
     return Translation([], "has no effect: adapters are always saved as safetensors")
 
@@ -89,10 +89,6 @@ OLD_FLAGS = {
 
 AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
 """Flags that transformers declares as booleans and that are decided by the run when left out, which "auto" says too."""
-
-
-def _is_true(value: str) -> bool:
-    return string_to_bool(value)
 
 
 def spelled(name: str) -> str:

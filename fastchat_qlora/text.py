@@ -15,6 +15,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """What an error or another object says, on one line and of so many characters at the most."""
+    return " ".join(str(text).split())[:most]
+
+
 def _is_hidden(character: str) -> bool:
     category = unicodedata.category(character)
     return category in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + JOINERS

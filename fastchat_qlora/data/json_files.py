@@ -16,6 +16,7 @@ import pyarrow as pa
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.path_checks import LINE_SUFFIXES, without_compression
+from fastchat_qlora.text import one_line
 
 Numbered = tuple[int, Any]
 
@@ -112,7 +113,7 @@ def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[Numbered]
         if number == 0:  # nothing that is an array's item; say what it is instead
             yield from _whole_array(path, flag, 0)
     except (ijson.JSONError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         yield from _whole_array(path, flag, number, f"not valid JSON in UTF-8 after record {number}: {reason}")
 
 

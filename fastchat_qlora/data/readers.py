@@ -16,6 +16,7 @@ from fastchat_qlora.data.formats import FIELDS
 from fastchat_qlora.data.json_files import read_json
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.path_checks import is_data_file, without_compression
+from fastchat_qlora.text import one_line
 
 BATCH = 256  # rows taken at once out of Arrow data
 
@@ -167,7 +168,7 @@ def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
     try:
         loaded = datasets.load_dataset(path, split=split or None, cache_dir=cache_dir)
     except Exception as error:  # the hub, its cache and the files of strangers fail in many ways
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"{flag} {name}: neither a file or folder here nor a dataset that can be loaded: {reason}; give a file, a "
             "folder, or a hub id such as org/name or org/name:split"

@@ -14,9 +14,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
     except Exception as error:  # a config.json may be wrong in as many ways as there are libraries reading it
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"--model_name_or_path {name}: neither a model's folder nor a hub id that can be reached: {reason}"
         ) from error
@@ -57,6 +59,11 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
         return None
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that a model consists of, in their order: those whose activations can be computed again."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def load_tokenizer(
@@ -78,7 +85,7 @@ def load_tokenizer(
         )
         tokenizer("a")  # some load and cannot be used
     except Exception as error:  # the files of strangers fail in as many ways as there are libraries reading them
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"--model_name_or_path {name}: its tokenizer cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(
@@ -142,7 +149,7 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = one_line(error, 400)
         raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
     keep_cpu_weights_trainable(model)
     return model

@@ -144,13 +144,18 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (gradient * grad_outputs[0][:, None]).to(gradient.dtype), *[None] * 6
 
 
+def _base(model: Any) -> Any:
+    """A model without the adapter that may be on it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def why_plain(model: Any) -> str:
     """Why the head of a model cannot be a LossHead; nothing if it can.
 
     Args:
         model: with its adapter, so that what is trained is known.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     head = base.get_output_embeddings()
     config = base.config.get_text_config()
     if type(head) is not torch.nn.Linear:
@@ -165,7 +170,7 @@ def why_plain(model: Any) -> str:
 
 def install_loss_head(model: Any) -> LossHead:
     """Put a LossHead in the place of the head of a model for which `why_plain` says nothing."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     head = LossHead(base.get_output_embeddings())
     base.set_output_embeddings(head)
     return head

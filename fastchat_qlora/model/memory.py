@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.model.loading import repeated_layers
 from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, why_plain
 
 TRACED_TOKENS = (64, 128)
@@ -228,7 +228,7 @@ def _weight_bytes(base: PreTrainedModel, quantised: str) -> tuple[float, int]:
 def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
     """Send two rows through the model and compare what is kept, in the layers and outside of them."""
     base: PreTrainedModel = model.get_base_model()
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(base)
     head = None if why_plain(model) else install_loss_head(model)
     model.train()
     short, long = (_count_kept(model, layers, head, tokens, supervised_share) for tokens in TRACED_TOKENS)

@@ -10,12 +10,12 @@ import psutil
 import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.model import memory
 from fastchat_qlora.model.adapter import attach_adapter
-from fastchat_qlora.model.loading import build_skeleton
+from fastchat_qlora.model.loading import build_skeleton, repeated_layers
+from fastchat_qlora.text import one_line
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def profile_model(
     try:
         return memory.profile(attach_adapter(skeleton.to(dtype), copy.deepcopy(lora_config)), **how)
     except Exception as error:  # models fail in as many ways as there are authors
-        return f"the model cannot be run without weights: {' '.join(str(error).split())[:200]}"
+        return f"the model cannot be run without weights: {one_line(error, 200)}"
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -65,7 +65,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
     ) -> None:
         """Decide by what is free now that weights and adapter are where they stay; a collective operation."""
         if isinstance(self._model, str):
-            count = len(_layers(self._trainer))
+            count = len(repeated_layers(self._trainer.adapter))
             logger.warning(f"Activation checkpointing: on, for what the run needs cannot be told: {self._model}.")
             checkpoint_layers(self._trainer, count)
             return
@@ -128,14 +128,10 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             logger.warning(f"{line} It may run out of memory: lower --per_device_train_batch_size.")
 
 
-def _layers(trainer: LoraTrainer) -> list[GradientCheckpointingLayer]:
-    return [module for module in trainer.adapter.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
 def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
     """Checkpoint the first layers of a model and no others."""
     base = trainer.adapter.get_base_model()
-    layers = _layers(trainer)
+    layers = repeated_layers(trainer.adapter)
     if count and not any(layer.gradient_checkpointing for layer in layers):
         kwargs = dict(trainer.args.gradient_checkpointing_kwargs or {})
         offload = kwargs.pop("offload", False)  # these two are not for torch's function

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.arguments import TrainingArguments
@@ -21,6 +20,7 @@ from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import trainable_parameters
+from fastchat_qlora.model.loading import repeated_layers
 from fastchat_qlora.model.loss import chunk_length
 from fastchat_qlora.training.checkpoint import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -223,7 +223,7 @@ def _offload(trainer: LoraTrainer, engine: Any) -> str:
 
 
 def _checkpointing(model: torch.nn.Module) -> str:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(model)
     on = [layer for layer in layers if layer.gradient_checkpointing]
     if not on:
         return "off"

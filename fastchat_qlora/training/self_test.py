@@ -14,6 +14,7 @@ from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import measure_leak, stock_attention
 from fastchat_qlora.model.loss import token_losses
+from fastchat_qlora.text import one_line
 from fastchat_qlora.training.trainer import TARGETS, LoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
         base = trainer.adapter.get_base_model()
         base.set_attn_implementation(stock_attention(base))
     if failures.loss:
-        logger.warning(f"The loss is computed from the logits of all supervised positions at once: {failures.loss}.")
-        trainer.loss_head = None
+        trainer.use_plain_loss(failures.loss)
 
 
 def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
@@ -127,7 +127,7 @@ def _test_rows(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int],
     try:
         leak = measure_leak(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
     except Exception as error:  # models fail in as many ways as there are authors
-        return f"the model cannot be asked for rows without padding: {' '.join(str(error).split())[:300]}"
+        return f"the model cannot be asked for rows without padding: {one_line(error, 300)}"
     if leak.is_tight(model.dtype):
         return ""
     return (
@@ -146,7 +146,7 @@ def _test_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: li
         plain = token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:
-        return f"the model cannot be asked for losses: {' '.join(str(error).split())[:300]}"
+        return f"the model cannot be asked for losses: {one_line(error, 300)}"
     rounding = torch.finfo(trainer.adapter.get_base_model().dtype).eps
     if difference <= max(4 * rounding, 1e-5):
         return ""

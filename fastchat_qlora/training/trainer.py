@@ -13,14 +13,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.collation import ACCOUNT, largest_batch
 from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.model.attention import PER_CONVERSATION
-from fastchat_qlora.model.loading import get_compute_dtype
+from fastchat_qlora.model.loading import get_compute_dtype, repeated_layers
 from fastchat_qlora.model.lora_layers import needs_autocast
 from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
 from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapter, save_adapter
@@ -46,13 +45,18 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
         self.loss_head: LossHead | None = None
         if reason := why_plain(self.adapter):
-            logger.warning(f"The loss is computed from the logits of all supervised positions at once: {reason}.")
+            self.use_plain_loss(reason)
         else:
             self.loss_head = install_loss_head(self.adapter)
         base = self.adapter.get_base_model()
         if self.args.compile_layers:
             compile_layers(base)
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def use_plain_loss(self, reason: str) -> None:
+        """Do without a LossHead, and say why."""
+        logger.warning(f"The loss is computed from the logits of all supervised positions at once: {reason}.")
+        self.loss_head = None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """No autocast around a model that computes in bf16 by itself: it would look at the dtypes of every operation.
@@ -153,7 +157,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluate one batch; its logits are not kept."""
         inputs = dict(self._prepare_inputs(inputs))
-        conversations = [inputs.pop(name) for name in ACCOUNT][ACCOUNT.index("num_conversations")]
+        conversations = inputs["num_conversations"]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, owners = self._token_losses(model, inputs)
         sums = torch.zeros(conversations, device=losses.device).index_add_(0, owners, losses)
@@ -206,7 +210,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 
     Names of modules and tensors stay as they are.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(model)
     for layer in layers:
         layer.compile()
     logger.info(f"{len(layers)} layers are compiled with the first batches, which takes some minutes.")

@@ -20,7 +20,6 @@ from gpu_model import DTYPE, Conversations, Size, make_base
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as PlainArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.arguments import LoraArguments, TrainingArguments
 from fastchat_qlora.data.collation import Collator
@@ -28,6 +27,7 @@ from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.model import memory
 from fastchat_qlora.model.adapter import attach_adapter, build_lora_config
 from fastchat_qlora.model.attention import choose_attention
+from fastchat_qlora.model.loading import repeated_layers
 from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, checkpoint_layers, profile_model
 from fastchat_qlora.training.guards import GradientGuard
 from fastchat_qlora.training.self_test import run_self_test
@@ -306,7 +306,7 @@ def _train(trainer: Any, clock: Clock, plan: Plan, setup: Setup) -> dict[str, An
     counts = trainer.counts[plan.warmup : plan.warmup + plan.steps]
     real, supervised, squares, positions = (sum(column) for column in zip(*counts, strict=True))
     seconds = sum(times) / 1000
-    layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(trainer.model)
     measured: dict[str, Any] = {
         "step_ms": statistics.median(times),
         "all_steps_ms": times,

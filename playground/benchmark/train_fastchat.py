@@ -7,7 +7,7 @@ import torch
 import transformers
 from measuring import watch_training
 from peers import do_without_flash_attn
-from training_task import ALPHA, RANK, TARGETS, read_task, to_flags, trainer_flags
+from training_task import lora_flags, read_task, to_flags, trainer_flags
 
 PACKAGES = ("fschat", "torch", "transformers", "peft", "accelerate")
 
@@ -36,19 +36,15 @@ def mark_legacy() -> None:
 def main() -> None:
     """Train as FastChat's command line would."""
     task = read_task()
-    settings = trainer_flags(task) | {
-        "model_name_or_path": task.model,
-        "data_path": task.data,
-        "model_max_length": task.max_length,
-        "bf16": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "lora_r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_target_modules": TARGETS,
-        "lora_dropout": task.dropout,
-        "gradient_checkpointing": task.checkpointing,
-        "weight_decay": 0.0,
-    }
+    settings = (
+        trainer_flags(task)
+        | lora_flags(task)
+        | {
+            "use_cpu": not torch.cuda.is_available(),
+            "gradient_checkpointing": task.checkpointing,
+            "weight_decay": 0.0,
+        }
+    )
     do_without_flash_attn()
     take_in_order()
     mark_legacy()

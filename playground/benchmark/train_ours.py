@@ -1,7 +1,7 @@
 """This program's side of run.py: train_lora.py with a clock."""
 
 from measuring import watch_training
-from training_task import ALPHA, RANK, TARGETS, read_task, to_flags, trainer_flags
+from training_task import lora_flags, read_task, to_flags, trainer_flags
 
 from fastchat_qlora import cli
 
@@ -11,18 +11,14 @@ PACKAGES = ("fastchat-qlora", "torch", "transformers", "peft", "accelerate", "da
 def main() -> None:
     """Train as the command line would."""
     task = read_task()
-    settings = trainer_flags(task) | {
-        "model_name_or_path": task.model,
-        "data_path": task.data,
-        "model_max_length": task.max_length,
-        "bf16": True,
-        "lora_r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_target_modules": TARGETS,
-        "lora_dropout": task.dropout,
-        "activation_checkpointing": task.checkpointing,
-        "train_sampling_strategy": "sequential",
-    }
+    settings = (
+        trainer_flags(task)
+        | lora_flags(task)
+        | {
+            "activation_checkpointing": task.checkpointing,
+            "train_sampling_strategy": "sequential",
+        }
+    )
     watch_training(task, PACKAGES)
     cli.program(["train", *to_flags(settings | task.options)])
 

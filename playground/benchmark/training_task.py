@@ -79,6 +79,20 @@ def trainer_flags(task: Task) -> dict[str, Any]:
     }
 
 
+def lora_flags(task: Task) -> dict[str, Any]:
+    """Model, data and adapter, by the names that FastChat gave the flags and this program has kept."""
+    return {
+        "model_name_or_path": task.model,
+        "data_path": task.data,
+        "model_max_length": task.max_length,
+        "bf16": True,
+        "lora_r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_target_modules": TARGETS,
+        "lora_dropout": task.dropout,
+    }
+
+
 def to_flags(settings: dict[str, Any]) -> list[str]:
     """Settings as they stand on a command line; of a list, one after the other."""
     words: list[str] = []

@@ -6,13 +6,14 @@ import pytest
 from test_run import command, losses, seen, train  # noqa: F401  # a fixture
 
 from fastchat_qlora.arguments import parse_args
+from fastchat_qlora.model.loading import repeated_layers
 from fastchat_qlora.training import activation_checkpointing
 
 FLAGS = {"max_steps": 3, "lora_dropout": 0.1}
 
 
 def checkpointed(trainer: object) -> int:
-    return sum(layer.gradient_checkpointing for layer in activation_checkpointing._layers(trainer))
+    return sum(layer.gradient_checkpointing for layer in repeated_layers(trainer.adapter))
 
 
 @pytest.fixture
