@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fastchat_qlora.arguments import LoraArguments
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.model.lean_modules import use_lean_modules
 from fastchat_qlora.model.lora_layers import use_lean_layers
 
 logger = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path:
         RunError: the adapter has nothing to train, or lacks tensors in its file.
     """
     model.requires_grad_(False)
+    use_lean_modules(model)
     use_lean_layers(lora_config, model)
     if weight_path:
         peft_model = PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)

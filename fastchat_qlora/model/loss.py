@@ -1,5 +1,6 @@
 """The loss, computed where there is something to learn."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,12 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-LOGITS_BYTES = {"cpu": 2**24}
-"""How large the fp32 logits of a chunk may become, by type of device: on the CPU so that they stay near the caches. For
-820 targets of SmolLM2 one core took 0.69, 0.61, 0.65 and 0.78 s with 64, 32, 16 and 8 MiB."""
+LOGITS_BYTES = {"cpu": 2**26}
+"""How large the logits of a chunk would be in fp32, by type of device: on the CPU so that the head's weight is not read
+for a few positions only. For 410 targets of SmolLM2 in bf16 two cores with AMX took 59 ms with 48 MiB, 62 with 32, 76
+with 16, of which 35, 46 and 59 were the two matrix products."""
 
 LOGITS_BYTES_ELSEWHERE = 2**29
 """On an accelerator so that a chunk keeps it busy: 1,000 tokens at a vocabulary of 128k."""
+
+SOFTMAX_BYTES = {"cpu": 2**22}
+"""How large what is turned to fp32 of a chunk at once may be: on the CPU so that it stays in the caches."""
+
+SOFTMAX_BYTES_ELSEWHERE = 2**27
 
 TILE = 128
 """Rows that an accelerator's matrix products take at once; a chunk of a few more would leave the last tile empty."""
@@ -24,6 +31,11 @@ def chunk_length(vocabulary: int, device_type: str) -> int:
     if device_type not in LOGITS_BYTES and length > TILE:
         length -= length % TILE
     return max(1, length)
+
+
+def softmax_length(vocabulary: int, device_type: str) -> int:
+    """How many of these are turned to fp32 at once."""
+    return max(1, SOFTMAX_BYTES.get(device_type, SOFTMAX_BYTES_ELSEWHERE) // (4 * vocabulary))
 
 
 def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -93,9 +105,9 @@ class LossHead(torch.nn.Linear):
             return super().forward(hidden)
         supervised, labels, smoothing = self._expected
         chosen = hidden.flatten(0, -2).index_select(0, supervised).to(self.weight.dtype)
-        chunk = chunk_length(self.out_features, hidden.device.type)
+        with_gradient = torch.is_grad_enabled() and chosen.requires_grad
         losses: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch is untyped here
-            chosen, self.weight, self.bias, labels, smoothing, chunk, torch.is_grad_enabled() and chosen.requires_grad
+            chosen, self.weight, self.bias, labels, smoothing, with_gradient
         )
         return losses[None, :, None]
 
@@ -115,33 +127,62 @@ class _FrozenHeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         smoothing: float,
-        chunk: int,
         with_gradient: bool,
     ) -> torch.Tensor:
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if with_gradient else None
         device_type = "cpu" if hidden.is_meta else hidden.device.type  # torch knows no autocast for meta tensors
+        piece = softmax_length(len(weight), device_type)
         with torch.autocast(device_type, enabled=False):
-            for start in range(0, len(labels), chunk):
-                part = slice(start, start + chunk)
-                target = labels[part, None]
-                log_p = F.linear(hidden[part], weight, bias).log_softmax(-1, dtype=torch.float32)
-                chosen = log_p.gather(1, target)[:, 0]
-                losses[part] = -chosen if not smoothing else -(1 - smoothing) * chosen - smoothing * log_p.mean(-1)
-                if gradient is None:
-                    continue
-                error = log_p.exp_()  # softmax; then minus the target
-                if smoothing:
-                    error -= smoothing / error.shape[1]
-                error.scatter_add_(1, target, torch.full_like(target, -(1 - smoothing), dtype=error.dtype))
-                torch.mm(error.to(weight.dtype), weight, out=gradient[part])
+            for part in _even_parts(len(labels), chunk_length(len(weight), device_type)):
+                logits = F.linear(hidden[part], weight, bias)
+                pieces = (torch.split(tensor, piece) for tensor in (logits, labels[part, None], losses[part]))
+                for rows, targets, out in zip(*pieces, strict=True):
+                    out.copy_(_losses_and_errors(rows, targets, smoothing, with_gradient))
+                if gradient is not None:
+                    torch.mm(logits, weight, out=gradient[part])  # no longer logits, but their errors
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_outputs[0][:, None]).to(gradient.dtype), *[None] * 6
+        return (gradient * grad_outputs[0][:, None]).to(gradient.dtype), *[None] * 5
+
+
+def _even_parts(length: int, most: int) -> list[slice]:
+    """As few parts as can be, and none of a few positions only."""
+    count = max(1, -(-length // most))
+    ends = [length * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _losses_and_errors(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, errors: bool) -> torch.Tensor:
+    """The losses of some positions, computed in fp32.
+
+    Args:
+        logits: shape (positions, vocabulary); spoilt, or if errors are asked for made into softmax minus target.
+        targets: shape (positions, 1).
+        smoothing: share of each target spread evenly over the vocabulary.
+        errors: whether they are asked for.
+
+    Returns:
+        Shape (positions,).
+    """
+    exact = logits.float()
+    exact -= exact.amax(-1, keepdim=True)
+    losses = (smoothing - 1) * exact.gather(1, targets)
+    if smoothing:
+        losses -= smoothing * exact.mean(-1, keepdim=True)
+    total = exact.exp_().sum(-1, keepdim=True)
+    losses += total.log()
+    if errors:
+        exact /= total
+        if smoothing:
+            exact -= smoothing / exact.shape[1]
+        exact.scatter_add_(1, targets, torch.full_like(targets, smoothing - 1, dtype=exact.dtype))
+        logits.copy_(exact)
+    return losses[:, 0]
 
 
 def _base(model: Any) -> Any:

@@ -5,7 +5,7 @@
 Activations are not taken from a formula for one family of models but counted: the model is built without memory (on
 torch's meta device), a few tokens are sent through it, and every tensor that autograd would keep is added up, layer by
 layer. The count holds for any architecture and follows the code as it is, dropout, norms and adapters included. For a
-Llama in bf16 with adapters on all linear layers and no dropout it comes to the 16 h + 4 k + 8 f bytes for each token
+Llama in bf16 with adapters on all linear layers and no dropout it comes to the 12 h + 4 k + 6 f bytes for each token
 and layer that one finds by hand (h: hidden size, k: key heads times head size, f: size of the MLP).
 """
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fastchat_qlora.model.adapter import trainable_parameters
 from fastchat_qlora.model.loading import repeated_layers
-from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, why_plain
+from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, softmax_length, why_plain
 
 TRACED_TOKENS = (64, 128)
 """Rows that are sent through; what the longer one costs more is what its tokens cost, without what is there once."""
@@ -147,7 +147,9 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
     weights, largest = _weight_bytes(base, quantised)
     chunked = not why_plain(model)
     vocabulary = head.weight.shape[0]
-    logits = vocabulary * (4 + size if chunked and size < 4 else 8 if chunked else 12 + 2 * size)
+    chunk = chunk_length(vocabulary, device_type)
+    in_fp32 = 4 * min(1.0, softmax_length(vocabulary, device_type) / chunk) if size < 4 else 0
+    logits = vocabulary * (size + in_fp32 if chunked else 12 + 2 * size)
     on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
     base.set_attn_implementation(on_cpu if device_type == "cpu" else KEPT_BY_ATTENTION[1])
     token, layers = _trace(model, supervised_share)
@@ -158,7 +160,7 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         targets=supervised_share,
         target_work=float(logits),
-        chunk=chunk_length(vocabulary, device_type) if chunked else None,
+        chunk=chunk if chunked else None,
         dequantised=float(largest * size if quantised else 0),
     )
 

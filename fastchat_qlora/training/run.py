@@ -41,6 +41,7 @@ from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, 
 from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
 from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
+from fastchat_qlora.training.kernel_caches import limit_kernel_caches
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
@@ -70,6 +71,8 @@ def train(args: RunArguments) -> Path:
     output_dir = Path(training_args.output_dir)
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
+    if topology.accelerator is None:
+        limit_kernel_caches(training_args.model_max_length, training_args.per_device_train_batch_size)
     with process_group(topology):
         set_up = SetUp(_set_up(args, topology, dtype))
         checkpoint = _checkpoint_to_resume(training_args, set_up)

@@ -26,6 +26,6 @@ def prepare_environment(name: str, folder: Path) -> str:
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
     for path in files:
         flags = ["--no-deps"] if path.name.endswith("-no-deps.txt") else []
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *flags, "-r", str(path)], check=True)
+        subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", *flags, "-r", str(path)], check=True)
     made_of.write_text(wanted, encoding="utf-8")
     return python
