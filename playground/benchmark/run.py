@@ -102,6 +102,14 @@ CONTESTANTS = {
         True,
         "--packing True",
     ),
+    "ours_whole": Contestant(
+        "this program, large micro-batches",
+        "ours",
+        {"sharegpt": 4, "alpaca": 16},
+        {},
+        False,
+        "defaults; all conversations of an optimizer step at once",
+    ),
     "fastchat": Contestant(
         "FastChat",
         "fastchat",
@@ -155,7 +163,7 @@ CONTESTANTS = {
         f"{FACTORY_SETTINGS}; one row at a time, as in its example for LoRA",
     ),
 }
-USUAL = ("ours", "ours_packed", "fastchat", "trl", "llamafactory")
+USUAL = ("ours", "ours_packed", "ours_whole", "fastchat", "trl", "llamafactory")
 
 
 class Failure(Exception):

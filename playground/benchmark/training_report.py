@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ HEADINGS = (
     "supervised",
     "positions / real",
     "peak MiB",
+    "peak: ours / theirs",
     "first step s",
     "real a step",
     "supervised a step",
@@ -49,10 +51,16 @@ def rate(run: Run, count: str) -> float:
     return timed(run, count) / seconds
 
 
-def pair_ratios(ours: Runs, theirs: Runs, count: str) -> list[float]:
-    """The ratio of the rates in every round in which both ran."""
+def peak(run: Run) -> float:
+    """MiB at the most."""
+    most: float = run["gpu_peak_mib"] or run["peak_mib"]
+    return most
+
+
+def pair_ratios(ours: Runs, theirs: Runs, measure: Callable[[Run], float]) -> list[float]:
+    """The ratio of what was measured in every round in which both ran."""
     by_round = {run["number"]: run for run in theirs}
-    return [rate(run, count) / rate(by_round[run["number"]], count) for run in ours if run["number"] in by_round]
+    return [measure(run) / measure(by_round[run["number"]]) for run in ours if run["number"] in by_round]
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -77,9 +85,9 @@ def describe_contestant(name: str, group: dict[str, Runs]) -> list[str]:
     """The measured cells of a contestant's line."""
     runs = group[name]
     ratios = [
-        spread(pair_ratios(group.get(ours, []), runs, count), ".2f") if name != ours else "1"
+        "1" if name == ours else spread(pair_ratios(group.get(ours, []), runs, measure), ".2f")
         for ours in ("ours", "ours_packed")
-        for count in ("real", "supervised")
+        for measure in (functools.partial(rate, count="real"), functools.partial(rate, count="supervised"))
     ]
     steps = [len(run["steps"]) - run["warmup"] for run in runs]
     return [
@@ -87,7 +95,8 @@ def describe_contestant(name: str, group: dict[str, Runs]) -> list[str]:
         spread([rate(run, "supervised") for run in runs], ",.0f"),
         *ratios,
         f"{statistics.median(timed(run, 'positions') / timed(run, 'real') for run in runs):.2f}",
-        spread([run["gpu_peak_mib"] or run["peak_mib"] for run in runs], ",.0f"),
+        spread([peak(run) for run in runs], ",.0f"),
+        "1" if name == "ours" else spread(pair_ratios(group.get("ours", []), runs, peak), ".2f"),
         spread([run["first_step_seconds"] for run in runs], ".1f"),
         *(
             f"{statistics.median(timed(run, count) / taken for run, taken in zip(runs, steps, strict=True)):,.0f}"
