@@ -192,7 +192,9 @@ def _check_names(flag: str, names: Collection[str], offered: Collection[str]) ->
         raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing there is to adapt; the model has {there}")
 
 
-def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "") -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "", *, leave: Collection[str] = ()
+) -> PeftModel:
     """Put an adapter on a base model.
 
     The base is frozen as it was loaded: nothing in it is copied to fp32, as PEFT's `prepare_model_for_kbit_training`
@@ -203,12 +205,13 @@ def attach_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path:
         model: the base model.
         lora_config: the adapter's shape.
         weight_path: a folder with an adapter to start from.
+        leave: names of classes whose modules stay as they are: FSDP2 was told to shard these.
 
     Raises:
         RunError: the adapter has nothing to train, or lacks tensors in its file.
     """
     model.requires_grad_(False)
-    use_lean_modules(model)
+    use_lean_modules(model, leave)
     use_lean_layers(lora_config, model)
     if weight_path:
         peft_model = PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)

@@ -108,7 +108,7 @@ class _Block:
         return scores.softmax(-1)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _forbidden(queries: int, ahead: int, window: int | None) -> torch.Tensor:
     """Which query must not see which key; `ahead` keys lie before the first query."""
     distance = torch.arange(ahead, ahead + queries)[:, None] - torch.arange(ahead + queries)

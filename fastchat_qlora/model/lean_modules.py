@@ -5,7 +5,7 @@ kinds of modules keep 14 as transformers writes them: a norm the fp32 copy of it
 full width. Here a norm keeps its input as it came, an MLP the two that its product is made of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def _divide_by_rms(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch
 class LeanMLP(torch.nn.Module):
     """The gated MLP with SiLU of Llama and most of those that came after it (SwiGLU, arXiv 2002.05202).
 
-    Values and gradients are those of transformers to the bit.
+    Values and gradients are those of transformers to the bit, as long as gate and up come in one dtype.
 
     Args:
         mlp: the model's own; its three layers become those of this one.
@@ -100,30 +100,46 @@ class _GatedProduct(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad_outputs[0])
 
 
-def use_lean_modules(model: torch.nn.Module) -> int:
+def use_lean_modules(model: torch.nn.Module, leave: Collection[str] = ()) -> int:
     """Put these modules in the place of those of a frozen model that compute the very same.
 
-    Which ones do is read off their code: 140 of transformers' norms and 125 of its MLPs are that of Llama to the
-    letter. Others stay as they are.
+    Which ones do is read off their code: 140 norms and 134 MLPs of transformers 5.23 have the code of Llama's. Others
+    stay as they are, and so do those to which something was added: hooks, or another way forward.
+
+    Args:
+        model: frozen, without an adapter.
+        leave: names of classes that stay.
 
     Returns:
         How many were replaced.
     """
-    names = [(name, _lean_version(module)) for name, module in model.named_modules()]
-    found = [(name, lean) for name, lean in names if lean is not None]
-    for name, lean in found:
-        model.set_submodule(name, lean)
-    return len(found)
+    made: dict[int, torch.nn.Module] = {}  # two names for one module stay two names for one module
+    replaced = 0
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module).__name__ in leave:
+            continue
+        lean = made.get(id(module)) or _lean_version(module)
+        if lean is not None:
+            made[id(module)] = lean
+            model.set_submodule(name, lean)
+            replaced += 1
+    return replaced
 
 
 def _lean_version(module: Any) -> torch.nn.Module | None:
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) or hasattr(module, "_hf_hook"):
+    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) or _is_changed(module):
         return None
     if _same_code(type(module).forward, LlamaRMSNorm.forward):
         return LeanRMSNorm(module)
     if _same_code(type(module).forward, LlamaMLP.forward) and _is_silu(module.act_fn):
         return LeanMLP(module)
     return None
+
+
+def _is_changed(module: torch.nn.Module) -> bool:
+    """Whether it does more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
 
 
 def _is_silu(module: torch.nn.Module) -> bool:

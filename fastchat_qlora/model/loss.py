@@ -1,6 +1,5 @@
 """The loss, computed where there is something to learn."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ SOFTMAX_BYTES = {"cpu": 2**22}
 SOFTMAX_BYTES_ELSEWHERE = 2**27
 
 TILE = 128
-"""Rows that an accelerator's matrix products take at once; a chunk of a few more would leave the last tile empty."""
+"""Rows that an accelerator's matrix products take at once; chunks are made of whole ones."""
 
 
 def chunk_length(vocabulary: int, device_type: str) -> int:
@@ -132,15 +131,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if with_gradient else None
         device_type = "cpu" if hidden.is_meta else hidden.device.type  # torch knows no autocast for meta tensors
-        piece = softmax_length(len(weight), device_type)
         with torch.autocast(device_type, enabled=False):
-            for part in _even_parts(len(labels), chunk_length(len(weight), device_type)):
-                logits = F.linear(hidden[part], weight, bias)
-                pieces = (torch.split(tensor, piece) for tensor in (logits, labels[part, None], losses[part]))
-                for rows, targets, out in zip(*pieces, strict=True):
-                    out.copy_(_losses_and_errors(rows, targets, smoothing, with_gradient))
-                if gradient is not None:
-                    torch.mm(logits, weight, out=gradient[part])  # no longer logits, but their errors
+            for part in _parts(len(labels), len(weight), device_type):
+                # In a function of its own, so that the logits of one chunk are gone before those of the next come.
+                _work_on_chunk(
+                    hidden[part],
+                    weight,
+                    bias,
+                    labels[part, None],
+                    smoothing,
+                    losses[part],
+                    None if gradient is None else gradient[part],
+                    softmax_length(len(weight), device_type),
+                )
         ctx.save_for_backward(gradient)
         return losses
 
@@ -150,11 +153,43 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (gradient * grad_outputs[0][:, None]).to(gradient.dtype), *[None] * 5
 
 
-def _even_parts(length: int, most: int) -> list[slice]:
-    """As few parts as can be, and none of a few positions only."""
-    count = max(1, -(-length // most))
-    ends = [length * i // count for i in range(count + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+def _parts(targets: int, vocabulary: int, device_type: str) -> list[slice]:
+    """Chunks of about one size, as few as can be."""
+    most = chunk_length(vocabulary, device_type)
+    tile = TILE if device_type not in LOGITS_BYTES and most > TILE else 1
+    length = -(-targets // max(1, -(-targets // most)))
+    length = max(1, -(-length // tile) * tile)
+    return [slice(start, start + length) for start in range(0, targets, length)]
+
+
+def _work_on_chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    smoothing: float,
+    losses: torch.Tensor,
+    gradient: torch.Tensor | None,
+    piece: int,
+) -> None:
+    """Fill in the losses of some positions, shape (positions,), and their gradient if there is a place for it.
+
+    Args:
+        hidden: shape (positions, width).
+        weight: of the head, shape (vocabulary, width).
+        bias: of the head, shape (vocabulary,).
+        targets: shape (positions, 1).
+        smoothing: share of each target spread evenly over the vocabulary.
+        losses: the place for the losses.
+        gradient: the place for the gradient, shaped as hidden.
+        piece: how many positions are turned to fp32 at once.
+    """
+    logits = F.linear(hidden, weight, bias)
+    pieces = (torch.split(tensor, piece) for tensor in (logits, targets, losses))
+    for rows, their_targets, their_losses in zip(*pieces, strict=True):
+        their_losses.copy_(_losses_and_errors(rows, their_targets, smoothing, gradient is not None))
+    if gradient is not None:
+        torch.mm(logits, weight, out=gradient)  # no longer logits, but their errors
 
 
 def _losses_and_errors(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, errors: bool) -> torch.Tensor:

@@ -66,6 +66,8 @@ class Model(NamedTuple):
         targets: for each token.
         target_work: bytes for each target whose loss is being computed.
         chunk: how many targets that are at once; all of them if None.
+        softmax_work: bytes for each of these that is turned to fp32.
+        piece: how many targets that are at once.
         dequantised: bytes of the largest 4-bit weight, unpacked.
     """
 
@@ -76,6 +78,8 @@ class Model(NamedTuple):
     targets: float
     target_work: float
     chunk: int | None
+    softmax_work: float
+    piece: int
     dequantised: float
 
 
@@ -147,9 +151,6 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
     weights, largest = _weight_bytes(base, quantised)
     chunked = not why_plain(model)
     vocabulary = head.weight.shape[0]
-    chunk = chunk_length(vocabulary, device_type)
-    in_fp32 = 4 * min(1.0, softmax_length(vocabulary, device_type) / chunk) if size < 4 else 0
-    logits = vocabulary * (size + in_fp32 if chunked else 12 + 2 * size)
     on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
     base.set_attn_implementation(on_cpu if device_type == "cpu" else KEPT_BY_ATTENTION[1])
     token, layers = _trace(model, supervised_share)
@@ -159,8 +160,10 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         weights=weights,
         trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         targets=supervised_share,
-        target_work=float(logits),
-        chunk=chunk if chunked else None,
+        target_work=float(vocabulary * (size if chunked else 12 + 2 * size)),
+        chunk=chunk_length(vocabulary, device_type) if chunked else None,
+        softmax_work=4.0 * vocabulary if chunked and size < 4 else 0.0,
+        piece=softmax_length(vocabulary, device_type),
         dequantised=float(largest * size if quantised else 0),
     )
 
@@ -187,7 +190,8 @@ def need(
     recomputed = max(0.0, tokens * token.layer * (1 - kept)) if checkpointed else 0.0
     # The gradients that one MLP has at once on its way back: of the product, of the gate and of the other factor.
     at_once = min(tokens * model.targets, model.chunk or math.inf)
-    work = max(recomputed + 3 * tokens * token.widest, at_once * model.target_work)
+    of_loss = at_once * model.target_work + min(at_once, model.piece) * model.softmax_work
+    work = max(recomputed + 3 * tokens * token.widest, of_loss)
     state = next((STATE_BYTES[n] for n in sorted(STATE_BYTES, key=len, reverse=True) if optimizer.startswith(n)), 8)
     return Need(
         weights=model.weights,

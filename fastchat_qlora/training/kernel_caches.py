@@ -15,19 +15,24 @@ KEPT_BY_TORCH = 32
 """It finds what it has forgotten in oneDNN's cache, at no cost that can be measured."""
 
 
+LARGEST = 1024
+"""What oneDNN keeps by itself."""
+
+
 def limit_kernel_caches(longest: int, conversations: int) -> None:
     """Have torch and oneDNN keep the kernels of about one micro-batch, not of every length there has been.
 
     oneDNN makes a kernel for each shape of a matrix product, torch keeps what it computes it with, and both keep 1,024
-    of them. Without padding every micro-batch has another length, some thirty new shapes each, and what is kept lies
-    scattered in the heap, so that larger activations find no place between: in a run of SmolLM2-135M with 24
-    conversations of up to 1,024 tokens it is 300 MiB of 2,000, and nothing is gained, for lengths seldom come again.
-    Values that the user has set stay. Call it before the first matrix product.
+    of them. Without padding nearly every micro-batch has a length of its own, some thirty new shapes, and what is kept
+    lies scattered in the heap, so that larger activations find no place between: in a run of SmolLM2-135M with 24
+    conversations of up to 1,024 tokens it is 300 MiB of 2,000. Values that the user has set stay. Call it before the
+    first matrix product.
 
     Args:
-        longest: tokens of a row.
-        conversations: in a micro-batch.
+        longest: tokens of a conversation, at the most.
+        conversations: in a micro-batch, at the most.
     """
     blocks = -(-longest // BLOCK) + conversations
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS + KERNELS_OF_ATTENTION * blocks))
+    kept = min(KERNELS + KERNELS_OF_ATTENTION * blocks, LARGEST)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT_BY_TORCH))

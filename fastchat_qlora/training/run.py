@@ -71,8 +71,6 @@ def train(args: RunArguments) -> Path:
     output_dir = Path(training_args.output_dir)
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
-    if topology.accelerator is None:
-        limit_kernel_caches(training_args.model_max_length, training_args.per_device_train_batch_size)
     with process_group(topology):
         set_up = SetUp(_set_up(args, topology, dtype))
         checkpoint = _checkpoint_to_resume(training_args, set_up)
@@ -83,7 +81,8 @@ def train(args: RunArguments) -> Path:
         skeleton = build_skeleton(config)
         check_targets(skeleton, lora_config, quantised=quantised)
         check_sharding(config, skeleton, lora_config, topology, quantised=quantised)
-        check_layer_classes(skeleton, (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
+        sharded_classes = (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ()
+        check_layer_classes(skeleton, sharded_classes)
         attention = choose_attention(
             model_args.attn_implementation,
             training_args.flash_attn,
@@ -107,6 +106,8 @@ def train(args: RunArguments) -> Path:
         require_agreement(_shared(args, dataset, checkpoint))
 
         profile = _profile(args, config, lora_config, dtype, dataset["train"], topology)
+        if topology.accelerator is None:
+            _limit_kernel_caches(args, config, dataset["train"])
 
         set_seed(training_args.seed)  # the adapter's first values are random
         base = load_model(
@@ -117,7 +118,7 @@ def train(args: RunArguments) -> Path:
             attn_implementation=attention,
             cache_dir=training_args.cache_dir,
         )
-        model = attach_adapter(base, lora_config, lora_args.lora_weight_path)
+        model = attach_adapter(base, lora_config, lora_args.lora_weight_path, leave=sharded_classes)
         clock = FirstStepClock()
         trainer = LoraTrainer(
             model=model,
@@ -181,6 +182,16 @@ def _profile(
         quantised="int8" if lora.load_in_8bit else four_bits if lora.q_lora else "",
         device_type=topology.accelerator or "cpu",
     )
+
+
+def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, conversations: Dataset) -> None:
+    """Say how many conversations a micro-batch has at the most: packed rows may be full of the shortest."""
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return  # each expert is given another number of tokens, and so has kernels of its own
+    lengths = column(conversations, "length")
+    in_a_row = args.training.model_max_length // lengths.min() if args.data.packing else 1
+    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * in_a_row))
 
 
 def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:

@@ -128,6 +128,29 @@ def test_what_is_trained_is_left_alone() -> None:
     assert kinds(model) == (0, 2)
 
 
+def test_a_shared_module_stays_shared() -> None:
+    model = make_base("llama").requires_grad_(False)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    assert use_lean_modules(model) == 7
+    assert model.model.layers[1].mlp is model.model.layers[0].mlp
+    assert isinstance(model.model.layers[1].mlp, LeanMLP)
+
+
+def test_what_was_added_to_a_module_stays() -> None:
+    model = make_base("llama").requires_grad_(False)
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0)
+    model.model.layers[0].mlp.forward = lambda x: x
+    use_lean_modules(model)
+    assert kinds(model) == (4, 1)
+    assert not model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.any()
+
+
+def test_classes_can_be_left() -> None:
+    model = make_base("llama").requires_grad_(False)
+    use_lean_modules(model, ["LlamaMLP"])
+    assert kinds(model) == (5, 0)
+
+
 def kept_bytes(module: torch.nn.Module) -> int:
     """For ten tokens, without the weights."""
     kept: list[torch.Tensor] = []

@@ -125,8 +125,12 @@ class Case:
 
 
 @contextmanager
-def chunks_of(targets: int, vocabulary: int = VOCABULARY) -> Iterator[None]:
-    with mock.patch.dict(loss.LOGITS_BYTES, cpu=4 * vocabulary * targets):
+def chunks_of(targets: int, vocabulary: int = VOCABULARY, piece: int = 1000) -> Iterator[None]:
+    """So many targets at once, a piece of them in fp32 at once."""
+    with (
+        mock.patch.dict(loss.LOGITS_BYTES, cpu=4 * vocabulary * targets),
+        mock.patch.dict(loss.SOFTMAX_BYTES, cpu=4 * vocabulary * piece),
+    ):
         yield
 
 
@@ -137,7 +141,7 @@ class TestLossHead:
         self, data: st.DataObject, tokens: int, chunk: int, bias: bool, smoothing: float
     ) -> None:
         case = Case(tokens, data.draw(st.integers(0, tokens)), bias=bias)
-        with chunks_of(chunk):
+        with chunks_of(chunk, piece=data.draw(st.integers(1, chunk))):
             ours = case.of_head(smoothing)
         for got, expected in zip(ours, case.of_logits(smoothing), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
