@@ -142,7 +142,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     smoothing,
                     losses[part],
                     None if gradient is None else gradient[part],
-                    softmax_length(len(weight), device_type),
                 )
         ctx.save_for_backward(gradient)
         return losses
@@ -170,7 +169,6 @@ def _work_on_chunk(
     smoothing: float,
     losses: torch.Tensor,
     gradient: torch.Tensor | None,
-    piece: int,
 ) -> None:
     """Fill in the losses of some positions, shape (positions,), and their gradient if there is a place for it.
 
@@ -182,9 +180,9 @@ def _work_on_chunk(
         smoothing: share of each target spread evenly over the vocabulary.
         losses: the place for the losses.
         gradient: the place for the gradient, shaped as hidden.
-        piece: how many positions are turned to fp32 at once.
     """
     logits = F.linear(hidden, weight, bias)
+    piece = softmax_length(len(weight), logits.device.type)
     pieces = (torch.split(tensor, piece) for tensor in (logits, targets, losses))
     for rows, their_targets, their_losses in zip(*pieces, strict=True):
         their_losses.copy_(_losses_and_errors(rows, their_targets, smoothing, gradient is not None))

@@ -110,10 +110,8 @@ RUNS = [
 def test_ratios_are_taken_within_a_round() -> None:
     ours, theirs = RUNS[::2], RUNS[1::2]
     assert rate(ours[0], "real") == 10  # the warm-up does not count
-    assert pair_ratios(ours, theirs, lambda run: rate(run, "supervised")) == [
-        2,
-        3,
-    ]  # the peer did not run in the third round
+    # The peer did not run in the third round.
+    assert pair_ratios(ours, theirs, lambda run: rate(run, "supervised")) == [2, 3]
     assert spread([2, 3], ".2f") == "2.50 (2.00 - 3.00)"
     assert spread([2], ".2f") == "2.00"
     assert spread([], ".2f") == "-"
