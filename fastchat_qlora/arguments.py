@@ -154,6 +154,9 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     flash_attn: bool = field(
         default=False, metadata={"help": "Use FlashAttention 2; the same as --attn_implementation flash_attention_2."}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything up to the loading of the weights, then stop."}
+    )
 
     def __post_init__(self) -> None:
         """Checkpointing is the same under both of its names, and of the same kind whatever else is set about it."""

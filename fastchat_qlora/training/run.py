@@ -109,6 +109,9 @@ def train(args: RunArguments) -> Path:
         if topology.accelerator is None:
             _limit_kernel_caches(args, config, dataset["train"])
 
+        if training_args.dry_run:
+            logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
+            return output_dir
         set_seed(training_args.seed)  # the adapter's first values are random
         base = load_model(
             model_args,

@@ -1,6 +1,7 @@
 """The whole run in one process on a two-layer model, through the front door."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,15 @@ def test_vicuna_template_is_saved_and_serves_as_it_was_trained(
     )["input_ids"]
     trained = seen["trainer"].train_dataset[0]["input_ids"]
     assert trained[: len(prompt)] == prompt
+
+
+def test_a_dry_run_checks_and_loads_no_weights(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder has everything but the weights, and that is enough."""
+    model = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = command(model, data_file, tmp_path / "out", dry_run=True)
+    assert main(["train", *arguments]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Dry run: ")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(["train", *arguments, "--lora_target_modules", "nothing"]) == 2
