@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fastchat_qlora import __version__
-from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.errors import AgreedError, RunError, UserError
+from fastchat_qlora.signals import Stopped
 from fastchat_qlora.text import one_line, visible
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its flags; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0 done, 2 a user's mistake found before weights are loaded, 1 a run that was stopped later.
+        The exit code: 0 done, 2 a user's mistake found before weights are loaded, 1 a run that was stopped later, 143
+        and 130 one that SIGTERM and SIGINT have ended.
         Any other exception passes through, so that its traceback is seen; Python then exits with 1.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
@@ -71,8 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[name][0](rest)
     except UserError as error:
         return _fail(str(error), code=2)
+    except AgreedError as error:
+        return _fail_together(str(error))
     except RunError as error:
         return _fail(str(error), code=1)
+    except Stopped as stopped:
+        return _stop(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:  # before there was anything to save
+        return _stop("SIGINT: stopped before the run began", 130)
     return 0
 
 
@@ -134,6 +142,21 @@ def _set_up_logging() -> None:
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def _fail_together(message: str) -> int:
+    """Every process ends for the same reason, which the first one tells; the others give it time to."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)
+        return 1
+    return _fail(message, code=1)
+
+
+def _stop(message: str, code: int) -> int:
+    """Say, in the first process, that a signal has ended the run."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{visible(one_line(message))}\n")
+    return code
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that must not go on or cannot be trusted: one `error:` line, exit code 1."""
+
+
+class AgreedError(RunError):
+    """A RunError that every process of the run raises alike: the first one tells it."""

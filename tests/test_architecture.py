@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
-    {"errors", "text"},
+    {"errors", "signals", "text"},
     {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "path_checks"},
     {"deepspeed_checks", "old_flags"},
     {"argument_checks"},

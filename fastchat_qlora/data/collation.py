@@ -13,8 +13,8 @@ from fastchat_qlora.data.tokenization import IGNORE_INDEX
 MULTIPLE = 8
 """Of which padded lengths are: kind to matrix units."""
 
-ACCOUNT = ("num_tokens", "num_supervised", "num_conversations")
-"""What a batch says of itself in plain integers, counted before anything is on a device."""
+ACCOUNT = ("num_tokens", "num_supervised", "num_conversations", "sources")
+"""What a batch says of itself in plain integers and names, written down before anything is on a device."""
 
 
 def largest_batch(lengths: np.ndarray[Any, Any], batch_size: int, *, padding_free: bool) -> int:
@@ -72,6 +72,7 @@ class Collator:
             "num_tokens": sum(lengths),
             "num_supervised": sum(counts),
             "num_conversations": len(rows),
+            "sources": [(row.get("file"), row.get("line"), row.get("id")) for row in rows],
         }
 
     def _end_to_end(self, rows: Sequence[dict[str, Any]], lengths: list[int]) -> tuple[dict[str, Any], list[int]]:

@@ -30,11 +30,19 @@ logger = logging.getLogger(__name__)
 
 
 class LoadedData(NamedTuple):
-    """The rows of one flag's data, what became of its records (see building.build_rows), the rejected line by line."""
+    """One flag's data.
+
+    Attributes:
+        rows: of tokens, or of texts that become tokens when they are asked for.
+        account: what became of its records, see building.build_rows.
+        rejected: a file that lists the rejected ones line by line.
+        contents: hashes of its files, in their order; where they lie and what they are called is not in it.
+    """
 
     rows: Dataset
     account: dict[str, Any]
     rejected: Path
+    contents: list[str]
 
 
 def build_dataset(
@@ -216,7 +224,7 @@ def _load(
     logger.info(_summary(rows, account, source.flag))
     if preprocessor.lazy:
         rows = rows.with_transform(Tokenised(preprocessor.encoder, preprocessor.max_length))
-    return LoadedData(rows, account, entry / REJECTED)
+    return LoadedData(rows, account, entry / REJECTED, [content for _, content in contents])
 
 
 def _check_rejections(

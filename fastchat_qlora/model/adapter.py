@@ -1,5 +1,6 @@
 """Arguments -> a LoRA adapter on a frozen base."""
 
+import copy
 import logging
 import re
 from collections.abc import Collection
@@ -229,6 +230,27 @@ def attach_adapter(
     if not trainable_parameters(peft_model):
         raise RunError("the adapter has no parameter to train; check --lora_target_modules")
     return peft_model
+
+
+def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> dict[str, torch.Size] | None:
+    """What an adapter's file holds by its configuration, from the shapes of the base model alone.
+
+    Args:
+        skeleton: from `loading.build_skeleton`; it is used up.
+        lora_config: the adapter's configuration, which stays as it is.
+
+    Returns:
+        Name in the file -> shape; None where the model's code lies outside transformers.
+    """
+    if skeleton is None:
+        return None
+    lora_config = copy.deepcopy(lora_config)
+    lora_config.init_lora_weights = False  # there is nothing to decompose or to draw
+    skeleton.requires_grad_(False)
+    model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
+    trained = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
+    named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+    return {name: tensor.shape for name, tensor in named.items()}
 
 
 def _check_all_loaded(peft_model: PeftModel, weight_path: str) -> None:

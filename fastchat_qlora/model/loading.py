@@ -1,6 +1,8 @@
 """A model path -> tokenizer, configuration, base model."""
 
+import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +24,20 @@ from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
 
+SAMPLE = 1 << 20
+"""Bytes at each place of a file that tell it from another."""
+
 
 def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     """The number format that the base model computes in."""
     if training_args.fp16:
         return torch.float16
     return torch.bfloat16 if training_args.bf16 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as it is written: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def load_config(model_args: ModelArguments, cache_dir: str | None) -> PretrainedConfig:
@@ -51,6 +61,25 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
             f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
         )
     return config
+
+
+def describe_files(model_name_or_path: str, config: PretrainedConfig) -> str:
+    """Which base model it is: the commit of a hub id, or the beginning, middle and end of each file of weights.
+
+    A checkpoint goes on with the base it was made with. To read all of it would take as long as to load it; another
+    training of the same model differs everywhere.
+    """
+    if commit := getattr(config, "_commit_hash", None):
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(model_name_or_path).expanduser().glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - SAMPLE, 0)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:

@@ -1,164 +1,256 @@
-"""What is written to disk, and what of it can be gone on from."""
+"""Checkpoints: which one a run goes on from, and how new ones appear whole or not at all."""
 
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ExportableState
+from safetensors import SafetensorError
 
-from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter import ADAPTER_FILE, trainable_parameters
+from fastchat_qlora.model.adapter import ADAPTER_FILE
+from fastchat_qlora.text import one_line
+from fastchat_qlora.training.fingerprint import find_changes
+from fastchat_qlora.training.manifest import Torn, get_versions, read_manifest, sync, verify, write_manifest
+from fastchat_qlora.training.pickles import find_unsafe
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+NEEDED = (STATE_FILE, "scheduler.pt", ADAPTER_FILE)
+"""What every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
 
-# What every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it.
-COMPLETE = (STATE_FILE, "scheduler.pt", ADAPTER_FILE)
+UNFINISHED = ".saving"
+"""Where a checkpoint is written, below output_dir; whatever lies there was never finished."""
+
+SET_ASIDE = "set_aside"
+"""Where checkpoints go, below output_dir, that the run does not go on from and would write over."""
+
+ANEW = (
+    "set the run up as before, or start anew: with --restart True, or in another --output_dir, where "
+    "--lora_weight_path goes on from what was learnt"
+)
 
 
-SAVED_DTYPE = torch.float32
-"""Of every tensor in an adapter's file, whatever the strategy."""
+class Checkpoint(NamedTuple):
+    """A checkpoint that is whole.
 
-
-def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Collect what was trained, on the CPU in `SAVED_DTYPE`, whole even where each process holds only a part.
-
-    One parameter is gathered at a time and the base never is. Every process must call this.
-
-    Returns:
-        Name -> tensor of the parameter's full shape.
+    Attributes:
+        folder: where it lies.
+        step: optimizer steps done.
+        run: what its run was; empty where it does not say.
+        is_chosen: whether the user named it.
     """
-    return {name: _whole(parameter).to(SAVED_DTYPE) for name, parameter in trainable_parameters(model).items()}
+
+    folder: Path
+    step: int
+    run: dict[str, str]
+    is_chosen: bool = False
+
+    def check(self, run: Mapping[str, str]) -> None:
+        """Require that the checkpoint is of the run that is to go on.
+
+        Args:
+            run: name -> value of what must be as it was; other names are not looked at.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        changes = find_changes(self.run, run)
+        refused = changes if not self.is_chosen else [change for change in changes if not change.is_bearable]
+        if refused:
+            said = "; ".join(str(change) for change in refused)
+            raise UserError(f"{self.folder}: this run is set up otherwise ({said}); {ANEW}")
+        if changes:
+            said = "; ".join(str(change) for change in changes)
+            logger.warning(
+                f"{self.folder}: chosen by --resume_from_checkpoint, so the run goes on though it is set up otherwise "
+                f"({said}): it is another run than one that was never interrupted."
+            )
 
 
-def _whole(parameter: Any) -> torch.Tensor:
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # DeepSpeed has taken it over
-        import deepspeed
-
-        # What is live is rounded to the compute dtype; the optimizer holds the fp32 value behind it.
-        master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        if master is not None:
-            return master.detach().cpu().clone()  # type: ignore[no-any-return]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
-    if hasattr(parameter, "full_tensor"):  # a DTensor of FSDP2
-        parameter = parameter.full_tensor()
-    return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
-
-
-def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """Write an adapter as PEFT does. Embeddings are saved if they were trained; the hub is not asked about them."""
-    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-
-
-def check_saved_adapter(
-    folder: Path, model: PeftModel, trained: dict[str, torch.Tensor], *, must_have_learnt: bool = True
-) -> None:
-    """Open a saved adapter again and compare it with what was trained.
+def choose_checkpoint(output_dir: Path, wanted: str, *, restart: bool) -> Checkpoint | None:
+    """The checkpoint to go on from: the one that was named, else the newest whole one in output_dir.
 
     Args:
-        folder: where the adapter was saved.
-        model: the model it was saved from, which knows PEFT's names for the tensors in the file.
-        trained: the tensors that were to be saved, from `gather_adapter`.
-        must_have_learnt: refuse an adapter whose every lora_B is zero; a checkpoint within the warm-up may be one.
+        output_dir: the folder of the run.
+        wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
+        restart: whether to start anew whatever is there.
 
     Raises:
-        RunError: the file is missing or torn, a tensor in it is missing, misshapen, not finite or another one, or no
-            lora_B has moved from zero.
+        UserError: the one that was named is not whole, or there is none where there must be one.
     """
-    path = folder / ADAPTER_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: the saved adapter cannot be opened: {error}") from error
-    expected = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-    if saved.keys() != expected.keys() or len(saved) != len(trained):
-        raise RunError(f"{path}: holds {len(saved)} tensors, {len(trained)} were trained; some are missing or too many")
-    for name, tensor in saved.items():
-        if tensor.shape != expected[name].shape or not torch.equal(tensor, expected[name]):
-            raise RunError(f"{path}: {name} differs from the trained tensor, or is not finite")
-    moved = [bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name]
-    if must_have_learnt and moved and not any(moved):
-        raise RunError(f"{path}: every lora_B is zero: the adapter has learnt nothing")
-
-
-def find_last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that is complete enough to go on from; others are named with the reason."""
-    for folder in _newest_first(Path(output_dir)):
-        missing = [name for name in COMPLETE if not _has_content(folder / name)]
-        if not missing:
-            logger.info(f"Going on from {folder}.")
-            return str(folder)
-        logger.warning(f"{folder}: skipped, it has no {' and no '.join(missing)}.")
+    if restart or wanted.lower() == "false":
+        return None
+    if wanted.lower() not in ("", "true"):
+        return _open_chosen(Path(wanted).expanduser())
+    for step, folder in checkpoints_in(output_dir):
+        try:
+            found = open_checkpoint(folder)
+            if found.step != step:
+                raise Torn(f"its manifest is of step {found.step}")
+        except Torn as error:
+            logger.warning(f"{folder}: skipped, for {error}.")
+            continue
+        logger.info(f"Going on from {folder}.")
+        return found
+    if wanted:
+        raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} has no whole checkpoint; drop the flag")
     return None
 
 
-def _newest_first(output_dir: Path) -> Iterator[Path]:
+def _open_chosen(folder: Path) -> Checkpoint:
+    try:
+        found = open_checkpoint(folder)
+    except Torn as error:
+        if (folder / "manifest.json").exists():
+            raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
+        missing = [name for name in NEEDED if not _has_content(folder / name)]
+        if missing:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
+            ) from error
+        logger.warning(
+            f"{folder}: {error}, so it may be damaged, and of another run; it is taken to be whole and of this one."
+        )
+        found = Checkpoint(folder, _read_step(folder), {})
+    _refuse_code(folder)
+    return found._replace(is_chosen=True)
+
+
+def _read_step(folder: Path) -> int:
+    """The step by the trainer's state, for a checkpoint without manifest."""
+    path = folder / STATE_FILE
+    try:
+        return int(json.loads(path.read_text("utf-8"))["global_step"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no trainer state can be read from it ({error!r}); choose another one") from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint through and require that it is whole and can be gone on from.
+
+    Raises:
+        Torn: it is not.
+        UserError: a file in it would run code when it is loaded.
+    """
+    manifest = verify(folder)
+    missing = [name for name in NEEDED if name not in manifest.files]
+    if missing:
+        raise Torn(f"it was saved without {' and '.join(missing)}")
+    _refuse_code(folder)
+    now = get_versions()
+    changed = [
+        f"{name} {old} then, {now.get(name)} now" for name, old in manifest.versions.items() if now.get(name) != old
+    ]
+    if changed:
+        logger.warning(f"{folder}: made with other libraries ({', '.join(changed)}); what follows may differ a little.")
+    return Checkpoint(folder, manifest.step, manifest.run)
+
+
+def _refuse_code(folder: Path) -> None:
+    if unsafe := find_unsafe(folder):
+        raise UserError(
+            f"{folder}: {'; '.join(unsafe)}: loading it would run code that no checkpoint of this program has; do not "
+            "use it, or start anew with --restart True"
+        )
+
+
+def checkpoints_in(output_dir: Path) -> list[tuple[int, Path]]:
+    """The checkpoint folders of a run with their steps, the newest first, whole or not."""
     steps = {}
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         if match and folder.is_dir():
             steps[int(match.group(1))] = folder
-    yield from (steps[step] for step in sorted(steps, reverse=True))
+    return sorted(steps.items(), reverse=True)
 
 
 def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-ANEW = "start anew in another --output_dir, where --lora_weight_path goes on from what was learnt"
+def clear_the_way(output_dir: Path, checkpoint: Checkpoint | None) -> None:
+    """Remove what was never finished, and set aside the checkpoints that come after the one the run goes on from.
 
-
-class SetUp(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped
-    """How a run is set up, written into the trainer state of its checkpoints.
-
-    The optimizer's state is laid out by the strategy: read under another one it fails in the middle of loading, or is
-    passed over in silence and the optimizer starts anew.
+    They are torn or of another run, and this run will write its own under their names.
     """
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+    step = checkpoint.step if checkpoint else -1
+    later = [folder for number, folder in checkpoints_in(output_dir) if number > step]
+    if not later:
+        return
+    place = output_dir / SET_ASIDE
+    place.mkdir(exist_ok=True)
+    for folder in later:
+        target = next(t for n in range(len(os.listdir(place)) + 1) if not (t := place / f"{folder.name}.{n}").exists())
+        folder.rename(target)
+    names = ", ".join(folder.name for folder in reversed(later))
+    logger.warning(f"{place}: {names} were set aside, since the run does not go on from there; remove them at will.")
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
-        self.settings = dict(settings)
 
-    def state(self) -> dict[str, Any]:
-        """What transformers keeps of a callback in the trainer state."""
-        return {"args": {"settings": self.settings}, "attributes": {}}
+def publish(unfinished: Path, target: Path, step: int, run: Mapping[str, str]) -> None:
+    """Have a checkpoint appear under its name, with its manifest, once all of it is on the disk.
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Have a place in a trainer state that was loaded from a checkpoint of earlier versions."""
-        state.stateful_callbacks[type(self).__name__] = self.state()
+    Raises:
+        OSError: the disk is full, or has lost something; nothing has appeared.
+    """
+    write_manifest(unfinished, step, run)
+    unfinished.rename(target)
+    sync(target.parent)
 
-    def check(self, checkpoint: str) -> None:
-        """Require that a checkpoint was made by a run that was set up like this one.
 
-        Raises:
-            UserError: naming what differs, or that the checkpoint's trainer state cannot be read.
-        """
-        path = Path(checkpoint) / STATE_FILE
+def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keep so many checkpoints at the most; the newest whole one and the best one stay in any case.
+
+    Args:
+        output_dir: the folder of the run.
+        limit: --save_total_limit; None or 0: all are kept.
+        best: the folder of the best one so far, if it is to be kept.
+    """
+    if not limit or limit < 0:
+        return
+    whole, torn = [], []
+    for _, folder in checkpoints_in(output_dir):
         try:
-            callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {})
-            theirs = dict(callbacks.get(type(self).__name__, {}).get("args", {}).get("settings", {}))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: no trainer state can be read from it ({error!r}); {ANEW}") from error
-        if not theirs:
-            logger.warning(f"{checkpoint}: does not say how its run was set up; it is taken to be as this one.")
-        changed = [
-            f"{name}: {theirs[name]} then, {ours} now"
-            for name, ours in self.settings.items()
-            if theirs.get(name, ours) != ours
-        ]
-        if changed:
-            raise UserError(
-                f"{checkpoint}: this run is set up otherwise ({'; '.join(changed)}); set it up as before, or {ANEW}"
-            )
+            read_manifest(folder)
+            whole.append(folder)
+        except Torn:
+            torn.append(folder)
+    protected = {*whole[:1], *([Path(best)] if best else [])}
+    removable = [folder for folder in [*reversed(torn), *reversed(whole)] if folder not in protected]
+    surplus = len(whole) + len(torn) - max(limit, len(protected))
+    for folder in removable[: max(surplus, 0)]:
+        # Gone under its name at once, so that a kill leaves none that is half removed.
+        going = output_dir / UNFINISHED / f"removed-{folder.name}"
+        going.parent.mkdir(exist_ok=True)
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turn what goes wrong with a disk into one sentence.
+
+    Raises:
+        RunError: in place of the libraries' errors; torch and safetensors have their own for a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer of zip files says what it was doing, and where in its source
+        if (
+            isinstance(error, RuntimeError)
+            and "PytorchStreamWriter" not in str(error)
+            and "inline_container" not in str(error)
+        ):
+            raise
+        raise RunError(
+            f"{what} could not be written: {one_line(error, 300)}; earlier checkpoints are whole: make room, and start "
+            "the run again to go on from the last one"
+        ) from error

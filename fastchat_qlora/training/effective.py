@@ -20,9 +20,9 @@ from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import trainable_parameters
-from fastchat_qlora.model.loading import repeated_layers
+from fastchat_qlora.model.loading import dtype_name, repeated_layers
 from fastchat_qlora.model.loss import chunk_length
-from fastchat_qlora.training.checkpoint import SAVED_DTYPE
+from fastchat_qlora.training.saved_adapter import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -125,11 +125,6 @@ def _devices(device: torch.device) -> str:
 
 def _counted(names: Iterable[str]) -> str:
     return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(names).items())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as it is written: float32, not torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _compute_dtype(model: torch.nn.Module, engine: Any) -> torch.dtype:

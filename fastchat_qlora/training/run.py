@@ -11,13 +11,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import PretrainedConfig, set_seed
-from transformers.training_args import OptimizerNames
 
-from fastchat_qlora.arguments import LoraArguments, RunArguments, TrainingArguments
+from fastchat_qlora.arguments import RunArguments
 from fastchat_qlora.data.collation import Collator
-from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.dataset import arrange, load_data
 from fastchat_qlora.data.packing import PackedRows, PackingSampler, column
-from fastchat_qlora.deepspeed_config import layout, offload_device
 from fastchat_qlora.distributed import Topology, get_device_map, get_topology, process_group, require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter import (
@@ -26,10 +24,12 @@ from fastchat_qlora.model.adapter import (
     check_layer_classes,
     check_sharding,
     check_targets,
+    expected_shapes,
 )
 from fastchat_qlora.model.attention import choose_attention
 from fastchat_qlora.model.loading import (
     build_skeleton,
+    describe_files,
     get_compute_dtype,
     load_config,
     load_model,
@@ -37,13 +37,18 @@ from fastchat_qlora.model.loading import (
 )
 from fastchat_qlora.model.memory import Model
 from fastchat_qlora.model.quantization import build_quantization_config
+from fastchat_qlora.signals import StopSignals
 from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, profile_model
-from fastchat_qlora.training.checkpoint import SetUp, find_last_checkpoint
-from fastchat_qlora.training.effective import EffectiveSettings, dtype_name
+from fastchat_qlora.training.checkpoint import Checkpoint, choose_checkpoint, clear_the_way
+from fastchat_qlora.training.disk import check_room, count_checkpoints
+from fastchat_qlora.training.effective import EffectiveSettings
+from fastchat_qlora.training.fingerprint import describe_data, describe_settings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.kernel_caches import limit_kernel_caches
+from fastchat_qlora.training.output_lock import hold
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
+from fastchat_qlora.training.step_watch import StepWatch
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -71,10 +76,13 @@ def train(args: RunArguments) -> Path:
     output_dir = Path(training_args.output_dir)
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
-    with process_group(topology):
-        set_up = SetUp(_set_up(args, topology, dtype))
-        checkpoint = _checkpoint_to_resume(training_args, set_up)
+    with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=topology.is_main):
+        wanted = training_args.resume_from_checkpoint or ""
+        checkpoint = choose_checkpoint(output_dir, wanted, restart=training_args.restart)
         lora_config = build_lora_config(lora_args)
+        settings = describe_settings(args, lora_config, topology, dtype)
+        if checkpoint:
+            checkpoint.check(settings)
         quantization_config = build_quantization_config(lora_args, dtype, topology)
         config = load_config(model_args, training_args.cache_dir)
         quantised = quantization_config is not None
@@ -83,6 +91,7 @@ def train(args: RunArguments) -> Path:
         check_sharding(config, skeleton, lora_config, topology, quantised=quantised)
         sharded_classes = (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ()
         check_layer_classes(skeleton, sharded_classes)
+        shapes = expected_shapes(skeleton, lora_config)
         attention = choose_attention(
             model_args.attn_implementation,
             training_args.flash_attn,
@@ -94,17 +103,25 @@ def train(args: RunArguments) -> Path:
         tokenizer = load_tokenizer(
             model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
         )
-        dataset = build_dataset(
+        loaded = load_data(
             data_args,
             tokenizer,
             max_length=training_args.model_max_length,
-            seed=training_args.seed,
-            output_dir=training_args.output_dir,
+            output_dir=output_dir,
             cache_dir=training_args.cache_dir,
             is_main=topology.is_main,
         )
+        dataset = arrange(loaded, data_args.eval_split, training_args.seed)
+        base_files = describe_files(model_args.model_name_or_path, config)
+        identities = describe_data(tokenizer, loaded["--data_path"].contents, base_files)
+        if checkpoint:
+            checkpoint.check(identities)
         require_agreement(_shared(args, dataset, checkpoint))
 
+        rows = _rows(dataset["train"], args)
+        optimizer, has_masters = settings["optimizer"], bool(topology.zero_stage)
+        kept = count_checkpoints(training_args, len(rows))
+        check_room(output_dir, shapes, kept, optimizer, has_masters=has_masters)
         profile = _profile(args, config, lora_config, dtype, dataset["train"], topology)
         if topology.accelerator is None:
             _limit_kernel_caches(args, config, dataset["train"])
@@ -126,11 +143,13 @@ def train(args: RunArguments) -> Path:
         trainer = LoraTrainer(
             model=model,
             args=training_args,
-            train_dataset=_rows(dataset["train"], args),
+            train_dataset=rows,
             eval_dataset=dataset.get("eval"),
             data_collator=Collator(tokenizer, padding_free=data_args.padding_free),
             processing_class=tokenizer,
-            callbacks=[GradientGuard(), LossGuard(), LastStepLog(), set_up, clock],
+            callbacks=[GradientGuard(), LossGuard(), LastStepLog(), clock],
+            run=settings | identities,
+            shapes=shapes,
         )
 
         run_self_test(trainer)
@@ -139,8 +158,15 @@ def train(args: RunArguments) -> Path:
         if profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, profile))
         trainer.add_callback(effective)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()  # before anything else can go wrong
+        watch = StepWatch(trainer, signals)
+        trainer.add_callback(watch)
+        if topology.is_main:
+            clear_the_way(output_dir, checkpoint)
+        trainer.last_checkpoint = checkpoint and str(checkpoint.folder)
+        with signals.deferred():
+            result = trainer.train(resume_from_checkpoint=trainer.last_checkpoint)
+            watch.raise_if_stopped(trainer.last_checkpoint)
+            trainer.save_model()  # before anything else can go wrong
         _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
@@ -197,58 +223,14 @@ def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, conversat
     limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * in_a_row))
 
 
-def _set_up(args: RunArguments, topology: Topology, dtype: torch.dtype) -> dict[str, str]:
-    """What decides how a checkpoint is laid out, and what the state in it is the state of."""
-    config = args.training.deepspeed or {}
-    optimizer = config.get("optimizer", {}).get("type") or OptimizerNames(args.training.optim).value
-    return {
-        "strategy": topology.strategy,
-        "processes": str(topology.world_size),
-        "optimizer": optimizer.lower().removesuffix("_fused"),
-        "optimizer offloaded to": offload_device(config, "offload_optimizer"),
-        "layout of DeepSpeed's state": layout(config),
-        "compute dtype": dtype_name(dtype),
-        "base weights": _base_weights(args.lora, dtype),
-        "rows of a batch": f"packed up to {args.training.model_max_length}" if args.data.packing else "conversations",
-        "state dict of FSDP": (args.training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
-    }
-
-
-def _base_weights(lora_args: LoraArguments, dtype: torch.dtype) -> str:
-    if lora_args.load_in_8bit:
-        return "8 bits"
-    if not lora_args.q_lora:
-        return dtype_name(dtype)
-    return lora_args.bnb_4bit_quant_type + ", quantised twice" * lora_args.bnb_4bit_use_double_quant
-
-
-def _checkpoint_to_resume(training_args: TrainingArguments, set_up: SetUp) -> str | None:
-    """The checkpoint asked for, else the last one in output_dir, as FastChat does.
-
-    Raises:
-        UserError: a checkpoint was asked for and there is none, or its run was set up otherwise.
-    """
-    wanted = training_args.resume_from_checkpoint or ""
-    if wanted.lower() == "false":
-        return None
-    chosen = find_last_checkpoint(training_args.output_dir) if wanted.lower() in ("", "true") else str(wanted)
-    if wanted and chosen is None:
-        raise UserError(
-            f"--resume_from_checkpoint {wanted}: {training_args.output_dir} has no checkpoint; drop the flag"
-        )
-    if chosen:
-        set_up.check(chosen)
-    return chosen
-
-
-def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: str | None) -> dict[str, Any]:
+def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """What must be the same in every process: the flags, the data, and the checkpoint that the run goes on from.
 
     Folders may be mounted elsewhere on another machine; what is in them counts.
     """
     flags = {f"--{f.name}": getattr(group, f.name) for group in args for f in fields(group) if f.name not in LOCAL}
     lengths = {f"{name} rows": (len(rows), crc32(column(rows, "length"))) for name, rows in dataset.items()}
-    return {**flags, **lengths, "the checkpoint to go on from": checkpoint and Path(checkpoint).name}
+    return {**flags, **lengths, "the checkpoint to go on from": checkpoint and checkpoint.folder.name}
 
 
 def _write_results(

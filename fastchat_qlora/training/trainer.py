@@ -3,8 +3,9 @@
 import inspect
 import logging
 import resource
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastchat_qlora.data.collation import ACCOUNT, largest_batch
 from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.distributed import get_mixed_precision_policy
+from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import PER_CONVERSATION
 from fastchat_qlora.model.loading import get_compute_dtype, repeated_layers
 from fastchat_qlora.model.lora_layers import needs_autocast
 from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
-from fastchat_qlora.training.checkpoint import check_saved_adapter, gather_adapter, save_adapter
+from fastchat_qlora.training.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
+from fastchat_qlora.training.guards import FrozenBase
+from fastchat_qlora.training.saved_adapter import certify, gather_adapter, put_in_place, save_adapter
+from fastchat_qlora.training.step_watch import Step
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +38,19 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
 
     Args:
+        run: what the run is, which its checkpoints say; see fingerprint.py.
+        shapes: of the adapter's tensors in its file, where they are known.
         kwargs: as for Trainer; batches come from a data.collation.Collator.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self, *, run: Mapping[str, str] | None = None, shapes: Mapping[str, torch.Size] | None = None, **kwargs: Any
+    ) -> None:
+        self._run, self._shapes = dict(run or {}), shapes
+        self._staging: Path | None = None  # where a checkpoint is being written
+        self.last_checkpoint: str | None = None
+        self.frozen_base: FrozenBase | None = None
+        self.step = Step([], 0)
         self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
@@ -106,12 +120,24 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         supervised = sum(account["num_supervised"] for account in accounts)
         self._seen[0] += sum(account["num_tokens"] for account in accounts)
         self._seen[1] += supervised
+        self.step = Step([account["sources"] for account in accounts], supervised)
         self.largest_batch = max([self.largest_batch, *(batch["input_ids"].numel() for batch in batches)])
         # Filled by the device: a copy from the host's memory would wait until the step before is done.
         targets = torch.full((), supervised, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
         return batches, targets
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of a micro-batch; its loss is kept for the end of the step."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.step.losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
+        """The gradient norm, kept for the end of the step."""
+        self.step.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.step.grad_norm
 
     def compute_loss(
         self,
@@ -175,16 +201,88 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         return output
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; what is drawn at random meanwhile is not missing in training."""
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            return dict(super().evaluate(*args, **kwargs))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter and the tokenizer; called on every process, written by the one that should save."""
+        """Save the adapter and the tokenizer; called on every process, written by the one that should save.
+
+        In the run's own folder they take the place of earlier ones once they are whole and checked.
+        """
+        if self.frozen_base is not None:
+            self.frozen_base.check(self.state.global_step)
         tensors = gather_adapter(self.adapter)
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_adapter(self.adapter, tensors, folder)
-            self.processing_class.save_pretrained(folder)
-            check_saved_adapter(Path(folder), self.adapter, tensors, must_have_learnt=not _internal_call)
+            final = Path(self.args.output_dir)
+            folder = Path(output_dir) if output_dir else final / UNFINISHED / "adapter"
+            with saving(f"the adapter in {output_dir or final}"):
+                save_adapter(self.adapter, tensors, str(folder))
+                self.processing_class.save_pretrained(str(folder))
+            certify(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
+            if not output_dir:
+                with saving(f"the adapter in {final}"):
+                    put_in_place(folder, final)
+                shutil.rmtree(folder.parent, ignore_errors=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: while one is, beside the place where it will appear."""
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint that appears under its name when all of it is on the disk, in all processes.
+
+        One that fails in writing ends its process, and with it the run: nothing has appeared then.
+        """
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{step}"
+        if str(folder) == self.last_checkpoint:
+            return  # at the end of an epoch a step may be saved twice
+        self._staging = output_dir / UNFINISHED
+        try:
+            with saving(str(folder)):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._note_best(self._staging / folder.name, output_dir)
+                    self._require_all_states(self._staging / folder.name)
+                    publish(self._staging / folder.name, folder, step, self._run)
+                    remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    shutil.rmtree(self._staging, ignore_errors=True)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()  # who leaves now would have the others ended
+        self.last_checkpoint = str(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _note_best(self, staged: Path, output_dir: Path) -> None:
+        """Name the best checkpoint by the place where it is or will be; Trainer looked where this one is written."""
+        step = self.state.best_global_step
+        if step:
+            best = output_dir / f"checkpoint-{step}"
+            is_kept = best.exists() or step == self.state.global_step
+            self.state.best_model_checkpoint = str(best) if is_kept else None
+            self.state.save_to_json(str(staged / STATE_FILE))
+
+    def _require_all_states(self, staged: Path) -> None:
+        """Every process has written its part, and to one and the same folder."""
+        if self.args.save_only_model or self.args.save_on_each_node or self.args.world_size == 1:
+            return
+        missing = [rank for rank in range(self.args.world_size) if not (staged / f"rng_state_{rank}.pth").exists()]
+        if missing:
+            raise RunError(
+                f"--output_dir {self.args.output_dir}: what rank {missing[0]} has saved is not there; put it on "
+                "storage that all machines share"
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint that is whole; Trainer would push it while it is written."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     @property
     def adapter(self) -> PeftModel:

@@ -20,6 +20,7 @@ from fastchat_qlora.training.start_up import seconds_since_start
 from fastchat_qlora.training.trainer import LoraTrainer
 
 EXPECTED_FILES = {
+    ".lock",
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

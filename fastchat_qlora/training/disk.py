@@ -1,0 +1,89 @@
+"""Whether what a run will write fits on the disk."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import IntervalStrategy
+
+from fastchat_qlora.errors import UserError
+
+FP32 = 4
+BESIDES = 32 * 2**20
+"""Bytes for a tokenizer, random states and logs; the tokenizers of large vocabularies are of some 20 MiB."""
+
+STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
+"""fp32 numbers that an optimizer keeps for each parameter, by how its name begins; AdamW's are two moments."""
+
+
+def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool) -> int:
+    """How large a checkpoint is: the adapter in fp32 and the optimizer's state.
+
+    Args:
+        parameters: what is trained.
+        optimizer: its name.
+        has_masters: whether fp32 copies of the parameters, and the parameters beside them, are in it: DeepSpeed's.
+    """
+    states = next((count for name, count in STATES.items() if optimizer.lower().startswith(name)), 2)
+    return parameters * FP32 * (1 + states + 2 * has_masters)
+
+
+def count_checkpoints(args: Any, rows: int) -> int:
+    """How many checkpoints lie in output_dir at the end of a run at the most.
+
+    Args:
+        args: the training arguments.
+        rows: of the training data, over all processes.
+    """
+    if args.save_strategy == "no":
+        return 0
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    in_an_epoch = max(1, math.ceil(rows / a_step))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * in_an_epoch)
+    if args.save_strategy == IntervalStrategy.STEPS:
+        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
+        planned = math.ceil(steps / every)
+    else:
+        planned = math.ceil(steps / in_an_epoch)
+    limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else planned
+    return int(min(planned, limit))
+
+
+def check_room(
+    output_dir: Path, shapes: Mapping[str, torch.Size] | None, checkpoints: int, optimizer: str, *, has_masters: bool
+) -> None:
+    """Require that the adapter and the checkpoints of a run fit on the disk, before it begins.
+
+    What lies in output_dir already is of the same run or makes way, so that it counts as room.
+
+    Args:
+        output_dir: the folder of the run.
+        shapes: name -> shape of the adapter's tensors; nothing is checked where they are not known.
+        checkpoints: how many are kept at the most, from `count_checkpoints`.
+        optimizer: its name.
+        has_masters: see `checkpoint_bytes`.
+
+    Raises:
+        UserError: saying what is needed, for what, and what is free.
+    """
+    if shapes is None:
+        return
+    parameters = sum(shape.numel() for shape in shapes.values())
+    adapter, one = parameters * FP32, checkpoint_bytes(parameters, optimizer, has_masters=has_masters)
+    # one more of each: what is being written is there beside what it will take the place of
+    need = 2 * adapter + (checkpoints + 1) * one + BESIDES
+    there = sum(path.stat().st_size for path in output_dir.glob("checkpoint-*/**/*") if path.is_file())
+    free = shutil.disk_usage(output_dir).free
+    if free + there < need:
+        raise UserError(
+            f"--output_dir {output_dir}: {_mib(free)} are free and this run needs {_mib(need - there)}: adapters of "
+            f"{_mib(adapter)} and {checkpoints} checkpoints of {_mib(one)}; make room, or give another folder, or a "
+            "lower --save_total_limit"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,160 @@
+"""At the end of each optimizer step: is what it was made of sound, and does anybody want the run to stop?"""
+
+import logging
+import signal
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from fastchat_qlora.arguments import TrainingArguments
+from fastchat_qlora.errors import AgreedError
+from fastchat_qlora.signals import Stopped, StopSignals
+from fastchat_qlora.training.guards import FrozenBase, agree, gather, host_group, tell_non_finite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Step:
+    """What an optimizer step of this process is made of.
+
+    Attributes:
+        sources: of each micro-batch, its rows as (file, line, id).
+        supervised: tokens that are learnt.
+        losses: of each micro-batch, on the device.
+        grad_norm: before clipping, over all processes.
+    """
+
+    sources: list[list[tuple[Any, Any, Any]]]
+    supervised: int
+    losses: list[torch.Tensor] = field(default_factory=list)
+    grad_norm: torch.Tensor | float | None = None
+
+    def is_bad(self, *, may_overflow: bool) -> torch.Tensor:
+        """Whether a loss or the gradient norm is not finite, on the device.
+
+        Args:
+            may_overflow: with fp16 the loss is scaled up until a gradient overflows, and that step is skipped: there an
+                infinite norm is part of the method.
+        """
+        values = [loss.detach().float().reshape(()) for loss in self.losses]
+        if self.grad_norm is not None and not may_overflow:
+            norm = self.grad_norm
+            values.append(torch.as_tensor(norm, device=values[0].device, dtype=torch.float32).reshape(()))
+        return ~torch.isfinite(torch.stack(values)).all()
+
+    def tell(self) -> dict[str, Any]:
+        """The same in plain numbers, which waits for the device."""
+        norm = None if self.grad_norm is None else float(self.grad_norm)
+        return {"losses": [float(loss) for loss in self.losses], "grad_norm": norm, "sources": self.sources}
+
+
+class _Verdict(NamedTuple):
+    """A step and whether it is bad, which is on its way from the device."""
+
+    number: int
+    step: Step
+    is_bad: torch.Tensor
+    arrived: Any
+
+
+class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Stop at a step that is not sound; stop where a signal asks for it, all processes at the same step.
+
+    Processes agree by one small sum on the host at the end of a step. What a device has found out is read one step
+    later, so that it always has work to do; before anything is saved, at once.
+
+    Args:
+        trainer: whose `step` is looked at.
+        signals: of this process.
+    """
+
+    def __init__(self, trainer: Any, signals: StopSignals) -> None:
+        self._trainer, self._signals = trainer, signals
+        self._group: Any = None
+        self._verdicts: list[_Verdict] = []
+        self.stopped_by = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the way that processes agree on; take the measure of the base as it is trained on."""
+        self._group = host_group()
+        self._trainer.frozen_base = FrozenBase(self._trainer.model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the step; have the run stop if a process has received a signal."""
+        step = self._trainer.step
+        self._verdicts.append(_send(state.global_step, step, may_overflow=args.fp16))
+        is_settled = control.should_save or state.global_step >= state.max_steps
+        bad = self._find_bad(later=0 if is_settled else 1)
+        received = self._signals.received
+        terms, interrupts, supervised, number = agree(
+            [received == signal.SIGTERM, received == signal.SIGINT, step.supervised, 0 if bad is None else bad.number],
+            self._group,
+        )
+        self._stop_if_bad(bad, number)
+        if not supervised:
+            raise AgreedError(
+                f"step {state.global_step}: no token of it is learnt; look at the data with fastchat-qlora inspect"
+            )
+        if terms or interrupts:
+            self.stopped_by = self._signals.received = signal.SIGTERM if terms else signal.SIGINT
+            self._settle()
+            if control.should_evaluate:
+                logger.warning(f"The evaluation of step {state.global_step} is left out, to save in time.")
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing bad is saved; and an epoch that was broken off has no end."""
+        if self.stopped_by:
+            control.should_evaluate = control.should_save = False
+        elif control.should_save:
+            self._settle()
+
+    def raise_if_stopped(self, checkpoint: str | None) -> None:
+        """Leave, once training has ended for a signal.
+
+        Raises:
+            Stopped: it has.
+        """
+        if self.stopped_by:
+            raise Stopped(self.stopped_by, f"stopped; start again with the same command to go on from {checkpoint}")
+
+    def _settle(self) -> None:
+        """Wait for what the device has to say; a collective."""
+        bad = self._find_bad(later=0)
+        (number,) = agree([0 if bad is None else bad.number], self._group)
+        self._stop_if_bad(bad, number)
+
+    def _find_bad(self, later: int) -> _Verdict | None:
+        """The first bad step of those that are due: all but the last `later` ones, and on the CPU all."""
+        due = len(self._verdicts) - (later if self._verdicts[-1:] and self._verdicts[-1].arrived else 0)
+        ready, self._verdicts = self._verdicts[:due], self._verdicts[due:]
+        for verdict in ready:
+            if verdict.arrived:
+                verdict.arrived.synchronize()
+        return next((verdict for verdict in ready if bool(verdict.is_bad)), None)
+
+    def _stop_if_bad(self, bad: _Verdict | None, number: float) -> None:
+        if not number:
+            return
+        said = {"losses": [], "grad_norm": None, "sources": []} if bad is None else bad.step.tell()
+        everyone = gather((bad and bad.number, said), self._group)
+        step = next(found for found, _ in everyone if found)
+        raise tell_non_finite(step, [one for _, one in everyone], self._trainer.last_checkpoint)
+
+
+def _send(number: int, step: Step, *, may_overflow: bool) -> _Verdict:
+    is_bad = step.is_bad(may_overflow=may_overflow)
+    if is_bad.device.type == "cpu":
+        return _Verdict(number, step, is_bad, None)
+    there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_bad, non_blocking=True)
+    arrived = torch.Event(is_bad.device)
+    arrived.record()
+    return _Verdict(number, step, there, arrived)
