@@ -250,12 +250,16 @@ def _write_results(
     }
     if not trainer.args.should_save:
         return
-    if not real:
+    path = Path(trainer.args.output_dir) / "training_args.json"
+    if not real and path.exists():
         logger.warning("The run had finished before: nothing was left to train, its results stay as they are.")
         return
+    if not real:  # it ended between its last step and this file
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(("train_", "tokens_per"))}
     trainer.save_state()
     trainer.save_metrics("train", metrics, combined=False)
     groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
     groups |= {"training": args.training.to_dict(), "effective": effective}
-    path = Path(trainer.args.output_dir) / "training_args.json"
-    path.write_text(json.dumps(groups, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(groups, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)  # last, and at once: a run without it has not finished

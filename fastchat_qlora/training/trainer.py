@@ -51,6 +51,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.last_checkpoint: str | None = None
         self.frozen_base: FrozenBase | None = None
         self.step = Step([], 0)
+        self._unwrapped: tuple[Any, Any] = (None, None)
         self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
@@ -287,7 +288,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     @property
     def adapter(self) -> PeftModel:
         """The model without what a strategy has wrapped around it."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages at each call: 2 ms
+            self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return self._unwrapped[1]
 
     def largest_possible_batch(self) -> int:
         """The most tokens that a micro-batch of this run can have, padding included."""

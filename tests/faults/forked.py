@@ -1,0 +1,141 @@
+"""Runs of train_lora.py as processes of their own that start in a fraction of a second.
+
+A server process has imported everything once and forks; what runs is `cli.program`, as in `python train_lora.py`.
+Several processes find each other by the environment that torchrun gives them.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastchat_qlora import cli
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playground" / "benchmark"))
+from launching import free_port
+
+PRELOAD = ["fastchat_qlora.training.run", "fastchat_qlora.arguments", "deepspeed", "forked"]
+PEERS_END_WITHIN = 60.0  # seconds
+
+
+def context() -> Any:
+    """Where processes come from; the server starts with the first one."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD)
+    return found
+
+
+def _work(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
+    """In the forked process: be train_lora.py."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= environment
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    prepare = environment.get("PREPARE")
+    if prepare:
+        module, _, function = prepare.partition(":")
+        getattr(__import__(module), function)()
+    try:
+        cli.program(["train", *arguments])
+    except SystemExit as end:
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+class Ended(NamedTuple):
+    """How a run ended: the exit code of each process, negative for a signal, and what was said."""
+
+    codes: list[int]
+    said: str
+
+
+class Run:
+    """A command line at work in one process or in several.
+
+    Args:
+        arguments: of train_lora.py.
+        log: a file for what it says, to which it is added.
+        processes: how many.
+        environment: more of it.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, *, processes: int = 1, **environment: str) -> None:
+        self._log = log
+        self._said_before = log.stat().st_size if log.exists() else 0
+        shared = {"OMP_NUM_THREADS": "1", **environment}
+        port = str(free_port()) if processes > 1 else ""
+        self.processes: list[BaseProcess] = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
+            own |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(processes)}
+            given = shared | (own if processes > 1 else {})
+            self.processes.append(context().Process(target=_work, args=(list(arguments), given, str(log))))
+        for process in self.processes:
+            process.start()
+        self.started = time.monotonic()
+
+    def is_alive(self) -> bool:
+        """Whether all of it is at work."""
+        return all(process.is_alive() for process in self.processes)
+
+    def send(self, signum: int, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to all processes, or to some."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            pid = self.processes[rank].pid
+            if pid is not None and self.processes[rank].exitcode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+
+    def wait(self, seconds: float = 300) -> Ended:
+        """Wait for the end; like a launcher, end the others once one has failed."""
+        until = time.monotonic() + seconds
+        while any(process.exitcode is None for process in self.processes):
+            failed = any(process.exitcode not in (None, 0) for process in self.processes)
+            if failed or time.monotonic() > until:
+                time.sleep(0.5)  # for the last words of the others
+                self.send(signal.SIGKILL)
+            time.sleep(0.002)
+        codes = [int(process.exitcode or 0) for process in self.processes]
+        if time.monotonic() > until:
+            raise TimeoutError(f"still at work after {seconds} s:\n{self.said()[-3000:]}")
+        return Ended(codes, self.said())
+
+    def kill_after(self, has_begun: Callable[[], bool], seconds: float, ranks: Sequence[int] | None = None) -> bool:
+        """SIGKILL so many seconds after something has begun; False if the run has ended before."""
+        until = None
+        while self.is_alive():
+            if until is None and has_begun():
+                until = time.monotonic() + seconds
+            if until is not None and time.monotonic() >= until:
+                self.send(signal.SIGKILL, ranks)
+                self.wait()
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def said(self) -> str:
+        """What it has said so far."""
+        with self._log.open("rb") as file:
+            file.seek(self._said_before)
+            return file.read().decode(errors="replace")
+
+
+def train(arguments: Sequence[str], folder: Path, *, seconds: float = 300, **options: Any) -> Ended:
+    """One run from beginning to end; its log lies in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(arguments, folder / "log.txt", **options).wait(seconds)
