@@ -6,8 +6,9 @@ import os
 import torch
 
 from fastchat_qlora import fsdp_config
-from fastchat_qlora.argument_checks import goes_to_cpu, read_json
+from fastchat_qlora.argument_checks import goes_to_cpu
 from fastchat_qlora.deepspeed_config import complete
+from fastchat_qlora.json_settings import FLAGS, json_text, read_json
 
 
 def adapt_to_machine(values: argparse.Namespace) -> list[str]:
@@ -49,6 +50,9 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
     values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
     if values.deepspeed:
         values.deepspeed = complete(read_json(values.deepspeed), values.optim)
+    for name in FLAGS:
+        if isinstance(given := getattr(values, name, None), str) and given:  # transformers reads files for some only
+            setattr(values, name, json_text(given))
     for name in ("cache_dir", "resume_from_checkpoint"):
         given = getattr(values, name)
         setattr(values, name, os.path.expanduser(given) if isinstance(given, str) else given)

@@ -2,24 +2,13 @@
 
 import argparse
 import importlib.util
-import json
-import math
 import os
-from pathlib import Path
-from typing import Any
 
-from fastchat_qlora import deepspeed_checks, fsdp_config
+from fastchat_qlora import fsdp_config
+from fastchat_qlora.json_settings import check_json_flags, settings_of
+from fastchat_qlora.number_checks import check_numbers
 from fastchat_qlora.path_checks import check_data_path, check_folders
 
-AT_LEAST_ONE = (
-    "lora_r",
-    "lora_alpha",
-    "model_max_length",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "preprocessing_num_workers",
-)
 ATTENTION = (
     "auto",
     "eager",
@@ -31,14 +20,12 @@ ATTENTION = (
 )
 SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
 """How the names of optimizers begin that treat a matrix otherwise than its numbers in a row."""
-DEEPEST = 50  # objects within objects; no setting of any library is as deep
-TOO_DEEP = f"objects in more than {DEEPEST} others"
 
 
 def find_problems(values: argparse.Namespace) -> list[str]:
     """Everything wrong with the parsed values: sentences with flag, value, what is allowed and what to do."""
     checks = (
-        _check_numbers,
+        check_numbers,
         _check_precision,
         _check_strategy,
         _check_combinations,
@@ -46,38 +33,9 @@ def find_problems(values: argparse.Namespace) -> list[str]:
         _check_availability,
         _check_data,
         check_folders,
-        _check_json,
+        check_json_flags,
     )
     return [problem for check in checks for problem in check(values)]
-
-
-def _check_numbers(values: argparse.Namespace) -> list[str]:
-    problems = [
-        f"--{name} {value}: must be at least 1"
-        for name in AT_LEAST_ONE
-        if (value := getattr(values, name)) is not None and value < 1
-    ]
-    numbers = {name: value for name, value in vars(values).items() if isinstance(value, float)}
-    not_finite = [name for name, value in numbers.items() if not math.isfinite(value)]
-    if not_finite:  # would pass or break the comparisons below
-        return problems + [f"--{name} {numbers[name]}: must be a finite number" for name in not_finite]
-    if not 0 <= values.lora_dropout < 1:
-        problems.append(f"--lora_dropout {values.lora_dropout}: must be at least 0 and below 1")
-    if not 0 <= values.max_rejected <= 1:
-        problems.append(f"--max_rejected {values.max_rejected}: must be a share between 0 and 1")
-    if values.eval_split < 0 or (values.eval_split >= 1 and values.eval_split != int(values.eval_split)):
-        problems.append(f"--eval_split {values.eval_split}: must be a share below 1 or a whole number of conversations")
-    if values.num_train_epochs <= 0 and values.max_steps <= 0:
-        problems.append(f"--num_train_epochs {values.num_train_epochs}: must be above 0, or give --max_steps")
-    if values.learning_rate < 0:
-        problems.append(f"--learning_rate {values.learning_rate}: must not be negative")
-    if values.data_seed is not None and not 0 <= values.data_seed < 2**32:
-        problems.append(f"--data_seed {values.data_seed}: must be at least 0 and below 2**32")
-    if values.dataloader_num_workers is not None and values.dataloader_num_workers < 0:
-        problems.append(f"--dataloader_num_workers {values.dataloader_num_workers}: must be at least 0")
-    if not 0 <= values.seed < 2**32:
-        problems.append(f"--seed {values.seed}: must be at least 0 and below 2**32")
-    return problems
 
 
 def goes_to_cpu(values: argparse.Namespace) -> bool:
@@ -102,7 +60,7 @@ def _check_precision(values: argparse.Namespace) -> list[str]:
 
 def _check_strategy(values: argparse.Namespace) -> list[str]:
     problems = []
-    fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), _settings(values.fsdp_config)
+    fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), settings_of(values.fsdp_config)
     if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
     if values.deepspeed and "RANK" not in os.environ:
@@ -145,7 +103,8 @@ def _check_rows(values: argparse.Namespace) -> list[str]:
             f"--neftune_noise_alpha {values.neftune_noise_alpha}: goes by the length of a row, which several "
             "conversations share; give --padding_free False too"
         )
-    sliced = [name for name in ("dispatch_batches", "split_batches") if _settings(values.accelerator_config).get(name)]
+    accelerator = settings_of(values.accelerator_config)
+    sliced = [name for name in ("dispatch_batches", "split_batches") if accelerator.get(name)]
     if sliced:
         problems.append(f"--accelerator_config {', '.join(sliced)}: batches cannot be cut in pieces; leave it out")
     newer, older = values.activation_checkpointing, values.gradient_checkpointing
@@ -155,18 +114,9 @@ def _check_rows(values: argparse.Namespace) -> list[str]:
         )
     if newer is None and older is None:
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if "every_n_layers" in _settings(getattr(values, name, None)):
+            if "every_n_layers" in settings_of(getattr(values, name, None)):
                 problems.append(f"--{name} every_n_layers: auto decides on the layers; give {name[:-7]} True too")
     return problems
-
-
-def _settings(given: Any) -> dict[str, Any]:
-    """What a JSON flag holds, or nothing where it is malformed, which is said elsewhere."""
-    try:
-        settings = read_json(given) if given else {}
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _check_combinations(values: argparse.Namespace) -> list[str]:
@@ -235,56 +185,4 @@ def _check_data(values: argparse.Namespace) -> list[str]:
         problems.append("--lazy_preprocess True and --remove_unused_columns True: the text is needed later; drop one")
     if values.eval_split and values.eval_data_path:
         problems.append("--eval_split and --eval_data_path: two sources of evaluation data; choose one")
-    return problems
-
-
-def read_json(given: str) -> Any:
-    """Settings given as JSON in place, or as the name of a file that holds it.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it is no JSON, is nested beyond all measure, or names something twice.
-    """
-    text = given if given.startswith("{") else Path(given).expanduser().read_text("utf-8")
-    try:
-        settings = json.loads(text, object_pairs_hook=_without_repetition)
-    except RecursionError as error:
-        raise ValueError(TOO_DEEP) from error
-    level = [settings]
-    for _ in range(DEEPEST):
-        level = [value for values in level if isinstance(values, dict) for value in values.values()]
-    if level:
-        raise ValueError(TOO_DEEP)
-    return settings
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would keep the last of several values."""
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} is there twice")
-    return dict(pairs)
-
-
-def _check_json(values: argparse.Namespace) -> list[str]:
-    """Settings given as JSON, in place or as a file, must be JSON objects."""
-    problems = []
-    for flag in ("deepspeed", "fsdp_config", "accelerator_config", "lr_scheduler_kwargs"):
-        given = getattr(values, flag)
-        if not isinstance(given, str) or not given:
-            continue
-        try:
-            settings = read_json(given)
-        except OSError:
-            hint = "; playground/ has configurations to start from" * (flag == "deepspeed")
-            problems.append(f"--{flag} {given}: no such file{hint}")
-        except ValueError as error:
-            problems.append(f"--{flag} {given}: cannot be read as JSON: {error}; mend it")
-        else:
-            if not isinstance(settings, dict):
-                problems.append(f"--{flag} {given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
-                continue
-            find = {"deepspeed": deepspeed_checks.find_malformed, "fsdp_config": fsdp_config.find_problems}.get(flag)
-            problems += [f"--{flag} {given}: {problem}" for problem in (find(settings) if find else ())]
     return problems

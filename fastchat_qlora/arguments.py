@@ -1,10 +1,9 @@
 """Command line -> four groups of arguments. Everything that can be refused by looking at them is refused here."""
 
-import argparse
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -16,12 +15,11 @@ from fastchat_qlora.argument_adaptation import adapt_to_machine
 from fastchat_qlora.deepspeed_checks import find_refused
 from fastchat_qlora.deepspeed_config import find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
-from fastchat_qlora.errors import UserError
 from fastchat_qlora.first_look import read_flags
 from fastchat_qlora.flag_parsing import FlagParser, raise_all
+from fastchat_qlora.group_building import build_groups
 from fastchat_qlora.old_flags import spelled
 from fastchat_qlora.path_checks import check_writable
-from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +265,7 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
         notices += adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
     raise_all(problems)
-    args = RunArguments(*_build_groups(RunArguments.__annotations__.values(), namespace, arguments))
+    args = RunArguments(*build_groups(RunArguments.__annotations__.values(), namespace, arguments))
     if configuration:
         raise_all(_check_deepspeed(configuration, args.training, arguments))
     for notice in notices:
@@ -293,23 +291,8 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
     adapt_to_machine(namespace)
     for notice in notices:
         logger.warning(notice)
-    *groups, last = _build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
+    *groups, last = build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
     return RunArguments(*groups), last
-
-
-def _build_groups(kinds: Iterable[type], namespace: argparse.Namespace, arguments: Sequence[str]) -> list[Any]:
-    values = vars(namespace)
-    given_flags = [text.partition("=")[0] for text in arguments if text.startswith("--")]
-    groups = []
-    for group in kinds:
-        try:
-            groups.append(group(**{f.name: values[f.name] for f in fields(group) if f.init}))
-        except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
-            reason = one_line(error)
-            suspects = ("_config", "_kwargs", "deepspeed")
-            named = [flag for flag in given_flags if flag.lstrip("-") in reason or flag.endswith(suspects)]
-            raise UserError(f"{reason}; check {', '.join(dict.fromkeys(named)) or 'the flags'}") from error
-    return groups
 
 
 def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:

@@ -106,7 +106,7 @@ def _check_value(name: str, value: str | None, flag: OldFlag) -> str:
         raise UserError(f"{name}: needs a value; give one or drop the flag")
     if flag.boolean:
         try:
-            string_to_bool(value or "True")
+            string_to_bool("True" if value is None else value)
         except ArgumentTypeError as error:
             raise UserError(f"{name} {value}: must be True or False") from error
     return value if value is not None else "True"

@@ -1,6 +1,7 @@
 """What can be said of files and folders on a command line by looking at their names and at the disk."""
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,22 +14,34 @@ HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
 def check_folders(values: argparse.Namespace) -> list[str]:
     """What is wrong with the folders of the model, the output, the adapter and the checkpoint."""
     problems = _check_model_path(values.model_name_or_path)
-    output = Path(values.output_dir).expanduser()
+    output = _expanded(values.output_dir)
     if not values.output_dir or (_exists(output) and not output.is_dir()):
         problems.append(f"--output_dir {values.output_dir}: is a file or empty; give a folder")
-    adapter = Path(values.lora_weight_path).expanduser()
+    for name in ("model_name_or_path", "output_dir", "cache_dir"):
+        if problem := _misnamed(getattr(values, name) or ""):
+            problems.append(f"--{name} {getattr(values, name)}: {problem}")
+    adapter = _expanded(values.lora_weight_path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if values.lora_weight_path and not _exists(adapter / name):
             problems.append(f"--lora_weight_path {adapter}: no {name} there; give a folder that PEFT saved")
     resume = values.resume_from_checkpoint or "true"
-    parts = [Path(resume).expanduser() / name for name in ("trainer_state.json", "adapter_model.safetensors")]
+    parts = [_expanded(resume) / name for name in ("trainer_state.json", "adapter_model.safetensors")]
     if resume.lower() not in ("true", "false") and not all(_exists(part) for part in parts):
         problems.append(f"--resume_from_checkpoint {resume}: no checkpoint there; give a folder checkpoint-N, or True")
     return problems
 
 
+def _misnamed(name: str) -> str:
+    """Why a folder of that name cannot be used, whatever is in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # other bytes come as halves of surrogate pairs
+        return "its name is not UTF-8, and files that are written hold it; rename it"
+    return "no such user; give the path in full" if str(_expanded(name)).startswith("~") else ""
+
+
 def _check_model_path(name: str) -> list[str]:
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if name and _exists(path) and path.is_dir():
         missing = not (path / "config.json").is_file()
         return [f"--model_name_or_path {name}: no config.json in that folder; give a model's folder"] * missing
@@ -37,6 +50,11 @@ def _check_model_path(name: str) -> list[str]:
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > HUB_NAME_LIMIT:
         return [f"--model_name_or_path {name}: no such folder; give a local folder or a hub id such as org/model"]
     return []
+
+
+def _expanded(name: str) -> Path:
+    """The path with a leading ~ or ~user written out; one of no such user stays as it is, where pathlib would raise."""
+    return Path(os.path.expanduser(name))
 
 
 def _exists(path: Path) -> bool:
@@ -61,7 +79,7 @@ def is_data_file(name: str) -> bool:
 
 def check_data_path(flag: str, name: str) -> list[str]:
     """What is wrong with one name of data: of a file, a folder, or a dataset of the hub."""
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if name and _exists(path):
         if path.is_dir():
             return []
@@ -85,7 +103,7 @@ def check_data_path(flag: str, name: str) -> list[str]:
 
 def check_writable(output_dir: str) -> list[str]:
     """Make the output folder and try to write there."""
-    path = Path(output_dir).expanduser()
+    path = _expanded(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

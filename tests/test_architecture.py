@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "signals", "text"},
-    {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "path_checks"},
+    {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "number_checks", "path_checks"},
     {"deepspeed_checks", "old_flags"},
+    {"group_building", "json_settings"},
     {"argument_checks"},
     {"argument_adaptation", "first_look"},
     {"arguments"},

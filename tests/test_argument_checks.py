@@ -88,7 +88,7 @@ def mistake(
         assert len(errors) == 1, captured.err
         assert captured.err.rstrip("\n").endswith(errors[0]), "something follows the error"
         assert "Traceback" not in captured.err + captured.out
-        assert {path.name for path in written} <= {"rejected.jsonl"}
+        assert {path.name for path in written} <= {"rejected.jsonl", ".lock"}
         return errors[0]
 
     return run
@@ -126,7 +126,7 @@ SEEN_AT_ONCE = {
     "batch of 0": (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0", "at least 1"]),
     "dropout 1": (["--lora_dropout", "1"], ["--lora_dropout 1", "below 1"]),
     "dropout nan": (["--lora_dropout", "nan"], ["--lora_dropout nan", "finite number"]),
-    "rate below 0": (["--learning_rate=-1e-4"], ["--learning_rate -0.0001", "not be negative"]),
+    "rate below 0": (["--learning_rate=-1e-4"], ["--learning_rate -0.0001", "at least 0"]),
     "no epochs": (["--num_train_epochs", "0"], ["--num_train_epochs 0", "--max_steps"]),
     "rejecting too much": (["--max_rejected", "5"], ["--max_rejected 5", "between 0 and 1"]),
     "half a conversation": (["--eval_split", "1.5"], ["--eval_split 1.5", "a share below 1 or a whole number"]),
@@ -353,12 +353,25 @@ def is_refused(name: str, value: object) -> bool:
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
-        "preprocessing_num_workers",
     ],
 )
 @given(value=st.integers())
 def test_counts_are_at_least_one(name: str, value: int) -> None:
-    assert is_refused(name, value) == (value < 1)
+    assert is_refused(name, value) == (not 1 <= value < 2**31)
+
+
+@pytest.mark.parametrize(("name", "least"), [("preprocessing_num_workers", 1), ("dataloader_num_workers", 0)])
+@given(value=st.integers() | st.integers(-2, 1010))
+def test_processes_are_not_thousands(name: str, least: int, value: int) -> None:
+    assert is_refused(name, value) == (not least <= value <= 1000)
+
+
+@pytest.mark.parametrize("what", ["logging", "save", "eval"])
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-3, 2**32).map(float))
+def test_steps_are_counted_or_a_share(what: str, value: float) -> None:
+    fits = 0 < value <= 1 or (1 < value < 2**31 and value.is_integer()) or (what == "eval" and value == 0)
+    assert bool(problems_with(**{f"{what}_steps": value, f"{what}_strategy": "steps"})) != fits
+    assert problems_with(**{f"{what}_steps": value, f"{what}_strategy": "epoch"}) == []
 
 
 @given(st.floats(allow_infinity=False))
@@ -384,7 +397,7 @@ def test_learning_rate_is_not_negative(value: float) -> None:
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 3))
 def test_there_is_something_to_train(epochs: float, steps: int) -> None:
     problems = problems_with(num_train_epochs=epochs, max_steps=steps)
-    assert bool(problems) == (epochs <= 0 and steps <= 0)
+    assert bool(problems) == (steps == 0 or (epochs <= 0 and steps < 0))
 
 
 @pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])

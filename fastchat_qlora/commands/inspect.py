@@ -51,7 +51,7 @@ def inspect(argv: Sequence[str]) -> None:
     args, own = parse_command(argv, PROG, InspectArguments)
     if own.num_examples < 0:
         raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all rows")
-    output = Path(own.output).expanduser()
+    output = Path(os.path.expanduser(own.output))
     write = {"": print_report, ".jsonl": write_rows, ".html": write_page}.get(output.suffix.lower() or own.output)
     if write is None:
         raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")

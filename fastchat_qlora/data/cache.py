@@ -1,6 +1,7 @@
 """Where preprocessed data lies on disk: found by content, checked when opened, built once per machine, pruned."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ DAY = 24 * 3600.0
 
 def get_cache_root(cache_dir: str | None) -> Path:
     """The folder of all entries: in `--cache_dir`, else beside the other caches of Hugging Face (HF_HOME)."""
-    return Path(cache_dir or HF_HOME).expanduser() / "fastchat_qlora"
+    return Path(os.path.expanduser(cache_dir or HF_HOME)) / "fastchat_qlora"
 
 
 def get_key(fingerprint: str, contents: Sequence[tuple[str, str]]) -> str:

@@ -27,6 +27,7 @@ from fastchat_qlora.model.adapter import (
     expected_shapes,
 )
 from fastchat_qlora.model.attention import choose_attention
+from fastchat_qlora.model.attention_check import check_attention
 from fastchat_qlora.model.loading import (
     build_skeleton,
     describe_files,
@@ -46,6 +47,7 @@ from fastchat_qlora.training.fingerprint import describe_data, describe_settings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.kernel_caches import limit_kernel_caches
 from fastchat_qlora.training.output_lock import hold
+from fastchat_qlora.training.rehearsal import rehearse
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.step_watch import StepWatch
@@ -100,6 +102,8 @@ def train(args: RunArguments) -> Path:
             dtype,
             padding_free=data_args.padding_free,
         )
+        check_attention(skeleton, attention, topology.accelerator)
+        rehearse(training_args, skeleton)
         tokenizer = load_tokenizer(
             model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
         )
