@@ -33,7 +33,7 @@ def count_common(first: str, second: str) -> int:
     )
 
 
-def _mark_structure(message: Message) -> tuple[Message, list[str]]:
+def mark_structure(message: Message) -> tuple[Message, list[str]]:
     """The message with a numbered probe for its reasoning and each name, argument and value of its calls, and these.
 
     Their words may stand in the content too, so that finding them in a text says little.
@@ -70,7 +70,7 @@ def check_structure(message: Message, spoken: str, render: Callable[[Message], s
     for call in message.tool_calls:
         parts += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
     missing = [part for part in dict.fromkeys(parts) if not stands_in(part, spoken)]
-    marked, marked_parts = _mark_structure(message)
+    marked, marked_parts = mark_structure(message)
     written = {int(number) for number in WRITTEN_PROBES.findall(render(marked))}
     missing += [part for number, part in enumerate(marked_parts) if number not in written]
     if missing:

@@ -13,16 +13,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fastchat_qlora.data import rendering
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, Outline, fill, make_outline, probe
-from fastchat_qlora.data.turns import ANSWER_PROBE, Render, TurnFinder, cut_row
+from fastchat_qlora.data.rendering import Asked, TemplateRefusal, apply_template
+from fastchat_qlora.data.turns import ANSWER_PROBE, AS_THEY_ARE, Render, TurnFinder, cut_row, foresee
 
 FOLLOWING = Message("user", "-")
 
 MOST_OUTLINES = 2_000
 MOST_RENDERED = 32 * 1024 * 1024
 """Characters of renderings that are remembered."""
+
+MOST_FORESEEN = 8 * 1024 * 1024
+"""About how many characters are rendered at once before it is sure that they are needed."""
+
+Question = tuple[int, bool, tuple[tuple[int, str, str], ...]]
+"""Tells the arguments of a Render from all others about the same conversation."""
+
+Rendered = dict[Question, str | TemplateRefusal]
 
 
 class ChatTemplate:
@@ -40,6 +50,7 @@ class ChatTemplate:
         self.outlines: dict[str, list[Outline] | None] = {}
         self.renderings: dict[tuple[str, bool, tuple[tuple[int, str], ...]], str] = {}
         self.rendered = 0
+        rendering.process.start()  # while the data is looked for
 
     def render(self, conversation: Conversation, learnt: Sequence[int]) -> list[list[Segment]]:
         """Render a conversation as one or several texts in segments, each learnt answer in one of them.
@@ -66,15 +77,19 @@ class ChatTemplate:
             for (conversation, _), chosen in zip(conversations, wanted, strict=True)
         ]
         texts = self._texts_of_outlines([conversation for conversation, _ in conversations], outlines)
-        results: list[list[list[Segment]] | RejectedRecord] = []
-        for (conversation, _), chosen, planned in zip(conversations, wanted, outlines, strict=True):
-            rows: list[list[Segment]] | RejectedRecord | None = None
+        results: list[list[list[Segment]] | RejectedRecord | None] = []
+        for (conversation, _), planned in zip(conversations, outlines, strict=True):
+            rows: list[list[Segment]] | None = None
             if planned and texts is not None:
                 filled = [fill(outline, conversation.messages, next(texts)) for outline in planned]
                 rows = [row for row in filled if row is not None]
                 rows = rows if len(rows) == len(filled) else None
-            results.append(rows if rows is not None else self._render_carefully(conversation, chosen))
-        return results
+            results.append(rows)
+        left = [i for i, result in enumerate(results) if result is None]
+        foreseen = self._render_foreseen([conversations[i][0] for i in left])
+        for i, rendered in zip(left, foreseen, strict=True):
+            results[i] = self._render_carefully(conversations[i][0], wanted[i], rendered)
+        return [result for result in results if result is not None]
 
     def describe_prompt_gap(self) -> str:
         """Where the template's generation prompt goes on after the place at which its texts have an answer.
@@ -83,9 +98,9 @@ class ChatTemplate:
         """
         asked = Message("user", "-")
         try:
-            prompt = self._apply([asked], (), prompt=True)
-            before, found, _ = self._apply([asked, ANSWER_PROBE], ()).partition(PROBE)
-            without_prompt = self._apply([asked], ())
+            prompt = self._apply([asked], (), 1, True)
+            before, found, _ = self._apply([asked, ANSWER_PROBE], (), 2).partition(PROBE)
+            without_prompt = self._apply([asked], (), 1)
         except RejectedRecord:
             return ""
         if not found or prompt == without_prompt or before.startswith(prompt.rstrip()):
@@ -95,10 +110,40 @@ class ChatTemplate:
             f"{before[-30:]!r}: there such answers are learnt."
         )
 
-    def _render_carefully(self, conversation: Conversation, wanted: set[int]) -> list[list[Segment]] | RejectedRecord:
+    def _render_foreseen(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """What the careful way will ask for, of so many conversations at once as make up so much text."""
+        rendered: list[Rendered] = []
+        waiting: list[tuple[Conversation, Rendered]] = []
+        size = 0
+        for conversation in conversations:
+            texts = sum(len(message.content) + len(message.reasoning) for message in conversation.messages)
+            own = texts * (2 + 4 * _answers(conversation.messages))
+            rendered.append({})
+            if own > MOST_FORESEEN:
+                continue
+            if size + own > MOST_FORESEEN:
+                self._foresee(waiting)
+                waiting, size = [], 0
+            waiting.append((conversation, rendered[-1]))
+            size += own
+        self._foresee(waiting)
+        return rendered
+
+    def _foresee(self, waiting: Sequence[tuple[Conversation, Rendered]]) -> None:
+        asked, places = [], []
+        for conversation, rendered in waiting:
+            questions = list(foresee(conversation.messages))
+            asked.append(_ask(conversation.messages, conversation.tools, questions))
+            places += [(rendered, _question(*question)) for question in questions]
+        for (rendered, question), text in zip(places, apply_template(self.tokenizer, asked), strict=True):
+            rendered[question] = text
+
+    def _render_carefully(
+        self, conversation: Conversation, wanted: set[int], rendered: Rendered
+    ) -> list[list[Segment]] | RejectedRecord:
         try:
             followed = [*conversation.messages, FOLLOWING]
-            render = self._rendering(followed, conversation.tools)
+            render = self._rendering(followed, conversation.tools, rendered)
             rows = TurnFinder(conversation.messages, render, self.control).find_rows(wanted)
             for tool in conversation.tools:
                 name = str(tool["function"].get("name", ""))
@@ -112,15 +157,13 @@ class ChatTemplate:
         self, conversations: Sequence[Conversation], outlines: Sequence[list[Outline] | None]
     ) -> Iterator[str] | None:
         """The conversations' own texts, by which outlines are confirmed; None if the template refuses one of them."""
-        shown = [
-            [message.to_template() for message in conversation.messages[: outline.count]]
+        asked = [
+            _ask(conversation.messages[: outline.count], (), [(outline.count, False, AS_THEY_ARE)])
             for conversation, planned in zip(conversations, outlines, strict=True)
             for outline in planned or ()
         ]
-        try:  # one call for all of them: the tokenizer prepares each call at length
-            return iter(self.tokenizer.apply_chat_template(shown, tokenize=False) if shown else [])
-        except Exception:  # a template may fail in any way; the careful way will say for which conversation
-            return None
+        texts = [text for text in apply_template(self.tokenizer, asked) if isinstance(text, str)] if asked else []
+        return iter(texts) if len(texts) == len(asked) else None  # the careful way will say for which conversation
 
     def _get_outlines(self, conversation: Conversation, wanted: set[int]) -> list[Outline] | None:
         """What is known of this sequence of roles; None where the conversation has to be rendered the careful way."""
@@ -148,23 +191,24 @@ class ChatTemplate:
             return None
         return [make_outline(row.count, row.text, row.turns, row.unplaced, row.closing) for row in rows]
 
-    def _rendering(self, messages: Sequence[Message], tools: Sequence[Any]) -> Render:
+    def _rendering(self, messages: Sequence[Message], tools: Sequence[Any], rendered: Rendered) -> Render:
         def render(count: int, prompt: bool, stand_ins: Mapping[int, Message]) -> str:
-            shown = [stand_ins.get(i, message) for i, message in enumerate(messages[:count])]
-            return self._apply(shown, tools, prompt)
+            question = _question(count, prompt, stand_ins)
+            if question not in rendered:
+                return self._apply(messages, tools, count, prompt, stand_ins)
+            return _accept(rendered[question])
 
         return render
 
     def _remembering(self, messages: Sequence[Message]) -> Render:
         """Longer conversations begin as shorter ones do; what was rendered for one is not rendered again."""
-        plain = self._rendering(messages, ())
 
         def render(count: int, prompt: bool, stand_ins: Mapping[int, Message]) -> str:
             roles = " ".join(message.role for message in messages[:count])
             key = (roles, prompt, tuple((i, message.content) for i, message in stand_ins.items()))
             text = self.renderings.get(key)
             if text is None:
-                text = plain(count, prompt, stand_ins)
+                text = self._apply(messages, (), count, prompt, stand_ins)
                 if self.rendered <= MOST_RENDERED:
                     self.renderings[key] = text
                     self.rendered += len(roles) + len(text)
@@ -172,17 +216,39 @@ class ChatTemplate:
 
         return render
 
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message.to_template() for message in messages],
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise RejectedRecord(f"the chat template refuses the conversation: {error}") from error
-        return str(text)
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        count: int,
+        prompt: bool = False,
+        stand_ins: Mapping[int, Message] = AS_THEY_ARE,
+    ) -> str:
+        [text] = apply_template(self.tokenizer, [_ask(messages[:count], tools, [(count, prompt, stand_ins)])])
+        return _accept(text)
+
+
+def _ask(
+    messages: Sequence[Message], tools: Sequence[Any], questions: Sequence[tuple[int, bool, Mapping[int, Message]]]
+) -> Asked:
+    return Asked(
+        [message.to_template() for message in messages],
+        tools,
+        [
+            (count, prompt, [(i, message.to_template()) for i, message in stand_ins.items()])
+            for count, prompt, stand_ins in questions
+        ],
+    )
+
+
+def _question(count: int, prompt: bool, stand_ins: Mapping[int, Message]) -> Question:
+    return count, prompt, tuple((i, message.content, message.reasoning) for i, message in stand_ins.items())
+
+
+def _accept(text: str | TemplateRefusal) -> str:
+    if isinstance(text, TemplateRefusal):
+        raise RejectedRecord(f"the chat template refuses the conversation: {text}") from text
+    return text
 
 
 def _answers(messages: Sequence[Message]) -> int:

@@ -111,8 +111,6 @@ def load_data(
         lazy=data_args.lazy_preprocess,
     )
     logger.info(f"Conversations are written with {preprocessor.name}.")
-    if preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
-        logger.warning(notice)
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
     sources = {
         flag: DataSource(names, flag, cache_dir, show_progress=is_main, without=output_dir)
@@ -127,6 +125,9 @@ def load_data(
         workers = choose_workers(data_args.preprocessing_num_workers, source.size)
         loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
         _check_rejections(loaded[flag], flag, data_args, rejected_to, strict=not is_rehearsal)
+    # Last, since the process that renders takes half a second to start, and nobody may have waited for it yet.
+    if is_main and preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
+        logger.warning(notice)
     return loaded
 
 

@@ -8,7 +8,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fastchat_qlora.data.answers import TAG, check_structure, count_common, get_variants, split_at_tags, stands_in
+from fastchat_qlora.data.answers import (
+    TAG,
+    check_structure,
+    count_common,
+    get_variants,
+    mark_structure,
+    split_at_tags,
+    stands_in,
+)
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
 from fastchat_qlora.data.marks import Marks
 from fastchat_qlora.data.outlines import PROBE, probe
@@ -70,6 +78,29 @@ Render = Callable[[int, bool, Mapping[int, Message]], str]
 """(how many messages, with the generation prompt, what stands in for which of them) -> text."""
 
 AS_THEY_ARE: Mapping[int, Message] = {}
+
+
+def foresee(messages: Sequence[Message]) -> Iterator[tuple[int, bool, Mapping[int, Message]]]:
+    """What a TurnFinder of these messages will ask to have rendered, as far as that hangs on nothing rendered before.
+
+    To ask for one text takes several times as long as to render it.
+    """
+    yield len(messages), False, AS_THEY_ARE
+    yield len(messages), False, _probe_others(messages)
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            yield i + 1, False, {i: ANSWER_PROBE}
+            if i:
+                yield i, True, AS_THEY_ARE
+            if i + 1 < len(messages):
+                yield i + 1, False, AS_THEY_ARE
+            if message.reasoning or message.tool_calls:
+                yield i + 1, False, {i: mark_structure(message)[0]}
+
+
+def _probe_others(messages: Sequence[Message]) -> dict[int, Message]:
+    """Stand-ins for what others than the assistant say."""
+    return {i: probe(message, i) for i, message in enumerate(messages) if message.role != "assistant"}
 
 
 class TurnFinder:
@@ -144,8 +175,7 @@ class TurnFinder:
 
     def _check_nothing_left_out(self, row: Row) -> None:
         """What others than the assistant say must stand in the text, and not by chance: "user" does in most headers."""
-        messages = enumerate(self.messages[: row.count])
-        probes = {i: probe(message, i) for i, message in messages if message.role != "assistant"}
+        probes = _probe_others(self.messages[: row.count])
         try:
             probed = self.render(row.count, False, probes)
         except RejectedRecord:  # a template that looks into contents

@@ -10,6 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Role
 from fastchat_qlora.data.marks import Marks
+from fastchat_qlora.data.rendering import Asked, apply_template
 
 BRACKETED = re.compile(r"[<\[]\S+[>\]]")  # <|user|>, <start_of_turn>, [INST]
 WRITTEN_BY_ASSISTANTS = re.compile(r"</?(?:think|thought|reason|answer|tool|function)\w*>")
@@ -34,14 +35,11 @@ def find_control_tokens(tokenizer: Any) -> Marks:
 
 def _written_around_messages(tokenizer: Any) -> str:
     """What the chat template has in its source or makes of a few short conversations."""
-    texts = [json.dumps(tokenizer.chat_template, ensure_ascii=False)]
-    for roles in SAMPLES:
-        messages = [{"role": role, "content": "-"} for role in roles]
-        try:
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception:  # a template may refuse a conversation, in any way
-            continue
-    return "\n".join(texts)
+    asked = [
+        Asked([{"role": role, "content": "-"} for role in roles], (), [(len(roles), True, ())]) for roles in SAMPLES
+    ]
+    texts = [text for text in apply_template(tokenizer, asked) if isinstance(text, str)]
+    return "\n".join([json.dumps(tokenizer.chat_template, ensure_ascii=False), *texts])
 
 
 def check_plain(conversation: Conversation, control: Marks) -> None:

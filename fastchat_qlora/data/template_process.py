@@ -1,0 +1,135 @@
+"""The process that chat templates are rendered in: they are programs of strangers, and may want all time and memory.
+
+Jinja's sandbox, in which transformers runs them, keeps them from the interpreter's insides but not from work without
+end: `9**(9**9)` or a text doubled forty times is one instruction, which no timer of Python's interrupts. So the
+operating system sets the limits, and what it ends is this process and not the run. It may write no files either.
+"""
+
+import contextlib
+import json
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+MOST_TEXT = 1 << 27
+"""Characters that may come of one request."""
+
+IDLE = 60
+"""Seconds without a request after which this process ends."""
+
+HEADER = struct.Struct("<Q")
+
+
+def write_message(stream: IO[bytes], message: Any) -> None:
+    """Send one message: JSON behind its length, so that nothing in it can be more than data.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is no JSON.
+    """
+    data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    stream.write(HEADER.pack(len(data)) + data)
+    stream.flush()
+
+
+def read_message(stream: IO[bytes]) -> Any:
+    """Take one message.
+
+    Raises:
+        EOFError: there is none, or it breaks off.
+    """
+    header = stream.read(HEADER.size)
+    size = HEADER.unpack(header)[0] if len(header) == HEADER.size else 0
+    data = stream.read(size)
+    if not size or len(data) < size:
+        raise EOFError
+    return json.loads(data.decode("utf-8", "surrogatepass"))
+
+
+def serve(seconds: float, memory: int) -> None:
+    """Answer requests on stdin, until there are no more.
+
+    A request is a set-up, null for the one before, and conversations as in rendering.Asked. A set-up holds two
+    templates, the one for conversations without tools and the one for those with tools, and the special tokens.
+    The answer is a list with a text for each question, or with a refusal of it in a list of its own; in place of all
+    that it is a text where memory does not suffice.
+
+    Args:
+        seconds: of computing for each request; after that this process is ended.
+        memory: bytes beside what this process has at the beginning.
+    """
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    templates: list[str] = []
+    tokens: dict[str, str] = {}
+    _import_renderer()
+    _set_limits(memory)
+    while True:
+        signal.alarm(IDLE)  # ends this process, as nobody handles it
+        try:
+            new, conversations = read_message(requests)
+        except EOFError:
+            return
+        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # likewise, in the middle of whatever it does
+        templates, tokens = new or (templates, tokens)
+        try:
+            write_message(answers, _render(templates, tokens, conversations))
+        except MemoryError:
+            write_message(answers, f"takes more than {memory >> 20} MiB of memory")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _import_renderer() -> Any:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template
+
+
+def _render(templates: list[str], tokens: dict[str, str], conversations: list[Any]) -> list[str | list[str]]:
+    results: list[str | list[str]] = []
+    is_plain = all(not tools and asked == [[len(shown), False, []]] for shown, tools, asked in conversations)
+    if is_plain:  # all at once, which takes less
+        try:
+            results += _call(templates[0], tokens, [shown for shown, _, _ in conversations])
+        except _Refusal:  # which of them is found out below
+            is_plain = False
+    if not is_plain:
+        for messages, tools, questions in conversations:
+            for count, prompt, stand_ins in questions:
+                shown = messages[:count]
+                for index, message in stand_ins:
+                    shown[index] = message
+                try:
+                    results += _call(templates[bool(tools)], tokens, [shown], tools, prompt)
+                except _Refusal as refusal:
+                    results.append([str(refusal)])
+    if sum(map(len, results)) > MOST_TEXT:
+        raise MemoryError
+    return results
+
+
+class _Refusal(Exception):
+    """What the template says against a conversation."""
+
+
+def _call(template: str, tokens: dict[str, str], shown: list[Any], tools: Any = (), prompt: bool = False) -> list[str]:
+    settings = {"tools": tools or None, "chat_template": template, "add_generation_prompt": prompt, **tokens}
+    try:
+        texts: list[str] = _import_renderer()(conversations=shown, **settings)[0]
+        return texts
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise _Refusal(str(error)[:1000]) from error
+
+
+def _set_limits(memory: int) -> None:
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):  # macOS does not tell the size, and minds no limit on it
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
