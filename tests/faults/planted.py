@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,12 @@ def full_disk() -> None:
     """In the third step another program fills the disk."""
 
     def fill(model: Any) -> None:
-        with open(os.environ["BALLAST"], "wb") as file:
-            try:
+        ballast = os.open(os.environ["BALLAST"], os.O_WRONLY | os.O_CREAT)
+        for size in (1 << 20, 1 << 12):  # to the last page
+            with suppress(OSError):
                 while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+                    os.write(ballast, bytes(size))
+        os.close(ballast)
 
     _at_step(2, fill, slow=False)
 

@@ -104,6 +104,12 @@ def test_a_step_that_is_not_names_its_rows(value: float) -> None:
         watch(0.5, [value, 1.0], fp16=True)
 
 
+def test_a_gradient_of_nothing() -> None:
+    with pytest.raises(AgreedError, match="step 6: the gradient is exactly 0 in all of the adapter"):
+        watch(0.0, [1.0, 2.0])
+    watch(0.0, [1.0, 2.0], fp16=True)  # it underflows before the scale is right
+
+
 def test_a_step_without_targets() -> None:
     with pytest.raises(AgreedError, match="step 6: no token of it is learnt"):
-        watch(0.0, [0.0], supervised=0)
+        watch(0.5, [1.0, 1.0], supervised=0)
