@@ -176,8 +176,8 @@ def tell_bad_step(step: int, said: list[dict[str, Any]], checkpoint: str | None)
     kept = f"{checkpoint} is the last good checkpoint" if checkpoint else "no checkpoint had been saved yet"
     if not guilty and norm == 0:
         return AgreedError(
-            f"step {step}: the gradient is exactly 0 in all of the adapter, so that it learns nothing any more; {kept}: "
-            "lower --learning_rate, and look at the data with fastchat-qlora inspect"
+            f"step {step}: the gradient is exactly 0 in all of the adapter, so that it learns nothing any more; "
+            f"{kept}: lower --learning_rate, and look at the data with fastchat-qlora inspect"
         )
     suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
     rows = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
