@@ -234,7 +234,7 @@ def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
 
 
 @contextmanager
-def saving(what: str) -> Iterator[None]:
+def saving(what: str, output_dir: Path) -> Iterator[None]:
     """Turn what goes wrong with a disk into one sentence.
 
     Raises:
@@ -243,14 +243,11 @@ def saving(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer of zip files says what it was doing, and where in its source
-        if (
-            isinstance(error, RuntimeError)
-            and "PytorchStreamWriter" not in str(error)
-            and "inline_container" not in str(error)
-        ):
+        # torch's writer of zip files says where in its source it was, and not always what the system has said.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
+        free = shutil.disk_usage(output_dir).free / 2**20
         raise RunError(
-            f"{what} could not be written: {one_line(error, 300)}; earlier checkpoints are whole: make room, and start "
-            "the run again to go on from the last one"
+            f"{what} could not be written: {one_line(error, 300)}; {free:,.1f} MiB are free there; earlier checkpoints "
+            "are whole: make room, and start the run again to go on from the last one"
         ) from error

@@ -162,8 +162,8 @@ def host_group() -> Any:
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def tell_non_finite(step: int, said: list[dict[str, Any]], checkpoint: str | None) -> AgreedError:
-    """The error for a step whose loss or gradient norm is not finite.
+def tell_bad_step(step: int, said: list[dict[str, Any]], checkpoint: str | None) -> AgreedError:
+    """The error for a step whose loss is not finite, or whose gradient is not or is nothing.
 
     Args:
         step: its number.
@@ -172,12 +172,17 @@ def tell_non_finite(step: int, said: list[dict[str, Any]], checkpoint: str | Non
     """
     pairs = [pair for one in said for pair in zip(one["losses"], one["sources"], strict=True)]
     guilty = [sources for loss, sources in pairs if not torch.isfinite(torch.tensor(loss))]
+    norm = next((one["grad_norm"] for one in said if one["grad_norm"] is not None), None)
+    kept = f"{checkpoint} is the last good checkpoint" if checkpoint else "no checkpoint had been saved yet"
+    if not guilty and norm == 0:
+        return AgreedError(
+            f"step {step}: the gradient is exactly 0 in all of the adapter, so that it learns nothing any more; "
+            f"{kept}: lower --learning_rate, and look at the data with fastchat-qlora inspect"
+        )
     suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
     rows = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
-    norm = next((one["grad_norm"] for one in said if one["grad_norm"] is not None), None)
     what = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
     shown = ", ".join(rows[:10]) + f" and {len(rows) - 10} more" * (len(rows) > 10)
-    kept = f"{checkpoint} is the last good checkpoint" if checkpoint else "no checkpoint had been saved yet"
     return AgreedError(
         f"step {step}: {what}; its rows: {shown}; {kept}: look at the rows, lower --learning_rate, or prefer --bf16 "
         "to --fp16"

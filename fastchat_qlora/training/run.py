@@ -78,7 +78,8 @@ def train(args: RunArguments) -> Path:
     output_dir = Path(training_args.output_dir)
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
-    with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=topology.is_main):
+    writes = topology.is_main and not training_args.dry_run
+    with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
         wanted = training_args.resume_from_checkpoint or ""
         checkpoint = choose_checkpoint(output_dir, wanted, restart=training_args.restart)
         lora_config = build_lora_config(lora_args)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError
 from fastchat_qlora.signals import Stopped, StopSignals
-from fastchat_qlora.training.guards import FrozenBase, agree, gather, host_group, tell_non_finite
+from fastchat_qlora.training.guards import FrozenBase, agree, gather, host_group, tell_bad_step
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,17 @@ class Step:
     grad_norm: torch.Tensor | float | None = None
 
     def is_bad(self, *, may_overflow: bool) -> torch.Tensor:
-        """Whether a loss or the gradient norm is not finite, on the device.
+        """Whether a loss or the gradient norm is not finite, or the norm is exactly 0, on the device.
 
         Args:
-            may_overflow: with fp16 the loss is scaled up until a gradient overflows, and that step is skipped: there an
-                infinite norm is part of the method.
+            may_overflow: with fp16 the loss is scaled up until a gradient overflows, and that step is skipped: there
+                such norms are part of the method.
         """
-        values = [loss.detach().float().reshape(()) for loss in self.losses]
-        if self.grad_norm is not None and not may_overflow:
-            norm = self.grad_norm
-            values.append(torch.as_tensor(norm, device=values[0].device, dtype=torch.float32).reshape(()))
-        return ~torch.isfinite(torch.stack(values)).all()
+        losses = torch.stack([loss.detach().float().reshape(()) for loss in self.losses])
+        if self.grad_norm is None or may_overflow:
+            return ~torch.isfinite(losses).all()
+        norm = torch.as_tensor(self.grad_norm, device=losses.device, dtype=torch.float32)
+        return ~(torch.isfinite(losses).all() & torch.isfinite(norm) & (norm > 0)).reshape(())
 
     def tell(self) -> dict[str, Any]:
         """The same in plain numbers, which waits for the device."""
@@ -147,7 +147,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         said = {"losses": [], "grad_norm": None, "sources": []} if bad is None else bad.step.tell()
         everyone = gather((bad and bad.number, said), self._group)
         step = next(found for found, _ in everyone if found)
-        raise tell_non_finite(step, [one for _, one in everyone], self._trainer.last_checkpoint)
+        raise tell_bad_step(step, [one for _, one in everyone], self._trainer.last_checkpoint)
 
 
 def _send(number: int, step: Step, *, may_overflow: bool) -> _Verdict:

@@ -218,12 +218,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.args.should_save:
             final = Path(self.args.output_dir)
             folder = Path(output_dir) if output_dir else final / UNFINISHED / "adapter"
-            with saving(f"the adapter in {output_dir or final}"):
+            with saving(f"the adapter in {output_dir or final}", final):
                 save_adapter(self.adapter, tensors, str(folder))
                 self.processing_class.save_pretrained(str(folder))
             certify(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
             if not output_dir:
-                with saving(f"the adapter in {final}"):
+                with saving(f"the adapter in {final}", final):
                     put_in_place(folder, final)
                 shutil.rmtree(folder.parent, ignore_errors=True)
         if self.args.push_to_hub and not _internal_call:
@@ -244,7 +244,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return  # at the end of an epoch a step may be saved twice
         self._staging = output_dir / UNFINISHED
         try:
-            with saving(str(folder)):
+            with saving(str(folder), output_dir):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:

@@ -76,7 +76,9 @@ class Run:
 
     def __init__(self, arguments: Sequence[str], log: Path, *, processes: int = 1, **environment: str) -> None:
         self._log = log
-        self._said_before = log.stat().st_size if log.exists() else 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        self._said_before = log.stat().st_size
         shared = {"OMP_NUM_THREADS": "1", **environment}
         port = str(free_port()) if processes > 1 else ""
         self.processes: list[BaseProcess] = []
@@ -128,6 +130,14 @@ class Run:
             time.sleep(0.0005)
         return False
 
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until it has said something."""
+        until = time.monotonic() + seconds
+        while text not in self.said():
+            if not self.is_alive() or time.monotonic() > until:
+                raise TimeoutError(f"{text!r} was not said:\n{self.said()[-3000:]}")
+            time.sleep(0.005)
+
     def said(self) -> str:
         """What it has said so far."""
         with self._log.open("rb") as file:
@@ -137,5 +147,4 @@ class Run:
 
 def train(arguments: Sequence[str], folder: Path, *, seconds: float = 300, **options: Any) -> Ended:
     """One run from beginning to end; its log lies in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     return Run(arguments, folder / "log.txt", **options).wait(seconds)

@@ -106,7 +106,6 @@ def sweep(case: Case, kills: int, model: Path, data: Path, folder: Path, seed: i
 
 def _kill_once(case: Case, arguments: list[str], attempt: Path, seconds: float, draw: random.Random) -> str:
     """Start the run and kill it at a moment drawn; where it was then, or nothing if it was done before."""
-    attempt.mkdir(parents=True, exist_ok=True)
     cache, saving, log = attempt / "cache", attempt / "out" / ".saving", attempt / "log.txt"
     if (aim := draw.choice(AIMS)) == "tokenising":
         shutil.rmtree(cache, ignore_errors=True)

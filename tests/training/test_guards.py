@@ -3,8 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastchat_qlora.errors import RunError
-from fastchat_qlora.training.guards import GradientGuard, LossGuard
+from fastchat_qlora.errors import AgreedError, RunError
+from fastchat_qlora.signals import StopSignals
+from fastchat_qlora.training.guards import FrozenBase, GradientGuard, LossGuard
+from fastchat_qlora.training.step_watch import Step, StepWatch
 
 STATE = SimpleNamespace(global_step=6)
 FP32 = SimpleNamespace(fp16=False)
@@ -33,17 +35,81 @@ def test_frozen_parameters_need_no_gradient() -> None:
     check(model)
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm", "eval_loss"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_loss_guard(name: str, value: float) -> None:
+def test_an_evaluation_that_is_not_finite(value: float) -> None:
     guard = LossGuard()
-    guard.on_log(FP32, STATE, None, logs={"loss": 1.0, "grad_norm": 0.5, "epoch": 1})
-    with pytest.raises(RunError, match=f"step 6: {name}"):
-        guard.on_log(FP32, STATE, None, logs={name: value})
+    guard.on_log(FP32, STATE, None, logs={"eval_loss": 1.0, "epoch": 1})
+    with pytest.raises(RunError, match="step 6: eval_loss is"):
+        guard.on_log(FP32, STATE, None, logs={"eval_loss": value})
 
 
-def test_fp16_may_overflow_a_gradient_and_skip_the_step() -> None:
-    fp16 = SimpleNamespace(fp16=True)
-    LossGuard().on_log(fp16, STATE, None, logs={"loss": 1.0, "grad_norm": float("inf")})
-    with pytest.raises(RunError):
-        LossGuard().on_log(fp16, STATE, None, logs={"loss": float("nan")})
+def test_a_loss_of_nothing() -> None:
+    LossGuard().on_log(FP32, STATE, None, logs={"loss": 1e-30})
+    with pytest.raises(RunError, match="step 6: the loss is exactly 0"):
+        LossGuard().on_log(FP32, STATE, None, logs={"loss": 0.0})
+
+
+def test_deepspeed_is_asked_in_another_way() -> None:
+    """It keeps gradients to itself; the tensors tell when theirs comes."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    arguments = SimpleNamespace(deepspeed="configuration")
+    guard = GradientGuard()
+    guard.on_train_begin(arguments, STATE, None, model=model)
+    model[1](model[0](torch.ones(1, 2)).detach()).sum().backward()
+    with pytest.raises(RunError, match=r"step 7: 2 of 4 adapter tensors got no gradient, such as 0\.bias"):
+        guard.on_pre_optimizer_step(arguments, STATE, None, model=model)
+    model[1](model[0](torch.ones(1, 2))).sum().backward()
+    guard.on_pre_optimizer_step(arguments, STATE, None, model=model)
+    assert not model[0].weight._backward_hooks, "the first step was looked at, the others are left alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_one_changed_value_of_the_base_is_seen(dtype: torch.dtype) -> None:
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(3, 5), False) for name in "ab"})
+    for parameter in model.values():
+        parameter.data = parameter.data.to(dtype)
+    model["adapter"] = torch.nn.Parameter(torch.ones(2))
+    base = FrozenBase(model)
+    model["adapter"].data += 1
+    base.check(4)
+    model["b"].data[2, 1] = 2
+    with pytest.raises(RunError, match="step 4: 1 of 2 base weights have changed, such as b"):
+        base.check(4)
+
+
+def watch(norm: float, losses: list[float], *, fp16: bool = False, supervised: int = 5) -> None:
+    rows = [[("a.json", 3, "c3"), ("a.json", 9, "c9")], [("b.json", 1, "x")]]
+    step = Step(rows, supervised, [torch.tensor(loss) for loss in losses], torch.tensor(norm))
+    trainer = SimpleNamespace(step=step, last_checkpoint="out/checkpoint-4")
+    control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
+    state = SimpleNamespace(global_step=6, max_steps=9)
+    StepWatch(trainer, StopSignals()).on_step_end(SimpleNamespace(fp16=fp16), state, control)
+    assert not control.should_training_stop
+
+
+def test_a_step_that_is_sound() -> None:
+    watch(0.5, [1.0, 2.0])
+    watch(float("inf"), [1.0, 2.0], fp16=True)  # the scaled loss overflows, and that step is skipped
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_names_its_rows(value: float) -> None:
+    with pytest.raises(AgreedError) as error:
+        watch(0.5, [1.0, value])
+    said = "step 6: the loss is not finite; its rows: b.json:1 (id x); out/checkpoint-4 is the last good checkpoint"
+    assert str(error.value).startswith(said)
+    with pytest.raises(AgreedError, match=r"gradient norm is (nan|inf); its rows: a.json:3 \(id c3\), .*, b.json:1"):
+        watch(value, [1.0, 2.0])
+    with pytest.raises(AgreedError, match="the loss is not finite"):
+        watch(0.5, [value, 1.0], fp16=True)
+
+
+def test_a_gradient_of_nothing() -> None:
+    with pytest.raises(AgreedError, match="step 6: the gradient is exactly 0 in all of the adapter"):
+        watch(0.0, [1.0, 2.0])
+    watch(0.0, [1.0, 2.0], fp16=True)  # it underflows before the scale is right
+
+
+def test_a_step_without_targets() -> None:
+    with pytest.raises(AgreedError, match="step 6: no token of it is learnt"):
+        watch(0.5, [1.0, 1.0], supervised=0)

@@ -192,9 +192,8 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     (stopped / "checkpoint-9").mkdir()  # torn: a later number with nothing in it
     train(command(model_folder, data_file, stopped, **flags))
     assert len(losses(stopped)) == 8 and losses(stopped) == losses(straight)
-    expected = load_file(straight / "adapter_model.safetensors")
-    for name, tensor in load_file(stopped / "adapter_model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    name = "adapter_model.safetensors"
+    assert (stopped / name).read_bytes() == (straight / name).read_bytes()
 
 
 def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -213,6 +212,11 @@ def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_fi
         ({"q_lora": True}, "base weights: float32 then, nf4, quantised twice now"),
         ({"bf16": True}, "compute dtype: float32 then, bfloat16 now"),
         ({"optim": "sgd"}, "optimizer: adamw_torch then, sgd now"),
+        ({"lora_r": 4, "lora_dropout": 0}, "lora_r: 8 then, 4 now; lora_dropout: 0.05 then, 0.0 now"),
+        ({"learning_rate": 1e-3}, "learning_rate: 0.01 then, 0.001 now"),
+        ({"gradient_accumulation_steps": 2, "seed": 7}, "gradient_accumulation_steps: 1 then, 2 now; seed: 42 then, 7"),
+        ({"conv_template": "vicuna"}, "template: "),
+        ({"model_max_length": 64}, "model_max_length: 512 then, 64 now"),
     ],
 )
 def test_a_checkpoint_of_another_kind_of_run_is_refused(
@@ -224,17 +228,6 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(
     with pytest.raises(UserError, match=f"checkpoint-1: this run is set up otherwise .*{said}"):
         train(command(model_folder, data_file, output, **flags | changed | {"max_steps": 2}))
     assert (output / "adapter_model.safetensors").read_bytes() == before
-
-
-def test_a_checkpoint_of_earlier_versions_goes_on(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    flags = {"save_strategy": "steps", "save_steps": 1}
-    output = train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=1))
-    path = output / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["SetUp"]
-    path.write_text(json.dumps(state))
-    train(command(model_folder, data_file, output, **flags, max_steps=2))
-    assert "SetUp" in json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
 
 
 def test_quantised_biases_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Disks that are full, lose what was written, or may not be written; files that vanish. All of it real but for EIO."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from forked import Run, train
+from kill_sweep import digest
+
+from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
+
+FLAGS = (
+    "--max_steps 6 --save_strategy steps --save_steps 2 --learning_rate 1e-2 --logging_steps 1 --disable_tqdm True "
+    "--per_device_train_batch_size 2"
+)
+Tally = Callable[[str, int, int], None]
+
+
+def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
+    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output} --cache_dir {data.parent}"
+    return f"{paths} {FLAGS} {more}".split()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system in memory, of a size such as 64m."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"nothing may be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def assert_the_second_is_kept(said: str, output: Path) -> None:
+    """An error in one line; checkpoint-2 is whole and there is no other."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    assert re.search(r"checkpoint-4 could not be written: .*earlier checkpoints are whole: make room", errors[0])
+    [(step, folder)] = checkpoints_in(output)
+    assert (step, open_checkpoint(folder).step) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "processes", "says"),
+    [
+        ("small_files", 1, "checkpoint-4 .*MiB are free there"),
+        ("lost_writes", 1, "Input/output error"),
+        ("small_files_on_rank_1", 2, "local rank 1: .*checkpoint-4 .*MiB are free there"),
+    ],
+    ids=["file size limit", "EIO", "on rank 1"],
+)
+def test_a_save_that_fails(
+    fault: str, processes: int, says: str, model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    alone, failed = tmp_path / "alone", tmp_path / "failed"
+    train(arguments(model_folder, data, alone / "out"), alone, processes=processes)
+    given = arguments(model_folder, data, failed / "out")
+    ended = train(given, failed, processes=processes, PREPARE=f"planted:{fault}")
+    assert 1 in ended.codes and re.search(says, ended.said), ended.said
+    assert_the_second_is_kept(ended.said, failed / "out")
+    ended = train(given, failed, processes=processes)
+    assert not any(ended.codes) and "Going on from" in ended.said
+    assert digest(failed / "out") == digest(alone / "out") and not (failed / "out" / UNFINISHED).exists()
+    tally(f"a save that fails: {fault.replace('_', ' ')}; then started again", 1, 1)
+
+
+def test_a_disk_that_is_full(
+    small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    alone, disk = tmp_path / "alone", small_disk("64m")
+    train(arguments(model_folder, data, alone / "out"), alone)
+    given = arguments(model_folder, data, disk / "out")
+    ballast = disk / "ballast"
+    ended = train(given, tmp_path, PREPARE="planted:full_disk", BALLAST=str(ballast))
+    assert ended.codes == [1], ended.said
+    assert " 0.0 MiB are free there" in ended.said
+    assert_the_second_is_kept(ended.said, disk / "out")
+    ended = train(given, tmp_path)
+    assert ended.codes == [2] and "are free and this run needs" in ended.said, "said before the weights are loaded"
+    ballast.unlink()
+    assert train(given, tmp_path).codes == [0]
+    assert digest(disk / "out") == digest(alone / "out")
+    tally("a full disk (tmpfs) while a checkpoint is saved; then room is made", 1, 1)
+
+
+def test_too_small_a_disk_is_seen_before_the_first_step(
+    small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    disk = small_disk("20m")
+    ended = train(arguments(model_folder, data, disk / "out"), tmp_path)
+    assert ended.codes == [2] and "In effect" not in ended.said
+    assert re.search(r"error: --output_dir \S+: 20 MiB are free and this run needs 3\d MiB", ended.said), ended.said
+    tally("a disk that is too small from the beginning", 1, 1)
+
+
+def test_a_folder_that_may_not_be_written(
+    small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    disk = small_disk("64m")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    ended = train(arguments(model_folder, data, disk / "out"), tmp_path)
+    assert ended.codes == [2] and "error: --output_dir" in ended.said and "cannot be written" in ended.said
+    assert "Traceback" not in ended.said
+    tally("an output folder on a disk that may only be read", 1, 1)
+
+
+def test_data_that_vanishes(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    """The run has read it; what it has made of it stays with it until its end."""
+    for flags in ("", "--lazy_preprocess True"):
+        folder = tmp_path / (flags.split()[0].strip("-") if flags else "eager")
+        own = folder / "own" / "conversations.json"
+        own.parent.mkdir(parents=True)
+        shutil.copy(data, own)
+        run = Run(arguments(model_folder, own, folder / "out", flags), folder / "log.txt", PREPARE="planted:slow")
+        run.wait_for("'loss'")
+        shutil.rmtree(own.parent)  # the cache too
+        ended = run.wait()
+        assert ended.codes == [0] and (folder / "out" / "adapter_model.safetensors").exists(), ended.said
+    tally("the data file and its cache removed in mid-run", 2, 2)
+
+
+def test_two_runs_in_one_folder(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    """The second is told who is there; one whose holder was killed is taken over."""
+    output = tmp_path / "out"
+    given = arguments(model_folder, data, output)
+    first = Run(given, tmp_path / "first.txt", PREPARE="planted:slow")
+    first.wait_for("'loss'")
+    pid = first.processes[0].pid
+    second = train(given, tmp_path / "second")
+    assert second.codes == [2]
+    told = rf"another run is at work there \(process {pid} on {os.uname().nodename}, since 20\d\d-.*\)"
+    assert re.search(told, second.said), second.said
+    assert first.is_alive()
+    first.send(9)
+    assert first.wait().codes == [-9]
+    third = train(given, tmp_path / "third")
+    assert third.codes == [0]
+    assert re.search(rf"ended without a word \(process {pid} on .*this one takes over", third.said)
+    fourth = train(given, tmp_path / "fourth")
+    assert fourth.codes == [0] and "takes over" not in fourth.said
+    tally("two runs in one output folder; a lock whose holder was killed", 2, 2)

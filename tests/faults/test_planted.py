@@ -1,0 +1,139 @@
+"""Each guard fires on a fault planted in a real run; what was saved before stays as it was."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Ended, train
+from kill_sweep import DEEPSPEED
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
+
+FLAGS = (
+    "--max_steps 6 --save_strategy steps --save_steps 2 --logging_steps 100 --learning_rate 1e-2 --disable_tqdm True "
+    "--per_device_train_batch_size 2"
+)
+Tally = Callable[[str, int, int], None]
+
+
+def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
+    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output}"
+    return f"{paths} {FLAGS} {more}".split()
+
+
+def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *, code: int = 1) -> None:
+    """Error lines with that reason; the checkpoints of those steps are whole, and there is nothing else."""
+    errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    assert set(ended.codes) <= {code, -9} and code in ended.codes, ended.said
+    assert errors and all(re.search(reason, error) for error in errors), ended.said
+    assert "Traceback" not in ended.said
+    found = checkpoints_in(output)
+    assert sorted(step for step, _ in found) == steps
+    assert all(open_checkpoint(folder).step == step for step, folder in found)
+    assert not (output / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "processes", "flags", "reason", "steps"),
+    [
+        ("detached_adapter", 1, "", "step 1: 4 of 8 adapter tensors got no gradient, such as .*layers.0", []),
+        ("detached_adapter", 2, DEEPSPEED, "step 1: 4 of 8 adapter tensors got no gradient", []),
+        ("zeroed_lora_b", 1, "", "every lora_B is zero: the adapter has learnt nothing", [2, 4, 6]),
+        ("changed_base", 1, "", "step 4: 1 of .* base weights have changed, such as .*embed_tokens", [2]),
+        ("changed_base", 1, "--q_lora True", "step 4: 1 of .* base weights have changed", [2]),
+        ("torn_writer", 1, "", "checkpoint-4/adapter_model.safetensors: .* differs from the trained tensor", [2]),
+    ],
+    ids=["detached", "detached, ZeRO-2", "lora_B is zero", "base", "base, QLoRA", "torn"],
+)
+def test_a_fault_in_the_model(
+    fault: str,
+    processes: int,
+    flags: str,
+    reason: str,
+    steps: list[int],
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    tally: Tally,
+) -> None:
+    given = arguments(model_folder, data, tmp_path / "out", flags)
+    ended = train(given, tmp_path, processes=processes, PREPARE=f"planted:{fault}")
+    assert_stopped(ended, tmp_path / "out", reason, steps)
+    tally(f"guard: {fault.replace('_', ' ')}, {processes} processes {flags}".strip(), 1, 1)
+
+
+@pytest.fixture
+def poisoned(model_folder: Path, data: Path, tmp_path: Path) -> tuple[Path, int]:
+    """A model that gives NaN for a token which only one record has, and that record's number, counted from one."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    records = json.loads(data.read_text())
+    texts = ["".join(turn["value"] for turn in record["conversations"]) for record in records]
+    sets = [set(tokenizer(text).input_ids) for text in texts]
+    lonely = [(i, t) for i, own in enumerate(sets) for t in own if sum(t in other for other in sets) == 1]
+    index, token = lonely[-1]
+    folder = tmp_path / "poisoned"
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, index + 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [(1, ""), (2, ""), (2, DEEPSPEED)],
+    ids=["one", "DDP", "ZeRO-2"],
+)
+def test_a_poisoned_row_is_named(
+    processes: int, flags: str, poisoned: tuple[Path, int], data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """Whichever process has it, and no other row than those of its micro-batch."""
+    model, line = poisoned
+    given = arguments(model, data, tmp_path / "out", f"--max_steps 20 --save_steps 1 --padding_free False {flags}")
+    ended = train(given, tmp_path, processes=processes)
+    [error] = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    found = re.search(r"step (\d+): the loss is not finite; its rows: (.*?); (.*)", error)
+    assert found, error
+    step, rows = int(found.group(1)), found.group(2).split(", ")
+    assert any(f"conversations.json:{line} (id " in row for row in rows) and len(rows) == 2, error
+    steps = [*range(1, step)]
+    assert_stopped(ended, tmp_path / "out", f"step {step}", steps)
+    assert (f"checkpoint-{step - 1} is the last good" if steps else "no checkpoint had been saved yet") in error
+    tally(f"guard: a row that gives NaN, {processes} processes {flags}".strip(), 1, 1)
+
+
+def test_a_rate_of_a_million(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    more = "--learning_rate 1e6 --lora_target_modules all-linear --max_grad_norm 0 --bf16 True --max_steps 40"
+    ended = train(arguments(model_folder, data, tmp_path / "out", more), tmp_path)
+    steps = sorted(step for step, _ in checkpoints_in(tmp_path / "out"))
+    assert_stopped(ended, tmp_path / "out", "(is not finite|norm is (nan|inf)|is exactly 0 in all)", steps)
+    assert len(steps) < 3
+    tally("guard: a learning rate of 1e6", 1, 1)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0]['content'] }}", "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"],
+    ids=["without answers", "answers changed"],
+)
+def test_a_wrong_template(template: str, model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = template
+    for path in model_folder.iterdir():
+        folder.mkdir(exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    tokenizer.save_pretrained(folder)
+    ended = train(arguments(folder, data, tmp_path / "out"), tmp_path)
+    assert_stopped(ended, tmp_path / "out", "--data_path: 30 of 30 records were rejected", [], code=2)
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+    tally("guard: a chat template that does not show the answers as they are", 1, 1)
