@@ -15,7 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
+sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "faults")]
+from fault_table import how_many as how_many
+from fault_table import in_the_project as in_the_project
+from fault_table import pytest_sessionfinish as pytest_sessionfinish
+from fault_table import tally as tally
 from launching import free_port
 from stand_in import CHATML as CHATML
 from stand_in import SMALL, make_model, make_tokenizer

@@ -1,7 +1,5 @@
 """SIGKILL at random moments, again and again, until the run is done: its adapter must be the one of a run left alone.
 
-    python tests/faults/kill_sweep.py --table docs/reliability.md       # 50 kills each, 10 each with two processes
-
 Moments are drawn over the whole of a run, in the writing of checkpoints, and in tokenising. A run that has come to its
 end in spite of them is compared and another one begun, until there were enough kills.
 """
@@ -25,8 +23,6 @@ FLAGS = (
     "--disable_tqdm True"
 )
 DEEPSPEED = "--deepspeed playground/deepspeed_config_s2.json"
-LONG = 50
-LONG_OF_SEVERAL = 10
 
 
 AIMS = ("starting", "tokenising", "stepping", "saving")
@@ -34,19 +30,22 @@ AIMS = ("starting", "tokenising", "stepping", "saving")
 
 
 class Case(NamedTuple):
-    """A kind of run: its flags beside FLAGS, and its processes."""
+    """A kind of run: its flags beside FLAGS, its processes, and whether every CI run tries it."""
 
     name: str
     flags: str
     processes: int = 1
+    is_quick: bool = True
 
 
 CASES = (
     Case("LoRA", ""),
-    Case("LoRA, packed rows", "--packing True --model_max_length 256"),
+    Case("LoRA, packed rows", "--packing True --model_max_length 256", is_quick=False),
     Case("QLoRA", "--q_lora True --bf16 True"),
     Case("LoRA, DDP", "", 2),
     Case("LoRA, ZeRO-2", DEEPSPEED, 2),
+    Case("QLoRA, ZeRO-3", "--q_lora True --bf16 True --deepspeed playground/deepspeed_config_s3.json", 2, False),
+    Case("QLoRA, FSDP2", "--q_lora True --bf16 True --fsdp True", 2, False),
 )
 
 

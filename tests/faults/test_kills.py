@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fault_table import LONG
 from kill_sweep import CASES, Case, sweep
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_quick or LONG], ids=lambda case: case.name)
 def test_the_adapter_is_that_of_a_run_left_alone(
     case: Case,
     model_folder: Path,

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
 from machine import cores, describe_versions, make_table, name_processor
 

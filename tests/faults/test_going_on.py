@@ -1,0 +1,99 @@
+"""Going on from a checkpoint otherwise than the last run would have: anew, from an earlier one, in other processes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from forked import train
+from kill_sweep import DEEPSPEED, digest
+from launching import losses
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
+
+FLAGS = (
+    "--max_steps 8 --save_strategy steps --save_steps 2 --learning_rate 1e-2 --logging_steps 1 --disable_tqdm True "
+    "--lora_dropout 0 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+)
+Tally = Callable[[str, int, int], None]
+
+
+def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
+    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output}"
+    return f"{paths} {FLAGS} {more}".split()
+
+
+def steps_in(output: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*"))
+
+
+def test_anew_and_from_an_earlier_one(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    """Nothing is removed, and the same adapter comes of it."""
+    output = tmp_path / "out"
+    given = arguments(model_folder, data, output)
+    assert train(given, tmp_path).codes == [0]
+    expected = digest(output)
+    ended = train([*given, "--restart", "True"], tmp_path)
+    assert ended.codes == [0] and "checkpoint-2, checkpoint-4, checkpoint-6, checkpoint-8 were set aside" in ended.said
+    assert "Going on" not in ended.said and digest(output) == expected
+    named = output / "checkpoint-4"
+    ended = train([*given, "--resume_from_checkpoint", str(named)], tmp_path)
+    assert ended.codes == [0] and digest(output) == expected and len(losses(output)) == 8
+    assert steps_in(output) == [2, 4, 6, 8]
+    aside = sorted(path.name for path in (output / "set_aside").iterdir())
+    assert aside == [
+        *(f"checkpoint-{step}.0" for step in (2, 4)),
+        *(f"checkpoint-{s}.{n}" for s in (6, 8) for n in (0, 1)),
+    ]
+    tally("started anew, and from an earlier checkpoint by name", 2, 2)
+
+
+def test_in_another_number_of_processes(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    """Refused; and where the checkpoint is named, on with the same rows in each step."""
+    alone, moved = tmp_path / "alone" / "out", tmp_path / "moved" / "out"
+    assert train(arguments(model_folder, data, alone), alone.parent, processes=2).codes == [0, 0]
+    stop = "--max_steps 4 --lr_scheduler_type constant"
+    assert train(arguments(model_folder, data, moved, stop), moved.parent, processes=2).codes == [0, 0]
+    more = "--lr_scheduler_type constant --gradient_accumulation_steps 4"
+    ended = train(arguments(model_folder, data, moved, more), moved.parent)
+    assert ended.codes == [2] and "strategy: DDP then, one process now; processes: 2 then, 1 now" in ended.said
+    named = f"{more} --resume_from_checkpoint {moved / 'checkpoint-4'}"
+    ended = train(arguments(model_folder, data, moved, named), moved.parent)
+    assert ended.codes == [0] and "it is another run than one that was never interrupted" in ended.said
+    constant = tmp_path / "constant" / "out"
+    train(arguments(model_folder, data, constant, "--lr_scheduler_type constant"), constant.parent, processes=2)
+    assert losses(moved) == pytest.approx(losses(constant), rel=1e-3)
+    expected = load_file(constant / "adapter_model.safetensors")
+    for name, tensor in load_file(moved / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-4)
+    tally("two processes, then one: refused, and gone on with by name", 2, 2)
+
+
+def test_zero_2_in_another_number_of_processes_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
+    output = tmp_path / "out"
+    given = arguments(model_folder, data, output, f"--max_steps 2 {DEEPSPEED}")
+    assert train(given, tmp_path, processes=2).codes == [0, 0]
+    named = f"{DEEPSPEED} --resume_from_checkpoint {output / 'checkpoint-2'}"
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ended = train(arguments(model_folder, data, output, named), tmp_path, **alone)
+    assert ended.codes == [2] and "(processes: 2 then, 1 now)" in ended.said, ended.said
+
+
+def test_the_best_one_is_kept_and_found(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Written beside its place, it is still known by the place where it appears."""
+    output = tmp_path / "out"
+    more = "--eval_split 4 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True --save_total_limit 1"
+    worst = f"{more} --metric_for_best_model eval_loss --greater_is_better True"  # and so not the last one
+    ended = train(arguments(model_folder, data, output, worst), tmp_path)
+    assert ended.codes == [0], ended.said
+    state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.parent == output and steps_in(output) == sorted({int(best.name.partition("-")[2]), 8})
+    name = "adapter_model.safetensors"
+    assert (best / name).read_bytes() == (output / name).read_bytes()
+    evaluated = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    assert max(evaluated, key=evaluated.__getitem__) == int(best.name.partition("-")[2]) < 8
