@@ -47,7 +47,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self, *, run: Mapping[str, str] | None = None, shapes: Mapping[str, torch.Size] | None = None, **kwargs: Any
     ) -> None:
         self._run, self._shapes = dict(run or {}), shapes
-        self._staging: Path | None = None  # where a checkpoint is being written
         self.last_checkpoint: str | None = None
         self.frozen_base: FrozenBase | None = None
         self.step = Step([], 0)
@@ -230,8 +229,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.push_to_hub(commit_message="Adapter")
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are written: while one is, beside the place where it will appear."""
-        return str(self._staging or super()._get_output_dir(trial))
+        """Where Trainer writes checkpoints, and looks for old ones to remove: beside the place where they appear."""
+        return str(Path(self.args.output_dir) / UNFINISHED)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint that appears under its name when all of it is on the disk, in all processes.
@@ -242,19 +241,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         folder = output_dir / f"checkpoint-{step}"
         if str(folder) == self.last_checkpoint:
             return  # at the end of an epoch a step may be saved twice
-        self._staging = output_dir / UNFINISHED
-        try:
-            with saving(str(folder), output_dir):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._note_best(self._staging / folder.name, output_dir)
-                    self._require_all_states(self._staging / folder.name)
-                    publish(self._staging / folder.name, folder, step, self._run)
-                    remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-                    shutil.rmtree(self._staging, ignore_errors=True)
-        finally:
-            self._staging = None
+        staged = Path(self._get_output_dir(trial)) / folder.name
+        with saving(str(folder), output_dir):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._note_best(staged, output_dir)
+                self._require_all_states(staged)
+                publish(staged, folder, step, self._run)
+                remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # who leaves now would have the others ended
         self.last_checkpoint = str(folder)
         if self.args.push_to_hub:
@@ -282,7 +278,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint that is whole; Trainer would push it while it is written."""
-        if self._staging is None:
+        if Path(checkpoint_folder).parent.name != UNFINISHED:
             super()._push_from_checkpoint(checkpoint_folder)
 
     @property

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from forked import train
 from kill_sweep import DEEPSPEED, digest
 from launching import losses
-from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -65,9 +63,6 @@ def test_in_another_number_of_processes(model_folder: Path, data: Path, tmp_path
     constant = tmp_path / "constant" / "out"
     train(arguments(model_folder, data, constant, "--lr_scheduler_type constant"), constant.parent, processes=2)
     assert losses(moved) == pytest.approx(losses(constant), rel=1e-3)
-    expected = load_file(constant / "adapter_model.safetensors")
-    for name, tensor in load_file(moved / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-4)
     tally("two processes, then one: refused, and gone on with by name", 2, 2)
 
 
