@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import ADAPTER_FILE
 from fastchat_qlora.text import one_line
@@ -192,6 +194,26 @@ def clear_the_way(output_dir: Path, checkpoint: Checkpoint | None) -> None:
         folder.rename(target)
     names = ", ".join(folder.name for folder in reversed(later))
     logger.warning(f"{place}: {names} were set aside, since the run does not go on from there; remove them at will.")
+
+
+class ClearTheWay(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Clear the way whenever training begins: with --auto_find_batch_size it may do so several times.
+
+    Args:
+        trainer: is told which checkpoint is the last one.
+        checkpoint: the one that the run goes on from.
+    """
+
+    def __init__(self, trainer: Any, checkpoint: Checkpoint | None) -> None:
+        self._trainer, self._checkpoint = trainer, checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See clear_the_way; by the process that writes checkpoints."""
+        self._trainer.last_checkpoint = self._checkpoint and str(self._checkpoint.folder)
+        if args.should_save:
+            clear_the_way(Path(args.output_dir), self._checkpoint)
 
 
 def publish(unfinished: Path, target: Path, step: int, run: Mapping[str, str]) -> None:

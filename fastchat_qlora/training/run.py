@@ -40,7 +40,7 @@ from fastchat_qlora.model.memory import Model
 from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.signals import StopSignals
 from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, profile_model
-from fastchat_qlora.training.checkpoint import Checkpoint, choose_checkpoint, clear_the_way
+from fastchat_qlora.training.checkpoint import Checkpoint, ClearTheWay, choose_checkpoint
 from fastchat_qlora.training.disk import check_room, count_checkpoints
 from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.fingerprint import describe_data, describe_settings
@@ -165,11 +165,9 @@ def train(args: RunArguments) -> Path:
         trainer.add_callback(effective)
         watch = StepWatch(trainer, signals)
         trainer.add_callback(watch)
-        if topology.is_main:
-            clear_the_way(output_dir, checkpoint)
-        trainer.last_checkpoint = checkpoint and str(checkpoint.folder)
+        trainer.add_callback(ClearTheWay(trainer, checkpoint))
         with signals.deferred():
-            result = trainer.train(resume_from_checkpoint=trainer.last_checkpoint)
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
             watch.raise_if_stopped(trainer.last_checkpoint)
             trainer.save_model()  # before anything else can go wrong
         _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)

@@ -81,7 +81,8 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the way that processes agree on; take the measure of the base as it is trained on."""
-        self._group = host_group()
+        self._group = self._group or host_group()
+        self._verdicts = []
         self._trainer.frozen_base = FrozenBase(self._trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
