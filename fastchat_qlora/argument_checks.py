@@ -30,6 +30,7 @@ def find_problems(values: argparse.Namespace) -> list[str]:
         _check_strategy,
         _check_combinations,
         _check_rows,
+        _check_loading,
         _check_availability,
         _check_data,
         check_folders,
@@ -119,6 +120,22 @@ def _check_rows(values: argparse.Namespace) -> list[str]:
     return problems
 
 
+def _check_loading(values: argparse.Namespace) -> list[str]:
+    """Settings of the processes that make batches, where there are none."""
+    given = [
+        f"--dataloader_{name} {value}"
+        for name in ("persistent_workers", "multiprocessing_context", "prefetch_factor")
+        if (value := getattr(values, f"dataloader_{name}"))
+    ]
+    if (
+        not given
+        or values.dataloader_num_workers
+        or (values.dataloader_num_workers is None and not goes_to_cpu(values))
+    ):
+        return []
+    return [f"{', '.join(given)}: no process makes batches here; give --dataloader_num_workers too, or drop it"]
+
+
 def _check_combinations(values: argparse.Namespace) -> list[str]:
     problems = []
     if values.q_lora and values.load_in_8bit:
@@ -155,9 +172,17 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
         problems.append(
             "--use_liger_kernel True: the package liger-kernel is not installed; install it or drop the flag"
         )
+    if values.liger_kernel_config and not values.use_liger_kernel:
+        problems.append("--liger_kernel_config: has no effect without --use_liger_kernel True; add that or drop this")
     if values.metric_for_best_model not in (None, "loss", "eval_loss"):
         problems.append(
             f"--metric_for_best_model {values.metric_for_best_model}: only loss is measured; choose eval_loss"
+        )
+    evaluates = values.eval_strategy != "no" and (values.eval_data_path or values.eval_split)
+    if values.save_strategy == "best" and not (values.metric_for_best_model and evaluates):
+        problems.append(
+            "--save_strategy best: goes by an evaluation; give --metric_for_best_model eval_loss, --eval_strategy, and "
+            "--eval_data_path or --eval_split, or choose steps"
         )
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
@@ -171,9 +196,11 @@ def _check_reporters(values: argparse.Namespace) -> list[str]:
     from transformers.integrations import get_available_reporting_integrations
 
     reporters = get_available_reporting_integrations()
-    unknown = " ".join(sorted(wanted - {*reporters}))
     there = ", ".join(["none", "all", *sorted(reporters)])
-    return [f"--report_to {unknown}: not installed or unknown; choose from {there}"] if unknown else []
+    return [
+        f"--report_to {unknown}: not installed or unknown; choose from {there}"
+        for unknown in sorted(wanted - {*reporters})
+    ]
 
 
 def _check_data(values: argparse.Namespace) -> list[str]:

@@ -18,6 +18,7 @@ from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.first_look import read_flags
 from fastchat_qlora.flag_parsing import FlagParser, raise_all
 from fastchat_qlora.group_building import build_groups
+from fastchat_qlora.json_settings import json_object
 from fastchat_qlora.old_flags import spelled
 from fastchat_qlora.path_checks import check_writable
 
@@ -231,6 +232,9 @@ class LiveParser(FlagParser, HfArgumentParser):  # type: ignore[misc]  # transfo
 
     def __init__(self, groups: Sequence[type], prog: str) -> None:
         HfArgumentParser.__init__(self, groups, prog=prog, description=__doc__, allow_abbrev=False)
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "dict":  # which makes nothing of a text
+                action.type = json_object
         self.own_flags = [f"--{name}" for group in groups for name in group.__annotations__]
 
 

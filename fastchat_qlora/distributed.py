@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.text import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
         settings: name -> value, of what must be the same in every process.
 
     Raises:
-        UserError: naming what differs, and both values with their ranks.
+        UserError: naming what differs, and both values, if they are no secrets, with their ranks.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -165,7 +166,10 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
     for name, first in everyone[0].items():
         other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
         if other is not None:
-            problems.append(f"{name} is {first} in rank 0 and {everyone[other].get(name)} in rank {other}")
+            shown, differing = (
+                without_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name))
+            )
+            problems.append(f"{name} is {shown} in rank 0 and {differing} in rank {other}")
     if problems:
         raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")
 

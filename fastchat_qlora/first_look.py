@@ -16,6 +16,7 @@ from zlib import crc32
 
 from fastchat_qlora.argument_checks import find_problems
 from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
+from fastchat_qlora.json_settings import json_object
 from fastchat_qlora.old_flags import translate_old_flags
 
 PACKAGE = Path(__file__).parent
@@ -36,7 +37,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "str": str,
     "int": int,
     "float": float,
-    "dict": dict,
+    "json_object": json_object,
     "string_to_bool": string_to_bool,
     "library": _not_in_table,
 }

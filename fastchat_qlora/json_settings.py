@@ -58,6 +58,21 @@ def read_json(given: str) -> Any:
     return settings
 
 
+def json_object(given: str) -> dict[str, Any]:
+    """The same for argparse, of a flag whose value is an object.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        settings = read_json(given)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{given}: cannot be read as JSON: {error}; mend it") from error
+    if not isinstance(settings, dict):
+        raise argparse.ArgumentTypeError(f"{given}: must hold a JSON object, holds {type(settings).__name__}; mend it")
+    return settings
+
+
 def json_text(given: str) -> str:
     """The text itself, or that of the file it names; the libraries read a file for some of the flags only.
 

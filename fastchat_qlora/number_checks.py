@@ -2,14 +2,15 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 BEYOND = 2**31
 """No count of anything here is as large, and the libraries keep some of them in 32 bits."""
 
-MOST_PROCESSES = 1000
-"""A mistyped number of processes could stop the machine rather than the run."""
+MOST_PROCESSES = max(64, 4 * (os.cpu_count() or 1))
+"""A mistyped number of processes stops the machine rather than the run."""
 
 
 class Range(NamedTuple):
@@ -45,8 +46,12 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("max_rejected", "label_smoothing_factor"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "eval_split": OR_PART,
-    "dataloader_num_workers": Range(lambda value: 0 <= value <= MOST_PROCESSES, "must be at least 0, at most 1000"),
-    "preprocessing_num_workers": Range(lambda value: 1 <= value <= MOST_PROCESSES, "must be at least 1, at most 1000"),
+    "dataloader_num_workers": Range(
+        lambda value: 0 <= value <= MOST_PROCESSES, f"must be at least 0 and at most {MOST_PROCESSES}"
+    ),
+    "preprocessing_num_workers": Range(
+        lambda value: 1 <= value <= MOST_PROCESSES, f"must be at least 1 and at most {MOST_PROCESSES}"
+    ),
 }
 """Flag -> the numbers it may have, where they do not depend on other flags."""
 

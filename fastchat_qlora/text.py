@@ -1,11 +1,21 @@
 """Text from strangers, made fit to be shown and to be answered."""
 
 import difflib
+import os
+import re
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 JOINERS = "\u200c\u200d"
 """Format characters that belong to what is seen: Indic and Persian letters, emoji."""
+
+SECRET_NAME = re.compile(r"(?:token|secret|password|passwd|credentials?|(?:^|[_-])key)$", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")
+"""What stands before the host of a URL, and tokens of the hub."""
+
+SHORTEST_SECRET = 8
+MASK = "<hidden>"
 
 
 def visible(text: str) -> str:
@@ -13,6 +23,27 @@ def visible(text: str) -> str:
     return "".join(
         character.encode("unicode_escape").decode("ascii") if _is_hidden(character) else character for character in text
     )
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """A value with a mask in place of what nobody else may read: under names such as hub_token, in URLs, of the hub.
+
+    Args:
+        value: a text, or lists and dictionaries with texts in them; what is neither is returned as it is.
+        name: what the value is called, if anything.
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item, name) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if SECRET_NAME.search(name):
+        return MASK
+    for variable, secret in os.environ.items():
+        if len(secret) >= SHORTEST_SECRET and SECRET_NAME.search(variable):
+            value = value.replace(secret, MASK)
+    return SECRET_TEXT.sub(MASK, value)
 
 
 def one_line(text: object, most: int | None = None) -> str:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastchat_qlora.argument_checks import find_problems
 from fastchat_qlora.arguments import build_parser
 from fastchat_qlora.cli import main
+from fastchat_qlora.number_checks import MOST_PROCESSES
 from fastchat_qlora.path_checks import check_writable
 
 Run = Callable[..., str]
@@ -207,6 +208,59 @@ def test_mistakes_about_rows(mistake: Run, given: list[str], expected: list[str]
     assert [text for text in expected if text not in line] == [], line
 
 
+LATE = {
+    "workers that stay": (
+        ["--dataloader_persistent_workers", "True", "--use_cpu"],
+        ["--dataloader_persistent_workers True", "--dataloader_num_workers"],
+    ),
+    "workers' kind": (
+        ["--dataloader_multiprocessing_context", "spawn", "--dataloader_num_workers", "0"],
+        ["--dataloader_multiprocessing_context spawn", "--dataloader_num_workers"],
+    ),
+    "JSON for accelerate": (
+        ["--accelerator_config", '{"even_batch": true}'],
+        ['--accelerator_config {"even_batch": true}: even_batch is unknown; did you mean even_batches?'],
+    ),
+    "JSON within": (
+        ["--accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 2}}'],
+        ["gradient_accumulation_kwargs.num_steps has no place here", "--gradient_accumulation_steps"],
+    ),
+    "JSON for checkpointing": (
+        ["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"every_n_layers": 0}'],
+        ["every_n_layers must be a whole number of at least 1, not 0"],
+    ),
+    "JSON that is none": (
+        ["--gradient_checkpointing_kwargs", "no_records.json"],
+        ["--gradient_checkpointing_kwargs no_records.json", "must hold a JSON object, holds list"],
+    ),
+    "no JSON": (["--liger_kernel_config", "{"], ["--liger_kernel_config", "cannot be read as JSON"]),
+    "JSON without its switch": (
+        ["--liger_kernel_config", '{"rope": true}'],
+        ["--liger_kernel_config", "no effect without --use_liger_kernel True"],
+    ),
+    "best of nothing": (["--save_strategy", "best"], ["--save_strategy best", "--metric_for_best_model eval_loss"]),
+    "no reporter": (["--report_to", ""], ["--report_to", "choose from none"]),
+    "no step": (["--max_steps", "0"], ["--max_steps 0", "-1 to go by --num_train_epochs"]),
+    "steps of a half": (["--save_steps", "1.5"], ["--save_steps 1.5", "whole number of steps"]),
+    "old boolean": (["--group_by_length", ""], ["--group_by_length : must be True or False"]),
+    "backend": (["--ddp_backend", "mccl"], ["--ddp_backend mccl"]),
+    "optimizer": (["--optim", "Adam"], ["--optim Adam", "adamw_torch"]),
+    "no such user": (["--output_dir", "~no_such_user/x"], ["--output_dir ~no_such_user/x: no such user"]),
+    "not UTF-8": (["--output_dir", "\udcff"], ["--output_dir", "not UTF-8"]),
+    "attention without its package": (["--attn_implementation", "flash_attention_3"], ["flash_attention_3", "auto"]),
+    "attention on a CPU": (
+        ["--attn_implementation", "flex_attention", "--use_cpu"],
+        ["--attn_implementation flex_attention", "CPU"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), LATE.values(), ids=LATE)
+def test_what_the_libraries_would_tell_after_loading(mistake: Run, given: list[str], expected: list[str]) -> None:
+    line = mistake(*given)
+    assert [text for text in expected if text not in line] == [], line
+
+
 SEEN_BEFORE_WEIGHTS = {
     "torn JSON": (["--data_path", "torn.json"], ["--data_path torn.json", "not valid JSON"]),
     "blank data": (["--data_path", "blank.json"], ["--data_path blank.json", "not valid JSON"]),
@@ -361,9 +415,9 @@ def test_counts_are_at_least_one(name: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "least"), [("preprocessing_num_workers", 1), ("dataloader_num_workers", 0)])
-@given(value=st.integers() | st.integers(-2, 1010))
+@given(value=st.integers() | st.integers(-2, MOST_PROCESSES + 2))
 def test_processes_are_not_thousands(name: str, least: int, value: int) -> None:
-    assert is_refused(name, value) == (not least <= value <= 1000)
+    assert is_refused(name, value) == (not least <= value <= MOST_PROCESSES)
 
 
 @pytest.mark.parametrize("what", ["logging", "save", "eval"])

@@ -7,8 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -16,12 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from fastchat_qlora.arguments import LoraArguments
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.model.adapter_folder import ADAPTER_FILE as ADAPTER_FILE
+from fastchat_qlora.model.adapter_folder import check_patterns, read_lora_config
 from fastchat_qlora.model.lean_modules import use_lean_modules
 from fastchat_qlora.model.lora_layers import use_lean_layers
+from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME  # what PEFT calls it
+USUAL_NAME = "model.layers.0.self_attn.q_proj"
 
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
@@ -31,7 +33,9 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
         UserError: the adapter to start from is not a LoRA adapter.
     """
     if lora_args.lora_weight_path:
-        return _read_lora_config(lora_args.lora_weight_path)
+        config = read_lora_config(lora_args.lora_weight_path)
+        _tell_of(config, lora_args.lora_weight_path)
+        return config
     targets = lora_args.lora_target_modules
     return LoraConfig(
         r=lora_args.lora_r,
@@ -47,23 +51,7 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
     )
 
 
-def _read_lora_config(path: str) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"--lora_weight_path {path}: its adapter_config.json cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"--lora_weight_path {path}: holds a {config.peft_type} adapter; give a LoRA adapter")
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        try:
-            re.compile(config.target_modules)
-        except re.error as error:
-            raise UserError(
-                f"--lora_weight_path {path}: its target_modules are no regular expression: {error}"
-            ) from error
-    if not config.target_modules:
-        raise UserError(f"--lora_weight_path {path}: its adapter_config.json names no target_modules; save it again")
-    config.inference_mode = False
+def _tell_of(config: LoraConfig, path: str) -> None:
     targets = (
         config.target_modules if isinstance(config.target_modules, str) else " ".join(sorted(config.target_modules))
     )
@@ -71,7 +59,6 @@ def _read_lora_config(path: str) -> LoraConfig:
         f"--lora_weight_path {path}: rank, alpha, dropout, bias and targets are those of that adapter "
         f"(r={config.r}, lora_alpha={config.lora_alpha}, targets {targets})."
     )
-    return config
 
 
 def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, quantised: bool = False) -> None:
@@ -86,8 +73,10 @@ def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, 
         UserError: naming what matches nothing and what there is to match.
     """
     if skeleton is None:
+        check_patterns(lora_config, [USUAL_NAME])
         return
     modules = dict(skeleton.named_modules())
+    check_patterns(lora_config, modules)
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
     if not isinstance(lora_config.target_modules, str):
@@ -209,13 +198,13 @@ def attach_adapter(
         leave: names of classes whose modules stay as they are: FSDP2 was told to shard these.
 
     Raises:
-        RunError: the adapter has nothing to train, or lacks tensors in its file.
+        RunError: the adapter has nothing to train, lacks tensors in its file or does not fit the model.
     """
     model.requires_grad_(False)
     use_lean_modules(model, leave)
     use_lean_layers(lora_config, model)
     if weight_path:
-        peft_model = PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)
+        peft_model = _load_adapter(model, lora_config, weight_path)
         _check_all_loaded(peft_model, weight_path)
     else:
         peft_model = get_peft_model(model, lora_config)
@@ -230,6 +219,15 @@ def attach_adapter(
     if not trainable_parameters(peft_model):
         raise RunError("the adapter has no parameter to train; check --lora_target_modules")
     return peft_model
+
+
+def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: str) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise RunError(
+            f"--lora_weight_path {weight_path}: cannot be put on the model: {one_line(error, 300)}"
+        ) from error
 
 
 def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> dict[str, torch.Size] | None:
@@ -247,7 +245,11 @@ def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # there is nothing to decompose or to draw
     skeleton.requires_grad_(False)
-    model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
+    try:
+        model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        reason = one_line(error, 300)
+        raise UserError(f"the adapter cannot be put on this model: {reason}; check its settings") from error
     trained = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     return {name: tensor.shape for name, tensor in named.items()}

@@ -2,10 +2,14 @@
 
 import hashlib
 import logging
+import re
+from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.model_folder import check_model_folder
 from fastchat_qlora.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,7 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
         UserError: there is none to be had, or the model is not a causal language model.
     """
     name = model_args.model_name_or_path
+    check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
     except Exception as error:  # a config.json may be wrong in as many ways as there are libraries reading it
@@ -60,7 +66,21 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
         raise UserError(
             f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
         )
+    if not model_args.trust_remote_code:
+        _refuse_kernels(config, name)
     return config
+
+
+def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
+    """A model may not have code from the hub run in it, by the name of a kernel either."""
+    parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+    for part, kind in product(parts, ("_attn_implementation", "_experts_implementation")):
+        chosen = getattr(part, kind, None)
+        if chosen is not None and "/" in str(chosen):
+            raise UserError(
+                f"--model_name_or_path {name}: its config.json has the kernel {str(chosen)[:100]} run, which is code "
+                "from the hub; remove it there, or give --trust_remote_code True if you trust it"
+            )
 
 
 def describe_files(model_name_or_path: str, config: PretrainedConfig) -> str:
@@ -120,6 +140,11 @@ def load_tokenizer(
         raise UserError(
             f"--model_name_or_path {name}: has no fast tokenizer, which exact labels need; add tokenizer.json"
         )
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if odd := [template for template in named if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:  # each is a file's
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer has a chat template of the name {odd[0][:80]!r}; rename it"
+        )
     if tokenizer.eos_token is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos_token, so no turn could end; set one")
     if hasattr(tokenizer, "legacy"):
@@ -177,7 +202,7 @@ def load_model(
             trust_remote_code=model_args.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = one_line(error, 400)
         raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
     keep_cpu_weights_trainable(model)

@@ -1,9 +1,10 @@
-"""Optimizer and schedule tried out on one small parameter, for they are built long after the weights are loaded."""
+"""What is built or asked only when the weights have been loaded, tried out before: a failure costs seconds then."""
 
 import inspect
 import math
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -24,9 +25,9 @@ WITH_A_MODEL = ("params", "model", "optimizer_dict")
 
 
 def rehearse(args: TrainingArguments, model: torch.nn.Module | None) -> None:
-    """Require that the optimizer and the schedule asked for can be built, and that the schedule gives rates.
+    """Require that the optimizer, the schedule, the compiler and the hub are there, as far as they are asked for.
 
-    Not under DeepSpeed, whose configuration may name others.
+    Not the first two under DeepSpeed, for its configuration may name others.
 
     Args:
         args: as parsed.
@@ -35,6 +36,10 @@ def rehearse(args: TrainingArguments, model: torch.nn.Module | None) -> None:
     Raises:
         UserError: naming the flags, and what the libraries say.
     """
+    if args.push_to_hub and args.process_index == 0:
+        _check_hub(args)
+    if args.torch_compile:
+        _check_compilation(args)
     if args.deepspeed:
         return
     optimizer = _build_optimizer(args, model)
@@ -51,6 +56,39 @@ def rehearse(args: TrainingArguments, model: torch.nn.Module | None) -> None:
         given = f" with --lr_scheduler_kwargs {settings}" if settings else ""
         takes = f"; --lr_scheduler_kwargs may set {', '.join(allowed)}" if allowed else ""
         raise UserError(f"--lr_scheduler_type {kind}{given}: cannot be used: {one_line(error, 200)}{takes}") from error
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """The Trainer makes the repository when it is built, and by then the weights are there."""
+    from huggingface_hub import whoami
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented as public
+
+    if args.hub_model_id is not None:
+        try:
+            validate_repo_id(args.hub_model_id)
+        except ValueError as error:
+            raise UserError(f"--hub_model_id {args.hub_model_id}: {one_line(error, 200)}") from error
+    try:
+        whoami(args.hub_token)
+    except Exception as error:  # of the network, of the hub, of a token that is none
+        reason = one_line(error, 200)
+        raise UserError(
+            f"--push_to_hub True: the hub does not know you: {reason}; log in with `hf auth login` or drop the flag"
+        ) from error
+
+
+def _check_compilation(args: TrainingArguments) -> None:
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    known = [name.lower() for name in DynamoBackend.__members__ if name != "NO"]
+    if str(backend).lower() not in known:
+        raise UserError(f"--torch_compile_backend {backend}: must be one of {', '.join(known)}")
+    try:
+        torch.compile(torch.nn.Identity(), backend=str(backend).lower(), mode=mode)  # nothing is compiled yet
+    except Exception as error:  # backends are packages of their own
+        given = f" with --torch_compile_mode {mode}" if mode is not None else ""
+        raise UserError(
+            f"--torch_compile_backend {backend}{given}: cannot be used: {one_line(error, 200)}; mend or drop"
+        ) from error
 
 
 def _check_schedule_settings(args: TrainingArguments) -> list[str]:

@@ -37,20 +37,12 @@ EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "0"))
 ACTIONS = {action.option_strings[0]: action for action in build_parser()._actions}
 SPELLINGS = [name for action in ACTIONS.values() for name in action.option_strings if name.startswith("--")]
 
-PLACES = ("model", "data.json", "folder", "empty.json", "torn.json", "latin1.json", "none", "none.json", "a/b/c", "~")
-PLACES += ("../work/folder", "data.json/x", "./folder/", "/proc/x", "/dev/null", "", " ", "~no_such_user/x", "x" * 300)
-PLACES += (
-    "x" * 5000,
-    "\udcff.json",
-    "ünï 🙂",
-    "org/name",
-    "org/name:train",
-    "data.json:train",
-    "folder:test",
-    ":",
-    "a:b",
-)
-PLACES += ("json", "adapter", "torn_adapter", "checkpoint", "torn_checkpoint", "true", "False", "settings.json")
+NAMES = """
+model data.json folder empty.json torn.json latin1.json none none.json a/b/c ~ ../work/folder data.json/x ./folder/
+/proc/x /dev/null ~no_such_user/x \udcff.json org/name org/name:train data.json:train folder:test : a:b json adapter
+torn_adapter checkpoint torn_checkpoint true False settings.json ünï🙂
+"""
+PLACES = [*NAMES.split(), "", " ", "ünï 🙂", "x" * 300, "x" * 5000]
 """Words for every flag that names something on the disk or the hub; nothing outside the example's folder is written."""
 
 HARMLESS = string.ascii_letters + string.digits + "ü🙂. _-:=,*[]{}\"'\\\n\t\x1b\udcff%$"
@@ -58,22 +50,8 @@ HARMLESS = string.ascii_letters + string.digits + "ü🙂. _-:=,*[]{}\"'\\\n\t\x
 
 words = st.text(HARMLESS, max_size=8).filter(lambda word: not word.startswith("~"))
 
-INTEGERS = (
-    "0",
-    "1",
-    "2",
-    "3",
-    "16",
-    "64",
-    "512",
-    "-1",
-    "-8",
-    "2147483648",
-    "4294967296",
-    "9223372036854775808",
-    "1" * 31,
-)
-INTEGERS += ("1_0", "٣", " 4 ", "+2")
+DIGITS = "0 1 2 3 16 64 512 -1 -8 2147483648 4294967296 9223372036854775808 1_0 ٣ +2"
+INTEGERS = [*DIGITS.split(), " 4 ", "1" * 31]
 FLOATS = ("0.0", "0.1", "0.5", "1.0", "1.5", "-0.5", "1e-8", "1e30", "1e400", "-1e400", "nan", "-inf", "-0.0", "5e-324")
 NO_NUMBERS = ("", "eight", "0x10", "1,5", "1" * 5000, "None", "True", "1e", "--", "½")
 
@@ -89,22 +67,19 @@ objects = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(SETTINGS) | words, inner, max_size=2),
     max_leaves=4,
 )
-NONSENSE = ("{", "}", "{}", "[]", "null", "{'a': 1}", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": 1} x', "settings.json")
-NONSENSE += (
+NONSENSE = [
+    *("{", "}", "{}", "[]", "null", "{'a': 1}", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": 1} x', "{1: 2}"),
+    *("settings.json", "list.json", "folder", "none.json", "\udcff", '{"\udcff": 1}', "[" * 5000),
     "{" + '"a": {' * 80 + "}" * 81,
-    "[" * 5000,
-    "list.json",
-    "folder",
-    "none.json",
-    "\udcff",
-    '{"\udcff": 1}',
-    "{1: 2}",
-)
+]
 json_texts = (
     st.sampled_from(NONSENSE)
     | st.dictionaries(st.sampled_from(SETTINGS), objects, max_size=3).map(json.dumps)
     | objects.map(json.dumps)
 )
+
+STARTS_PROCESSES = "preprocessing_num_workers"
+"""Two of them take seconds to start."""
 
 RARELY = st.sampled_from([0] * 9 + [2])
 
@@ -119,15 +94,7 @@ TYPICAL: dict[str, tuple[str, ...]] = {
     "include_for_metrics": ("inputs", "loss"),
     "label_names": ("labels", "none"),
     "length_column_name": ("length", "none"),
-    "lora_target_modules": (
-        "q_proj",
-        "all-linear",
-        "v_proj",
-        "lm_head",
-        "self_attn",
-        "0",
-        "model.layers.0.mlp.up_proj",
-    ),
+    "lora_target_modules": ("q_proj", "all-linear", "v_proj", "lm_head", "self_attn", "0", "layers.0.mlp.up_proj"),
     "metric_for_best_model": ("loss", "eval_loss", "bleu"),
     "modules_to_save": ("lm_head", "embed_tokens", "norm", "q_proj", "model", "layers.1"),
     "optim": ("adamw_torch", "sgd", "adafactor", "adamw_8bit", "paged_adamw_32bit", "galore_adamw", "lomo", "Adam"),
@@ -136,6 +103,16 @@ TYPICAL: dict[str, tuple[str, ...]] = {
     "report_to": ("none", "all", "tensorboard", "wandb", "paper", "[]"),
     "torch_compile_backend": ("inductor", "eager", "none"),
     "torch_compile_mode": ("default", "max-autotune", "none"),
+}
+
+
+LIKELY = {
+    "model_name_or_path": "model",
+    "data_path": "data.json",
+    "eval_data_path": "folder",
+    "output_dir": "other output",
+    "cache_dir": "cache",
+    "resume_from_checkpoint": "false",
 }
 
 
@@ -150,17 +127,18 @@ def right(action: argparse.Action) -> st.SearchStrategy[str]:
     """Values of the type that a flag takes; what they mean together is another question."""
     name, kind = action.dest, getattr(action.type, "__name__", "")
     if name in PATHS:
-        return st.sampled_from(PLACES)
+        return st.sampled_from([*[LIKELY.get(name, "none")] * len(PLACES), *PLACES])
     if name.endswith(("_kwargs", "_config")) or name == "deepspeed":
         return json_texts
-    if name == "preprocessing_num_workers":  # more would be started, which takes seconds
+    if name == STARTS_PROCESSES:
         return st.sampled_from(["0", "1", "-1", "1" * 31])
     if action.choices:
         return st.sampled_from([str(choice) for choice in action.choices])
     if kind == "int":
-        return st.sampled_from(INTEGERS) | st.integers(-3, 70).map(str)
+        return st.integers(1, 70).map(str) | st.integers(1, 3000).map(str) | st.sampled_from(INTEGERS)
     if kind == "float":
-        return st.sampled_from([*FLOATS, *INTEGERS]) | st.floats().map(repr)
+        common = st.floats(0.001, 0.999).map(repr) | st.integers(1, 100).map(str)
+        return common | common | st.sampled_from([*FLOATS, *INTEGERS]) | st.floats().map(repr)
     if kind == "string_to_bool":
         return st.sampled_from([*TRUE, *FALSE, "True", "False"])
     return st.sampled_from(TYPICAL.get(name, ("x", "None", "")))
@@ -170,7 +148,7 @@ def wrong(action: argparse.Action) -> st.SearchStrategy[str]:
     """Values that are mostly of another type, or nearly right."""
     choices = [str(choice) for choice in action.choices or ()]
     near = [choices[0].upper(), f"{choices[0]} "] if choices else [*FLOATS]
-    return st.sampled_from([*near, *NO_NUMBERS, "maybe", "2", "{", "0"]) | words
+    return st.sampled_from([*near, *NO_NUMBERS, "maybe", "{", "0"]) | words.filter(lambda word: not word.isdecimal())
 
 
 @st.composite
