@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -13,7 +14,8 @@ import pytest
 
 from fastchat_qlora import __version__, cli
 from fastchat_qlora.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
-from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.errors import AgreedError, RunError, UserError
+from fastchat_qlora.signals import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,11 +99,36 @@ def test_exit_codes(
     assert capsys.readouterr() == ("", "error: no\n")
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), SystemExit(5), MemoryError()])
+@pytest.mark.parametrize("error", [ValueError("bug"), SystemExit(5), MemoryError()])
 def test_what_nobody_expected_keeps_its_traceback(error: BaseException, train_does: Callable[..., None]) -> None:
     train_does(raising(error))
     with pytest.raises(type(error)):
         cli.main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "SIGINT: stopped before the run began\n"),
+        (Stopped(signal.SIGTERM, "stopped\nhere"), 143, "SIGTERM: stopped here\n"),
+        (AgreedError("no"), 1, "error: no\n"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_tells_what_all_know(
+    error: BaseException,
+    code: int,
+    said: str,
+    rank: str,
+    train_does: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    train_does(raising(error))
+    assert cli.main(["train"]) == code
+    assert capsys.readouterr().err == (said if rank == "0" else "")
 
 
 @pytest.mark.parametrize("message", ["two\nlines", "a\r\n  b\tc", "\n\n", "ünï 🙂\u2028end"])

@@ -244,9 +244,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         staged = Path(self._get_output_dir(trial)) / folder.name
         with saving(str(folder), output_dir):
             super()._save_checkpoint(model, trial)
+            self._note_best(staged, output_dir)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._note_best(staged, output_dir)
                 self._require_all_states(staged)
                 publish(staged, folder, step, self._run)
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -263,7 +263,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             best = output_dir / f"checkpoint-{step}"
             is_kept = best.exists() or step == self.state.global_step
             self.state.best_model_checkpoint = str(best) if is_kept else None
-            self.state.save_to_json(str(staged / STATE_FILE))
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / STATE_FILE))
 
     def _require_all_states(self, staged: Path) -> None:
         """Every process has written its part, and to one and the same folder."""

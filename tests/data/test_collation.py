@@ -53,12 +53,10 @@ def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: lis
     """A first token has nothing of its own before it: in a row of several its neighbour's last one would be."""
     batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
-    assert [batch[name] for name in ACCOUNT] == [
-        sum(len(row["input_ids"]) for row in rows),
-        len(expected_targets(rows)),
-        len(rows),
-    ]
-    assert all(type(batch[name]) is int for name in ACCOUNT), "counted without a device"
+    *counted, sources = [batch[name] for name in ACCOUNT]
+    assert counted == [sum(len(row["input_ids"]) for row in rows), len(expected_targets(rows)), len(rows)]
+    assert all(type(count) is int for count in counted), "counted without a device"
+    assert sources == [(None, None, None)] * len(rows), "nothing is known of these"
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,27 +1,28 @@
 """Runs of train_lora.py as processes of their own that start in a fraction of a second.
 
-A server process has imported everything once and forks; what runs is `cli.program`, as in `python train_lora.py`.
-Several processes find each other by the environment that torchrun gives them.
+A server process has imported everything once and forks; what runs then is train_lora.py itself. Several processes find
+each other by the environment that torchrun gives them. Tests of the launchers start the real ones.
 """
 
 import multiprocessing
 import os
+import runpy
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastchat_qlora import cli
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playground" / "benchmark"))
-from launching import free_port
+from launching import ROOT, free_port
 
 PRELOAD = ["fastchat_qlora.training.run", "fastchat_qlora.arguments", "deepspeed", "forked"]
-PEERS_END_WITHIN = 60.0  # seconds
 
 
 def context() -> Any:
@@ -31,30 +32,32 @@ def context() -> Any:
     return found
 
 
-def _work(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """In the forked process: be train_lora.py."""
+def _work(program: str, arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
+    """In the forked process: be that program."""
     import torch
 
     torch.set_num_threads(1)
     os.environ |= environment
+    os.chdir(ROOT)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    prepare = environment.get("PREPARE")
-    if prepare:
+    if prepare := environment.get("PREPARE"):
         module, _, function = prepare.partition(":")
         getattr(__import__(module), function)()
+    sys.argv = [program, *arguments]
+    sys.path.insert(0, str((ROOT / program).parent))
     try:
-        cli.program(["train", *arguments])
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+        code = 0
     except SystemExit as end:
-        sys.stderr.flush()
-        os._exit(int(end.code or 0))
+        code = int(end.code or 0)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Ended(NamedTuple):
@@ -71,10 +74,19 @@ class Run:
         arguments: of train_lora.py.
         log: a file for what it says, to which it is added.
         processes: how many.
+        program: in place of train_lora.py.
         environment: more of it.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, processes: int = 1, **environment: str) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        processes: int = 1,
+        program: str = "train_lora.py",
+        **environment: str,
+    ) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
@@ -86,7 +98,7 @@ class Run:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
             own |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(processes)}
             given = shared | (own if processes > 1 else {})
-            self.processes.append(context().Process(target=_work, args=(list(arguments), given, str(log))))
+            self.processes.append(context().Process(target=_work, args=(program, list(arguments), given, str(log))))
         for process in self.processes:
             process.start()
         self.started = time.monotonic()
@@ -148,3 +160,25 @@ class Run:
 def train(arguments: Sequence[str], folder: Path, *, seconds: float = 300, **options: Any) -> Ended:
     """One run from beginning to end; its log lies in `folder`."""
     return Run(arguments, folder / "log.txt", **options).wait(seconds)
+
+
+def launch(command: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As launching.launch: the program and the processes that the command line names, without its launcher."""
+    words = shlex.split(command)
+    at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    counted = [index for index, word in enumerate(words[:at]) if word in ("--nproc_per_node", "--num_accelerators")]
+    processes = int(words[counted[0] + 1]) if counted else 1
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        run = Run(words[at + 1 :], log, processes=processes, program=words[at], **environment)
+        ended = run.wait(timeout)
+    code = next((code for code in ended.codes if code), 0)
+    return subprocess.CompletedProcess(words, code, ended.said, "")
+
+
+def succeed(command: str, timeout: float = 600, **environment: str) -> str:
+    """As launching.succeed."""
+    done = launch(command, timeout, **environment)
+    if done.returncode:
+        raise RuntimeError(f"{command}\nended with {done.returncode}:\n{done.stdout[-6000:]}")
+    return done.stdout

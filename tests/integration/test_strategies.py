@@ -3,14 +3,17 @@
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import strategies
 import torch
 from adapters import assert_same_adapter
-from launching import QUICK, launch, losses, step_logs, succeed
+from forked import succeed
+from launching import QUICK, launch, losses, step_logs
 from safetensors.torch import load_file
 from strategies import CASES, SHARDED, TOLERANCE, Case, OneProcess, Row, compare, launch_line, problems, run
 
@@ -61,6 +64,14 @@ FASTCHAT_S3 = {
     "gradient_accumulation_steps": "auto",
 }
 """The settings of FastChat's playground/deepspeed_config_s2.json and _s3.json: none of them says how to clip."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    """Processes that are forked; tests/integration/test_launchers.py starts the launchers, and so do some below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies, "succeed", succeed)
+        yield
 
 
 @pytest.fixture(scope="module")
