@@ -184,6 +184,8 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
             "--save_strategy best: goes by an evaluation; give --metric_for_best_model eval_loss, --eval_strategy, and "
             "--eval_data_path or --eval_split, or choose steps"
         )
+    if "tpu_metrics_debug" in (values.debug or ()) and importlib.util.find_spec("torch_xla") is None:
+        problems.append("--debug tpu_metrics_debug: the package torch_xla is not installed; choose underflow_overflow")
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
     return problems
