@@ -44,6 +44,9 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
     if values.fsdp and "RANK" not in os.environ:
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
         values.fsdp, values.fsdp_config = False, None
+    if values.ddp_backend and "RANK" not in os.environ:
+        notices.append(f"--ddp_backend {values.ddp_backend}: ignored, a single process has nobody to talk to.")
+        values.ddp_backend = None
     if values.fsdp:
         notices += _adapt_fsdp(values)
     values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~

@@ -142,6 +142,9 @@ def _check_combinations(values: argparse.Namespace) -> list[str]:
         problems.append(
             "--q_lora True and --load_in_8bit True: the base is loaded in 4 bits or in 8, not both; drop one"
         )
+    if values.use_dora and values.load_in_8bit and goes_to_cpu(values):
+        # bitsandbytes 0.50.2 has lost the scales by the time PEFT 0.21.2 asks for the norms of the weights.
+        problems.append("--use_dora True and --load_in_8bit True: fail on a CPU; give --q_lora True in place of 8 bits")
     if not values.q_lora:
         given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "auto"}
         problems += [
@@ -184,6 +187,8 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
             "--save_strategy best: goes by an evaluation; give --metric_for_best_model eval_loss, --eval_strategy, and "
             "--eval_data_path or --eval_split, or choose steps"
         )
+    if "tpu_metrics_debug" in (values.debug or ()) and importlib.util.find_spec("torch_xla") is None:
+        problems.append("--debug tpu_metrics_debug: the package torch_xla is not installed; choose underflow_overflow")
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
     return problems

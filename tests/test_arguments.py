@@ -281,6 +281,14 @@ def test_a_single_process_has_nothing_to_shard(flags: list[str], notices: pytest
     assert len(notices.messages) == 1 and notices.messages[0].startswith("--fsdp: ")
 
 
+@pytest.mark.parametrize("backend", ["nccl", "mccl"])
+def test_a_single_process_has_nobody_to_talk_to(
+    flags: list[str], backend: str, notices: pytest.LogCaptureFixture
+) -> None:
+    assert parse_args([*flags, "--ddp_backend", backend]).training.ddp_backend is None
+    assert len(notices.messages) == 1 and notices.messages[0].startswith(f"--ddp_backend {backend}: ignored")
+
+
 def unknown_flag(folder: Path, *given: str) -> str:
     """What is said about a flag that there is none of; nothing else is wrong."""
     with pytest.raises(UserError) as caught:

@@ -21,7 +21,7 @@ from fastchat_qlora.text import one_line
 Numbered = tuple[int, Any]
 
 LONGEST_LINE = 64 * 1024 * 1024
-"""Bytes. A longer line of JSON Lines is rejected without being held whole."""
+"""Bytes. A longer line of JSON Lines is rejected without being held whole, and a longer record ends an array."""
 
 WHOLE_FILE_LIMIT = 128 * 1024 * 1024
 """Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
@@ -63,7 +63,7 @@ def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[Numbere
     is_lines = without_compression(path.name).endswith(LINE_SUFFIXES)
     first = file.peek(1)
     while not is_lines and first[:1].isspace():
-        file.read(1)
+        file.read(len(first) - len(first.lstrip()))  # one by one would take minutes for a file of blanks
         first = file.peek(1)
     if is_lines:
         return _lines(file)
@@ -121,7 +121,7 @@ class _Watched:
     """A file that refuses what the streaming parser reads wrongly, without a word, or not within memory.
 
     Of half a surrogate pair yajl makes "?" or another character, and for each bracket that is open ijson keeps the
-    whole path to it (yajl 2, ijson 3.6).
+    whole path to it (yajl 2, ijson 3.6). Each item is built whole, and a few megabytes may unpack to gigabytes of it.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
@@ -129,6 +129,7 @@ class _Watched:
         self.held = b""  # read, and not given away before it is known what follows
         self.begun = b""  # the quote of a string and the backslash of an escape that what is given away ended in
         self.depth = 0
+        self.since = 0  # bytes that were given away after the last item's end
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes of the file.
@@ -161,6 +162,9 @@ class _Watched:
         depths = self.depth + steps.cumsum(dtype=np.int64)
         if depths.max(initial=0) > DEEPEST:
             raise ValueError("is nested too deep")
+        self.since = len(text) if depths.min(initial=DEEPEST) <= 1 else self.since + len(text)
+        if self.since > LONGEST_LINE:
+            raise ValueError(f"holds no record's end within {LONGEST_LINE // 2**20} MiB")
         self.depth = int(depths[-1]) if len(depths) else self.depth
         # Behind the last part there is no quote, but the end of what is known.
         self.begun = b'"\\' if is_escaped else b'"' * (not is_string)

@@ -14,7 +14,7 @@ from fastchat_qlora.data.template_process import read_message, write_message
 from fastchat_qlora.errors import UserError
 
 SECONDS = 10.0
-"""Of computing, for what is asked at once; a hundred times what a batch of conversations takes."""
+"""Of computing, for one text or some dozen of them; thousands of times what they take."""
 
 MEMORY = 1 << 30
 """Bytes, beside what the process has when it begins."""
@@ -84,7 +84,7 @@ class TemplateProcess:
     """The process, started when it is first needed, and again when it has ended.
 
     Args:
-        seconds: of computing, for what is asked at once.
+        seconds: of computing, for one text or some dozen.
         memory: bytes, beside what the process has when it begins.
     """
 

@@ -12,10 +12,13 @@ import signal
 import struct
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 MOST_TEXT = 1 << 27
 """Characters that may come of one request."""
+
+AT_ONCE = 32
+"""Conversations that are rendered in one call, within the time for one."""
 
 IDLE = 60
 """Seconds without a request after which this process ends."""
@@ -57,7 +60,7 @@ def serve(seconds: float, memory: int) -> None:
     that it is a text where memory does not suffice.
 
     Args:
-        seconds: of computing for each request; after that this process is ended.
+        seconds: of computing for each text, or for some dozen texts; after that this process is ended.
         memory: bytes beside what this process has at the beginning.
     """
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
@@ -72,13 +75,11 @@ def serve(seconds: float, memory: int) -> None:
         except EOFError:
             return
         signal.alarm(0)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # likewise, in the middle of whatever it does
         templates, tokens = new or (templates, tokens)
         try:
-            write_message(answers, _render(templates, tokens, conversations))
+            write_message(answers, _render(_Template(templates, tokens, seconds), conversations))
         except MemoryError:
             write_message(answers, f"takes more than {memory >> 20} MiB of memory")
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _import_renderer() -> Any:
@@ -87,14 +88,42 @@ def _import_renderer() -> Any:
     return render_jinja_template
 
 
-def _render(templates: list[str], tokens: dict[str, str], conversations: list[Any]) -> list[str | list[str]]:
+class _Refusal(Exception):
+    """What the template says against a conversation."""
+
+
+class _Template(NamedTuple):
+    """The template for conversations without tools and that for those with tools, and what they are rendered with."""
+
+    sources: list[str]
+    tokens: dict[str, str]
+    seconds: float
+
+    def render(self, conversations: list[Any], tools: Any = (), prompt: bool = False) -> list[str]:
+        source = self.sources[bool(tools)]
+        settings = {"tools": tools or None, "chat_template": source, "add_generation_prompt": prompt, **self.tokens}
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)  # ends this process in the middle of whatever it does
+        try:
+            texts: list[str] = _import_renderer()(conversations=conversations, **settings)[0]
+            return texts
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise _Refusal(str(error)[:1000]) from error
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _render(template: _Template, conversations: list[Any]) -> list[str | list[str]]:
     results: list[str | list[str]] = []
     is_plain = all(not tools and asked == [[len(shown), False, []]] for shown, tools, asked in conversations)
-    if is_plain:  # all at once, which takes less
+    if is_plain:  # several at once, which takes less
+        whole = [shown for shown, _, _ in conversations]
         try:
-            results += _call(templates[0], tokens, [shown for shown, _, _ in conversations])
+            for start in range(0, len(whole), AT_ONCE):
+                results += template.render(whole[start : start + AT_ONCE])
         except _Refusal:  # which of them is found out below
-            is_plain = False
+            results, is_plain = [], False
     if not is_plain:
         for messages, tools, questions in conversations:
             for count, prompt, stand_ins in questions:
@@ -102,27 +131,12 @@ def _render(templates: list[str], tokens: dict[str, str], conversations: list[An
                 for index, message in stand_ins:
                     shown[index] = message
                 try:
-                    results += _call(templates[bool(tools)], tokens, [shown], tools, prompt)
+                    results += template.render([shown], tools, prompt)
                 except _Refusal as refusal:
                     results.append([str(refusal)])
     if sum(map(len, results)) > MOST_TEXT:
         raise MemoryError
     return results
-
-
-class _Refusal(Exception):
-    """What the template says against a conversation."""
-
-
-def _call(template: str, tokens: dict[str, str], shown: list[Any], tools: Any = (), prompt: bool = False) -> list[str]:
-    settings = {"tools": tools or None, "chat_template": template, "add_generation_prompt": prompt, **tokens}
-    try:
-        texts: list[str] = _import_renderer()(conversations=shown, **settings)[0]
-        return texts
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program: it may fail in any way
-        raise _Refusal(str(error)[:1000]) from error
 
 
 def _set_limits(memory: int) -> None:

@@ -82,8 +82,15 @@ def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, 
     if not isinstance(lora_config.target_modules, str):
         _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
     # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
-    whole = set(modules) if not quantised else {name for name in modules if name not in linear or _is_kept(name)}
+    whole = {name for name in modules if not quantised or name not in linear or _is_kept(name)}
+    whole -= _around_attention(skeleton)
     _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
+
+
+def _around_attention(skeleton: PreTrainedModel) -> set[str]:
+    """Names of the modules that hold attention: PEFT's copy would not hear of it when the attention is set."""
+    names = [name for name, module in skeleton.named_modules() if "attention" in type(module).__name__.lower()]
+    return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
 
 
 def check_sharding(
@@ -249,7 +256,9 @@ def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -
         model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = one_line(error, 300)
-        raise UserError(f"the adapter cannot be put on this model: {reason}; check its settings") from error
+        raise UserError(
+            f"--lora_target_modules, --modules_to_save: the adapter cannot be put on this model: {reason}"
+        ) from error
     trained = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     return {name: tensor.shape for name, tensor in named.items()}

@@ -135,6 +135,10 @@ def test_targets_that_match_nothing_are_named(model_folder: Path) -> None:
     message = str(caught.value)
     assert "--lora_target_modules W_pack query" in message
     assert all(name in message for name in LINEAR)
+    for around in ("self_attn", "layers.1", "layers", "model"):
+        with pytest.raises(UserError, match=f"--modules_to_save {around}"):
+            check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=[around])))
+    check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=["mlp", "norm"])))
     with pytest.raises(UserError, match="--modules_to_save head"):
         check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=["head"])))
 
