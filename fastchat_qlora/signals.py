@@ -117,8 +117,14 @@ def _leave_alone() -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 @cache
 def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_leave_alone)
+    """Until a forked process has let go of the pipe, no signal may reach it: its parent would count it as its own."""
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING),
+        after_in_child=_leave_alone,
+    )

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -229,6 +230,7 @@ _worker: list[Preprocessor] = []
 
 
 def _start_worker(preprocessor: Preprocessor, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all processes; the one that started this ends it
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read when the tokenizer first starts its threads
     _worker[:] = [preprocessor]
 

@@ -105,6 +105,29 @@ def test_before_the_first_step(signum: int, model_folder: Path, data: Path, tmp_
     assert not (tmp_path / "out" / ".holder.json").exists()
 
 
+def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]) -> None:
+    """A Ctrl-C reaches every process in the foreground; those that make batches are needed until the step is done."""
+    given = " ".join(arguments(model_folder, data, tmp_path / "out", "--dataloader_num_workers 2"))
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            shlex.split(f"python tests/faults/slow_train.py {given}"),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        while "'loss'" not in (said := (tmp_path / "log.txt").read_text()):
+            assert process.poll() is None, said
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    said = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in said and said.rstrip().splitlines()[-1].startswith("SIGINT: stopped; start again")
+    assert_saved(tmp_path / "out")
+    tally("Ctrl-C in a terminal, with processes that make batches", 1, 1)
+
+
 @pytest.mark.parametrize(
     "launcher",
     ["torchrun --nproc_per_node 2 --master_port {port}", "deepspeed --num_accelerators 2 --master_port {port}"],
