@@ -51,7 +51,7 @@ class Step:
         return {"losses": [float(loss) for loss in self.losses], "grad_norm": norm, "sources": self.sources}
 
 
-class _Verdict(NamedTuple):
+class Verdict(NamedTuple):
     """A step and whether it is bad, which is on its way from the device."""
 
     number: int
@@ -74,7 +74,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def __init__(self, trainer: Any, signals: StopSignals) -> None:
         self._trainer, self._signals = trainer, signals
         self._group: Any = None
-        self._verdicts: list[_Verdict] = []
+        self._verdicts: list[Verdict] = []
         self.stopped_by = 0
 
     def on_train_begin(
@@ -88,7 +88,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at the step; have the run stop if a process has received a signal."""
         step = self._trainer.step
-        self._verdicts.append(_send(state.global_step, step, may_overflow=args.fp16))
+        self._verdicts.append(send(state.global_step, step, may_overflow=args.fp16))
         is_settled = control.should_save or state.global_step >= state.max_steps
         bad = self._find_bad(later=0 if is_settled else 1)
         received = self._signals.received
@@ -133,7 +133,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         (number,) = agree([0 if bad is None else bad.number], self._group)
         self._stop_if_bad(bad, number)
 
-    def _find_bad(self, later: int) -> _Verdict | None:
+    def _find_bad(self, later: int) -> Verdict | None:
         """The first bad step of those that are due: all but the last `later` ones, and on the CPU all."""
         due = len(self._verdicts) - (later if self._verdicts[-1:] and self._verdicts[-1].arrived else 0)
         ready, self._verdicts = self._verdicts[:due], self._verdicts[due:]
@@ -142,7 +142,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 verdict.arrived.synchronize()
         return next((verdict for verdict in ready if bool(verdict.is_bad)), None)
 
-    def _stop_if_bad(self, bad: _Verdict | None, number: float) -> None:
+    def _stop_if_bad(self, bad: Verdict | None, number: float) -> None:
         if not number:
             return
         said = {"losses": [], "grad_norm": None, "sources": []} if bad is None else bad.step.tell()
@@ -151,11 +151,12 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         raise tell_bad_step(step, [one for _, one in everyone], self._trainer.last_checkpoint)
 
 
-def _send(number: int, step: Step, *, may_overflow: bool) -> _Verdict:
+def send(number: int, step: Step, *, may_overflow: bool) -> Verdict:
+    """Have the device say whether a step is bad, without waiting for it."""
     is_bad = step.is_bad(may_overflow=may_overflow)
     if is_bad.device.type == "cpu":
-        return _Verdict(number, step, is_bad, None)
+        return Verdict(number, step, is_bad, None)
     there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_bad, non_blocking=True)
     arrived = torch.Event(is_bad.device)
     arrived.record()
-    return _Verdict(number, step, there, arrived)
+    return Verdict(number, step, there, arrived)

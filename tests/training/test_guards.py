@@ -5,8 +5,9 @@ import torch
 
 from fastchat_qlora.errors import AgreedError, RunError
 from fastchat_qlora.signals import StopSignals
+from fastchat_qlora.training import step_watch
 from fastchat_qlora.training.guards import FrozenBase, GradientGuard, LossGuard
-from fastchat_qlora.training.step_watch import Step, StepWatch
+from fastchat_qlora.training.step_watch import Step, StepWatch, Verdict
 
 STATE = SimpleNamespace(global_step=6)
 FP32 = SimpleNamespace(fp16=False)
@@ -113,3 +114,33 @@ def test_a_gradient_of_nothing() -> None:
 def test_a_step_without_targets() -> None:
     with pytest.raises(AgreedError, match="step 6: no token of it is learnt"):
         watch(0.5, [1.0, 1.0], supervised=0)
+
+
+def test_a_device_is_read_one_step_later_and_before_anything_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator in miniature: what it has found out is there when one has waited for it."""
+    waited: list[int] = []
+
+    def send(number: int, step: Step, *, may_overflow: bool) -> Verdict:
+        is_bad = step.is_bad(may_overflow=may_overflow)
+        return Verdict(number, step, is_bad, SimpleNamespace(synchronize=lambda: waited.append(number)))
+
+    monkeypatch.setattr(step_watch, "send", send)
+    rows = [[("a.json", 3, "c3")]]
+    trainer = SimpleNamespace(step=None, last_checkpoint=None)
+    watch = StepWatch(trainer, StopSignals())
+
+    def end(number: int, loss: float, *, save: bool = False) -> None:
+        trainer.step = Step(rows, 5, [torch.tensor(loss)], torch.tensor(0.5))
+        control = SimpleNamespace(should_save=save, should_evaluate=False, should_training_stop=False)
+        watch.on_step_end(FP32, SimpleNamespace(global_step=number, max_steps=9), control)
+
+    end(1, 1.0)
+    assert waited == []
+    end(2, 1.0)
+    assert waited == [1]
+    end(3, float("nan"))
+    with pytest.raises(AgreedError, match=r"step 3: the loss is not finite; its rows: a\.json:3"):
+        end(4, 1.0)
+    end(5, 1.0)
+    with pytest.raises(AgreedError, match="step 6: the loss is not finite"):
+        end(6, float("nan"), save=True)

@@ -1,12 +1,14 @@
+import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel
+from families import FAMILIES, SIZES
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
 from fastchat_qlora.arguments import LoraArguments
 from fastchat_qlora.errors import RunError
@@ -129,3 +131,33 @@ def test_an_adapter_that_learnt_nothing_fails(saved: Saved) -> None:
     with pytest.raises(RunError, match="learnt nothing"):
         certify(folder, model, tensors)
     certify(folder, model, tensors, must_have_learnt=False)  # a checkpoint within the warm-up
+
+
+MORE = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gpt2": GPT2Config(vocab_size=89, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "qwen2 tied": Qwen2Config(**SIZES | {"tie_word_embeddings": True}),
+}
+"""Experts, Conv1D in place of Linear, one weight for embeddings and head."""
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True, "use_rslora": True, "lora_bias": "all"},
+        {"init_lora_weights": "orthogonal", "lora_bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_shapes_of_every_family_are_known_without_weights(family: str, settings: dict[str, Any]) -> None:
+    """What PEFT makes of the real model has the names and shapes that were foretold of the bare one."""
+    targets = ["q_proj", "o_proj"] if family == "mixtral" else ["all-linear"]  # PEFT has no DoRA on fused experts
+    arguments = LoraArguments(lora_target_modules=targets, **settings)
+    config = (FAMILIES | MORE)[family]
+    shapes = expected_shapes(build_skeleton(copy.deepcopy(config)), build_lora_config(arguments))
+    model = attach_adapter(AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_lora_config(arguments))
+    saved = get_peft_model_state_dict(model, state_dict=gather_adapter(model), save_embedding_layers=False)
+    assert shapes == {name: tensor.shape for name, tensor in saved.items()} and len(saved) >= 8
