@@ -16,7 +16,7 @@ from fastchat_qlora.deepspeed_checks import find_refused
 from fastchat_qlora.deepspeed_config import find_contradictions
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.first_look import read_flags
-from fastchat_qlora.flag_parsing import FlagParser, raise_all
+from fastchat_qlora.flag_parsing import FlagParser, object_of_a_library, raise_all
 from fastchat_qlora.group_building import build_groups
 from fastchat_qlora.json_settings import json_object
 from fastchat_qlora.old_flags import spelled
@@ -232,9 +232,9 @@ class LiveParser(FlagParser, HfArgumentParser):  # type: ignore[misc]  # transfo
 
     def __init__(self, groups: Sequence[type], prog: str) -> None:
         HfArgumentParser.__init__(self, groups, prog=prog, description=__doc__, allow_abbrev=False)
+        replaced = {"dict": json_object, "ParallelismConfig": object_of_a_library}  # neither is made of a text
         for action in self._actions:
-            if getattr(action.type, "__name__", "") == "dict":  # which makes nothing of a text
-                action.type = json_object
+            action.type = replaced.get(getattr(action.type, "__name__", ""), action.type)
         self.own_flags = [f"--{name}" for group in groups for name in group.__annotations__]
 
 

@@ -37,6 +37,15 @@ def string_to_bool(value: str) -> bool:
     )
 
 
+def object_of_a_library(value: str) -> NoReturn:
+    """Refuse a text where transformers wants an object of a class, which is made in programs only.
+
+    Raises:
+        argparse.ArgumentTypeError: always.
+    """
+    raise argparse.ArgumentTypeError(f"{value}: is made in programs, no command line can give it; drop the flag")
+
+
 def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     """What is wrong with the texts that a parser knows nothing about; an unknown flag comes with its nearest name."""
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]

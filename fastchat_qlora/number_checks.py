@@ -22,6 +22,8 @@ class Range(NamedTuple):
 
 COUNT = Range(lambda value: 1 <= value < BEYOND, "must be at least 1 and below 2**31")
 NOT_NEGATIVE = Range(lambda value: value >= 0, "must be at least 0")
+POSITIVE = Range(lambda value: value > 0, "must be above 0")
+SMALL = Range(lambda value: value >= 1e-37, "must be at least 1e-37, which keeps 0 / 0 out of the first step")
 SHARE = Range(lambda value: 0 <= value <= 1, "must be a share between 0 and 1")
 BELOW_ONE = Range(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 SEED = Range(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")
@@ -41,8 +43,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), NOT_NEGATIVE),
-    **dict.fromkeys(("warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
+    "learning_rate": POSITIVE,
+    "adam_epsilon": SMALL,
     **dict.fromkeys(("max_rejected", "label_smoothing_factor"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "eval_split": OR_PART,

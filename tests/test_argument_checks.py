@@ -127,7 +127,7 @@ SEEN_AT_ONCE = {
     "batch of 0": (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0", "at least 1"]),
     "dropout 1": (["--lora_dropout", "1"], ["--lora_dropout 1", "below 1"]),
     "dropout nan": (["--lora_dropout", "nan"], ["--lora_dropout nan", "finite number"]),
-    "rate below 0": (["--learning_rate=-1e-4"], ["--learning_rate -0.0001", "at least 0"]),
+    "rate below 0": (["--learning_rate=-1e-4"], ["--learning_rate -0.0001", "above 0"]),
     "no epochs": (["--num_train_epochs", "0"], ["--num_train_epochs 0", "--max_steps"]),
     "rejecting too much": (["--max_rejected", "5"], ["--max_rejected 5", "between 0 and 1"]),
     "half a conversation": (["--eval_split", "1.5"], ["--eval_split 1.5", "a share below 1 or a whole number"]),
@@ -445,8 +445,8 @@ def test_eval_split_is_a_share_or_a_count(value: float) -> None:
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_learning_rate_is_not_negative(value: float) -> None:
-    assert is_refused("learning_rate", value) == (value < 0)
+def test_learning_rate_is_positive(value: float) -> None:
+    assert is_refused("learning_rate", value) == (value <= 0)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 3))

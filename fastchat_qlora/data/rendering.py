@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastchat_qlora.data.template_process import read_message, write_message
+from fastchat_qlora.data.template_process import pack, receive, send
 from fastchat_qlora.errors import UserError
 
 SECONDS = 10.0
@@ -24,6 +24,9 @@ PROGRAM = (
     "serve(float(sys.argv[1]), int(sys.argv[2]))"
 )
 """Of the process, which is to find the same packages as this one."""
+
+ENDED_FROM_OUTSIDE = (-signal.SIGALRM, -signal.SIGTERM, -signal.SIGINT)
+"""The first by itself, since it had nothing to do for long."""
 
 Shown = dict[str, Any]
 """A message as templates expect it."""
@@ -109,18 +112,24 @@ class TemplateProcess:
         while True:
             started = self.start()
             assert started.stdin is not None and started.stdout is not None
+            packed = pack([set_up if set_up != self.set_up else None, conversations])
             try:
-                write_message(started.stdin, [set_up if set_up != self.set_up else None, conversations])
+                send(started.stdin, packed)
                 self.set_up = set_up
-                return read_message(started.stdout)
+                return receive(started.stdout)
             except (EOFError, BrokenPipeError) as error:
                 self.process = None
                 code = started.wait()
-                if code == -signal.SIGALRM:  # it had nothing to do for long, and was about to go
+                if code in ENDED_FROM_OUTSIDE:
                     continue
                 if code == -signal.SIGPROF:
                     raise _too_much(f"takes more than {self.seconds:g} seconds of computing") from error
                 raise _too_much(f"breaks the process that renders it (exit code {code})") from error
+            except BaseException:  # as from a signal: half a message, or an answer that nobody takes, is in the pipes
+                self.process = None
+                started.kill()
+                started.wait()
+                raise
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Start the process if it is not there; to import what it needs takes it half a second."""
@@ -131,6 +140,7 @@ class TemplateProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process to answer
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )
         return self.process

@@ -26,18 +26,23 @@ IDLE = 60
 HEADER = struct.Struct("<Q")
 
 
-def write_message(stream: IO[bytes], message: Any) -> None:
-    """Send one message: JSON behind its length, so that nothing in it can be more than data.
+def pack(message: Any) -> bytes:
+    """One message: JSON behind its length, so that nothing in it can be more than data.
 
     Raises:
         ValueError, TypeError, RecursionError: it is no JSON.
     """
     data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-    stream.write(HEADER.pack(len(data)) + data)
+    return HEADER.pack(len(data)) + data
+
+
+def send(stream: IO[bytes], packed: bytes) -> None:
+    """Send one message."""
+    stream.write(packed)
     stream.flush()
 
 
-def read_message(stream: IO[bytes]) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Take one message.
 
     Raises:
@@ -71,15 +76,15 @@ def serve(seconds: float, memory: int) -> None:
     while True:
         signal.alarm(IDLE)  # ends this process, as nobody handles it
         try:
-            new, conversations = read_message(requests)
+            new, conversations = receive(requests)
         except EOFError:
             return
         signal.alarm(0)
         templates, tokens = new or (templates, tokens)
         try:
-            write_message(answers, _render(_Template(templates, tokens, seconds), conversations))
+            send(answers, pack(_render(_Template(templates, tokens, seconds), conversations)))
         except MemoryError:
-            write_message(answers, f"takes more than {memory >> 20} MiB of memory")
+            send(answers, pack(f"takes more than {memory >> 20} MiB of memory"))
 
 
 def _import_renderer() -> Any:

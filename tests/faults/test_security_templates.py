@@ -1,9 +1,12 @@
 """Chat templates from strangers: no way out of the sandbox, no work without end, no memory without bounds."""
 
 import json
+import os
 import resource
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,16 +145,49 @@ def test_a_run_ends_in_one_line(
     assert_refused(start(model, data_file, tmp_path / "out"), capsys, reason)
 
 
-def test_a_template_that_breaks_off_its_process(tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess) -> None:
-    """However it ends, it is said, and the next one is rendered by another process."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGALRM])
+def test_a_process_that_was_ended_from_outside(
+    signum: signal.Signals, tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess
+) -> None:
+    """All processes of a job may be sent a signal; and after a minute without work it goes by itself."""
+    apply_template(tokenizer, [ONCE])
+    first = limited.process
+    assert first is not None
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is ended with the request in its pipe
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(apply_template, tokenizer, [ONCE])
+        time.sleep(0.1)
+        os.kill(first.pid, signum)
+        os.kill(first.pid, signal.SIGCONT)
+        assert str(asked.result()[0]).startswith("<|im_start|>user\nHi")
+    assert limited.process is not first
+
+
+def test_an_interrupted_request_is_not_answered_later(
+    tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_template(tokenizer, [ONCE])
+
+    def interrupted(stream: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rendering, "receive", interrupted)
+        apply_template(tokenizer, [ONCE])
+    [text] = apply_template(tokenizer, [Asked(TALK, (), [(1, True, ())])])
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_that_breaks_its_process(tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess) -> None:
     apply_template(tokenizer, [ONCE])
     assert limited.process is not None
-    broken = limited.process
-    broken.stdin = None  # as if it had died in the middle of a request
-    broken.kill()
-    broken.wait()
-    assert apply_template(tokenizer, [ONCE])[0].startswith("<|im_start|>user\nHi")
-    assert limited.process is not broken
+    os.kill(limited.process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(apply_template, tokenizer, [ONCE])
+        time.sleep(0.1)
+        limited.process.kill()
+        with pytest.raises(UserError, match=r"breaks the process that renders it \(exit code -9\)"):
+            asked.result()
 
 
 def test_it_may_not_write(tokenizer: PreTrainedTokenizerFast) -> None:

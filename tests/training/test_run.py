@@ -273,8 +273,8 @@ def test_a_checkpoint_asked_for_must_be_there(model_folder: Path, data_file: Pat
 def test_exit_code_of_a_run_that_cannot_learn(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A learning rate of zero trains nothing: the saved adapter fails its check."""
-    code = main(["train", *command(model_folder, data_file, tmp_path / "out", learning_rate=0, max_steps=2)])
+    """A learning rate next to zero trains nothing: the saved adapter fails its check."""
+    code = main(["train", *command(model_folder, data_file, tmp_path / "out", learning_rate=1e-320, max_steps=2)])
     assert code == 1
     assert "error:" in capsys.readouterr().err
 
