@@ -176,6 +176,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
             if hasattr(self, name):
                 setattr(self, name, {"use_reentrant": USE_REENTRANT} | (getattr(self, name) or {}))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled of them: Trainer does so when it pushes a checkpoint, and tokens are not for the hub."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
     @property
     def n_gpu(self) -> int:
         """GPUs of this process: one at most, for torch's DataParallel copies the model to every GPU at every step."""

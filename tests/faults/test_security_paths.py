@@ -1,6 +1,7 @@
 """Nothing is written outside of output_dir and the caches, nothing unpacks without bounds, no secret is kept."""
 
 import gzip
+import io
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from malice import assert_refused, copy, edit, start, tree
 
+from fastchat_qlora.arguments import parse_args
 from fastchat_qlora.cli import main
 from fastchat_qlora.data import json_files
 from fastchat_qlora.data.readers import read_file
@@ -174,6 +177,16 @@ def test_no_secret_is_written_down(
         assert secret not in said
         assert [name for name, content in files.items() if secret.encode() in content] == []
     assert json.loads(files["training_args.json"])["training"]["hub_token"] == "<HUB_TOKEN>"
+
+
+def test_a_token_is_not_pickled(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Trainer pickles its arguments beside what it pushes to the hub."""
+    arguments = parse_args(start(model_folder, data, tmp_path / "out", hub_token=GIVEN)[1:]).training
+    assert arguments.hub_token == GIVEN
+    file = io.BytesIO()
+    torch.save(arguments, file)
+    assert GIVEN.encode() not in file.getvalue()
+    assert torch.load(io.BytesIO(file.getvalue()), weights_only=False).output_dir == arguments.output_dir
 
 
 def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
