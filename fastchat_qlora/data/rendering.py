@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fastchat_qlora.data.template_process import pack, receive, send
 from fastchat_qlora.errors import UserError
 
-SECONDS = 10.0
+SECONDS = 5.0
 """Of computing, for one text or some dozen of them; thousands of times what they take."""
 
 MEMORY = 1 << 30

@@ -114,8 +114,8 @@ def test_what_a_template_refuses_is_no_limit(template: str, tokenizer: PreTraine
 
 def test_the_limits_of_a_run() -> None:
     """As the user meets them."""
-    assert (rendering.SECONDS, rendering.MEMORY) == (10.0, 1 << 30)
-    assert (rendering.process.seconds, rendering.process.memory) == (10.0, 1 << 30)
+    assert (rendering.SECONDS, rendering.MEMORY) == (5.0, 1 << 30)
+    assert (rendering.process.seconds, rendering.process.memory) == (5.0, 1 << 30)
 
 
 @pytest.mark.parametrize(
