@@ -12,7 +12,7 @@ from typing import NoReturn
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.signals import Stopped
-from fastchat_qlora.text import one_line, visible
+from fastchat_qlora.text import one_line, visible, without_secrets
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
@@ -129,8 +129,8 @@ class _Formatter(logging.Formatter):
     """Bare messages; what data and templates bring into them must not steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message with escapes in place of control characters."""
-        return visible(super().format(record))
+        """The message with escapes in place of control characters, and without tokens and passwords."""
+        return visible(without_secrets(super().format(record)))
 
 
 def _set_up_logging() -> None:
@@ -171,5 +171,5 @@ def _fail(message: str, code: int) -> int:
     if local_rank != "0" and code == 2:
         time.sleep(FIRST_PROCESS_SPEAKS_WITHIN)
     where = "" if local_rank == "0" else f"local rank {local_rank}: "
-    sys.stderr.write(f"error: {where}{visible(' '.join(message.split()))}\n")
+    sys.stderr.write(f"error: {where}{visible(without_secrets(one_line(message)))}\n")
     return code

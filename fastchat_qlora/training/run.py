@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, set_seed
 
 from fastchat_qlora.arguments import RunArguments
+from fastchat_qlora.data import rendering
 from fastchat_qlora.data.collation import Collator
 from fastchat_qlora.data.dataset import arrange, load_data
 from fastchat_qlora.data.packing import PackedRows, PackingSampler, column
@@ -26,6 +27,7 @@ from fastchat_qlora.model.adapter import (
     check_targets,
     expected_shapes,
 )
+from fastchat_qlora.model.adapter_folder import check_tensors
 from fastchat_qlora.model.attention import choose_attention
 from fastchat_qlora.model.attention_check import check_attention
 from fastchat_qlora.model.loading import (
@@ -39,6 +41,7 @@ from fastchat_qlora.model.loading import (
 from fastchat_qlora.model.memory import Model
 from fastchat_qlora.model.quantization import build_quantization_config
 from fastchat_qlora.signals import StopSignals
+from fastchat_qlora.text import without_secrets
 from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, profile_model
 from fastchat_qlora.training.checkpoint import Checkpoint, ClearTheWay, choose_checkpoint
 from fastchat_qlora.training.disk import check_room, count_checkpoints
@@ -80,6 +83,8 @@ def train(args: RunArguments) -> Path:
     dtype = get_compute_dtype(training_args)
     writes = topology.is_main and not training_args.dry_run
     with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
+        if data_args.conv_template == "auto":
+            rendering.process.start()  # it is needed soon, and takes half a second
         wanted = training_args.resume_from_checkpoint or ""
         checkpoint = choose_checkpoint(output_dir, wanted, restart=training_args.restart)
         lora_config = build_lora_config(lora_args)
@@ -95,6 +100,7 @@ def train(args: RunArguments) -> Path:
         sharded_classes = (training_args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ()
         check_layer_classes(skeleton, sharded_classes)
         shapes = expected_shapes(skeleton, lora_config)
+        check_tensors(lora_args.lora_weight_path, shapes)
         attention = choose_attention(
             model_args.attn_implementation,
             training_args.flash_attn,
@@ -264,5 +270,5 @@ def _write_results(
     groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
     groups |= {"training": args.training.to_dict(), "effective": effective}
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(groups, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(without_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
     unfinished.replace(path)  # last, and at once: a run without it has not finished

@@ -26,6 +26,7 @@ from fastchat_qlora.model.lora_layers import needs_autocast
 from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
 from fastchat_qlora.training.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
 from fastchat_qlora.training.guards import FrozenBase
+from fastchat_qlora.training.pickles import find_unsafe
 from fastchat_qlora.training.saved_adapter import certify, gather_adapter, put_in_place, save_adapter
 from fastchat_qlora.training.step_watch import Step
 
@@ -255,6 +256,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.last_checkpoint = str(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint once it is known to run no code: a resumed run has its place from a file."""
+        best = Path(self.state.best_model_checkpoint)
+        if unsafe := find_unsafe(best):
+            raise RunError(f"{best}: {'; '.join(unsafe)}: it would run code, and is not loaded")
+        super()._load_best_model()
 
     def _note_best(self, staged: Path, output_dir: Path) -> None:
         """Name the best checkpoint by the place where it is or will be; Trainer looked where this one is written."""

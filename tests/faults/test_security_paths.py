@@ -176,7 +176,7 @@ def test_no_secret_is_written_down(
     for secret in (GIVEN, *SECRETS.values()):
         assert secret not in said
         assert [name for name, content in files.items() if secret.encode() in content] == []
-    assert json.loads(files["training_args.json"])["training"]["hub_token"] == "<HUB_TOKEN>"
+    assert json.loads(files["training_args.json"])["training"]["hub_token"] == "<hidden>"
 
 
 def test_a_token_is_not_pickled(model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(
     path = first / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "blocks.1"): tensor for name, tensor in load_file(path).items()}, path)
     code = main(["train", *command(model_folder, data_file, tmp_path / "second", lora_weight_path=first)])
-    assert code == 1 and "4 tensors are not in it" in capsys.readouterr().err
+    assert code == 2 and "4 tensors are not in it" in capsys.readouterr().err
 
 
 def test_label_smoothing_counts(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
