@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from adapters import assert_same_adapter
@@ -64,7 +65,7 @@ def test_two_ranks_with_batch_2_are_one_with_batch_4(
 def test_masters_are_saved(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
     """DeepSpeed computes with an adapter rounded to bf16."""
     output = tmp_path / "out"
-    succeed(
+    forked.succeed(
         f"{TWO_PROCESSES['zero2'].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
         f"--output_dir {output} {QUICK} --per_device_train_batch_size 2 --q_lora True --bf16 True"
     )
@@ -78,7 +79,7 @@ def test_evaluation_does_not_depend_on_the_ranks(model_folder: Path, data: Path,
     """Seven rows on two ranks: one is repeated to make the batches even, and must not count twice."""
     results = {}
     for name, launcher in {"one": "python train_lora.py", "two": TWO_PROCESSES["ddp"].format(port=port)}.items():
-        succeed(
+        forked.succeed(
             f"{launcher} --model_name_or_path {model_folder} --data_path {data} --output_dir {tmp_path / name} {QUICK} "
             f"--eval_split 7 --per_device_eval_batch_size 2 --per_device_train_batch_size {4 if name == 'one' else 2}"
         )
@@ -138,8 +139,8 @@ def test_resume_under_zero2(model_folder: Path, data: Path, tmp_path: Path, port
         "--logging_steps 1 --learning_rate 1e-2 --lora_dropout 0 --disable_tqdm True --save_steps 2 "
         "--lr_scheduler_type constant --per_device_train_batch_size 2"
     )
-    succeed(f"{command} --output_dir {tmp_path / 'straight'} --max_steps 4")
-    succeed(f"{command} --output_dir {tmp_path / 'stopped'} --max_steps 2")
+    forked.succeed(f"{command} --output_dir {tmp_path / 'straight'} --max_steps 4")
+    forked.succeed(f"{command} --output_dir {tmp_path / 'stopped'} --max_steps 2")
     said = succeed(f"{command} --output_dir {tmp_path / 'stopped'} --max_steps 4")
     assert said.count("Going on from") == 1
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
