@@ -160,6 +160,10 @@ def _check_combinations(values: argparse.Namespace) -> list[str]:
         problems.append("--lora_target_modules '': an empty name matches nothing; name modules such as q_proj")
     if values.init_lora_weights == "orthogonal" and values.lora_r % 2:
         problems.append(f"--init_lora_weights orthogonal: needs an even --lora_r, not {values.lora_r}")
+    whole_bytes = values.q_lora and values.bnb_4bit_quant_storage in ("auto", "uint8")
+    if values.init_lora_weights == "orthogonal" and (whole_bytes or values.load_in_8bit):
+        # PEFT 0.21.2 gives the adapter the dtype that the base is stored in, and bytes have no gradient.
+        problems.append("--init_lora_weights orthogonal: fails on a quantised base; choose default or gaussian")
     if len(values.lora_target_modules) > 1 and "all-linear" in values.lora_target_modules:
         problems.append("--lora_target_modules all-linear: stands alone, it already means every linear layer")
     return problems

@@ -241,6 +241,10 @@ LATE = {
     "best of nothing": (["--save_strategy", "best"], ["--save_strategy best", "--metric_for_best_model eval_loss"]),
     "no reporter": (["--report_to", ""], ["--report_to", "choose from none"]),
     "DoRA in 8 bits": (["--use_dora", "--load_in_8bit", "--use_cpu"], ["--use_dora True", "--load_in_8bit True"]),
+    "orthogonal bytes": (
+        ["--init_lora_weights", "orthogonal", "--q_lora", "True"],
+        ["--init_lora_weights orthogonal", "quantised", "gaussian"],
+    ),
     "no TPU": (["--debug", "tpu_metrics_debug"], ["--debug tpu_metrics_debug", "torch_xla", "underflow_overflow"]),
     "no step": (["--max_steps", "0"], ["--max_steps 0", "-1 to go by --num_train_epochs"]),
     "steps of a half": (["--save_steps", "1.5"], ["--save_steps 1.5", "whole number of steps"]),
