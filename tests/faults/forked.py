@@ -42,6 +42,7 @@ def _work(program: str, arguments: Sequence[str], environment: dict[str, str], l
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # for those who wait for a line
     if prepare := environment.get("PREPARE"):
         module, _, function = prepare.partition(":")
         getattr(__import__(module), function)()

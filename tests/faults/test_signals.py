@@ -21,6 +21,7 @@ FLAGS = (
     "--max_steps 12 --save_strategy steps --save_steps 100 --learning_rate 1e-2 --logging_steps 1 --eval_split 4 "
     "--eval_strategy steps --eval_steps 1 --per_device_train_batch_size 2 --disable_tqdm True"
 )
+UNBUFFERED = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 
 
@@ -112,7 +113,7 @@ def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Calla
         process = subprocess.Popen(
             shlex.split(f"python tests/faults/slow_train.py {given}"),
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=UNBUFFERED,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -142,7 +143,7 @@ def test_through_a_launcher(
     line = f"{launcher.format(port=free_port())} tests/faults/slow_train.py {given}"
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            shlex.split(line), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+            shlex.split(line), cwd=ROOT, env=UNBUFFERED, stdout=log, stderr=log, start_new_session=True
         )
         try:
             while "'loss'" not in (tmp_path / "log.txt").read_text():
