@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +12,12 @@ from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
-ONE_SIGNAL = 1.5
-"""Seconds within which signals from a launcher are one: DeepSpeed's sends two in a row, and a Ctrl-C reaches it and its
-processes alike."""
+ONE_SIGNAL = 0.05
+"""Seconds within which signals are one: `timeout` sends two, one of them to the process group."""
+
+ONE_FROM_A_LAUNCHER = 1.5
+"""The same for processes of a launcher: DeepSpeed's sends two in a row, and a Ctrl-C reaches it and its processes
+alike."""
 
 
 class Stopped(BaseException):
@@ -88,7 +90,8 @@ class StopSignals:
                 self.raise_if_received()
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(signum).name
-                sys.stderr.write(f"\n{name}: a checkpoint is saved after this step; once more ends it at once.\n")
+                said = f"\n{name}: a checkpoint is saved after this step; once more ends it at once.\n"
+                os.write(2, said.encode())  # what was interrupted may be in the middle of writing through Python
 
     def _watch(self, read: int) -> None:
         with os.fdopen(read, "rb", buffering=0) as pipe:
@@ -101,7 +104,7 @@ class StopSignals:
         now = time.monotonic()
         if not self._first_at:
             self._first_at = now
-        elif "RANK" not in os.environ or now - self._first_at > ONE_SIGNAL:
+        elif now - self._first_at > (ONE_FROM_A_LAUNCHER if "RANK" in os.environ else ONE_SIGNAL):
             os._exit(128 + signum)
 
 

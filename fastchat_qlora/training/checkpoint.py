@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.arguments import TrainingArguments
@@ -23,15 +24,22 @@ from fastchat_qlora.training.pickles import find_unsafe
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
-NEEDED = (STATE_FILE, "scheduler.pt", ADAPTER_FILE)
+STATE_FILE, SCHEDULE_FILE = "trainer_state.json", "scheduler.pt"
+NEEDED = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
 """What every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
+
+DEEPSPEED_STATE = "latest"
+"""The file that says which of DeepSpeed's states beside it is the last one."""
 
 UNFINISHED = ".saving"
 """Where a checkpoint is written, below output_dir; whatever lies there was never finished."""
 
-SET_ASIDE = "set_aside"
-"""Where checkpoints go, below output_dir, that the run does not go on from and would write over."""
+SET_ASIDE = "_set_aside"
+"""Where checkpoints go, below output_dir, that the run does not go on from and would write over. Names that begin with
+`_` are not pushed to the hub."""
+
+RESULTS = "training_args.json"
+"""What a run writes last: one without it has not finished."""
 
 ANEW = (
     "set the run up as before, or start anew: with --restart True, or in another --output_dir, where "
@@ -113,6 +121,8 @@ def _open_chosen(folder: Path) -> Checkpoint:
         if (folder / "manifest.json").exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
         missing = [name for name in NEEDED if not _has_content(folder / name)]
+        if (folder / DEEPSPEED_STATE).exists():
+            missing = [name for name in missing if name != SCHEDULE_FILE]
         if missing:
             raise UserError(
                 f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
@@ -143,6 +153,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     manifest = verify(folder)
     missing = [name for name in NEEDED if name not in manifest.files]
+    if DEEPSPEED_STATE in manifest.files:  # which has its own schedule in it
+        missing = [name for name in missing if name != SCHEDULE_FILE]
     if missing:
         raise Torn(f"it was saved without {' and '.join(missing)}")
     _refuse_code(folder)
@@ -167,7 +179,7 @@ def checkpoints_in(output_dir: Path) -> list[tuple[int, Path]]:
     """The checkpoint folders of a run with their steps, the newest first, whole or not."""
     steps = {}
     for folder in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        match = re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", folder.name)
         if match and folder.is_dir():
             steps[int(match.group(1))] = folder
     return sorted(steps.items(), reverse=True)
@@ -184,7 +196,9 @@ def clear_the_way(output_dir: Path, checkpoint: Checkpoint | None) -> None:
     """
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
     step = checkpoint.step if checkpoint else -1
-    later = [folder for number, folder in checkpoints_in(output_dir) if number > step]
+    chosen = checkpoint.folder.resolve() if checkpoint else None
+    found = checkpoints_in(output_dir)
+    later = [folder for number, folder in found if number > step and folder.resolve() != chosen]
     if not later:
         return
     place = output_dir / SET_ASIDE
@@ -210,10 +224,17 @@ class ClearTheWay(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See clear_the_way; by the process that writes checkpoints."""
+        """See clear_the_way; by the process that writes checkpoints. Results of an earlier, shorter run go too."""
         self._trainer.last_checkpoint = self._checkpoint and str(self._checkpoint.folder)
+        output_dir = Path(args.output_dir)
+        best = output_dir / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():  # the folder of the run may have moved
+            state.best_model_checkpoint = str(best)
         if args.should_save:
-            clear_the_way(Path(args.output_dir), self._checkpoint)
+            with saving(str(output_dir), output_dir):
+                clear_the_way(output_dir, self._checkpoint)
+                if state.global_step < state.max_steps:
+                    (output_dir / RESULTS).unlink(missing_ok=True)
 
 
 def publish(unfinished: Path, target: Path, step: int, run: Mapping[str, str]) -> None:
@@ -264,12 +285,14 @@ def saving(what: str, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        # torch's distributed checkpoints have an error of no usual kind, with those of each process in it
+        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         # torch's writer of zip files says where in its source it was, and not always what the system has said.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         free = shutil.disk_usage(output_dir).free / 2**20
         raise RunError(
-            f"{what} could not be written: {one_line(error, 300)}; {free:,.1f} MiB are free there; earlier checkpoints "
+            f"{what} could not be written: {one_line(inner, 300)}; {free:,.1f} MiB are free there; earlier checkpoints "
             "are whole: make room, and start the run again to go on from the last one"
         ) from error

@@ -46,6 +46,9 @@ def count_checkpoints(args: Any, rows: int) -> int:
     if args.save_strategy == IntervalStrategy.STEPS:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
         planned = math.ceil(steps / every)
+    elif args.save_strategy == "best" and args.eval_strategy == IntervalStrategy.STEPS:
+        every = args.eval_steps if args.eval_steps >= 1 else max(1, math.ceil(steps * args.eval_steps))
+        planned = math.ceil(steps / every)
     else:
         planned = math.ceil(steps / in_an_epoch)
     limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else planned
@@ -53,11 +56,15 @@ def count_checkpoints(args: Any, rows: int) -> int:
 
 
 def check_room(
-    output_dir: Path, shapes: Mapping[str, torch.Size] | None, checkpoints: int, optimizer: str, *, has_masters: bool
+    output_dir: Path,
+    shapes: Mapping[str, torch.Size] | None,
+    checkpoints: int,
+    optimizer: str,
+    *,
+    has_masters: bool,
+    goes_on: bool,
 ) -> None:
     """Require that the adapter and the checkpoints of a run fit on the disk, before it begins.
-
-    What lies in output_dir already is of the same run or makes way, so that it counts as room.
 
     Args:
         output_dir: the folder of the run.
@@ -65,6 +72,7 @@ def check_room(
         checkpoints: how many are kept at the most, from `count_checkpoints`.
         optimizer: its name.
         has_masters: see `checkpoint_bytes`.
+        goes_on: whether the checkpoints that are there are this run's, so that they count as room.
 
     Raises:
         UserError: saying what is needed, for what, and what is free.
@@ -75,7 +83,8 @@ def check_room(
     adapter, one = parameters * FP32, checkpoint_bytes(parameters, optimizer, has_masters=has_masters)
     # one more of each: what is being written is there beside what it will take the place of
     need = 2 * adapter + (checkpoints + 1) * one + BESIDES
-    there = sum(path.stat().st_size for path in output_dir.glob("checkpoint-*/**/*") if path.is_file())
+    files = output_dir.glob("checkpoint-*/**/*") if goes_on else ()
+    there = sum(path.stat().st_size for path in files if path.is_file())
     free = shutil.disk_usage(output_dir).free
     if free + there < need:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stop when the adapter gets no gradient, whatever the cause; without it the loss just stays where it is."""
+    """Stop when the adapter gets no gradient in the first step, whatever the cause; the loss would stay where it is.
+
+    With `--ddp_find_unused_parameters True` some of it may get none, such as an expert without tokens.
+    """
 
     def __init__(self) -> None:
         self._silent: set[str] = set()
         self._hooks: list[Any] = []
+        self._has_looked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,22 +46,21 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at what backward has left, without waiting for the device."""
-        if args.deepspeed:
-            _require_none(sorted(self._silent), len(self._hooks), state.global_step + 1)
-            while self._hooks:
-                self._hooks.pop().remove()
+        if self._has_looked:
             return
+        self._has_looked = True
         parameters = trainable_parameters(kwargs["model"])
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
-        _require_none(without, len(parameters), state.global_step + 1)
-
-
-def _require_none(without: list[str], count: int, step: int) -> None:
-    if without:
-        raise RunError(
-            f"step {step}: {len(without)} of {count} adapter tensors got no gradient, such as {without[0]}; the "
-            "adapter does not take part in the loss"
-        )
+        if args.deepspeed:
+            without = sorted(self._silent)
+        while self._hooks:
+            self._hooks.pop().remove()
+        some_may = args.ddp_find_unused_parameters and len(without) < len(parameters)
+        if without and not some_may:
+            raise RunError(
+                f"step {state.global_step + 1}: {len(without)} of {len(parameters)} adapter tensors got no gradient, "
+                f"such as {without[0]}; the adapter does not take part in the loss"
+            )
 
 
 class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -67,9 +71,9 @@ class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         logs = kwargs.get("logs") or {}
         value = logs.get("eval_loss")
         if value is not None and not torch.isfinite(torch.tensor(float(value))):
-            raise RunError(f"step {state.global_step}: eval_loss is {value}; lower --learning_rate")
+            raise AgreedError(f"step {state.global_step}: eval_loss is {value}; lower --learning_rate")
         if logs.get("loss") == 0:
-            raise RunError(
+            raise AgreedError(
                 f"step {state.global_step}: the loss is exactly 0: there is nothing left to learn, or nothing is "
                 "learnt from; look at the data with fastchat-qlora inspect, or lower --learning_rate"
             )
@@ -133,8 +137,12 @@ class FrozenBase:
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(integers).sum(dtype=torch.int64)
+    """Eight bytes at a time as one integer, which overflows as it likes: other integers would be copied to int64."""
+    content = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = content.numel() // 8 * 8
+    if content.storage_offset() % 8:  # cannot be seen as such
+        return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(content, 1 << 22)]).sum()
+    return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
 
 
 def agree(values: list[float], group: Any) -> list[float]:
@@ -155,11 +163,23 @@ def gather(value: Any, group: Any) -> list[Any]:
     return everyone
 
 
-def host_group() -> Any:
-    """A process group that talks on the host; None in a single process."""
+def host_group(seconds: int) -> Any:
+    """A process group that talks on the host, and waits for so many seconds at the most; None in a single process.
+
+    Raises:
+        RunError: the processes do not find each other in this way.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise RunError(
+            f"the processes do not find each other by gloo, with which they agree on the host: {error}; set "
+            "GLOO_SOCKET_IFNAME to the network interface between the machines"
+        ) from error
 
 
 def tell_bad_step(step: int, said: list[dict[str, Any]], checkpoint: str | None) -> AgreedError:

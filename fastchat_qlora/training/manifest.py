@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
@@ -50,6 +50,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, str]) -> None:
         OSError: the disk is full, or has lost something.
     """
     files = {}
+    (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(_files(folder)):
         sync(path)
         files[path.relative_to(folder).as_posix()] = (path.stat().st_size, hash_file(path))
@@ -73,15 +74,18 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         outer = json.loads((folder / MANIFEST).read_text("utf-8"))
         inner = outer["manifest"]
-        is_whole = outer["sha256"] == _digest(inner)
+        is_whole = outer["sha256"] == _digest(inner) and inner["format"] == FORMAT
         files = {name: (int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
         manifest = Manifest(int(inner["step"]), dict(inner["run"]), dict(inner["versions"]), files)
     except FileNotFoundError:
         raise Torn(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise Torn(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
     if not is_whole:
-        raise Torn(f"its {MANIFEST} was damaged")
+        raise Torn(f"its {MANIFEST} was damaged, or is of another version")
+    outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside or manifest.step < 0:
+        raise Torn(f"its {MANIFEST} is none of this program")
     return manifest
 
 
@@ -94,11 +98,11 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for name, (size, digest) in manifest.files.items():
         path = folder / name
-        if not path.is_file():
-            raise Torn(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise Torn(f"{name} has {path.stat().st_size:,} bytes of {size:,}")
         try:
+            if not path.is_file():
+                raise Torn(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise Torn(f"{name} has {path.stat().st_size:,} bytes of {size:,}")
             found = hash_file(path)
         except OSError as error:
             raise Torn(f"{name} cannot be read: {error.strerror}") from error

@@ -48,7 +48,10 @@ def hold(output_dir: Path, *, is_main: bool) -> Iterator[None]:
         if holder.exists():
             logger.warning(f"{output_dir}: its last run ended without a word ({_read(holder)}); this one takes over.")
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        try:
+            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        except OSError as error:  # the lock is held all the same
+            logger.warning(f"{holder}: cannot be written ({error.strerror}).")
         yield
     finally:
         holder.unlink(missing_ok=True)

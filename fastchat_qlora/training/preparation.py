@@ -122,7 +122,14 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     require_agreement(_shared(args, dataset, checkpoint))
     rows = _rows(dataset["train"], args)
     kept = count_checkpoints(training_args, len(rows))
-    check_room(output_dir, base.shapes, kept, settings["optimizer"], has_masters=bool(topology.zero_stage))
+    check_room(
+        output_dir,
+        base.shapes,
+        kept,
+        settings["optimizer"],
+        has_masters=bool(topology.zero_stage),
+        goes_on=checkpoint is not None,
+    )
     profile = _profile(args, base.config, lora_config, dtype, dataset["train"], topology)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.config, dataset["train"])

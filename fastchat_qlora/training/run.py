@@ -15,9 +15,9 @@ from fastchat_qlora.model.loading import get_compute_dtype, load_model
 from fastchat_qlora.signals import StopSignals
 from fastchat_qlora.text import without_secrets
 from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing
-from fastchat_qlora.training.checkpoint import ClearTheWay
+from fastchat_qlora.training.checkpoint import RESULTS, ClearTheWay, saving
 from fastchat_qlora.training.effective import EffectiveSettings
-from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
+from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard, host_group
 from fastchat_qlora.training.output_lock import hold
 from fastchat_qlora.training.preparation import prepare
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
@@ -49,6 +49,7 @@ def train(args: RunArguments) -> Path:
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
+        watch = StepWatch(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
         base, checkpoint = prepared.base, prepared.checkpoint
         quantised = base.quantization_config is not None
@@ -73,7 +74,8 @@ def train(args: RunArguments) -> Path:
             shapes=base.shapes,
         )
         run_self_test(trainer)
-        effective, watch = EffectiveSettings(trainer, topology), StepWatch(trainer, signals)
+        effective = EffectiveSettings(trainer, topology)
+        watch.trainer = trainer
         trainer.add_callback(SelfTest(trainer))
         if prepared.profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
@@ -81,7 +83,7 @@ def train(args: RunArguments) -> Path:
             trainer.add_callback(callback)
         with signals.deferred():
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
-            watch.raise_if_stopped(trainer.last_checkpoint)
+            watch.raise_if_stopped()
             trainer.save_model()  # before anything else can go wrong
         _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
@@ -105,16 +107,18 @@ def _write_results(
     }
     if not trainer.args.should_save:
         return
-    path = Path(trainer.args.output_dir) / "training_args.json"
+    output_dir = Path(trainer.args.output_dir)
+    path = output_dir / RESULTS
     if not real and path.exists():
         logger.warning("The run had finished before: nothing was left to train, its results stay as they are.")
         return
     if not real:  # it ended between its last step and this file
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("train_", "tokens_per"))}
-    trainer.save_state()
-    trainer.save_metrics("train", metrics, combined=False)
     groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
     groups |= {"training": args.training.to_dict(), "effective": effective}
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(without_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(path)  # last, and at once: a run without it has not finished
+    with saving("the results", output_dir):
+        trainer.save_state()
+        trainer.save_metrics("train", metrics, combined=False)
+        unfinished.write_text(json.dumps(without_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
+        unfinished.replace(path)  # last, and at once: a run without it has not finished

@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError
 from fastchat_qlora.signals import Stopped, StopSignals
-from fastchat_qlora.training.guards import FrozenBase, agree, gather, host_group, tell_bad_step
+from fastchat_qlora.training.guards import FrozenBase, agree, gather, tell_bad_step
 
 logger = logging.getLogger(__name__)
+
+
+OVERFLOWS = 50
+"""Steps in a row with a gradient that is not finite, after which fp16's scaling of the loss has not helped: it begins
+at 2^16 and is halved each time."""
 
 
 @dataclass
@@ -45,6 +51,11 @@ class Step:
         norm = torch.as_tensor(self.grad_norm, device=losses.device, dtype=torch.float32)
         return ~(torch.isfinite(losses).all() & torch.isfinite(norm) & (norm > 0)).reshape(())
 
+    def count_overflows(self, before: torch.Tensor | int) -> torch.Tensor:
+        """How many steps in a row the gradient norm has not been finite, with this one."""
+        norm = torch.as_tensor(0.0 if self.grad_norm is None else self.grad_norm, dtype=torch.float32)
+        return torch.where(torch.isfinite(norm), 0, before + 1)
+
     def tell(self) -> dict[str, Any]:
         """The same in plain numbers, which waits for the device."""
         norm = None if self.grad_norm is None else float(self.grad_norm)
@@ -67,29 +78,38 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     later, so that it always has work to do; before anything is saved, at once.
 
     Args:
-        trainer: whose `step` is looked at.
         signals: of this process.
+        group: the processes, as they talk on the host; None if there is only one.
+
+    Attributes:
+        trainer: whose `step` is looked at; to be set.
+        stopped_by: the signal that the run has been stopped for.
     """
 
-    def __init__(self, trainer: Any, signals: StopSignals) -> None:
-        self._trainer, self._signals = trainer, signals
-        self._group: Any = None
+    def __init__(self, signals: StopSignals, group: Any = None) -> None:
+        self._signals, self._group = signals, group
         self._verdicts: list[Verdict] = []
+        self._overflows: torch.Tensor | int = 0
+        self._saves_at_the_epochs_end = False
+        self.trainer: Any = None
         self.stopped_by = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the way that processes agree on; take the measure of the base as it is trained on."""
-        self._group = self._group or host_group()
+        """Take the measure of the base as it is trained on."""
         self._verdicts = []
-        self._trainer.frozen_base = FrozenBase(self._trainer.model)
+        self.trainer.frozen_base = FrozenBase(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at the step; have the run stop if a process has received a signal."""
-        step = self._trainer.step
-        self._verdicts.append(send(state.global_step, step, may_overflow=args.fp16))
-        is_settled = control.should_save or state.global_step >= state.max_steps
+        step = self.trainer.step
+        if args.fp16:
+            self._overflows = step.count_overflows(self._overflows)
+        is_bad = step.is_bad(may_overflow=args.fp16) | (self._overflows > OVERFLOWS)
+        self._verdicts.append(send(state.global_step, step, is_bad))
+        may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        is_settled = may_save or state.global_step >= state.max_steps
         bad = self._find_bad(later=0 if is_settled else 1)
         received = self._signals.received
         terms, interrupts, supervised, number = agree(
@@ -104,28 +124,42 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if terms or interrupts:
             self.stopped_by = self._signals.received = signal.SIGTERM if terms else signal.SIGINT
             self._settle()
-            if control.should_evaluate:
+            # It decides which checkpoint is the best one: without it another adapter would come of the run.
+            must_evaluate = args.load_best_model_at_end
+            if control.should_evaluate and not must_evaluate:
                 logger.warning(f"The evaluation of step {state.global_step} is left out, to save in time.")
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
+            control.should_evaluate = control.should_evaluate and must_evaluate
+            ends_an_epoch = float(state.epoch or 0).is_integer() and args.eval_strategy == IntervalStrategy.EPOCH
+            self._saves_at_the_epochs_end = must_evaluate and ends_an_epoch
+            control.should_save = not self._saves_at_the_epochs_end
+            control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Nothing bad is saved; and an epoch that was broken off has no end."""
         if self.stopped_by:
-            control.should_evaluate = control.should_save = False
+            control.should_evaluate = control.should_save = self._saves_at_the_epochs_end
         elif control.should_save:
             self._settle()
 
-    def raise_if_stopped(self, checkpoint: str | None) -> None:
+    def raise_if_stopped(self) -> None:
         """Leave, once training has ended for a signal.
 
         Raises:
-            Stopped: it has.
+            Stopped: it has; saying how to go on.
         """
-        if self.stopped_by:
-            raise Stopped(self.stopped_by, f"stopped; start again with the same command to go on from {checkpoint}")
+        if not self.stopped_by:
+            return
+        args, checkpoint = self.trainer.args, self.trainer.last_checkpoint
+        how = f"start again with the same command to go on from {checkpoint}"
+        if args.save_only_model:
+            how = f"--save_only_model True: no run can go on from {checkpoint}, only --lora_weight_path"
+        elif args.restart:
+            how = f"start again without --restart to go on from {checkpoint}"
+        elif args.resume_from_checkpoint not in (None, "", "True", "true"):
+            how = f"start again without --resume_from_checkpoint to go on from {checkpoint}"
+        raise Stopped(self.stopped_by, f"stopped; {how}")
 
     def _settle(self) -> None:
         """Wait for what the device has to say; a collective."""
@@ -148,12 +182,11 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         said = {"losses": [], "grad_norm": None, "sources": []} if bad is None else bad.step.tell()
         everyone = gather((bad and bad.number, said), self._group)
         step = next(found for found, _ in everyone if found)
-        raise tell_bad_step(step, [one for _, one in everyone], self._trainer.last_checkpoint)
+        raise tell_bad_step(step, [one for _, one in everyone], self.trainer.last_checkpoint)
 
 
-def send(number: int, step: Step, *, may_overflow: bool) -> Verdict:
+def send(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
     """Have the device say whether a step is bad, without waiting for it."""
-    is_bad = step.is_bad(may_overflow=may_overflow)
     if is_bad.device.type == "cpu":
         return Verdict(number, step, is_bad, None)
     there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_bad, non_blocking=True)

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -136,8 +137,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        """The gradient norm, kept for the end of the step."""
-        self.step.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        """The gradient norm, whole under FSDP2 too, and kept for the end of the step."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self.step.grad_norm
 
     def compute_loss(
@@ -240,7 +242,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{step}"
-        if str(folder) == self.last_checkpoint:
+        if self.last_checkpoint and folder.resolve() == Path(self.last_checkpoint).resolve():
             return  # at the end of an epoch a step may be saved twice
         staged = Path(self._get_output_dir(trial)) / folder.name
         with saving(str(folder), output_dir):

@@ -22,6 +22,7 @@ FLAGS = (
     "--lr_scheduler_type cosine --eval_split 4 --eval_strategy steps --eval_steps 5 --logging_steps 2 "
     "--disable_tqdm True"
 )
+SHARDED = '--fsdp True --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"}'
 DEEPSPEED = "--deepspeed playground/deepspeed_config_s2.json"
 
 
@@ -146,5 +147,5 @@ def digest(output: Path) -> str:
 
 def leftovers(output: Path) -> list[str]:
     """What a finished run must not leave."""
-    found = [name for name in (".saving", ".holder.json", "set_aside") if (output / name).exists()]
+    found = [name for name in (".saving", ".holder.json", "_set_aside") if (output / name).exists()]
     return found + ["a third checkpoint"] * (len(list(output.glob("checkpoint-*"))) > 2)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from forked import train
-from kill_sweep import DEEPSPEED
+from kill_sweep import DEEPSPEED, SHARDED
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.training.checkpoint import choose_checkpoint
 
 FLAGS = "--max_steps 6 --save_steps 2 --save_strategy steps --learning_rate 1e-2 --logging_steps 1 --disable_tqdm True"
-SHARDED = '--fsdp True --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"} --learning_rate 2e-2'
 
 
 def truncate(path: Path) -> None:
@@ -90,7 +89,7 @@ def test_the_run_ends_as_if_nothing_had_been(name: str, model_folder: Path, data
     truncate(output / "checkpoint-6" / name)
     assert main(["train", *arguments(model_folder, data, output)]) == 0
     assert (output / "adapter_model.safetensors").read_bytes() == expected
-    assert (output / "set_aside" / "checkpoint-6.0").exists() and choose_checkpoint(output, "", restart=False)
+    assert (output / "_set_aside" / "checkpoint-6.0").exists() and choose_checkpoint(output, "", restart=False)
     for step in (2, 4, 6):
         (output / f"checkpoint-{step}" / name).unlink()
     assert main(["train", *arguments(model_folder, data, output)]) == 0

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import train
+from forked import Run, train
 from kill_sweep import DEEPSPEED, digest
-from launching import losses
+from launching import ROOT, losses
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -40,7 +40,7 @@ def test_anew_and_from_an_earlier_one(model_folder: Path, data: Path, tmp_path: 
     ended = train([*given, "--resume_from_checkpoint", str(named)], tmp_path)
     assert ended.codes == [0] and digest(output) == expected and len(losses(output)) == 8
     assert steps_in(output) == [2, 4, 6, 8]
-    aside = sorted(path.name for path in (output / "set_aside").iterdir())
+    aside = sorted(path.name for path in (output / "_set_aside").iterdir())
     assert aside == [
         *(f"checkpoint-{step}.0" for step in (2, 4)),
         *(f"checkpoint-{s}.{n}" for s in (6, 8) for n in (0, 1)),
@@ -76,6 +76,50 @@ def test_zero_2_in_another_number_of_processes_is_refused(
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ended = train(arguments(model_folder, data, output, named), tmp_path, **alone)
     assert ended.codes == [2] and "(processes: 2 then, 1 now)" in ended.said, ended.said
+
+
+def test_deepspeeds_own_schedule_goes_on(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """It is in DeepSpeed's state, and there is no scheduler.pt."""
+    configuration = json.loads((ROOT / "playground" / "deepspeed_config_s2.json").read_text())
+    configuration["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(configuration))
+    whole, parts = tmp_path / "whole" / "out", tmp_path / "parts" / "out"
+    assert train(
+        arguments(model_folder, data, whole, f"--deepspeed {path} --warmup_steps 6"), whole.parent, processes=2
+    ).codes == [0, 0]
+    for steps in (4, 8):
+        given = arguments(model_folder, data, parts, f"--deepspeed {path} --warmup_steps 6 --max_steps {steps}")
+        ended = train(given, parts.parent, processes=2)
+        assert ended.codes == [0, 0], ended.said
+    assert "Going on from" in ended.said and digest(parts) == digest(whole)
+
+
+BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eval_loss --greater_is_better True"
+
+
+@pytest.mark.parametrize(
+    "strategy", ["--eval_strategy steps --eval_steps 1 --save_steps 1", "--eval_strategy epoch --save_strategy epoch"]
+)
+def test_a_stop_takes_no_best_checkpoint_away(strategy: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """The evaluation of the step that was stopped at decides, and so it is made."""
+    flags = f"{BEST} {strategy} --max_steps 10 --per_device_train_batch_size 3"
+    whole, parts = tmp_path / "whole" / "out", tmp_path / "parts" / "out"
+    assert train(arguments(model_folder, data, whole, flags), whole.parent).codes == [0]
+    given = arguments(model_folder, data, parts, flags)
+    run = Run(given, tmp_path / "log.txt", PREPARE="planted:stop_at_the_best")
+    assert run.wait().codes == [143]
+    assert train(given, tmp_path).codes == [0] and digest(parts) == digest(whole)
+
+
+def test_the_best_one_moves_with_its_folder(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = f"{BEST} --eval_strategy steps --eval_steps 2"
+    assert train(arguments(model_folder, data, output, flags), tmp_path).codes == [0]
+    expected = digest(output)
+    moved = output.rename(tmp_path / "moved")
+    assert train(arguments(model_folder, data, moved, flags), tmp_path).codes == [0]
+    assert digest(moved) == expected != digest(moved / "checkpoint-8")
 
 
 def test_the_best_one_is_kept_and_found(model_folder: Path, data: Path, tmp_path: Path) -> None:

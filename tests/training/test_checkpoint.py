@@ -1,6 +1,8 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +58,8 @@ def test_the_newest_by_number_that_is_whole(tmp_path: Path, notices: pytest.LogC
     make(tmp_path, 12, leave_out="scheduler.pt")  # --save_only_model
     (make(tmp_path, 13) / "nested" / "optimizer.bin").write_bytes(b"")
     (tmp_path / "checkpoint-14").write_text("a file")
-    (tmp_path / "checkpoint-best").mkdir()
+    for name in ("checkpoint-best", "checkpoint-010", "checkpoint-٣"):
+        (tmp_path / name).mkdir()
     shutil.copytree(newest, tmp_path / "checkpoint-15")
     (make(tmp_path, 16) / "planted.pt").write_text("new")
     assert choose(tmp_path) == newest
@@ -106,6 +109,14 @@ def test_it_must_be_of_this_run(tmp_path: Path) -> None:
     assert "(strategy: DDP then, ZeRO-2 now; data: 1a then, 2b now); set the run up as before, or start anew" in said
 
 
+def test_deepspeed_may_keep_the_schedule_itself(tmp_path: Path) -> None:
+    unfinished = make(tmp_path, 4).rename(tmp_path / ".saving")
+    (unfinished / "scheduler.pt").unlink()
+    (unfinished / "latest").write_text("global_step4")
+    publish(unfinished, tmp_path / "checkpoint-4", 4, RUN)
+    assert choose(tmp_path) == tmp_path / "checkpoint-4" == choose(tmp_path, str(tmp_path / "checkpoint-4"))
+
+
 def test_what_a_named_one_may_differ_in(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     """Data, seeds and the number of processes where each has all of the state; not what the state is of."""
     named = Checkpoint(make(tmp_path, 5), 5, RUN, is_chosen=True)
@@ -123,12 +134,15 @@ def test_what_comes_later_makes_way(tmp_path: Path) -> None:
         make(tmp_path, step)
     (tmp_path / ".saving" / "checkpoint-8").mkdir(parents=True)
     clear_the_way(tmp_path, Checkpoint(tmp_path / "checkpoint-4", 4, {}))
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "set_aside"}
-    assert verify(tmp_path / "set_aside" / "checkpoint-6.0").step == 6
-    make(tmp_path, 6)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "_set_aside"}
+    assert verify(tmp_path / "_set_aside" / "checkpoint-6.0").step == 6
+    named = make(tmp_path, 6).rename(tmp_path / "checkpoint-99")
+    clear_the_way(tmp_path, Checkpoint(tmp_path / "." / "checkpoint-99", 6, {}))
+    assert named.exists(), "what the run goes on from stays under its name, whatever that is"
+    named.rename(tmp_path / "checkpoint-6")
     clear_the_way(tmp_path, None)
-    assert {path.name for path in tmp_path.iterdir()} == {"set_aside"}
-    names = {path.name for path in (tmp_path / "set_aside").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"_set_aside"}
+    names = {path.name for path in (tmp_path / "_set_aside").iterdir()}
     assert names == {"checkpoint-2.0", "checkpoint-4.0", "checkpoint-6.0", "checkpoint-6.1"}
 
 
@@ -164,6 +178,29 @@ def test_errors_of_the_disk_are_told_in_a_sentence(tmp_path: Path) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     with pytest.raises(RuntimeError, match=r"^other$"), saving("it", tmp_path):
         raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"../../etc/passwd": [5, "x"]}}, "none of this program"),
+        ({"files": {"/etc/passwd": [5, "x"]}}, "none of this program"),
+        ({"files": {"x" * 5000: [5, "x"]}}, "cannot be read"),
+        ({"files": {"a": [float("inf"), "x"]}}, "cannot be read"),
+        ({"step": float("inf")}, "cannot be read"),
+        ({"step": -3}, "none of this program"),
+        ({"format": 99}, "of another version"),
+        ({"run": [1]}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_was_forged(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, 4)
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"] | change
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": digest}))
+    with pytest.raises(Torn, match=said):
+        verify(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"manifest": {}, "sha256": ""}', '{"manifest": 5}'])
