@@ -153,9 +153,11 @@ def _fail_together(message: str) -> int:
 
 
 def _stop(message: str, code: int) -> int:
-    """Say, in the first process, that a signal has ended the run."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{visible(one_line(message))}\n")
+    """Say, in the first process, that a signal has ended the run; the others give it time to."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)
+        return code
+    sys.stderr.write(f"{visible(one_line(message))}\n")
     return code
 
 

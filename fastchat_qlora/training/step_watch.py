@@ -90,7 +90,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self._signals, self._group = signals, group
         self._verdicts: list[Verdict] = []
         self._overflows: torch.Tensor | int = 0
-        self._saves_at_the_epochs_end = False
+        self._evaluates_at_the_epochs_end = False
         self.trainer: Any = None
         self.stopped_by = 0
 
@@ -130,16 +130,19 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 logger.warning(f"The evaluation of step {state.global_step} is left out, to save in time.")
             control.should_evaluate = control.should_evaluate and must_evaluate
             ends_an_epoch = float(state.epoch or 0).is_integer() and args.eval_strategy == IntervalStrategy.EPOCH
-            self._saves_at_the_epochs_end = must_evaluate and ends_an_epoch
-            control.should_save = not self._saves_at_the_epochs_end
+            self._evaluates_at_the_epochs_end = must_evaluate and ends_an_epoch
+            control.should_save = not self._evaluates_at_the_epochs_end
             control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Nothing bad is saved; and an epoch that was broken off has no end."""
+        """Nothing bad is saved; and an epoch that was broken off has no end.
+
+        A checkpoint that was saved after the step is not saved again; with `--save_strategy best` it may not have been.
+        """
         if self.stopped_by:
-            control.should_evaluate = control.should_save = self._saves_at_the_epochs_end
+            control.should_save, control.should_evaluate = True, self._evaluates_at_the_epochs_end
         elif control.should_save:
             self._settle()
 
