@@ -13,6 +13,7 @@ from forked import Run, train
 from kill_sweep import DEEPSPEED, digest
 from launching import ENVIRONMENT, ROOT, free_port
 
+from fastchat_qlora.signals import ONE_SIGNAL
 from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
@@ -86,6 +87,7 @@ def test_twice(
     run.wait_for("third step")
     run.send(signum)
     run.wait_for("once more ends it at once")
+    time.sleep(2 * ONE_SIGNAL)
     assert run.is_alive()
     sent = time.monotonic()
     run.send(signum)
