@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "fa
 from fault_table import how_many as how_many
 from fault_table import in_the_project as in_the_project
 from fault_table import pytest_sessionfinish as pytest_sessionfinish
+from fault_table import pytest_testnodedown as pytest_testnodedown
 from fault_table import tally as tally
 from launching import free_port
 from stand_in import CHATML as CHATML

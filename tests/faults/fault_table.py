@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -54,9 +54,18 @@ def how_many() -> Callable[[int, int], int]:
     return lambda quick, long: long if LONG else quick
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what one of several pytest processes has written down."""
+    _tried.extend(Tried(*row) for row in getattr(node, "workeroutput", {}).get("tried", ()))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table, in the long form."""
+    """Write the table, in the long form; one of several processes hands over its part of it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = [list(row) for row in _tried]
+        return
     if not LONG or not _tried:
         return
     rows = [
