@@ -122,7 +122,7 @@ class Run:
         while any(process.exitcode is None for process in self.processes):
             failed = any(process.exitcode not in (None, 0) for process in self.processes)
             if failed or time.monotonic() > until:
-                time.sleep(0.5)  # for the last words of the others
+                time.sleep(2)  # for the last words of the others
                 self.send(signal.SIGKILL)
             time.sleep(0.002)
         codes = [int(process.exitcode or 0) for process in self.processes]
