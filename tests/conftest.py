@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "faults")]
 from fault_table import how_many as how_many
 from fault_table import in_the_project as in_the_project
+from fault_table import pytest_runtest_logreport as pytest_runtest_logreport
 from fault_table import pytest_sessionfinish as pytest_sessionfinish
 from fault_table import pytest_testnodedown as pytest_testnodedown
 from fault_table import tally as tally

@@ -3,6 +3,7 @@
 bash scripts/faults.sh        # the long form of all of them, which writes docs/reliability.md
 """
 
+import ast
 import os
 import platform
 import sys
@@ -35,6 +36,10 @@ class Tried(NamedTuple):
 
 
 _tried: list[Tried] = []
+_counted: dict[str, list[bool]] = {}
+
+COUNTED = ("test_command_lines.py", "test_security")
+"""How the names of files begin of which each test is one fault, or FAULTS_EXAMPLES of them."""
 
 
 @pytest.fixture
@@ -60,18 +65,37 @@ def pytest_testnodedown(node: Any) -> None:
     _tried.extend(Tried(*row) for row in getattr(node, "workeroutput", {}).get("tried", ()))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count the tests of files without a tally; several pytest processes report to one."""
+    file, _, test = report.nodeid.partition("::")
+    if report.when == "call" and Path(file).name.startswith(COUNTED):
+        number = int(os.environ.get("FAULTS_EXAMPLES", "1")) if test.startswith("test_any_") else 1
+        _counted.setdefault(file, []).extend([report.passed] * number)
+
+
+def _rows() -> Iterator[tuple[str, str, str, str]]:
+    """Those of this session, and what the page has of other tests."""
+    for file, passed in _counted.items():
+        summary = (ast.get_docstring(ast.parse((ROOT / file).read_text("utf-8"))) or "").partition("\n")[0]
+        yield summary.rstrip("."), str(len(passed)), str(sum(passed)), f"`{Path(file).name}`"
+    for tried in _tried:
+        yield tried.fault, str(tried.tried), str(tried.survived), f"`{tried.test}`"
+    done = {Path(file).name for file in _counted} | {tried.test.partition("::")[0] for tried in _tried}
+    for line in PAGE.read_text("utf-8").partition(MARK)[2].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[3].startswith("`") and cells[3].strip("`").partition("::")[0] not in done:
+            yield cells[0], cells[1], cells[2], cells[3]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the table, in the long form; one of several processes hands over its part of it."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tried"] = [list(row) for row in _tried]
         return
-    if not LONG or not _tried:
+    if not LONG or not (_tried or _counted):
         return
-    rows = [
-        (tried.fault, str(tried.tried), str(tried.survived), f"`{tried.test}`")
-        for tried in sorted(_tried, key=lambda tried: tried.test)
-    ]
+    rows = sorted(_rows(), key=lambda row: row[3])
     libraries = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets")
     versions = describe_versions({name: version(name) for name in libraries})
     lines = [
