@@ -145,20 +145,23 @@ def _set_up_logging() -> None:
 
 
 def _fail_together(message: str) -> int:
-    """Every process ends for the same reason, which the first one tells; the others give it time to."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)
-        return 1
-    return _fail(message, code=1)
+    """Every process ends for the same reason, which the first one tells."""
+    return _fail(message, code=1) if _speaks_for_all() else 1
 
 
 def _stop(message: str, code: int) -> int:
-    """Say, in the first process, that a signal has ended the run; the others give it time to."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)
-        return code
-    sys.stderr.write(f"{visible(one_line(message))}\n")
+    """Say, in the first process, that a signal has ended the run."""
+    if _speaks_for_all():
+        sys.stderr.write(f"{visible(one_line(message))}\n")
     return code
+
+
+def _speaks_for_all() -> bool:
+    """Whether this is the first process; others leave it a second, since the launcher ends all when one leaves."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    time.sleep(1)
+    return False
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import ADAPTER_FILE
 from fastchat_qlora.text import one_line
 from fastchat_qlora.training.fingerprint import find_changes
-from fastchat_qlora.training.manifest import Torn, get_versions, read_manifest, sync, verify, write_manifest
+from fastchat_qlora.training.manifest import MANIFEST, Torn, get_versions, read_manifest, sync, verify, write_manifest
 from fastchat_qlora.training.pickles import find_unsafe
 
 logger = logging.getLogger(__name__)
@@ -118,12 +118,9 @@ def _open_chosen(folder: Path) -> Checkpoint:
     try:
         found = open_checkpoint(folder)
     except Torn as error:
-        if (folder / "manifest.json").exists():
+        if (folder / MANIFEST).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
-        missing = [name for name in NEEDED if not _has_content(folder / name)]
-        if (folder / DEEPSPEED_STATE).exists():
-            missing = [name for name in missing if name != SCHEDULE_FILE]
-        if missing:
+        if missing := _find_missing([path.name for path in folder.glob("*") if _has_content(path)]):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
             ) from error
@@ -131,7 +128,7 @@ def _open_chosen(folder: Path) -> Checkpoint:
             f"{folder}: {error}, so it may be damaged, and of another run; it is taken to be whole and of this one."
         )
         found = Checkpoint(folder, _read_step(folder), {})
-    _refuse_code(folder)
+        _refuse_code(folder)
     return found._replace(is_chosen=True)
 
 
@@ -152,10 +149,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: a file in it would run code when it is loaded.
     """
     manifest = verify(folder)
-    missing = [name for name in NEEDED if name not in manifest.files]
-    if DEEPSPEED_STATE in manifest.files:  # which has its own schedule in it
-        missing = [name for name in missing if name != SCHEDULE_FILE]
-    if missing:
+    if missing := _find_missing(manifest.files):
         raise Torn(f"it was saved without {' and '.join(missing)}")
     _refuse_code(folder)
     now = get_versions()
@@ -165,6 +159,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if changed:
         logger.warning(f"{folder}: made with other libraries ({', '.join(changed)}); what follows may differ a little.")
     return Checkpoint(folder, manifest.step, manifest.run)
+
+
+def _find_missing(files: Collection[str]) -> list[str]:
+    """What of NEEDED is not among the files of a checkpoint."""
+    missing = [name for name in NEEDED if name not in files]
+    if DEEPSPEED_STATE in files:  # which has its own schedule in it
+        return [name for name in missing if name != SCHEDULE_FILE]
+    return missing
 
 
 def _refuse_code(folder: Path) -> None:

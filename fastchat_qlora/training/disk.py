@@ -44,13 +44,14 @@ def count_checkpoints(args: Any, rows: int) -> int:
     in_an_epoch = max(1, math.ceil(rows / a_step))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * in_an_epoch)
     if args.save_strategy == IntervalStrategy.STEPS:
-        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
-        planned = math.ceil(steps / every)
+        every = args.save_steps
     elif args.save_strategy == "best" and args.eval_strategy == IntervalStrategy.STEPS:
-        every = args.eval_steps if args.eval_steps >= 1 else max(1, math.ceil(steps * args.eval_steps))
-        planned = math.ceil(steps / every)
+        every = args.eval_steps
     else:
-        planned = math.ceil(steps / in_an_epoch)
+        every = in_an_epoch
+    if every < 1:  # a share of the run
+        every = max(1, math.ceil(steps * every))
+    planned = math.ceil(steps / every)
     limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else planned
     return int(min(planned, limit))
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Manifest(NamedTuple):
     files: dict[str, tuple[int, str]]
 
 
+@cache  # looking them up takes 2 ms each, and every save asks
 def get_versions() -> dict[str, str]:
     """The versions of the libraries that decide what a run computes."""
     return {name: version(name) for name in LIBRARIES}

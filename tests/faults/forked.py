@@ -158,6 +158,12 @@ class Run:
             return file.read().decode(errors="replace")
 
 
+def command(model: Path, data: Path, output: Path, *flags: str) -> list[str]:
+    """The arguments of a run; later flags win."""
+    paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output}"
+    return " ".join([paths, *flags]).split()
+
+
 def train(arguments: Sequence[str], folder: Path, *, seconds: float = 300, **options: Any) -> Ended:
     """One run from beginning to end; its log lies in `folder`."""
     return Run(arguments, folder / "log.txt", **options).wait(seconds)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import train
+from forked import command, train
 from kill_sweep import DEEPSPEED, SHARDED
 
 from fastchat_qlora.cli import main
@@ -53,8 +53,7 @@ def damage_one_by_one(output: Path, notices: pytest.LogCaptureFixture) -> int:
 
 
 def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
-    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output}"
-    return f"{paths} {FLAGS} {more}".split()
+    return command(model_folder, data, output, FLAGS, more)
 
 
 @pytest.mark.usefixtures("in_the_project")

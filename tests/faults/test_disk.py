@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked import Run, train
+from forked import Run, command, train
 from kill_sweep import SHARDED, digest
 
 from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
@@ -23,8 +23,7 @@ Tally = Callable[[str, int, int], None]
 
 
 def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
-    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output} --cache_dir {data.parent}"
-    return f"{paths} {FLAGS} {more}".split()
+    return command(model_folder, data, output, f"--cache_dir {data.parent}", FLAGS, more)
 
 
 @pytest.fixture

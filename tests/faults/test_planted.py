@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Ended, train
+from forked import Ended, command, train
 from kill_sweep import DEEPSPEED
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -24,8 +24,7 @@ Tally = Callable[[str, int, int], None]
 
 
 def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
-    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output}"
-    return f"{paths} {FLAGS} {more}".split()
+    return command(model_folder, data, output, FLAGS, more)
 
 
 def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *, code: int = 1) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Run, train
+from forked import Run, command, train
 from kill_sweep import DEEPSPEED, digest
 from launching import ENVIRONMENT, ROOT, free_port
 
@@ -27,8 +27,7 @@ NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 
 
 def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> list[str]:
-    paths = f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output}"
-    return f"{paths} {FLAGS} {more}".split()
+    return command(model_folder, data, output, FLAGS, more)
 
 
 def assert_saved(output: Path) -> int:
