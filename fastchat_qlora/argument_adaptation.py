@@ -6,7 +6,7 @@ import os
 import torch
 
 from fastchat_qlora import fsdp_config
-from fastchat_qlora.argument_checks import goes_to_cpu
+from fastchat_qlora.argument_checks import is_launched, lacks_accelerator
 from fastchat_qlora.deepspeed_config import complete
 from fastchat_qlora.json_settings import FLAGS, json_text, read_json
 
@@ -21,7 +21,7 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
         Sentences on what was changed.
     """
     notices = []
-    if goes_to_cpu(values) and not values.use_cpu:
+    if lacks_accelerator() and not values.use_cpu:
         values.use_cpu = True
         notices.append("No accelerator found: training on the CPU.")
     if not values.use_cpu and torch.accelerator.device_count() > 1 and "WORLD_SIZE" not in os.environ:
@@ -41,7 +41,7 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
         notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
         values.eval_on_start = values.do_eval = False
     values.fsdp = fsdp_config.read_flag(values.fsdp)
-    if values.fsdp and "RANK" not in os.environ:
+    if values.fsdp and not is_launched(values):
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
         values.fsdp, values.fsdp_config = False, None
     if values.ddp_backend and "RANK" not in os.environ:

@@ -39,10 +39,23 @@ def find_problems(values: argparse.Namespace) -> list[str]:
     return [problem for check in checks for problem in check(values)]
 
 
+def is_launched(values: argparse.Namespace) -> bool:
+    """Whether there are several processes, as a launcher makes them, or as `plan` is asked about."""
+    return "RANK" in os.environ or hasattr(values, "devices")
+
+
 def goes_to_cpu(values: argparse.Namespace) -> bool:
-    """Whether the run is on the CPU, asked for or for want of an accelerator."""
+    """Whether the run is on the CPU, asked for or for want of an accelerator; what is planned may be elsewhere."""
     if values.use_cpu:
         return True
+    planned = getattr(values, "device_type", None)
+    if planned == "cuda" or (planned == "auto" and values.device_memory_gib):
+        return False
+    return lacks_accelerator()
+
+
+def lacks_accelerator() -> bool:
+    """Whether this machine has nothing but its CPU."""
     import torch
 
     return not torch.accelerator.is_available()
@@ -64,14 +77,14 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
     fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), settings_of(values.fsdp_config)
     if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
-    if values.deepspeed and "RANK" not in os.environ:
+    if values.deepspeed and not is_launched(values):
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
     if values.fsdp_config and not fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
     if unknown := fsdp_config.find_unknown_words(fsdp):
         allowed = ", ".join(fsdp_config.WORDS)
         problems.append(f"--fsdp {' '.join(unknown)}: FSDP2 does not have it; give True, or some of {allowed}")
-    if fsdp and "RANK" in os.environ and values.optim not in fsdp_config.OPTIMIZERS:
+    if fsdp and is_launched(values) and values.optim not in fsdp_config.OPTIMIZERS:
         allowed = ", ".join(fsdp_config.OPTIMIZERS)
         problems.append(f"--optim {values.optim}: is not proven to step on what --fsdp shards; choose one of {allowed}")
     if values.deepspeed and values.optim.startswith(SHAPED):

@@ -42,9 +42,19 @@ def _inspect(argv: Sequence[str]) -> None:
     inspect(argv)
 
 
+def _plan(argv: Sequence[str]) -> None:
+    from fastchat_qlora.first_look import look_first
+
+    look_first("plan", argv)
+    from fastchat_qlora.commands.plan import plan
+
+    plan(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train an adapter; the same as train_lora.py"),
     "inspect": (_inspect, "show what would be learnt; takes the flags of train"),
+    "plan": (_plan, "say what a run will take: steps, memory, disk, time; takes the flags of train"),
 }
 
 

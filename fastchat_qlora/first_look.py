@@ -21,7 +21,7 @@ from fastchat_qlora.old_flags import translate_old_flags
 
 PACKAGE = Path(__file__).parent
 TABLE = PACKAGE / "flags.json"
-DECLARATIONS = ("arguments.py", "commands/inspect.py")
+DECLARATIONS = ("arguments.py", "commands/inspect.py", "commands/plan.py")
 """Where flags are declared, beside transformers."""
 
 

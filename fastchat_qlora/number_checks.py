@@ -39,6 +39,8 @@ STEPS = Range(
 
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "model_max_length", "gradient_accumulation_steps"), COUNT),
+    **dict.fromkeys(("device_memory_gib", "tokens_per_second"), NOT_NEGATIVE),
+    "devices": COUNT,
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),

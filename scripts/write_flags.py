@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from fastchat_qlora.arguments import LiveParser, build_command_parser, build_parser
-from fastchat_qlora.commands.inspect import PROG, InspectArguments
+from fastchat_qlora.commands import inspect, plan
 from fastchat_qlora.first_look import KINDS, TABLE, made_from
 from fastchat_qlora.flag_parsing import FlagParser
 
@@ -19,7 +19,11 @@ IMPLIED: dict[str, Any] = {"nargs": None, "const": None, "default": None, "choic
 def flags_json() -> str:
     """The table as text, one flag a line, so that a change of one flag is a change of one line."""
     train = build_parser()
-    parsers: dict[str, LiveParser] = {"train": train, "inspect": build_command_parser(PROG, InspectArguments)}
+    parsers: dict[str, LiveParser] = {
+        "train": train,
+        "inspect": build_command_parser(inspect.PROG, inspect.InspectArguments),
+        "plan": build_command_parser(plan.PROG, plan.PlanArguments),
+    }
     flags = _flags(train)
     table = {
         "made_from": made_from(),

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fastchat_qlora.arguments import RunArguments, parse_command
 from fastchat_qlora.commands.inspect_views import print_report, write_page
 from fastchat_qlora.commands.inspection import Account, Example, Report, get_rows, measure
+from fastchat_qlora.commands.written_whole import written_whole
 from fastchat_qlora.data.building import describe
 from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
 from fastchat_qlora.data.readers import Rejection, Source, find_files
@@ -62,7 +62,7 @@ def inspect(argv: Sequence[str]) -> None:
     if not own.output:
         _print(report, examples)
         return
-    with _written_whole(output) as target:
+    with written_whole(output) as target:
         write(report, examples, target)
     _print(report, [], f"{report.count(own.num_examples)} rows are in {output}\n")
 
@@ -167,7 +167,7 @@ def _check_output(path: Path, args: RunArguments) -> None:
         raise UserError(f"--output {path}: is a folder; give the name of a file")
     if os.path.realpath(path) in map(os.path.realpath, _data_files(args)):
         raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
-    with _written_whole(path, keep=False):
+    with written_whole(path, keep=False):
         pass
 
 
@@ -181,23 +181,3 @@ def _data_files(args: RunArguments) -> list[Path]:
         ]
     except OSError:  # is told when the data is to be read
         return []
-
-
-@contextmanager
-def _written_whole(path: Path, *, keep: bool = True) -> Iterator[IO[str]]:
-    """A text file that appears under its name when all is written, or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as target:
-            yield target
-        if keep:
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); give another name") from error
-    finally:
-        with suppress(OSError):  # what cannot be made cannot always be removed
-            part.unlink()

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastchat_qlora.data.collation import largest_batch
+
 
 def column(rows: Any, name: str) -> Any:
     """A column of numbers as a NumPy array, of the rows that a dataset selects."""
@@ -110,3 +112,10 @@ class PackedRows(torch.utils.data.Dataset[list[Any]]):
     def __getitems__(self, rows: list[list[int]]) -> list[dict[str, Any]]:
         """The conversations of several rows, one after the other; DataLoader asks for a batch in this way."""
         return self[[index for row in rows for index in row]]
+
+
+def largest_possible_batch(rows: Any, batch_size: int, *, padding_free: bool) -> int:
+    """The most tokens that a micro-batch of so many rows can have, padding included."""
+    if isinstance(rows, PackedRows):
+        return int(batch_size * rows.sampler.capacity)
+    return largest_batch(column(rows, "length"), batch_size, padding_free=padding_free)

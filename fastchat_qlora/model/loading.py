@@ -156,6 +156,28 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> None:
+    """Require that the model has embeddings for all tokens of its tokenizer but the one to pad with.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model.
+        name: the model's, for the error.
+
+    Raises:
+        UserError: naming a token that has none.
+    """
+    rows = config.get_text_config().vocab_size
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token != tokenizer.pad_token}
+    if beyond:
+        token = min(beyond, key=lambda text: beyond[text])
+        raise UserError(
+            f"--model_name_or_path {name}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for "
+            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; give the tokenizer that belongs to the model, or "
+            "resize its embeddings"
+        )
+
+
 def choose_pad_token(tokenizer: Any) -> str:
     """A token to pad with that ends no turn: else a serving program might never see one end.
 

@@ -1,6 +1,6 @@
 """The arithmetic of memory: what a run needs, by part, before it needs it.
 
-    peak = weights + adapter + optimizer + activations + work
+    peak = weights + adapter + gradients + optimizer + activations + logits + buffers
 
 Activations are not taken from a formula for one family of models but counted: the model is built without memory (on
 torch's meta device), a few tokens are sent through it, and every tensor that autograd would keep is added up, layer by
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastchat_qlora.model.adapter import trainable_parameters
@@ -47,12 +48,30 @@ class TokenBytes(NamedTuple):
         carried: of one that is: its input.
         outside: of all that is not in a layer: embeddings, last norm, head and loss.
         widest: of the largest output of a linear layer.
+        flops: floating-point operations of its forward pass, attention's own products not among them.
     """
 
     layer: float
     carried: float
     outside: float
     widest: float
+    flops: float
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of the frozen base.
+
+    Attributes:
+        total: all of it.
+        largest_layer: of the largest of the repeated layers.
+        ends: of all that is in none of them: embeddings, last norm and head.
+        constants: of the scales of 4-bit weights, which no strategy shards; they are in the others too.
+    """
+
+    total: float
+    largest_layer: float
+    ends: float
+    constants: float
 
 
 class Model(NamedTuple):
@@ -61,7 +80,8 @@ class Model(NamedTuple):
     Attributes:
         layers: how many can be checkpointed.
         token: what a token costs.
-        weights: bytes of the frozen base.
+        weights: of the frozen base.
+        itemsize: bytes of a number in the compute dtype.
         trained: numbers that are trained.
         targets: for each token.
         target_work: bytes for each target whose loss is being computed.
@@ -73,7 +93,8 @@ class Model(NamedTuple):
 
     layers: int
     token: TokenBytes
-    weights: float
+    weights: WeightBytes
+    itemsize: int
     trained: int
     targets: float
     target_work: float
@@ -84,18 +105,36 @@ class Model(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Bytes by part."""
+    """Bytes by part, at the moment when they are most.
+
+    Attributes:
+        weights: of the frozen base.
+        adapter: what is trained.
+        gradients: of the adapter.
+        optimizer: its state.
+        activations: what forward keeps for backward.
+        logits: of the positions whose loss is being computed, and their gradient.
+        buffers: what comes and goes beside these: 4-bit weights unpacked, a layer that is computed again where that is
+            more than the logits, and what a strategy gathers or sends.
+    """
 
     weights: float
     adapter: float
+    gradients: float
     optimizer: float
     activations: float
-    work: float
+    logits: float
+    buffers: float
 
     @property
     def total(self) -> float:
         """All of them."""
         return sum(self)
+
+    @property
+    def work(self) -> float:
+        """What is there for a moment only."""
+        return self.logits + self.buffers
 
     @property
     def of_a_step(self) -> float:
@@ -148,7 +187,7 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         raise ValueError("attention whose scores are capped keeps them all, so that a token has no price of its own")
     head = base.get_output_embeddings()
     size = base.dtype.itemsize
-    weights, largest = _weight_bytes(base, quantised)
+    weights, largest = _weigh(base, quantised)
     chunked = not why_plain(model)
     vocabulary = head.weight.shape[0]
     on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
@@ -158,6 +197,7 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         layers=layers,
         token=token,
         weights=weights,
+        itemsize=size,
         trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         targets=supervised_share,
         target_work=float(vocabulary * (size if chunked else 12 + 2 * size)),
@@ -169,7 +209,14 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
 
 
 def need(
-    model: Model, tokens: int, checkpointed: int, *, optimizer: str = "adamw_torch", shards: int = 1, scale: float = 1.0
+    model: Model,
+    tokens: int,
+    checkpointed: int,
+    *,
+    optimizer: str = "adamw_torch",
+    shards: int = 1,
+    scale: float = 1.0,
+    accumulates: bool = True,
 ) -> Need:
     """What a run needs on one device.
 
@@ -183,6 +230,8 @@ def need(
         optimizer: by its transformers name.
         shards: over how many processes optimizer state is divided.
         scale: what a measured step needed for activations and work, as a multiple of what this function says.
+        accumulates: whether gradients of earlier micro-batches are there while a later one is computed. Where they are
+            not, they come as activations go, and only one of both counts: the one that is more.
     """
     token = model.token
     kept = model.layers - checkpointed
@@ -191,15 +240,24 @@ def need(
     # The gradients that one MLP has at once on its way back: of the product, of the gate and of the other factor.
     at_once = min(tokens * model.targets, model.chunk or math.inf)
     of_loss = at_once * model.target_work + min(at_once, model.piece) * model.softmax_work
-    work = max(recomputed + 3 * tokens * token.widest, of_loss)
+    in_backward = max(0.0, recomputed + 3 * tokens * token.widest - of_loss)
     state = next((STATE_BYTES[n] for n in sorted(STATE_BYTES, key=len, reverse=True) if optimizer.startswith(n)), 8)
-    return Need(
-        weights=model.weights,
+    held = Need(
+        weights=model.weights.total,
         adapter=4.0 * model.trained,
-        optimizer=model.trained * (4 + state / shards),  # the gradient and the state
-        activations=activations * scale,
-        work=work * scale + 2 * model.dequantised,
+        gradients=4.0 * model.trained,
+        optimizer=model.trained * state / shards,
+        activations=0.0,
+        logits=0.0,
+        buffers=4.0 * model.trained / shards,  # Adam's update is made of all parameters at once
     )
+    computing = held._replace(
+        gradients=held.gradients * accumulates,
+        activations=activations * scale,
+        logits=of_loss * scale,
+        buffers=in_backward * scale + 2 * model.dequantised,
+    )
+    return max(held, computing, key=lambda moment: moment.total)
 
 
 def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any) -> int | None:
@@ -215,20 +273,22 @@ def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any)
     return next((count for count in counts if need(model, tokens, count, **how).of_a_step <= available), None)
 
 
-def _weight_bytes(base: PreTrainedModel, quantised: str) -> tuple[float, int]:
+def _weigh(base: PreTrainedModel, quantised: str) -> tuple[WeightBytes, int]:
     """Bytes of the frozen base as it will be loaded, and the numbers in its largest quantised weight."""
-    per_weight = {"double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}
+    per_weight = {"": 0.0, "double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}[quantised]
     ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
-    linear = {
-        id(module.weight): module.weight.numel()
-        for module in base.modules()
-        if isinstance(module, torch.nn.Linear) and id(module.weight) not in ends and not module.weight.requires_grad
-    }
+    linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear)} - ends
     frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
-    if not quantised:
-        return sum(parameter.numel() * parameter.element_size() for parameter in frozen.values()), 0
-    plain = sum(p.numel() * p.element_size() for key, p in frozen.items() if key not in linear)
-    return plain + sum(math.ceil(count * per_weight[quantised]) for count in linear.values()), max(linear.values())
+    packed = {key: p.numel() for key, p in frozen.items() if quantised and key in linear}
+    sizes = {
+        key: math.ceil(packed[key] * per_weight) if key in packed else p.numel() * p.element_size()
+        for key, p in frozen.items()
+    }
+    layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in repeated_layers(base)]
+    scales = sum(packed.values()) * (per_weight - 0.5) if quantised in ("double", "single") else 0.0
+    total = sum(sizes.values())
+    weights = WeightBytes(total, max(layers, default=0), total - sum(layers), scales)
+    return weights, max(packed.values(), default=0)
 
 
 def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
@@ -239,15 +299,15 @@ def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
     model.train()
     short, long = (_count_kept(model, layers, head, tokens, supervised_share) for tokens in TRACED_TOKENS)
     more = TRACED_TOKENS[1] - TRACED_TOKENS[0]
-    inside, outside, widest = ((b - a) / more for a, b in zip(short, long, strict=True))
+    inside, outside, widest, flops = ((b - a) / more for a, b in zip(short, long, strict=True))
     carried = base.config.get_text_config().hidden_size * base.dtype.itemsize
-    return TokenBytes(inside / max(1, len(layers)), carried, outside, widest), len(layers)
+    return TokenBytes(inside / max(1, len(layers)), carried, outside, widest, flops), len(layers)
 
 
 def _count_kept(
     model: Any, layers: Sequence[torch.nn.Module], head: LossHead | None, tokens: int, supervised_share: float
-) -> tuple[int, int, int]:
-    """Bytes kept for one row in the layers and outside of them, and those of the widest output of a linear layer."""
+) -> tuple[int, int, int, int]:
+    """Bytes kept for a row in the layers and outside of them, those of a linear layer's widest output, and FLOPs."""
     count = _SavedBytes(model)
     hooks = [layer.register_forward_pre_hook(lambda *_: count.enter()) for layer in layers]
     hooks += [layer.register_forward_hook(lambda *_: count.leave()) for layer in layers]
@@ -256,12 +316,13 @@ def _count_kept(
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     targets = torch.zeros(round(supervised_share * tokens), dtype=torch.long, device="meta")
     try:
-        with count, head.expecting(targets, targets) if head else contextlib.nullcontext():
+        expecting = head.expecting(targets, targets) if head else contextlib.nullcontext()
+        with count, FlopCounterMode(display=False) as flops, expecting:
             model(input_ids=ids, position_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return count.inside, count.outside, count.widest
+    return count.inside, count.outside, count.widest, flops.get_total_flops()
 
 
 class _SavedBytes:

@@ -29,3 +29,12 @@ def build_quantization_config(
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=get_quant_storage(lora_args.bnb_4bit_quant_storage, compute_dtype, topology),
     )
+
+
+def stored_as(lora_args: LoraArguments) -> str:
+    """How `memory.profile` is told what becomes of linear layers: "", "double", "single" or "int8"."""
+    if lora_args.load_in_8bit:
+        return "int8"
+    if not lora_args.q_lora:
+        return ""
+    return "double" if lora_args.bnb_4bit_use_double_quant else "single"

@@ -87,8 +87,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             in_backward = peak * 2**20 - self._held - unpacked
             # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
             # it is more than the state. Of a step as small as that there is nothing to learn.
-            if in_backward > foreseen.optimizer:
-                scale = max(0.5, in_backward / (foreseen.of_a_step - foreseen.optimizer - unpacked))
+            learning = foreseen.gradients + foreseen.optimizer
+            if in_backward > learning:
+                scale = max(0.5, in_backward / (foreseen.of_a_step - learning - unpacked))
         count = self._choose(scale)
         if count != self._checkpointed:
             self._apply(count, f" (the first step needed {scale:.2f} times what was foreseen)")
@@ -120,7 +121,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
             f"{self._tokens:,} tokens needs {need.of_a_step / GIB:.2f} GiB (activations "
             f"{need.activations / GIB:.2f}, work {need.work / GIB:.2f}, gradients and optimizer "
-            f"{need.optimizer / GIB:.2f}) of the {self._available / GIB:.2f} GiB that it may take."
+            f"{(need.gradients + need.optimizer) / GIB:.2f}) of the {self._available / GIB:.2f} GiB that it may take."
         )
         if self._fits:
             logger.info(line)

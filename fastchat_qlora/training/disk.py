@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.training.schedule import count_steps
 
 FP32 = 4
 BESIDES = 32 * 2**20
@@ -31,18 +32,17 @@ def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool) -> i
     return parameters * FP32 * (1 + states + 2 * has_masters)
 
 
-def count_checkpoints(args: Any, rows: int) -> int:
+def count_checkpoints(args: Any, rows: int, processes: int) -> int:
     """How many checkpoints lie in output_dir at the end of a run at the most.
 
     Args:
         args: the training arguments.
         rows: of the training data, over all processes.
+        processes: that train.
     """
     if args.save_strategy == "no":
         return 0
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    in_an_epoch = max(1, math.ceil(rows / a_step))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * in_an_epoch)
+    in_an_epoch, steps, _ = count_steps(args, rows, processes)
     if args.save_strategy == IntervalStrategy.STEPS:
         every = args.save_steps
     elif args.save_strategy == "best" and args.eval_strategy == IntervalStrategy.STEPS:

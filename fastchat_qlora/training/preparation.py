@@ -27,9 +27,9 @@ from fastchat_qlora.model.adapter import (
 from fastchat_qlora.model.adapter_folder import check_tensors
 from fastchat_qlora.model.attention import choose_attention
 from fastchat_qlora.model.attention_check import check_attention
-from fastchat_qlora.model.loading import build_skeleton, describe_files, load_config, load_tokenizer
+from fastchat_qlora.model.loading import build_skeleton, check_vocabulary, describe_files, load_config, load_tokenizer
 from fastchat_qlora.model.memory import Model
-from fastchat_qlora.model.quantization import build_quantization_config
+from fastchat_qlora.model.quantization import build_quantization_config, stored_as
 from fastchat_qlora.training.activation_checkpointing import profile_model
 from fastchat_qlora.training.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.disk import check_room, count_checkpoints
@@ -106,6 +106,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         checkpoint.check(settings)
     base = _look_at_base(args, lora_config, topology, dtype)
     tokenizer = load_tokenizer(model_args, cache_dir=cache_dir, model_max_length=training_args.model_max_length)
+    check_vocabulary(tokenizer, base.config, model_args.model_name_or_path)
     loaded = load_data(
         data_args,
         tokenizer,
@@ -120,8 +121,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if checkpoint:
         checkpoint.check(identities)
     require_agreement(_shared(args, dataset, checkpoint))
-    rows = _rows(dataset["train"], args)
-    kept = count_checkpoints(training_args, len(rows))
+    rows = make_rows(dataset["train"], args)
+    kept = count_checkpoints(training_args, len(rows), topology.world_size)
     check_room(
         output_dir,
         base.shapes,
@@ -161,7 +162,7 @@ def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topolog
     return BaseModel(config, quantization_config, attention, sharded_classes, shapes)
 
 
-def _rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
+def make_rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
     """What a batch is made of: conversations, or rows packed with them."""
     if not args.data.packing:
         return conversations
@@ -190,14 +191,12 @@ def _profile(
     """What the model will need, if that is to be known."""
     if not args.training.auto_checkpointing:
         return None
-    lora = args.lora
-    four_bits = "double" if lora.bnb_4bit_use_double_quant else "single"
     return profile_model(
         config,
         lora_config,
         dtype,
         supervised_share=column(conversations, "supervised").sum() / column(conversations, "length").sum(),
-        quantised="int8" if lora.load_in_8bit else four_bits if lora.q_lora else "",
+        quantised=stored_as(args.lora),
         device_type=topology.accelerator or "cpu",
     )
 

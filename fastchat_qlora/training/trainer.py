@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastchat_qlora.data.collation import ACCOUNT, largest_batch
-from fastchat_qlora.data.packing import PackedRows, column
+from fastchat_qlora.data.collation import ACCOUNT
+from fastchat_qlora.data.packing import PackedRows, largest_possible_batch
 from fastchat_qlora.distributed import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import PER_CONVERSATION
@@ -301,10 +301,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def largest_possible_batch(self) -> int:
         """The most tokens that a micro-batch of this run can have, padding included."""
-        rows, batch_size = self.train_dataset, self._train_batch_size  # --auto_find_batch_size changes it
-        if isinstance(rows, PackedRows):
-            return int(batch_size * rows.sampler.capacity)
-        return largest_batch(column(rows, "length"), batch_size, padding_free=self.data_collator.padding_free)
+        batch_size = self._train_batch_size  # --auto_find_batch_size changes it
+        return largest_possible_batch(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""

@@ -94,7 +94,8 @@ def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Pa
     assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
     assert needed.weights == pytest.approx(held, rel=0.02)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert (needed.adapter, needed.optimizer) == (4 * trained, 12 * trained), "fp32; a gradient and Adam's two moments"
+    assert (needed.adapter, needed.gradients) == (4 * trained, 4 * trained), "fp32"
+    assert needed.optimizer == 8 * trained, "Adam's two moments"
 
 
 def test_a_llama_by_hand() -> None:
@@ -133,7 +134,7 @@ def test_the_fewest_layers_that_fit() -> None:
 def test_optimizers(optimizer: str, shards: int, state: int) -> None:
     model = profile(FAMILIES["llama"], BF16)
     needed = memory.need(model, TOKENS, 0, optimizer=optimizer, shards=shards)
-    assert needed.optimizer == model.trained * (4 + state)
+    assert (needed.gradients, needed.optimizer) == (model.trained * 4, model.trained * state)
 
 
 def test_a_head_that_is_trained_has_all_its_logits() -> None:

@@ -69,7 +69,7 @@ def test_the_size_of_a_checkpoint() -> None:
         ({"num_train_epochs": 4.0, "save_strategy": "epoch"}, 4),
         ({"max_steps": 7}, 1),
         ({"save_steps": 0.1}, 9),  # a share: every 3 of 25
-        ({"world_size": 4}, 1),
+        ({"processes": 4}, 1),
     ],
 )
 def test_how_many_checkpoints_there_will_be(settings: dict[str, object], count: int) -> None:
@@ -81,6 +81,8 @@ def test_how_many_checkpoints_there_will_be(settings: dict[str, object], count: 
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "world_size": 1,
+        "dataloader_drop_last": False,
+        "processes": 1,
     }
-    assert count_checkpoints(SimpleNamespace(**defaults | settings), 100) == count
+    args = SimpleNamespace(**defaults | settings)
+    assert count_checkpoints(args, 100, args.processes) == count

@@ -1,0 +1,85 @@
+"""`fastchat-qlora plan`: what a run will take, before any weight is loaded."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastchat_qlora.arguments import parse_command
+from fastchat_qlora.commands.plan_making import Devices, Speed, make_plan
+from fastchat_qlora.commands.plan_views import as_json, print_plan
+from fastchat_qlora.commands.written_whole import written_whole
+from fastchat_qlora.errors import UserError
+
+PROG = "fastchat-qlora plan"
+
+
+@dataclass
+class PlanArguments:
+    """The devices that the run is planned for."""
+
+    devices: int = field(default=1, metadata={"help": "Devices of the run, over all machines; fewer are shown too."})
+    device_memory_gib: float = field(
+        default=0.0, metadata={"help": "Memory of one device in GiB; by default that of this machine's device."}
+    )
+    device_type: Literal["auto", "cuda", "cpu"] = field(
+        default="auto",
+        metadata={"help": "Kind of device; auto is this machine's, or cuda where --device_memory_gib is given."},
+    )
+    tokens_per_second: float = field(default=0.0, metadata={"help": "Speed of one device in real tokens, if known."})
+    speed_from: str = field(
+        default="", metadata={"help": "Folder of an earlier run of this kind, whose measured speed is taken."}
+    )
+    output: str = field(
+        default="", metadata={"help": "Write the plan to this .json file, or as JSON to the terminal if it is -."}
+    )
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Read the data and the model's configuration, and say what the run will take.
+
+    Args:
+        argv: the flags of `train`, and those of PlanArguments.
+
+    Raises:
+        UserError: the flags, the model, the adapter or the data cannot be used, or the model is of a kind of which
+            nothing can be known without its weights.
+    """
+    args, own = parse_command(argv, PROG, PlanArguments)
+    if own.output not in ("", "-") and not own.output.endswith(".json"):
+        raise UserError(f"--output {own.output}: give a name that ends in .json, or - for the terminal")
+    output = Path(os.path.expanduser(own.output))
+    if own.output not in ("", "-"):
+        with written_whole(output, keep=False):  # before anything is read
+            pass
+    made = make_plan(args, Devices(own.devices, own.device_type, own.device_memory_gib), _known_speed(own))
+    if own.output == "-":
+        sys.stdout.write(as_json(made))
+    elif own.output:
+        with written_whole(output) as target:
+            target.write(as_json(made))
+    if own.output != "-":
+        print_plan(made, sys.stdout)
+
+
+def _known_speed(own: PlanArguments) -> Speed | None:
+    if own.tokens_per_second and own.speed_from:
+        raise UserError(f"--tokens_per_second and --speed_from {own.speed_from}: two speeds for one run; drop one")
+    if own.tokens_per_second:
+        return Speed(own.tokens_per_second, "given by --tokens_per_second")
+    if not own.speed_from:
+        return None
+    folder = Path(os.path.expanduser(own.speed_from))
+    try:
+        results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
+        effective = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["effective"]
+        processes = int(effective["batch"].partition(" processes")[0].rpartition(" ")[2])
+        return Speed(float(results["tokens_per_second"]) / processes, f"measured in {own.speed_from}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--speed_from {own.speed_from}: no results of a run are there ({error!r}); give the output_dir of one "
+            "that has ended, or --tokens_per_second"
+        ) from error

@@ -1,0 +1,152 @@
+"""A plan, for a terminal and as JSON."""
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import IO, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastchat_qlora.commands.planning import GIB, OnDevice, Plan
+from fastchat_qlora.model.memory import Need
+from fastchat_qlora.text import visible
+
+PARTS = Need._fields
+
+WIDTH = 120
+"""Columns of what is not written to a terminal."""
+
+
+def as_json(plan: Plan) -> str:
+    """The whole plan; bytes, seconds and counts as numbers."""
+    found = _plain(plan) | {"fits": plan.run.fits if plan.run else None}
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Need):
+        return {name: round(size) for name, size in value._asdict().items()} | {"total": round(value.total)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(one) for name, one in value._asdict().items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value
+
+
+def print_plan(plan: Plan, target: IO[str]) -> None:
+    """Steps and tokens, what is trained, memory by part for every strategy, and what follows from it."""
+    console = Console(file=target, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    console.print(Text(visible(plan.model), style="bold"), soft_wrap=True)
+    console.print(_facts(plan))
+    if plan.unknown:
+        console.print(Text(f"Memory cannot be told: {visible(plan.unknown)}.", style="yellow"), soft_wrap=True)
+        return
+    console.print("", _memory(plan), _legend(plan), sep="\n")
+    if verdict := _verdict(plan):
+        console.print("", verdict, soft_wrap=True, sep="\n")
+
+
+def _facts(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    schedule, disk = plan.schedule, plan.disk
+    learnt = f"{plan.supervised:,} ({plan.supervised / plan.tokens:.0%}) of them learnt"
+    trained = sum(plan.trainable.values())
+    modules = ", ".join(f"{name} {count:,}" for name, count in plan.trainable.items())
+    unit = "rows" if plan.rows < plan.conversations else "conversations"
+    facts = plan.settings | {
+        "data": f"{plan.rows:,} {unit}, {plan.tokens:,} tokens an epoch, {learnt}",
+        "steps": f"{schedule.steps:,} in {schedule.epochs:g} epochs, {schedule.steps_per_epoch:,} an epoch",
+        "largest micro-batch": f"{plan.largest_batch:,} tokens",
+        "base": f"{plan.base:,} parameters",
+        "trained": f"{trained:,} parameters ({trained / plan.base:.2%} of the base): {modules}",
+        "disk": f"{_gib(disk.total)} GiB: {disk.checkpoints} checkpoints of {_gib(disk.a_checkpoint)}, adapter "
+        f"{_gib(disk.adapter)}",
+        "time": _time(plan),
+    }
+    for name, fact in facts.items():
+        table.add_row(Text(name, style="dim"), Text(visible(fact)))
+    return table
+
+
+def _time(plan: Plan) -> str:
+    if plan.time is None:
+        return "not known: give --tokens_per_second, or --speed_from the folder of an earlier run"
+    seconds, speed, source = plan.time
+    bound = "at least " if source.startswith("at the most") else ""
+    return f"{bound}{_duration(seconds)} at {speed:,.0f} tokens/s on each device ({source})"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(title="Memory of one device in GiB", title_style="bold", title_justify="left", box=SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    for name in ("devices", "strategy", *PARTS, "total", "recomputed", "fits", "batch"):
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    for one in plan.devices:
+        table.add_row(*_cells(one, plan), style=_style(one, plan))
+    return table
+
+
+def _style(one: OnDevice, plan: Plan) -> str:
+    emphasis = "bold" if one.placement == plan.given else ""
+    return f"{emphasis} {'red' if one.fits is False else 'dim' if one.refused else ''}".strip()
+
+
+def _cells(one: OnDevice, plan: Plan) -> list[str]:
+    begin = [str(one.placement.devices), one.placement.strategy]
+    if one.need is None:
+        return [*begin, *["-"] * (len(PARTS) + 4)]
+    parts = [_gib(size) for size in (*one.need, one.need.total)]
+    fits = {True: "yes", False: "no", None: "?"}[one.fits]
+    largest = "?" if one.largest_batch is None else f"{one.largest_batch:,}"
+    return [*begin, *parts, f"{one.checkpointed}/{plan.layers}", fits, largest]
+
+
+def _legend(plan: Plan) -> Text:
+    lines = [
+        "Largest batch: the most that --per_device_train_batch_size can be. Recomputed: layers with checkpointing."
+    ]
+    if plan.available is not None and plan.device_gib:
+        lines.append(
+            f"A device has {plan.device_gib:.1f} GiB, of which a run may take {_gib(plan.available)}; the rest is for "
+            "libraries and for what is lost between blocks."
+        )
+    else:
+        lines.append("--device_memory_gib says what a device has; then it is known what fits.")
+    refusals = dict.fromkeys(f"{one.placement.strategy}: {one.refused}." for one in plan.devices if one.refused)
+    return Text("\n".join([*lines, *map(visible, refusals)]), style="dim")
+
+
+def _verdict(plan: Plan) -> Text | None:
+    run = plan.run
+    if run is None or run.need is None or run.fits is None:
+        return None
+    asked = f"{run.placement.strategy} on {run.placement.devices} device{'s' * (run.placement.devices > 1)}"
+    if run.fits:
+        return Text(f"It fits: {asked} needs {_gib(run.need.total)} GiB of each.", style="bold green")
+    head = f"It does not fit: {asked} needs {_gib(run.need.total)} GiB of each, {_gib(plan.available or 0)} are there."
+    lines = [head]
+    for i, change in enumerate(plan.changes):
+        name = "Cheapest change" if i == 0 else "Or"
+        needs = _gib(change.on_device.need.total) if change.on_device.need else "?"
+        lines.append(f"{name}: {change.flags} ({needs} GiB; {change.costs})")
+    if not plan.changes:
+        lines.append("No change of batch, length, precision or strategy here makes it fit; choose a smaller model.")
+    return Text("\n".join(lines), style="bold red")
+
+
+def _gib(size: float) -> str:
+    gib = size / GIB
+    return f"{gib:,.2f}" if gib >= 0.005 or size == 0 else "0.01"
