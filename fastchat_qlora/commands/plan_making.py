@@ -161,8 +161,8 @@ def _look_at_base(args: RunArguments) -> Base:
     if skeleton is None:
         raise UserError(
             f"--model_name_or_path {args.model.model_name_or_path}: the model's code lies outside transformers, so "
-            "that neither its weights nor its activations can be counted before it is loaded; `inspect` counts the data, "
-            "and a run of a few steps (--max_steps 3) tells speed and memory"
+            "that neither its weights nor its activations can be counted before it is loaded; `inspect` counts the "
+            "data, and a run of a few steps (--max_steps 3) tells speed and memory"
         )
     check_targets(skeleton, lora_config, quantised=args.lora.q_lora or args.lora.load_in_8bit)
     numbers = sum(parameter.numel() for parameter in skeleton.parameters())

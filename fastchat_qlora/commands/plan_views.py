@@ -13,10 +13,16 @@ from fastchat_qlora.commands.planning import GIB, OnDevice, Plan
 from fastchat_qlora.model.memory import Need
 from fastchat_qlora.text import visible
 
-PARTS = Need._fields
-
 WIDTH = 120
-"""Columns of what is not written to a terminal."""
+"""Columns of what is not written to a terminal, and of a table with every part."""
+
+NARROW = {
+    "weights": ("weights",),
+    "training": ("adapter", "gradients", "optimizer"),
+    "activ.": ("activations",),
+    "work": ("logits", "buffers"),
+}
+"""What there is room for where columns are few."""
 
 
 def as_json(plan: Plan) -> str:
@@ -47,7 +53,7 @@ def print_plan(plan: Plan, target: IO[str]) -> None:
     if plan.unknown:
         console.print(Text(f"Memory cannot be told: {visible(plan.unknown)}.", style="yellow"), soft_wrap=True)
         return
-    console.print("", _memory(plan), _legend(plan), sep="\n")
+    console.print("", _memory(plan, narrow=console.width < WIDTH), _legend(plan), sep="\n")
     if verdict := _verdict(plan):
         console.print("", verdict, soft_wrap=True, sep="\n")
 
@@ -89,13 +95,17 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Plan, *, narrow: bool) -> Table:
     table = Table(title="Memory of one device in GiB", title_style="bold", title_justify="left", box=SIMPLE_HEAD)
-    table.padding = (0, 1, 0, 0)
-    for name in ("devices", "strategy", *PARTS, "total", "recomputed", "fits", "batch"):
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    parts = NARROW if narrow else {name: (name,) for name in Need._fields}
+    table.add_column("on", justify="right")
+    table.add_column("strategy", no_wrap=True)
+    for name in (*parts, "total", "recomp.", "fits", "batch"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in plan.devices:
-        table.add_row(*_cells(one, plan), style=_style(one, plan))
+        sizes = [sum(getattr(one.need, name) for name in names) for names in parts.values()] if one.need else []
+        table.add_row(*_cells(one, sizes, plan.layers, len(parts)), style=_style(one, plan))
     return table
 
 
@@ -104,19 +114,19 @@ def _style(one: OnDevice, plan: Plan) -> str:
     return f"{emphasis} {'red' if one.fits is False else 'dim' if one.refused else ''}".strip()
 
 
-def _cells(one: OnDevice, plan: Plan) -> list[str]:
+def _cells(one: OnDevice, sizes: list[float], layers: int, width: int) -> list[str]:
     begin = [str(one.placement.devices), one.placement.strategy]
     if one.need is None:
-        return [*begin, *["-"] * (len(PARTS) + 4)]
-    parts = [_gib(size) for size in (*one.need, one.need.total)]
+        return [*begin, *["-"] * (width + 4)]
     fits = {True: "yes", False: "no", None: "?"}[one.fits]
     largest = "?" if one.largest_batch is None else f"{one.largest_batch:,}"
-    return [*begin, *parts, f"{one.checkpointed}/{plan.layers}", fits, largest]
+    return [*begin, *map(_gib, (*sizes, one.need.total)), f"{one.checkpointed}/{layers}", fits, largest]
 
 
 def _legend(plan: Plan) -> Text:
     lines = [
-        "Largest batch: the most that --per_device_train_batch_size can be. Recomputed: layers with checkpointing."
+        "on: devices; recomp.: layers whose activations are computed again in backward; batch: the largest "
+        "--per_device_train_batch_size that fits."
     ]
     if plan.available is not None and plan.device_gib:
         lines.append(
@@ -133,10 +143,13 @@ def _verdict(plan: Plan) -> Text | None:
     run = plan.run
     if run is None or run.need is None or run.fits is None:
         return None
-    asked = f"{run.placement.strategy} on {run.placement.devices} device{'s' * (run.placement.devices > 1)}"
+    count = run.placement.devices
+    asked = f"{run.placement.strategy} on {count} devices" if count > 1 else "one process"
     if run.fits:
-        return Text(f"It fits: {asked} needs {_gib(run.need.total)} GiB of each.", style="bold green")
-    head = f"It does not fit: {asked} needs {_gib(run.need.total)} GiB of each, {_gib(plan.available or 0)} are there."
+        return Text(f"It fits: {asked} needs {_gib(run.need.total)} GiB of a device.", style="bold green")
+    head = (
+        f"It does not fit: {asked} needs {_gib(run.need.total)} GiB of a device, {_gib(plan.available or 0)} are there."
+    )
     lines = [head]
     for i, change in enumerate(plan.changes):
         name = "Cheapest change" if i == 0 else "Or"

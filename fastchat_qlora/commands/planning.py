@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastchat_qlora.model.memory import Model, Need
-from fastchat_qlora.model.placement import FSDP2, ONE_PROCESS, SEVERAL, Placement, need_on_device
+from fastchat_qlora.model.placement import DDP, FSDP2, ONE_PROCESS, SEVERAL, Placement, need_on_device
 from fastchat_qlora.training.schedule import Schedule
 
 GIB = 2**30
@@ -253,8 +253,11 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[tuple[str,
     quantised = replace(setting, quantised=True)
     yield "", "", setting, placement
     shards = devices > 1 and placement.strategy != FSDP2
+    if placement.strategy.startswith("ZeRO"):
+        yield "no --deepspeed", "every device has the whole base", setting, Placement(DDP, devices)
+    instead = " in place of --deepspeed" * placement.strategy.startswith("ZeRO")
     if shards:
-        yield "--fsdp True", "layers are gathered as they are needed", setting, sharded
+        yield f"--fsdp True{instead}", "layers are gathered as they are needed", setting, sharded
     if not setting.quantised:
         yield "--q_lora True", "the base is rounded to 4 bits", quantised, placement
         if shards:
