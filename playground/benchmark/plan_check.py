@@ -1,0 +1,150 @@
+"""What `fastchat-qlora plan` says of the memory of a device, beside what a run then takes.
+
+    python playground/benchmark/plan_check.py --model M --folder F --table docs/plan.md
+
+Every row of the data is as long as `--model_max_length` allows, so that every step is the largest that is planned for.
+On a CPU what torch has taken for tensors is compared, on a GPU what its allocator has counted; the libraries' own
+memory is in neither.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from launching import free_port, succeed
+
+from fastchat_qlora.commands.planning import GIB
+
+PROGRAM = "playground/benchmark/observed_memory.py"
+QUIET = "--max_steps 2 --save_strategy no --report_to none --disable_tqdm True --logging_steps 1 --restart True"
+WORDS = ["water", "sun", "runs", "walks", "blue", "green", "quick", "slow", "under", "city", "river", "people", "year"]
+ALL = "--lora_target_modules all-linear"
+TWO = "--lora_r 32"
+
+
+class Case(NamedTuple):
+    """A run: what it is called, its flags, and the strategy of its two processes, if it has two."""
+
+    name: str
+    flags: str
+    strategy: str = ""
+
+
+CASES = [
+    Case("LoRA on q and v", "--bf16 True --model_max_length 512 --per_device_train_batch_size 1"),
+    Case("LoRA fp32", f"{ALL} --model_max_length 512 --per_device_train_batch_size 1"),
+    Case("QLoRA, two conversations", f"--bf16 True --q_lora True {ALL} --lora_r 16 --per_device_train_batch_size 2"),
+    Case(
+        "QLoRA, all layers recomputed",
+        f"--bf16 True --q_lora True {ALL} --per_device_train_batch_size 4 --activation_checkpointing True",
+    ),
+    Case("LoRA, packed", f"--bf16 True {ALL} --lora_dropout 0 --packing True --model_max_length 1024"),
+    Case("LoRA, padded", "--bf16 True --padding_free False --per_device_train_batch_size 2"),
+    Case("every token learnt, SGD", "--bf16 True --train_on all --optim sgd --per_device_train_batch_size 1"),
+    Case("head trained", "--bf16 True --modules_to_save lm_head --per_device_train_batch_size 1"),
+    Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "DDP"),
+    Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "ZeRO-2"),
+    Case("LoRA", f"--bf16 True {ALL} {TWO} --model_max_length 256", "ZeRO-3"),
+    Case("LoRA", f"--bf16 True {ALL} {TWO} --model_max_length 256", "FSDP2"),
+    Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "FSDP2"),
+]
+"""`--per_device_train_batch_size` is 1 in those that do not say."""
+
+TORCHRUN = "torchrun --nproc_per_node 2 --master_port {port}"
+DEEPSPEED = "deepspeed --num_accelerators 2 --master_port {port}"
+LAUNCHERS = {
+    "": ("python", ""),
+    "DDP": (TORCHRUN, ""),
+    "FSDP2": (TORCHRUN, "--fsdp True"),
+    "ZeRO-2": (DEEPSPEED, "--deepspeed playground/deepspeed_config_s2.json"),
+    "ZeRO-3": (DEEPSPEED, "--deepspeed playground/deepspeed_config_s3.json"),
+}
+
+
+class Row(NamedTuple):
+    """Bytes of the case, foreseen and measured: of the process that took most."""
+
+    case: Case
+    foreseen: int
+    measured: int
+
+    @property
+    def ratio(self) -> float:
+        """Foreseen as a multiple of measured."""
+        return self.foreseen / self.measured
+
+
+def write_data(path: Path, *, words: int = 3000) -> None:
+    """Thirty-two conversations, each longer than any `--model_max_length` here: a short question, an endless answer."""
+    drawn = random.Random(0)
+    turns = [[("human", 60), ("gpt", words)] for _ in range(32)]
+    records = [
+        {"conversations": [{"from": who, "value": " ".join(drawn.choices(WORDS, k=count))} for who, count in pairs]}
+        for pairs in turns
+    ]
+    path.write_text(json.dumps(records), encoding="utf-8")
+
+
+def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable[[str], object] = succeed) -> Row:
+    """Plan a case, run it, and read what it took."""
+    launcher, strategy = LAUNCHERS[case.strategy]
+    where = folder / "".join(c if c.isalnum() else "_" for c in f"{case.name} {case.strategy}")
+    shared = f"--model_name_or_path {model} --data_path {data} --output_dir {where} --per_device_train_batch_size 1"
+    flags = f"{shared} {case.flags} {strategy}"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = folder / f"{where.name}.json"
+    devices = 2 if case.strategy else 1
+    succeed(f"fastchat-qlora plan {flags} --devices {devices} --device_type {kind} --output {plan}")
+    succeed(f"{launcher.format(port=free_port())} {PROGRAM} {flags} {QUIET}")
+    planned = json.loads(plan.read_text(encoding="utf-8"))
+    on_device = next(one for one in planned["devices"] if one["placement"] == planned["given"])
+    peaks = [json.loads(path.read_text())["peak"] for path in where.glob("peak_bytes-*.json")]
+    return Row(case, on_device["need"]["total"], max(peaks))
+
+
+def table(rows: Sequence[Row], model: str) -> str:
+    """The rows in Markdown."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lines = [
+        f"{Path(model).name} on {device}; {libraries}.",
+        "",
+        "| run | processes | foreseen, GiB | measured, GiB | foreseen / measured |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        processes = f"2, {row.case.strategy}" if row.case.strategy else "1"
+        sizes = f"{row.foreseen / GIB:.3f} | {row.measured / GIB:.3f} | {row.ratio:.3f}"
+        lines.append(f"| {row.case.name} (`{row.case.flags}`) | {processes} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run all cases, or those whose name or strategy is named, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a local model")
+    parser.add_argument("--folder", type=Path, required=True, help="for data and runs")
+    parser.add_argument("--table", type=Path, help="a Markdown file to write")
+    parser.add_argument("--only", default="", help="cases with this in their name or strategy")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    data = arguments.folder / "long.json"
+    write_data(data)
+    rows = []
+    for case in CASES:
+        if arguments.only in f"{case.name} {case.strategy}":
+            rows.append(compare(case, Path(arguments.model), data, arguments.folder))
+            print(f"{case.name} {case.strategy}: {rows[-1].ratio:.3f}", flush=True)
+    if arguments.table:
+        arguments.table.write_text(table(rows, arguments.model), encoding="utf-8")
+    sys.exit(any(abs(row.ratio - 1) > 0.1 for row in rows))
+
+
+if __name__ == "__main__":
+    main()

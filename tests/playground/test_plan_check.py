@@ -1,0 +1,48 @@
+"""`plan` says what a run then takes, within 10 %."""
+
+import shlex
+from pathlib import Path
+
+import forked
+import pytest
+from plan_check import CASES, Case, compare, table, write_data
+from stand_in import make_model
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora import cli
+
+SIZES: dict[str, int | bool] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def wide_model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for activations to be what counts."""
+    folder = tmp_path_factory.mktemp("wide")
+    make_model(folder, SIZES)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def succeed(command: str) -> object:
+    """`plan` in this process, the run in forked ones."""
+    words = shlex.split(command)
+    if words[0] != "fastchat-qlora":
+        return forked.succeed(command)
+    assert cli.main(words[1:]) == 0
+    return None
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.strategy}".strip())
+def test_plan_against_measurement(case: Case, wide_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.json"
+    write_data(data)
+    row = compare(case, wide_model, data, tmp_path, succeed)
+    assert row.measured > 20e6, "a step was measured"
+    assert row.foreseen == pytest.approx(row.measured, rel=0.1), table([row], "wide")
