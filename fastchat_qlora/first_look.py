@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from fastchat_qlora.argument_checks import find_problems
+from fastchat_qlora.config_file import expand
 from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
 from fastchat_qlora.json_settings import json_object
 from fastchat_qlora.old_flags import translate_old_flags
@@ -67,7 +68,7 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> Reading:
         UserError: a value of the wrong type, a required flag that is missing, an old flag without a counterpart.
         SystemExit: after printing the help.
     """
-    arguments, notices = translate_old_flags(argv)
+    arguments, notices = translate_old_flags(expand(argv, parser))
     values, unknown = parser.parse_known_args(arguments)
     return Reading(arguments, notices, values, unknown_flags(unknown, parser) + find_problems(values))
 
