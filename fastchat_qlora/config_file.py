@@ -125,8 +125,10 @@ def _to_flags(setting: Setting, name: str, actions: dict[str, argparse.Action], 
         return [f"{name}={json.dumps(value)}"]
     if isinstance(value, list):
         return _several(setting.name, name, value, action)
-    if name not in AUTOMATIC or value.lower() != "auto":
-        _check_type(setting.name, value, action)
+    if name in AUTOMATIC and value.lower() == "auto":
+        return []
+    if _says_the_default(_made(setting.name, value, action), action):
+        return []
     return [f"{name}={value}"]
 
 
@@ -147,7 +149,7 @@ def _several(key: str, name: str, values: list[str], action: argparse.Action | N
     if not values:
         raise Malformed(f"{key} is an empty list; name something or leave it out")
     for value in values:
-        _check_type(key, value, action)
+        _made(key, value, action)
     if len(values) == 1:
         return [f"{name}={values[0]}"]
     if dashed := [value for value in values if _looks_like_a_flag(value)]:
@@ -160,14 +162,14 @@ def _looks_like_a_flag(value: str) -> bool:
     return value.startswith("-") and value != "-" and " " not in value and not NEGATIVE_NUMBER.fullmatch(value)
 
 
-def _check_type(key: str, value: str, action: argparse.Action | None) -> None:
-    """Require a value that the flag takes, so that the line of one that it does not take can be named.
+def _made(key: str, value: str, action: argparse.Action | None) -> Any:
+    """What argparse will make of a value, asked here so that the line of one that it refuses can be named.
 
     Raises:
-        Malformed: it is none.
+        Malformed: it refuses the value.
     """
     if action is None or not callable(action.type):
-        return
+        return value
     try:
         made = action.type(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -175,6 +177,12 @@ def _check_type(key: str, value: str, action: argparse.Action | None) -> None:
         raise Malformed(f"{key}: {value!r} is no {kind}" if kind in ("int", "float") else f"{key}: {error}") from error
     if action.choices is not None and made not in action.choices:
         raise Malformed(f"{key}: {value!r} is none of {', '.join(map(str, action.choices))}")
+    return made
+
+
+def _says_the_default(made: Any, action: argparse.Action | None) -> bool:
+    """Whether a number is the default, which argparse knows: 0 and the 0.0 made of a text are not printed alike."""
+    return action is not None and isinstance(made, int | float) and bool(made == action.default)
 
 
 def read_settings(name: str) -> list[Setting]:

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from fastchat_qlora.errors import UserError
@@ -19,6 +19,9 @@ class FlagParser(argparse.ArgumentParser):
 
     own_flags: Sequence[str] = ()
     """Flags that this program declares; they come first when the nearest name is looked for."""
+
+    groups: Mapping[str, Sequence[str]] = {}
+    """What the groups of a run's flags are about -> names of the flags, without dashes."""
 
     def error(self, message: str) -> NoReturn:
         """Raise in place of printing and exiting, as argparse would."""
