@@ -14,7 +14,7 @@ from test_command_lines import folder as folder
 
 from fastchat_qlora import cli, first_look
 from fastchat_qlora.arguments import build_parser, parse_args
-from fastchat_qlora.config_printing import describe, to_yaml
+from fastchat_qlora.config_printing import NOT_OF_THE_RUN, describe, to_yaml
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.first_look import NotInTable, build_table_parser, read_flags
 from fastchat_qlora.training import run
@@ -34,7 +34,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def comparable(values: argparse.Namespace) -> dict[str, str]:
     """Values as text, for nan is not nan; a bare --fsdp is True, and the word says the same."""
-    return {name: str(value).lower() if name == "fsdp" else repr(value) for name, value in vars(values).items()}
+    kept = {name: value for name, value in vars(values).items() if name not in NOT_OF_THE_RUN}
+    return {name: str(value).lower() if name == "fsdp" else repr(value) for name, value in kept.items()}
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
