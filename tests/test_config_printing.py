@@ -33,9 +33,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def comparable(values: argparse.Namespace) -> dict[str, str]:
-    """Values as text, for nan is not nan; a bare --fsdp is True, and the word says the same."""
-    kept = {name: value for name, value in vars(values).items() if name not in NOT_OF_THE_RUN}
-    return {name: str(value).lower() if name == "fsdp" else repr(value) for name, value in kept.items()}
+    """Values as text, for nan is not nan. A bare --fsdp is True, as the word is; 0, 0.0 and -0.0 are one number."""
+    return {name: _comparable(value, name) for name, value in vars(values).items() if name not in NOT_OF_THE_RUN}
+
+
+def _comparable(value: Any, name: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(float(value) + 0.0)
+    return str(value).lower() if name == "fsdp" else repr(value)
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
