@@ -152,7 +152,8 @@ def _describe_set(flag: str, data: LoadedData, args: RunArguments) -> DataSet:
     return DataSet(
         SET_NAMES[flag],
         ", ".join(map(_code, files)),
-        *(_number(data.account[name]) for name in ("read", "rejected")),
+        _number(data.account["read"]),
+        _number(data.account["rejected"]),
         _number(len(data.rows)),
         _number(tokens),
         share,
