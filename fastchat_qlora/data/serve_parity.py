@@ -184,6 +184,4 @@ def _describe(mismatch: Mismatch | TemplateRefusal, number: int, server: Any) ->
         "nothing more" if token is None else f"{server.decode([token])!r} (id {token})"
         for token in (mismatch.served, mismatch.trained)
     )
-    return (
-        f"before its answer {number} the row has {trained} as token {mismatch.position}, where a server writes {served}"
-    )
+    return f"before its answer {number} the row has {trained} as token {mismatch.position}, where a server has {served}"

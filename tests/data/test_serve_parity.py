@@ -65,9 +65,7 @@ def test_rows_begin_as_a_server_asks(
     notices: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(2):  # the second time from the cache
-        load(
-            AutoTokenizer.from_pretrained(tokenizer.name_or_path), data_file, tmp_path, *flags, model_max_length=length
-        )
+        load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
     first, second = said(notices)
     assert first == second
     assert first.startswith("Serve parity: ") and " of " in first and "again" in first
@@ -88,25 +86,17 @@ def test_a_tokenizer_that_is_another_one_once_saved(tmp_path: Path, notices: pyt
     """transformers loses the switch `legacy` of a Llama tokenizer, for which model/loading.py sees to it."""
     load(copy.deepcopy(real_templates.sentencepiece("phi3")), foxes(tmp_path), tmp_path)
     [line] = said(notices)
-    assert line.startswith("Serve parity: 0 of 3 rows") and "as token 1, where a server writes '\\n'" in line
+    assert line.startswith("Serve parity: 0 of 3 rows") and "as token 1, where a server has '\\n'" in line
 
 
 @pytest.mark.parametrize("family", real_templates.FAMILIES)
 @pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "phi3", "glm4moe", "gptoss"])
 def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     """Also templates that rewrite earlier turns: each row is what a server would have shown."""
-    tokenizer = real_templates.FAMILIES[family](name)
-    turns = [
-        ("human", "hello, user!"),
-        ("gpt", "One two"),
-        ("human", "And?"),
-        ("gpt", "The fox"),
-        ("human", "!"),
-        ("gpt", "One"),
-    ]
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps([sharegpt(turns[:length]) for length in (2, 4, 6)]))
-    rows = load(tokenizer, data, tmp_path)
+    tokenizer = copy.deepcopy(real_templates.FAMILIES[family](name))
+    if family == "sentencepiece":
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # as model/loading.py does
+    rows = load(tokenizer, foxes(tmp_path), tmp_path)
     assert said(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
     expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
@@ -139,30 +129,21 @@ def replace(old: str, new: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "count", "problem"),
+    ("old", "new", "problem"),
     [
-        # the prompt goes on after the place where the answer begins
         (
             "assistant\n'",
             "assistant\nX'",
-            0,
-            "before its answer 1 the row has {I} as token {n}, where a server writes {X}",
+            "before its answer 1 the row has {I} as token {n}, where a server has {X}",
         ),
-        # the prompt stops before it, at another token
+        ("'<|im_start|>assistant\n'", "'<|im_end|>'", "the row has {start} as token {h}, where a server has {end}"),
         (
-            "'<|im_start|>assistant\n'",
-            "'<|im_end|>'",
-            0,
-            "the row has {start} as token {h}, where a server writes {end}",
-        ),
-        # it differs from the first token on
-        (
-            "{% for message in messages %}",
-            "<|endoftext|>{% for message in messages %}",
-            0,
-            "the row has {start} as token 0,",
+            "{% for",
+            "<|endoftext|>{% for",
+            "the row has {start} as token 0, where a server has '<|endoftext|>' (id 0)",
         ),
     ],
+    ids=["it goes on after the place of the answer", "another token before it", "from the first token on"],
 )
 def test_the_first_token_that_differs_is_named(
     old: str,
@@ -185,10 +166,8 @@ def test_the_first_token_that_differs_is_named(
     names = {"I": shown(rows[0]["input_ids"][first]), "n": first, "h": first - header}
     names |= {"X": shown(tokenizer("X").input_ids[0]), "start": shown(1), "end": shown(2)}
     [line] = said(notices)
-    assert line.startswith(
-        f"Serve parity: {count} of 12 rows begin as a server would ask for their answers. {data_file}:1: "
-    )
-    assert problem.format(**names) in line
+    assert line.startswith("Serve parity: 0 of 12 rows begin as a server would ask for their answers. ")
+    assert f" {data_file}:1: " in line and problem.format(**names) in line
 
 
 def test_a_later_answer_is_looked_at_too(
@@ -229,9 +208,12 @@ def test_rows_are_spread_over_files_of_every_kind(
     lines.write_text("\n" + "\n\n".join(map(json.dumps, records * 30)) + "\n{}\n")
     seen: list[tuple[str, int]] = []
     real = serve_parity._compare
-    monkeypatch.setattr(
-        serve_parity, "_compare", lambda row, *rest: (seen.append((row["file"], row["line"])), real(row, *rest))[1]
-    )
+
+    def compare(row: dict[str, Any], *rest: Any) -> str:
+        seen.append((row["file"], row["line"]))
+        return real(row, *rest)
+
+    monkeypatch.setattr(serve_parity, "_compare", compare)
     load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
     assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
     assert {file for file, _ in seen} == {str(data_file), str(lines)}
