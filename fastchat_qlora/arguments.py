@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -160,6 +160,15 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything up to the loading of the weights, then stop."}
     )
+    print_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write all settings as a YAML file that stands for this command line, to the terminal or to the "
+            "file named, and stop.",
+            "nargs": "?",
+            "const": "-",
+        },
+    )
 
     def __post_init__(self) -> None:
         """Checkpointing is the same under both of its names, and of the same kind whatever else is set about it."""
@@ -231,15 +240,25 @@ class RunArguments(NamedTuple):
     lora: LoraArguments
 
 
+DESCRIPTION = (
+    "Flags may also stand in a YAML or JSON file that comes first, as in `run.yaml --learning_rate 1e-4`; those behind "
+    "it win."
+)
+
+
 class LiveParser(FlagParser, HfArgumentParser):  # type: ignore[misc]  # transformers is untyped
     """HfArgumentParser with this program's way of telling mistakes."""
 
     def __init__(self, groups: Sequence[type], prog: str) -> None:
-        HfArgumentParser.__init__(self, groups, prog=prog, description=__doc__, allow_abbrev=False)
+        HfArgumentParser.__init__(self, groups, prog=prog, description=DESCRIPTION, allow_abbrev=False)
         replaced = {"dict": json_object, "ParallelismConfig": object_of_a_library}  # neither is made of a text
         for action in self._actions:
             action.type = replaced.get(getattr(action.type, "__name__", ""), action.type)
         self.own_flags = [f"--{name}" for group in groups for name in group.__annotations__]
+        self.groups = {
+            (group.__doc__ or "").partition("\n")[0]: [field.name for field in fields(group) if field.init]
+            for group in RunArguments.__annotations__.values()
+        }
 
 
 def build_parser(prog: str = "train_lora.py", own: type | None = None) -> LiveParser:

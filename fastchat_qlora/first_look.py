@@ -9,15 +9,21 @@ line without mistakes, the live parser reads the command line as if there were n
 import argparse
 import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from fastchat_qlora.argument_checks import find_problems
+from fastchat_qlora.config_file import expand
+from fastchat_qlora.config_printing import SUFFIXES, print_config
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
 from fastchat_qlora.json_settings import json_object
 from fastchat_qlora.old_flags import translate_old_flags
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
 TABLE = PACKAGE / "flags.json"
@@ -61,15 +67,36 @@ class Reading(NamedTuple):
 
 
 def read_flags(argv: Sequence[str], parser: FlagParser) -> Reading:
-    """Read and check a command line.
+    """Read and check a command line, which may begin with a file of settings.
 
     Raises:
-        UserError: a value of the wrong type, a required flag that is missing, an old flag without a counterpart.
-        SystemExit: after printing the help.
+        UserError: a value of the wrong type, a required flag that is missing, an old flag without a counterpart, a file
+            that does not hold flags.
+        SystemExit: after printing the help, or the settings where `--print_config` asks for them.
     """
-    arguments, notices = translate_old_flags(argv)
-    values, unknown = parser.parse_known_args(arguments)
-    return Reading(arguments, notices, values, unknown_flags(unknown, parser) + find_problems(values))
+    arguments, notices = translate_old_flags(expand(argv, parser))
+    values, unknown = _parse(arguments, parser)
+    problems = unknown_flags(unknown, parser) + find_problems(values)
+    if values.print_config is not None and not problems:
+        for notice in notices + print_config(parser, values, arguments):
+            logger.warning(notice)
+        raise SystemExit(0)
+    return Reading(arguments, notices, values, problems)
+
+
+def _parse(arguments: Sequence[str], parser: FlagParser) -> tuple[argparse.Namespace, list[str]]:
+    """What argparse makes of a command line, and what it leaves over.
+
+    Raises:
+        UserError: in argparse's words; where flags are missing since their file does not come first, it says that too.
+    """
+    try:
+        return parser.parse_known_args(arguments)
+    except UserError as error:
+        files = [text for text in arguments if text.lower().endswith(SUFFIXES)]
+        if not files or "are required" not in str(error):
+            raise
+        raise UserError(f"{error}; {files[0]} comes first if it is to stand for them") from error
 
 
 def look_first(command: str, argv: Sequence[str]) -> None:
@@ -117,4 +144,5 @@ def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
             settings["type"] = KINDS[settings["type"]]
         parser.add_argument(name, *settings.pop("also", ()), **settings)
     parser.own_flags = table["own_flags"] + entry["own_flags"]
+    parser.groups = table["groups"]
     return parser

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from fastchat_qlora.errors import UserError
@@ -10,12 +10,18 @@ from fastchat_qlora.errors import UserError
 TRUE = ("yes", "true", "t", "y", "1")
 FALSE = ("no", "false", "f", "n", "0")
 
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+"""How the names of files end that stand in place of flags."""
+
 
 class FlagParser(argparse.ArgumentParser):
     """A parser that reports a mistake as a UserError, not as two hundred lines of usage."""
 
     own_flags: Sequence[str] = ()
     """Flags that this program declares; they come first when the nearest name is looked for."""
+
+    groups: Mapping[str, Sequence[str]] = {}
+    """What the groups of a run's flags are about -> names of the flags, without dashes."""
 
     def error(self, message: str) -> NoReturn:
         """Raise in place of printing and exiting, as argparse would."""
@@ -48,21 +54,26 @@ def object_of_a_library(value: str) -> NoReturn:
 
 def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     """What is wrong with the texts that a parser knows nothing about; an unknown flag comes with its nearest name."""
-    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     problems = []
     for text in unknown:
         name = text.partition("=")[0]
         if not name.startswith("-"):
             continue
-        spelled = name.replace("-", "_").replace("__", "--", 1)
-        nearest = difflib.get_close_matches(spelled, parser.own_flags, n=1, cutoff=0.7) or difflib.get_close_matches(
-            spelled, known, n=1
-        )
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+        nearest = nearest_flag(name.replace("-", "_").replace("__", "--", 1), parser)
+        hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
         problems.append(f"unknown flag {name}: {hint}")
     if unknown and not problems:
-        problems.append(f"unexpected value {unknown[0]!r}: every value follows a flag that takes it")
+        is_file = unknown[0].lower().endswith(CONFIG_SUFFIXES)
+        hint = "one file in place of flags may stand there, in front of all flags" if is_file else ""
+        problems.append(f"unexpected value {unknown[0]!r}: {hint or 'every value follows a flag that takes it'}")
     return problems
+
+
+def nearest_flag(name: str, parser: FlagParser) -> str:
+    """The flag that an unknown one is most like, this program's own first; empty where none is like it."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    own = difflib.get_close_matches(name, parser.own_flags, n=1, cutoff=0.7)
+    return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
 
 
 def raise_all(problems: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def read_json(given: str) -> Any:
         ValueError: it is no JSON, is nested beyond all measure, or names something twice.
     """
     try:
-        settings = json.loads(json_text(given), object_pairs_hook=_without_repetition)
+        settings = json.loads(json_text(given), object_pairs_hook=without_repetition)
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
     level = [settings]
@@ -83,8 +83,12 @@ def json_text(given: str) -> str:
     return given if given.startswith("{") else Path(os.path.expanduser(given)).read_text("utf-8").strip()
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would keep the last of several values."""
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python would keep the last of several values.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
     names = [name for name, _ in pairs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

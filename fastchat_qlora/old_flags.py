@@ -21,10 +21,17 @@ class Translation(NamedTuple):
 
 
 class OldFlag(NamedTuple):
-    """How an old flag is read: a bare one is True only if it is a boolean."""
+    """How an old flag is read.
+
+    Attributes:
+        translate: what it becomes with a value.
+        boolean: whether a bare one is True.
+        new: the flag that says the same today, if one does.
+    """
 
     translate: Callable[[str], Translation]
     boolean: bool = False
+    new: str = ""
 
 
 def _renamed(new: str) -> Callable[[str], Translation]:
@@ -73,16 +80,16 @@ def _save_safetensors(value: str) -> Translation:
 
 
 OLD_FLAGS = {
-    "--evaluation_strategy": OldFlag(_renamed("--eval_strategy")),
-    "--warmup_ratio": OldFlag(_warmup_ratio),
-    "--group_by_length": OldFlag(_group_by_length, boolean=True),
-    "--fsdp_transformer_layer_cls_to_wrap": OldFlag(_fsdp_layer),
+    "--evaluation_strategy": OldFlag(_renamed("--eval_strategy"), new="--eval_strategy"),
+    "--warmup_ratio": OldFlag(_warmup_ratio, new="--warmup_steps"),
+    "--group_by_length": OldFlag(_group_by_length, boolean=True, new="--train_sampling_strategy"),
+    "--fsdp_transformer_layer_cls_to_wrap": OldFlag(_fsdp_layer, new="--fsdp_config"),
     "--save_safetensors": OldFlag(_save_safetensors, boolean=True),
     "--logging_dir": OldFlag(_logging_dir),
     "--overwrite_output_dir": OldFlag(
         _dropped("a run goes on from the last checkpoint in output_dir, or starts anew if there is none"), boolean=True
     ),
-    "--no_cuda": OldFlag(_no_cuda, boolean=True),
+    "--no_cuda": OldFlag(_no_cuda, boolean=True, new="--use_cpu"),
     "--include_tokens_per_second": OldFlag(_dropped("train_results.json always has tokens per second"), boolean=True),
 }
 
@@ -94,6 +101,12 @@ AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
 def spelled(name: str) -> str:
     """A flag's name with underscores; both spellings are accepted."""
     return "--" + name[2:].replace("-", "_")
+
+
+def today(name: str) -> str:
+    """What a flag is called today."""
+    old = OLD_FLAGS.get(name)
+    return (old and old.new) or name
 
 
 def _check_value(name: str, value: str | None, flag: OldFlag) -> str:

@@ -29,6 +29,7 @@ def flags_json() -> str:
         "made_from": made_from(),
         "description": train.description,
         "own_flags": train.own_flags,
+        "groups": train.groups,
         "commands": {
             name: {
                 "prog": parser.prog,

@@ -11,7 +11,7 @@ FLOORS = [
     {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "number_checks", "path_checks"},
     {"deepspeed_checks", "old_flags"},
     {"group_building", "json_settings"},
-    {"argument_checks"},
+    {"argument_checks", "config_file", "config_printing"},
     {"argument_adaptation", "first_look"},
     {"arguments"},
     {"data", "model"},

@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": parse_args,
     "inspect": lambda argv: parse_command(argv, PROG, InspectArguments),
 }
+RECIPE = ROOT / "playground" / "recipes" / "llama-3.2-1b-lora-1gpu.yaml"
 NEEDED = ["--model_name_or_path", "org/model", "--data_path", str(ROOT / "data"), "--output_dir", "out"]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "numpy", "pyarrow"}
 
@@ -78,6 +79,7 @@ MISTAKES = [
     "--attn_implementation fast",
     "--metric_for_best_model bleu",
     "--output_dir setup.py/ --model_name_or_path /no",
+    "--print_config data.json",
 ]
 
 
@@ -226,6 +228,9 @@ def test_a_command_line_without_mistakes_goes_on(
         ["fastchat-qlora", "--version"],
         ["fastchat-qlora", "inspect", "--help"],
         ["fastchat-qlora", "inspect", *NEEDED, "--num_example", "3"],
+        ["train_lora.py", str(RECIPE), "--lora_rank", "8"],
+        ["train_lora.py", "no_such_file.yaml"],
+        ["train_lora.py", *NEEDED, "--print_config"],
     ],
     ids=" ".join,
 )
@@ -238,9 +243,9 @@ def test_no_library_is_imported(words: list[str]) -> None:
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported}
     assert "argparse" in names or "--version" in words
     assert not HEAVY & names
-    asked = "--help" in words or "--version" in words
+    asked = {"--help", "--version", "--print_config"} & {*words}
     assert done.returncode == (0 if asked else 2)
-    assert bool(done.stdout) == asked and last.startswith("import time:" if asked else "error: ")
+    assert bool(done.stdout) == bool(asked) and last.startswith("import time:" if asked else "error: ")
 
 
 def test_argparse_is_asked_for_nothing_new() -> None:

@@ -24,6 +24,7 @@ from fastchat_qlora.data.readers import (
     source_name,
 )
 from fastchat_qlora.data.rows import Tokenised
+from fastchat_qlora.data.serve_parity import report_parity
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,14 @@ class LoadedData(NamedTuple):
         account: what became of its records, see building.build_rows.
         rejected: a file that lists the rejected ones line by line.
         contents: hashes of its files, in their order; where they lie and what they are called is not in it.
+        template: what its conversations are written with, in words.
     """
 
     rows: Dataset
     account: dict[str, Any]
     rejected: Path
     contents: list[str]
+    template: str
 
 
 def build_dataset(
@@ -128,6 +131,8 @@ def load_data(
     # Last, since the process that renders takes half a second to start, and nobody may have waited for it yet.
     if is_main and preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
         logger.warning(notice)
+    if is_main and len(loaded["--data_path"].rows):
+        report_parity(loaded["--data_path"].rows, preprocessor, sources["--data_path"].records_at)
     return loaded
 
 
@@ -202,6 +207,17 @@ class DataSource:
                 else:
                     yield from read_hub_dataset(name, hub, bar.update)
 
+    def records_at(self, places: set[tuple[str, int]]) -> Iterator[RawRecord]:
+        """The records at some lines of some files, named as their sources are; each file is read up to the last one."""
+        for name, hub in self.parts:
+            left = {line for file, line in places if file == source_name(name)}
+            records = read_file(Path(name), self.flag) if hub is None else read_hub_dataset(name, hub)
+            while left:
+                record = next(records)
+                if record.source.line in left:
+                    left.remove(record.source.line)
+                    yield record
+
 
 def _load(
     source: DataSource, preprocessor: Preprocessor, workers: int, rejected_to: Path | None, cache_dir: str | None
@@ -225,7 +241,7 @@ def _load(
     logger.info(_summary(rows, account, source.flag))
     if preprocessor.lazy:
         rows = rows.with_transform(Tokenised(preprocessor.encoder, preprocessor.max_length))
-    return LoadedData(rows, account, entry / REJECTED, [content for _, content in contents])
+    return LoadedData(rows, account, entry / REJECTED, [content for _, content in contents], preprocessor.name)
 
 
 def _check_rejections(

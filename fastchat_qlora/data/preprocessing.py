@@ -168,7 +168,7 @@ class Preprocessor:
     def render(self, conversations: Sequence[Conversation]) -> list[list[list[Segment]] | RejectedRecord]:
         """Write each conversation as one or several texts with what is to be learnt marked, or say why it cannot be."""
         results: list[list[list[Segment]] | RejectedRecord] = []
-        chosen = [(conversation, self._choose(conversation)) for conversation in conversations]
+        chosen = [(conversation, self.choose(conversation)) for conversation in conversations]
         useful = [(conversation, learnt) for conversation, learnt in chosen if learnt]
         rendered = iter(self.chat_template.render_batch(useful) if self.chat_template else map(self._by_name, useful))
         for _, learnt in chosen:
@@ -179,7 +179,7 @@ class Preprocessor:
             results.append(texts)
         return results
 
-    def _choose(self, conversation: Conversation) -> list[int]:
+    def choose(self, conversation: Conversation) -> list[int]:
         """Indices of the messages to learn; with `train_on all` also of those set aside, so that all is rendered."""
         answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
         answers = answers[-1:] if self.train_on == "last" else answers
@@ -230,12 +230,12 @@ class Preprocessor:
         """The rows of the parts of a conversation that is too long; none if it cannot be split."""
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
-        learnt = self._choose(conversation)
+        learnt = self.choose(conversation)
         messages = _withhold_others(conversation.messages, learnt)
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
-        kept = [part for part in parts if self._choose(part)]
+        kept = [part for part in parts if self.choose(part)]
         said = _count_characters(parts)
         share = (said - _count_characters(kept)) / said
         lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))

@@ -13,8 +13,9 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 
 from fastchat_qlora.arguments import RunArguments
 from fastchat_qlora.data import rendering
-from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
 from fastchat_qlora.data.packing import PackedRows, PackingSampler, column
+from fastchat_qlora.data.turn_ends import describe_turn_ends, find_turn_ends
 from fastchat_qlora.distributed import Topology, require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter import (
@@ -76,6 +77,8 @@ class Prepared(NamedTuple):
         eval_rows: what is evaluated on, if anything.
         run: what the run is, for its checkpoints; see fingerprint.py.
         profile: what the model will need of memory, if that decides about activation checkpointing.
+        turn_ends: ids of the tokens that learnt answers end with.
+        data: what became of the data of each flag.
     """
 
     checkpoint: Checkpoint | None
@@ -86,6 +89,8 @@ class Prepared(NamedTuple):
     eval_rows: Dataset | None
     run: dict[str, str]
     profile: Model | str | None
+    turn_ends: list[int]
+    data: dict[str, LoadedData]
 
 
 def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepared:
@@ -115,6 +120,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         cache_dir=cache_dir,
         is_main=topology.is_main,
     )
+    turn_ends = find_turn_ends(loaded["--data_path"].rows, tokenizer)
+    if notice := describe_turn_ends(turn_ends, tokenizer):
+        logger.warning(notice)
     dataset = arrange(loaded, data_args.eval_split, training_args.seed)
     base_files = describe_files(model_args.model_name_or_path, base.config)
     identities = describe_data(tokenizer, loaded["--data_path"].contents, base_files)
@@ -135,7 +143,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.config, dataset["train"])
     run = settings | identities
-    return Prepared(checkpoint, lora_config, base, tokenizer, rows, dataset.get("eval"), run, profile)
+    eval_rows = dataset.get("eval")
+    return Prepared(checkpoint, lora_config, base, tokenizer, rows, eval_rows, run, profile, turn_ends, loaded)
 
 
 def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype) -> BaseModel:

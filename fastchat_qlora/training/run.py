@@ -18,8 +18,9 @@ from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing
 from fastchat_qlora.training.checkpoint import RESULTS, ClearTheWay, saving
 from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard, host_group
+from fastchat_qlora.training.model_card import write_model_card
 from fastchat_qlora.training.output_lock import hold
-from fastchat_qlora.training.preparation import prepare
+from fastchat_qlora.training.preparation import Prepared, prepare
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.step_watch import StepWatch
@@ -72,6 +73,7 @@ def train(args: RunArguments) -> Path:
             callbacks=[GradientGuard(), LossGuard(), LastStepLog(), clock],
             run=prepared.run,
             shapes=base.shapes,
+            turn_ends=prepared.turn_ends,
         )
         run_self_test(trainer)
         effective = EffectiveSettings(trainer, topology)
@@ -85,13 +87,15 @@ def train(args: RunArguments) -> Path:
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
             watch.raise_if_stopped()
             trainer.save_model()  # before anything else can go wrong
-        _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
+        _write_results(trainer, args, prepared, result.metrics | clock.metrics, effective.settings)
+        if training_args.push_to_hub:
+            trainer.push_to_hub(commit_message="Adapter")
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
 
 
 def _write_results(
-    trainer: LoraTrainer, args: RunArguments, metrics: dict[str, Any], effective: dict[str, str]
+    trainer: LoraTrainer, args: RunArguments, prepared: Prepared, metrics: dict[str, Any], effective: dict[str, str]
 ) -> None:
     """Evaluate once more if there is something to evaluate on, and write the account of the run."""
     if trainer.eval_dataset is not None:
@@ -120,5 +124,6 @@ def _write_results(
     with saving("the results", output_dir):
         trainer.save_state()
         trainer.save_metrics("train", metrics, combined=False)
+        write_model_card(output_dir, args, prepared, trainer.last_figures() | metrics, effective)
         unfinished.write_text(json.dumps(without_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
         unfinished.replace(path)  # last, and at once: a run without it has not finished

@@ -13,6 +13,8 @@ from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import ADAPTER_FILE, trainable_parameters
 from fastchat_qlora.training.manifest import sync
 
+CARD = "README.md"
+
 SAVED_DTYPE = torch.float32
 """Of every tensor in an adapter's file, whatever the strategy."""
 

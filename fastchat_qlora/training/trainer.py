@@ -5,7 +5,7 @@ import logging
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, to
 from fastchat_qlora.training.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
 from fastchat_qlora.training.guards import FrozenBase
 from fastchat_qlora.training.pickles import find_unsafe
-from fastchat_qlora.training.saved_adapter import certify, gather_adapter, put_in_place, save_adapter
+from fastchat_qlora.training.saved_adapter import CARD, certify, gather_adapter, put_in_place, save_adapter
 from fastchat_qlora.training.step_watch import Step
+from fastchat_qlora.training.stopping import build_generation_config, write_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,19 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     Args:
         run: what the run is, which its checkpoints say; see fingerprint.py.
         shapes: of the adapter's tensors in its file, where they are known.
+        turn_ends: ids of the tokens that end a turn, for the generation configuration beside the adapter.
         kwargs: as for Trainer; batches come from a data.collation.Collator.
     """
 
     def __init__(
-        self, *, run: Mapping[str, str] | None = None, shapes: Mapping[str, torch.Size] | None = None, **kwargs: Any
+        self,
+        *,
+        run: Mapping[str, str] | None = None,
+        shapes: Mapping[str, torch.Size] | None = None,
+        turn_ends: Sequence[int] = (),
+        **kwargs: Any,
     ) -> None:
-        self._run, self._shapes = dict(run or {}), shapes
+        self._run, self._shapes, self._turn_ends = dict(run or {}), shapes, turn_ends
         self.last_checkpoint: str | None = None
         self.frozen_base: FrozenBase | None = None
         self.step = Step([], 0)
@@ -210,7 +217,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return dict(super().evaluate(*args, **kwargs))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter and the tokenizer; called on every process, written by the one that should save.
+        """Save the adapter, the tokenizer and where answers end; every process must call this, one writes.
 
         In the run's own folder they take the place of earlier ones once they are whole and checked.
         """
@@ -223,13 +230,17 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             with saving(f"the adapter in {output_dir or final}", final):
                 save_adapter(self.adapter, tensors, str(folder))
                 self.processing_class.save_pretrained(str(folder))
+                base = self.adapter.get_base_model()
+                write_generation_config(folder, build_generation_config(base, self.processing_class, self._turn_ends))
             certify(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
             if not output_dir:
+                (folder / CARD).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
                 with saving(f"the adapter in {final}", final):
                     put_in_place(folder, final)
                 shutil.rmtree(folder.parent, ignore_errors=True)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Adapter")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the card beside the adapter as it is; Trainer would write one of its own before a push."""
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes checkpoints, and looks for old ones to remove: beside the place where they appear."""
@@ -303,6 +314,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """The most tokens that a micro-batch of this run can have, padding included."""
         batch_size = self._train_batch_size  # --auto_find_batch_size changes it
         return largest_possible_batch(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
+
+    def last_figures(self) -> dict[str, Any]:
+        """Steps done, and the loss that was logged last."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return {"steps": self.state.global_step} | ({"loss": losses[-1]} if losses else {})
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""

@@ -25,6 +25,7 @@ EXPECTED_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "train_results.json",
