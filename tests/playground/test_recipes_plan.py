@@ -1,0 +1,44 @@
+"""Every recipe fits the GPUs that it names, by `plan`, with nothing of its model but the shapes."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastchat_qlora import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "playground" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_fits(
+    recipe: Path,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = recipe.read_text(encoding="utf-8")
+    name = yaml.safe_load(text)["model_name_or_path"].rpartition("/")[2]
+    model = tmp_path / name
+    shutil.copytree(tokenizer_folder, model)
+    shutil.copy(ROOT / "tests" / "recipes_models" / name / "config.json", model)
+    found = re.search(r"^# plan: (.*)$", text, re.MULTILINE)
+    assert found, "the recipe says which GPUs it is for"
+    output = tmp_path / "plan.json"
+    flags = f"--model_name_or_path {model} --output_dir {tmp_path / 'out'} --output {output} {found[1]}"
+    assert cli.main(["plan", str(recipe), *shlex.split(flags)]) == 0, capsys.readouterr().err
+    planned = json.loads(output.read_text())
+    assert planned["fits"] is True, capsys.readouterr().out
+    asked = planned["given"]["strategy"], planned["given"]["devices"]
+    named = {"fsdp": "FSDP2", "zero3": "ZeRO-3", "ddp": "DDP", "1gpu": "one process"}
+    assert asked[0] == named[recipe.stem.rpartition("-")[2]]
+    assert f"nproc_per_node {asked[1]} " in text or asked[1] == 1 or "machines" in recipe.stem or "deepspeed" in text
+    billions = float(re.search(r"([\d.]+)B", name, re.IGNORECASE)[1])  # type: ignore[index]
+    assert planned["base"] == pytest.approx(billions * 1e9, rel=0.25), "the shapes are those of the model"
