@@ -77,7 +77,7 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
     fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), settings_of(values.fsdp_config)
     if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
-    if values.deepspeed and not is_launched(values):
+    if values.deepspeed and not is_launched(values) and values.print_config is None:
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
     if values.fsdp_config and not fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")

@@ -8,8 +8,8 @@ import pytest
 
 from fastchat_qlora import cli
 from fastchat_qlora.arguments import parse_args
-from fastchat_qlora.config_file import MOST_VALUES
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.settings_file import MOST_VALUES
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = "model_name_or_path: org/model\ndata_path: conversations.json\noutput_dir: out\n"

@@ -212,8 +212,7 @@ class DataSource:
         for name, hub in self.parts:
             left = {line for file, line in places if file == source_name(name)}
             records = read_file(Path(name), self.flag) if hub is None else read_hub_dataset(name, hub)
-            while left:
-                record = next(records)
+            while left and (record := next(records, None)):
                 if record.source.line in left:
                     left.remove(record.source.line)
                     yield record

@@ -72,6 +72,7 @@ def report_parity(rows: Dataset, preprocessor: Preprocessor, read: Callable[[set
         return
     records = {(record.source.file, record.source.line): record for record in read({_place(row) for row in chosen})}
     conversations = {place: to_conversation(parse_record(record.value)) for place, record in records.items()}
+    chosen = [row for row in chosen if _place(row) in conversations]  # a file may have changed since
     prompts = dict(zip(conversations, _ask(server, preprocessor, list(conversations.values())), strict=True))
     problems = [_compare(row, conversations[_place(row)], prompts[_place(row)], preprocessor, server) for row in chosen]
     found = [

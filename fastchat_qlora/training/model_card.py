@@ -192,7 +192,7 @@ def _number(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """A name without what would end the Markdown around it."""
-    return re.sub(r"[`|]", "_", one_line(text))
+    return re.sub(r"[`|<>]", "_", one_line(text))
 
 
 def _code(text: str) -> str:

@@ -287,7 +287,7 @@ def complaint(outcome: Outcome, drawn: list[str]) -> str:
     if "Traceback" in outcome.err + outcome.out:
         return "a traceback"
     if outcome.code == 0:
-        asked = outcome.out and {"-h", "--help"} & {*drawn}
+        asked = outcome.out and {"-h", "--help", "--print_config", "--print-config"} & {*drawn}
         done = lines and lines[-1].startswith("Dry run: ")
         return "" if not errors and (asked or done) else "code 0 without the work done"
     if outcome.code != 2:
