@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, TrainerCallback, TrainerControl, Trai
 from fastchat_qlora.arguments import TrainingArguments
 from fastchat_qlora.model import memory
 from fastchat_qlora.model.adapter import attach_adapter
+from fastchat_qlora.model.depth import deepen, shallow_configs
 from fastchat_qlora.model.loading import build_skeleton, repeated_layers
 from fastchat_qlora.text import one_line
 from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
@@ -40,10 +41,18 @@ def profile_model(
     skeleton = build_skeleton(copy.deepcopy(config))
     if skeleton is None:
         return "the model's code lies outside transformers"
+    shallow = shallow_configs(config, skeleton, lora_config)
     try:
-        return memory.profile(attach_adapter(skeleton.to(dtype), copy.deepcopy(lora_config)), **how)
+        if shallow is None:
+            return _profile(skeleton, lora_config, dtype, **how)
+        few, more = (_profile(build_skeleton(of), lora_config, dtype, **how) for of in shallow)
+        return deepen(few, more, len(repeated_layers(skeleton)))
     except Exception as error:  # models fail in as many ways as there are authors
         return f"the model cannot be run without weights: {one_line(error, 200)}"
+
+
+def _profile(skeleton: Any, lora_config: LoraConfig, dtype: torch.dtype, **how: Any) -> memory.Model:
+    return memory.profile(attach_adapter(skeleton.to(dtype), copy.deepcopy(lora_config)), **how)
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
