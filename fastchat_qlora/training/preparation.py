@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 from fastchat_qlora.arguments import RunArguments
 from fastchat_qlora.data import rendering
 from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.data.inspection import Account, get_account
 from fastchat_qlora.data.packing import PackedRows, PackingSampler, column
 from fastchat_qlora.distributed import Topology, require_agreement
 from fastchat_qlora.errors import UserError
@@ -74,6 +75,7 @@ class Prepared(NamedTuple):
         tokenizer: with the chat template that was used.
         rows: what batches are made of.
         eval_rows: what is evaluated on, if anything.
+        accounts: flag -> what became of its records.
         run: what the run is, for its checkpoints; see fingerprint.py.
         profile: what the model will need of memory, if that decides about activation checkpointing.
     """
@@ -84,6 +86,7 @@ class Prepared(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     rows: Dataset | PackedRows
     eval_rows: Dataset | None
+    accounts: dict[str, Account]
     run: dict[str, str]
     profile: Model | str | None
 
@@ -134,7 +137,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.config, dataset["train"])
     run = settings | identities
-    return Prepared(checkpoint, lora_config, base, tokenizer, rows, dataset.get("eval"), run, profile)
+    accounts = {flag: get_account(data) for flag, data in loaded.items()}
+    return Prepared(checkpoint, lora_config, base, tokenizer, rows, dataset.get("eval"), accounts, run, profile)
 
 
 def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype) -> BaseModel:

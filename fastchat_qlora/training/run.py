@@ -20,10 +20,14 @@ from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard, host_group
 from fastchat_qlora.training.output_lock import hold
 from fastchat_qlora.training.preparation import prepare
+from fastchat_qlora.training.progress import show_progress
+from fastchat_qlora.training.report import RunReport
+from fastchat_qlora.training.sample_answers import SampleAnswers, encode_prompts
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.step_watch import StepWatch
-from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
+from fastchat_qlora.training.throughput import peak_memory_mib
+from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ def train(args: RunArguments) -> Path:
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
+        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer)
         watch = StepWatch(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
         base, checkpoint = prepared.base, prepared.checkpoint
@@ -79,13 +84,17 @@ def train(args: RunArguments) -> Path:
         trainer.add_callback(SelfTest(trainer))
         if prepared.profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
-        for callback in (effective, watch, ClearTheWay(trainer, checkpoint)):
+        answers = SampleAnswers(trainer, prompts, watch)
+        report = RunReport(trainer, args, prepared, effective, answers)
+        for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
-        with signals.deferred():
-            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
-            watch.raise_if_stopped()
-            trainer.save_model()  # before anything else can go wrong
-        _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
+        show_progress(trainer)
+        with report:
+            with signals.deferred():
+                result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
+                watch.raise_if_stopped()
+                trainer.save_model()  # before anything else can go wrong
+            _write_results(trainer, args, result.metrics | clock.metrics, effective.settings)
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
 
