@@ -1,7 +1,7 @@
 """The course of a run as charts: plain SVG whose colours and letters the page around it decides about.
 
-matplotlib lays them out. What it wrote is then taken down to shapes and texts with class names, so that one and the same
-picture is right on light and dark pages, and to points that say what they are when a pointer comes near.
+matplotlib lays them out. What it wrote is then taken down to shapes and texts with class names, so that one and the
+same picture is right on light and dark pages, and to points that say what they are when a pointer comes near.
 """
 
 import io

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import transformers
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -69,9 +70,14 @@ class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyp
 
     def _seconds_left(self, state: TrainerState) -> float:
         """What the steps to come will take, if they are like those that this process has done."""
-        done = state.global_step - self._first_step
-        seconds_a_step = (time.monotonic() - self._began) / max(done, 1)
-        return seconds_a_step * float(state.max_steps - state.global_step)
+        done, to_come = int(state.global_step - self._first_step), int(state.max_steps - state.global_step)
+        return (time.monotonic() - self._began) / max(done, 1) * to_come
+
+
+def hide_bars_from_files() -> None:
+    """Have transformers and the hub draw no bars where the standard error is no terminal: a file keeps every state."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def show_progress(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from datetime import timedelta
@@ -13,11 +14,9 @@ import psutil
 import torch
 
 from fastchat_qlora.data.inspection import Measures
+from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.text import without_secrets
 from fastchat_qlora.training.charts import Chart, Curve, get_curve, short, whole
-
-MASKED_BY_NAME = ("deepspeed_plugin", "distributed_state")
-"""Attributes of transformers' arguments that are no flags."""
 
 
 class Tile(NamedTuple):
@@ -112,21 +111,26 @@ def get_flags(groups: Iterable[Any]) -> dict[str, str]:
         for field in fields(group):
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             value, default = _plain(getattr(group, field.name)), _plain(default)
-            if field.init and value != default and (value or default):
-                shown = without_secrets(value, field.name)
-                found[f"--{field.name}"] = " ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
+            if value is not None and value != default and (value or default):
+                found[f"--{field.name}"] = _shown(without_secrets(value, field.name))
     return found
 
 
 def _plain(value: Any) -> Any:
-    """A flag's value as a command line has it."""
+    """A flag's value as a command line has it; None where nothing was given."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return None  # settings that transformers makes of JSON, also where none was given
+        return [_plain(item) for item in value] or None
+    if hasattr(value, "to_dict") or value == {"use_reentrant": USE_REENTRANT}:
+        return None  # made by transformers and by TrainingArguments, also where nothing was given
     return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(shlex.quote(_shown(item)) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def get_hardware(device: torch.device) -> dict[str, str]:

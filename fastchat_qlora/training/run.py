@@ -20,7 +20,7 @@ from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard, host_group
 from fastchat_qlora.training.output_lock import hold
 from fastchat_qlora.training.preparation import prepare
-from fastchat_qlora.training.progress import show_progress
+from fastchat_qlora.training.progress import hide_bars_from_files, show_progress
 from fastchat_qlora.training.report import RunReport
 from fastchat_qlora.training.sample_answers import SampleAnswers, encode_prompts
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
@@ -48,16 +48,18 @@ def train(args: RunArguments) -> Path:
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
     writes = topology.is_main and not training_args.dry_run
+    hide_bars_from_files()
     with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
+        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer)
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
-        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer)
         watch = StepWatch(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
         base, checkpoint = prepared.base, prepared.checkpoint
         quantised = base.quantization_config is not None
+        logger.info(f"Loading the weights of {model_args.model_name_or_path}.")
         model = load_model(
             model_args,
             dtype=dtype,

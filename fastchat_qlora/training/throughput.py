@@ -48,9 +48,9 @@ class Throughput:
                 self._paused += time.perf_counter() - began
 
     def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:
-        """The rates since the last reading, over all processes, and the memory of the one that holds most; a collective.
+        """The rates since the last reading, over all processes, and the memory of the one that holds most.
 
-        To be called where the device has just been waited for, as it is for the loss of a log entry.
+        A collective, to be called where the device has just been waited for, as it is for a loss that is logged.
 
         Returns:
             Real and supervised tokens per second, and GiB.
