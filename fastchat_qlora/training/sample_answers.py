@@ -19,8 +19,8 @@ from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = 64
-"""Of an answer."""
+MOST_TOKENS = 48
+"""Of an answer: one that says who somebody is, and a list's beginning. Each is a pass over the whole base."""
 
 KEPT_AS = "sample_answers"
 """In the trainer's state, so that a run that goes on from a checkpoint knows the answers of before."""
@@ -68,6 +68,7 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def _answer(self) -> dict[str, str]:
         trainer = self._trainer
+        logger.info(f"The model is asked {len(self._prompts)} --sample_prompts.")
         with trainer.aside():
             answers = continue_greedily(trainer, list(self._prompts.values()), find_ends(trainer))
         decode = trainer.processing_class.decode
