@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import command
+from forked import command
 
 from fastchat_qlora.cli import main
 
@@ -75,14 +75,9 @@ def run(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     records[0]["conversations"][1]["value"] = NASTY
     path = folder / "<b>data.json"
     path.write_text(json.dumps(records), encoding="utf-8")
-    flags = {
-        "max_steps": 40,
-        "eval_split": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 10,
-        "cache_dir": folder / "cache",
-    }
-    arguments = command(model_folder, path, folder / "out", **flags)
+    steps = "--max_steps 40 --logging_steps 1 --learning_rate 1e-2 --save_strategy no --per_device_train_batch_size 2"
+    evaluations = f"--eval_split 4 --eval_strategy steps --eval_steps 10 --cache_dir {folder / 'cache'}"
+    arguments = command(model_folder, path, folder / "out", steps, evaluations)
     assert main(["train", *arguments, "--sample_prompts", "Who are you?", NASTY]) == 0
     return folder / "out"
 

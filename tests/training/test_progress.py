@@ -5,11 +5,9 @@ import os
 import pty
 import re
 import struct
-import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import pytest
@@ -67,9 +65,8 @@ def test_a_file_gets_one_line_for_each_log_entry(
     assert re.search(r"^4 steps; \d:\d\d:\d\d of this process, mean loss ", captured.err, re.MULTILINE)
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """The standard error is a terminal of 200 columns; what has been written to it."""
+def in_a_terminal(arguments: list[str]) -> str:
+    """Run the command with a terminal of 200 columns as standard error; what has been written to it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     written: list[bytes] = []
@@ -81,36 +78,23 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
     reader = threading.Thread(target=read)
     reader.start()
-    screen = os.fdopen(theirs, "w", buffering=1)
-    monkeypatch.setattr(sys, "stderr", screen)
-
-    def leave() -> str:
-        screen.close()
-        reader.join()
-        return b"".join(written).decode()
-
-    yield leave
-    leave()
+    with os.fdopen(theirs, "w", buffering=1) as screen, redirect_stderr(screen):
+        assert main(["train", *arguments]) == 0
+    reader.join()
     os.close(ours)
+    return b"".join(written).decode()
 
 
-def test_a_terminal_gets_a_bar(
-    terminal: Callable[[], str], model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_a_terminal_gets_a_bar(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """With the loss, the rate and the time left; lines stand above it, whole."""
     flags = {"max_steps": 3, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3, "disable_tqdm": False}
-    assert main(["train", *command(model_folder, data_file, tmp_path / "out", **flags)]) == 0
-    shown = terminal()
+    shown = in_a_terminal(command(model_folder, data_file, tmp_path / "out", **flags))
     bar = r"\rTraining: +\d+%\|[^\r]*\| (\d)/3 \[[\d:]+<([\d:?]+), [^\r]*, loss [\d.]+, [\d,]+ tokens/s\]"
     assert [step for step, _ in re.findall(bar, shown)][-1] == "3"
     lines = re.findall(r"[\r\n](step (\d) of 3 \(\d+%\): loss [\d.]+, [^\r\n]* learnt[^\r\n]*)\r\n", shown)
     assert [step for _, step in lines] == ["1", "2", "3"]
 
 
-def test_no_bar_where_none_is_wanted(
-    terminal: Callable[[], str], model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
-    arguments = command(model_folder, data_file, tmp_path / "out", max_steps=2, disable_tqdm=True)
-    assert main(["train", *arguments]) == 0
-    shown = terminal()
+def test_no_bar_where_none_is_wanted(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    shown = in_a_terminal(command(model_folder, data_file, tmp_path / "out", max_steps=2, disable_tqdm=True))
     assert "step 2 of 2 (100%): loss" in shown and "Training:" not in shown
