@@ -98,8 +98,8 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self._due = time.monotonic() + SECONDS_BETWEEN
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the page if it is due."""
-        if time.monotonic() >= self._due:
+        """Write the page if it is due; not for the last entry, which the end follows."""
+        if time.monotonic() >= self._due and "train_runtime" not in (kwargs.get("logs") or {}):
             self._write_meanwhile()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -25,6 +25,7 @@ EXPECTED_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "report.html",
     "tokenizer.json",
     "tokenizer_config.json",
     "train_results.json",
