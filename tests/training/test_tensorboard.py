@@ -12,14 +12,14 @@ TAGS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_t
 
 
 def test_the_event_file_has_the_log(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """Every entry, at its step and with its value."""
+    """Every entry, at its step and with its value; the evaluation of the end is in a second file beside the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = {"max_steps": 6, "logging_steps": 2, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3}
     output = train(command(model_folder, data_file, tmp_path / "out", report_to="tensorboard", **flags))
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    (event_file,) = (output / "runs").glob("*/events.*")
-    events = EventAccumulator(str(event_file))
+    (folder,) = (output / "runs").iterdir()
+    events = EventAccumulator(str(folder))
     events.Reload()
     wanted = {f"train/{name}": name for name in TAGS} | {"eval/loss": "eval_loss"}
     for tag, name in wanted.items():
