@@ -177,7 +177,7 @@ def _set_up_axes(axes: Any, chart: Chart, width: int) -> None:
 
 def _tick(value: float) -> str:
     """Short enough for the margin."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+    if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
         mantissa, _, exponent = f"{value:.3g}".partition("e")
         if exponent:
             return f"{mantissa}e{int(exponent)}"
@@ -191,11 +191,14 @@ def _taken_down(written: bytes, chart: Chart) -> str:
     root = ElementTree.fromstring(written)
     svg = ElementTree.Element("svg", viewBox=root.attrib["viewBox"], role="img")
     svg.set("aria-label", chart.title)
+    behind = ElementTree.SubElement(svg, "g")
     curves = {curve.colour: curve for curve in chart.curves}
     for element in root.iter(f"{SVG}g"):
         kind, *classes = element.get("id", "").split()[:3] or [""]
-        if kind in ("grid", "axis", "line"):
+        if kind in ("axis", "line"):
             _add_path(svg, element, " ".join([kind, *classes]))
+        elif kind == "grid":
+            _add_path(behind, element, kind)
         elif kind == "points":
             _add_points(svg, element, curves[classes[0]], chart)
         elif kind == "bar":

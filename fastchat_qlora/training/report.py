@@ -41,7 +41,7 @@ SECONDS_BETWEEN = 30.0
 MOST_OF_THE_TIME = 0.02
 """The share of a run that its pages may take, again but for checkpoints."""
 
-WIDE, NARROW = (770, 500), (370, 238)
+WIDE, NARROW = (770, 536), (370, 238)
 """Pixels of a chart: the first one on a large screen, and all others."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
 import psutil
@@ -90,11 +91,13 @@ def get_tiles(
             began = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
             tiles.append(Tile(name, f"{values[-1]:.3g}", began + best))
-    rates = get_curve(history, "tokens_per_second", "", "").values
-    learnt = get_curve(history, "supervised_tokens_per_second", "", "").values
-    if rates and learnt:
-        note = f"{sum(learnt) / len(learnt):,.0f} of them learnt"
-        tiles.append(Tile("tokens per second", f"{sum(rates) / len(rates):,.0f}", note))
+    rates, learnt = (
+        [rate for rate in get_curve(history, key, "", "").values if rate > 0]
+        for key in ("tokens_per_second", "supervised_tokens_per_second")
+    )
+    if rates and learnt:  # the harmonic mean: about as many tokens lie between two entries as between any others
+        note = f"{harmonic_mean(learnt):,.0f} of them learnt"
+        tiles.append(Tile("tokens per second", f"{harmonic_mean(rates):,.0f}", note))
     if memory := get_curve(history, "memory_gib", "", "").values:
         tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "of a process, when it was logged"))
     return [*tiles, Tile("time", str(timedelta(seconds=round(seconds))), "since the process began")]

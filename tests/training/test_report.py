@@ -219,7 +219,7 @@ def test_tiles() -> None:
         ("steps", "3 of 4", "0.75 times through the data"),
         ("loss", "2", "4 at first"),
         ("evaluation loss", "3.25", "3.5 at first, 3 at best"),
-        ("tokens per second", "200", "50 of them learnt"),
+        ("tokens per second", "150", "48 of them learnt"),
         ("memory", "1.50 GiB", "of a process, when it was logged"),
         ("time", "1:01:01", "since the process began"),
     ]
@@ -247,7 +247,7 @@ def test_smoothing_stays_within_the_values(values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "0.004"), (0.5, "0.5"), (1500.0, "1500")],
+        *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "4e-3"), (0.5, "0.5"), (1500.0, "1500")],
         *[(20000.0, "20k"), (12500.0, "12.5k"), (3e6, "3e6"), (-2e-4, "-2e-4")],
     ],
 )
