@@ -206,6 +206,8 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
         )
     if "tpu_metrics_debug" in (values.debug or ()) and importlib.util.find_spec("torch_xla") is None:
         problems.append("--debug tpu_metrics_debug: the package torch_xla is not installed; choose underflow_overflow")
+    if any(not prompt.strip() for prompt in values.sample_prompts or ()):
+        problems.append("--sample_prompts '': an empty question has no answer; give words, or drop the flag")
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
     return problems
@@ -216,12 +218,16 @@ def _check_reporters(values: argparse.Namespace) -> list[str]:
     if not wanted:
         return []
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     reporters = get_available_reporting_integrations()
     there = ", ".join(["none", "all", *sorted(reporters)])
+    known = INTEGRATION_TO_CALLBACK
     return [
-        f"--report_to {unknown}: not installed or unknown; choose from {there}"
-        for unknown in sorted(wanted - {*reporters})
+        f"--report_to {name}: the package {name} is not installed; install it, or choose from {there}"
+        if name in known
+        else f"--report_to {name}: unknown; choose from {there}"
+        for name in sorted(wanted - {*reporters})
     ]
 
 

@@ -157,6 +157,12 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     flash_attn: bool = field(
         default=False, metadata={"help": "Use FlashAttention 2; the same as --attn_implementation flash_attention_2."}
     )
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Questions that the model answers before and after training, for report.html; one or several."
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything up to the loading of the weights, then stop."}
     )

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
 from fastchat_qlora import __version__
@@ -143,10 +144,20 @@ class _Formatter(logging.Formatter):
         return visible(without_secrets(super().format(record)))
 
 
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class when it runs
+    """Writes above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have the bars, if there are any, step aside meanwhile."""
+        tqdm = sys.modules.get("tqdm")
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
+            super().emit(record)
+
+
 def _set_up_logging() -> None:
     """Notices are said once: by the first process of the run."""
     is_main = os.environ.get("RANK", "0") == "0"
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_Formatter("%(message)s"))
     package = logging.getLogger("fastchat_qlora")
     package.handlers = [handler]

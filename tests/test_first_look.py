@@ -107,7 +107,10 @@ def test_the_table_is_that_of_the_live_parser() -> None:
 
 def test_the_table_is_part_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'fastchat_qlora = ["flags.json"]' in text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
+    assert (
+        'fastchat_qlora = ["flags.json", "templates/*.jinja"]'
+        in text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
+    )
 
 
 @believed

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -14,19 +14,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.arguments import RunArguments, parse_command
-from fastchat_qlora.commands.inspect_views import print_report, write_page
-from fastchat_qlora.commands.inspection import Account, Example, Report, get_rows, measure
+from fastchat_qlora.commands.inspect_views import Report, print_report, write_page
 from fastchat_qlora.commands.written_whole import written_whole
-from fastchat_qlora.data.building import describe
-from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
-from fastchat_qlora.data.readers import Rejection, Source, find_files
+from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.data.inspection import Example, get_account, get_examples, measure
+from fastchat_qlora.data.readers import find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import load_tokenizer
 
 PROG = "fastchat-qlora inspect"
-
-LISTED = 20
-"""Rejected records that are listed one by one."""
 
 
 @dataclass
@@ -122,7 +118,7 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
     report = Report(
         model=model_args.model_name_or_path,
         max_length=training_args.model_max_length,
-        accounts={f"{flag} {' '.join(_paths(flag, args))}": _account(data) for flag, data in loaded.items()},
+        accounts={f"{flag} {' '.join(_paths(flag, args))}": get_account(data) for flag, data in loaded.items()},
         sets=sets,
         measures={name: measure(rows) for name, rows in sets.items()},
     )
@@ -137,28 +133,9 @@ def _paths(flag: str, args: RunArguments) -> list[str]:
     return getattr(args.data, flag.lstrip("-"))  # type: ignore[no-any-return]
 
 
-def _account(data: LoadedData) -> Account:
-    with data.rejected.open(encoding="utf-8") as lines:
-        first = [json.loads(line) for line in islice(lines, LISTED)]
-    listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
-    account = data.account
-    return Account(account["read"], account["rejected"], account["kinds"], listed)
-
-
 def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Example]:
     """The first rows of each set, all of them for 0."""
-    for name, rows in report.sets.items():
-        for i, row in enumerate(get_rows(rows, count)):
-            yield Example(
-                set=name,
-                position=f"{i + 1} of {len(rows)}",
-                source=f"{row['file']}:{row['line']}",
-                id=row["id"],
-                input_ids=row["input_ids"],
-                labels=row["labels"],
-                full_length=row["full_length"],
-                tokenizer=tokenizer,
-            )
+    return chain.from_iterable(get_examples(name, rows, tokenizer, count) for name, rows in report.sets.items())
 
 
 def _check_output(path: Path, args: RunArguments) -> None:

@@ -1,17 +1,18 @@
 """What `inspect` found, for a terminal and as a page."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import IO
 
-from jinja2 import Environment, PackageLoader
+from datasets import Dataset
 from rich.bar import Bar
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fastchat_qlora import __version__
-from fastchat_qlora.commands.inspection import Account, Example, Measures, Report
+from fastchat_qlora.data.inspection import Account, Example, Measures, describe_account, describe_measures
+from fastchat_qlora.pages import stream_page
 from fastchat_qlora.text import visible
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -20,6 +21,21 @@ OPEN, CLOSE = "⟦", "⟧"
 LEARNT = "bold green"
 NOT_LEARNT = "dim"
 BAR = 30  # columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known before rows are looked at one by one; `max_length` in tokens."""
+
+    model: str
+    max_length: int
+    accounts: dict[str, Account]
+    sets: dict[str, Dataset]
+    measures: dict[str, Measures]
+
+    def count(self, num_examples: int) -> int:
+        """How many rows are shown when so many of each set are asked for."""
+        return sum(min(num_examples or len(rows), len(rows)) for rows in self.sets.values())
 
 
 def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
@@ -48,42 +64,14 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
 
 def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
     """One HTML file that needs no other."""
-    environment = Environment(
-        loader=PackageLoader("fastchat_qlora.commands", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
-    template = environment.get_template("inspect.html.jinja")
-    stream = template.stream(
+    page = stream_page(
+        "inspect",
         report=report,
         examples=examples,
         accounts={flag: (account, describe_account(account)) for flag, account in report.accounts.items()},
         measures={name: (found, describe_measures(found)) for name, found in report.measures.items()},
-        version=__version__,
     )
-    stream.enable_buffering(64)
-    target.writelines(stream)
-
-
-def describe_account(account: Account) -> dict[str, str]:
-    """What became of the records of one flag, as named numbers."""
-    facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
-    kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
-    return {visible(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
-
-
-def describe_measures(measures: Measures) -> dict[str, str]:
-    """The counts of one set, as named numbers."""
-    share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
-    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
-    return {
-        "rows": f"{measures.rows:,}",
-        "conversations": f"{measures.conversations:,}",
-        "shortened": f"{measures.shortened:,}",
-        "assistant turns": f"{measures.answers:,}",
-        "tokens": f"{measures.tokens:,}",
-        "learnt tokens": f"{measures.learnt:,}{share}",
-        "tokens a row": lengths or "none",
-    }
+    target.writelines(page)
 
 
 def _text(example: Example) -> Text:

@@ -200,7 +200,8 @@ class DataSource:
 
     def records(self) -> Iterator[RawRecord]:
         """All records."""
-        with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=not self.show_progress) as bar:
+        hidden = None if self.show_progress else True  # None: shown where there is a terminal
+        with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=hidden) as bar:
             for name, hub in self.parts:
                 if hub is None:
                     yield from read_file(Path(name), self.flag, bar.update)

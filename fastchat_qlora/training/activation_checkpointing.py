@@ -17,7 +17,8 @@ from fastchat_qlora.model.adapter import attach_adapter
 from fastchat_qlora.model.depth import deepen, shallow_configs
 from fastchat_qlora.model.loading import build_skeleton, repeated_layers
 from fastchat_qlora.text import one_line
-from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
+from fastchat_qlora.training.throughput import peak_memory_mib
+from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -86,7 +86,7 @@ def build_model_card(
     base = args.model.model_name_or_path
     is_local = os.path.isdir(base)
     environment = Environment(
-        loader=PackageLoader("fastchat_qlora.training", "."),
+        loader=PackageLoader("fastchat_qlora", "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,

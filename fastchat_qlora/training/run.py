@@ -21,10 +21,14 @@ from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.model_card import write_model_card
 from fastchat_qlora.training.output_lock import hold
 from fastchat_qlora.training.preparation import Prepared, prepare
+from fastchat_qlora.training.progress import hide_bars_from_files, show_progress
+from fastchat_qlora.training.report import RunReport
+from fastchat_qlora.training.sample_answers import SampleAnswers, encode_prompts
 from fastchat_qlora.training.self_test import SelfTest, run_self_test
 from fastchat_qlora.training.start_up import FirstStepClock
 from fastchat_qlora.training.step_watch import StepWatch
-from fastchat_qlora.training.trainer import LoraTrainer, peak_memory_mib
+from fastchat_qlora.training.throughput import peak_memory_mib
+from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +49,10 @@ def train(args: RunArguments) -> Path:
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
     writes = topology.is_main and not training_args.dry_run
+    hide_bars_from_files()
     with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
+        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer)
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
@@ -54,6 +60,7 @@ def train(args: RunArguments) -> Path:
         set_seed(training_args.seed)  # the adapter's first values are random
         base, checkpoint = prepared.base, prepared.checkpoint
         quantised = base.quantization_config is not None
+        logger.info(f"Loading the weights of {model_args.model_name_or_path}.")
         model = load_model(
             model_args,
             dtype=dtype,
@@ -81,13 +88,17 @@ def train(args: RunArguments) -> Path:
         trainer.add_callback(SelfTest(trainer))
         if prepared.profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
-        for callback in (effective, watch, ClearTheWay(trainer, checkpoint)):
+        answers = SampleAnswers(trainer, prompts, watch)
+        report = RunReport(trainer, args, prepared, effective, answers)
+        for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
-        with signals.deferred():
-            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
-            watch.raise_if_stopped()
-            trainer.save_model()  # before anything else can go wrong
-        _write_results(trainer, args, prepared, result.metrics | clock.metrics, effective.settings)
+        show_progress(trainer)
+        with report:
+            with signals.deferred():
+                result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
+                watch.raise_if_stopped()
+                trainer.save_model()  # before anything else can go wrong
+            _write_results(trainer, args, prepared, result.metrics | clock.metrics, effective.settings)
         if training_args.push_to_hub:
             trainer.push_to_hub(commit_message="Adapter")
     logger.info(f"The adapter is in {output_dir}.")

@@ -2,10 +2,9 @@
 
 import inspect
 import logging
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from fastchat_qlora.training.pickles import find_unsafe
 from fastchat_qlora.training.saved_adapter import CARD, certify, gather_adapter, put_in_place, save_adapter
 from fastchat_qlora.training.step_watch import Step
 from fastchat_qlora.training.stopping import build_generation_config, write_generation_config
+from fastchat_qlora.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
-        self._seen = [0, 0]  # real tokens, supervised tokens; of this process
+        self.throughput = Throughput()
         self.largest_batch = 0  # tokens of the largest micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
         self.loss_head: LossHead | None = None
@@ -124,11 +124,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             # A run that had finished in the middle of an epoch would take one more step when started again.
             self.control.should_training_stop = True
             return [], None
+        self.throughput.begin()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         accounts = [{name: batch.pop(name) for name in ACCOUNT} for batch in batches]
         supervised = sum(account["num_supervised"] for account in accounts)
-        self._seen[0] += sum(account["num_tokens"] for account in accounts)
-        self._seen[1] += supervised
+        self.throughput.count(sum(account["num_tokens"] for account in accounts), supervised)
         self.step = Step([account["sources"] for account in accounts], supervised)
         self.largest_batch = max([self.largest_batch, *(batch["input_ids"].numel() for batch in batches)])
         # Filled by the device: a copy from the host's memory would wait until the step before is done.
@@ -213,8 +213,21 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; what is drawn at random meanwhile is not missing in training."""
-        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+        with self.aside():
             return dict(super().evaluate(*args, **kwargs))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While this is entered, neither time nor random numbers are taken from training."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.throughput.paused(), torch.random.fork_rng(devices=devices):
+            yield
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; beside a loss stands how fast it was come by."""
+        if "loss" in logs:
+            logs |= self.throughput.read(self.accelerator, self.args.device)
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, the tokenizer and where answers end; every process must call this, one writes.
@@ -256,7 +269,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.last_checkpoint and folder.resolve() == Path(self.last_checkpoint).resolve():
             return  # at the end of an epoch a step may be saved twice
         staged = Path(self._get_output_dir(trial)) / folder.name
-        with saving(str(folder), output_dir):
+        with self.throughput.paused(), saving(str(folder), output_dir):
             super()._save_checkpoint(model, trial)
             self._note_best(staged, output_dir)
             self.accelerator.wait_for_everyone()
@@ -322,7 +335,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""
-        seen = torch.tensor(self._seen, device=self.args.device)
+        seen = torch.tensor(self.throughput.seen, device=self.args.device)
         real, supervised = self.accelerator.reduce(seen, reduction="sum").tolist()
         return int(real), int(supervised)
 
@@ -336,11 +349,3 @@ def compile_layers(model: torch.nn.Module) -> None:
     for layer in layers:
         layer.compile()
     logger.info(f"{len(layers)} layers are compiled with the first batches, which takes some minutes.")
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory this process has held, in MiB: on the device, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

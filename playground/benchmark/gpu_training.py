@@ -90,11 +90,13 @@ class CountedTrainer(LoraTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Count on the way."""
-        real, supervised = self._seen
+        real, supervised = self.throughput.seen
         batches, targets = super().get_batch_samples(*args, **kwargs)
         squares = sum(length**2 for batch in batches for length in _lengths(batch))
         positions = sum(batch["input_ids"].numel() for batch in batches)
-        self.counts.append(Counts(self._seen[0] - real, self._seen[1] - supervised, squares, positions))
+        self.counts.append(
+            Counts(self.throughput.seen[0] - real, self.throughput.seen[1] - supervised, squares, positions)
+        )
         return batches, targets
 
 

@@ -1,6 +1,6 @@
 r"""How fast does this program train, and in how much memory? Beside FastChat, TRL and LLaMA-Factory, in turn.
 
-    pip install -e ".[benchmark]"
+    pip install -e .
     python scripts/quickstart.py --only_model --folder MODELS
     python playground/benchmark/run.py --model MODELS/SmolLM2-135M-Instruct --folder F --report training.md
 

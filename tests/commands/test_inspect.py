@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora import cli
 from fastchat_qlora.arguments import DataArguments
-from fastchat_qlora.commands.inspection import Example, Report, split_learnt
+from fastchat_qlora.commands.inspect_views import Report
 from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.inspection import Example, split_learnt
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.model.loading import load_tokenizer
 from fastchat_qlora.text import visible

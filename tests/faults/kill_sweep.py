@@ -132,7 +132,7 @@ def phase(attempt: Path, said: str) -> str:
         return "tokenising"
     if "In effect:" not in said:
         return "starting"
-    return "finishing" if "train_runtime" in said else "stepping"
+    return "finishing" if "of this process, mean loss" in said else "stepping"
 
 
 def is_tokenising(cache: Path) -> bool:

@@ -144,7 +144,7 @@ def test_data_that_vanishes(model_folder: Path, data: Path, tmp_path: Path, tall
         own.parent.mkdir(parents=True)
         shutil.copy(data, own)
         run = Run(arguments(model_folder, own, folder / "out", flags), folder / "log.txt", PREPARE="planted:slow")
-        run.wait_for("'loss'")
+        run.wait_for(": loss ")
         shutil.rmtree(own.parent)  # the cache too
         ended = run.wait()
         assert ended.codes == [0] and (folder / "out" / "adapter_model.safetensors").exists(), ended.said
@@ -156,7 +156,7 @@ def test_two_runs_in_one_folder(model_folder: Path, data: Path, tmp_path: Path, 
     output = tmp_path / "out"
     given = arguments(model_folder, data, output)
     first = Run(given, tmp_path / "first.txt", PREPARE="planted:slow")
-    first.wait_for("'loss'")
+    first.wait_for(": loss ")
     pid = first.processes[0].pid
     second = train(given, tmp_path / "second")
     assert second.codes == [2]

@@ -64,7 +64,7 @@ def test_once(
     assert not any(ended.codes), ended.said
     given = arguments(model_folder, data, stopped / "out", flags)
     run = Run(given, stopped / "log.txt", processes=processes, PREPARE="planted:slow")
-    run.wait_for("'loss'")
+    run.wait_for(": loss ")
     run.send(signum, ranks)
     ended = run.wait()
     assert set(ended.codes) == {128 + signum}, ended.said
@@ -119,7 +119,7 @@ def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Calla
             stderr=log,
             start_new_session=True,
         )
-        while "'loss'" not in (said := (tmp_path / "log.txt").read_text()):
+        while ": loss " not in (said := (tmp_path / "log.txt").read_text()):
             assert process.poll() is None, said
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
@@ -147,7 +147,7 @@ def test_through_a_launcher(
             shlex.split(line), cwd=ROOT, env=UNBUFFERED, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            while "'loss'" not in (tmp_path / "log.txt").read_text():
+            while ": loss " not in (tmp_path / "log.txt").read_text():
                 assert process.poll() is None, (tmp_path / "log.txt").read_text()
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGTERM)

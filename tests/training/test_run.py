@@ -26,6 +26,7 @@ EXPECTED_FILES = {
     "adapter_model.safetensors",
     "chat_template.jinja",
     "generation_config.json",
+    "report.html",
     "tokenizer.json",
     "tokenizer_config.json",
     "train_results.json",

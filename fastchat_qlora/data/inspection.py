@@ -1,17 +1,24 @@
-"""What `inspect` shows, before it is known how: examples, counts and lengths."""
+"""What people are shown of the data, before it is known how: examples, counts and lengths."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from fastchat_qlora.data.building import describe
+from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.data.packing import column
+from fastchat_qlora.data.readers import Rejection, Source
 from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.text import visible
+
+LISTED = 20
+"""Rejected records that are listed one by one."""
 
 BATCH = 256
 BINS = 12
@@ -93,19 +100,28 @@ class Measures:
     histogram: list[Bin]
 
 
-@dataclass(frozen=True)
-class Report:
-    """All that is known before rows are looked at one by one; `max_length` in tokens."""
+def get_account(data: LoadedData) -> Account:
+    """What became of the records of one flag."""
+    with data.rejected.open(encoding="utf-8") as lines:
+        first = [json.loads(line) for line in islice(lines, LISTED)]
+    listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
+    account = data.account
+    return Account(account["read"], account["rejected"], account["kinds"], listed)
 
-    model: str
-    max_length: int
-    accounts: dict[str, Account]
-    sets: dict[str, Dataset]
-    measures: dict[str, Measures]
 
-    def count(self, num_examples: int) -> int:
-        """How many rows are shown when so many of each set are asked for."""
-        return sum(min(num_examples or len(rows), len(rows)) for rows in self.sets.values())
+def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
+    """The first rows of the set of that name, all for a count of 0."""
+    for i, row in enumerate(get_rows(rows, count)):
+        yield Example(
+            set=name,
+            position=f"{i + 1} of {len(rows)}",
+            source=f"{row['file']}:{row['line']}",
+            id=row["id"],
+            input_ids=row["input_ids"],
+            labels=row["labels"],
+            full_length=row["full_length"],
+            tokenizer=tokenizer,
+        )
 
 
 def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
@@ -134,6 +150,28 @@ def measure(rows: Dataset) -> Measures:
         lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
         histogram=_histogram(lengths),
     )
+
+
+def describe_account(account: Account) -> dict[str, str]:
+    """What became of the records of one flag, as named numbers."""
+    facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
+    kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
+    return {visible(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
+
+
+def describe_measures(measures: Measures) -> dict[str, str]:
+    """The counts of one set, as named numbers."""
+    share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
+    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
+    return {
+        "rows": f"{measures.rows:,}",
+        "conversations": f"{measures.conversations:,}",
+        "shortened": f"{measures.shortened:,}",
+        "assistant turns": f"{measures.answers:,}",
+        "tokens": f"{measures.tokens:,}",
+        "learnt tokens": f"{measures.learnt:,}{share}",
+        "tokens a row": lengths or "none",
+    }
 
 
 def _histogram(lengths: NDArray[np.int64]) -> list[Bin]:
