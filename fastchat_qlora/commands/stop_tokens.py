@@ -39,6 +39,9 @@ def load_generation_config(adapter: Path, base: str, tokenizer: Any, cache_dir: 
         config = GenerationConfig()
     except Exception as error:
         raise UserError(f"--model_name_or_path {base}: its {GENERATION_CONFIG_NAME}: {one_line(error, 300)}") from error
+    settings = config.to_dict()
+    settings.pop("_from_model_config", None)  # it is not, from here on
+    config = GenerationConfig.from_dict(settings)
     found = [*_ids(tokenizer.eos_token_id), *_ids(config.eos_token_id), *find_end_of_turn(tokenizer)]
     config.eos_token_id = list(dict.fromkeys(found))
     config.pad_token_id = tokenizer.pad_token_id
