@@ -164,10 +164,9 @@ def attach_to_skeleton(skeleton: PreTrainedModel, lora_config: LoraConfig, folde
     tensors = load_file(Path(folder) / ADAPTER_FILE)
     try:
         model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):  # PEFT puts the adapter's values where the layer's weight is
-                weight = layer.get_base_layer().weight
-                layer.get_base_layer().weight = torch.nn.Parameter(torch.zeros(()).expand(weight.shape), False)
+        for _, layer in _find_layers(model):  # PEFT puts the adapter's values where the layer's weight is
+            base = layer.get_base_layer()
+            base.weight = torch.nn.Parameter(torch.zeros(()).expand(base.weight.shape), requires_grad=False)
         set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(f"{folder}: the adapter cannot be put on this model: {one_line(error, 300)}") from error
