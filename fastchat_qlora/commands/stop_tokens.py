@@ -8,6 +8,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.rendering import Asked, apply_template
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.weight_files import fetch_file
 from fastchat_qlora.text import one_line
 
 MARK = "Quillon"
@@ -27,18 +28,17 @@ def load_generation_config(adapter: Path, base: str, tokenizer: Any, cache_dir: 
         cache_dir: of downloads.
 
     Raises:
-        UserError: the adapter's generation_config.json cannot be read.
+        UserError: a generation_config.json cannot be read.
     """
     if (adapter / GENERATION_CONFIG_NAME).is_file():
-        config = _read(str(adapter), None, f"{adapter}: its {GENERATION_CONFIG_NAME}")
+        config = _read(adapter / GENERATION_CONFIG_NAME)
         if _ids(config.eos_token_id):
             return config
     try:
-        config = GenerationConfig.from_pretrained(base, cache_dir=cache_dir)
-    except OSError:  # the base has none
-        config = GenerationConfig()
-    except Exception as error:
-        raise UserError(f"--model_name_or_path {base}: its {GENERATION_CONFIG_NAME}: {one_line(error, 300)}") from error
+        path = fetch_file(base, GENERATION_CONFIG_NAME, cache_dir)
+    except OSError:  # the base was kept without it
+        path = None
+    config = _read(path) if path else GenerationConfig()
     settings = config.to_dict()
     settings.pop("_from_model_config", None)  # it is not, from here on
     config = GenerationConfig.from_dict(settings)
@@ -48,11 +48,11 @@ def load_generation_config(adapter: Path, base: str, tokenizer: Any, cache_dir: 
     return config
 
 
-def _read(name: str, cache_dir: str | None, what: str) -> GenerationConfig:
+def _read(path: Path) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(name, cache_dir=cache_dir)
+        return GenerationConfig.from_pretrained(path.parent, path.name)
     except Exception as error:  # of whatever stands there transformers makes what it can
-        raise UserError(f"{what} cannot be read: {one_line(error, 300)}; remove or mend it") from error
+        raise UserError(f"{path} cannot be read: {one_line(error, 300)}; remove or mend it") from error
 
 
 def _ids(value: Any) -> list[int]:

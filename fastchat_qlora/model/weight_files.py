@@ -49,11 +49,11 @@ def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
     """
     flag = f"--model_name_or_path {name}"
     try:
-        single = _fetch(name, SAFE_WEIGHTS_NAME, cache_dir)
+        single = fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir)
         if single is not None:
             return [single]
-        index = _fetch(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
-        files = [_fetch(name, file, cache_dir) for file in files_of_index(index, flag)] if index else []
+        index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
+        files = [fetch_file(name, file, cache_dir) for file in files_of_index(index, flag)] if index else []
     except OSError as error:
         raise UserError(f"{flag}: its weights cannot be had: {one_line(error, 300)}") from error
     if not files or None in files:
@@ -61,7 +61,12 @@ def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
     return [file for file in files if file]
 
 
-def _fetch(name: str, file: str, cache_dir: str | None) -> Path | None:
+def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
+    """A file of a model, brought from the hub if that is where the model is; None if the model has no such file.
+
+    Raises:
+        OSError: the hub cannot be reached, and the file was not kept.
+    """
     found = cached_file(
         str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
         file,
