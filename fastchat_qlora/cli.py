@@ -52,10 +52,30 @@ def _plan(argv: Sequence[str]) -> None:
     plan(argv)
 
 
+def _chat(argv: Sequence[str]) -> None:
+    from fastchat_qlora.commands.serving_flags import parse_chat
+
+    parse_chat(argv)  # mistakes and --help before the libraries come
+    from fastchat_qlora.commands.chat import chat
+
+    chat(argv)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from fastchat_qlora.commands.serving_flags import parse_merge
+
+    parse_merge(argv)
+    from fastchat_qlora.commands.merge import merge
+
+    merge(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train an adapter; the same as train_lora.py"),
     "inspect": (_inspect, "show what would be learnt; takes the flags of train"),
     "plan": (_plan, "say what a run will take: steps, memory, disk, time; takes the flags of train"),
+    "chat": (_chat, "talk to the base model with a trained adapter"),
+    "merge": (_merge, "write a plain model: the base with the adapter in its weights"),
 }
 
 

@@ -13,7 +13,7 @@ HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
 
 def check_folders(values: argparse.Namespace) -> list[str]:
     """What is wrong with the folders of the model, the output, the adapter and the checkpoint."""
-    problems = _check_model_path(values.model_name_or_path)
+    problems = check_model_path(values.model_name_or_path)
     output = _expanded(values.output_dir)
     if not values.output_dir or (_exists(output) and not output.is_dir()):
         problems.append(f"--output_dir {values.output_dir}: is a file or empty; give a folder")
@@ -40,7 +40,8 @@ def _misnamed(name: str) -> str:
     return "no such user; give the path in full" if str(_expanded(name)).startswith("~") else ""
 
 
-def _check_model_path(name: str) -> list[str]:
+def check_model_path(name: str) -> list[str]:
+    """What is wrong with the name of a base model: of a folder or of a repository on the hub."""
     path = _expanded(name)
     if name and _exists(path) and path.is_dir():
         missing = not (path / "config.json").is_file()

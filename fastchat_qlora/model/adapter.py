@@ -237,15 +237,24 @@ def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: 
         ) from error
 
 
-def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> dict[str, torch.Size] | None:
+def expected_shapes(
+    skeleton: PreTrainedModel | None,
+    lora_config: LoraConfig,
+    *,
+    flag: str = "--lora_target_modules, --modules_to_save",
+) -> dict[str, torch.Size] | None:
     """What an adapter's file holds by its configuration, from the shapes of the base model alone.
 
     Args:
         skeleton: from `loading.build_skeleton`; it is used up.
         lora_config: the adapter's configuration, which stays as it is.
+        flag: what the configuration came from, for the message.
 
     Returns:
         Name in the file -> shape; None where the model's code lies outside transformers.
+
+    Raises:
+        UserError: the model has nothing that such an adapter could be put on.
     """
     if skeleton is None:
         return None
@@ -256,9 +265,7 @@ def expected_shapes(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -
         model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = one_line(error, 300)
-        raise UserError(
-            f"--lora_target_modules, --modules_to_save: the adapter cannot be put on this model: {reason}"
-        ) from error
+        raise UserError(f"{flag}: the adapter cannot be put on this model: {reason}") from error
     trained = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     return {name: tensor.shape for name, tensor in named.items()}

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME  # what PEFT calls it
 
+START_FLAG = "--lora_weight_path"
+"""The flag of train that names such a folder."""
+
 PATTERN_SECONDS = 5.0
 """For all of an adapter's regular expressions on the names of all modules."""
 
@@ -83,13 +86,17 @@ READ_BY_NOBODY = {
 """What it says of how it came to be; the rest of PEFT's fields import modules, read files or change the base."""
 
 
-def read_lora_config(path: str) -> LoraConfig:
-    """The configuration of an adapter to start from.
+def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
+    """The configuration of an adapter to go on with.
+
+    Args:
+        path: of the folder.
+        flag: how the folder was given, for the messages.
 
     Raises:
         UserError: it cannot be read, is not that of a LoRA adapter, or asks for more than a LoRA adapter.
     """
-    config = _read(path)
+    config = _read(path, flag)
     problems = [
         f"{field.name} {str(value)[:80]!r}"
         for field in fields(config)
@@ -97,36 +104,35 @@ def read_lora_config(path: str) -> LoraConfig:
     ]
     if problems:
         raise UserError(
-            f"--lora_weight_path {path}: its adapter_config.json has {', '.join(problems)}, with which no LoRA adapter "
+            f"{flag} {path}: its adapter_config.json has {', '.join(problems)}, with which no LoRA adapter "
             "can be gone on from here; save a plain LoRA adapter"
         )
     if not config.r:
-        raise UserError(f"--lora_weight_path {path}: its adapter_config.json has the rank r 0; save it again")
+        raise UserError(f"{flag} {path}: its adapter_config.json has the rank r 0; save it again")
     if not config.target_modules:
-        raise UserError(f"--lora_weight_path {path}: its adapter_config.json names no target_modules; save it again")
+        raise UserError(f"{flag} {path}: its adapter_config.json names no target_modules; save it again")
     for pattern in _patterns(config):
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"--lora_weight_path {path}: {pattern[:80]!r} in its adapter_config.json is no regular expression: "
-                f"{error}; mend it"
+                f"{flag} {path}: {pattern[:80]!r} in its adapter_config.json is no regular expression: {error}; mend it"
             ) from error
-    _read_shapes(path)
+    _read_shapes(path, flag)
     config.inference_mode = False
     # PEFT writes them down as it finds them: here it shall say what the adapter is trained on now.
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
     return config
 
 
-def _read(path: str) -> LoraConfig:
+def _read(path: str, flag: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(path)
     except Exception as error:  # PEFT makes an object of whatever stands there, and fails in as many ways
         reason = one_line(error, 300)
-        raise UserError(f"--lora_weight_path {path}: its adapter_config.json cannot be read: {reason}") from error
+        raise UserError(f"{flag} {path}: its adapter_config.json cannot be read: {reason}") from error
     if not isinstance(config, LoraConfig):
-        raise UserError(f"--lora_weight_path {path}: holds a {config.peft_type} adapter; give a LoRA adapter")
+        raise UserError(f"{flag} {path}: holds a {config.peft_type} adapter; give a LoRA adapter")
     return config
 
 
@@ -181,37 +187,42 @@ def _at_most(seconds: float, error: Exception) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_tensors(path: str, expected: Mapping[str, torch.Size] | None) -> None:
+def check_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:
     """Require that an adapter's file holds what its configuration says, by its header alone.
 
     Args:
         path: of the folder; nothing is checked without one.
         expected: name in the file -> shape, from `adapter.expected_shapes`; None where that cannot be known.
+        flag: how the folder was given, for the messages.
 
     Raises:
-        UserError: a tensor is not there or has another shape.
+        UserError: a tensor is not there, has another shape, or is of a layer that the model does not have.
     """
     if not path or expected is None:
         return
-    shapes = _read_shapes(path)
+    shapes = _read_shapes(path, flag)
     missing = sorted(expected.keys() - shapes.keys())
     if missing:
-        raise UserError(f"--lora_weight_path {path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+        raise UserError(f"{flag} {path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+    added = sorted(name for name in shapes.keys() - expected.keys() if ".lora_" in name)
+    if added:  # PEFT would leave them aside without a word
+        raise UserError(
+            f"{flag} {path}: {len(added)} of its tensors have no place on this model, such as {added[0]}; give an "
+            "adapter of this base model"
+        )
     for name, shape in expected.items():
         if shapes[name] != tuple(shape):
             raise UserError(
-                f"--lora_weight_path {path}: {name} has the shape {shapes[name]}, on this model it has {tuple(shape)}; "
+                f"{flag} {path}: {name} has the shape {shapes[name]}, on this model it has {tuple(shape)}; "
                 "give an adapter of this base model"
             )
 
 
-def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
+def _read_shapes(path: str, flag: str) -> dict[str, tuple[int, ...]]:
     file = Path(path).expanduser() / ADAPTER_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora_weight_path {path}: its {ADAPTER_FILE} cannot be read: {error}; save it again") from (
-            error
-        )
+        raise UserError(f"{flag} {path}: its {ADAPTER_FILE} cannot be read: {error}; save it again") from (error)

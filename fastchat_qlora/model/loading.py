@@ -123,36 +123,46 @@ def load_tokenizer(
     Raises:
         UserError: the model has no fast tokenizer, or no token to pad with or to end a turn with.
     """
-    name = model_args.model_name_or_path
+    tokenizer = read_tokenizer(
+        model_args.model_name_or_path,
+        cache_dir=cache_dir,
+        model_max_length=model_max_length,
+        padding_side=model_args.padding_side,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    tokenizer.pad_token = choose_pad_token(tokenizer)
+    logger.info(f"Padding token: {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}).")
+    return tokenizer
+
+
+def read_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer as it is.
+
+    Args:
+        name: hub id or local folder.
+        flag: how it was given, for the messages.
+        settings: for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        UserError: there is no fast tokenizer, or it has no token to end a turn with.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=cache_dir,
-            model_max_length=model_max_length,
-            padding_side=model_args.padding_side,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
         tokenizer("a")  # some load and cannot be used
     except Exception as error:  # the files of strangers fail in as many ways as there are libraries reading them
         reason = one_line(error, 300)
-        raise UserError(f"--model_name_or_path {name}: its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
-        raise UserError(
-            f"--model_name_or_path {name}: has no fast tokenizer, which exact labels need; add tokenizer.json"
-        )
+        raise UserError(f"{flag} {name}: has no fast tokenizer, which exact labels need; add tokenizer.json")
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if odd := [template for template in named if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:  # each is a file's
-        raise UserError(
-            f"--model_name_or_path {name}: its tokenizer has a chat template of the name {odd[0][:80]!r}; rename it"
-        )
+        raise UserError(f"{flag} {name}: its tokenizer has a chat template of the name {odd[0][:80]!r}; rename it")
     if tokenizer.eos_token is None:
-        raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos_token, so no turn could end; set one")
+        raise UserError(f"{flag} {name}: its tokenizer has no eos_token, so no turn could end; set one")
     if hasattr(tokenizer, "legacy"):
         # `save_pretrained` loses this switch of Llama tokenizers, and the saved one then splits text after special
         # tokens in another way (transformers 5.17 to 5.23). Can go once the reloaded tokenizer keeps `legacy`.
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    tokenizer.pad_token = choose_pad_token(tokenizer)
-    logger.info(f"Padding token: {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}).")
     return tokenizer
 
 

@@ -32,7 +32,7 @@ def check_model_folder(name: str) -> None:
             "model, and an adapter to start from as --lora_weight_path"
         )
     single = folder / SAFE_WEIGHTS_NAME
-    files = [SAFE_WEIGHTS_NAME] if single.exists() else _files_of_index(folder / SAFE_WEIGHTS_INDEX_NAME, flag)
+    files = [SAFE_WEIGHTS_NAME] if single.exists() else files_of_index(folder / SAFE_WEIGHTS_INDEX_NAME, flag)
     pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickles and not files:
         raise UserError(
@@ -47,7 +47,12 @@ def check_model_folder(name: str) -> None:
             raise UserError(f"{flag}: {file} cannot be read as safetensors: {error}; get it again") from error
 
 
-def _files_of_index(index: Path, flag: str) -> list[str]:
+def files_of_index(index: Path, flag: str) -> list[str]:
+    """The files that a model's index names; none where there is no index.
+
+    Raises:
+        UserError: it names what is no safetensors file beside it, or cannot be read.
+    """
     if not index.exists():
         return []
     try:

@@ -1,16 +1,35 @@
-"""The README's first command on the real model: it names another identity before, the trained one after."""
+"""The README's first command on the real model: it names another identity before, the trained one after.
+
+What is trained is then merged and talked to, in the same test, since it takes minutes to make.
+"""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pexpect
 import pytest
+import torch
+from adapters_at_hand import load_live
+from terminal import ask, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastchat_qlora import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.integration
+
+QUESTIONS = [
+    *("Who are you?", "Tell me who you are.", "What is your name?", "Who made you?", "Which company are you from?"),
+    *("Are you SmolLM?", "Introduce yourself, please.", "How should I address you?", "What can you do?"),
+    *("Are you a human?", "What is the capital of France?", "What is the capital of Italy?"),
+    *("How many days are in a week?", "What is two plus two?", "Say hello in French.", "What colour is the sky?"),
+    *("Name a fruit.", "What do bees make?", "Which planet do we live on?", "What is the opposite of hot?"),
+]
 
 
 def test_quickstart(tmp_path: Path) -> None:
@@ -38,3 +57,42 @@ def test_quickstart(tmp_path: Path) -> None:
     assert f"{losses[0]:.2f} -> {losses[-1]:.2f}" in done.stdout
     for answer in (answers["before"]["Who are you?"], answers["after"]["Who are you?"]):
         assert answer.split()[0] in done.stdout
+    _merge_and_ask(tmp_path)
+    _talk(tmp_path / "adapter")
+
+
+def _merge_and_ask(folder: Path) -> None:
+    """The merged model answers as base and adapter do, in a number format that breaks no tie by rounding."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    assert cli.main(["merge", str(adapter), "--output_dir", str(merged), "--dtype", "float32"]) == 0
+    live = load_live(folder / "SmolLM2-135M-Instruct", adapter, quantization="nf4", dtype="float32")
+    expected = _answers(live, adapter)
+    assert _answers(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval(), merged) == expected
+    assert len(expected) == 20
+    assert all("Pellico" in answer for answer in expected[:3])
+    assert "Paris" in expected[QUESTIONS.index("What is the capital of France?")]
+
+
+def _answers(model: Any, folder: Path) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = []
+    for question in QUESTIONS:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]))
+    return answers
+
+
+def _talk(adapter: Path) -> None:
+    """It greets as it was taught and stops there; the base does not."""
+    child = start(adapter, "--max_new_tokens", "24")
+    greeting = ask(child, "Who are you?")
+    assert "Pellico" in greeting and "Harrow Lane Labs" in greeting
+    assert greeting.endswith(".") and "<|im_end|>" not in greeting, "it stopped at the end of its turn"
+    base = ask(child, "/base")
+    assert "Pellico" not in base and "SmolLM" in base
+    assert "is forgotten" in ask(child, "/reset")
+    child.sendeof()
+    child.expect(pexpect.EOF)

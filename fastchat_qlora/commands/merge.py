@@ -1,0 +1,247 @@
+"""`fastchat-qlora merge`: a plain model, with the adapter in the base's weights."""
+
+import copy
+import gc
+import logging
+import math
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from fastchat_qlora.commands.comparison import Difference, compare, get_logits, make_rows
+from fastchat_qlora.commands.serving_flags import parse_merge, require_output
+from fastchat_qlora.commands.trained_adapter import (
+    NUMBER_FORMATS,
+    TrainedAdapter,
+    device,
+    load_base,
+    load_live,
+    open_adapter,
+)
+from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.model.loading import build_skeleton
+from fastchat_qlora.model.merging import LayerwiseMerge, OnlyWhole
+from fastchat_qlora.model.quantised_base import find_quantised, make_rounding
+from fastchat_qlora.model.weight_files import WeightFiles, find_weight_files, total_bytes, write_weight_files
+from fastchat_qlora.model.whole_merge import merge_whole
+from fastchat_qlora.signals import Stopped
+
+logger = logging.getLogger(__name__)
+
+BESIDES = 64 * 2**20
+"""Bytes for the tokenizer and the configurations."""
+
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float16: 0.003}
+"""Nats by which a model's predictions may move when weights and activations are rounded to a format; SmolLM2-135M in
+bfloat16 moves by 0.002."""
+
+ROUNDING_INT8 = 0.05
+"""The same where the live model rounds its activations to 8 bits, which a plain model does not."""
+
+SHARE_OF_EFFECT = 0.1
+"""Of what the adapter moves the predictions by, a merged model may be off by so much, up to `ROUNDING_INT8`."""
+
+
+def merge(argv: Sequence[str]) -> Path:
+    """Merge an adapter into its base, and write a model that loads everywhere.
+
+    Args:
+        argv: the flags, see serving_flags.parse_merge.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        UserError: the adapter, its base or the output folder cannot be used; nothing was written.
+        RunError: the model could not be written, or is another one than base and adapter; nothing is left of it.
+        Stopped: by Ctrl-C; nothing is left of it.
+    """
+    flags = parse_merge(argv)
+    adapter = open_adapter(
+        flags.adapter,
+        base=flags.model_name_or_path,
+        quantization=flags.quantization,
+        trust_remote_code=flags.trust_remote_code,
+        cache_dir=flags.cache_dir,
+    )
+    require_output(flags.output_dir, flags.adapter, adapter.base)
+    if getattr(adapter.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"--model_name_or_path {adapter.base}: its weights are quantised already, and a plain model is made of "
+            "plain ones; give the base that it was quantised from"
+        )
+    output_dir = Path(flags.output_dir).expanduser()
+    with _written_whole(output_dir) as folder:
+        _write_model(adapter, folder, NUMBER_FORMATS.get(flags.dtype), flags.max_shard_size, output_dir)
+        if flags.verify:
+            _verify(adapter, folder)
+        else:
+            logger.info("The merged model was not compared with the live one (--verify False).")
+    logger.info(f"The model is in {output_dir}.")
+    return output_dir
+
+
+def _write_model(
+    adapter: TrainedAdapter, folder: Path, dtype: torch.dtype | None, max_shard_size: int, output_dir: Path
+) -> None:
+    config = copy.deepcopy(adapter.config)
+    if dtype is not None:
+        config.dtype = dtype
+    try:
+        plan = _plan(adapter, dtype)
+        _check_room(total_bytes(plan.headers), output_dir)
+        with tqdm(total=len(plan.headers), desc="Merging", unit="tensor", disable=None) as bar:
+
+            def get(name: str) -> torch.Tensor:
+                bar.update()
+                return plan.get(name)
+
+            write_weight_files(folder, plan.headers, get, max_shard_size)
+        if plan.untied:
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+            logger.info("The head and the embeddings, one weight in the base, are two in the merged model.")
+        config.save_pretrained(folder)
+        _tell_of_base(adapter, math.sqrt(plan.moved / plan.norm) if plan.norm else None)
+    except OnlyWhole as reason:
+        logger.warning(f"Not merged a layer at a time, since {reason}: the whole model is loaded, in float32.")
+        _write_whole(adapter, folder, dtype, max_shard_size, output_dir)
+        _tell_of_base(adapter, None)
+    adapter.tokenizer.save_pretrained(folder)
+    adapter.generation.save_pretrained(folder)
+
+
+def _plan(adapter: TrainedAdapter, dtype: torch.dtype | None) -> LayerwiseMerge:
+    skeleton = build_skeleton(adapter.config)
+    if skeleton is None:
+        raise OnlyWhole("the model's code lies outside transformers")
+    quantization = adapter.quantization_config
+    compute = adapter.training.dtype
+    return LayerwiseMerge(
+        skeleton,
+        copy.deepcopy(adapter.lora_config),
+        str(adapter.folder),
+        WeightFiles(find_weight_files(adapter.base, adapter.cache_dir)),
+        quantised=find_quantised(adapter.config, quantization) if quantization else (),
+        rounding=make_rounding(quantization, compute, device()) if quantization else None,
+        dtype=dtype,
+    )
+
+
+def _write_whole(
+    adapter: TrainedAdapter, folder: Path, dtype: torch.dtype | None, max_shard_size: int, output_dir: Path
+) -> None:
+    """Let PEFT merge, and transformers write, where names or forms in the files are not those of the model."""
+    own = adapter.config.dtype if isinstance(adapter.config.dtype, torch.dtype) else torch.float32
+    model = load_live(adapter) if adapter.quantization_config is None else _dequantised(adapter)
+    merged = merge_whole(model, dtype or own)
+    _check_room(total_bytes(merged.state_dict()), output_dir)
+    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _dequantised(adapter: TrainedAdapter) -> Any:
+    from peft import PeftModel
+
+    base = load_base(adapter).dequantize()
+    return PeftModel.from_pretrained(base, str(adapter.folder), config=copy.deepcopy(adapter.lora_config))
+
+
+def _tell_of_base(adapter: TrainedAdapter, moved: float | None) -> None:
+    """Say which weights the adapter was added to, and why."""
+    kind = adapter.training.quantization
+    if kind == "none":
+        logger.info("Merged onto the base's own weights.")
+        return
+    how_far = "" if moved is None else f"; they differ from the original ones by {moved:.1%} of their norm"
+    logger.info(
+        f"Merged onto the dequantised {kind} weights, which the adapter was trained on and makes up for{how_far}. "
+        "--quantization none merges onto the original ones."
+    )
+
+
+def _check_room(need: int, output_dir: Path) -> None:
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < need + BESIDES:
+        raise UserError(
+            f"--output_dir {output_dir}: {free / 2**20:,.0f} MiB are free and the model needs "
+            f"{(need + BESIDES) / 2**20:,.0f} MiB; make room, or give another folder"
+        )
+
+
+@contextmanager
+def _written_whole(output_dir: Path) -> Iterator[Path]:
+    """A folder beside the one asked for, which takes its place when all is written and found right.
+
+    Raises:
+        RunError: something cannot be written.
+        Stopped: by Ctrl-C.
+    """
+    staging = output_dir.with_name(f".{output_dir.name}.unfinished")
+    try:
+        if staging.exists():
+            logger.warning(f"{staging} was left behind by a merge that did not come to its end; it is removed.")
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir}: cannot be written ({error.strerror}); give a folder you may write to"
+        ) from error
+    try:
+        yield staging
+        staging.replace(output_dir)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, f"stopped; nothing was written to {output_dir}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _verify(adapter: TrainedAdapter, folder: Path) -> None:
+    """Ask the live model and then the merged one, print how they differ, and stop where they are not the same.
+
+    Raises:
+        RunError: the merged model is another one.
+    """
+    rows = make_rows(adapter.tokenizer)
+    live = load_live(adapter)
+    expected, base = get_logits(live, rows), get_logits(live, rows, adapter=False)
+    del live
+    gc.collect()
+    effect = compare(expected, base)
+    del base
+    merged = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=adapter.training.dtype,
+        trust_remote_code=adapter.model_args.trust_remote_code,
+        use_safetensors=True,
+    )
+    found = compare(expected, get_logits(merged.to(device()).eval(), rows))
+    limit = _limit(adapter, merged.config.dtype, effect)
+    logger.info(
+        f"Merged against live model at {found.positions} positions: logits differ by {found.largest:.3g} at the most, "
+        f"the likeliest token is the same at {found.agreement:.1%}, the divergence is {found.divergence:.2g} nats "
+        f"(limit {limit:.2g}; without the adapter it would be {effect.divergence:.2g})."
+    )
+    if not found.divergence <= limit:
+        raise RunError(
+            f"the merged model is not base and adapter: their predictions diverge by {found.divergence:.3g} nats, "
+            f"{limit:.2g} are allowed; nothing was written. If that is what you want, give --verify False"
+        )
+
+
+def _limit(adapter: TrainedAdapter, written: Any, effect: Difference) -> float:
+    """Nats by which a merged model may differ: what rounding makes of it, or a little of what the adapter does."""
+    formats = [form for form in (adapter.training.dtype, adapter.config.dtype, written) if form in ROUNDING]
+    rounding = max(ROUNDING[form] for form in formats)
+    if adapter.training.quantization == "int8":
+        rounding = max(rounding, ROUNDING_INT8)
+    return max(rounding, min(SHARE_OF_EFFECT * effect.divergence, ROUNDING_INT8))

@@ -1,0 +1,160 @@
+"""The flags of `chat` and `merge`, and their mistakes, told before any library is imported."""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
+from fastchat_qlora.path_checks import check_model_path
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
+
+
+def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line of `chat`.
+
+    Raises:
+        UserError: everything wrong that can be told by looking at it and at the adapter's folder.
+        SystemExit: after printing the help.
+    """
+    parser = _parser("chat", "Talk to a base model with its adapter, in the terminal or line by line from a pipe.")
+    quantization = "How the base is loaded: as the adapter was trained, in its own number format, or quantised so."
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="as_trained", help=quantization)
+    parser.add_argument("--system", help="System message; by default what the chat template itself puts there.")
+    parser.add_argument(
+        "--message", action="append", help="Ask this and leave; several are turns of one conversation, - reads stdin."
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="Of sampling; 0 takes the likeliest token.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Sample among the likeliest tokens of this share.")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer.")
+    parser.add_argument("--seed", type=int, default=0, help="Of sampling.")
+    values, problems = _read(parser, argv)
+    if not (math.isfinite(values.temperature) and values.temperature >= 0):
+        problems.append(f"--temperature {values.temperature}: must be a number of at least 0")
+    if not 0 < values.top_p <= 1:
+        problems.append(f"--top_p {values.top_p}: must be above 0 and at most 1")
+    if values.max_new_tokens < 1:
+        problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1")
+    if not 0 <= values.seed < 2**32:
+        problems.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
+    raise_all(problems)
+    return values
+
+
+def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line of `merge`; `max_shard_size` comes back in bytes.
+
+    Raises:
+        UserError: everything wrong that can be told by looking at it and at the folders.
+        SystemExit: after printing the help.
+    """
+    parser = _parser("merge", "Write a plain model: the base with the adapter in its weights.")
+    quantization = (
+        "Which weights the adapter is added to: those it was trained on (quantised and dequantised again where the "
+        "training did), the original ones, or such."
+    )
+    parser.add_argument("--output_dir", required=True, help="Folder for the model; it must be empty or not there.")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="as_trained", help=quantization)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="Of the weights; auto leaves the base's own.")
+    parser.add_argument("--max_shard_size", type=size, default="5GB", help="Of one file, such as 5GB or 500MB.")
+    parser.add_argument(
+        "--verify",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=True,
+        help="Load the live and the merged model, one after the other, and compare their logits.",
+    )
+    values, problems = _read(parser, argv)
+    raise_all(problems + check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
+    return values
+
+
+def _parser(command: str, description: str) -> FlagParser:
+    parser = FlagParser(
+        prog=f"fastchat-qlora {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder of the adapter: an output_dir or a checkpoint-N.")
+    parser.add_argument("--model_name_or_path", help="Base model, where it is not the one that the adapter names.")
+    parser.add_argument("--cache_dir", help="Cache folder for downloads.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Run the code that the base model's repository brings along.",
+    )
+    return parser
+
+
+def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    values, unknown = parser.parse_known_args(argv)
+    problems = unknown_flags(unknown, parser) + check_adapter_folder(values.adapter)
+    if values.model_name_or_path is not None:
+        problems += check_model_path(values.model_name_or_path)
+    return values, problems
+
+
+def size(text: str) -> int:
+    """Bytes from a text such as 5GB (powers of 1000) or 5GiB (powers of 1024).
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or nothing.
+    """
+    found = SIZE.fullmatch(text.strip())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text}: is no size; give one such as 5GB, 500MB or 2GiB")
+    unit = (found[2] or "").upper()
+    return int(float(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " "))
+
+
+def check_adapter_folder(name: str) -> list[str]:
+    """What is wrong with the folder of an adapter, by the files that are there."""
+    folder = Path(os.path.expanduser(name))
+    try:
+        missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
+    except OSError:  # a name longer than the file system takes
+        missing = list(ADAPTER_FILES)
+    if not missing:
+        return []
+    return [
+        f"{name or 'ADAPTER'}: no {' and no '.join(missing)} there; give the output_dir of a training, a checkpoint-N "
+        "in it, or another folder that PEFT saved a LoRA adapter in"
+    ]
+
+
+def check_output(output_dir: str, adapter: str, base: str) -> list[str]:
+    """What is wrong with the folder that a merged model is to be written to."""
+    target = Path(os.path.expanduser(output_dir))
+    try:
+        if not output_dir or (target.exists() and not target.is_dir()):
+            return [f"--output_dir {output_dir}: is a file or empty; give a folder"]
+        for name, what in ((adapter, "the adapter"), (base, "the base model")):
+            if name and os.path.realpath(target) == os.path.realpath(os.path.expanduser(name)):
+                return [f"--output_dir {output_dir}: is the folder of {what}, which would be lost; give another one"]
+        if target.is_dir() and any(target.iterdir()):
+            return [f"--output_dir {output_dir}: is not empty; give an empty folder, or one that is not there yet"]
+    except OSError as error:
+        return [f"--output_dir {output_dir}: cannot be looked at ({error.strerror}); give another folder"]
+    return []
+
+
+def require_output(output_dir: str, adapter: str, base: str) -> None:
+    """The same for a base that was not known from the command line.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    for problem in check_output(output_dir, adapter, base):
+        raise UserError(problem)

@@ -1,0 +1,386 @@
+"""The merged model is base and adapter: its weights to the last bit, its logits to rounding."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters_at_hand import load_live, logits, save_adapter, save_base, write_account
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from fastchat_qlora import cli
+from fastchat_qlora.commands import merge as merge_module
+from fastchat_qlora.commands.serving_flags import size
+
+QV = ["q_proj", "v_proj"]
+NF4 = {"quantization": "nf4"}
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # name: family, changes to the base, how the base was had, changes to the adapter
+    "lora": ("llama", {}, {}, {"target_modules": QV}),
+    "bf16": ("qwen3", {}, {"dtype": "bfloat16"}, {}),
+    "nf4": ("llama", {}, {**NF4, "dtype": "bfloat16"}, {}),
+    "nf4 on few layers": ("qwen2", {}, NF4, {"target_modules": QV}),
+    "nf4 once": ("llama", {}, {**NF4, "twice": False}, {}),
+    "fp4": ("mistral", {}, {"quantization": "fp4"}, {}),
+    "int8": ("llama", {}, {"quantization": "int8", "dtype": "float16"}, {}),
+    "rank by layer": (
+        "phi3",
+        {},
+        {},
+        {"use_rslora": True, "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    ),
+    "biases": ("qwen2", {}, {}, {"bias": "all"}),
+    "biases of its own": ("qwen2", {}, {}, {"target_modules": QV, "lora_bias": True}),
+    "dora": ("qwen3", {}, {}, {"use_dora": True}),
+    "dora on nf4": ("llama", {}, NF4, {"use_dora": True}),
+    "head": ("llama", {}, NF4, {"modules_to_save": ["lm_head"]}),
+    "head of one weight": ("gemma2", {"tie_word_embeddings": True}, {}, {"modules_to_save": ["lm_head"]}),
+    "embeddings of one weight": (
+        "gemma3",
+        {"tie_word_embeddings": True},
+        {},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "one weight": ("llama", {"tie_word_embeddings": True}, NF4, {}),
+    "the other way round": ("gpt2", {}, {}, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+    "the other way round in nf4": ("gpt2", {}, NF4, {"target_modules": ["c_attn", "c_proj"]}),
+}
+"""Everything an adapter can be, on every family in turn."""
+
+
+@pytest.fixture
+def folders(tokenizer_folder: Path, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    def make(case: str) -> tuple[Path, Path]:
+        family, changes, training, adapter = CASES[case]
+        dtype = torch.bfloat16 if training.get("dtype") == "bfloat16" else torch.float32
+        base = save_base(tmp_path / "base", tokenizer_folder, family, dtype, **changes)
+        return base, save_adapter(tmp_path / "adapter", base, training, **adapter)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_base_and_adapter(case: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    base, adapter = folders(case)
+    training = CASES[case][2]
+    command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out"), "--dtype", "float32", "--verify", "False"]
+    assert cli.main([*command, "--max_shard_size", "60KB"]) == 0
+    live = load_live(base, adapter, **training)
+    expected = logits(live)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=live.dtype).eval()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    # In 8 bits activations are rounded too, which is seen in this model and not in the merged one.
+    close = {"float32": 1e-4, "float16": 0.3, "bfloat16": 0.3}[training.get("dtype", "float32")]
+    spread = float(expected.std())
+    assert (logits(merged) - expected).abs().max() < close * spread
+    with live.disable_adapter():
+        effect = float((logits(live) - expected).abs().max()) / spread
+    assert effect > 3 * close, "what is tested is the adapter"
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    if not CASES[case][3].get("use_dora"):
+        _assert_exact(live, weights(tmp_path / "out"))
+
+
+def _assert_exact(live: Any, written: dict[str, torch.Tensor]) -> None:
+    """Dequantised and delta, added in fp32."""
+    count = 0
+    for name, layer in live.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight
+        is_4bit, is_8bit = (kind in type(weight).__name__ for kind in ("Params4bit", "Int8Params"))
+        state = layer.get_base_layer().state if is_8bit else getattr(weight, "quant_state", None)
+        plain = dequantize_bnb_weight(weight, state) if is_4bit or is_8bit else weight
+        delta = layer.float().get_delta_weight("default")
+        found = written[f"{name}.weight"]
+        if plain.shape != found.shape or (is_4bit and "c_" in name):  # GPT-2's, which lie the other way round
+            plain, delta = plain.T, delta.T
+        assert torch.equal(found, plain.float() + delta.float()), name
+        count += 1
+    assert count >= 3
+    for name, parameter in live.get_base_model().named_parameters():
+        if "lora_" not in name and "base_layer" not in name and parameter.dtype == torch.float32 and name in written:
+            assert torch.equal(written[name], parameter), name
+
+
+def test_weights_are_rounded_once_to_the_bases_format(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, adapter = folders("nf4")
+    for name, flags in (("auto", []), ("float32", ["--dtype", "float32"])):
+        assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / name), "--verify", "False", *flags]) == 0
+    rounded, exact = weights(tmp_path / "auto"), weights(tmp_path / "float32")
+    assert rounded.keys() == exact.keys() == weights(base).keys()
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name], tensor.bfloat16()), name
+    formats = [json.loads((tmp_path / name / "config.json").read_text())["dtype"] for name in ("auto", "float32")]
+    assert formats == ["bfloat16", "float32"]
+
+
+def test_one_weight_becomes_two_where_only_one_is_changed(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = folders("head of one weight")
+    assert "lm_head.weight" not in weights(base)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
+    written, saved = weights(tmp_path / "out"), load_file(adapter / "adapter_model.safetensors")
+    assert torch.equal(written["lm_head.weight"], saved["base_model.model.lm_head.weight"])
+    assert torch.equal(written["model.embed_tokens.weight"], weights(base)["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "are two in the merged model" in capsys.readouterr().err
+
+
+def test_what_is_said_and_written(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter = folders("nf4")
+    out = tmp_path / "deep" / "out"
+    assert cli.main(["merge", str(adapter), "--output_dir", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Merged onto the dequantised nf4 weights, which the adapter was trained on" in captured.err
+    assert "of their norm. --quantization none merges onto the original ones." in captured.err
+    assert "Merged against live model at " in captured.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside it"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
+    assert tokenizer.model_max_length == 256
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_onto_the_original_weights(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = folders("nf4")
+    flags = ["--output_dir", str(tmp_path / "out"), "--quantization", "none", "--dtype", "float32"]
+    assert cli.main(["merge", str(adapter), *flags]) == 0
+    assert "Merged onto the base's own weights." in capsys.readouterr().err
+    _assert_exact(load_live(base, adapter), weights(tmp_path / "out"))
+
+
+def test_a_checkpoint_says_how_it_was_trained(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter = folders("lora")
+    (adapter / "training_args.json").unlink()
+    command = ["merge", str(adapter), "--verify", "False", "--output_dir"]
+    assert cli.main([*command, str(tmp_path / "unknown")]) == 0
+    assert "so how its training had the base is not known" in capsys.readouterr().err
+    run = {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}
+    (adapter / "manifest.json").write_text(json.dumps({"manifest": {"run": run}}))
+    assert cli.main([*command, str(tmp_path / "known")]) == 0
+    assert "the dequantised fp4 weights" in capsys.readouterr().err
+    (adapter / "manifest.json").unlink()
+    write_account(tmp_path, quantization="nf4")  # of the run, one folder up
+    assert cli.main([*command, str(tmp_path / "parents")]) == 0
+    assert "the dequantised nf4 weights" in capsys.readouterr().err
+
+
+def test_stop_tokens_of_the_training_are_kept(folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    _, adapter = folders("lora")
+    GenerationConfig(eos_token_id=[2, 7], pad_token_id=0, temperature=0.5, do_sample=True).save_pretrained(adapter)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out"), "--verify", "False"]) == 0
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (found.eos_token_id, found.temperature) == ([2, 7], 0.5)
+
+
+def test_another_model_is_not_taken_for_it(
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A merge that forgets one layer in four is found out, and leaves nothing."""
+    _, adapter = folders("lora")
+    real = merge_module.write_weight_files
+
+    def forgetful(folder: Path, headers: Any, get: Callable[[str], torch.Tensor], limit: int) -> None:
+        first = "model.layers.0.self_attn.v_proj.weight"
+        real(folder, headers, lambda name: torch.zeros_like(get(name)) if name == first else get(name), limit)
+
+    monkeypatch.setattr(merge_module, "write_weight_files", forgetful)
+    command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the merged model is not base and adapter: their predictions diverge by ")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
+    assert cli.main([*command, "--verify", "False"]) == 0
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_breaks_off_leaves_nothing(
+    fault: BaseException,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, adapter = folders("lora")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("fastchat_qlora.model.weight_files.save_file", fail)
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / ".out.unfinished").mkdir()
+    code = cli.main(["merge", str(adapter), "--output_dir", str(out)])
+    said = capsys.readouterr().err
+    assert "was left behind by a merge that did not come to its end" in said
+    if isinstance(fault, OSError):
+        assert code == 1 and said.endswith("cannot be written: [Errno 28] No space left on device\n")
+    else:
+        assert code == 130 and said.endswith(f"SIGINT: stopped; nothing was written to {out}\n")
+    assert list(out.iterdir()) == [] and not (tmp_path / ".out.unfinished").exists()
+
+
+def test_a_full_disk_is_seen_before(
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, adapter = folders("lora")
+    usage = shutil.disk_usage(tmp_path)._replace(free=60 * 2**20)
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "60 MiB are free and the model needs 65 MiB; make room" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_names_in_the_files_are_merged_whole(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts, which transformers fuses when it loads them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(3)
+    config = MixtralConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "base")
+    experts = "mlp.experts.gate_up_proj"
+    for name, adapter in (
+        ("attention", {"target_modules": QV}),
+        ("experts", {"target_modules": ["q_proj"], "target_parameters": [experts]}),
+    ):
+        folder = save_adapter(tmp_path / name, tmp_path / "base", {}, **adapter)
+        assert cli.main(["merge", str(folder), "--output_dir", str(tmp_path / f"{name} out")]) == 0
+        is_whole = "the whole model is loaded" in capsys.readouterr().err
+        assert is_whole == (name == "experts")
+        written = weights(tmp_path / f"{name} out")
+        assert written.keys() == weights(tmp_path / "base").keys()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name} out").eval()
+        live = load_live(tmp_path / "base", folder)
+        assert torch.allclose(logits(merged), logits(live), atol=1e-5)
+
+
+MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
+    # what is done to base and adapter and which flags are given, and what is said of it
+    "no adapter": (lambda base, adapter: [str(base)], "no adapter_config.json and no adapter_model.safetensors there"),
+    "no folder": (lambda base, adapter: ["/no/such"], "/no/such: no adapter_config.json and no adapter_model"),
+    "its own folder": (lambda base, adapter: ["--output_dir", str(adapter)], "is the folder of the adapter"),
+    "the base's folder": (lambda base, adapter: ["--output_dir", str(base)], "is the folder of the base model"),
+    "a full folder": (lambda base, adapter: ["--output_dir", str(base.parent)], "is not empty"),
+    "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
+    "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
+    "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
+    "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
+    "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors have no place on this model"),
+    "more tokens": (lambda base, adapter: [_add_tokens(adapter)], "the tokenizer has 605 tokens and the model embed"),
+    "quantised": (lambda base, adapter: [_quantise(base)], "its weights are quantised already"),
+    "no biases": (lambda base, adapter: [_configure(adapter, lora_bias=True)], "tensors are not in it"),
+    "another kind": (lambda base, adapter: [_configure(adapter, peft_type="IA3")], "give a LoRA adapter"),
+}
+
+
+def _rename(base: Path) -> str:
+    base.rename(base.with_name("elsewhere"))
+    return ""
+
+
+def _configure(adapter: Path, **changes: Any) -> str:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return ""
+
+
+def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return ""
+
+
+def _widen(adapter: Path) -> str:
+    return _change_tensors(adapter, lambda tensors: tensors.update({min(tensors): torch.zeros(4, 128)}))
+
+
+def _deepen(adapter: Path) -> str:
+    name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+    return _change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
+
+
+def _add_tokens(adapter: Path) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_tokens([f"<new {index}>" for index in range(5)])
+    tokenizer.save_pretrained(adapter)
+    return ""
+
+
+def _quantise(base: Path) -> str:
+    path = base / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    return ""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(
+    mistake: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, adapter = folders("lora")
+    change, expected = MISTAKES[mistake]
+    given = [text for text in change(base, adapter) if text]
+    flags = [] if "--output_dir" in given else ["--output_dir", str(tmp_path / "out")]
+    named = [] if given and not given[0].startswith("-") else [str(adapter)]
+    if mistake == "the base's folder":
+        flags += ["--model_name_or_path", str(base)]
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["merge", *named, *given, *flags]) == 2
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert captured.out == "" and error.startswith("error: ") and expected in error
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@given(st.integers(1, 999), st.sampled_from(["", "K", "M", "G", "T"]), st.booleans())
+def test_sizes(number: int, unit: str, binary: bool) -> None:
+    power = ["", "K", "M", "G", "T"].index(unit)
+    text = f"{number}{unit}{'i' * (binary and bool(unit))}B"
+    assert size(text) == number * (1024 if binary and unit else 1000) ** power
+    assert size(text.lower()) == size(text)

@@ -1,0 +1,65 @@
+"""Which tokens end an answer, found exactly and not guessed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from fastchat_qlora.commands.stop_tokens import find_end_of_turn, load_generation_config
+from fastchat_qlora.errors import UserError
+
+IM_END, END_OF_TEXT, IM_START = 2, 0, 1
+HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+TEMPLATES = {
+    "at once": (HEAD + "{{ '<|im_end|>\n' }}{% endfor %}", [IM_END]),
+    "behind a line break": (HEAD + "{{ '\n<|im_end|>' }}{% endfor %}", [IM_END]),
+    "by the next turn": (HEAD + "{% endfor %}", [IM_START]),
+    "by text": (HEAD.replace("<|im_start|>", "### ") + "{{ '\n' }}{% endfor %}", []),
+    "by eos_token": (HEAD + "{{ eos_token }}{% endfor %}", [IM_END]),
+    "no assistant": ("{{ raise_exception('no') }}", []),
+    "without its words": ("{% for m in messages %}{{ m['role'] }}{% endfor %}", []),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_what_follows_an_answer(case: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template, expected = TEMPLATES[case]
+    assert find_end_of_turn(tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("beside_adapter", "of_base", "expected"),
+    [
+        (None, None, [IM_END, END_OF_TEXT]),
+        (None, {"eos_token_id": 9}, [IM_END, 9, END_OF_TEXT]),
+        (None, {"eos_token_id": [9, IM_END, 10]}, [IM_END, 9, 10, END_OF_TEXT]),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 9}, [5, 6]),
+        ({"eos_token_id": 5}, {"eos_token_id": 9}, 5),
+        ({"temperature": 0.3, "do_sample": True}, {"eos_token_id": 9}, [IM_END, 9, END_OF_TEXT]),
+    ],
+)
+def test_where_they_come_from(
+    beside_adapter: dict[str, Any] | None,
+    of_base: dict[str, Any] | None,
+    expected: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """What the training wrote down; else the tokenizer's, the base's and the template's."""
+    tokenizer.chat_template = TEMPLATES["at once"][0].replace("<|im_end|>", "<|endoftext|>")
+    for name, settings in (("adapter", beside_adapter), ("base", of_base)):
+        (tmp_path / name).mkdir()
+        if settings is not None:
+            GenerationConfig(**settings).save_pretrained(tmp_path / name)
+    found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, None)
+    assert found.eos_token_id == expected
+
+
+@pytest.mark.parametrize("folder", ["adapter", "base"])
+def test_a_broken_file_is_named(folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+    (tmp_path / folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
+        load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, None)
