@@ -21,7 +21,14 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import expected_shapes
 from fastchat_qlora.model.adapter_folder import check_patterns, check_tensors, read_lora_config
-from fastchat_qlora.model.loading import build_skeleton, dtype_name, load_config, load_model, read_tokenizer
+from fastchat_qlora.model.loading import (
+    build_skeleton,
+    check_vocabulary,
+    dtype_name,
+    load_config,
+    load_model,
+    read_tokenizer,
+)
 from fastchat_qlora.model.quantised_base import make_quantization_config
 from fastchat_qlora.path_checks import check_model_path
 from fastchat_qlora.text import one_line
@@ -112,10 +119,9 @@ def open_adapter(
     training = _choose_training(folder, quantization, config)
     if skeleton is not None:
         check_patterns(lora_config, dict(skeleton.named_modules()))
-    rows = skeleton.get_input_embeddings().weight.shape[0] if skeleton is not None else None
     check_tensors(str(folder), expected_shapes(skeleton, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG)
     tokenizer = _load_tokenizer(folder, model_args, config, cache_dir)
-    _check_vocabulary(tokenizer, rows, model_args.model_name_or_path)
+    check_vocabulary(tokenizer, config, model_args.model_name_or_path)
     generation = load_generation_config(folder, model_args.model_name_or_path, tokenizer, cache_dir)
     return TrainedAdapter(folder, lora_config, model_args, cache_dir, config, training, tokenizer, generation)
 
@@ -196,20 +202,6 @@ def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that the model has positions for; None where its configuration does not say."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
-
-
-def _check_vocabulary(tokenizer: Any, rows: int | None, base: str) -> None:
-    """Require an embedding for every token; of more embeddings than tokens many models have some.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    if rows is not None and tokens > rows:
-        raise UserError(
-            f"--model_name_or_path {base}: the tokenizer has {tokens:,} tokens and the model embeddings for {rows:,}; "
-            "give the base model that the adapter was trained on"
-        )
 
 
 def load_live(adapter: TrainedAdapter, attention: str | None = None) -> PeftModel:

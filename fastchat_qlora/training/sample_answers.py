@@ -9,9 +9,7 @@ from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.arguments import TrainingArguments
-from fastchat_qlora.data.packing import PackedRows
 from fastchat_qlora.data.rendering import Asked, TemplateRefusal, apply_template
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.text import one_line
 from fastchat_qlora.training.step_watch import StepWatch
@@ -70,7 +68,9 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is u
         trainer = self._trainer
         logger.info(f"The model is asked {len(self._prompts)} --sample_prompts.")
         with trainer.aside():
-            answers = continue_greedily(trainer, list(self._prompts.values()), find_ends(trainer))
+            answers = continue_greedily(
+                trainer, list(self._prompts.values()), set(trainer.generation_config.eos_token_id)
+            )
         decode = trainer.processing_class.decode
         return {
             prompt: decode(answer, skip_special_tokens=True).strip()
@@ -93,16 +93,6 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
             )
         encoded[prompt] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoded
-
-
-def find_ends(trainer: LoraTrainer) -> set[int]:
-    """The tokens that end an answer: the model's own, and the last one that the first row teaches."""
-    model, tokenizer = trainer.adapter.get_base_model(), trainer.processing_class
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    rows = trainer.train_dataset
-    labels = (rows.conversations if isinstance(rows, PackedRows) else rows)[0]["labels"]
-    return ends | {next(label for label in reversed(labels) if label != IGNORE_INDEX)}
 
 
 def continue_greedily(

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastchat_qlora.data.collation import ACCOUNT
@@ -243,8 +243,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             with saving(f"the adapter in {output_dir or final}", final):
                 save_adapter(self.adapter, tensors, str(folder))
                 self.processing_class.save_pretrained(str(folder))
-                base = self.adapter.get_base_model()
-                write_generation_config(folder, build_generation_config(base, self.processing_class, self._turn_ends))
+                write_generation_config(folder, self.generation_config)
             certify(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
             if not output_dir:
                 (folder / CARD).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
@@ -315,6 +314,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Push a checkpoint that is whole; Trainer would push it while it is written."""
         if Path(checkpoint_folder).parent.name != UNFINISHED:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the trained model is to generate, and where it stops."""
+        return build_generation_config(self.adapter.get_base_model(), self.processing_class, self._turn_ends)
 
     @property
     def adapter(self) -> PeftModel:
