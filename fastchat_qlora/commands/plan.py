@@ -77,7 +77,9 @@ def _known_speed(own: PlanArguments) -> Speed | None:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
         effective = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["effective"]
         processes = int(effective["batch"].partition(" processes")[0].rpartition(" ")[2])
-        return Speed(float(results["tokens_per_second"]) / processes, f"measured in {own.speed_from}")
+        if (measured := float(results["tokens_per_second"])) <= 0:
+            raise ValueError("it has trained on nothing")
+        return Speed(measured / processes, f"measured in {own.speed_from}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--speed_from {own.speed_from}: no results of a run are there ({error!r}); give the output_dir of one "

@@ -106,7 +106,7 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
     lengths, supervised = (column(conversations, name) for name in ("length", "supervised"))
     models = _profiles(args, base, dtype, kind, float(supervised.sum() / lengths.sum()))
     given, schedule = _placement(args, base.config, devices.number), count_steps(training, len(rows), devices.number)
-    gib = devices.memory_gib or _memory_here(kind)
+    gib = devices.memory_gib or _memory_here(kind, devices.number)
     available = gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None
     found, changes = [], []
     if not isinstance(models, str):
@@ -147,10 +147,10 @@ def _kind(args: RunArguments, devices: Devices) -> str:
     return "cuda" if here or devices.memory_gib else "cpu"
 
 
-def _memory_here(kind: str) -> float | None:
-    """GiB of this machine's device of a kind, if it has one."""
+def _memory_here(kind: str, devices: int) -> float | None:
+    """GiB of this machine's device of a kind, if it has one; processes on a CPU share its memory."""
     if kind == "cpu":
-        return float(psutil.virtual_memory().total / GIB)
+        return float(psutil.virtual_memory().total / GIB / devices)
     return float(torch.cuda.get_device_properties(0).total_memory / GIB) if torch.cuda.is_available() else None
 
 

@@ -141,8 +141,10 @@ def _legend(plan: Plan) -> Text:
 
 def _verdict(plan: Plan) -> Text | None:
     run = plan.run
-    if run is None or run.need is None or run.fits is None:
+    if run is None or (run.fits is None and not run.refused):
         return None
+    if run.need is None:
+        return Text(f"Not possible: {run.placement.strategy}: {visible(run.refused)}.", style="bold red")
     count = run.placement.devices
     asked = f"{run.placement.strategy} on {count} devices" if count > 1 else "one process"
     if run.fits:

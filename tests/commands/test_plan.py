@@ -112,6 +112,8 @@ def test_what_a_strategy_cannot_do_is_said(plan: Any, capsys: pytest.CaptureFixt
     refused = {one["placement"]["strategy"]: one["refused"] for one in planned["devices"]}
     assert "Adafactor".lower() in refused["ZeRO-2"] and "adafactor" in refused["FSDP2"] and not refused["DDP"]
     assert "looks at shapes" in capsys.readouterr().out
+    plan(f"--devices 2 {ROOM} --q_lora True --use_dora True --deepspeed playground/deepspeed_config_s3.json")
+    assert "Not possible: ZeRO-3: --use_dora True with --q_lora True" in capsys.readouterr().out
 
 
 def test_the_largest_batch_is_the_largest(plan: Any) -> None:
@@ -157,6 +159,11 @@ def test_every_change_fits_and_nothing_is_promised_where_none_does(
     assert planned["changes"] and all(change["on_device"]["fits"] for change in planned["changes"])
     assert not plan(f"--device_memory_gib 0.0001 {ALL}")["changes"]
     assert "choose a smaller model" in capsys.readouterr().out
+
+
+def test_processes_on_a_cpu_share_its_memory(plan: Any) -> None:
+    one, four = (plan(f"--device_type cpu --devices {count}")["device_gib"] for count in (1, 4))
+    assert four == pytest.approx(one / 4)
 
 
 def test_time(plan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
