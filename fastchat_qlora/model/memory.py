@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from fastchat_qlora.model.adapter import trainable_parameters
 from fastchat_qlora.model.loading import repeated_layers
 from fastchat_qlora.model.loss import LossHead, chunk_length, install_loss_head, softmax_length, why_plain
+from fastchat_qlora.model.optimizer_state import state_bytes_on_device
 
 TRACED_TOKENS = (64, 128)
 """Rows that are sent through; what the longer one costs more is what its tokens cost, without what is there once."""
@@ -34,10 +35,6 @@ of 256 such scales in fp32 (QLoRA, arXiv 2305.14314, section 3)."""
 
 NF4_SINGLE_BYTES = 0.5 + 4 / 64
 """Of one weight in 4 bits whose scales stay in fp32."""
-
-STATE_BYTES = {"sgd": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged": 0, "lion": 4, "lion_8bit": 1}
-"""Optimizer state for each trained number, by how the optimizer's name begins, the longest first; Adam's two fp32
-moments (8 bytes) for all others. Paged states can leave the device."""
 
 
 class TokenBytes(NamedTuple):
@@ -208,17 +205,16 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
     )
 
 
-def need(
+def moments(
     model: Model,
     tokens: int,
     checkpointed: int,
     *,
     optimizer: str = "adamw_torch",
-    shards: int = 1,
     scale: float = 1.0,
     accumulates: bool = True,
-) -> Need:
-    """What a run needs on one device.
+) -> tuple[Need, Need]:
+    """What a run needs on one device when it needs most: where backward begins, and where the optimizer steps.
 
     With some layers checkpointed these are the first ones: backward comes to them last, when what the others kept is
     gone, so that recomputing one adds to the peak only where nearly all are checkpointed.
@@ -228,7 +224,6 @@ def need(
         tokens: of the largest micro-batch, padding included.
         checkpointed: how many layers are.
         optimizer: by its transformers name.
-        shards: over how many processes optimizer state is divided.
         scale: what a measured step needed for activations and work, as a multiple of what this function says.
         accumulates: whether gradients of earlier micro-batches are there while a later one is computed. Where they are
             not, they come as activations go, and only one of both counts: the one that is more.
@@ -241,23 +236,38 @@ def need(
     at_once = min(tokens * model.targets, model.chunk or math.inf)
     of_loss = at_once * model.target_work + min(at_once, model.piece) * model.softmax_work
     in_backward = max(0.0, recomputed + 3 * tokens * token.widest - of_loss)
-    state = next((STATE_BYTES[n] for n in sorted(STATE_BYTES, key=len, reverse=True) if optimizer.startswith(n)), 8)
-    held = Need(
+    stepping = Need(
         weights=model.weights.total,
         adapter=4.0 * model.trained,
         gradients=4.0 * model.trained,
-        optimizer=model.trained * state / shards,
+        optimizer=model.trained * state_bytes_on_device(optimizer),
         activations=0.0,
         logits=0.0,
-        buffers=4.0 * model.trained / shards,  # Adam's update is made of all parameters at once
+        buffers=4.0 * model.trained,  # Adam's update is made of all parameters at once
     )
-    computing = held._replace(
-        gradients=held.gradients * accumulates,
+    computing = stepping._replace(
+        gradients=stepping.gradients * accumulates,
         activations=activations * scale,
         logits=of_loss * scale,
         buffers=in_backward * scale + 2 * model.dequantised,
     )
-    return max(held, computing, key=lambda moment: moment.total)
+    return computing, stepping
+
+
+def need(model: Model, tokens: int, checkpointed: int, *, shards: int = 1, **how: Any) -> Need:
+    """The larger of the two moments.
+
+    Args:
+        model: from `profile`.
+        tokens: of the largest micro-batch.
+        checkpointed: how many layers are.
+        shards: over how many processes optimizer state is divided, and with it the update.
+        how: further arguments of `moments`.
+    """
+    computing, stepping = moments(model, tokens, checkpointed, **how)
+    divided = {"optimizer": stepping.optimizer / shards}
+    stepping = stepping._replace(buffers=stepping.buffers / shards, **divided)
+    return max(computing._replace(**divided), stepping, key=lambda moment: moment.total)
 
 
 def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any) -> int | None:

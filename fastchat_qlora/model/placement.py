@@ -7,6 +7,9 @@
     optimizer   8 P        8 P / N           8 P / N                 8 P / N
     buffers     4 P        two buckets       weights that are live   ends, two layers, and their adapters
 
+ZeRO-1 is ZeRO-2 with s P of gradients more. Every strategy also has the buffers of one process: while it computes, and,
+divided as the optimizer's state is, when it steps; the moment that needs more is the one that counts.
+
 W: the frozen base, P: numbers that are trained, N: devices, s: bytes of a number in the compute dtype, in which
 DeepSpeed keeps what is trained beside its fp32 masters (ZeRO, arXiv 1910.02054, section 5). Live under ZeRO-3 are
 weights up to `stage3_max_live_parameters`; under FSDP2 what is in no layer, from the first to the last operation of a
@@ -15,11 +18,12 @@ step, and of the layers the one at work and the one that is gathered meanwhile.
 
 from typing import Any, NamedTuple
 
-from fastchat_qlora.model.memory import Model, Need, need
+from fastchat_qlora.model.memory import Model, Need, moments
 
-ONE_PROCESS, DDP, ZERO_2, ZERO_3, FSDP2 = "one process", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2"
+ONE_PROCESS, DDP, FSDP2 = "one process", "DDP", "FSDP2"
+ZERO_1, ZERO_2, ZERO_3 = "ZeRO-1", "ZeRO-2", "ZeRO-3"
 SEVERAL = (DDP, ZERO_2, ZERO_3, FSDP2)
-"""Strategies for more than one device, in the order of what they divide."""
+"""Strategies for more than one device, in the order of what they divide; ZeRO-1 is shown where it is asked for."""
 
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 """Numbers in a bucket, and of weights kept live: what DeepSpeed takes where its configuration does not say."""
@@ -32,7 +36,7 @@ class Placement(NamedTuple):
     """How a run is divided.
 
     Attributes:
-        strategy: ONE_PROCESS or one of SEVERAL.
+        strategy: one of those above.
         devices: among which it is.
         bucket: numbers that ZeRO reduces at once.
         live: numbers of weights that ZeRO-3 leaves gathered.
@@ -51,51 +55,59 @@ class Placement(NamedTuple):
 
 
 def need_on_device(model: Model, tokens: int, checkpointed: int, placement: Placement, **how: Any) -> Need:
-    """What one of the devices needs.
+    """What one of the devices needs, at the moment when that is most.
 
     Args:
         model: from `memory.profile`.
         tokens: of the largest micro-batch of one device, padding included.
         checkpointed: how many layers are.
         placement: how the run is divided.
-        how: further arguments of `memory.need`, but for `shards`.
+        how: further arguments of `memory.moments`.
     """
-    alone = need(model, tokens, checkpointed, **how)
-    if placement.strategy == ONE_PROCESS or placement.devices == 1:
-        return alone
-    if placement.strategy == DDP:
-        return alone._replace(buffers=alone.buffers + 4 * model.trained)
-    divided = _zero if placement.strategy in (ZERO_2, ZERO_3) else _fsdp
-    return divided(model, alone, placement)
+    computing, stepping = moments(model, tokens, checkpointed, **how)
+    if placement.strategy == ONE_PROCESS:
+        divided = [computing, stepping]
+    elif placement.strategy == DDP:
+        divided = [moment._replace(buffers=moment.buffers + 4 * model.trained) for moment in (computing, stepping)]
+    elif placement.strategy == FSDP2:
+        divided = _fsdp(model, computing, stepping, placement)
+    else:
+        divided = _zero(model, computing, stepping, placement)
+    return max(divided, key=lambda moment: moment.total)
 
 
-def _zero(model: Model, alone: Need, placement: Placement) -> Need:
-    share, whole = 1 / placement.devices, placement.strategy == ZERO_2
+def _zero(model: Model, computing: Need, stepping: Need, placement: Placement) -> list[Need]:
+    share, shards_weights = 1 / placement.devices, placement.strategy == ZERO_3
     on_device = 0 if placement.offloads_optimizer else 1
-    live = model.itemsize * model.trained * (1 if whole else share)
+    in_compute_dtype = model.itemsize * model.trained
     bucket = model.itemsize * placement.bucket
-    weights = alone.weights * (1 if whole else 0 if placement.offloads_weights else share)
-    gathered = min(alone.weights, model.itemsize * placement.live)
-    return alone._replace(
-        weights=weights,
-        adapter=live + on_device * 4 * model.trained * share,
-        gradients=on_device * 4 * model.trained * share,
-        optimizer=on_device * alone.optimizer * share,
-        buffers=alone.buffers + (2 * bucket if whole else bucket + gathered),
-    )
+    gathered = min(computing.weights, model.itemsize * placement.live)
+    masters = on_device * 4 * model.trained * share
+    divided = {
+        "weights": computing.weights * (share * (not placement.offloads_weights) if shards_weights else 1),
+        "adapter": in_compute_dtype * (share if shards_weights else 1) + masters,
+        "gradients": masters + in_compute_dtype * (placement.strategy == ZERO_1),
+        "optimizer": on_device * computing.optimizer * share,
+    }
+    work = bucket + gathered if shards_weights else 2 * bucket
+    return [
+        computing._replace(**divided, buffers=computing.buffers + work),
+        stepping._replace(**divided, buffers=on_device * stepping.buffers * share + work),
+    ]
 
 
-def _fsdp(model: Model, alone: Need, placement: Placement) -> Need:
+def _fsdp(model: Model, computing: Need, stepping: Need, placement: Placement) -> list[Need]:
     share = 1 / placement.devices
-    on_device = 0 if placement.offloads_weights else 1
+    on_device = 0 if placement.offloads_weights else share
     weights, layers = model.weights, model.layers
-    packed = weights.total - weights.constants
     a_layer = weights.largest_layer + model.itemsize * model.trained / max(1, layers)
-    at_once = min(2, layers) if placement.reshards else layers
-    return alone._replace(
-        weights=on_device * packed * share + weights.constants,
-        adapter=on_device * 4 * model.trained * share,
-        gradients=on_device * alone.gradients * share,
-        optimizer=on_device * alone.optimizer * share,
-        buffers=alone.buffers + weights.ends + at_once * a_layer,
-    )
+    gathered = weights.ends + (min(2, layers) if placement.reshards else layers) * a_layer
+    divided = {
+        "weights": on_device * (weights.total - weights.constants) + weights.constants,
+        "adapter": on_device * 4 * model.trained,
+        "optimizer": on_device * computing.optimizer,
+    }
+    return [
+        computing._replace(**divided, gradients=on_device * computing.gradients, buffers=computing.buffers + gathered),
+        stepping._replace(**divided, gradients=on_device * stepping.gradients, buffers=on_device * stepping.buffers),
+    ]

@@ -10,26 +10,26 @@ import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.optimizer_state import state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
 FP32 = 4
 BESIDES = 32 * 2**20
 """Bytes for a tokenizer, random states and logs; the tokenizers of large vocabularies are of some 20 MiB."""
 
-STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
-"""fp32 numbers that an optimizer keeps for each parameter, by how its name begins; AdamW's are two moments."""
 
-
-def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool) -> int:
+def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool, only_model: bool = False) -> int:
     """How large a checkpoint is: the adapter in fp32 and the optimizer's state.
 
     Args:
         parameters: what is trained.
         optimizer: its name.
         has_masters: whether fp32 copies of the parameters, and the parameters beside them, are in it: DeepSpeed's.
+        only_model: whether it is the adapter alone (--save_only_model).
     """
-    states = next((count for name, count in STATES.items() if optimizer.lower().startswith(name)), 2)
-    return parameters * FP32 * (1 + states + 2 * has_masters)
+    if only_model:
+        return parameters * FP32
+    return round(parameters * (FP32 * (1 + 2 * has_masters) + state_bytes(optimizer)))
 
 
 def count_checkpoints(args: Any, rows: int, processes: int) -> int:
@@ -63,6 +63,7 @@ def check_room(
     optimizer: str,
     *,
     has_masters: bool,
+    only_model: bool,
     goes_on: bool,
 ) -> None:
     """Require that the adapter and the checkpoints of a run fit on the disk, before it begins.
@@ -73,6 +74,7 @@ def check_room(
         checkpoints: how many are kept at the most, from `count_checkpoints`.
         optimizer: its name.
         has_masters: see `checkpoint_bytes`.
+        only_model: see `checkpoint_bytes`.
         goes_on: whether the checkpoints that are there are this run's, so that they count as room.
 
     Raises:
@@ -81,7 +83,8 @@ def check_room(
     if shapes is None:
         return
     parameters = sum(shape.numel() for shape in shapes.values())
-    adapter, one = parameters * FP32, checkpoint_bytes(parameters, optimizer, has_masters=has_masters)
+    adapter = parameters * FP32
+    one = checkpoint_bytes(parameters, optimizer, has_masters=has_masters, only_model=only_model)
     # one more of each: what is being written is there beside what it will take the place of
     need = 2 * adapter + (checkpoints + 1) * one + BESIDES
     files = output_dir.glob("checkpoint-*/**/*") if goes_on else ()

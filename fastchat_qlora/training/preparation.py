@@ -137,6 +137,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         kept,
         settings["optimizer"],
         has_masters=bool(topology.zero_stage),
+        only_model=training_args.save_only_model,
         goes_on=checkpoint is not None,
     )
     profile = _profile(args, base.config, lora_config, dtype, dataset["train"], topology)

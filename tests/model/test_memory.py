@@ -134,7 +134,8 @@ def test_the_fewest_layers_that_fit() -> None:
 def test_optimizers(optimizer: str, shards: int, state: int) -> None:
     model = profile(FAMILIES["llama"], BF16)
     needed = memory.need(model, TOKENS, 0, optimizer=optimizer, shards=shards)
-    assert (needed.gradients, needed.optimizer) == (model.trained * 4, model.trained * state)
+    assert needed.gradients == model.trained * 4
+    assert needed.optimizer == pytest.approx(model.trained * state, rel=0.02), "8-bit moments have scales"
 
 
 def test_a_head_that_is_trained_has_all_its_logits() -> None:

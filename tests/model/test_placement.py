@@ -8,8 +8,18 @@ from families import FAMILIES, lora_config
 
 from fastchat_qlora.model.adapter import attach_adapter
 from fastchat_qlora.model.loading import build_skeleton
-from fastchat_qlora.model.memory import Model, need, profile
-from fastchat_qlora.model.placement import DDP, FSDP2, ONE_PROCESS, SEVERAL, ZERO_2, ZERO_3, Placement, need_on_device
+from fastchat_qlora.model.memory import Model, moments, need, profile
+from fastchat_qlora.model.placement import (
+    DDP,
+    FSDP2,
+    ONE_PROCESS,
+    SEVERAL,
+    ZERO_1,
+    ZERO_2,
+    ZERO_3,
+    Placement,
+    need_on_device,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +29,28 @@ def model() -> Model:
     return profile(attach_adapter(skeleton.to(torch.bfloat16), lora_config()), supervised_share=0.5, quantised="double")
 
 
-def test_one_device_has_nothing_to_divide(model: Model) -> None:
+def test_one_process_needs_what_the_model_needs(model: Model) -> None:
+    assert need_on_device(model, 100, 0, Placement(ONE_PROCESS, 1)) == need(model, 100, 0)
+
+
+def test_a_strategy_on_one_device_still_offloads_and_gathers(model: Model) -> None:
     alone = need(model, 100, 0)
-    for strategy in (ONE_PROCESS, *SEVERAL):
-        assert need_on_device(model, 100, 0, Placement(strategy, 1)) == alone
+    offloaded = need_on_device(model, 100, 0, Placement(ZERO_3, 1, offloads_optimizer=True, offloads_weights=True))
+    assert (offloaded.weights, offloaded.optimizer, offloaded.gradients) == (0, 0, 0)
+    gathered = need_on_device(model, 100, 0, Placement(FSDP2, 1))
+    assert gathered.weights == pytest.approx(alone.weights) and gathered.buffers > alone.buffers
+
+
+def test_each_moment_is_divided_before_the_larger_is_taken(model: Model) -> None:
+    """Alone the step of a large adapter counts; among many devices, which share that, it is what backward needs."""
+    large = model._replace(trained=50 * model.trained)
+    alone = need(large, 100, 0)
+    assert alone.activations == 0, "the optimizer's step"
+    among_many = need_on_device(large, 100, 0, Placement(FSDP2, 64), accumulates=False)
+    assert among_many.activations == need(model, 100, 0).activations > 0
+    computing, stepping = moments(large, 100, 0)
+    by_ddp = need_on_device(large, 100, 0, Placement(DDP, 64))
+    assert by_ddp.total == max(computing.total, stepping.total) + 4 * large.trained
 
 
 def test_what_is_divided(model: Model) -> None:
@@ -36,6 +64,12 @@ def test_what_is_divided(model: Model) -> None:
     assert [of[s].gradients for s in SEVERAL] == [4 * model.trained, *[model.trained] * 3]
     assert [of[s].adapter for s in SEVERAL] == [model.trained * n for n in (4, 2 + 1, (2 + 4) / 4, 1)]
     assert len({of[s].activations for s in SEVERAL}) == 1, "no strategy divides what a conversation keeps"
+
+
+def test_zero_1_keeps_all_gradients(model: Model) -> None:
+    first, second = (need_on_device(model, 100, 0, Placement(strategy, 4)) for strategy in (ZERO_1, ZERO_2))
+    assert first._replace(gradients=second.gradients) == second
+    assert first.gradients - second.gradients == model.itemsize * model.trained
 
 
 def test_more_devices_need_less_of_each(model: Model) -> None:

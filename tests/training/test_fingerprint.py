@@ -58,6 +58,7 @@ def test_the_size_of_a_checkpoint() -> None:
     assert checkpoint_bytes(100, "AdamW", has_masters=True) == 2000
     assert checkpoint_bytes(100, "sgd", has_masters=False) == 400
     assert checkpoint_bytes(100, "lion_32bit", has_masters=False) == 800
+    assert checkpoint_bytes(100, "adamw_torch", has_masters=True, only_model=True) == 400
 
 
 @pytest.mark.parametrize(
