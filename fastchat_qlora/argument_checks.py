@@ -28,6 +28,7 @@ def find_problems(values: argparse.Namespace) -> list[str]:
         check_numbers,
         _check_precision,
         _check_strategy,
+        _check_planned,
         _check_combinations,
         _check_rows,
         _check_loading,
@@ -101,6 +102,20 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
     if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, fsdp_settings):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
+
+
+def _check_planned(values: argparse.Namespace) -> list[str]:
+    """What `plan` is asked about a device, beside what the run says of it."""
+    if not values.use_cpu or not hasattr(values, "device_type"):
+        return []
+    if values.device_type == "cuda":
+        return ["--use_cpu True and --device_type cuda: two kinds of device; drop one"]
+    if values.device_type == "auto" and values.device_memory_gib:
+        return [
+            f"--use_cpu True and --device_memory_gib {values.device_memory_gib}: is that main memory? Give "
+            "--device_type cpu too, or drop --use_cpu"
+        ]
+    return []
 
 
 def _check_rows(values: argparse.Namespace) -> list[str]:

@@ -321,11 +321,15 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
     """
     arguments, notices, namespace, problems = read_flags(argv, build_command_parser(prog, own))
     raise_all(problems)
+    configuration = namespace.deepspeed
     adapt_to_machine(namespace)
     for notice in notices:
         logger.warning(notice)
     *groups, last = build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
-    return RunArguments(*groups), last
+    args = RunArguments(*groups)
+    if configuration:  # what it says against the flags depends on processes, which are not there
+        raise_all(_refused_by_deepspeed(configuration, args.training))
+    return args, last
 
 
 def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
@@ -341,5 +345,9 @@ def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Seq
     given = {name: value for name, value in chosen.items() if f"--{name}" in written}
     found = find_contradictions(args.deepspeed, args.hf_deepspeed_config.mismatches, given)
     hint = "; make them the same, or leave one out"
-    problems = [f"{problem}{hint}" for problem in found] + find_refused(args.hf_deepspeed_config.config)
-    return [f"--deepspeed {configuration}: {problem}" for problem in problems]
+    contradictions = [f"--deepspeed {configuration}: {problem}{hint}" for problem in found]
+    return contradictions + _refused_by_deepspeed(configuration, args)
+
+
+def _refused_by_deepspeed(configuration: str, args: TrainingArguments) -> list[str]:
+    return [f"--deepspeed {configuration}: {problem}" for problem in find_refused(args.hf_deepspeed_config.config)]

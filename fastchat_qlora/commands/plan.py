@@ -1,6 +1,7 @@
 """`fastchat-qlora plan`: what a run will take, before any weight is loaded."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from fastchat_qlora.commands.plan_making import Devices, Speed, make_plan
 from fastchat_qlora.commands.plan_views import as_json, print_plan
 from fastchat_qlora.commands.written_whole import written_whole
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.number_checks import SPEED
+from fastchat_qlora.text import one_line
 
 PROG = "fastchat-qlora plan"
 
@@ -77,11 +80,12 @@ def _known_speed(own: PlanArguments) -> Speed | None:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
         effective = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["effective"]
         processes = int(effective["batch"].partition(" processes")[0].rpartition(" ")[2])
-        if (measured := float(results["tokens_per_second"])) <= 0:
-            raise ValueError("it has trained on nothing")
+        measured = float(results["tokens_per_second"])
+        if processes < 1 or not SPEED.holds(measured) or not 0 < measured < math.inf:
+            raise ValueError(f"{measured} tokens a second in {processes} processes")
         return Speed(measured / processes, f"measured in {own.speed_from}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--speed_from {own.speed_from}: no results of a run are there ({error!r}); give the output_dir of one "
+            f"--speed_from {own.speed_from}: no results of a run are there ({one_line(repr(error), 120)}); give the output_dir of one "
             "that has ended, or --tokens_per_second"
         ) from error

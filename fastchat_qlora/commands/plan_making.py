@@ -1,11 +1,11 @@
 """From a command line to a plan: what is read, counted and asked of the libraries; no weight is."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -18,8 +18,10 @@ from fastchat_qlora.commands.planning import (
     GIB,
     Disk,
     Plan,
+    Precision,
     Setting,
     Time,
+    WhyNot,
     changes_that_fit,
     look_at,
     placements,
@@ -45,7 +47,7 @@ from fastchat_qlora.model.memory import Model
 from fastchat_qlora.model.placement import BUCKET, DDP, FSDP2, LIVE, ONE_PROCESS, Placement
 from fastchat_qlora.model.quantization import stored_as
 from fastchat_qlora.model.speed import flops_per_second, flops_per_token
-from fastchat_qlora.training.activation_checkpointing import USABLE, USABLE_ELSEWHERE, profile_model
+from fastchat_qlora.training.activation_checkpointing import USABLE, USABLE_ELSEWHERE, memory_here, profile_model
 from fastchat_qlora.training.disk import FP32, checkpoint_bytes, count_checkpoints
 from fastchat_qlora.training.preparation import make_rows
 from fastchat_qlora.training.schedule import count_steps
@@ -102,19 +104,30 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
     """
     training, dtype, kind = args.training, get_compute_dtype(args.training), _kind(args, devices)
     base = _look_at_base(args)
-    rows, conversations = _read_rows(args, base.config)
+    rows, conversations = _read_rows(args, base.config, devices.number)
     lengths, supervised = (column(conversations, name) for name in ("length", "supervised"))
-    models = _profiles(args, base, dtype, kind, float(supervised.sum() / lengths.sum()))
+    models = _profiles(args, base, kind, float(supervised.sum() / lengths.sum()))
     given, schedule = _placement(args, base.config, devices.number), count_steps(training, len(rows), devices.number)
-    gib = devices.memory_gib or _memory_here(kind, devices.number)
-    available = gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None
+    gib = devices.memory_gib or memory_here(kind)
+    setting = Setting(
+        models=models,
+        precision=Precision(stored_as(args.lora), dtype),
+        batches=_most_tokens(args, rows, lengths),
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        max_length=training.model_max_length,
+        checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
+        optimizer=OptimizerNames(training.optim).value,
+        memory=gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None,
+        is_shared=kind == "cpu" and not devices.memory_gib,
+    )
+    model, why_not = setting.model, _refusals(args, base)
     found, changes = [], []
-    if not isinstance(models, str):
-        setting, why_not = _setting(args, models, rows, lengths, available), _refusals(args, base)
+    if not isinstance(model, str):
         found = [look_at(setting, at, len(rows), why_not) for at in placements(devices.number, given)]
         run = next(one for one in found if one.placement == given)
         changes = changes_that_fit(setting, given, len(rows), why_not) if run.fits is False else []
-        speed = speed or _measure(models[setting.quantised], run.checkpointed, base, dtype, kind, lengths)
+        speed = speed or _measure(model, run.checkpointed, base, dtype, kind, lengths)
     return Plan(
         model=args.model.model_name_or_path,
         settings=_in_words(args, dtype, devices.number, kind),
@@ -125,13 +138,13 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         schedule=schedule,
         trainable=base.trainable,
         base=base.numbers,
-        layers=0 if isinstance(models, str) else models[setting.quantised].layers,
+        layers=0 if isinstance(model, str) else model.layers,
         largest_batch=largest_possible_batch(
             rows, training.per_device_train_batch_size, padding_free=args.data.padding_free
         ),
-        unknown=models if isinstance(models, str) else "",
-        device_gib=gib,
-        available=available,
+        unknown=model if isinstance(model, str) else "",
+        device_gib=gib and gib / (devices.number if setting.is_shared else 1),
+        available=setting.available(devices.number),
         given=given,
         devices=found,
         changes=changes,
@@ -145,13 +158,6 @@ def _kind(args: RunArguments, devices: Devices) -> str:
         return devices.kind
     here = not args.training.use_cpu and torch.accelerator.is_available()
     return "cuda" if here or devices.memory_gib else "cpu"
-
-
-def _memory_here(kind: str, devices: int) -> float | None:
-    """GiB of this machine's device of a kind, if it has one; processes on a CPU share its memory."""
-    if kind == "cpu":
-        return float(psutil.virtual_memory().total / GIB / devices)
-    return float(torch.cuda.get_device_properties(0).total_memory / GIB) if torch.cuda.is_available() else None
 
 
 def _look_at_base(args: RunArguments) -> Base:
@@ -176,7 +182,7 @@ def _look_at_base(args: RunArguments) -> Base:
     return Base(config, lora_config, dict(trainable), numbers)
 
 
-def _read_rows(args: RunArguments, config: PretrainedConfig) -> tuple[Dataset | PackedRows, Dataset]:
+def _read_rows(args: RunArguments, config: PretrainedConfig, processes: int) -> tuple[Dataset | PackedRows, Dataset]:
     """What batches are made of, and the conversations in it."""
     length, cache_dir = args.training.model_max_length, args.training.cache_dir
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=length)
@@ -185,34 +191,30 @@ def _read_rows(args: RunArguments, config: PretrainedConfig) -> tuple[Dataset | 
     if not len(loaded["--data_path"].rows):
         raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; mend it")
     conversations = arrange(loaded, args.data.eval_split, args.training.seed)["train"]
-    return make_rows(conversations, args), conversations
+    return make_rows(conversations, args, processes), conversations
 
 
-def _profiles(
-    args: RunArguments, base: Base, dtype: torch.dtype, kind: str, supervised_share: float
-) -> dict[bool, Model] | str:
-    """What there is to know of the model, by whether its base is in 4 bits; or why that cannot be told."""
-    given = stored_as(args.lora)
-    found: dict[bool, Model] = {}
-    for in_4_bits in (False,) if given == "int8" else {args.lora.q_lora, True}:
-        profiled = profile_model(
+def _profiles(args: RunArguments, base: Base, kind: str, supervised_share: float) -> Callable[[Precision], Model | str]:
+    """What there is to know of the model with its weights in some precision, counted when it is asked for."""
+
+    @functools.cache
+    def profiled(precision: Precision) -> Model | str:
+        return profile_model(
             base.config,
             base.lora_config,
-            dtype,
+            precision.dtype,
             supervised_share=supervised_share,
-            quantised=given if in_4_bits == args.lora.q_lora else "double",
+            quantised=precision.quantised,
             device_type=kind,
         )
-        if isinstance(profiled, str):
-            return profiled
-        found[in_4_bits] = profiled
-    return found
+
+    return profiled
 
 
 def _placement(args: RunArguments, config: PretrainedConfig, devices: int) -> Placement:
     """The strategy asked for; DDP or one process where none is."""
     training = args.training
-    if devices == 1 or not (training.fsdp or training.deepspeed):
+    if not (training.fsdp or training.deepspeed):
         return Placement(DDP if devices > 1 else ONE_PROCESS, devices)
     if training.fsdp:
         settings = training.fsdp_config or {}
@@ -233,45 +235,33 @@ def _placement(args: RunArguments, config: PretrainedConfig, devices: int) -> Pl
     )
 
 
-def _setting(
-    args: RunArguments, models: dict[bool, Model], rows: Any, lengths: Any, available: float | None
-) -> Setting:
-    training, packed = args.training, isinstance(rows, PackedRows)
+def _most_tokens(args: RunArguments, rows: Any, lengths: Any) -> Callable[[int, int], int]:
+    """The most tokens of a micro-batch of so many rows, each of so many tokens at the most."""
 
     def most_tokens(size: int, max_length: int) -> int:
-        if packed:
-            return size * max_length
+        if isinstance(rows, PackedRows):
+            return min(size, len(rows)) * max_length
         return largest_batch(np.minimum(lengths, max_length), size, padding_free=args.data.padding_free)
 
-    return Setting(
-        models=models,
-        quantised=bool(args.lora.q_lora),
-        batches=most_tokens,
-        batch_size=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        max_length=training.model_max_length,
-        checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
-        optimizer=OptimizerNames(training.optim).value,
-        available=available,
-    )
+    return most_tokens
 
 
-def _refusals(args: RunArguments, base: Base) -> Callable[[Placement, bool], str]:
-    """What `train` says to a strategy, with a base in 4 bits or without."""
+def _refusals(args: RunArguments, base: Base) -> WhyNot:
+    """What `train` says to a strategy for weights kept in some way."""
     optimizer = OptimizerNames(args.training.optim).value
     skeleton = build_skeleton(base.config)
 
-    def why_not(at: Placement, in_4_bits: bool) -> str:
+    def why_not(at: Placement, precision: Precision) -> str:
         zero_stage = int(at.strategy[-1]) if at.strategy.startswith("ZeRO") else 0
         topology = Topology(0, 0, at.devices, "cuda", zero_stage, at.strategy == FSDP2)
         if at.strategy == FSDP2 and optimizer not in OPTIMIZERS:
             return f"--optim {optimizer}: is not proven to step on what FSDP2 shards"
         if zero_stage and optimizer.startswith(SHAPED):
             return f"--optim {optimizer}: looks at shapes, which ZeRO flattens"
-        if args.lora.load_in_8bit and topology.shards_parameters:
+        if precision.quantised == "int8" and topology.shards_parameters:
             return "--load_in_8bit True: 8-bit weights cannot be sharded"
         try:
-            check_sharding(base.config, skeleton, base.lora_config, topology, quantised=in_4_bits)
+            check_sharding(base.config, skeleton, base.lora_config, topology, quantised=bool(precision.quantised))
         except UserError as error:
             return str(error)
         return ""
@@ -299,7 +289,8 @@ def _in_words(args: RunArguments, dtype: torch.dtype, devices: int, kind: str) -
 def _disk(args: RunArguments, given: Placement, rows: int, trained: int) -> Disk:
     kept = count_checkpoints(args.training, rows, given.devices)
     optimizer = OptimizerNames(args.training.optim).value
-    one = checkpoint_bytes(trained, optimizer, has_masters=given.strategy.startswith("ZeRO"))
+    has_masters, only_model = given.strategy.startswith("ZeRO"), args.training.save_only_model
+    one = checkpoint_bytes(trained, optimizer, has_masters=has_masters, only_model=only_model)
     return Disk(kept, one, trained * FP32)
 
 

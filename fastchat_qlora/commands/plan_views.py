@@ -13,6 +13,8 @@ from fastchat_qlora.commands.planning import GIB, OnDevice, Plan
 from fastchat_qlora.model.memory import Need
 from fastchat_qlora.text import visible
 
+MIB = 2**20
+
 WIDTH = 120
 """Columns of what is not written to a terminal, and of a table with every part."""
 
@@ -51,7 +53,9 @@ def print_plan(plan: Plan, target: IO[str]) -> None:
     console.print(Text(visible(plan.model), style="bold"), soft_wrap=True)
     console.print(_facts(plan))
     if plan.unknown:
-        console.print(Text(f"Memory cannot be told: {visible(plan.unknown)}.", style="yellow"), soft_wrap=True)
+        console.print(
+            Text(f"Memory cannot be told: {visible(_sentence(plan.unknown))}", style="yellow"), soft_wrap=True
+        )
         return
     console.print("", _memory(plan, narrow=console.width < WIDTH), _legend(plan), sep="\n")
     if verdict := _verdict(plan):
@@ -64,15 +68,15 @@ def _facts(plan: Plan) -> Table:
     learnt = f"{plan.supervised:,} ({plan.supervised / plan.tokens:.0%}) of them learnt"
     trained = sum(plan.trainable.values())
     modules = ", ".join(f"{name} {count:,}" for name, count in plan.trainable.items())
-    unit = "rows" if plan.rows < plan.conversations else "conversations"
+    unit = f"rows of {plan.conversations:,} conversations" if plan.rows != plan.conversations else "conversations"
     facts = plan.settings | {
         "data": f"{plan.rows:,} {unit}, {plan.tokens:,} tokens an epoch, {learnt}",
         "steps": f"{schedule.steps:,} in {schedule.epochs:g} epochs, {schedule.steps_per_epoch:,} an epoch",
         "largest micro-batch": f"{plan.largest_batch:,} tokens",
         "base": f"{plan.base:,} parameters",
         "trained": f"{trained:,} parameters ({trained / plan.base:.2%} of the base): {modules}",
-        "disk": f"{_gib(disk.total)} GiB: {disk.checkpoints} checkpoints of {_gib(disk.a_checkpoint)}, adapter "
-        f"{_gib(disk.adapter)}",
+        "disk": f"{_size(disk.total)}: {disk.checkpoints} checkpoint{'s' * (disk.checkpoints != 1)} of {_size(disk.a_checkpoint)}, "
+        f"adapter {_size(disk.adapter)}",
         "time": _time(plan),
     }
     for name, fact in facts.items():
@@ -126,7 +130,7 @@ def _cells(one: OnDevice, sizes: list[float], layers: int, width: int) -> list[s
 def _legend(plan: Plan) -> Text:
     lines = [
         "on: devices; recomp.: layers whose activations are computed again in backward; batch: the largest "
-        "--per_device_train_batch_size that fits."
+        "--per_device_train_batch_size that fits. Evaluations keep no activations, and are not in the table."
     ]
     if plan.available is not None and plan.device_gib:
         lines.append(
@@ -135,7 +139,9 @@ def _legend(plan: Plan) -> Text:
         )
     else:
         lines.append("--device_memory_gib says what a device has; then it is known what fits.")
-    refusals = dict.fromkeys(f"{one.placement.strategy}: {one.refused}." for one in plan.devices if one.refused)
+    refusals = dict.fromkeys(
+        f"{one.placement.strategy}: {_sentence(one.refused)}" for one in plan.devices if one.refused
+    )
     return Text("\n".join([*lines, *map(visible, refusals)]), style="dim")
 
 
@@ -144,7 +150,7 @@ def _verdict(plan: Plan) -> Text | None:
     if run is None or (run.fits is None and not run.refused):
         return None
     if run.need is None:
-        return Text(f"Not possible: {run.placement.strategy}: {visible(run.refused)}.", style="bold red")
+        return Text(f"Not possible: {run.placement.strategy}: {visible(_sentence(run.refused))}", style="bold red")
     count = run.placement.devices
     asked = f"{run.placement.strategy} on {count} devices" if count > 1 else "one process"
     if run.fits:
@@ -162,6 +168,18 @@ def _verdict(plan: Plan) -> Text | None:
     return Text("\n".join(lines), style="bold red")
 
 
+def _sentence(text: str) -> str:
+    """With one full stop, whoever wrote it."""
+    return text.rstrip(".") + "."
+
+
+def _size(size: float) -> str:
+    """Of a file or folder."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / MIB:,.1f} MiB"
+
+
 def _gib(size: float) -> str:
+    """With more digits where there is little, so that small parts can be told apart."""
     gib = size / GIB
-    return f"{gib:,.2f}" if gib >= 0.005 or size == 0 else "0.01"
+    digits = 2 if gib >= 0.1 or size == 0 else 4
+    return f"{gib:,.{digits}f}"

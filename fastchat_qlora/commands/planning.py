@@ -1,11 +1,13 @@
 """What `plan` says, before it is known how: steps, tokens, memory on each device, disk, time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
+
 from fastchat_qlora.model.memory import Model, Need
-from fastchat_qlora.model.placement import DDP, FSDP2, ONE_PROCESS, SEVERAL, Placement, need_on_device
+from fastchat_qlora.model.placement import DDP, FSDP2, ONE_PROCESS, SEVERAL, ZERO_3, Placement, need_on_device
 from fastchat_qlora.training.schedule import Schedule
 
 GIB = 2**30
@@ -15,12 +17,22 @@ MOST_DEVICES = 64
 
 MOST_CHANGES = 3
 
+IN_4_BITS = ("double", "single")
+"""Of `Precision.quantised`; what is proposed comes first."""
+
 SHORTEST = 256
 """Tokens below which a shorter row is no way to make a run fit."""
 
 
-WhyNot = Callable[[Placement, bool], str]
-"""Says why a strategy is refused, with a base in 4 bits or without; empty where it is not."""
+class Precision(NamedTuple):
+    """How the weights of the base are kept, as `memory.profile` names it, and what is computed in."""
+
+    quantised: str
+    dtype: torch.dtype
+
+
+WhyNot = Callable[[Placement, Precision], str]
+"""Says why a strategy is refused for weights kept in some way; empty where it is not."""
 
 
 class OnDevice(NamedTuple):
@@ -83,26 +95,37 @@ class Setting:
     """What decides on the memory of a device, and what can be changed about it.
 
     Attributes:
-        models: what there is to know of the model, by whether its base is quantised to 4 bits.
-        quantised: whether it is.
+        models: what there is to know of the model with its weights in some precision; or why that cannot be told.
+        precision: that they are in.
         batches: size of a micro-batch -> the most tokens it can have, for rows of so many tokens at the most.
         batch_size: of a micro-batch.
         accumulation: micro-batches of an optimizer step.
         max_length: tokens of a row at the most.
         checkpointing: of activations: all, none, or as few layers as memory asks for (None).
         optimizer: by its transformers name.
-        available: bytes that a device may give; None if that is not known.
+        memory: bytes that a run may take of a device; None if that is not known.
+        is_shared: whether all devices are one, a machine's CPU, so that each process has its part.
     """
 
-    models: Mapping[bool, Model]
-    quantised: bool
+    models: Callable[[Precision], Model | str]
+    precision: Precision
     batches: Callable[[int, int], int]
     batch_size: int
     accumulation: int
     max_length: int
     checkpointing: bool | None
     optimizer: str
-    available: float | None
+    memory: float | None
+    is_shared: bool = False
+
+    @property
+    def model(self) -> Model | str:
+        """What there is to know of the model as it is to be kept."""
+        return self.models(self.precision)
+
+    def available(self, devices: int) -> float | None:
+        """Bytes that one of so many may give."""
+        return self.memory / devices if self.memory is not None and self.is_shared else self.memory
 
 
 @dataclass(frozen=True)
@@ -171,23 +194,26 @@ def placements(devices: int, given: Placement) -> Iterator[Placement]:
         given: of the run, whose settings its strategy has elsewhere too.
     """
     for count in counts_up_to(devices):
-        for strategy in (ONE_PROCESS,) if count == 1 else SEVERAL:
+        usual = (ONE_PROCESS,) if count == 1 else SEVERAL
+        asked = () if given.strategy in usual or count != devices else (given.strategy,)
+        for strategy in (*usual, *asked):
             same = given if given.strategy == strategy else Placement(strategy, count)
             yield same._replace(devices=count)
 
 
 def need_of(setting: Setting, placement: Placement, tokens: int) -> tuple[Need, int]:
     """What a device needs for a micro-batch, and how many layers are checkpointed for it."""
-    model = setting.models[setting.quantised]
-    how = {"optimizer": setting.optimizer, "accumulates": setting.accumulation > 1}
+    model, available = setting.model, setting.available(placement.devices)
+    assert not isinstance(model, str)
 
     def need(count: int) -> Need:
-        return need_on_device(model, tokens, count, placement, **how)
+        return need_on_device(
+            model, tokens, count, placement, optimizer=setting.optimizer, accumulates=setting.accumulation > 1
+        )
 
-    if setting.checkpointing is not None or setting.available is None:
+    if setting.checkpointing is not None or available is None:
         count = model.layers if setting.checkpointing else 0
     else:
-        available = setting.available
         fitting = (count for count in range(model.layers + 1) if need(count).total <= available)
         count = next(fitting, model.layers)
     return need(count), count
@@ -202,26 +228,35 @@ def look_at(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) 
         rows: that there are for all devices.
         why_not: says why the strategy is refused.
     """
-    if refused := why_not(placement, setting.quantised):
+    if refused := why_not(placement, setting.precision):
         return OnDevice(placement, refused)
-    tokens = setting.batches(setting.batch_size, setting.max_length)
-    found, checkpointed = need_of(setting, placement, tokens)
-    if setting.available is None:
+    found, checkpointed = need_of(setting, placement, setting.batches(setting.batch_size, setting.max_length))
+    available = setting.available(placement.devices)
+    if available is None:
         return OnDevice(placement, need=found, checkpointed=checkpointed)
-    fits = found.total <= setting.available
     most = max(1, rows // placement.devices)
-    return OnDevice(placement, "", found, checkpointed, fits, _largest_batch(setting, placement, most))
+    largest = _largest_batch(setting, placement, most, available)
+    return OnDevice(placement, "", found, checkpointed, found.total <= available, largest)
 
 
-def _largest_batch(setting: Setting, placement: Placement, most: int) -> int:
+def _largest_batch(setting: Setting, placement: Placement, most: int, available: float) -> int:
     """The largest micro-batch that fits, found by halving: what is needed grows with it."""
-    assert setting.available is not None
     fitting, too_large = 0, most + 1
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
         found, _ = need_of(setting, placement, setting.batches(middle, setting.max_length))
-        fitting, too_large = (middle, too_large) if found.total <= setting.available else (fitting, middle)
+        fitting, too_large = (middle, too_large) if found.total <= available else (fitting, middle)
     return fitting
+
+
+class _Alternative(NamedTuple):
+    """One thing done otherwise; of several of a kind the first that fits is enough."""
+
+    kind: str
+    flags: str
+    costs: str
+    setting: Setting
+    placement: Placement
 
 
 def changes_that_fit(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) -> list[Change]:
@@ -233,53 +268,83 @@ def changes_that_fit(setting: Setting, placement: Placement, rows: int, why_not:
         rows: that there are for all devices.
         why_not: says why a strategy is refused.
     """
-    found = []
-    for flags, costs, changed, moved in _alternatives(setting, placement):
-        for more_flags, more_costs, relaxed in _relaxed(changed):
+    found: dict[str, Change] = {}
+    for kind, flags, costs, changed, moved in _alternatives(setting, placement):
+        if kind in found or isinstance(changed.model, str):
+            continue
+        for more_flags, more_costs, relaxed in _relaxed(changed, moved, rows, why_not):
             on_device = look_at(relaxed, moved, rows, why_not)
             if on_device.fits:
-                described = "; ".join(filter(None, (costs, more_costs)))
-                found.append(Change(f"{flags} {more_flags}".strip(), described, on_device))
+                all_flags = _joined(" ", flags, more_flags, _batch_flags(setting, relaxed))
+                found[kind] = Change(all_flags, _joined("; ", costs, more_costs), on_device)
                 break
         if len(found) == MOST_CHANGES:
             break
-    return found
+    return [*found.values()]
 
 
-def _alternatives(setting: Setting, placement: Placement) -> Iterator[tuple[str, str, Setting, Placement]]:
-    """Flags, what they cost, and what is then asked for."""
-    devices = placement.devices
-    sharded = Placement(FSDP2, devices)
-    quantised = replace(setting, quantised=True)
-    yield "", "", setting, placement
-    shards = devices > 1 and placement.strategy != FSDP2
-    if placement.strategy.startswith("ZeRO"):
-        yield "no --deepspeed", "every device has the whole base", setting, Placement(DDP, devices)
-    instead = " in place of --deepspeed" * placement.strategy.startswith("ZeRO")
-    if shards:
-        yield f"--fsdp True{instead}", "layers are gathered as they are needed", setting, sharded
-    if not setting.quantised:
-        yield "--q_lora True", "the base is rounded to 4 bits", quantised, placement
-        if shards:
-            yield (
-                "--q_lora True --fsdp True",
-                "the base is rounded to 4 bits, and gathered by layer",
-                quantised,
-                sharded,
-            )
+def _joined(between: str, *parts: str) -> str:
+    return between.join(filter(None, parts))
+
+
+def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternative]:
+    devices, asked = placement.devices, setting.precision
+    with_zero = placement.strategy.startswith("ZeRO")
+    instead = " in place of --deepspeed" * with_zero
+    can_shard = devices > 1 and placement.strategy != FSDP2
+    sharded = Placement(FSDP2, devices) if can_shard else placement
+    to_bf16 = "--bf16 True" * (asked.dtype == torch.float32)
+    yield _Alternative("", "", "", setting, placement)
+    if to_bf16:
+        half = replace(setting, precision=asked._replace(dtype=torch.bfloat16))
+        yield _Alternative("precision", to_bf16, "computed in 16 bits", half, placement)
+    if with_zero and devices > 1:
+        whole = Placement(DDP, devices)
+        yield _Alternative("ddp", "no --deepspeed", "every device has the whole base", setting, whole)
+    if can_shard:
+        costs = "layers are gathered as they are needed"
+        yield _Alternative("fsdp", f"--fsdp True{instead}", costs, setting, sharded)
+    if asked.quantised not in IN_4_BITS:
+        also = " in place of --load_in_8bit" * (asked.quantised == "int8")
+        smaller = replace(setting, precision=Precision(IN_4_BITS[0], torch.bfloat16 if to_bf16 else asked.dtype))
+        q_lora, costs = _joined(" ", to_bf16, f"--q_lora True{also}"), "the base is rounded to 4 bits"
+        yield _Alternative("4 bits", q_lora, costs, smaller, placement)
+        if can_shard:
+            flags = f"{q_lora} --fsdp True{instead}"
+            yield _Alternative("4 bits, fsdp", flags, f"{costs}, and gathered by layer", smaller, sharded)
+    else:
+        smaller, q_lora = setting, ""
     length = setting.max_length // 2
     while length >= SHORTEST:
-        shorter = replace(quantised, max_length=length)
-        flags = f"--model_max_length {length}" + " --q_lora True" * (not setting.quantised)
-        yield flags, f"what lies behind {length:,} tokens is not learnt", shorter, placement
+        flags = _joined(" ", f"--model_max_length {length}", q_lora)
+        costs = f"what lies behind {length:,} tokens is not learnt"
+        yield _Alternative("length", flags, costs, replace(smaller, max_length=length), placement)
         length //= 2
-    count = max(2, 2 * devices)
-    while count <= MOST_DEVICES:
-        yield f"--fsdp True (on {count} devices)", f"{count} devices", setting, Placement(FSDP2, count)
-        count *= 2
+    yield from _on_more_devices(setting, placement, f"--fsdp True{instead}")
 
 
-def _relaxed(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
+def _on_more_devices(setting: Setting, placement: Placement, fsdp: str) -> Iterator[_Alternative]:
+    """Twice as many devices, again and again; with the same conversations in a step where they can be dealt out."""
+    devices, is_sharded = placement.devices, placement.strategy in (ZERO_3, FSDP2)
+    flags = "" if is_sharded and devices > 1 else fsdp
+    times = 2
+    while devices * times <= MOST_DEVICES and not setting.is_shared:
+        count = devices * times
+        in_a_step = setting.batch_size * setting.accumulation
+        same_steps = in_a_step % times == 0
+        size = _largest_divisor(in_a_step // times if same_steps else in_a_step, setting.batch_size)
+        dealt = replace(setting, batch_size=size, accumulation=in_a_step // (times if same_steps else 1) // size)
+        moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
+        costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
+        yield _Alternative("devices", _joined(" ", flags, f"on {count} devices"), costs, dealt, moved)
+        times *= 2
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+
+
+def _relaxed(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) -> Iterator[tuple[str, str, Setting]]:
     """The same steps with less at once: flags, what they cost, and what is then asked for."""
     yield "", "", setting
     flags, costs = "", ""
@@ -287,10 +352,18 @@ def _relaxed(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         flags, costs = "--activation_checkpointing auto", "activations are computed twice in some layers"
         setting = replace(setting, checkpointing=None)
         yield flags, costs, setting
-    in_a_step = setting.batch_size * setting.accumulation
-    for size in range(setting.batch_size - 1, 0, -1):
-        if in_a_step % size:
-            continue
+    fitting = look_at(setting, placement, rows, why_not).largest_batch
+    if fitting and setting.batch_size > 1:
+        in_a_step = setting.batch_size * setting.accumulation
+        size = _largest_divisor(in_a_step, min(fitting, setting.batch_size - 1))
         smaller = replace(setting, batch_size=size, accumulation=in_a_step // size)
-        batch = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {in_a_step // size}"
-        yield f"{flags} {batch}".strip(), "; ".join(filter(None, (costs, "the same steps"))), smaller
+        yield flags, _joined("; ", costs, "the same steps"), smaller
+
+
+def _batch_flags(given: Setting, changed: Setting) -> str:
+    names = {"batch_size": "--per_device_train_batch_size", "accumulation": "--gradient_accumulation_steps"}
+    return " ".join(
+        f"{flag} {getattr(changed, name)}"
+        for name, flag in names.items()
+        if getattr(changed, name) != getattr(given, name)
+    )

@@ -94,4 +94,6 @@ class Collator:
         width = batch["input_ids"].shape[1]
         on_the_left = self._side == "left"
         starts = [row * width + (width - length) * on_the_left for row, length in enumerate(lengths)]
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}, starts
+        # The tokenizer may pad with a token that the model has no embedding for; masked, any other does as well.
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}, starts

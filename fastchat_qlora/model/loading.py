@@ -103,11 +103,22 @@ def describe_files(model_name_or_path: str, config: PretrainedConfig) -> str:
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model without memory for its weights; None where its code lies outside transformers."""
+    """The model without memory for its weights; None where its code lies outside transformers.
+
+    Raises:
+        UserError: no model is as the configuration says.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
-    with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    try:
+        with torch.device("meta"):
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except Exception as error:  # numbers of strangers, in the code of as many authors
+        name = config.name_or_path or config.model_type
+        raise UserError(
+            f"--model_name_or_path {name}: no model can be made of its config.json: {type(error).__name__}: "
+            f"{one_line(error, 200)}; mend it, or download it again"
+        ) from error
 
 
 def repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
@@ -167,7 +178,7 @@ def read_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings:
 
 
 def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> None:
-    """Require that the model has embeddings for all tokens of its tokenizer but the one to pad with.
+    """Require that the model has embeddings for all tokens of its tokenizer; but for padding, which it never sees.
 
     Args:
         tokenizer: of the model.

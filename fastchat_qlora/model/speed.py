@@ -29,8 +29,8 @@ def flops_per_token(model: Model, config: Any, lengths: np.ndarray[Any, Any], ch
         checkpointed: how many layers are.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = getattr(text, "num_attention_heads", None) or 0  # state space models have none
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     keys = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum()) / 2
     attention = 4 * width * keys * text.num_hidden_layers
     again = checkpointed / max(1, model.layers)

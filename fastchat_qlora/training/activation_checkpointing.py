@@ -162,17 +162,26 @@ def free_bytes(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0] + cached)
     # DeepSpeed's launcher tells the number of processes of a machine under the first name, torch's under the second.
     neighbours = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return float(min(psutil.virtual_memory().available, _left_in_container()) / neighbours)
+    limit, used = _container()
+    return float(min(psutil.virtual_memory().available, limit - used) / neighbours)
 
 
-def _left_in_container() -> float:
-    """Bytes up to the limit of this process's control group; no limit where there is none (Linux, cgroup v2)."""
+def memory_here(kind: str) -> float | None:
+    """GiB of this machine's device of a kind, whatever is in use of it; None if it has none."""
+    if kind == "cpu":
+        limit, _ = _container()
+        return float(min(psutil.virtual_memory().total, limit) / GIB)
+    return float(torch.cuda.get_device_properties(0).total_memory / GIB) if torch.cuda.is_available() else None
+
+
+def _container() -> tuple[float, float]:
+    """Bytes that this process's control group may have, and has; no limit where there is none (Linux, cgroup v2)."""
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return float("inf") if limit == "max" else float(limit) - float(used)
+        return float("inf") if limit == "max" else float(limit), float(used)
     except (OSError, ValueError):
-        return float("inf")
+        return float("inf"), 0.0
 
 
 def held_bytes(device: torch.device) -> float:

@@ -129,7 +129,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if checkpoint:
         checkpoint.check(identities)
     require_agreement(_shared(args, dataset, checkpoint))
-    rows = make_rows(dataset["train"], args)
+    rows = make_rows(dataset["train"], args, topology.world_size)
     kept = count_checkpoints(training_args, len(rows), topology.world_size)
     check_room(
         output_dir,
@@ -172,21 +172,31 @@ def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topolog
     return BaseModel(config, quantization_config, attention, sharded_classes, shapes)
 
 
-def make_rows(conversations: Dataset, args: RunArguments) -> Dataset | PackedRows:
-    """What a batch is made of: conversations, or rows packed with them."""
-    if not args.data.packing:
-        return conversations
-    seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
-    lengths, capacity = column(conversations, "length"), args.training.model_max_length
-    rows = PackedRows(conversations, PackingSampler(lengths, capacity, seed))
-    at_once = args.training.per_device_train_batch_size * args.training.world_size
+def make_rows(conversations: Dataset, args: RunArguments, processes: int) -> Dataset | PackedRows:
+    """What a batch is made of: conversations, or rows packed with them.
+
+    Args:
+        conversations: to train on.
+        args: of the run.
+        processes: that train.
+
+    Raises:
+        UserError: there is no full batch of them, and others are to be dropped.
+    """
+    rows: Dataset | PackedRows = conversations
+    if args.data.packing:
+        seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
+        lengths, capacity = column(conversations, "length"), args.training.model_max_length
+        rows = PackedRows(conversations, PackingSampler(lengths, capacity, seed))
+        share = lengths.sum() / (len(rows) * capacity)
+        logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
+    at_once = args.training.per_device_train_batch_size * processes
     if args.training.dataloader_drop_last and len(rows) < at_once:
+        what = "rows of --packing True" if args.data.packing else "conversations"
         raise UserError(
-            f"--packing True with --dataloader_drop_last True: {len(rows)} rows do not fill one batch of {at_once}; "
-            "lower --per_device_train_batch_size, or drop one of the flags"
+            f"--dataloader_drop_last True: {len(rows)} {what} do not fill one batch of {at_once} (of {processes} "
+            "processes), so that nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
         )
-    share = lengths.sum() / (len(rows) * capacity)
-    logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
     return rows
 
 
