@@ -86,6 +86,6 @@ def _known_speed(own: PlanArguments) -> Speed | None:
         return Speed(measured / processes, f"measured in {own.speed_from}")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--speed_from {own.speed_from}: no results of a run are there ({one_line(repr(error), 120)}); give the output_dir of one "
-            "that has ended, or --tokens_per_second"
+            f"--speed_from {own.speed_from}: no results of a run are there ({one_line(repr(error), 120)}); give the "
+            "output_dir of one that has ended, or --tokens_per_second"
         ) from error

@@ -75,8 +75,8 @@ def _facts(plan: Plan) -> Table:
         "largest micro-batch": f"{plan.largest_batch:,} tokens",
         "base": f"{plan.base:,} parameters",
         "trained": f"{trained:,} parameters ({trained / plan.base:.2%} of the base): {modules}",
-        "disk": f"{_size(disk.total)}: {disk.checkpoints} checkpoint{'s' * (disk.checkpoints != 1)} of {_size(disk.a_checkpoint)}, "
-        f"adapter {_size(disk.adapter)}",
+        "disk": f"{_size(disk.total)}: {disk.checkpoints} checkpoint{'s' * (disk.checkpoints != 1)} of "
+        f"{_size(disk.a_checkpoint)}, adapter {_size(disk.adapter)}",
         "time": _time(plan),
     }
     for name, fact in facts.items():
@@ -175,7 +175,7 @@ def _sentence(text: str) -> str:
 
 def _size(size: float) -> str:
     """Of a file or folder."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / MIB:,.1f} MiB"
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / MIB:,.2f} MiB"
 
 
 def _gib(size: float) -> str:

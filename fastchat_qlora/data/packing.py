@@ -117,5 +117,5 @@ class PackedRows(torch.utils.data.Dataset[list[Any]]):
 def largest_possible_batch(rows: Any, batch_size: int, *, padding_free: bool) -> int:
     """The most tokens that a micro-batch of so many rows can have, padding included."""
     if isinstance(rows, PackedRows):
-        return int(batch_size * rows.sampler.capacity)
+        return int(min(batch_size, len(rows)) * rows.sampler.capacity)
     return largest_batch(column(rows, "length"), batch_size, padding_free=padding_free)

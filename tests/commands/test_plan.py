@@ -15,6 +15,7 @@ from fastchat_qlora.model import speed
 
 ALL = "--lora_target_modules all-linear"
 ROOM = "--device_memory_gib 1000"
+ONE = "--per_device_train_batch_size 1"
 
 
 @pytest.fixture
@@ -107,6 +108,23 @@ def test_the_strategy_asked_for(flags: str, strategy: str, plan: Any) -> None:
     assert planned["given"]["offloads_weights"] == ("offload" in flags)
 
 
+@pytest.mark.parametrize("config", ["s2", "s3_offload"])
+def test_one_device_keeps_the_strategy_asked_for(config: str, plan: Any) -> None:
+    """Offloading is worth most there."""
+    planned = plan(f"{ROOM} {ALL} --deepspeed playground/deepspeed_config_{config}.json")
+    assert [one["placement"]["strategy"] for one in planned["devices"]] == ["one process", f"ZeRO-{config[1]}"]
+    run = the_run(planned)
+    assert planned["fits"] is True and run["placement"]["offloads_weights"] == ("offload" in config)
+    assert (run["need"]["weights"] == 0) == ("offload" in config)
+
+
+def test_zero_1_is_shown_where_it_is_asked_for(plan: Any, tmp_path: Path) -> None:
+    config = tmp_path / "s1.json"
+    config.write_text('{"zero_optimization": {"stage": 1}}')
+    planned = plan(f"--devices 2 {ROOM} --deepspeed {config}")
+    assert planned["given"]["strategy"] == "ZeRO-1" and planned["fits"] is True
+
+
 def test_what_a_strategy_cannot_do_is_said(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     planned = plan(f"--devices 2 {ROOM} --q_lora True --use_dora True --optim adafactor")
     refused = {one["placement"]["strategy"]: one["refused"] for one in planned["devices"]}
@@ -161,9 +179,64 @@ def test_every_change_fits_and_nothing_is_promised_where_none_does(
     assert "choose a smaller model" in capsys.readouterr().out
 
 
+def test_more_devices_take_the_same_steps_where_they_can(plan: Any) -> None:
+    """The conversations of a step are dealt out; where they cannot be, that is said."""
+    always = f"{ALL} --bf16 True --q_lora True --fsdp True --model_max_length 256 --activation_checkpointing True"
+    for batch, same in (("--per_device_train_batch_size 1 --gradient_accumulation_steps 8", True), (ONE, False)):
+        one = plan(f"{always} {batch} {ROOM} --devices 2")
+        in_four = next(
+            each["need"]["total"]
+            for each in plan(f"{always} {batch} {ROOM} --devices 4")["devices"]
+            if each["placement"] == one["given"] | {"devices": 4}
+        )
+        planned = plan(f"{always} {batch} --devices 2 --device_memory_gib {1.001 * in_four / 0.92 / 2**30} ")
+        last = planned["changes"][-1]
+        assert last["on_device"]["placement"]["devices"] == 4, planned["changes"]
+        assert last["flags"] == ("on 4 devices --gradient_accumulation_steps 4" if same else "on 4 devices")
+        assert ("2 times the conversations" in last["costs"]) != same
+
+
+def test_fp32_becomes_bf16_and_8_bits_become_4(plan: Any) -> None:
+    memory = short_of(plan(f"{ALL} {ROOM} {ONE} --activation_checkpointing True"), 0.9)
+    flags = [change["flags"] for change in plan(f"{ALL} {memory} {ONE} --activation_checkpointing True")["changes"]]
+    assert flags[0] == "--bf16 True" and flags[1].startswith("--bf16 True --q_lora True")
+    eight = f"{ALL} --bf16 True --load_in_8bit True {ONE} --activation_checkpointing True"
+    memory = short_of(plan(f"{eight} {ROOM}"), 0.97)
+    changes = plan(f"{eight} {memory}")["changes"]
+    assert changes[0]["flags"] == "--q_lora True in place of --load_in_8bit"
+
+
+def test_what_zero_is_changed_for_takes_its_place(plan: Any) -> None:
+    always = f"--devices 2 {ALL} --bf16 True --deepspeed playground/deepspeed_config_s2.json {ONE}"
+    changes = plan(f"{always} {short_of(plan(f'{always} {ROOM}'), 0.5)}")["changes"]
+    assert changes and all(
+        "in place of --deepspeed" in change["flags"] or change["flags"] == "no --deepspeed"
+        for change in changes
+        if change["on_device"]["placement"]["strategy"] != "ZeRO-2"
+    )
+
+
+def test_rows_that_are_fewer_than_a_batch(plan: Any) -> None:
+    packed = plan(f"--packing True --model_max_length 512 --per_device_train_batch_size 64 {ROOM}")
+    assert packed["rows"] < 64 and packed["largest_batch"] == 512 * packed["rows"]
+    same = plan(f"--packing True --model_max_length 512 --per_device_train_batch_size {packed['rows']} {ROOM}")
+    assert the_run(packed)["need"] == the_run(same)["need"]
+
+
+def test_checkpoints_without_the_optimizer(plan: Any) -> None:
+    disk = plan(f"{ROOM} --save_only_model True --optim paged_adamw_8bit")["disk"]
+    assert disk["a_checkpoint"] == disk["adapter"]
+    assert plan(f"{ROOM} --optim paged_adamw_8bit")["disk"]["a_checkpoint"] == pytest.approx(
+        1.5 * disk["adapter"], 0.01
+    )
+
+
 def test_processes_on_a_cpu_share_its_memory(plan: Any) -> None:
-    one, four = (plan(f"--device_type cpu --devices {count}")["device_gib"] for count in (1, 4))
-    assert four == pytest.approx(one / 4)
+    one, four = (plan(f"--device_type cpu --devices {count}") for count in (1, 4))
+    assert four["device_gib"] == pytest.approx(one["device_gib"] / 4)
+    assert four["available"] == pytest.approx(one["available"] / 4)
+    batches = {each["placement"]["devices"]: each["largest_batch"] for each in four["devices"]}
+    assert batches[1] >= 2 * batches[2] >= 4 * batches[4] > 0, "each row of the table has its own share"
 
 
 def test_time(plan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +277,11 @@ def test_json_on_the_terminal(model_folder: Path, data: Path, capsys: pytest.Cap
     [
         ("--devices 0", "--devices 0: must be at least 1"),
         ("--device_memory_gib -1", "--device_memory_gib -1.0: must be at least 0"),
+        ("--tokens_per_second 1e-300", "--tokens_per_second 1e-300: must be at least 0.001"),
+        ("--use_cpu True --device_memory_gib 8", "--use_cpu True and --device_memory_gib 8.0: is that main memory?"),
+        ("--use_cpu True --device_type cuda", "two kinds of device"),
+        (f"--dataloader_drop_last True --devices 500 {ONE}", "do not fill one batch of 500"),
+        ("--deepspeed zero.json", "--deepspeed zero.json: zero_optimization.reduce_bucket_size is -5"),
         ("--tokens_per_second nan", "--tokens_per_second nan: must be a finite number"),
         ("--output plan.txt", "--output plan.txt: give a name that ends in .json"),
         ("--output /nowhere/plan.json", "--output /nowhere/plan.json: cannot be written"),
@@ -212,15 +290,41 @@ def test_json_on_the_terminal(model_folder: Path, data: Path, capsys: pytest.Cap
         ("--device cuda", "unknown flag --device: did you mean --devices?"),
     ],
 )
-def test_mistakes(flags: str, says: str, model_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    flags: str,
+    says: str,
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}')
     assert cli.main(["plan", *f"--model_name_or_path {model_folder} --data_path {data} {flags}".split()]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and says in said[0]
 
 
 @pytest.mark.parametrize(
+    ("speed", "batch"),
+    [("NaN", "2 x 1 accumulated x 1 processes = 2"), ("9e999", "x 1 processes"), ("5", "x 0 processes")],
+)
+def test_speeds_that_are_none(
+    speed: str, batch: str, model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train_results.json").write_text(f'{{"tokens_per_second": {speed}}}')
+    (tmp_path / "training_args.json").write_text(json.dumps({"effective": {"batch": batch}}))
+    argv = f"--model_name_or_path {model_folder} --data_path {data} --speed_from {tmp_path}"
+    assert cli.main(["plan", *argv.split()]) == 2
+    assert "no results of a run are there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("config", "says"),
     [
+        ({"hidden_act": "nope"}, "no model can be made of its config.json"),
+        ({"intermediate_size": -1}, "no model can be made of its config.json"),
         ({"model_type": "nobody_knows"}, "nobody_knows"),
         ({"model_type": "t5"}, "t5 is not a causal language model"),
         (
