@@ -1,4 +1,7 @@
-"""Every recipe fits the GPUs that it names, by `plan`, with nothing of its model but the shapes."""
+"""Every recipe fits the GPUs that it names, by `plan`, with nothing of its model but the shapes.
+
+Its data is as long as it can be: each conversation fills a row.
+"""
 
 import json
 import re
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from plan_check import write_data
 
 from fastchat_qlora import cli
 
@@ -32,7 +36,9 @@ def test_recipe_fits(
     found = re.search(r"^# plan: (.*)$", text, re.MULTILINE)
     assert found, "the recipe says which GPUs it is for"
     output = tmp_path / "plan.json"
-    flags = f"--model_name_or_path {model} --output_dir {tmp_path / 'out'} --output {output} {found[1]}"
+    write_data(data := tmp_path / "long.json")
+    shared = f"--model_name_or_path {model} --data_path {data} --output_dir {tmp_path / 'out'} --output {output}"
+    flags = f"{shared} --eval_split 0 {found[1]}"
     assert cli.main(["plan", str(recipe), *shlex.split(flags)]) == 0, capsys.readouterr().err
     planned = json.loads(output.read_text())
     assert planned["fits"] is True, capsys.readouterr().out
