@@ -1,6 +1,6 @@
 """What `fastchat-qlora plan` says of the memory of a device, beside what a run then takes.
 
-    python playground/benchmark/plan_check.py --model M --folder F --table docs/plan.md
+    python playground/benchmark/plan_check.py --model M --folder F --table T.md
 
 Every row of the data is as long as `--model_max_length` allows, so that every step is the largest that is planned for.
 On a CPU what torch has taken for tensors is compared, on a GPU what its allocator has counted; the libraries' own
@@ -99,6 +99,8 @@ def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable
     flags = f"{shared} {case.flags} {strategy}"
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     plan = folder / f"{where.name}.json"
+    for left in where.glob("peak_bytes-*.json"):  # of an earlier run, perhaps with more processes
+        left.unlink()
     devices = 2 if case.strategy else 1
     succeed(f"fastchat-qlora plan {flags} --devices {devices} --device_type {kind} --output {plan}")
     succeed(f"{launcher.format(port=free_port())} {PROGRAM} {flags} {QUIET}")
@@ -133,14 +135,16 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="a Markdown file to write")
     parser.add_argument("--only", default="", help="cases with this in their name or strategy")
     arguments = parser.parse_args()
+    chosen = [case for case in CASES if arguments.only in f"{case.name} {case.strategy}"]
+    if not chosen:
+        parser.error(f"--only {arguments.only}: no case has this in its name or strategy")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     data = arguments.folder / "long.json"
     write_data(data)
     rows = []
-    for case in CASES:
-        if arguments.only in f"{case.name} {case.strategy}":
-            rows.append(compare(case, Path(arguments.model), data, arguments.folder))
-            print(f"{case.name} {case.strategy}: {rows[-1].ratio:.3f}", flush=True)
+    for case in chosen:
+        rows.append(compare(case, Path(arguments.model), data, arguments.folder))
+        print(f"{case.name} {case.strategy}: {rows[-1].ratio:.3f}", flush=True)
     if arguments.table:
         arguments.table.write_text(table(rows, arguments.model), encoding="utf-8")
     sys.exit(any(abs(row.ratio - 1) > 0.1 for row in rows))
