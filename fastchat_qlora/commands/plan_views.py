@@ -181,5 +181,4 @@ def _size(size: float) -> str:
 def _gib(size: float) -> str:
     """With more digits where there is little, so that small parts can be told apart."""
     gib = size / GIB
-    digits = 2 if gib >= 0.1 or size == 0 else 4
-    return f"{gib:,.{digits}f}"
+    return f"{gib:,.2f}" if gib >= 0.1 else f"{gib:.4f}" if size else "0"

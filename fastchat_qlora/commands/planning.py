@@ -17,7 +17,7 @@ MOST_DEVICES = 64
 
 MOST_CHANGES = 3
 
-IN_4_BITS = ("double", "single")
+QUANTISED_TO_4 = ("double", "single")
 """Of `Precision.quantised`; what is proposed comes first."""
 
 SHORTEST = 256
@@ -249,10 +249,19 @@ def _largest_batch(setting: Setting, placement: Placement, most: int, available:
     return fitting
 
 
-class _Alternative(NamedTuple):
-    """One thing done otherwise; of several of a kind the first that fits is enough."""
+NOTHING: frozenset[str] = frozenset()
+BF16, IN_4_BITS, WHOLE, SHARDED, SHORTER, DEVICES = (
+    frozenset({kind}) for kind in ("bf16", "4 bits", "whole", "sharded", "shorter", "devices")
+)
 
-    kind: str
+
+class _Alternative(NamedTuple):
+    """What is done otherwise, by kinds of change: of several of the same ones the first that fits is enough.
+
+    Where a change fits, it and others fit too; that is not worth saying.
+    """
+
+    kinds: frozenset[str]
     flags: str
     costs: str
     setting: Setting
@@ -268,15 +277,15 @@ def changes_that_fit(setting: Setting, placement: Placement, rows: int, why_not:
         rows: that there are for all devices.
         why_not: says why a strategy is refused.
     """
-    found: dict[str, Change] = {}
-    for kind, flags, costs, changed, moved in _alternatives(setting, placement):
-        if kind in found or isinstance(changed.model, str):
+    found: dict[frozenset[str], Change] = {}
+    for kinds, flags, costs, changed, moved in _alternatives(setting, placement):
+        if any(enough <= kinds for enough in found if enough) or isinstance(changed.model, str):
             continue
         for more_flags, more_costs, relaxed in _relaxed(changed, moved, rows, why_not):
             on_device = look_at(relaxed, moved, rows, why_not)
             if on_device.fits:
                 all_flags = _joined(" ", flags, more_flags, _batch_flags(setting, relaxed))
-                found[kind] = Change(all_flags, _joined("; ", costs, more_costs), on_device)
+                found[kinds] = Change(all_flags, _joined("; ", costs, more_costs), on_device)
                 break
         if len(found) == MOST_CHANGES:
             break
@@ -294,32 +303,33 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternati
     can_shard = devices > 1 and placement.strategy != FSDP2
     sharded = Placement(FSDP2, devices) if can_shard else placement
     to_bf16 = "--bf16 True" * (asked.dtype == torch.float32)
-    yield _Alternative("", "", "", setting, placement)
+    yield _Alternative(NOTHING, "", "", setting, placement)
     if to_bf16:
         half = replace(setting, precision=asked._replace(dtype=torch.bfloat16))
-        yield _Alternative("precision", to_bf16, "computed in 16 bits", half, placement)
+        yield _Alternative(BF16, to_bf16, "computed in 16 bits", half, placement)
     if with_zero and devices > 1:
         whole = Placement(DDP, devices)
-        yield _Alternative("ddp", "no --deepspeed", "every device has the whole base", setting, whole)
+        yield _Alternative(WHOLE, "no --deepspeed", "every device has the whole base", setting, whole)
     if can_shard:
         costs = "layers are gathered as they are needed"
-        yield _Alternative("fsdp", f"--fsdp True{instead}", costs, setting, sharded)
-    if asked.quantised not in IN_4_BITS:
+        yield _Alternative(SHARDED, f"--fsdp True{instead}", costs, setting, sharded)
+    if asked.quantised not in QUANTISED_TO_4:
         also = " in place of --load_in_8bit" * (asked.quantised == "int8")
-        smaller = replace(setting, precision=Precision(IN_4_BITS[0], torch.bfloat16 if to_bf16 else asked.dtype))
+        smaller = replace(setting, precision=Precision(QUANTISED_TO_4[0], torch.bfloat16 if to_bf16 else asked.dtype))
         q_lora, costs = _joined(" ", to_bf16, f"--q_lora True{also}"), "the base is rounded to 4 bits"
-        yield _Alternative("4 bits", q_lora, costs, smaller, placement)
+        yield _Alternative(IN_4_BITS, q_lora, costs, smaller, placement)
         if can_shard:
             flags = f"{q_lora} --fsdp True{instead}"
-            yield _Alternative("4 bits, fsdp", flags, f"{costs}, and gathered by layer", smaller, sharded)
+            yield _Alternative(IN_4_BITS | SHARDED, flags, f"{costs}, and gathered by layer", smaller, sharded)
     else:
         smaller, q_lora = setting, ""
-    length = setting.max_length // 2
-    while length >= SHORTEST:
-        flags = _joined(" ", f"--model_max_length {length}", q_lora)
-        costs = f"what lies behind {length:,} tokens is not learnt"
-        yield _Alternative("length", flags, costs, replace(smaller, max_length=length), placement)
-        length //= 2
+    for kinds, also, kept in ((SHORTER, "", setting), (SHORTER | IN_4_BITS, q_lora, smaller)):
+        length = setting.max_length // 2
+        while length >= SHORTEST:
+            flags = _joined(" ", f"--model_max_length {length}", also)
+            costs = f"what lies behind {length:,} tokens is not learnt"
+            yield _Alternative(kinds, flags, costs, replace(kept, max_length=length), placement)
+            length //= 2
     yield from _on_more_devices(setting, placement, f"--fsdp True{instead}")
 
 
@@ -336,7 +346,7 @@ def _on_more_devices(setting: Setting, placement: Placement, fsdp: str) -> Itera
         dealt = replace(setting, batch_size=size, accumulation=in_a_step // (times if same_steps else 1) // size)
         moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
         costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
-        yield _Alternative("devices", _joined(" ", flags, f"on {count} devices"), costs, dealt, moved)
+        yield _Alternative(DEVICES, _joined(" ", flags, f"on {count} devices"), costs, dealt, moved)
         times *= 2
 
 
