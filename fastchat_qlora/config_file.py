@@ -26,6 +26,12 @@ NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 LOCAL_RANK = "--local_rank="
 """What the deepspeed launcher puts in front of everything."""
 
+ON_THE_LINE_ONLY = {
+    "--print_config": "it writes such a file, and is asked for on the line",
+    "--local_rank": "it is what the launcher tells each process; drop it",
+}
+"""Flags that no file may name, and why."""
+
 
 def expand(argv: Sequence[str], parser: FlagParser) -> list[str]:
     """A command line with the flags that stand for its file of settings, if it begins with one.
@@ -45,22 +51,22 @@ def expand(argv: Sequence[str], parser: FlagParser) -> list[str]:
     actions = _actions(parser)
     flags, problems = [], []
     for setting in read_settings(words[0]):
-        name = f"--{setting.name.replace('-', '_')}"
         try:
-            texts = _to_flags(setting, name, actions, parser)
+            texts = _to_flags(setting, actions, parser)
         except Malformed as error:
             problems.append(f"{setting.place}: {error}")
             continue
-        if _meaning(name) not in given:
+        if _meaning(setting.flag) not in given:
             flags += texts
     raise_all(problems)
     return [*before, *flags, *words[1:]]
 
 
 def _actions(parser: FlagParser) -> dict[str, argparse.Action]:
-    """The flags that a file may name; `--no_x` is for the line only."""
+    """The flags that a file may name; `--no_x` and `--help` are for the line only."""
     actions = [action for action in parser._actions if action.nargs != 0]
-    return {name: action for action in actions for name in action.option_strings}
+    named = {name: action for action in actions for name in action.option_strings}
+    return {name: action for name, action in named.items() if spelled(name) not in ON_THE_LINE_ONLY}
 
 
 def _meaning(flag: str) -> str:
@@ -69,14 +75,15 @@ def _meaning(flag: str) -> str:
     return name.replace("--no_", "--", 1).replace("--gradient_checkpointing", "--activation_checkpointing")
 
 
-def _to_flags(setting: Setting, name: str, actions: dict[str, argparse.Action], parser: FlagParser) -> list[str]:
+def _to_flags(setting: Setting, actions: dict[str, argparse.Action], parser: FlagParser) -> list[str]:
     """The words of a command line that say what a setting says; none for an empty value.
 
     Raises:
         Malformed: there is no such flag, or it takes no such value.
     """
+    name = setting.flag
     if name not in actions and name not in OLD_FLAGS:
-        raise Malformed(_unknown(setting, name, parser))
+        raise Malformed(f"unknown key {setting.name}: {_hint(setting, actions, parser)}")
     action, value = actions.get(name), setting.value
     if value is None:
         return []
@@ -93,13 +100,14 @@ def _to_flags(setting: Setting, name: str, actions: dict[str, argparse.Action], 
     return [f"{name}={value}"]
 
 
-def _unknown(setting: Setting, name: str, parser: FlagParser) -> str:
+def _hint(setting: Setting, actions: dict[str, argparse.Action], parser: FlagParser) -> str:
+    """What to do about a key that no file may have."""
+    if why := ON_THE_LINE_ONLY.get(setting.flag):
+        return why
     if isinstance(setting.value, dict):
-        return f"unknown key {setting.name}: flags stand one below the other, and not in groups"
-    nearest = nearest_flag(name, parser)
-    return f"unknown key {setting.name}: " + (
-        f"did you mean {nearest.removeprefix('--')}?" if nearest else "--help lists all flags"
-    )
+        return "flags stand one below the other, and not in groups"
+    nearest = nearest_flag(setting.flag, actions, parser.own_flags)
+    return f"did you mean {nearest.removeprefix('--')}?" if nearest else "--help lists all flags"
 
 
 def _several(key: str, name: str, values: list[str], action: argparse.Action | None) -> list[str]:

@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ NOT_OF_THE_RUN = ("help", "local_rank", "print_config")
 
 OF_DEEPSPEED = ("optim", "lr_scheduler_type")
 """Flags that are compared with the DeepSpeed configuration if they are given, and else follow it."""
+
+FOLDER = "output_dir"
+"""What `inspect` and `plan` need not be given, and `train` must be."""
 
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 """What the old flag `--logging_dir` sets: the file says it by that name."""
@@ -65,19 +69,27 @@ def print_config(parser: FlagParser, values: argparse.Namespace, arguments: Sequ
         return []
     printed = describe(parser, values, arguments)
     if target == TERMINAL:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")
-        sys.stdout.write(printed.text)
-        sys.stdout.flush()
+        _write_to_terminal(printed.text)
     else:
         _write_whole(Path(target), printed.text)
-    return [f"--print_config: {name} is left out, for it is secret; give it on the line." for name in printed.secrets]
+    notices = [f"{name} is left out, for it holds a secret; give it on the line." for name in printed.secrets]
+    if own := _given_to_the_command(parser, values):
+        notices.append(f"leaves out {', '.join(own)}: only {parser.prog} takes such; give it on the line.")
+    return [f"--print_config: {notice}" for notice in notices]
+
+
+def _given_to_the_command(parser: FlagParser, values: argparse.Namespace) -> list[str]:
+    """Flags other than their defaults that are no setting of a run, such as the devices that `plan` is asked about."""
+    of_runs = {*NOT_OF_THE_RUN, *(name for names in parser.groups.values() for name in names)}
+    own = [action for action in parser._actions if action.dest not in of_runs]
+    return [f"--{action.dest}" for action in own if getattr(values, action.dest) != action.default]
 
 
 def describe(parser: FlagParser, values: argparse.Namespace, arguments: Sequence[str]) -> Printed:
     """All of train's settings by groups, each under the first sentence of its help; arguments as for print_config."""
     blocks, secrets = [], []
     given = {spelled(text.partition("=")[0])[2:] for text in arguments if text.startswith("--")}
+    left_open = {FOLDER, *(OF_DEEPSPEED if values.deepspeed else ())} - given
     for title, names in parser.groups.items():
         wanted = set(names).difference(NOT_OF_THE_RUN)
         lines = [f"# {title}"]
@@ -86,7 +98,7 @@ def describe(parser: FlagParser, values: argparse.Namespace, arguments: Sequence
             if value is not None and without_secrets(value, action.dest) != value:
                 secrets.append(f"--{action.dest}")
                 value = None
-            if values.deepspeed and action.dest in OF_DEEPSPEED and action.dest not in given:
+            if action.dest in left_open:
                 value = None
             lines += ["", *_comment(action.help or ""), f"{action.dest}: {to_yaml(value)}"]
         blocks.append("\n".join(lines))
@@ -127,12 +139,38 @@ def _quoted(text: str) -> str:
     return written.rstrip("\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name when all is written, or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _write_to_terminal(text: str) -> None:
+    """Write to standard output, wherever it goes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try to write the rest once more when it ends, and then exit with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            raise UserError(f"--print_config -: cannot be written ({error.strerror}); see where it goes to") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name when all is written, or not at all.
+
+    Raises:
+        UserError: it cannot be written, or something else than a file has its name.
+    """
+    part = path.with_name(f".print_config.{os.getpid()}.part")  # as short as the longest of names asks for
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--print_config {path}: is there and is no regular file; give another name")
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"--print_config {path}: cannot be written ({error.strerror}); give another name") from error
+    finally:
+        with suppress(OSError):  # what cannot be made cannot always be removed
+            part.unlink()

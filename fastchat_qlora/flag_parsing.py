@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 from fastchat_qlora.errors import UserError
@@ -55,11 +55,12 @@ def object_of_a_library(value: str) -> NoReturn:
 def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     """What is wrong with the texts that a parser knows nothing about; an unknown flag comes with its nearest name."""
     problems = []
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     for text in unknown:
         name = text.partition("=")[0]
         if not name.startswith("-"):
             continue
-        nearest = nearest_flag(name.replace("-", "_").replace("__", "--", 1), parser)
+        nearest = nearest_flag(name.replace("-", "_").replace("__", "--", 1), known, parser.own_flags)
         hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
         problems.append(f"unknown flag {name}: {hint}")
     if unknown and not problems:
@@ -69,10 +70,9 @@ def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     return problems
 
 
-def nearest_flag(name: str, parser: FlagParser) -> str:
-    """The flag that an unknown one is most like, this program's own first; empty where none is like it."""
-    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    own = difflib.get_close_matches(name, parser.own_flags, n=1, cutoff=0.7)
+def nearest_flag(name: str, known: Collection[str], own_flags: Collection[str]) -> str:
+    """The known flag that an unknown one is most like, this program's own first; empty where none is like it."""
+    own = difflib.get_close_matches(name, [flag for flag in own_flags if flag in known], n=1, cutoff=0.7)
     return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
 
 

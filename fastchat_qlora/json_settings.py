@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastchat_qlora.text import did_you_mean
 
 DEEPEST = 50  # objects within objects; no setting of any library is as deep
 TOO_DEEP = f"objects in more than {DEEPEST} others"
+LARGEST = 1 << 20  # bytes of a file of settings
 
 SWITCH = "true or false"
 COUNT = "a whole number of at least 1"
@@ -78,9 +80,24 @@ def json_text(given: str) -> str:
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is not UTF-8, or no name for a file.
+        ValueError: it is not UTF-8, no file of settings, or no name for a file.
     """
-    return given if given.startswith("{") else Path(os.path.expanduser(given)).read_text("utf-8").strip()
+    return given if given.startswith("{") else read_small_file(Path(os.path.expanduser(given))).decode().strip()
+
+
+def read_small_file(path: Path) -> bytes:
+    """What a file of settings holds; a pipe could be read only once, and a device may never end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of settings, as the end of a sentence.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("is no regular file")
+    if found.st_size > LARGEST:
+        raise ValueError("is too large for settings")
+    return path.read_bytes()
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

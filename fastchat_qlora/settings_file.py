@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.json_settings import DEEPEST, without_repetition
+from fastchat_qlora.json_settings import DEEPEST, read_small_file, without_repetition
 from fastchat_qlora.text import one_line
-
-LARGEST = 1 << 20
-"""Bytes of a file of settings."""
 
 MOST_VALUES = 10_000
 """Of one file; a few anchors within each other stand for billions."""
@@ -38,6 +35,16 @@ class Setting(NamedTuple):
     value: str | list[str] | dict[str, Any] | None
     place: str
 
+    @property
+    def flag(self) -> str:
+        """What the command line calls it."""
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    """The flag that a name in a file means, with underscores; both spellings are accepted."""
+    return f"--{name.replace('-', '_')}"
+
 
 class Malformed(ValueError):
     """What is wrong with a file, as the end of a sentence, and the line where that is known."""
@@ -53,27 +60,33 @@ def read_settings(name: str) -> list[Setting]:
     Raises:
         UserError: it cannot be read, or is no mapping of names to values.
     """
-    path = Path(os.path.expanduser(name))
+    text = _read(name)
     try:
-        if path.stat().st_size > LARGEST:
-            raise Malformed("is too large for settings; data goes into --data_path")
-        text = path.read_bytes().decode("utf-8-sig")
-        return list(_read_json(name, text) if path.suffix.lower() == ".json" else _read_yaml(name, text))
-    except OSError as error:
-        kind = "is a folder" if path.is_dir() else (error.strerror or str(error)).lower()
-        raise UserError(f"{name}: {kind}; give a YAML or JSON file of flags and their values") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: is not UTF-8; save it in that encoding") from error
+        return list(_read_json(name, text) if name.lower().endswith(".json") else _read_yaml(name, text))
     except RecursionError as error:
         raise UserError(f"{name}: holds lists or objects within too many others; mend it") from error
     except Malformed as error:
         raise UserError(f"{_place(name, error.line)}: {error}") from error
 
 
+def _read(name: str) -> str:
+    path = Path(os.path.expanduser(name))
+    try:
+        return read_small_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: is not UTF-8; save it in that encoding") from error
+    except OSError as error:
+        kind = "is a folder" if path.is_dir() else (error.strerror or str(error)).lower()
+        raise UserError(f"{name}: {kind}; {WANTED}") from error
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; {WANTED}, and data with --data_path") from error
+
+
 def _place(name: str, line: int | None) -> str:
     return name if line is None else f"{name}: line {line}"
 
 
+WANTED = "give a YAML or JSON file of flags and their values"
 NO_MAPPING = "must hold flags and their values (learning_rate: 1e-4), holds {}; data goes into --data_path"
 
 
@@ -86,7 +99,10 @@ def _read_json(name: str, text: str) -> Iterator[Setting]:
         raise Malformed(f"cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
         raise Malformed(NO_MAPPING.format(type(settings).__name__))
+    names: dict[str, str] = {}
     for key, value in settings.items():
+        if (first := names.setdefault(flag_of(key), key)) != key:
+            raise Malformed(f"{key} is there twice, first as {first}; drop one")
         if isinstance(value, list):
             value = [_text(key, item) for item in value]
         elif value is not None and not isinstance(value, dict):
@@ -132,15 +148,13 @@ class YamlSettings:
         Raises:
             Malformed: a name is there twice, or a value is neither a text, nor texts, nor an object.
         """
-        lines: dict[str, int] = {}
+        places: dict[str, str] = {}
         for key, value in root.value:
-            line = key.start_mark.line + 1
-            if key.id != "scalar":
-                raise Malformed("a name must be a word", line)
-            if key.value in lines:
-                raise Malformed(f"{key.value} is there twice, first in line {lines[key.value]}; drop one", line)
-            lines[key.value] = line
-            yield Setting(key.value, self._value(key.value, value), _place(self.name, line))
+            name, line = _name(key), _line(key)
+            if first := places.get(flag_of(name)):
+                raise Malformed(f"{name} is there twice, first as {first}; drop one", line)
+            places[flag_of(name)] = f"{name} in line {line}"
+            yield Setting(name, self._value(name, value), _place(self.name, line))
 
     def _value(self, key: str, node: Any) -> str | list[str] | dict[str, Any] | None:
         self._check(node)
@@ -163,7 +177,7 @@ class YamlSettings:
             return [self._typed(item, levels - 1) for item in node.value]
         if node.id == "scalar":
             return _number_or_text(node)
-        pairs = [(key.value if key.id == "scalar" else "", self._typed(value, levels - 1)) for key, value in node.value]
+        pairs = [(_name(key), self._typed(value, levels - 1)) for key, value in node.value]
         try:
             return without_repetition(pairs)
         except ValueError as error:
@@ -179,6 +193,17 @@ class YamlSettings:
 
 def _line(node: Any) -> int:
     return int(node.start_mark.line) + 1
+
+
+def _name(key: Any) -> str:
+    """What a setting is called.
+
+    Raises:
+        Malformed: there are values in place of a name, or nothing.
+    """
+    if key.id != "scalar" or not key.value:
+        raise Malformed("a name must be a word", _line(key))
+    return str(key.value)
 
 
 def _word(node: Any) -> str:

@@ -1,6 +1,7 @@
 """Text from strangers, made fit to be shown and to be answered."""
 
 import difflib
+import json
 import os
 import re
 import unicodedata
@@ -29,7 +30,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     """A value with a mask in place of what nobody else may read: under names such as hub_token, in URLs, of the hub.
 
     Args:
-        value: a text, or lists and dictionaries with texts in them; what is neither is returned as it is.
+        value: a text, which may be a JSON object, or lists and dictionaries with texts in them; what is neither is
+            returned as it is.
         name: what the value is called, if anything.
     """
     if isinstance(value, dict):
@@ -43,7 +45,19 @@ def without_secrets(value: Any, name: str = "") -> Any:
     for variable, secret in os.environ.items():
         if len(secret) >= SHORTEST_SECRET and SECRET_NAME.search(variable):
             value = value.replace(secret, MASK)
-    return SECRET_TEXT.sub(MASK, value)
+    return SECRET_TEXT.sub(MASK, _without_secrets_of_an_object(value))
+
+
+def _without_secrets_of_an_object(text: str) -> str:
+    """A text that is a JSON object, such as settings given in place, with masks; any other one as it is."""
+    if not text.startswith("{"):
+        return text
+    try:
+        settings = json.loads(text)
+        hidden = without_secrets(settings)
+    except (ValueError, RecursionError):
+        return text
+    return text if hidden == settings else json.dumps(hidden)
 
 
 def one_line(text: object, most: int | None = None) -> str:

@@ -1,6 +1,7 @@
 """A file in place of flags says what the flags would say, and what is wrong with it is told with its line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,20 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
         ("lora_r: 1\nzzqqxxjj: 1", "run.yaml: line 2: unknown key zzqqxxjj: --help lists all flags"),
         ("--lora_r: 1", "unknown key --lora_r: did you mean lora_r?"),
         ("no_padding_free: true", "unknown key no_padding_free"),
-        ("help: true", "unknown key help"),
+        ("help: true", "unknown key help: --help lists all flags"),
+        ("hlp: true\nprint_confi: x", "(1) run.yaml: line 1: unknown key hlp: --help lists all flags; (2) "),
+        (
+            "print_config: x.yaml",
+            "unknown key print_config: it writes such a file, and is asked for on the line",
+        ),
+        ("local-rank: 0", "unknown key local-rank: it is what the launcher tells each process; drop it"),
         ("<<: {lora_r: 1}", "unknown key <<"),
         (
             "lora:\n  lora_r: 1",
             "run.yaml: line 1: unknown key lora: flags stand one below the other, and not in groups",
         ),
-        ("lora_r: 1\n\nlora_r: 2", "run.yaml: line 3: lora_r is there twice, first in line 1; drop one"),
+        ("lora_r: 1\n\nlora_r: 2", "run.yaml: line 3: lora_r is there twice, first as lora_r in line 1; drop one"),
+        ("lora_r: 1\nlora-r:", "run.yaml: line 2: lora-r is there twice, first as lora_r in line 1; drop one"),
         ("lora_r: x", "run.yaml: line 1: lora_r: 'x' is no int"),
         ("lora_r: true", "'true' is no int"),
         ("lora_r: x\nmax_steps: y", "2 problems: (1) run.yaml: line 1: lora_r: 'x' is no int; (2) run.yaml: line 2"),
@@ -146,6 +154,8 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
         ("lora_r: !!python/object:os.system x", "line 1: tag:yaml.org,2002:python/object:os.system makes an object"),
         ("lora_r: !mine 1", "!mine makes an object"),
         ("? [a, b]\n: 1", "a name must be a word"),
+        ("'': 1", "line 1: a name must be a word"),
+        ("lr_scheduler_kwargs:\n  a: 1\n  ? {b: 1}\n  : 1", "run.yaml: line 3: a name must be a word"),
         ("lora_r: 1\nq_lora: 'x", "cannot be read as YAML: found unexpected end of stream"),
         ("a: *b", "line 1: cannot be read as YAML: found undefined alias"),
         ("a\tb: \x07", "cannot be read as YAML"),
@@ -155,7 +165,10 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
         ("[" * 5000, "run.yaml: holds lists or objects within too many others"),
         ("lr_scheduler_kwargs: " + "{a: " * 60 + "1" + "}" * 60, "holds objects in more than 50 others"),
         ("lr_scheduler_kwargs: &x {a: *x}", "holds objects in more than 50 others"),
-        ("#" * (1 << 20) + "\n", "run.yaml: is too large for settings; data goes into --data_path"),
+        (
+            "#" * (1 << 20) + "\n",
+            "run.yaml: is too large for settings; give a YAML or JSON file of flags",
+        ),
         ("lora_r: é".encode("latin-1"), "run.yaml: is not UTF-8; save it in that encoding"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -168,6 +181,8 @@ def test_what_is_wrong_is_told_with_its_line(text: str | bytes, said: str) -> No
     ("text", "said"),
     [
         ('{"lora_r": 1, "lora_r": 2}', "run.json: cannot be read as JSON: lora_r is there twice"),
+        ('{"lora_r": 1, "lora-r": null}', "run.json: lora-r is there twice, first as lora_r; drop one"),
+        ('{"local_rank": 0}', "run.json: unknown key local_rank: it is what the launcher tells each process"),
         ('{"lora_r": 1,\n}', "run.json: line 2: cannot be read as JSON"),
         ('{"learning_rat": 1}', "run.json: unknown key learning_rat: did you mean learning_rate?"),
         ('{"lora_r": 1.5}', "run.json: lora_r: '1.5' is no int"),
@@ -192,6 +207,18 @@ def test_files_that_are_none() -> None:
         Path("folder.yaml").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f"^{name}: {said}"):
             parse_args([name])
+
+
+def test_what_may_never_end_is_not_opened() -> None:
+    """A pipe waits for somebody to write, and a device gives for ever."""
+    os.mkfifo("pipe.json")
+    Path("device.yaml").symlink_to("/dev/zero")
+    for name in ("pipe.json", "device.yaml"):
+        with pytest.raises(UserError, match=f"^{name}: is no regular file; give a YAML or JSON file"):
+            parse_args([name])
+    Path("run.yaml").write_text(NEEDED + "accelerator_config: pipe.json")
+    with pytest.raises(UserError, match=r"--accelerator_config pipe.json: cannot be read as JSON: is no regular file"):
+        parse_args(["run.yaml"])
 
 
 def test_a_file_that_does_not_come_first() -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.first_look import NotInTable, build_table_parser, read_flags
 from fastchat_qlora.training import run
 
+ROOT = Path(__file__).resolve().parent.parent
 PARSER = build_table_parser(json.loads(first_look.TABLE.read_text(encoding="utf-8")), "train")
 LIVE = build_parser()
 NEEDED = ["--model_name_or_path", "org/model", "--data_path", "data.json", "--output_dir", "out"]
@@ -41,6 +45,11 @@ def _comparable(value: Any, name: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(float(value) + 0.0)
     return str(value).lower() if name == "fsdp" else repr(value)
+
+
+def settings_in(text: str) -> dict[str, str]:
+    """The settings in a file, to be compared likewise."""
+    return {name: _comparable(value, name) for name, value in yaml.safe_load(text).items()}
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,11 +78,12 @@ def test_what_is_printed_is_read_back(folder: Any, line: tuple[list[str], list[s
             assume(False)
         printed = describe(PARSER, values, arguments)
         Path("printed.yaml").write_text(printed.text, encoding="utf-8")
-        again, _ = read(["printed.yaml"])
+        again, arguments = read(["printed.yaml"])
         hidden = [name.removeprefix("--") for name in printed.secrets]
         for name in hidden:
             setattr(values, name, None)
         assert comparable(again) == comparable(values)
+        assert settings_in(describe(PARSER, again, arguments).text) == settings_in(printed.text), "a file of the file"
 
 
 def test_every_setting_is_there_under_its_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,12 +115,45 @@ def test_it_goes_to_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     [
         ("data.json", "--print_config data.json: give a name that ends in .yaml"),
         ("none/run.yaml", "--print_config none/run.yaml: cannot be written (No such file or directory)"),
+        ("data.json/run.yaml", "--print_config data.json/run.yaml: cannot be written (Not a directory)"),
+        ("/proc/run.yaml", "--print_config /proc/run.yaml: cannot be written"),
+        (f"{'x' * 255}.yaml", "x.yaml: cannot be written (File name too long); give another name"),
+        ("folder.yaml", "--print_config folder.yaml: is there and is no regular file; give another name"),
+        ("device.yaml", "--print_config device.yaml: is there and is no regular file; give another name"),
     ],
 )
 def test_where_it_cannot_go(here: Path, target: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "folder.yaml").mkdir()
+    (here / "device.yaml").symlink_to("/dev/full")
     before = (here / "data.json").read_text()
     assert cli.main(["train", *NEEDED, "--print_config", target]) == 2
-    assert said in capsys.readouterr().err and (here / "data.json").read_text() == before
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert (here / "data.json").read_text() == before
+    assert sorted(path.name for path in here.iterdir()) == ["data.json", "device.yaml", "folder.yaml"]
+
+
+def test_the_longest_name_will_do(here: Path) -> None:
+    name = f"{'x' * 250}.yaml"
+    with pytest.raises(SystemExit):
+        cli.main(["train", *NEEDED, "--print_config", name])
+    assert parse_args([name]).data.data_path == ["data.json"]
+
+
+def printed_to(standard_output: int) -> tuple[int, str]:
+    """The exit code and what was said of a process that prints its settings there."""
+    argv = [sys.executable, str(ROOT / "train_lora.py"), *NEEDED, "--print_config"]
+    done = subprocess.run(argv, stdout=standard_output, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(standard_output)
+    return done.returncode, done.stderr
+
+
+def test_standard_output_that_takes_nothing(here: Path) -> None:
+    said = "error: --print_config -: cannot be written (No space left on device); see where it goes to\n"
+    assert printed_to(os.open("/dev/full", os.O_WRONLY)) == (2, said)
+    unread, written = os.pipe()
+    os.close(unread)
+    assert printed_to(written) == (0, ""), "who reads may stop"
 
 
 def test_what_is_wrong_is_told_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +169,31 @@ def test_secrets_are_left_out(here: Path, capsys: pytest.CaptureFixture[str], mo
     out, err = capsys.readouterr()
     assert "hf_abc" not in out + err and "abcdefgh12345" not in out + err
     assert "--hub_token is left out" in err and "--run_name is left out" in err
+
+
+def test_secrets_within_settings_are_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deepspeed = {"zero_optimization": {"stage": 2}, "comet": {"api_key": "sesame", "project": "p"}}
+    schedule = {"min_lr": 0.0, "pass": {"password": "sesame"}}
+    flags = ["--deepspeed", json.dumps(deepspeed), "--lr_scheduler_kwargs", json.dumps(schedule)]
+    with pytest.raises(SystemExit):
+        cli.main(["train", *NEEDED, *flags, "--print_config"])
+    out, err = capsys.readouterr()
+    assert "sesame" not in out + err
+    assert [yaml.safe_load(out)[name] for name in ("deepspeed", "lr_scheduler_kwargs")] == [None, None]
+    assert "--deepspeed is left out, for it holds a secret" in err and "--lr_scheduler_kwargs is left out" in err
+
+
+def test_flags_of_a_command_alone_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are said once, and a folder that the command does not ask for is not made up."""
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["plan", *NEEDED[:4], "--devices", "8", "--output=p.json", "--lora_r", "4", "--print_config", "a.yaml"]
+        )
+    said = "--print_config: leaves out --devices, --output: only fastchat-qlora plan takes such; give it on the line.\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(UserError, match="--output_dir"):
+        parse_args(["a.yaml"])
+    assert parse_args(["a.yaml", "--output_dir", "out"]).lora.lora_r == 4
 
 
 def test_one_process_prints(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
