@@ -42,6 +42,7 @@ RESULTS = {
     "tokens": "tokens",
     "supervised_tokens": "learnt tokens",
     "train_runtime": "seconds",
+    "tokens_per_second": "tokens per second of training alone",
 }
 """Metric -> how the card calls it."""
 
