@@ -150,7 +150,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
 
 def _drawable(curve: Curve) -> Curve:
     """Without what is not finite, or so large that arithmetic about it is not."""
-    pairs = [pair for pair in zip(curve.steps, curve.values, strict=True) if max(map(abs, pair)) <= LARGEST]
+    pairs = [pair for pair in zip(curve.steps, curve.values, strict=True) if all(abs(x) <= LARGEST for x in pair)]
     return curve._replace(steps=[step for step, _ in pairs], values=[value for _, value in pairs])
 
 
