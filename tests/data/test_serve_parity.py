@@ -100,7 +100,7 @@ def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCap
     assert said(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
     expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
-    assert find_turn_ends(rows, tokenizer) == [expected]
+    assert find_turn_ends(rows, tokenizer, 512) == [expected]
 
 
 @pytest.fixture
@@ -237,7 +237,24 @@ def test_the_nearest_prompt_is_compared() -> None:
 def test_answers_that_were_cut_short_end_nothing(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path
 ) -> None:
-    assert find_turn_ends(load(tokenizer, data_file, tmp_path), tokenizer) == [2]
-    assert find_turn_ends(load(tokenizer, data_file, tmp_path, "--train_on", "all"), tokenizer) == [2]
-    cut = load(tokenizer, data_file, tmp_path, "--max_rejected", "1.0", model_max_length=20)
-    assert len(cut) and find_turn_ends(cut, tokenizer) == []
+    def found(*flags: str, length: int = 512) -> list[int]:
+        rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
+        assert len(rows)
+        return find_turn_ends(rows, tokenizer, length)
+
+    assert found() == found("--train_on", "all") == [2]
+    assert found("--max_rejected", "1.0", length=20) == []
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_rows_that_are_cut_behind_their_first_answer_end_as_others(
+    overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Whole answers they are, and whoever has none but such rows does teach the model to stop."""
+    turns = [("human", "hi"), ("gpt", "One"), ("human", "And then? " * 9), ("gpt", "Two " * 40)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt(turns)] * 3))
+    rows = load(tokenizer, data, tmp_path, "--overlong", overlong, "--train_on", train_on, model_max_length=60)
+    assert len(rows) == (3 if overlong == "truncate" else 6)
+    assert find_turn_ends(rows, tokenizer, 60) == [2]
