@@ -20,10 +20,13 @@ SMOOTHED_FROM = 24
 VISIBLE_POINTS = 60
 """Of a curve; of longer ones a point is seen when a pointer is at it."""
 
+LEAST_SPAN = 0.01
+"""Of the values' axis, as a share of the largest value on it: below it four digits would not tell its ticks apart."""
+
 LARGEST = 1e100
 """Of a value that is drawn."""
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 40
 """Margins around the axes, in the unit of the picture: a pixel, where it is shown in its own size."""
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -187,6 +190,9 @@ def _set_up_axes(axes: Any, chart: Chart, width: int) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_xlabel(chart.axis, labelpad=4, loc="right")
     axes.margins(x=0.02, y=0.08)
+    low, high = axes.get_ylim()
+    if (missing := LEAST_SPAN * max(abs(low), abs(high)) - (high - low)) > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
     if chart.is_bars:
         axes.set_ylim(bottom=0)
 
@@ -195,7 +201,7 @@ def _tick(value: float) -> str:
     """Short enough for the margin."""
     value = float(f"{value:.6g}") + 0.0  # what arithmetic has left behind goes, and the sign of a zero
     if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
-        mantissa, exponent = f"{value:.2e}".split("e")
+        mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 

@@ -31,7 +31,7 @@ from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.manifest import get_versions
 from fastchat_qlora.training.preparation import Prepared
 from fastchat_qlora.training.report_content import get_charts, get_flags, get_hardware, get_tiles
-from fastchat_qlora.training.sample_answers import SampleAnswers
+from fastchat_qlora.training.sample_answers import MOST_TOKENS, SampleAnswers
 from fastchat_qlora.training.start_up import seconds_since_start
 from fastchat_qlora.training.trainer import LoraTrainer
 
@@ -181,6 +181,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 (prompt, self._answers.before.get(prompt), self._answers.after.get(prompt))
                 for prompt in training.sample_prompts or ()
             ],
+            "most_tokens": MOST_TOKENS,
             "failure": without_secrets(self._answers.failure),
             "settings": without_secrets(self._effective.settings),
             "is_public": training.push_to_hub,

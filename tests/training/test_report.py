@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_has_all_steps(model_folder: Path, data_file: Path, t
     train(command(model_folder, data_file, output, **flags, max_steps=2))
     train(command(model_folder, data_file, output, **flags, max_steps=4))
     assert [text.partition(":")[0] for text in points(read(output), "loss")] == [f"step {n}" for n in (1, 2, 3, 4)]
-    assert "gone on with from the checkpoint of step 2, a dashed line" in read(output)
+    assert "Started again from the checkpoint of step 2: the dashed line" in read(output)
     assert read(output).count('class="mark"') == 6, "of the loss twice, wide and narrow, and of four others"
     before = (output / "report.html").read_bytes()
     train(command(model_folder, data_file, output, **flags, max_steps=4))  # nothing is left to train
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_at_its_end_is_done_when_started_again(
     said = capsys.readouterr().err
     assert "2 steps had been done before; none was left to train." in said and "mean loss" not in said
     again = read(output)
-    assert 'class="status done">done<' in again and "gone on with" not in again
+    assert 'class="status done">done<' in again and "Started again" not in again
     assert points(again, "loss") == points(done, "loss")
     answers = "<h4>after</h4>.*?</p>"
     assert re.findall(answers, again, re.DOTALL) == re.findall(answers, done, re.DOTALL)
@@ -325,7 +325,7 @@ def test_smoothing_stays_within_the_values(values: list[float]) -> None:
     ("value", "text"),
     [
         *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "4e-3"), (0.5, "0.5"), (1500.0, "1500")],
-        *[(0.0099999999999, "0.01"), (-0.0, "0"), (1234567.0, "1.23e6")],
+        *[(0.0099999999999, "0.01"), (-0.0, "0"), (1234567.0, "1.235e6"), (1.025e-3, "1.025e-3")],
         *[(20000.0, "20k"), (12500.0, "12.5k"), (3e6, "3e6"), (-2e-4, "-2e-4")],
     ],
 )
@@ -358,6 +358,16 @@ def test_any_values_are_drawn(values: list[float], is_bars: bool) -> None:
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<title>.*?</title>", "", svg))
     shown = sum(abs(value) <= 1e100 for value in values)
     assert len(ElementTree.fromstring(svg).findall(".//title")) == shown
+
+
+@drawn(st.floats(1e-12, 1e12), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(1e-9, 1))
+@settings(max_examples=30, deadline=None)
+def test_ticks_can_be_told_apart(least: float, values: list[float], spread: float) -> None:
+    """Also those of a curve that hardly moves, such as a constant learning rate."""
+    curve = Curve("a", "c1", [float(n) for n in range(len(values))], [least * (1 + spread * v) for v in values])
+    svg = ElementTree.fromstring(draw(Chart("rate", "Rate", [curve], short), 370, 238))
+    ticks = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"][1:]
+    assert len({*ticks}) == len(ticks) >= 3 and max(map(len, ticks)) <= 9
 
 
 def test_a_chart_is_the_same_whatever_a_user_likes() -> None:
