@@ -88,8 +88,8 @@ class Throughput:
         own = torch.tensor([[*new, round(memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
         everyone = accelerator.gather(own)
         real, supervised, _ = everyone.sum(0).tolist()
-        new_total = Total(real, supervised, seconds)
-        self.total = Total(*(before + more for before, more in zip(self.total, new_total, strict=True)))
+        new_total, before = Total(real, supervised, seconds), self.total
+        self.total = Total(before.tokens + real, before.supervised + supervised, before.seconds + seconds)
         return {
             "tokens_per_second": round(new_total.rate, 1),
             "supervised_tokens_per_second": round(new_total.supervised_rate, 1),
