@@ -120,6 +120,25 @@ def test_under_strategies(
     words = " ".join(given(model_folder, data, tmp_path / "out", ONE_STEP, flags))
     succeed(f"{strategy} train_lora.py {words}")
     assert kept(tmp_path / "out" / "checkpoint-1") == alone != {}
+    after = answers_after(tmp_path / "out")
+    assert len(after) == 2 and not any(answer.startswith("(") for answer in after)
+
+
+def answers_after(output: Path) -> list[str]:
+    """What the page has in their place."""
+    page = (output / "report.html").read_text(encoding="utf-8")
+    return re.findall(r"<h4>after</h4><p>(.*?)</p>", page, re.DOTALL)
+
+
+def test_processes_give_up_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Where one of them fails at a question after training, none waits for it, and the run is a good one."""
+    words = " ".join(given(model_folder, data, tmp_path / "out", ONE_STEP))
+    said = succeed(
+        f"torchrun --nproc_per_node 2 train_lora.py {words}", 100, PREPARE="planted:no_answers_after_on_rank_1"
+    )
+    assert "2 questions have no answer of after training (another process of the run has failed at it)" in said
+    reason = "(failed: another process of the run has failed at it)"
+    assert answers_after(tmp_path / "out") == [reason, reason]
 
 
 def test_questions_added_later_are_answered_after(
