@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 
 from fastchat_qlora import fsdp_config
 from fastchat_qlora.json_settings import check_json_flags, settings_of
@@ -223,6 +224,8 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
         problems.append("--debug tpu_metrics_debug: the package torch_xla is not installed; choose underflow_overflow")
     if any(not prompt.strip() for prompt in values.sample_prompts or ()):
         problems.append("--sample_prompts '': an empty question has no answer; give words, or drop the flag")
+    if any(re.search(r"[\ud800-\udfff]", prompt) for prompt in values.sample_prompts or ()):
+        problems.append("--sample_prompts: a question is not UTF-8, and no tokenizer reads it; write it in UTF-8")
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")
     return problems

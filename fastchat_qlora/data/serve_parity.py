@@ -2,7 +2,8 @@
 
 A server renders the messages before an answer with the saved tokenizer's chat template and its generation prompt, and
 tokenises that. Here that is done for some rows, with the tokenizer saved and read again; each learnt answer's prompt
-must be what its row begins with.
+must be what its row begins with. Behind the prompt the template may write more before the answer, such as an empty
+thought; where there is no generation prompt at all, what it writes there is a header that nobody would write.
 """
 
 import logging
@@ -72,9 +73,13 @@ def report_parity(rows: Dataset, preprocessor: Preprocessor, read: Callable[[set
         return
     records = {(record.source.file, record.source.line): record for record in read({_place(row) for row in chosen})}
     conversations = {place: to_conversation(parse_record(record.value)) for place, record in records.items()}
-    chosen = [row for row in chosen if _place(row) in conversations]  # a file may have changed since
     prompts = dict(zip(conversations, _ask(server, preprocessor, list(conversations.values())), strict=True))
-    problems = [_compare(row, conversations[_place(row)], prompts[_place(row)], preprocessor, server) for row in chosen]
+    chosen = [row for row in chosen if prompts.get(_place(row))]  # a file may have changed since
+    is_bare = bool(chosen) and _is_bare(server, conversations[_place(chosen[0])])
+    problems = [
+        _compare(row, conversations[_place(row)], prompts[_place(row)], preprocessor, server, is_bare=is_bare)
+        for row in chosen
+    ]
     found = [
         f"{row['file']}:{row['line']}: {problem}" for row, problem in zip(chosen, problems, strict=True) if problem
     ]
@@ -124,22 +129,54 @@ def _ask(server: Any, preprocessor: Preprocessor, conversations: Sequence[Conver
 
 
 def _tokens(server: Any, text: str | TemplateRefusal) -> list[int] | TemplateRefusal:
-    return text if isinstance(text, TemplateRefusal) else list(server(text, add_special_tokens=False).input_ids)
+    if isinstance(text, TemplateRefusal):
+        return text
+    return list(server(text, add_special_tokens=False, verbose=False).input_ids)  # how long it is does not matter here
+
+
+def _is_bare(server: Any, conversation: Conversation) -> bool:
+    """Whether the chat template has no generation prompt, by a conversation with something before an answer."""
+    shown = [message.to_template() for message in conversation.messages]
+    count = next(i for i, message in enumerate(conversation.messages) if i and message.role == "assistant")
+    asked, plain = apply_template(server, [Asked(shown, conversation.tools, [(count, True, ()), (count, False, ())])])
+    return isinstance(asked, str) and asked == plain
 
 
 def _compare(
-    row: dict[str, Any], conversation: Conversation, prompts: Prompts, preprocessor: Preprocessor, server: Any
+    row: dict[str, Any],
+    conversation: Conversation,
+    prompts: Prompts,
+    preprocessor: Preprocessor,
+    server: Any,
+    *,
+    is_bare: bool,
 ) -> str:
     """What differs before the answers of a row; empty if nothing does."""
+
+    def may_be_between(tokens: Sequence[int]) -> bool:
+        return not is_bare or not server.decode(tokens).strip()
+
+    ids = row["input_ids"]
     for number, learnt in enumerate(_find_learnt(row, preprocessor.train_on), 1):
-        said = server.decode(row["input_ids"][learnt.start : learnt.end], skip_special_tokens=False)
-        known = [i for i in prompts if conversation.messages[i].content.strip()[:KNOWN_BY] in said]
-        candidates = [prompts[i] for i in known or prompts]
         if preprocessor.train_on == "all":
-            candidates = candidates[-1:]
-        if mismatch := find_mismatch(row["input_ids"], candidates, learnt):
-            return _describe(mismatch, number, server)
+            candidates = _last_that_fits(list(prompts.values()), len(ids))
+        else:
+            said = server.decode(ids[learnt.start : learnt.end], skip_special_tokens=False)
+            known = [i for i in prompts if conversation.messages[i].content.strip()[:KNOWN_BY] in said]
+            candidates = [prompts[i] for i in known or prompts]
+        if mismatch := find_mismatch(ids, candidates, learnt, may_be_between):
+            ends = is_bare and isinstance(mismatch, Mismatch) and mismatch.served is None
+            return _describe(mismatch, number, server) + ": the chat template has no generation prompt" * ends
     return ""
+
+
+def _last_that_fits(
+    prompts: Sequence[list[int] | TemplateRefusal], length: int
+) -> Sequence[list[int] | TemplateRefusal]:
+    """The prompt of the last answer that a row of that length has something of: others may have been cut off."""
+    refused = [prompt for prompt in prompts if isinstance(prompt, TemplateRefusal)]
+    fitting = [prompt for prompt in prompts if not isinstance(prompt, TemplateRefusal) and len(prompt) < length]
+    return refused[:1] or fitting[-1:] or prompts[:1]
 
 
 def _find_learnt(row: dict[str, Any], train_on: str) -> list[Learnt]:
@@ -154,7 +191,10 @@ def _find_learnt(row: dict[str, Any], train_on: str) -> list[Learnt]:
 
 
 def find_mismatch(
-    ids: Sequence[int], prompts: Sequence[list[int] | TemplateRefusal], learnt: Learnt
+    ids: Sequence[int],
+    prompts: Sequence[list[int] | TemplateRefusal],
+    learnt: Learnt,
+    may_be_between: Callable[[Sequence[int]], bool] = lambda tokens: True,
 ) -> Mismatch | TemplateRefusal | None:
     """None if one of the prompts is what the row begins with, up to the answer; else where the nearest one differs.
 
@@ -162,6 +202,7 @@ def find_mismatch(
         ids: the row's tokens.
         prompts: of the answers that this may be, among which there may be equal ones.
         learnt: where the answer stands.
+        may_be_between: whether these tokens may stand between a prompt and its answer.
     """
     nearest: Mismatch | TemplateRefusal | None = None
     for prompt in prompts:
@@ -170,7 +211,8 @@ def find_mismatch(
             continue
         differing = (i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
         common = next(differing, min(len(prompt), len(ids)))
-        if common == len(prompt) and learnt.after <= common < learnt.end:
+        is_whole = common == len(prompt) and learnt.after <= common < learnt.end
+        if is_whole and may_be_between(ids[common : learnt.start]):
             return None
         if not isinstance(nearest, Mismatch) or common > nearest.position:
             served, trained = ((tokens[common] if common < len(tokens) else None) for tokens in (prompt, ids))

@@ -12,11 +12,16 @@ ROWS = 500
 """Of so many rows, spread over all of them, the ends are looked at."""
 
 
-def find_turn_ends(rows: Dataset, tokenizer: Any) -> list[int]:
+def find_turn_ends(rows: Dataset, tokenizer: Any, max_length: int) -> list[int]:
     """Ids of the tokens that learnt answers end with, the commonest first.
 
     Counted are the special and added tokens of the vocabulary. An answer that was cut short ends with what happened to
-    stand there, and does not count.
+    stand there, and does not count; one that is whole does, also where its row was cut behind it.
+
+    Args:
+        rows: of the training data.
+        tokenizer: that they were made by.
+        max_length: the most tokens of a row, where those that are cut inside of an answer end.
     """
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(int)).tolist()
     batch = rows[chosen]
@@ -26,7 +31,7 @@ def find_turn_ends(rows: Dataset, tokenizer: Any) -> list[int]:
     for ids, labels, length, full_length, turns in zip(*(batch[name] for name in names), strict=True):
         learnt = np.asarray(labels) != IGNORE_INDEX
         ends = np.flatnonzero(learnt & ~np.append(learnt[1:], False)).tolist()
-        may_be_cut = full_length > length and turns <= 1
+        may_be_cut = full_length > length >= max_length and turns <= 1
         for end in ends[:-1] if may_be_cut else ends:
             token = _before_blanks(ids[: end + 1], can_end, tokenizer)
             found.update([token] * (token in can_end))

@@ -20,7 +20,13 @@ SMOOTHED_FROM = 24
 VISIBLE_POINTS = 60
 """Of a curve; of longer ones a point is seen when a pointer is at it."""
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 40
+LEAST_SPAN = 0.01
+"""Of the values' axis, as a share of the largest value on it: below it four digits would not tell its ticks apart."""
+
+LARGEST = 1e100
+"""Of a value that is drawn."""
+
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 40
 """Margins around the axes, in the unit of the picture: a pixel, where it is shown in its own size."""
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,6 +60,7 @@ class Chart(NamedTuple):
         show: a value as text.
         is_bars: whether values are counts; steps are then where the bars begin, all of one width.
         axis: what the values are over.
+        marks: steps at which a line stands across the picture: the run went on from a checkpoint there.
     """
 
     name: str
@@ -62,6 +69,7 @@ class Chart(NamedTuple):
     show: Callable[[float], str]
     is_bars: bool = False
     axis: str = "step"
+    marks: Sequence[float] = ()
 
 
 def short(value: float) -> str:
@@ -91,10 +99,10 @@ def get_curve(
         for entry in history
         if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
     }
-    return _thinned(Curve(name, colour, list(found), list(found.values()), is_noisy))
+    return Curve(name, colour, list(found), list(found.values()), is_noisy)
 
 
-def _thinned(curve: Curve) -> Curve:
+def thinned(curve: Curve) -> Curve:
     """At most MOST_POINTS: each the mean of so many neighbours, at the last one's step."""
     size = -(-len(curve.steps) // MOST_POINTS)
     if size <= 1:
@@ -119,23 +127,34 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(chart: Chart, width: int, height: int) -> str:
-    """The chart as an `svg` element, in pixels.
+    """The chart as an `svg` element, in pixels; values that no axis has room for are left out.
 
-    The classes in it: `grid` and `axis`, `line` with `raw` where a smoothed one is above it, `point` and `bar`; all of
-    a curve stand in a group with the class of its colour.
+    The classes in it: `grid`, `axis` and `mark`, `line` with `raw` where a smoothed one is above it, `point` and `bar`;
+    all of a curve stand in a group with the class of its colour.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "font.size": 11}):
+    chart = chart._replace(curves=[_drawable(curve) for curve in chart.curves])
+    with rc_context():
+        rcdefaults()  # a user's matplotlibrc is for the user's pictures
+        rcParams.update({"svg.fonttype": "none", "font.size": 11})
         figure = Figure(figsize=(width / 72, height / 72))  # matplotlib's SVG has 72 units an inch
         axes = figure.add_axes((LEFT / width, BOTTOM / height, 1 - (LEFT + RIGHT) / width, 1 - (TOP + BOTTOM) / height))
         for curve in chart.curves:
             _plot(axes, curve, chart.is_bars)
         _set_up_axes(axes, chart, width)
+        for step in chart.marks:
+            axes.axvline(step, gid="mark")
         written = io.BytesIO()
         figure.savefig(written, format="svg", metadata={"Date": None})
     return _taken_down(written.getvalue(), chart)
+
+
+def _drawable(curve: Curve) -> Curve:
+    """Without what is not finite, or so large that arithmetic about it is not."""
+    pairs = [pair for pair in zip(curve.steps, curve.values, strict=True) if all(abs(x) <= LARGEST for x in pair)]
+    return curve._replace(steps=[step for step, _ in pairs], values=[value for _, value in pairs])
 
 
 def _plot(axes: Any, curve: Curve, is_bars: bool) -> None:
@@ -171,19 +190,20 @@ def _set_up_axes(axes: Any, chart: Chart, width: int) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_xlabel(chart.axis, labelpad=4, loc="right")
     axes.margins(x=0.02, y=0.08)
+    low, high = axes.get_ylim()
+    if (missing := LEAST_SPAN * max(abs(low), abs(high)) - (high - low)) > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
     if chart.is_bars:
         axes.set_ylim(bottom=0)
 
 
 def _tick(value: float) -> str:
     """Short enough for the margin."""
+    value = float(f"{value:.6g}") + 0.0  # what arithmetic has left behind goes, and the sign of a zero
     if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
-        mantissa, _, exponent = f"{value:.3g}".partition("e")
-        if exponent:
-            return f"{mantissa}e{int(exponent)}"
-        digits = math.floor(math.log10(abs(value)))
-        return f"{value / 10**digits:.3g}e{digits}"
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
 def _taken_down(written: bytes, chart: Chart) -> str:
@@ -197,7 +217,7 @@ def _taken_down(written: bytes, chart: Chart) -> str:
         kind, *classes = element.get("id", "").split()[:3] or [""]
         if kind in ("axis", "line"):
             _add_path(svg, element, " ".join([kind, *classes]))
-        elif kind == "grid":
+        elif kind in ("grid", "mark"):
             _add_path(behind, element, kind)
         elif kind == "points":
             _add_points(svg, element, curves[classes[0]], chart)

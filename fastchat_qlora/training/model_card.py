@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
@@ -18,7 +19,7 @@ from peft import LoraConfig
 from fastchat_qlora import __version__
 from fastchat_qlora.arguments import LoraArguments, RunArguments
 from fastchat_qlora.data.dataset import LoadedData
-from fastchat_qlora.data.packing import column
+from fastchat_qlora.data.packing import PackedRows, column
 from fastchat_qlora.model.loading import dtype_name, get_compute_dtype
 from fastchat_qlora.text import one_line, without_secrets
 from fastchat_qlora.training.manifest import sync
@@ -42,6 +43,7 @@ RESULTS = {
     "tokens": "tokens",
     "supervised_tokens": "learnt tokens",
     "train_runtime": "seconds",
+    "tokens_per_second": "tokens per second of training alone",
 }
 """Metric -> how the card calls it."""
 
@@ -100,7 +102,7 @@ def build_model_card(
         kind="QLoRA" if args.lora.q_lora else "LoRA",
         quantised=_quantisation(args.lora, dtype_name(get_compute_dtype(args.training))),
         dtype=dtype_name(get_compute_dtype(args.training)),
-        sets=[_describe_set(flag, data, args) for flag, data in prepared.data.items()],
+        sets=_describe_sets(args, prepared),
         template=next(iter(prepared.data.values())).template,
         turn_ends=", ".join(f"`{prepared.tokenizer.convert_ids_to_tokens(token)}`" for token in prepared.turn_ends),
         settings={label: _cell(value) for label, value in _settings(args, prepared.lora_config, effective).items()},
@@ -144,17 +146,31 @@ def _quantisation(lora: LoraArguments, dtype: str) -> str:
     )
 
 
-def _describe_set(flag: str, data: LoadedData, args: RunArguments) -> DataSet:
+def _describe_sets(args: RunArguments, prepared: Prepared) -> list[DataSet]:
+    """What was trained on and what was evaluated on; with --eval_split both come of the same records."""
+    rows = prepared.rows.conversations if isinstance(prepared.rows, PackedRows) else prepared.rows
+    found = [_describe_set(flag, data, data.rows, args) for flag, data in prepared.data.items()]
+    if args.data.eval_split and prepared.eval_rows is not None:
+        [(flag, data)] = prepared.data.items()
+        held_out = _describe_set(flag, data, prepared.eval_rows, args)
+        found = [
+            _describe_set(flag, data, rows, args),
+            held_out._replace(name="evaluation, held out", files="of these", read="", rejected=""),
+        ]
+    return found
+
+
+def _describe_set(flag: str, data: LoadedData, rows: Dataset, args: RunArguments) -> DataSet:
     names: Sequence[str] = getattr(args.data, flag.removeprefix("--"))
     files = [Path(name).resolve().name if os.path.exists(name) else name for name in names]
-    tokens, learnt = (int(column(data.rows, name).sum()) if len(data.rows) else 0 for name in ("length", "supervised"))
+    tokens, learnt = (int(column(rows, name).sum()) if len(rows) else 0 for name in ("length", "supervised"))
     share = f"{learnt / tokens:.0%}" if tokens else "-"
     return DataSet(
         SET_NAMES[flag],
         ", ".join(map(_code, files)),
         _number(data.account["read"]),
         _number(data.account["rejected"]),
-        _number(len(data.rows)),
+        _number(len(rows)),
         _number(tokens),
         share,
     )

@@ -120,7 +120,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         cache_dir=cache_dir,
         is_main=topology.is_main,
     )
-    turn_ends = find_turn_ends(loaded["--data_path"].rows, tokenizer)
+    turn_ends = find_turn_ends(loaded["--data_path"].rows, tokenizer, training_args.model_max_length)
     if notice := describe_turn_ends(turn_ends, tokenizer):
         logger.warning(notice)
     dataset = arrange(loaded, data_args.eval_split, training_args.seed)

@@ -55,7 +55,9 @@ class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyp
         logs = kwargs.get("logs") or {}
         if not state.is_world_process_zero:
             return
-        if line := describe(logs, state.global_step, state.max_steps, self._seconds_left(state)):
+        if "train_runtime" in logs and state.global_step == self._first_step:
+            logger.info(f"{state.global_step:,} steps had been done before; none was left to train.")
+        elif line := describe(logs, state.global_step, state.max_steps, self._seconds_left(state)):
             logger.info(line)
         if self.training_bar is not None and "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)

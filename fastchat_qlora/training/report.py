@@ -31,7 +31,7 @@ from fastchat_qlora.training.effective import EffectiveSettings
 from fastchat_qlora.training.manifest import get_versions
 from fastchat_qlora.training.preparation import Prepared
 from fastchat_qlora.training.report_content import get_charts, get_flags, get_hardware, get_tiles
-from fastchat_qlora.training.sample_answers import SampleAnswers
+from fastchat_qlora.training.sample_answers import MOST_TOKENS, SampleAnswers
 from fastchat_qlora.training.start_up import seconds_since_start
 from fastchat_qlora.training.trainer import LoraTrainer
 
@@ -41,6 +41,12 @@ REPORT = "report.html"
 
 ROWS = 3
 """Of the training data that are shown."""
+
+DONE = 'class="status done"'
+"""On the page of a run that has ended well, and nowhere else: what data or a user brings is escaped."""
+
+RESTARTS = "restarts"
+"""In the trainer's state: the steps at which the run went on from a checkpoint."""
 
 SECONDS_BETWEEN = 30.0
 """The least between two pages, but for checkpoints."""
@@ -71,6 +77,9 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         prepared: its data.
         effective: what is in effect.
         answers: of before and after.
+
+    Attributes:
+        is_written: whether this process writes the page; known once training begins.
     """
 
     def __init__(
@@ -86,7 +95,9 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self._accounts = {flag: get_account(data) for flag, data in prepared.data.items()}
         self._path = Path(args.training.output_dir) / REPORT
         self._due = float("inf")
-        self._has_begun = self._has_failed = False
+        self._has_failed = False
+        self._restarts: list[int] = []
+        self.is_written = False
 
     def __enter__(self) -> "RunReport":
         return self
@@ -94,15 +105,19 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._has_begun:
+        if self.is_written:
             self._write(_outcome(error, self._trainer.state))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Be due in a while. A run that had finished before keeps its page."""
-        had_finished = state.global_step >= state.max_steps and self._path.exists()
-        self._has_begun = state.is_world_process_zero and not had_finished
+        """Be due in a while. A run that had finished before keeps its page, if that says so."""
+        had_finished = state.global_step >= state.max_steps
+        self.is_written = state.is_world_process_zero and not (had_finished and self._says_done())
+        self._restarts = list((state.stateful_callbacks.get(RESTARTS) or {}).get("attributes", {}).get("steps", []))
+        if state.global_step and not had_finished:
+            self._restarts.append(state.global_step)
+        state.stateful_callbacks[RESTARTS] = {"args": {}, "attributes": {"steps": self._restarts}}
         self._due = time.monotonic() + SECONDS_BETWEEN
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -114,8 +129,14 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """Write the page beside the checkpoint."""
         self._write_meanwhile()
 
+    def _says_done(self) -> bool:
+        try:
+            return DONE in self._path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+
     def _write_meanwhile(self) -> None:
-        if self._has_begun:
+        if self.is_written:
             with self._trainer.throughput.paused():
                 began = time.monotonic()
                 self._write(Outcome("running", "running"))
@@ -140,20 +161,28 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def _content(self, outcome: Outcome) -> dict[str, Any]:
         """The template's variables."""
         state, training = self._trainer.state, self._args.training
-        charts = get_charts(state.log_history, self._measures["train"])
+        charts = get_charts(state.log_history, self._measures["train"], self._restarts)
         return {
             "model": self._args.model.model_name_or_path,
             "method": "QLoRA" if self._args.lora.q_lora else "LoRA",
             "outcome": outcome,
             "tiles": get_tiles(
-                state.log_history, state.global_step, state.max_steps, state.epoch, seconds_since_start()
+                state.log_history,
+                self._trainer.throughput.total,
+                state.global_step,
+                state.max_steps,
+                state.epoch,
+                seconds_since_start(),
             ),
+            "restarts": self._restarts,
             "charts": [(chart, draw(chart, *NARROW)) for chart in charts],
             "wide": draw(charts[0], *WIDE) if charts and charts[0].name == "loss" else "",
             "answers": [
                 (prompt, self._answers.before.get(prompt), self._answers.after.get(prompt))
                 for prompt in training.sample_prompts or ()
             ],
+            "most_tokens": MOST_TOKENS,
+            "failure": without_secrets(self._answers.failure),
             "settings": without_secrets(self._effective.settings),
             "is_public": training.push_to_hub,
             **self._lasting,

@@ -8,7 +8,6 @@ from dataclasses import MISSING, fields
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
-from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
 import psutil
@@ -17,7 +16,8 @@ import torch
 from fastchat_qlora.data.inspection import Measures
 from fastchat_qlora.distributed import USE_REENTRANT
 from fastchat_qlora.text import without_secrets
-from fastchat_qlora.training.charts import Chart, Curve, get_curve, short, whole
+from fastchat_qlora.training.charts import Chart, Curve, get_curve, short, thinned, whole
+from fastchat_qlora.training.throughput import Total
 
 
 class Tile(NamedTuple):
@@ -28,12 +28,13 @@ class Tile(NamedTuple):
     note: str
 
 
-def get_charts(history: Sequence[Mapping[str, Any]], measures: Measures) -> list[Chart]:
+def get_charts(history: Sequence[Mapping[str, Any]], measures: Measures, restarts: Sequence[int] = ()) -> list[Chart]:
     """The charts that have something to show, the loss first.
 
     Args:
         history: TrainerState.log_history.
         measures: of the training data.
+        restarts: steps at which the run went on from a checkpoint.
     """
     rows = [(bin.first, bin.rows) for bin in measures.histogram]
     charts = [
@@ -67,17 +68,27 @@ def get_charts(history: Sequence[Mapping[str, Any]], measures: Measures) -> list
             axis="tokens",
         ),
     ]
-    kept = [chart._replace(curves=[curve for curve in chart.curves if curve.steps]) for chart in charts]
-    return [chart for chart in kept if chart.curves]
+    kept = [chart._replace(curves=[thinned(curve) for curve in chart.curves if curve.steps]) for chart in charts]
+    return [
+        chart if chart.is_bars else chart._replace(marks=[float(step) for step in restarts])
+        for chart in kept
+        if chart.curves
+    ]
 
 
 def get_tiles(
-    history: Sequence[Mapping[str, Any]], step: int, max_steps: int, epoch: float | None, seconds: float
+    history: Sequence[Mapping[str, Any]],
+    total: Total,
+    step: int,
+    max_steps: int,
+    epoch: float | None,
+    seconds: float,
 ) -> list[Tile]:
     """The numbers at the top.
 
     Args:
         history: TrainerState.log_history.
+        total: what this process has trained on; see Throughput.
         step: optimizer steps done, of `max_steps`.
         max_steps: optimizer steps of the run.
         epoch: how often the data has been seen.
@@ -91,13 +102,9 @@ def get_tiles(
             began = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
             tiles.append(Tile(name, f"{values[-1]:.3g}", began + best))
-    rates, learnt = (
-        [rate for rate in get_curve(history, key, "", "").values if rate > 0]
-        for key in ("tokens_per_second", "supervised_tokens_per_second")
-    )
-    if rates and learnt:  # the harmonic mean: about as many tokens lie between two entries as between any others
-        note = f"{harmonic_mean(learnt):,.0f} of them learnt"
-        tiles.append(Tile("tokens per second", f"{harmonic_mean(rates):,.0f}", note))
+    if total.tokens:
+        note = f"{total.supervised_rate:,.0f} of them learnt"
+        tiles.append(Tile("tokens per second", f"{total.rate:,.0f}", note))
     if memory := get_curve(history, "memory_gib", "", "").values:
         tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "of a process, when it was logged"))
     return [*tiles, Tile("time", str(timedelta(seconds=round(seconds))), "since the process began")]

@@ -52,7 +52,7 @@ def train(args: RunArguments) -> Path:
     hide_bars_from_files()
     with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
-        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer)
+        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer, prepared.base.config)
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
@@ -88,7 +88,7 @@ def train(args: RunArguments) -> Path:
         trainer.add_callback(SelfTest(trainer))
         if prepared.profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
-        answers = SampleAnswers(trainer, prompts, watch)
+        answers = SampleAnswers(trainer, prompts)
         report = RunReport(trainer, args, prepared, effective, answers)
         for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
@@ -99,6 +99,7 @@ def train(args: RunArguments) -> Path:
                 watch.raise_if_stopped()
                 trainer.save_model()  # before anything else can go wrong
             _write_results(trainer, args, prepared, result.metrics | clock.metrics, effective.settings)
+            answers.ask_after(report.is_written)
         if training_args.push_to_hub:
             trainer.push_to_hub(commit_message="Adapter")
     logger.info(f"The adapter is in {output_dir}.")
@@ -112,12 +113,12 @@ def _write_results(
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     real, supervised = trainer.tokens_seen()
-    seconds = metrics["train_runtime"]
+    total = trainer.throughput.total
     metrics |= {
         "tokens": real,
         "supervised_tokens": supervised,
-        "tokens_per_second": round(real / seconds, 1),
-        "supervised_tokens_per_second": round(supervised / seconds, 1),
+        "tokens_per_second": round(total.rate, 1),
+        "supervised_tokens_per_second": round(total.supervised_rate, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
     }
     if not trainer.args.should_save:

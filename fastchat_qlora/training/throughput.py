@@ -5,10 +5,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
+
+
+class Total(NamedTuple):
+    """What all processes have trained on since they began.
+
+    Attributes:
+        tokens: real ones.
+        supervised: those of them that are learnt.
+        seconds: in which nothing but training was done.
+    """
+
+    tokens: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def supervised_rate(self) -> float:
+        """Learnt tokens per second."""
+        return self.supervised / self.seconds if self.seconds else 0.0
 
 
 class Throughput:
@@ -18,10 +42,12 @@ class Throughput:
     still be at work on the last step by then, which counts as part of the pause.
 
     Attributes:
-        seen: real and supervised tokens since the start of the process.
+        seen: real and supervised tokens of this process since its start.
+        total: of all processes, as far as rates have been read.
     """
 
     def __init__(self) -> None:
+        self.total = Total()
         self.seen = [0, 0]
         self._logged = [0, 0]
         self._since: float | None = None
@@ -59,13 +85,15 @@ class Throughput:
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
         new = [seen - logged for seen, logged in zip(self.seen, self._logged, strict=True)]
         self._since, self._paused, self._logged = now, 0.0, list(self.seen)
-        own = torch.tensor([[*new, memory_gib(device)]], dtype=torch.float32, device=device)
+        own = torch.tensor([[*new, round(memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
         everyone = accelerator.gather(own)
         real, supervised, _ = everyone.sum(0).tolist()
+        new_total, before = Total(real, supervised, seconds), self.total
+        self.total = Total(before.tokens + real, before.supervised + supervised, before.seconds + seconds)
         return {
-            "tokens_per_second": round(real / seconds, 1),
-            "supervised_tokens_per_second": round(supervised / seconds, 1),
-            "memory_gib": round(float(everyone[:, 2].max()), 3),
+            "tokens_per_second": round(new_total.rate, 1),
+            "supervised_tokens_per_second": round(new_total.supervised_rate, 1),
+            "memory_gib": round(int(everyone[:, 2].max()) / 2**30, 3),
         }
 
 

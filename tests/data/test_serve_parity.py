@@ -100,7 +100,7 @@ def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCap
     assert said(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
     expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
-    assert find_turn_ends(rows, tokenizer) == [expected]
+    assert find_turn_ends(rows, tokenizer, 512) == [expected]
 
 
 @pytest.fixture
@@ -209,15 +209,69 @@ def test_rows_are_spread_over_files_of_every_kind(
     seen: list[tuple[str, int]] = []
     real = serve_parity._compare
 
-    def compare(row: dict[str, Any], *rest: Any) -> str:
+    def compare(row: dict[str, Any], *rest: Any, **more: Any) -> str:
         seen.append((row["file"], row["line"]))
-        return real(row, *rest)
+        return real(row, *rest, **more)
 
     monkeypatch.setattr(serve_parity, "_compare", compare)
     load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
     assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
     assert {file for file, _ in seen} == {str(data_file), str(lines)}
     assert max(line for _, line in seen) == serve_parity.WITHIN
+
+
+def test_a_template_that_never_writes_the_header(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    """All of what a server writes is in the row, and yet the model would have to write what it has not learnt."""
+    start = tokenizer.chat_template.index("{% if add_gen")
+    tokenizer.chat_template = tokenizer.chat_template[:start]
+    rows = load(tokenizer, data_file, tmp_path)
+    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
+    header = len(tokenizer(ASSISTANT).input_ids)
+    [line] = said(notices)
+    assert line.startswith("Serve parity: 0 of 12 rows") and line.endswith(
+        f"before its answer 1 the row has '<|im_start|>' (id 1) as token {first - header}, where a server has nothing "
+        "more: the chat template has no generation prompt"
+    )
+
+
+def test_a_template_that_needs_no_header(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    """As Llama-2's, in which an answer follows the question at once."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% else %}"
+        " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    load(tokenizer, data_file, tmp_path)
+    assert said(notices)[0].startswith(ALIKE.format(12))
+
+
+@pytest.mark.parametrize("length", [40, 50, 60, 90])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_cut_rows_are_compared_as_far_as_they_go(
+    train_on: str, length: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any, capfd: Any
+) -> None:
+    """With the prompt of the last answer that is left, and without transformers' remarks about long texts."""
+    turns = [("human", "One two"), ("gpt", "three")] * 5
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt(turns)] * 2))
+    tokenizer.model_max_length = length  # as model/loading.py does
+    rows = load(tokenizer, data, tmp_path, "--train_on", train_on, model_max_length=length)
+    assert all(row["full_length"] > row["length"] for row in rows)
+    assert said(notices)[0].startswith(ALIKE.format(2))
+    assert "sequence length is longer" not in capfd.readouterr().err + notices.text
+
+
+def test_cut_rows_that_differ_are_found(
+    other_server: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any
+) -> None:
+    other_server(replace("assistant\n'", "assistant\nX'"))
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt([("human", "One two"), ("gpt", "three")] * 5)]))
+    load(tokenizer, data, tmp_path, "--train_on", "all", model_max_length=60)
+    assert said(notices)[0].startswith("Serve parity: 0 of 1 rows")
 
 
 def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) -> Mismatch | Any:
@@ -237,7 +291,24 @@ def test_the_nearest_prompt_is_compared() -> None:
 def test_answers_that_were_cut_short_end_nothing(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path
 ) -> None:
-    assert find_turn_ends(load(tokenizer, data_file, tmp_path), tokenizer) == [2]
-    assert find_turn_ends(load(tokenizer, data_file, tmp_path, "--train_on", "all"), tokenizer) == [2]
-    cut = load(tokenizer, data_file, tmp_path, "--max_rejected", "1.0", model_max_length=20)
-    assert len(cut) and find_turn_ends(cut, tokenizer) == []
+    def found(*flags: str, length: int = 512) -> list[int]:
+        rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
+        assert len(rows)
+        return find_turn_ends(rows, tokenizer, length)
+
+    assert found() == found("--train_on", "all") == [2]
+    assert found("--max_rejected", "1.0", length=20) == []
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_rows_that_are_cut_behind_their_first_answer_end_as_others(
+    overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Whole answers they are, and whoever has none but such rows does teach the model to stop."""
+    turns = [("human", "hi"), ("gpt", "One"), ("human", "And then? " * 9), ("gpt", "Two " * 40)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt(turns)] * 3))
+    rows = load(tokenizer, data, tmp_path, "--overlong", overlong, "--train_on", train_on, model_max_length=60)
+    assert len(rows) == (3 if overlong == "truncate" else 6)
+    assert find_turn_ends(rows, tokenizer, 60) == [2]

@@ -145,6 +145,20 @@ def torn_writer() -> None:
     run.LoraTrainer = Torn
 
 
+def no_answers_after_on_rank_1() -> None:
+    """The second process has no memory for questions once a step has been done."""
+    from fastchat_qlora.training import sample_answers
+
+    ask = sample_answers._last_logits
+
+    def fail(trainer: Any, *args: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and trainer.state.global_step:
+            raise torch.OutOfMemoryError("out of memory")
+        return ask(trainer, *args)
+
+    sample_answers._last_logits = fail
+
+
 def _change_model(change: Any) -> None:
     attach = run.attach_adapter
 

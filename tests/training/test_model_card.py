@@ -42,7 +42,12 @@ def table(card: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--lora_r", "20"], ["--q_lora", "True", "--bf16", "True"], ["--load_in_8bit", "True", "--bf16", "True"]]
+    "flags",
+    [
+        ["--lora_r", "20", "--packing", "True"],
+        ["--q_lora", "True", "--bf16", "True"],
+        ["--load_in_8bit", "True", "--bf16", "True"],
+    ],
 )
 def test_it_tells_of_the_run_and_its_code_runs(
     flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +64,8 @@ def test_it_tells_of_the_run_and_its_code_runs(
     assert ModelCardData(**head(card)).to_dict() == head(card)
     assert str(tmp_path) not in card, "no folder of this machine"
     assert f"# my-adapter\n\nA {'Q' * quantised}LoRA adapter for the model in the folder `base model`" in card
-    assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 12 \| ", card, re.MULTILINE)
+    assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 10 \| ", card, re.MULTILINE)
+    assert re.search(r"^\| evaluation, held out \| of these \|  \|  \| 2 \| ", card, re.MULTILINE)
     assert "A turn of the assistant ends with `<|im_end|>`" in card and "the tokenizer's chat template" in card
     facts, results = table(card), json.loads((output / "train_results.json").read_text())
     assert (facts["rank"], facts["alpha"]) == ("20" if flags[0] == "--lora_r" else "8", "16")

@@ -4,23 +4,39 @@ import html
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from datasets import Dataset
 from forked import Run
 from forked import command as given
+from hypothesis import example, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from test_run import command, train
 
 from fastchat_qlora.arguments import parse_args
 from fastchat_qlora.cli import main
+from fastchat_qlora.data.inspection import measure
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.training import report
-from fastchat_qlora.training.charts import MOST_POINTS, Chart, Curve, _tick, draw, get_curve, short, smooth, whole
-from fastchat_qlora.training.report_content import get_flags, get_tiles
+from fastchat_qlora.training.charts import (
+    MOST_POINTS,
+    Chart,
+    Curve,
+    _tick,
+    draw,
+    get_curve,
+    short,
+    smooth,
+    thinned,
+    whole,
+)
+from fastchat_qlora.training.report_content import get_charts, get_flags, get_tiles
+from fastchat_qlora.training.throughput import Total
 
 
 def read(output: Path) -> str:
@@ -77,9 +93,32 @@ def test_a_run_that_goes_on_has_all_steps(model_folder: Path, data_file: Path, t
     train(command(model_folder, data_file, output, **flags, max_steps=2))
     train(command(model_folder, data_file, output, **flags, max_steps=4))
     assert [text.partition(":")[0] for text in points(read(output), "loss")] == [f"step {n}" for n in (1, 2, 3, 4)]
+    assert "Started again from the checkpoint of step 2: the dashed line" in read(output)
+    assert read(output).count('class="mark"') == 6, "of the loss twice, wide and narrow, and of four others"
     before = (output / "report.html").read_bytes()
     train(command(model_folder, data_file, output, **flags, max_steps=4))  # nothing is left to train
     assert (output / "report.html").read_bytes() == before
+
+
+def test_a_run_that_was_killed_at_its_end_is_done_when_started_again(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last page, of the last checkpoint, said that it was running; nothing is said of a loss that nobody took."""
+    output = tmp_path / "out"
+    arguments = command(model_folder, data_file, output, save_strategy="steps", save_steps=2, max_steps=2)
+    arguments += ["--sample_prompts", "Who are you?"]
+    assert main(["train", *arguments]) == 0
+    done = read(output)
+    (output / "report.html").write_text(done.replace('class="status done">done', 'class="status running">running'))
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "2 steps had been done before; none was left to train." in said and "mean loss" not in said
+    again = read(output)
+    assert 'class="status done">done<' in again and "Started again" not in again
+    assert points(again, "loss") == points(done, "loss")
+    answers = "<h4>after</h4>.*?</p>"
+    assert re.findall(answers, again, re.DOTALL) == re.findall(answers, done, re.DOTALL)
 
 
 @pytest.fixture
@@ -203,10 +242,11 @@ def test_flags_are_those_that_were_given(model_folder: Path, data_file: Path) ->
     assert {name: value for name, value in found.items() if name not in by_the_machine} == expected
 
 
+ROW = {"length": 3, "supervised": 1, "full_length": 3, "turns": 1, "record": 0}
 HISTORY = [
-    {"step": 1, "loss": 4.0, "tokens_per_second": 100.0, "supervised_tokens_per_second": 40.0, "memory_gib": 1.5},
+    {"step": 1, "loss": 4.0, "memory_gib": 1.5},
     {"step": 1, "eval_loss": 3.5},
-    {"step": 2, "loss": 2.0, "tokens_per_second": 300.0, "supervised_tokens_per_second": 60.0, "memory_gib": 1.25},
+    {"step": 2, "loss": 2.0, "memory_gib": 1.25},
     {"step": 2, "eval_loss": 3.0},
     {"step": 3, "loss": math.nan},
     {"step": 3, "eval_loss": 3.25},
@@ -214,26 +254,63 @@ HISTORY = [
 
 
 def test_tiles() -> None:
-    tiles = get_tiles(HISTORY, 3, 4, 0.754, 3661.4)
+    tiles = get_tiles(HISTORY, Total(4_000, 1_000, 2.5), 3, 4, 0.754, 3661.4)
     assert [tuple(tile) for tile in tiles] == [
         ("steps", "3 of 4", "0.75 times through the data"),
         ("loss", "2", "4 at first"),
         ("evaluation loss", "3.25", "3.5 at first, 3 at best"),
-        ("tokens per second", "150", "48 of them learnt"),
+        ("tokens per second", "1,600", "400 of them learnt"),
         ("memory", "1.50 GiB", "of a process, when it was logged"),
         ("time", "1:01:01", "since the process began"),
     ]
-    assert [tile.name for tile in get_tiles([], 0, 4, None, 1.0)] == ["steps", "time"]
+    assert [tile.name for tile in get_tiles([], Total(), 0, 4, None, 1.0)] == ["steps", "time"]
+
+
+@drawn(st.lists(st.floats(0.1, 9), min_size=1, max_size=50), st.sampled_from([1, MOST_POINTS]))
+def test_tiles_are_of_the_whole_log(values: list[float], repeated: int) -> None:
+    """However long: only what is drawn is made of means."""
+    values = [value for value in values for _ in range(repeated)] + [0.05, 20.0, 10.0]
+    history = [{"step": n, "loss": value, "memory_gib": value} for n, value in enumerate(values, 1)]
+    tiles = {tile.name: tile for tile in get_tiles(history, Total(), 1, 2, None, 1.0)}
+    assert tiles["loss"].value == "10" and tiles["loss"].note == f"{values[0]:.3g} at first, 0.05 at best"
+    assert tiles["memory"].value == "20.00 GiB"
 
 
 def test_a_long_curve_is_one_of_means() -> None:
     """No point is lost: the mean over all of it stays."""
     count = 3 * MOST_POINTS
     history = [{"step": n, "loss": float(n)} for n in range(1, count + 1)]
-    curve = get_curve(history, "loss", "training", "c1")
+    [curve] = get_charts(history, measure(Dataset.from_list([ROW])))[0].curves
+    assert curve == thinned(get_curve(history, "loss", "training", "c1", is_noisy=True))
     assert curve.name == "training, mean of 3"
     assert curve.steps == list(range(3, count + 1, 3))
     assert curve.values == [step - 1 for step in curve.steps]
+
+
+def test_the_page_the_results_and_the_card_tell_one_speed(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of training: a second of saving is not in it."""
+    real = report.LoraTrainer._save_checkpoint
+
+    def save(self: Any, *args: Any) -> None:
+        with self.throughput.paused():
+            time.sleep(1)
+        real(self, *args)
+
+    monkeypatch.setattr(report.LoraTrainer, "_save_checkpoint", save)
+    flags = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "logging_steps": 3}
+    output = train(command(model_folder, data_file, tmp_path / "out", **flags))
+    results = json.loads((output / "train_results.json").read_text())
+    rate, learnt = results["tokens_per_second"], results["supervised_tokens_per_second"]
+    [told] = re.findall(r"<b>([\d,]+)</b><span>([\d,]+) of them learnt</span>", read(output))
+    assert [int(number.replace(",", "")) for number in told] == pytest.approx([rate, learnt], abs=0.6)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"| tokens per second of training alone | {rate:,.4g} |" in card
+    assert results["tokens"] / rate < results["train_runtime"] - 1
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
+    assert min(rates) <= rate <= max(rates)
 
 
 @drawn(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
@@ -248,6 +325,7 @@ def test_smoothing_stays_within_the_values(values: list[float]) -> None:
     ("value", "text"),
     [
         *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "4e-3"), (0.5, "0.5"), (1500.0, "1500")],
+        *[(0.0099999999999, "0.01"), (-0.0, "0"), (1234567.0, "1.235e6"), (1.025e-3, "1.025e-3")],
         *[(20000.0, "20k"), (12500.0, "12.5k"), (3e6, "3e6"), (-2e-4, "-2e-4")],
     ],
 )
@@ -267,6 +345,39 @@ def test_a_chart_has_every_point(count: int) -> None:
     assert {element.tag for element in svg.iter()} <= {"svg", "path", "g", "circle", "title", "text"}
     assert not any("id" in element.attrib or "style" in element.attrib for element in svg.iter())
     assert svg.get("viewBox") == "0 0 370 238"
+
+
+@drawn(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=30), st.booleans())
+@settings(max_examples=25, deadline=None)
+@example([1e308, -1e308, math.nan, math.inf, 1.0], False)
+@example([1e100, -1e100, 5e-324] * 10, False)
+@example([math.nan], True)
+def test_any_values_are_drawn(values: list[float], is_bars: bool) -> None:
+    curve = Curve("a", "c1", [float(n) for n in range(len(values))], values, is_noisy=True)
+    svg = draw(Chart("loss", "Loss", [curve], short, is_bars, marks=[2.0]), 370, 238)
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r"<title>.*?</title>", "", svg))
+    shown = sum(abs(value) <= 1e100 for value in values)
+    assert len(ElementTree.fromstring(svg).findall(".//title")) == shown
+
+
+@drawn(st.floats(1e-12, 1e12), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(1e-9, 1))
+@settings(max_examples=30, deadline=None)
+def test_ticks_can_be_told_apart(least: float, values: list[float], spread: float) -> None:
+    """Also those of a curve that hardly moves, such as a constant learning rate."""
+    curve = Curve("a", "c1", [float(n) for n in range(len(values))], [least * (1 + spread * v) for v in values])
+    svg = ElementTree.fromstring(draw(Chart("rate", "Rate", [curve], short), 370, 238))
+    ticks = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"][1:]
+    assert len({*ticks}) == len(ticks) >= 3 and max(map(len, ticks)) <= 9
+
+
+def test_a_chart_is_the_same_whatever_a_user_likes() -> None:
+    from matplotlib import rc_context
+
+    chart = Chart("loss", "Loss", [Curve("a", "c1", [1.0, 2.0], [3.0, 4.0])], short)
+    plain = draw(chart, 370, 238)
+    liked = {"font.size": 30, "axes.grid": True, "text.usetex": True, "svg.fonttype": "path", "axes.xmargin": 0.4}
+    with rc_context(liked | {"lines.marker": "x", "xtick.top": True, "axes.linewidth": 9}):
+        assert draw(chart, 370, 238) == plain
 
 
 def test_bars_tell_their_range() -> None:

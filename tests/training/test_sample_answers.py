@@ -1,6 +1,7 @@
 """Questions before and after training: answered as a server would, and without leaving a trace in the training."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.model.attention import PER_CONVERSATION
+from fastchat_qlora.training import sample_answers
 from fastchat_qlora.training.sample_answers import KEPT_AS, MOST_TOKENS, continue_greedily
 
 ASKED = ["--sample_prompts", "Who are you?", "Count."]
@@ -118,13 +120,102 @@ def test_under_strategies(
     words = " ".join(given(model_folder, data, tmp_path / "out", ONE_STEP, flags))
     succeed(f"{strategy} train_lora.py {words}")
     assert kept(tmp_path / "out" / "checkpoint-1") == alone != {}
+    after = answers_after(tmp_path / "out")
+    assert len(after) == 2 and not any(answer.startswith("(") for answer in after)
+
+
+def answers_after(output: Path) -> list[str]:
+    """What the page has in their place."""
+    page = (output / "report.html").read_text(encoding="utf-8")
+    return re.findall(r"<h4>after</h4><p>(.*?)</p>", page, re.DOTALL)
+
+
+def test_processes_give_up_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Where one of them fails at a question after training, none waits for it, and the run is a good one."""
+    words = " ".join(given(model_folder, data, tmp_path / "out", ONE_STEP))
+    said = succeed(
+        f"torchrun --nproc_per_node 2 train_lora.py {words}", 100, PREPARE="planted:no_answers_after_on_rank_1"
+    )
+    assert "2 questions have no answer of after training (another process of the run has failed at it)" in said
+    reason = "(failed: another process of the run has failed at it)"
+    assert answers_after(tmp_path / "out") == [reason, reason]
+
+
+def test_questions_added_later_are_answered_after(
+    model_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """By what the first run asked: the new one is not taken to have been answered by the base."""
+    flags = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    output = tmp_path / "out"
+    train([*command(model_folder, data_file, output, **flags, max_steps=2), *ASKED])
+    before = kept(output / "checkpoint-2")
+    train([*command(model_folder, data_file, output, **flags, max_steps=4), *ASKED, "And why?"])
+    assert kept(output / "checkpoint-4") == before
+    assert "--sample_prompts: 1 of 3 are not answered before training, which began without them" in notices.text
+    shown = re.findall(r"<h4>(before|after)</h4><p>(.*?)</p>", (output / "report.html").read_text(), re.DOTALL)
+    assert [text == "(not asked)" for _, text in shown] == [False] * 4 + [True, False]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Have the questions fail when they are asked for the `at`-th time, as a full device does."""
+    real = sample_answers._last_logits
+    calls: list[int] = []
+
+    def ask(trainer: Any, forward: Any, rows: list[list[int]]) -> torch.Tensor:
+        calls.append(trainer.state.global_step)
+        if len({*calls}) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return real(trainer, forward, rows)
+
+    monkeypatch.setattr(sample_answers, "_last_logits", ask)
+
+
+def test_no_training_is_lost_to_a_question(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What fails after training is said once and shown, and all files are there."""
+    failing(monkeypatch, at=2)
+    output = tmp_path / "out"
+    assert main(["train", *command(model_folder, data_file, output, max_steps=2), *ASKED]) == 0
+    said = capsys.readouterr().err
+    assert said.count("CUDA out of memory") == 1
+    assert "2 questions have no answer of after training (CUDA out of memory. Tried to allocate 2 GiB)" in said
+    assert {"adapter_model.safetensors", "train_results.json", "README.md"} <= {path.name for path in output.iterdir()}
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert 'class="status done"' in page
+    assert page.count("<h4>after</h4><p>(failed: CUDA out of memory. Tried to allocate 2 GiB)</p>") == 2
+
+
+def test_a_question_that_fails_at_once_stops_the_run(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(monkeypatch, at=1)
+    assert main(["train", *command(model_folder, data_file, tmp_path / "out", max_steps=2), *ASKED]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --sample_prompts: the model cannot be asked before training (CUDA out of memory.")
 
 
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
         (["Hi", " "], "--sample_prompts '': an empty question has no answer; give words, or drop the flag"),
-        (["Say no"], "--sample_prompts 'Say no': the chat template refuses it (not that); ask something else"),
+        (
+            ["Hi", "Say no"],
+            "--sample_prompts 'Say no' (number 2): the chat template refuses it (not that); ask something else",
+        ),
+        (["Hi", "a\udcff"], "--sample_prompts: a question is not UTF-8"),
+        (
+            ["one two " * 300],
+            f"--sample_prompts '{'one two ' * 7}one ' (number 1): has ",
+        ),
     ],
 )
 def test_a_question_that_cannot_be_asked(
@@ -146,4 +237,5 @@ def test_a_question_that_cannot_be_asked(
         assert main(["train", *arguments, "--sample_prompts", *prompts]) == 2
     finally:
         template.write_text(before, encoding="utf-8")
-    assert said in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert said in errors and errors.count("error:") == 1 and "sequence length is longer" not in errors
