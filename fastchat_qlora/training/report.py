@@ -115,7 +115,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         had_finished = state.global_step >= state.max_steps
         self.is_written = state.is_world_process_zero and not (had_finished and self._says_done())
         self._restarts = list((state.stateful_callbacks.get(RESTARTS) or {}).get("attributes", {}).get("steps", []))
-        if state.global_step and not had_finished:
+        if state.global_step and not had_finished and state.global_step not in self._restarts:
             self._restarts.append(state.global_step)
         state.stateful_callbacks[RESTARTS] = {"args": {}, "attributes": {"steps": self._restarts}}
         self._due = time.monotonic() + SECONDS_BETWEEN

@@ -129,7 +129,8 @@ def _write_results(
         logger.warning("The run had finished before: nothing was left to train, its results stay as they are.")
         return
     if not real:  # it ended between its last step and this file
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(("train_", "tokens_per"))}
+        unknown = ("train_", "tokens", "supervised_tokens")
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(unknown)}
     groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
     groups |= {"training": args.training.to_dict(), "effective": effective}
     unfinished = path.with_suffix(".unfinished")
