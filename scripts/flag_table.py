@@ -21,6 +21,7 @@ from fastchat_qlora.flag_parsing import FlagParser
 from fastchat_qlora.old_flags import OLD_FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+NO_FLAG = "no flag; the notice says why"
 HEAD = ["| flag | default | meaning |", "|---|---|---|"]
 
 OFTEN_USED = {
@@ -58,16 +59,14 @@ OFTEN_USED = {
 def flags_page() -> str:
     """The whole page as Markdown."""
     groups = [*RunArguments.__annotations__.values()]
-    old = [
-        f"| `{name}` | {f'`{flag.new}`' if flag.new else 'no flag; the notice says why'} |"
-        for name, flag in OLD_FLAGS.items()
-    ]
+    old = [f"| `{name}` | {f'`{flag.new}`' if flag.new else NO_FLAG} |" for name, flag in OLD_FLAGS.items()]
     lines = [
         "# Flags",
-        "Written by `python scripts/flag_table.py`; do not edit. `COMMAND --help` prints the same, and all of transformers'.",
+        "Written by `python scripts/flag_table.py`; do not edit. `COMMAND --help` prints the same, and all of "
+        "transformers'.",
         "Flags are written with underscores or dashes, as `--lora_r 16` or `--lora-r=16`; a bare boolean is True. A "
-        "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`: flags behind it "
-        "win. An unknown flag is an error that names the nearest one.",
+        "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`: flags behind "
+        "it win. An unknown flag is an error that names the nearest one.",
         "## Training, inspecting and planning",
         "`train_lora.py`, `fastchat-qlora train`, `inspect` and `plan` take all of these; `inspect` and `plan` need no "
         "`--output_dir`.",

@@ -1,8 +1,8 @@
 """The pages say what the program does: every command on them is run here, or read by its own program's parser.
 
-A command is a line of a bash block, and whatever else stands as code and begins with the name of a program. Each page is
-walked from top to bottom in a folder of its own that looks like a clone in which everything is installed, with a model
-of two layers in place of the quickstart's.
+A command is a line of a bash block, and whatever else stands as code and begins with the name of a program. Each page
+is walked from top to bottom in a folder of its own that looks like a clone in which everything is installed, with a
+model of two layers in place of the quickstart's.
 """
 
 import argparse
@@ -102,12 +102,10 @@ def _is_command(text: str, kind: str) -> bool:
     return known and len(words) > (2 if kind == "inline" and words[0] == "fastchat-qlora" else 1)
 
 
-def settings_files(name: str) -> Iterator[tuple[str, str]]:
-    """Names and contents of the files that a page has the reader make: YAML blocks with the name in their first line."""
-    for title, content in re.findall(
-        r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", TEXTS[ROOT / name], re.DOTALL | re.MULTILINE
-    ):
-        yield title, content
+def settings_files(name: str) -> list[tuple[str, str]]:
+    """Names and contents of the files that a reader is to make: YAML blocks with the name in their first line."""
+    blocks_of_files = r"^```yaml\n# (\S+\.yaml)\n(.*?)^```"
+    return re.findall(blocks_of_files, TEXTS[ROOT / name], re.DOTALL | re.MULTILINE)
 
 
 def make_clone(folder: Path, model: Path) -> None:
