@@ -1,38 +1,159 @@
-"""Print the README's flag table, made from the argument classes."""
+"""Write docs/flags.md, the reference of all flags, from the argument classes and the parsers that read them.
 
+python scripts/flag_table.py            # write it
+python scripts/flag_table.py --check    # exit code 1 if it is not what would be written
+"""
+
+import argparse
 import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import transformers
 
 from fastchat_qlora.arguments import RunArguments
+from fastchat_qlora.commands.inspect import InspectArguments
+from fastchat_qlora.commands.plan import PlanArguments
+from fastchat_qlora.commands.serving_flags import chat_parser, merge_parser
+from fastchat_qlora.flag_parsing import FlagParser
+from fastchat_qlora.old_flags import OLD_FLAGS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+NO_FLAG = "no flag; the notice says why"
+HEAD = ["| flag | default | meaning |", "|---|---|---|"]
+
+OFTEN_USED = {
+    "per_device_train_batch_size": "Conversations (with `--packing`: rows) that one device takes at a time.",
+    "gradient_accumulation_steps": "How many of these batches make one optimizer step.",
+    "num_train_epochs": "How often the data is gone through.",
+    "max_steps": "Optimizer steps after which the run ends; -1 goes by the epochs.",
+    "learning_rate": "At the peak. The default is one for full fine-tuning: LoRA wants 1e-4 to 1e-3.",
+    "lr_scheduler_type": "How the learning rate goes on: linear, cosine, constant, constant_with_warmup and others.",
+    "warmup_steps": "Steps over which the learning rate rises; below 1 a share of all steps.",
+    "weight_decay": "Of the adapter's weights.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0 leaves them.",
+    "bf16": "Weights and activations in bfloat16; works on the CPU too.",
+    "fp16": "Weights and activations in float16, for GPUs without bfloat16.",
+    "logging_steps": "Steps between two entries of the log.",
+    "eval_strategy": "When to evaluate: no, steps, epoch.",
+    "eval_steps": "Steps between two evaluations; without it as `--logging_steps`.",
+    "save_strategy": "When to save a checkpoint: no, steps, epoch, best.",
+    "save_steps": "Steps between two checkpoints.",
+    "save_total_limit": "Checkpoints to keep.",
+    "load_best_model_at_end": "End with the checkpoint that was evaluated best.",
+    "resume_from_checkpoint": "Go on from this checkpoint, and not from the newest.",
+    "deepspeed": "A DeepSpeed configuration, as in `playground/`.",
+    "fsdp": "Shard with FSDP2: True, or with words such as offload.",
+    "report_to": "Where the log goes too: none, tensorboard, wandb and others.",
+    "push_to_hub": "Push the adapter to the hub at every save.",
+    "hub_model_id": "Name of it there.",
+    "seed": "Of the adapter's first values, the order of the data, and dropout.",
+    "use_cpu": "Train on the CPU though there is an accelerator.",
+    "disable_tqdm": "No progress bars; the lines of the log stay.",
+}
+"""transformers' own flags that most runs need, and what they do here."""
 
 
-def flag_table() -> str:
-    """One Markdown row for each flag that is this project's own."""
-    rows = ["| flag | default | meaning |", "|---|---|---|"]
+def flags_page() -> str:
+    """The whole page as Markdown."""
+    groups = [*RunArguments.__annotations__.values()]
+    old = [f"| `{name}` | {f'`{flag.new}`' if flag.new else NO_FLAG} |" for name, flag in OLD_FLAGS.items()]
+    lines = [
+        "# Flags",
+        "Written by `python scripts/flag_table.py`; do not edit. `COMMAND --help` prints the same, and all of "
+        "transformers'.",
+        "Flags are written with underscores or dashes, as `--lora_r 16` or `--lora-r=16`; a bare boolean is True. A "
+        "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`: flags behind "
+        "it win. An unknown flag is an error that names the nearest one.",
+        "## Training, inspecting and planning",
+        "`train_lora.py`, `fastchat-qlora train`, `inspect` and `plan` take all of these; `inspect` and `plan` need no "
+        "`--output_dir`.",
+    ]
+    for group in groups:
+        lines += [f"### {_title(group)}", "\n".join([*HEAD, *_of_class(group)])]
+    lines += [
+        "### Often used flags of transformers",
+        "Every flag of its `TrainingArguments` is taken; these are the ones that most runs need.",
+        "\n".join([*HEAD, *_often_used()]),
+        "### Old names",
+        "Flags of FastChat's commands that transformers has dropped are understood, with a notice; and `--fsdp "
+        '"full_shard auto_wrap"` in that form.',
+        "\n".join(["| flag | today |", "|---|---|", *old]),
+        "## fastchat-qlora inspect",
+        "\n".join([*HEAD, *_of_class(InspectArguments)]),
+        "## fastchat-qlora plan",
+        "\n".join([*HEAD, *_of_class(PlanArguments)]),
+        "## fastchat-qlora chat",
+        "\n".join([*HEAD, *_of_parser(chat_parser())]),
+        "## fastchat-qlora merge",
+        "\n".join([*HEAD, *_of_parser(merge_parser())]),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _title(group: type) -> str:
+    title = (group.__doc__ or "").partition("\n")[0].rstrip(".")
+    return title if not issubclass(group, transformers.TrainingArguments) else "The training"
+
+
+def _of_class(group: type) -> Iterator[str]:
+    """A row for each flag that a class of arguments declares itself."""
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    for group in RunArguments.__annotations__.values():
-        hints = get_type_hints(group)
-        for field in dataclasses.fields(group):
-            if field.name in group.__annotations__:
-                note = " (transformers' flag)" if field.name in inherited else ""
-                meaning = field.metadata["help"] + _choices(hints[field.name]) + note
-                rows.append(f"| `--{field.name}` | {_default(field)} | {meaning} |")
-    return "\n".join(rows)
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if field.name in group.__annotations__:
+            note = " (transformers' flag)" if field.name in inherited else ""
+            yield _row(field.name, _default(field), field.metadata["help"] + _choices(hints[field.name]) + note)
+
+
+def _often_used() -> Iterator[str]:
+    fields = {field.name: field for field in dataclasses.fields(RunArguments.__annotations__["training"])}
+    for name, meaning in OFTEN_USED.items():
+        yield _row(name, _default(fields[name]), meaning)
+
+
+def _of_parser(parser: FlagParser) -> Iterator[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        choices = f" One of {', '.join(action.choices)}." if action.choices else ""
+        default = "required" if action.required else _written(action.default)
+        name = action.dest if action.option_strings else f"{action.metavar}"
+        yield _row(name, default, f"{action.help}{choices}", is_flag=bool(action.option_strings))
+
+
+def _row(name: str, default: str, meaning: str, *, is_flag: bool = True) -> str:
+    return f"| `{'--' * is_flag}{name}` | {default} | {meaning} |"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return f"`{' '.join(field.default_factory())}`"
-    if field.default is dataclasses.MISSING:
-        return "required"
-    return "none" if field.default in (None, "") else f"`{field.default}`"
+        return _written(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else _written(field.default)
+
+
+def _written(value: Any) -> str:
+    if value is None or value == "":
+        return "none"
+    return f"`{' '.join(value) if isinstance(value, list) else getattr(value, 'value', value)}`"
 
 
 def _choices(hint: Any) -> str:
     return f" One of {', '.join(get_args(hint))}." if get_origin(hint) is Literal else ""
 
 
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
+    if not parser.parse_args().check:
+        PAGE.write_text(flags_page(), encoding="utf-8")
+        print(f"{PAGE} is written.")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != flags_page():
+        sys.exit(f"{PAGE} is not current: run python scripts/flag_table.py")
+
+
 if __name__ == "__main__":
-    print(flag_table())
+    main()

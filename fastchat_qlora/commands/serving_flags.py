@@ -17,13 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
 
-def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check the command line of `chat`.
-
-    Raises:
-        UserError: everything wrong that can be told by looking at it and at the adapter's folder.
-        SystemExit: after printing the help.
-    """
+def chat_parser() -> FlagParser:
+    """The flags of `chat`."""
     parser = _parser("chat", "Talk to a base model with its adapter, in the terminal or line by line from a pipe.")
     quantization = "How the base is loaded: as the adapter was trained, in its own number format, or quantised so."
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="as_trained", help=quantization)
@@ -35,7 +30,17 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="Sample among the likeliest tokens of this share.")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer.")
     parser.add_argument("--seed", type=int, default=0, help="Of sampling.")
-    values, problems = _read(parser, argv)
+    return parser
+
+
+def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line of `chat`.
+
+    Raises:
+        UserError: everything wrong that can be told by looking at it and at the adapter's folder.
+        SystemExit: after printing the help.
+    """
+    values, problems = _read(chat_parser(), argv)
     if not (math.isfinite(values.temperature) and values.temperature >= 0):
         problems.append(f"--temperature {values.temperature}: must be a number of at least 0")
     if not 0 < values.top_p <= 1:
@@ -48,13 +53,8 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     return values
 
 
-def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check the command line of `merge`; `max_shard_size` comes back in bytes.
-
-    Raises:
-        UserError: everything wrong that can be told by looking at it and at the folders.
-        SystemExit: after printing the help.
-    """
+def merge_parser() -> FlagParser:
+    """The flags of `merge`; `max_shard_size` is read as bytes."""
     parser = _parser("merge", "Write a plain model: the base with the adapter in its weights.")
     quantization = (
         "Which weights the adapter is added to: those it was trained on (quantised and dequantised again where the "
@@ -72,7 +72,17 @@ def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
         default=True,
         help="Load the live and the merged model, one after the other, and compare their logits.",
     )
-    values, problems = _read(parser, argv)
+    return parser
+
+
+def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line of `merge`.
+
+    Raises:
+        UserError: everything wrong that can be told by looking at it and at the folders.
+        SystemExit: after printing the help.
+    """
+    values, problems = _read(merge_parser(), argv)
     raise_all(problems + check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
     return values
 
