@@ -15,6 +15,7 @@ from fastchat_qlora.data.rendering import Shown
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading import dtype_name
 from fastchat_qlora.signals import Stopped
+from fastchat_qlora.standard_output import standard_output
 from fastchat_qlora.text import visible
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,8 @@ def _user(question: str) -> Shown:
 
 def _write(piece: str) -> None:
     """Show a piece of an answer at once; nothing in it steers the terminal."""
-    sys.stdout.write(visible(piece))
-    sys.stdout.flush()
+    with standard_output(RunError) as target:
+        target.write(visible(piece))
 
 
 def _talk(conversation: Conversation) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastchat_qlora.commands.plan_making import Devices, Speed, make_plan
 from fastchat_qlora.commands.plan_views import as_json, print_plan
 from fastchat_qlora.commands.written_whole import written_whole
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.standard_output import standard_output
 
 PROG = "fastchat-qlora plan"
 
@@ -56,13 +56,14 @@ def plan(argv: Sequence[str]) -> None:
         with written_whole(output, keep=False):  # before anything is read
             pass
     made = make_plan(args, Devices(own.devices, own.device_type, own.device_memory_gib), _known_speed(own))
-    if own.output == "-":
-        sys.stdout.write(as_json(made))
-    elif own.output:
-        with written_whole(output) as target:
+    if own.output not in ("", "-"):
+        with written_whole(output) as file:
+            file.write(as_json(made))
+    with standard_output() as target:
+        if own.output == "-":
             target.write(as_json(made))
-    if own.output != "-":
-        print_plan(made, sys.stdout)
+        else:
+            print_plan(made, target)
 
 
 def _known_speed(own: PlanArguments) -> Speed | None:
