@@ -4,20 +4,19 @@ import copy
 import gc
 import logging
 import math
+import os
 import shutil
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from fastchat_qlora.commands.comparison import Difference, compare, get_logits, make_rows
 from fastchat_qlora.commands.serving_flags import parse_merge, require_output
+from fastchat_qlora.commands.staging import staged
 from fastchat_qlora.commands.trained_adapter import (
     NUMBER_FORMATS,
     TrainedAdapter,
@@ -32,7 +31,6 @@ from fastchat_qlora.model.merging import LayerwiseMerge, OnlyWhole
 from fastchat_qlora.model.quantised_base import find_quantised, make_rounding
 from fastchat_qlora.model.weight_files import WeightFiles, find_weight_files, total_bytes, write_weight_files
 from fastchat_qlora.model.whole_merge import merge_whole
-from fastchat_qlora.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ def merge(argv: Sequence[str]) -> Path:
     Raises:
         UserError: the adapter, its base or the output folder cannot be used; nothing was written.
         RunError: the model could not be written, or is another one than base and adapter; nothing is left of it.
-        Stopped: by Ctrl-C; nothing is left of it.
+        Stopped: by SIGTERM or Ctrl-C; nothing is left of it.
     """
     flags = parse_merge(argv)
     adapter = open_adapter(
@@ -78,8 +76,8 @@ def merge(argv: Sequence[str]) -> Path:
             f"--model_name_or_path {adapter.base}: its weights are quantised already, and a plain model is made of "
             "plain ones; give the base that it was quantised from"
         )
-    output_dir = Path(flags.output_dir).expanduser()
-    with _written_whole(output_dir) as folder:
+    output_dir = Path(os.path.expanduser(flags.output_dir))
+    with staged(output_dir) as folder:
         _write_model(adapter, folder, NUMBER_FORMATS.get(flags.dtype), flags.max_shard_size, output_dir)
         if flags.verify:
             _verify(adapter, folder)
@@ -174,35 +172,6 @@ def _check_room(need: int, output_dir: Path) -> None:
             f"--output_dir {output_dir}: {free / 2**20:,.0f} MiB are free and the model needs "
             f"{(need + BESIDES) / 2**20:,.0f} MiB; make room, or give another folder"
         )
-
-
-@contextmanager
-def _written_whole(output_dir: Path) -> Iterator[Path]:
-    """A folder beside the one asked for, which takes its place when all is written and found right.
-
-    Raises:
-        RunError: something cannot be written.
-        Stopped: by Ctrl-C.
-    """
-    staging = output_dir.with_name(f".{output_dir.name}.unfinished")
-    try:
-        if staging.exists():
-            logger.warning(f"{staging} was left behind by a merge that did not come to its end; it is removed.")
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); give a folder you may write to"
-        ) from error
-    try:
-        yield staging
-        staging.replace(output_dir)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"--output_dir {output_dir}: cannot be written: {error}") from error
-    except KeyboardInterrupt:
-        raise Stopped(signal.SIGINT, f"stopped; nothing was written to {output_dir}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _verify(adapter: TrainedAdapter, folder: Path) -> None:

@@ -106,6 +106,15 @@ def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
     return values, problems
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8; other bytes come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def size(text: str) -> int:
     """Bytes from a text such as 5GB (powers of 1000) or 5GiB (powers of 1024).
 
@@ -136,17 +145,27 @@ def check_adapter_folder(name: str) -> list[str]:
 
 def check_output(output_dir: str, adapter: str, base: str) -> list[str]:
     """What is wrong with the folder that a merged model is to be written to."""
-    target = Path(os.path.expanduser(output_dir))
+    flag = f"--output_dir {output_dir}"
+    expanded = os.path.expanduser(output_dir)
+    if "\0" in output_dir or not is_text(output_dir):
+        return [f"{flag}: is no name that a folder can have here; give another one"]
+    if expanded.startswith("~"):
+        return [f"{flag}: no such user; give the path in full"]
+    target = Path(os.path.realpath(expanded))  # a link stands for where it leads
     try:
         if not output_dir or (target.exists() and not target.is_dir()):
-            return [f"--output_dir {output_dir}: is a file or empty; give a folder"]
+            return [f"{flag}: is a file or empty; give a folder"]
+        if target.is_symlink():
+            return [f"{flag}: is a link that leads nowhere; remove it, or give another folder"]
         for name, what in ((adapter, "the adapter"), (base, "the base model")):
-            if name and os.path.realpath(target) == os.path.realpath(os.path.expanduser(name)):
-                return [f"--output_dir {output_dir}: is the folder of {what}, which would be lost; give another one"]
+            if name and os.path.realpath(os.path.expanduser(name)) == str(target):
+                return [f"{flag}: is the folder of {what}, which would be lost; give another one"]
         if target.is_dir() and any(target.iterdir()):
-            return [f"--output_dir {output_dir}: is not empty; give an empty folder, or one that is not there yet"]
+            return [f"{flag}: is not empty; give an empty folder, or one that is not there yet"]
+        if target.is_mount():  # nothing can take its place
+            return [f"{flag}: is where a file system is mounted; give a folder in it"]
     except OSError as error:
-        return [f"--output_dir {output_dir}: cannot be looked at ({error.strerror}); give another folder"]
+        return [f"{flag}: cannot be looked at ({error.strerror}); give another folder"]
     return []
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def open_adapter(
     Raises:
         UserError: the folder holds no LoRA adapter, the base is not to be had, or they or the tokenizer do not fit.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     lora_config = read_lora_config(str(folder), flag=FLAG)
     model_args = ModelArguments(model_name_or_path=base or _named_base(folder), trust_remote_code=trust_remote_code)
     config = load_config(model_args, cache_dir)

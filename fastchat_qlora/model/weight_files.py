@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -23,16 +23,22 @@ class WeightFiles:
 
     Attributes:
         headers: name -> a tensor of that shape and dtype without memory.
+
+    Raises:
+        UserError: one of the files cannot be read.
     """
 
     def __init__(self, paths: Collection[Path]) -> None:
         self._file_of: dict[str, Path] = {}
         self.headers: dict[str, torch.Tensor] = {}
         for path in paths:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    self._file_of[name] = path
-                    self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  # not a dict
+                        self._file_of[name] = path
+                        self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read: {one_line(error, 300)}; get it again") from error
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in pages of its file that the operating system may drop again."""

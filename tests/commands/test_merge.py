@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fastchat_qlora import cli
 from fastchat_qlora.commands import merge as merge_module
 from fastchat_qlora.commands.serving_flags import size
+from fastchat_qlora.model import weight_files
 
 QV = ["q_proj", "v_proj"]
 NF4 = {"quantization": "nf4"}
@@ -221,13 +224,13 @@ def test_another_model_is_not_taken_for_it(
     assert cli.main(command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the merged model is not base and adapter: their predictions diverge by ")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     assert cli.main([*command, "--verify", "False"]) == 0
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_what_breaks_off_leaves_nothing(
-    fault: BaseException,
+@pytest.mark.parametrize("fault", ["full disk", "SIGTERM", "SIGINT", "another merge"])
+def test_what_breaks_off_leaves_nothing_of_its_own(
+    fault: str,
     folders: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -235,21 +238,51 @@ def test_what_breaks_off_leaves_nothing(
 ) -> None:
     _, adapter = folders("lora")
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise fault
-
-    monkeypatch.setattr("fastchat_qlora.model.weight_files.save_file", fail)
     out = tmp_path / "out"
     out.mkdir()
-    (tmp_path / ".out.unfinished").mkdir()
-    code = cli.main(["merge", str(adapter), "--output_dir", str(out)])
+    real = weight_files.save_file
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        if fault == "full disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if fault == "another merge":
+            (out / "config.json").touch()
+        else:
+            signal.raise_signal(signal.Signals[fault])
+
+    monkeypatch.setattr(weight_files, "save_file", fail)
+    others = [tmp_path / ".out.unfinished" / "of a user", tmp_path / ".unfinished-merge-1" / "of another merge"]
+    for other in others:
+        other.mkdir(parents=True)
+    code = cli.main(["merge", str(adapter), "--output_dir", str(out), "--verify", "False"])
     said = capsys.readouterr().err
-    assert "was left behind by a merge that did not come to its end" in said
-    if isinstance(fault, OSError):
-        assert code == 1 and said.endswith("cannot be written: [Errno 28] No space left on device\n")
-    else:
-        assert code == 130 and said.endswith(f"SIGINT: stopped; nothing was written to {out}\n")
-    assert list(out.iterdir()) == [] and not (tmp_path / ".out.unfinished").exists()
+    assert f"{tmp_path}: holds 1 unfinished merges, such as .unfinished-merge-1; remove" in said
+    assert (code, said.splitlines()[-1]) == {
+        "full disk": (1, f"error: --output_dir {out}: cannot be written: [Errno 28] No space left on device"),
+        "SIGTERM": (143, f"SIGTERM: stopped; nothing was written to {out}"),
+        "SIGINT": (130, f"SIGINT: stopped; nothing was written to {out}"),
+        "another merge": (1, f"error: --output_dir {out}: something was written there meanwhile, and stays; give "
+                          "another folder"),
+    }[fault]  # fmt: skip
+    assert [path.name for path in out.iterdir()] == ["config.json"] * (fault == "another merge")
+    assert all(other.is_dir() for other in others)
+    assert len(list(tmp_path.iterdir())) == 5, "base, adapter, out and the two"
+
+
+@pytest.mark.parametrize("leads_to", ["a folder", "nothing yet"])
+def test_a_link_is_followed(leads_to: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    _, adapter = folders("lora")
+    elsewhere, link = tmp_path / "elsewhere" / "model", tmp_path / "link"
+    link.symlink_to(elsewhere)
+    if leads_to == "a folder":
+        elsewhere.mkdir(parents=True)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(link), "--verify", "False"]) == 0
+    assert link.is_symlink() and (elsewhere / "config.json").is_file()
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["model"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert elsewhere.stat().st_mode & 0o777 == 0o777 & ~umask, "others may read it as any folder"
 
 
 def test_a_full_disk_is_seen_before(
@@ -302,6 +335,14 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "its own folder": (lambda base, adapter: ["--output_dir", str(adapter)], "is the folder of the adapter"),
     "the base's folder": (lambda base, adapter: ["--output_dir", str(base)], "is the folder of the base model"),
     "a full folder": (lambda base, adapter: ["--output_dir", str(base.parent)], "is not empty"),
+    "a link to nothing": (
+        lambda base, adapter: ["--output_dir", _link_to_itself(base)],
+        "is a link that leads nowhere",
+    ),
+    "a NUL byte": (lambda base, adapter: ["--output_dir", "a\0b"], "is no name that a folder can have here"),
+    "no UTF-8": (lambda base, adapter: ["--output_dir", "a\udcffb"], "is no name that a folder can have here"),
+    "no user": (lambda base, adapter: ["--output_dir", "~nosuchuser/out"], "no such user; give the path in full"),
+    "a torn file": (lambda base, adapter: [_tear(base)], "model.safetensors: cannot be read: "),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
@@ -314,8 +355,24 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
 }
 
 
+def _all_in(folder: Path) -> list[str]:
+    return sorted(os.path.join(parent, name) for parent, dirs, files in os.walk(folder) for name in dirs + files)
+
+
 def _rename(base: Path) -> str:
     base.rename(base.with_name("elsewhere"))
+    return ""
+
+
+def _link_to_itself(base: Path) -> str:
+    link = base.with_name("link")
+    link.symlink_to(link)
+    return str(link)
+
+
+def _tear(base: Path) -> str:
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5_000])
     return ""
 
 
@@ -370,12 +427,12 @@ def test_a_mistake_is_one_line(
     named = [] if given and not given[0].startswith("-") else [str(adapter)]
     if mistake == "the base's folder":
         flags += ["--model_name_or_path", str(base)]
-    before = sorted(tmp_path.rglob("*"))
+    before = _all_in(tmp_path)
     assert cli.main(["merge", *named, *given, *flags]) == 2
     captured = capsys.readouterr()
     error = captured.err.splitlines()[-1]
     assert captured.out == "" and error.startswith("error: ") and expected in error
-    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+    assert _all_in(tmp_path) == before, "nothing is written"
 
 
 @given(st.integers(1, 999), st.sampled_from(["", "K", "M", "G", "T"]), st.booleans())
