@@ -218,6 +218,22 @@ def check_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag:
             )
 
 
+def check_finite(path: str, *, flag: str = START_FLAG) -> None:
+    """Require that every number of an adapter is one.
+
+    Raises:
+        UserError: naming a tensor that holds infinities or what is no number.
+    """
+    with safe_open(Path(path).expanduser() / ADAPTER_FILE, framework="pt") as tensors:
+        names = list(tensors.keys())
+        bad = [name for name in names if not tensors.get_tensor(name).float().isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{flag} {path}: {len(bad)} of its {len(names)} tensors are not finite, such as {min(bad)}; take an "
+            "earlier checkpoint, or train it again with a lower --learning_rate"
+        )
+
+
 def _read_shapes(path: str, flag: str) -> dict[str, tuple[int, ...]]:
     file = Path(path).expanduser() / ADAPTER_FILE
     try:

@@ -166,13 +166,19 @@ def read_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> None:
+def check_vocabulary(
+    tokenizer: Any,
+    config: PretrainedConfig,
+    name: str,
+    remedy: str = "give the tokenizer that belongs to the model, or resize its embeddings",
+) -> None:
     """Require that the model has embeddings for all tokens of its tokenizer but the one to pad with.
 
     Args:
         tokenizer: of the model.
         config: of the model.
         name: the model's, for the error.
+        remedy: what to do, for the error.
 
     Raises:
         UserError: naming a token that has none.
@@ -183,8 +189,7 @@ def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> Non
         token = min(beyond, key=lambda text: beyond[text])
         raise UserError(
             f"--model_name_or_path {name}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for "
-            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; give the tokenizer that belongs to the model, or "
-            "resize its embeddings"
+            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; {remedy}"
         )
 
 

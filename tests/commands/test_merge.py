@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_at_hand import load_live, logits, save_adapter, save_base, write_account
+from adapters_at_hand import load_live, logits, save_adapter, save_base
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
@@ -179,22 +179,48 @@ def test_onto_the_original_weights(
     _assert_exact(load_live(base, adapter), weights(tmp_path / "out"))
 
 
-def test_a_checkpoint_says_how_it_was_trained(
-    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+FP4_RUN = json.dumps({"manifest": {"run": {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}}})
+NF4_RUN = json.dumps({"lora": {"q_lora": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+                      "bnb_4bit_use_double_quant": True}, "training": {"bf16": True, "fp16": False}})  # fmt: skip
+NF4_SAID = "Merged onto the dequantised nf4 weights, which the adapter was trained on"
+FP4_SAID = NF4_SAID.replace("nf4", "fp4")
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "said"),
+    [
+        ("checkpoint-7", {}, "has no training_args.json, so how its training had the base is not known"),
+        ("checkpoint-7", {"manifest.json": FP4_RUN, "training_args.json": NF4_RUN}, FP4_SAID),
+        ("checkpoint-7", {"manifest.json": "{}", "training_args.json": NF4_RUN}, NF4_SAID),
+        ("checkpoint-7", {"../training_args.json": NF4_RUN}, NF4_SAID),
+        ("best", {"training_args.json": NF4_RUN}, NF4_SAID),
+        ("best", {"../training_args.json": NF4_RUN}, "best: has no training_args.json, so how "),
+        ("best", {"training_args.json": NF4_RUN[:20]}, "best: its training_args.json is broken (JSONDecodeError: "),
+        ("best", {"training_args.json": "[]"}, "best: its training_args.json is broken (TypeError: "),
+        (
+            "checkpoint-7",
+            {"manifest.json": "{", "../training_args.json": "{}"},
+            "property name enclosed in double quotes: line 1 column 2 (char 1)) and its training_args.json is broken "
+            "(KeyError: 'lora'), so how its training had the base is not known",
+        ),
+    ],
+)
+def test_what_the_training_says_of_itself(
+    folder: str,
+    files: dict[str, str],
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The run's account counts for its checkpoints, and for no other folder in it."""
     _, adapter = folders("lora")
+    adapter = adapter.rename(tmp_path / folder)
     (adapter / "training_args.json").unlink()
-    command = ["merge", str(adapter), "--verify", "False", "--output_dir"]
-    assert cli.main([*command, str(tmp_path / "unknown")]) == 0
-    assert "so how its training had the base is not known" in capsys.readouterr().err
-    run = {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}
-    (adapter / "manifest.json").write_text(json.dumps({"manifest": {"run": run}}))
-    assert cli.main([*command, str(tmp_path / "known")]) == 0
-    assert "the dequantised fp4 weights" in capsys.readouterr().err
-    (adapter / "manifest.json").unlink()
-    write_account(tmp_path, quantization="nf4")  # of the run, one folder up
-    assert cli.main([*command, str(tmp_path / "parents")]) == 0
-    assert "the dequantised nf4 weights" in capsys.readouterr().err
+    for name, text in files.items():
+        (adapter / name).write_text(text)
+    assert cli.main(["merge", str(adapter), "--verify", "False", "--output_dir", str(tmp_path / "out")]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_stop_tokens_of_the_training_are_kept(folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -342,13 +368,22 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "a NUL byte": (lambda base, adapter: ["--output_dir", "a\0b"], "is no name that a folder can have here"),
     "no UTF-8": (lambda base, adapter: ["--output_dir", "a\udcffb"], "is no name that a folder can have here"),
     "no user": (lambda base, adapter: ["--output_dir", "~nosuchuser/out"], "no such user; give the path in full"),
-    "a torn file": (lambda base, adapter: [_tear(base)], "model.safetensors: cannot be read: "),
+    "a torn file": (lambda base, adapter: [_tear(base)], "model.safetensors cannot be read as safetensors: "),
+    "no numbers": (
+        lambda base, adapter: [_break(adapter, "nan")],
+        "1 of its 8 tensors are not finite, such as base_mo",
+    ),
+    "too large": (lambda base, adapter: [_break(adapter, "-inf")], "lora_A.weight; take an earlier checkpoint, or"),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
     "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
     "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors have no place on this model"),
-    "more tokens": (lambda base, adapter: [_add_tokens(adapter)], "the tokenizer has 605 tokens and the model embed"),
+    "more tokens": (
+        lambda base, adapter: [_add_tokens(adapter)],
+        "the tokenizer has 605 tokens and the model embeddings "
+        "for 600: '<new 0>' (id 600) has none; give the base that the adapter in ",
+    ),
     "quantised": (lambda base, adapter: [_quantise(base)], "its weights are quantised already"),
     "no biases": (lambda base, adapter: [_configure(adapter, lora_bias=True)], "tensors are not in it"),
     "another kind": (lambda base, adapter: [_configure(adapter, peft_type="IA3")], "give a LoRA adapter"),
@@ -382,7 +417,7 @@ def _configure(adapter: Path, **changes: Any) -> str:
     return ""
 
 
-def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -396,6 +431,10 @@ def _widen(adapter: Path) -> str:
 def _deepen(adapter: Path) -> str:
     name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
     return _change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
+
+
+def _break(adapter: Path, number: str) -> str:
+    return _change_tensors(adapter, lambda tensors: min(tensors.items())[1][0].fill_(float(number)))
 
 
 def _add_tokens(adapter: Path) -> str:
