@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter_folder import ADAPTER_FILE
 from fastchat_qlora.model.quantised_base import Rounding
-from fastchat_qlora.model.weight_files import WeightFiles
+from fastchat_qlora.model.weight_files import WeightFiles, round_finite
 from fastchat_qlora.text import one_line
 
 ADAPTER = "default"  # what PEFT calls the one that a model is loaded with
@@ -105,13 +105,13 @@ class LayerwiseMerge:
         """One tensor of the merged model, by its name in the file.
 
         Raises:
-            RunError: it is not finite.
+            RunError: it is not finite, or would not be in the dtype to come.
         """
         name = self._name.get(written, written)
         module, _, kind = name.rpartition(".")
         is_merged = module in self._layers and (kind == "weight" or module in self._trains_bias)
         tensor = self._merge(module, kind) if is_merged else self._base(name)
-        return tensor.to(self.headers[written].dtype)
+        return round_finite(tensor, self.headers[written].dtype, written)
 
     def _base(self, name: str) -> torch.Tensor:
         """What the adapter is added to, or what stands in its place."""
@@ -209,10 +209,6 @@ def _find_given(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
             and ".modules_to_save." not in name
         ):
             yield name.replace(".base_layer.", "."), parameter.data
-
-
-def _is_empty(parameter: torch.Tensor) -> bool:
-    return parameter.is_meta or not any(parameter.stride())
 
 
 def _find_sources(

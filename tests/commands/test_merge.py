@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_at_hand import load_live, logits, save_adapter, save_base
+from adapters_at_hand import load_live, logits, save_adapter, save_base, write_account
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
@@ -155,8 +155,8 @@ def test_what_is_said_and_written(
     assert cli.main(["merge", str(adapter), "--output_dir", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "Merged onto the dequantised nf4 weights, which the adapter was trained on" in captured.err
-    assert "of their norm. --quantization none merges onto the original ones." in captured.err
+    assert "Merged onto the dequantised nf4 weights, which differ from the original ones by " in captured.err
+    assert "of their norm; the adapter was trained on these and makes up for it. --quantization none" in captured.err
     assert "Merged against live model at " in captured.err
     assert sorted(path.name for path in out.iterdir()) == [
         *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
@@ -169,20 +169,53 @@ def test_what_is_said_and_written(
     assert GenerationConfig.from_pretrained(out).eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_onto_the_original_weights(
-    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+SAID_OF_BASE = [
+    # trained on, asked for, said
+    (
+        "nf4",
+        "none",
+        "Merged onto the base's own weights; the adapter was trained on the dequantised nf4 weights and kno",
+    ),
+    (
+        "nf4",
+        "fp4",
+        "of their norm; the adapter was trained on the dequantised nf4 weights and knows no others, so the m",
+    ),
+    (
+        "none",
+        "nf4",
+        "of their norm; the adapter was trained on the base's own weights and knows no others, so the merge",
+    ),
+    ("none", "none", "Merged onto the base's own weights, which the adapter was trained on."),
+    ("", "none", "Merged onto the base's own weights; which ones the adapter was trained on is not known."),
+    ("", "nf4", "of their norm; which ones the adapter was trained on is not known."),
+]
+
+
+@pytest.mark.parametrize(("trained_on", "asked", "said"), SAID_OF_BASE)
+def test_onto_other_weights(
+    trained_on: str,
+    asked: str,
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base, adapter = folders("nf4")
-    flags = ["--output_dir", str(tmp_path / "out"), "--quantization", "none", "--dtype", "float32"]
+    """Those that were asked for, and it is said which the adapter was trained on."""
+    base, adapter = folders("lora")
+    (adapter / "training_args.json").unlink()
+    if trained_on:
+        write_account(adapter, quantization=trained_on)
+    flags = ["--output_dir", str(tmp_path / "out"), "--quantization", asked, "--dtype", "float32", "--verify", "False"]
     assert cli.main(["merge", str(adapter), *flags]) == 0
-    assert "Merged onto the base's own weights." in capsys.readouterr().err
-    _assert_exact(load_live(base, adapter), weights(tmp_path / "out"))
+    assert said in capsys.readouterr().err
+    _assert_exact(load_live(base, adapter, quantization=asked), weights(tmp_path / "out"))
 
 
 FP4_RUN = json.dumps({"manifest": {"run": {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}}})
 NF4_RUN = json.dumps({"lora": {"q_lora": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
                       "bnb_4bit_use_double_quant": True}, "training": {"bf16": True, "fp16": False}})  # fmt: skip
-NF4_SAID = "Merged onto the dequantised nf4 weights, which the adapter was trained on"
+NF4_SAID = "Merged onto the dequantised nf4 weights, which differ from the original ones by "
 FP4_SAID = NF4_SAID.replace("nf4", "fp4")
 
 
@@ -231,27 +264,87 @@ def test_stop_tokens_of_the_training_are_kept(folders: Callable[..., tuple[Path,
     assert (found.eos_token_id, found.temperature) == ([2, 7], 0.5)
 
 
-def test_another_model_is_not_taken_for_it(
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("beside", ["base", "adapter"])
+def test_settings_that_contradict_each_other_are_kept(
+    beside: str, whole: bool, folders: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some bases have a temperature without sampling, which transformers reads and refuses to write."""
+    base, adapter = folders("lora")
+    settings = {"do_sample": False, "temperature": 0.5, "top_p": 0.3, "eos_token_id": [2]}
+    (base if beside == "base" else adapter).joinpath("generation_config.json").write_text(json.dumps(settings))
+    if whole:
+        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("changed", ["o_proj", "q_proj"])
+def test_what_is_too_large_for_the_format_is_refused(
+    changed: str,
+    whole: bool,
     folders: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A merge that forgets one layer in four is found out, and leaves nothing."""
-    _, adapter = folders("lora")
-    real = merge_module.write_weight_files
+    """With an adapter on it or without, by its name; float32 holds it."""
+    base, adapter = folders("lora")
+    name = f"model.layers.1.self_attn.{changed}.weight"
+    tensors = weights(base)
+    tensors[name][0, 0] = -1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    if whole:
+        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+    command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out"), "--dtype"]
+    assert cli.main([*command, "float16"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: {name}: holds numbers up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*command, "float32"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "scale", "said"),
+    [
+        ("", 1.0, ""),
+        ("0.self_attn.v_proj", 1.0, "error: the merged model is not base and adapter: their predictions diverge by "),
+        ("", 0.01, ""),
+        ("_proj", 0.01, "Not verified: the adapter moves the predictions by "),
+        ("_proj", 0.0, "Not verified: the adapter moves the predictions by 0 nats"),
+    ],
+)
+def test_another_model_is_not_taken_for_it(
+    forgotten: str,
+    scale: float,
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A merge that leaves some layers as the base has them is found out, or it is said that nobody can tell."""
+    base, adapter = folders("lora")
+    _change_tensors(adapter, lambda tensors: [one.mul_(scale) for name, one in tensors.items() if "lora_B" in name])
+    original, real = weights(base), merge_module.write_weight_files
 
     def forgetful(folder: Path, headers: Any, get: Callable[[str], torch.Tensor], limit: int) -> None:
-        first = "model.layers.0.self_attn.v_proj.weight"
-        real(folder, headers, lambda name: torch.zeros_like(get(name)) if name == first else get(name), limit)
+        real(folder, headers, lambda name: original[name] if forgotten and forgotten in name else get(name), limit)
 
     monkeypatch.setattr(merge_module, "write_weight_files", forgetful)
     command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out")]
-    assert cli.main(command) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the merged model is not base and adapter: their predictions diverge by ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-    assert cli.main([*command, "--verify", "False"]) == 0
+    is_wrong = said.startswith("error")
+    assert cli.main(command) == is_wrong
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(said) for line in lines)
+    assert any(line.startswith("Not verified") for line in lines) == said.startswith("Not verified")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"][: 2 + (not is_wrong)]
+    if is_wrong:
+        assert cli.main([*command, "--verify", "False"]) == 0
 
 
 @pytest.mark.parametrize("fault", ["full disk", "SIGTERM", "SIGINT", "another merge"])
