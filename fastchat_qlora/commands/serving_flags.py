@@ -1,9 +1,9 @@
 """The flags of `chat` and `merge`, and their mistakes, told before any library is imported."""
 
 import argparse
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +14,12 @@ from fastchat_qlora.path_checks import check_model_path
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEMPERATURES = (0.001, 1000)
+"""The least and the highest: beyond them probabilities are no numbers, or all the same."""
+
+STDIN = "-"
+"""The message that stands for what standard input holds."""
+
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
 
@@ -36,16 +42,37 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer.")
     parser.add_argument("--seed", type=int, default=0, help="Of sampling.")
     values, problems = _read(parser, argv)
-    if not (math.isfinite(values.temperature) and values.temperature >= 0):
-        problems.append(f"--temperature {values.temperature}: must be a number of at least 0")
+    problems += _check_texts(values.message or [], values.system or "")
+    least, most = TEMPERATURES
+    if values.temperature and not least <= values.temperature <= most:
+        problems.append(
+            f"--temperature {values.temperature:g}: must be 0, which takes the likeliest token, or from {least:g} to "
+            f"{most:g}"
+        )
     if not 0 < values.top_p <= 1:
         problems.append(f"--top_p {values.top_p}: must be above 0 and at most 1")
-    if values.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1")
+    if not 1 <= values.max_new_tokens < 2**31:
+        problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1 and below 2^31")
     if not 0 <= values.seed < 2**32:
         problems.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
     raise_all(problems)
     return values
+
+
+def _check_texts(messages: Sequence[str], system: str) -> list[str]:
+    """What is wrong with the texts to be asked, and with where they are to come from."""
+    problems = []
+    for flag, texts in (("--message", messages), ("--system", [system])):
+        problems += [
+            f"{flag} {text}: is not UTF-8 text; write it in that encoding" for text in texts if not is_text(text)
+        ]
+    if not all(text.strip() for text in messages):
+        problems.append("--message: one is empty; give it a text, or - to read standard input")
+    if messages.count(STDIN) > 1:
+        problems.append(f"--message {STDIN}: standard input can be read only once; give it once")
+    if sys.stdin is None and (STDIN in messages or not messages):  # as Python has it where the descriptor was closed
+        problems.append("standard input is closed, so nothing can be asked; give --message TEXT")
+    return problems
 
 
 def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
@@ -122,10 +149,11 @@ def size(text: str) -> int:
         argparse.ArgumentTypeError: it is none, or nothing.
     """
     found = SIZE.fullmatch(text.strip())
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text}: is no size; give one such as 5GB, 500MB or 2GiB")
-    unit = (found[2] or "").upper()
-    return int(float(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " "))
+    unit = (found[2] or "").upper() if found else ""
+    size = float(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " ") if found else 0
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:80]}: is no size; give one such as 5GB, 500MB or 2GiB")
+    return int(size)
 
 
 def check_adapter_folder(name: str) -> list[str]:
