@@ -216,6 +216,21 @@ def test_standard_input_that_is_no_text(
     assert captured.out == (shown(expected(made, ["Hi"])) + "\n" if code == 0 else "")
 
 
+def test_prompts_are_no_part_of_answers_in_a_file(
+    made: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With somebody at the terminal who types."""
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, b"Hi\n\x04")
+    with open(terminal, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert cli.main(["chat", str(made[1]), "--max_new_tokens", str(MOST)]) == 0
+    os.close(keyboard)
+    captured = capsys.readouterr()
+    assert captured.out == shown(expected(made, ["Hi"])) + "\n"
+    assert captured.err.endswith(f"commands.\n> (cut off by --max_new_tokens {MOST})\n> \n")
+
+
 @pytest.mark.parametrize("flags", [[], ["--message", "-"]])
 def test_standard_input_that_is_closed(
     flags: list[str], made: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """The merged model is base and adapter: its weights to the last bit, its logits to rounding."""
 
+import argparse
 import errno
 import json
 import os
@@ -154,7 +155,7 @@ def test_what_is_said_and_written(
     out = tmp_path / "deep" / "out"
     assert cli.main(["merge", str(adapter), "--output_dir", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "" and "\r" not in captured.err, "no bars are drawn where nobody watches"
     assert "Merged onto the dequantised nf4 weights, which differ from the original ones by " in captured.err
     assert "of their norm; the adapter was trained on these and makes up for it. --quantization none" in captured.err
     assert "Merged against live model at " in captured.err
@@ -573,3 +574,11 @@ def test_sizes(number: int, unit: str, binary: bool) -> None:
     text = f"{number}{unit}{'i' * (binary and bool(unit))}B"
     assert size(text) == number * (1024 if binary and unit else 1000) ** power
     assert size(text.lower()) == size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "5", "GB", "0B", "0.9B", "0GB", "-5GB", "1e9GB", "nanB", "5 XB", "9" * 400 + "B", "8388608TiB"]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size; give one such as 5GB, 500MB or 2GiB"):
+        size(text)
