@@ -42,11 +42,15 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float16: 0.003}
 """Nats by which a model's predictions may move when weights and activations are rounded to a format; SmolLM2-135M in
 bfloat16 moves by 0.002."""
 
-ROUNDING_INT8 = 0.05
-"""The same where the live model rounds its activations to 8 bits, which a plain model does not."""
+ROUNDING_INT8 = 0.1
+"""The same where the live model rounds its activations to 8 bits, which a plain model does not; SmolLM2-135M moves by
+0.04 to 0.06."""
 
 SHARE_OF_EFFECT = 0.1
-"""Of what the adapter moves the predictions by, a merged model may be off by so much, up to `ROUNDING_INT8`."""
+"""Of what the adapter moves the predictions by, a merged model may be off by so much, up to `MOST_OF_EFFECT`."""
+
+MOST_OF_EFFECT = 0.05
+"""In nats."""
 
 
 def merge(argv: Sequence[str]) -> Path:
@@ -209,7 +213,7 @@ def _verify(adapter: TrainedAdapter, folder: Path) -> None:
     )
     found = compare(expected, get_logits(merged.to(device()).eval(), rows))
     rounding = _rounding(adapter, merged.config.dtype)
-    limit = max(rounding, min(SHARE_OF_EFFECT * effect, ROUNDING_INT8))
+    limit = max(rounding, min(SHARE_OF_EFFECT * effect, MOST_OF_EFFECT))
     logger.info(
         f"Merged against live model at {found.positions} positions: logits differ by {found.largest:.3g} at the most, "
         f"the likeliest token is the same at {found.agreement:.1%}, the divergence is {found.divergence:.2g} nats "
