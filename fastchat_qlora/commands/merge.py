@@ -20,6 +20,7 @@ from fastchat_qlora.commands.staging import staged
 from fastchat_qlora.commands.trained_adapter import (
     NUMBER_FORMATS,
     TrainedAdapter,
+    context_length,
     device,
     load_base,
     load_live,
@@ -198,7 +199,7 @@ def _verify(adapter: TrainedAdapter, folder: Path) -> None:
     Raises:
         RunError: the merged model is another one.
     """
-    rows = make_rows(adapter.tokenizer)
+    rows = make_rows(adapter.tokenizer, context_length(adapter.config))
     live = load_live(adapter)
     expected, base = get_logits(live, rows), get_logits(live, rows, adapter=False)
     del live

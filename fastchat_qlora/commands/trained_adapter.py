@@ -199,7 +199,7 @@ def read_training(folder: Path) -> Training:
             continue
         try:
             return read(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             broken.append(f"{path.name} is broken ({type(error).__name__}: {one_line(error, 200)})")
     raise Unknown(f"its {' and its '.join(broken)}" if broken else f"has no {ACCOUNT}")
 

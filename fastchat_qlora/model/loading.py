@@ -226,10 +226,11 @@ def load_model(
     """Load the base model, quantised if asked for, from safetensors.
 
     Raises:
-        UserError: the attention backend is not there, or the weights are not safetensors.
+        UserError: the attention backend is not there, or the weights are not safetensors, not all there, or of other
+            shapes.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
             dtype=dtype,
             quantization_config=quantization_config,
@@ -238,10 +239,23 @@ def load_model(
             cache_dir=cache_dir,
             trust_remote_code=model_args.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: its files hold tensors of other shapes than its "
+            "config.json says; get it again"
+        ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = one_line(error, 400)
         raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(missing)} of its tensors, such "
+            f"as {missing[0]}; get it again"
+        )
     keep_cpu_weights_trainable(model)
     return model
 

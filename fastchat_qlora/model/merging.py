@@ -57,7 +57,7 @@ class LayerwiseMerge:
 
     Raises:
         OnlyWhole: what the adapter changes has other names or forms in the files than in the model.
-        UserError: the adapter adds what a plain model has no place for.
+        UserError: the adapter adds what a plain model has no place for, or the base holds integers.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class LayerwiseMerge:
         for name, source in self._source.items():
             if shapes.get(name) != files.headers[source].shape:
                 raise OnlyWhole(f"{source} has another shape in the files than in the model")
+            if not files.headers[source].is_floating_point():
+                raise UserError(f"{source} holds integers in the base's files; give a base that is not quantised")
         # Of weights that were one, those that the files did not hold come under their own names, behind the others.
         added = [name for name in sorted(apart) if not name.endswith(self._source[name])]
         self._name = {source: name for name, source in self._source.items() if name.endswith(source)}

@@ -465,7 +465,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "a torn file": (lambda base, adapter: [_tear(base)], "model.safetensors cannot be read as safetensors: "),
     "no numbers": (
         lambda base, adapter: [_break(adapter, "nan")],
-        "1 of its 8 tensors are not finite, such as base_mo",
+        "1 of its 8 tensors are not finite floating-point numbers, such as base_mo",
     ),
     "too large": (lambda base, adapter: [_break(adapter, "-inf")], "lora_A.weight; take an earlier checkpoint, or"),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
