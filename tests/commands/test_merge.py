@@ -230,6 +230,7 @@ FP4_SAID = NF4_SAID.replace("nf4", "fp4")
         ("best", {"training_args.json": NF4_RUN}, NF4_SAID),
         ("best", {"../training_args.json": NF4_RUN}, "best: has no training_args.json, so how "),
         ("best", {"training_args.json": NF4_RUN[:20]}, "best: its training_args.json is broken (JSONDecodeError: "),
+        ("best", {"training_args.json": "[" * 100_000}, "best: its training_args.json is broken (RecursionError: "),
         ("best", {"training_args.json": "[]"}, "best: its training_args.json is broken (TypeError: "),
         (
             "checkpoint-7",
@@ -448,6 +449,16 @@ def test_other_names_in_the_files_are_merged_whole(
         assert torch.allclose(logits(merged), logits(live), atol=1e-5)
 
 
+def test_a_template_that_writes_more_than_the_model_reads(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compared is as much as there are positions for."""
+    _, adapter = folders("lora")
+    (adapter / "chat_template.jinja").write_text("{{ 'word ' * 2000 }}")
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
+    assert "Merged against live model at 1024 positions" in capsys.readouterr().err
+
+
 MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     # what is done to base and adapter and which flags are given, and what is said of it
     "no adapter": (lambda base, adapter: [str(base)], "no adapter_config.json and no adapter_model.safetensors there"),
@@ -468,6 +479,22 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
         "1 of its 8 tensors are not finite floating-point numbers, such as base_mo",
     ),
     "too large": (lambda base, adapter: [_break(adapter, "-inf")], "lora_A.weight; take an earlier checkpoint, or"),
+    "whole numbers": (
+        lambda base, adapter: [_change_tensors(adapter, _to_integers)],
+        "8 of its 8 tensors are not finite",
+    ),
+    "a base of integers": (
+        lambda base, adapter: [_change_base(base, _to_integers)],
+        "holds integers in the base's files",
+    ),
+    "a missing tensor": (
+        lambda base, adapter: [_change_base(base, lambda tensors: tensors.pop("model.norm.weight"))],
+        "its files lack 1 of its tensors, such as model.norm.weight; get it again",
+    ),
+    "other shapes": (
+        lambda base, adapter: [_set(base / "config.json", vocab_size=700)],
+        "its files hold tensors of other shapes than its config.json says; get it again",
+    ),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
@@ -506,16 +533,31 @@ def _tear(base: Path) -> str:
 
 
 def _configure(adapter: Path, **changes: Any) -> str:
-    path = adapter / "adapter_config.json"
+    return _set(adapter / "adapter_config.json", **changes)
+
+
+def _set(path: Path, **changes: Any) -> str:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return ""
 
 
 def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    return _change_file(adapter / "adapter_model.safetensors", change)
+
+
+def _change_base(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    return _change_file(base / "model.safetensors", change)
+
+
+def _change_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    tensors = load_file(path)
     change(tensors)
-    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"})
     return ""
+
+
+def _to_integers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: tensor.to(torch.int32) for name, tensor in tensors.items()})
 
 
 def _widen(adapter: Path) -> str:
@@ -539,11 +581,7 @@ def _add_tokens(adapter: Path) -> str:
 
 
 def _quantise(base: Path) -> str:
-    path = base / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
-    )
-    return ""
+    return _set(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
