@@ -100,7 +100,7 @@ def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
         help="Load the live and the merged model, one after the other, and compare their logits.",
     )
     values, problems = _read(parser, argv)
-    raise_all(problems + check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
+    raise_all(problems or check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
     return values
 
 
@@ -127,7 +127,7 @@ def _parser(command: str, description: str) -> FlagParser:
 
 def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     values, unknown = parser.parse_known_args(argv)
-    problems = unknown_flags(unknown, parser) + check_adapter_folder(values.adapter)
+    problems = unknown_flags(unknown, parser) + _check_names(values) + check_adapter_folder(values.adapter)
     if values.model_name_or_path is not None:
         problems += check_model_path(values.model_name_or_path)
     return values, problems
@@ -140,6 +140,17 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _check_names(values: argparse.Namespace) -> list[str]:
+    """Which names of files and folders cannot be any."""
+    flags = {"adapter": "ADAPTER"} | {name: f"--{name}" for name in ("model_name_or_path", "cache_dir", "output_dir")}
+    given = {flag: getattr(values, name, None) or "" for name, flag in flags.items()}
+    return [
+        f"{flag} {name}: a name here is UTF-8 text without NUL characters; rename it, or give another one"
+        for flag, name in given.items()
+        if "\0" in name or not is_text(name)
+    ]
 
 
 def size(text: str) -> int:
@@ -175,8 +186,6 @@ def check_output(output_dir: str, adapter: str, base: str) -> list[str]:
     """What is wrong with the folder that a merged model is to be written to."""
     flag = f"--output_dir {output_dir}"
     expanded = os.path.expanduser(output_dir)
-    if "\0" in output_dir or not is_text(output_dir):
-        return [f"{flag}: is no name that a folder can have here; give another one"]
     if expanded.startswith("~"):
         return [f"{flag}: no such user; give the path in full"]
     target = Path(os.path.realpath(expanded))  # a link stands for where it leads
