@@ -120,7 +120,7 @@ def open_adapter(
     """
     folder = Path(os.path.expanduser(name))
     lora_config = read_lora_config(str(folder), flag=FLAG)
-    model_args = ModelArguments(model_name_or_path=base or _named_base(folder), trust_remote_code=trust_remote_code)
+    model_args = ModelArguments(model_name_or_path=_choose_base(folder, base), trust_remote_code=trust_remote_code)
     config = load_config(model_args, cache_dir)
     skeleton = build_skeleton(config)
     training, trained_on = _choose_training(folder, quantization, config)
@@ -137,22 +137,27 @@ def open_adapter(
     )
 
 
-def _named_base(folder: Path) -> str:
-    """The base model by the adapter's configuration.
+def _choose_base(folder: Path, given: str | None) -> str:
+    """The base model that the user gives, or the one that the adapter's configuration names.
 
     Raises:
-        UserError: it names none that is here or could be a hub id.
+        UserError: none is given, and it names none that is here or could be a hub id.
     """
     path = folder / "adapter_config.json"
     found = json.loads(path.read_text("utf-8")).get("base_model_name_or_path")
-    if not isinstance(found, str) or not found:
+    is_named = isinstance(found, str) and bool(found)
+    if given:
+        if is_named and Path(found) != Path(given):
+            logger.info(f"{folder}: names {found[:200]} as its base; {given}, which must be the same model, is taken.")
+        return given
+    if not is_named:
         raise UserError(f"{FLAG} {folder}: its {path.name} names no base model; give --model_name_or_path")
     if check_model_path(found):
         raise UserError(
             f"{FLAG} {folder}: its base model, {found[:200]}, is neither a model's folder here nor a hub id; give "
             "--model_name_or_path"
         )
-    return found
+    return str(found)
 
 
 class Unknown(Exception):

@@ -163,6 +163,7 @@ def test_an_answer_that_is_cut_off_says_so(made: tuple[Path, Path], adapter: Pat
     (base / "config.json").write_text(json.dumps(config))
     flags = ("--model_name_or_path", str(base), "--max_new_tokens", str(2**31 - 1))
     code, _, err = chat(adapter, *flags, "--message", "Hi")
+    assert f"{adapter}: names {made[0]} as its base; {base}, which must be the same model, is taken." in err
     assert code == 0 and f"(cut off by the {len(prompt) + 3} tokens that the model has positions for)" in err
     first = tokenizer(expected(made, ["Hi"]), add_special_tokens=False).input_ids
     GenerationConfig(eos_token_id=[first[-1]]).save_pretrained(adapter)
