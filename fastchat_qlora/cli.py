@@ -13,6 +13,7 @@ from typing import NoReturn
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.signals import Stopped
+from fastchat_qlora.standard_output import READER_GONE, ReaderGone
 from fastchat_qlora.text import one_line, visible, without_secrets
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 a user's mistake found before weights are loaded, 1 a run that was stopped later, 143
-        and 130 one that SIGTERM and SIGINT have ended.
+        and 130 one that SIGTERM and SIGINT have ended, 141 one whose output nobody reads any more.
         Any other exception passes through, so that its traceback is seen; Python then exits with 1.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
@@ -110,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), code=1)
     except Stopped as stopped:
         return _stop(str(stopped), stopped.exit_code)
+    except ReaderGone:
+        return READER_GONE
     except KeyboardInterrupt:  # before there was anything to save
         return _stop("SIGINT: stopped before the run began", 130)
     return 0

@@ -8,7 +8,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fastchat_qlora"
 FLOORS = [
     {"errors", "signals", "text"},
-    {"deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "number_checks", "pages", "path_checks"},
+    {
+        *("deepspeed_config", "distributed", "flag_parsing", "fsdp_config", "number_checks", "pages", "path_checks"),
+        "standard_output",
+    },
     {"deepspeed_checks", "old_flags"},
     {"group_building", "json_settings"},
     {"argument_checks", "config_printing", "settings_file"},

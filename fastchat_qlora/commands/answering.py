@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from fastchat_qlora.data.rendering import Asked, Shown, apply_template
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import RunError, UserError
 
 Show = Callable[[str], None]
 """Is given each piece of an answer when it is there."""
@@ -48,6 +48,7 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._is_prompt = True
         self.ids: list[int] = []
+        self.is_ended = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, shape (1, tokens), the first time, and then one token at a time."""
@@ -56,6 +57,7 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
             return
         for token in value.flatten().tolist():
             if token in self._stop_ids:
+                self.is_ended = True
                 continue
             self.ids.append(token)
             if piece := self._decoder.step(self._backend, token):  # none within a character
@@ -77,6 +79,19 @@ def render_prompt(tokenizer: Any, messages: Sequence[Shown]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
 
+def _require_numbers(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Pass on what the model predicts, shape (1, vocabulary).
+
+    Raises:
+        RunError: it is not a number, as where float16 is too narrow for a model; the likeliest token is then nonsense.
+    """
+    if scores.isnan().any():
+        raise RunError(
+            "the model's predictions are no numbers: its number format is too narrow for it, or its weights are broken"
+        )
+    return scores
+
+
 class Answerer:
     """Base and adapter, ready to answer.
 
@@ -89,6 +104,7 @@ class Answerer:
 
     Attributes:
         was_stopped: whether the last answer was, by Ctrl-C.
+        was_cut: what cut the last answer short, which had not come to its end; empty if nothing did.
     """
 
     def __init__(
@@ -96,7 +112,7 @@ class Answerer:
     ) -> None:
         self.model, self.tokenizer, self.decoding, self.context = model, tokenizer, decoding, context
         self.stop_ids = list(stop_ids)
-        self.was_stopped = False
+        self.was_stopped, self.was_cut = False, ""
 
     def fit(self, messages: list[Shown]) -> int:
         """Forget the oldest turns until the prompt and an answer fit the model; the system message stays.
@@ -140,20 +156,28 @@ class Answerer:
 
         Returns:
             The answer, or as much of it as came before Ctrl-C.
+
+        Raises:
+            RunError: the model's predictions are no numbers.
         """
         ids = torch.tensor([render_prompt(self.tokenizer, messages)], device=self.model.device)
         pieces = _Pieces(self.tokenizer, self.stop_ids, show)
-        self.was_stopped = False
+        self.was_stopped, self.was_cut = False, ""
         try:
             with nullcontext() if adapter else self.model.disable_adapter():
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=self._settings(ids.shape[1]),
+                    logits_processor=[_require_numbers],
                     streamer=pieces,
                 )
         except KeyboardInterrupt:
             self.was_stopped = True
+        if not (pieces.is_ended or self.was_stopped):
+            by_flag = self.context is None or ids.shape[1] + self.decoding.max_new_tokens <= self.context
+            most = f"--max_new_tokens {self.decoding.max_new_tokens}"
+            self.was_cut = most if by_flag else f"the {self.context:,} tokens that the model has positions for"
         return str(self.tokenizer.decode(pieces.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _settings(self, length: int) -> GenerationConfig:

@@ -3,18 +3,19 @@
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 
 from transformers import GenerationConfig, set_seed
 
 from fastchat_qlora.commands.answering import Answerer, Decoding, TooLong, render_prompt
-from fastchat_qlora.commands.serving_flags import parse_chat
+from fastchat_qlora.commands.chat_input import lines_of_a_pipe, lines_of_a_terminal, read_messages
+from fastchat_qlora.commands.serving_flags import is_text, parse_chat
 from fastchat_qlora.commands.trained_adapter import TrainedAdapter, context_length, load_live, open_adapter
 from fastchat_qlora.data.rendering import Shown
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading import dtype_name
 from fastchat_qlora.signals import Stopped
+from fastchat_qlora.standard_output import standard_output
 from fastchat_qlora.text import visible
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,9 @@ HELP = """/reset             forget the conversation
 /help              this
 /quit              leave; so does Ctrl-D. Ctrl-C stops an answer."""
 
-PROMPT = "> "
-
 
 def chat(argv: Sequence[str]) -> None:
-    """Talk to a base model with its adapter. Answers go to stdout, all else to stderr.
+    """Talk to a base model with its adapter. Answers go to stdout, all else to stderr or the terminal.
 
     Args:
         argv: the flags, see serving_flags.parse_chat.
@@ -53,31 +52,31 @@ def chat(argv: Sequence[str]) -> None:
         )
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
     render_prompt(adapter.tokenizer, _begin(flags.system, "Hi"))  # or it refuses the system message
+    with standard_output():
+        pass  # or it is closed
+    messages = read_messages(flags.message or [])
     model = load_live(adapter)
     model.get_base_model().generation_config = GenerationConfig()  # what is not asked for here is not done
     set_seed(flags.seed)
     logger.info(_describe(adapter, decoding))
     answerer = Answerer(model, adapter.tokenizer, adapter.stop_ids, decoding, context_length(adapter.config))
-    is_terminal = not flags.message and sys.stdin.isatty()
+    is_terminal = not messages and sys.stdin.isatty()
     conversation = Conversation(answerer, flags.system, is_terminal=is_terminal)
-    if flags.message:
-        for message in flags.message:
-            conversation.ask(sys.stdin.read() if message == "-" else message, must=True)
-    elif is_terminal:
-        _talk(conversation)
-    else:
-        for line in sys.stdin:
-            if not conversation.take(line):
-                break
+    for message in messages:
+        conversation.ask(message, must=True)
+    if not messages:
+        _talk(conversation, lines_of_a_terminal() if is_terminal else lines_of_a_pipe())
 
 
 def _describe(adapter: TrainedAdapter, decoding: Decoding) -> str:
     kind, _, dtype = adapter.training
-    stops = ", ".join(str(adapter.tokenizer.convert_ids_to_tokens(index)) for index in adapter.stop_ids)
+    trained_on = "the base's own weights" if adapter.trained_on == "none" else f"{adapter.trained_on} weights"
+    other = "" if adapter.trained_on in (None, kind) else f", which was trained on {trained_on}"
+    stops = ", ".join(str(adapter.tokenizer.convert_ids_to_tokens(index) or index) for index in adapter.stop_ids)
     biased = " /base keeps the biases that were trained." if adapter.lora_config.bias != "none" else ""
     return (
-        f"{adapter.base} in {dtype_name(dtype) if kind == 'none' else kind} with {adapter.folder}; {decoding}; an "
-        f"answer ends at {stops}.{biased} /help lists the commands."
+        f"{adapter.base} in {dtype_name(dtype) if kind == 'none' else kind} with {adapter.folder}{other}; "
+        f"{decoding}; an answer ends at {stops}.{biased} /help lists the commands."
     )
 
 
@@ -91,7 +90,7 @@ class Conversation:
     """
 
     def __init__(self, answerer: Answerer, system: str | None, *, is_terminal: bool) -> None:
-        self._answerer, self._system, self._is_terminal = answerer, system, is_terminal
+        self._answerer, self._system, self.is_terminal = answerer, system, is_terminal
         self.messages = _begin(system)
 
     def take(self, line: str) -> bool:
@@ -100,6 +99,9 @@ class Conversation:
         Returns:
             False for /quit.
         """
+        if not is_text(line):
+            logger.warning(f"Not asked: the line is not {sys.stdin.encoding} text.")
+            return True
         text = line.strip()
         command, _, rest = text.partition(" ")
         if command == "/quit":
@@ -163,10 +165,12 @@ class Conversation:
         """The answer, or what came of it until Ctrl-C, which ends the program where nobody is there to go on."""
         answer = self._answerer.answer(messages, _write, adapter=adapter)
         _write("\n")
-        if self._answerer.was_stopped and not self._is_terminal:
+        if self._answerer.was_stopped and not self.is_terminal:
             raise Stopped(signal.SIGINT, "the answer was stopped")
         if self._answerer.was_stopped:
             logger.info("(stopped)")
+        if self._answerer.was_cut:
+            logger.info(f"(cut off by {self._answerer.was_cut})")
         return answer
 
     def _set_system(self, text: str) -> None:
@@ -193,30 +197,17 @@ def _user(question: str) -> Shown:
 
 def _write(piece: str) -> None:
     """Show a piece of an answer at once; nothing in it steers the terminal."""
-    sys.stdout.write(visible(piece))
-    sys.stdout.flush()
+    with standard_output(RunError) as target:
+        target.write(visible(piece))
 
 
-def _talk(conversation: Conversation) -> None:
-    """Ask at the terminal until the user leaves."""
-    with suppress(ImportError):  # some builds of Python have none; lines are then plain
-        import readline  # noqa: F401  # gives input() line editing and a history
-    for line in _lines():
+def _talk(conversation: Conversation, lines: Iterable[str]) -> None:
+    """Take line after line until the user leaves."""
+    for line in lines:
         try:
             if not conversation.take(line):
                 return
         except KeyboardInterrupt:  # before the answer began
+            if not conversation.is_terminal:
+                raise
             logger.info("(stopped)")
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until Ctrl-D."""
-    while True:
-        try:
-            yield input(PROMPT)
-        except EOFError:
-            sys.stdout.write("\n")
-            return
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-            logger.info("/quit or Ctrl-D leaves.")

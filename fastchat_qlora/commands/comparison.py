@@ -33,15 +33,25 @@ class Difference(NamedTuple):
     agreement: float
 
 
-def make_rows(tokenizer: Any) -> list[torch.Tensor]:
-    """The conversations as token ids of shape (1, tokens), by the chat template if there is one."""
+LONGEST = 512
+"""Tokens of a conversation that are compared; a few templates put a manual in front of each."""
+
+
+def make_rows(tokenizer: Any, context: int | None) -> list[torch.Tensor]:
+    """The conversations as token ids of shape (1, tokens), by the chat template if there is one.
+
+    Args:
+        tokenizer: of the model.
+        context: tokens that the model has positions for; None if there is no limit.
+    """
     conversations = [
         Asked([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], [], [(2, False, [])])
         for question, answer in TURNS
     ]
     rendered = apply_template(tokenizer, conversations) if tokenizer.chat_template else []
     texts = [text for text in rendered if isinstance(text, str)] or [f"{q}\n{a}" for q, a in TURNS]
-    return [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+    rows = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+    return [row[:, : min(LONGEST, context or LONGEST)] for row in rows]
 
 
 @torch.inference_mode()

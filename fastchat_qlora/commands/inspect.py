@@ -1,9 +1,7 @@
 """`fastchat-qlora inspect`: what a run would learn, before it starts."""
 
-import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,6 +19,7 @@ from fastchat_qlora.data.inspection import Example, get_account, get_examples, m
 from fastchat_qlora.data.readers import find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import load_tokenizer
+from fastchat_qlora.standard_output import standard_output
 
 PROG = "fastchat-qlora inspect"
 
@@ -64,24 +63,9 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 def _print(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
-    """Print the report, with escapes for characters that the terminal's encoding lacks.
-
-    Raises:
-        UserError: standard output cannot be written.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        print_report(report, examples, sys.stdout)
-        sys.stdout.write(last_line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        raise
-    except OSError as error:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # Python would try to write the rest once more when it ends, and then exit with 120.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(f"standard output cannot be written: {error.strerror}; see where it goes to") from error
+    with standard_output() as target:
+        print_report(report, examples, target)
+        target.write(last_line)
 
 
 def write_rows(report: Report, examples: Iterable[Example], target: IO[str]) -> None:

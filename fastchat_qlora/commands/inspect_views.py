@@ -6,11 +6,11 @@ from typing import IO
 
 from datasets import Dataset
 from rich.bar import Bar
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from fastchat_qlora.commands.screen import Screen
 from fastchat_qlora.data.inspection import Account, Example, Measures, describe_account, describe_measures
 from fastchat_qlora.pages import stream_page
 from fastchat_qlora.text import visible
@@ -40,7 +40,7 @@ class Report:
 
 def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
     """Rows first, so that the counts are what stands above the prompt in the end."""
-    console = Console(file=target, highlight=False)
+    console = Screen(file=target, highlight=False)
     legend = Text.assemble("Learnt: ", (f"{OPEN}this{CLOSE}", LEARNT), "  Read but not learnt: ", ("this", NOT_LEARNT))
     shown = False
     for example in examples:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastchat_qlora.commands.plan_views import as_json, print_plan
 from fastchat_qlora.commands.written_whole import written_whole
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.number_checks import SPEED
+from fastchat_qlora.standard_output import standard_output
 from fastchat_qlora.text import one_line
 
 PROG = "fastchat-qlora plan"
@@ -59,13 +59,14 @@ def plan(argv: Sequence[str]) -> None:
         with written_whole(output, keep=False):  # before anything is read
             pass
     made = make_plan(args, Devices(own.devices, own.device_type, own.device_memory_gib), _known_speed(own))
-    if own.output == "-":
-        sys.stdout.write(as_json(made))
-    elif own.output:
-        with written_whole(output) as target:
+    if own.output not in ("", "-"):
+        with written_whole(output) as file:
+            file.write(as_json(made))
+    with standard_output() as target:
+        if own.output == "-":
             target.write(as_json(made))
-    if own.output != "-":
-        print_plan(made, sys.stdout)
+        else:
+            print_plan(made, target)
 
 
 def _known_speed(own: PlanArguments) -> Speed | None:

@@ -5,11 +5,11 @@ from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastchat_qlora.commands.planning import GIB, OnDevice, Plan
+from fastchat_qlora.commands.screen import Screen
 from fastchat_qlora.model.memory import Need
 from fastchat_qlora.text import visible
 
@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
 
 def print_plan(plan: Plan, target: IO[str]) -> None:
     """Steps and tokens, what is trained, memory by part for every strategy, and what follows from it."""
-    console = Console(file=target, highlight=False)
+    console = Screen(file=target, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     console.print(Text(visible(plan.model), style="bold"), soft_wrap=True)

@@ -1,9 +1,9 @@
 """The flags of `chat` and `merge`, and their mistakes, told before any library is imported."""
 
 import argparse
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +14,12 @@ from fastchat_qlora.path_checks import check_model_path
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEMPERATURES = (0.001, 1000)
+"""The least and the highest: beyond them probabilities are no numbers, or all the same."""
+
+STDIN = "-"
+"""The message that stands for what standard input holds."""
+
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
 
@@ -41,16 +47,37 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: after printing the help.
     """
     values, problems = _read(chat_parser(), argv)
-    if not (math.isfinite(values.temperature) and values.temperature >= 0):
-        problems.append(f"--temperature {values.temperature}: must be a number of at least 0")
+    problems += _check_texts(values.message or [], values.system or "")
+    least, most = TEMPERATURES
+    if values.temperature and not least <= values.temperature <= most:
+        problems.append(
+            f"--temperature {values.temperature:g}: must be 0, which takes the likeliest token, or from {least:g} to "
+            f"{most:g}"
+        )
     if not 0 < values.top_p <= 1:
         problems.append(f"--top_p {values.top_p}: must be above 0 and at most 1")
-    if values.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1")
+    if not 1 <= values.max_new_tokens < 2**31:
+        problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1 and below 2^31")
     if not 0 <= values.seed < 2**32:
         problems.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
     raise_all(problems)
     return values
+
+
+def _check_texts(messages: Sequence[str], system: str) -> list[str]:
+    """What is wrong with the texts to be asked, and with where they are to come from."""
+    problems = []
+    for flag, texts in (("--message", messages), ("--system", [system])):
+        problems += [
+            f"{flag} {text}: is not UTF-8 text; write it in that encoding" for text in texts if not is_text(text)
+        ]
+    if not all(text.strip() for text in messages):
+        problems.append("--message: one is empty; give it a text, or - to read standard input")
+    if messages.count(STDIN) > 1:
+        problems.append(f"--message {STDIN}: standard input can be read only once; give it once")
+    if sys.stdin is None and (STDIN in messages or not messages):  # as Python has it where the descriptor was closed
+        problems.append("standard input is closed, so nothing can be asked; give --message TEXT")
+    return problems
 
 
 def merge_parser() -> FlagParser:
@@ -83,7 +110,7 @@ def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: after printing the help.
     """
     values, problems = _read(merge_parser(), argv)
-    raise_all(problems + check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
+    raise_all(problems or check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
     return values
 
 
@@ -110,10 +137,30 @@ def _parser(command: str, description: str) -> FlagParser:
 
 def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     values, unknown = parser.parse_known_args(argv)
-    problems = unknown_flags(unknown, parser) + check_adapter_folder(values.adapter)
+    problems = unknown_flags(unknown, parser) + _check_names(values) + check_adapter_folder(values.adapter)
     if values.model_name_or_path is not None:
         problems += check_model_path(values.model_name_or_path)
     return values, problems
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8; other bytes come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_names(values: argparse.Namespace) -> list[str]:
+    """Which names of files and folders cannot be any."""
+    flags = {"adapter": "ADAPTER"} | {name: f"--{name}" for name in ("model_name_or_path", "cache_dir", "output_dir")}
+    given = {flag: getattr(values, name, None) or "" for name, flag in flags.items()}
+    return [
+        f"{flag} {name}: a name here is UTF-8 text without NUL characters; rename it, or give another one"
+        for flag, name in given.items()
+        if "\0" in name or not is_text(name)
+    ]
 
 
 def size(text: str) -> int:
@@ -123,10 +170,11 @@ def size(text: str) -> int:
         argparse.ArgumentTypeError: it is none, or nothing.
     """
     found = SIZE.fullmatch(text.strip())
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text}: is no size; give one such as 5GB, 500MB or 2GiB")
-    unit = (found[2] or "").upper()
-    return int(float(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " "))
+    unit = (found[2] or "").upper() if found else ""
+    size = float(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " ") if found else 0
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:80]}: is no size; give one such as 5GB, 500MB or 2GiB")
+    return int(size)
 
 
 def check_adapter_folder(name: str) -> list[str]:
@@ -146,17 +194,25 @@ def check_adapter_folder(name: str) -> list[str]:
 
 def check_output(output_dir: str, adapter: str, base: str) -> list[str]:
     """What is wrong with the folder that a merged model is to be written to."""
-    target = Path(os.path.expanduser(output_dir))
+    flag = f"--output_dir {output_dir}"
+    expanded = os.path.expanduser(output_dir)
+    if expanded.startswith("~"):
+        return [f"{flag}: no such user; give the path in full"]
+    target = Path(os.path.realpath(expanded))  # a link stands for where it leads
     try:
         if not output_dir or (target.exists() and not target.is_dir()):
-            return [f"--output_dir {output_dir}: is a file or empty; give a folder"]
+            return [f"{flag}: is a file or empty; give a folder"]
+        if target.is_symlink():
+            return [f"{flag}: is a link that leads nowhere; remove it, or give another folder"]
         for name, what in ((adapter, "the adapter"), (base, "the base model")):
-            if name and os.path.realpath(target) == os.path.realpath(os.path.expanduser(name)):
-                return [f"--output_dir {output_dir}: is the folder of {what}, which would be lost; give another one"]
+            if name and os.path.realpath(os.path.expanduser(name)) == str(target):
+                return [f"{flag}: is the folder of {what}, which would be lost; give another one"]
         if target.is_dir() and any(target.iterdir()):
-            return [f"--output_dir {output_dir}: is not empty; give an empty folder, or one that is not there yet"]
+            return [f"{flag}: is not empty; give an empty folder, or one that is not there yet"]
+        if target.is_mount():  # nothing can take its place
+            return [f"{flag}: is where a file system is mounted; give a folder in it"]
     except OSError as error:
-        return [f"--output_dir {output_dir}: cannot be looked at ({error.strerror}); give another folder"]
+        return [f"{flag}: cannot be looked at ({error.strerror}); give another folder"]
     return []
 
 

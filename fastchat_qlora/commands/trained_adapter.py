@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from fastchat_qlora.arguments import ModelArguments
 from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter import expected_shapes
-from fastchat_qlora.model.adapter_folder import check_patterns, check_tensors, read_lora_config
+from fastchat_qlora.model.adapter_folder import check_finite, check_patterns, check_tensors, read_lora_config
 from fastchat_qlora.model.loading import (
     build_skeleton,
     check_vocabulary,
@@ -29,14 +31,16 @@ from fastchat_qlora.model.loading import (
     load_model,
     read_tokenizer,
 )
-from fastchat_qlora.model.quantised_base import make_quantization_config
+from fastchat_qlora.model.quantised_base import make_quantization_config, say_casts_once
 from fastchat_qlora.path_checks import check_model_path
 from fastchat_qlora.text import one_line
 from fastchat_qlora.training.manifest import MANIFEST
+from fastchat_qlora.training.progress import hide_bars_from_files
 
 logger = logging.getLogger(__name__)
 
 ACCOUNT = "training_args.json"
+CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 FLAG = "ADAPTER"
 NUMBER_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,6 +69,7 @@ class TrainedAdapter(NamedTuple):
         cache_dir: of downloads.
         config: of the base model.
         training: how the base is to be had; the training's way, or as the user has asked for.
+        trained_on: what the training had it quantised to, none, nf4, fp4 or int8; None where that is not known.
         tokenizer: the adapter's own, or the base's.
         generation: how the model generates, with all tokens that end an answer.
     """
@@ -75,6 +80,7 @@ class TrainedAdapter(NamedTuple):
     cache_dir: str | None
     config: PretrainedConfig
     training: Training
+    trained_on: str | None
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
 
@@ -109,81 +115,114 @@ def open_adapter(
         cache_dir: of downloads.
 
     Raises:
-        UserError: the folder holds no LoRA adapter, the base is not to be had, or they or the tokenizer do not fit.
+        UserError: the folder holds no LoRA adapter or one that is not finite, the base is not to be had, or they or the
+            tokenizer do not fit.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     lora_config = read_lora_config(str(folder), flag=FLAG)
-    model_args = ModelArguments(model_name_or_path=base or _named_base(folder), trust_remote_code=trust_remote_code)
+    model_args = ModelArguments(model_name_or_path=_choose_base(folder, base), trust_remote_code=trust_remote_code)
     config = load_config(model_args, cache_dir)
     skeleton = build_skeleton(config)
-    training = _choose_training(folder, quantization, config)
+    training, trained_on = _choose_training(folder, quantization, config)
     if skeleton is not None:
         check_patterns(lora_config, dict(skeleton.named_modules()))
     check_tensors(str(folder), expected_shapes(skeleton, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG)
+    check_finite(str(folder), flag=FLAG)
     tokenizer = _load_tokenizer(folder, model_args, config, cache_dir)
-    check_vocabulary(tokenizer, config, model_args.model_name_or_path)
-    generation = load_generation_config(folder, model_args.model_name_or_path, tokenizer, cache_dir)
-    return TrainedAdapter(folder, lora_config, model_args, cache_dir, config, training, tokenizer, generation)
+    remedy = f"give the base that the adapter in {folder}, whose tokenizer it is, was trained on"
+    check_vocabulary(tokenizer, config, model_args.model_name_or_path, remedy)
+    generation = load_generation_config(folder, model_args.model_name_or_path, tokenizer, config, cache_dir)
+    return TrainedAdapter(
+        folder, lora_config, model_args, cache_dir, config, training, trained_on, tokenizer, generation
+    )
 
 
-def _named_base(folder: Path) -> str:
-    """The base model by the adapter's configuration.
+def _choose_base(folder: Path, given: str | None) -> str:
+    """The base model that the user gives, or the one that the adapter's configuration names.
 
     Raises:
-        UserError: it names none that is here or could be a hub id.
+        UserError: none is given, and it names none that is here or could be a hub id.
     """
     path = folder / "adapter_config.json"
     found = json.loads(path.read_text("utf-8")).get("base_model_name_or_path")
-    if not isinstance(found, str) or not found:
+    is_named = isinstance(found, str) and bool(found)
+    if given:
+        if is_named and Path(found) != Path(given):
+            logger.info(f"{folder}: names {found[:200]} as its base; {given}, which must be the same model, is taken.")
+        return given
+    if not is_named:
         raise UserError(f"{FLAG} {folder}: its {path.name} names no base model; give --model_name_or_path")
     if check_model_path(found):
         raise UserError(
             f"{FLAG} {folder}: its base model, {found[:200]}, is neither a model's folder here nor a hub id; give "
             "--model_name_or_path"
         )
-    return found
+    return str(found)
 
 
-def _choose_training(folder: Path, quantization: str, config: PretrainedConfig) -> Training:
-    """As the training had it, or as the user asks for; where neither is known, the base as it is."""
-    found = read_training(folder)
-    if found is None:
+class Unknown(Exception):
+    """Why it is not known how a training had its base; the message goes on from the name of the adapter's folder."""
+
+
+def _choose_training(folder: Path, quantization: str, config: PretrainedConfig) -> tuple[Training, str | None]:
+    """As the training had it, or as the user asks for; where neither is known, the base as it is.
+
+    Returns:
+        How the base is to be had, and what the training had it quantised to if that is known.
+    """
+    try:
+        found = read_training(folder)
+        trained_on = found.quantization
+    except Unknown as reason:
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        found = Training("none", True, own)
-        if quantization == "as_trained":
-            logger.warning(
-                f"{folder}: has no {ACCOUNT}, so how its training had the base is not known: the base is taken in "
-                f"{dtype_name(own)} as it is. If it was quantised, give --quantization nf4, fp4 or int8."
-            )
-    return found if quantization == "as_trained" else found._replace(quantization=quantization)
+        found, trained_on = Training("none", True, own), None
+        as_asked = f", with --quantization {quantization}."
+        as_it_is = " as it is. If it was quantised, give --quantization nf4, fp4 or int8."
+        logger.warning(
+            f"{folder}: {reason}, so how its training had the base is not known: the base is taken in "
+            f"{dtype_name(own)}{as_it_is if quantization == 'as_trained' else as_asked}"
+        )
+    return (found if quantization == "as_trained" else found._replace(quantization=quantization)), trained_on
 
 
-def read_training(folder: Path) -> Training | None:
+def read_training(folder: Path) -> Training:
     """How the training of an adapter had its base, as it wrote it down beside it.
 
     Args:
-        folder: an output_dir with its training_args.json, or a checkpoint with its manifest.
+        folder: an output_dir with its training_args.json, or a checkpoint with its manifest or the run's
+            training_args.json one folder up.
 
-    Returns:
-        None where nothing can be found out.
+    Raises:
+        Unknown: it is not there, or cannot be read.
     """
-    try:
-        run = json.loads((folder / MANIFEST).read_text("utf-8"))["manifest"]["run"]
-        kind, _, twice = run["base weights"].partition(", ")
-        names = {"8 bits": "int8", "nf4": "nf4", "fp4": "fp4"}
-        return Training(names.get(kind, "none"), bool(twice), NUMBER_FORMATS[run["compute dtype"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no checkpoint, or one of an older version
-        pass
-    try:
-        written = folder / ACCOUNT if (folder / ACCOUNT).is_file() else folder.absolute().parent / ACCOUNT
-        groups = json.loads(written.read_text("utf-8"))
-        lora, training = groups["lora"], groups["training"]
-        kind = "int8" if lora["load_in_8bit"] else lora["bnb_4bit_quant_type"] if lora["q_lora"] else "none"
-        dtype = "float16" if training["fp16"] else "bfloat16" if training["bf16"] else "float32"
-        found = Training(kind, bool(lora["bnb_4bit_use_double_quant"]), NUMBER_FORMATS[dtype])
-        return found if kind in ("none", "nf4", "fp4", "int8") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    account = folder / ACCOUNT
+    if not account.is_file() and CHECKPOINT.fullmatch(folder.absolute().name):
+        account = folder.absolute().parent / ACCOUNT  # of another folder's parent nobody knows whose it is
+    broken = []
+    for path, read in ((folder / MANIFEST, _from_manifest), (account, _from_account)):
+        if not path.is_file():
+            continue
+        try:
+            return read(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            broken.append(f"{path.name} is broken ({type(error).__name__}: {one_line(error, 200)})")
+    raise Unknown(f"its {' and its '.join(broken)}" if broken else f"has no {ACCOUNT}")
+
+
+def _from_manifest(manifest: Any) -> Training:
+    run = manifest["manifest"]["run"]
+    kind, _, twice = run["base weights"].partition(", ")
+    names = {"8 bits": "int8", "nf4": "nf4", "fp4": "fp4"}
+    return Training(names.get(kind, "none"), bool(twice), NUMBER_FORMATS[run["compute dtype"]])
+
+
+def _from_account(groups: Any) -> Training:
+    lora, training = groups["lora"], groups["training"]
+    kind = "int8" if lora["load_in_8bit"] else lora["bnb_4bit_quant_type"] if lora["q_lora"] else "none"
+    if kind not in ("none", "nf4", "fp4", "int8"):
+        raise ValueError(f"bnb_4bit_quant_type {kind!r}")
+    dtype = "float16" if training["fp16"] else "bfloat16" if training["bf16"] else "float32"
+    return Training(kind, bool(lora["bnb_4bit_use_double_quant"]), NUMBER_FORMATS[dtype])
 
 
 def _load_tokenizer(
@@ -221,6 +260,9 @@ def load_live(adapter: TrainedAdapter, attention: str | None = None) -> PeftMode
 
 def load_base(adapter: TrainedAdapter, attention: str | None = None) -> PreTrainedModel:
     """Load the base alone, on the accelerator if there is one."""
+    hide_bars_from_files()
+    if adapter.training.quantization == "int8":
+        say_casts_once()
     accelerator = torch.accelerator.current_accelerator()
     return load_model(
         adapter.model_args,

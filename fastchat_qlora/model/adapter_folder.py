@@ -218,6 +218,26 @@ def check_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag:
             )
 
 
+def check_finite(path: str, *, flag: str = START_FLAG) -> None:
+    """Require that every number of an adapter is one, and not a whole one.
+
+    Raises:
+        UserError: naming a tensor that holds infinities, what is no number, or integers.
+    """
+    with safe_open(Path(path).expanduser() / ADAPTER_FILE, framework="pt") as tensors:
+        names = list(tensors.keys())
+        bad = [name for name in names if not _is_finite(tensors.get_tensor(name))]
+    if bad:
+        raise UserError(
+            f"{flag} {path}: {len(bad)} of its {len(names)} tensors are not finite floating-point numbers, such as "
+            f"{min(bad)}; take an earlier checkpoint, or train it again with a lower --learning_rate"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+
+
 def _read_shapes(path: str, flag: str) -> dict[str, tuple[int, ...]]:
     file = Path(path).expanduser() / ADAPTER_FILE
     try:

@@ -177,13 +177,19 @@ def read_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> None:
+def check_vocabulary(
+    tokenizer: Any,
+    config: PretrainedConfig,
+    name: str,
+    remedy: str = "give the tokenizer that belongs to the model, or resize its embeddings",
+) -> None:
     """Require that the model has embeddings for all tokens of its tokenizer; but for padding, which it never sees.
 
     Args:
         tokenizer: of the model.
         config: of the model.
         name: the model's, for the error.
+        remedy: what to do, for the error.
 
     Raises:
         UserError: naming a token that has none.
@@ -194,8 +200,7 @@ def check_vocabulary(tokenizer: Any, config: PretrainedConfig, name: str) -> Non
         token = min(beyond, key=lambda text: beyond[text])
         raise UserError(
             f"--model_name_or_path {name}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for "
-            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; give the tokenizer that belongs to the model, or "
-            "resize its embeddings"
+            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; {remedy}"
         )
 
 
@@ -232,10 +237,11 @@ def load_model(
     """Load the base model, quantised if asked for, from safetensors.
 
     Raises:
-        UserError: the attention backend is not there, or the weights are not safetensors.
+        UserError: the attention backend is not there, or the weights are not safetensors, not all there, or of other
+            shapes.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
             dtype=dtype,
             quantization_config=quantization_config,
@@ -244,10 +250,23 @@ def load_model(
             cache_dir=cache_dir,
             trust_remote_code=model_args.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: its files hold tensors of other shapes than its "
+            "config.json says; get it again"
+        ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = one_line(error, 400)
         raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(missing)} of its tensors, such "
+            f"as {missing[0]}; get it again"
+        )
     keep_cpu_weights_trainable(model)
     return model
 

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter_folder import ADAPTER_FILE
 from fastchat_qlora.model.quantised_base import Rounding
-from fastchat_qlora.model.weight_files import WeightFiles
+from fastchat_qlora.model.weight_files import WeightFiles, round_finite
 from fastchat_qlora.text import one_line
 
 ADAPTER = "default"  # what PEFT calls the one that a model is loaded with
@@ -57,7 +57,7 @@ class LayerwiseMerge:
 
     Raises:
         OnlyWhole: what the adapter changes has other names or forms in the files than in the model.
-        UserError: the adapter adds what a plain model has no place for.
+        UserError: the adapter adds what a plain model has no place for, or the base holds integers.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class LayerwiseMerge:
         for name, source in self._source.items():
             if shapes.get(name) != files.headers[source].shape:
                 raise OnlyWhole(f"{source} has another shape in the files than in the model")
+            if not files.headers[source].is_floating_point():
+                raise UserError(f"{source} holds integers in the base's files; give a base that is not quantised")
         # Of weights that were one, those that the files did not hold come under their own names, behind the others.
         added = [name for name in sorted(apart) if not name.endswith(self._source[name])]
         self._name = {source: name for name, source in self._source.items() if name.endswith(source)}
@@ -105,13 +107,13 @@ class LayerwiseMerge:
         """One tensor of the merged model, by its name in the file.
 
         Raises:
-            RunError: it is not finite.
+            RunError: it is not finite, or would not be in the dtype to come.
         """
         name = self._name.get(written, written)
         module, _, kind = name.rpartition(".")
         is_merged = module in self._layers and (kind == "weight" or module in self._trains_bias)
         tensor = self._merge(module, kind) if is_merged else self._base(name)
-        return tensor.to(self.headers[written].dtype)
+        return round_finite(tensor, self.headers[written].dtype, written)
 
     def _base(self, name: str) -> torch.Tensor:
         """What the adapter is added to, or what stands in its place."""
@@ -209,10 +211,6 @@ def _find_given(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
             and ".modules_to_save." not in name
         ):
             yield name.replace(".base_layer.", "."), parameter.data
-
-
-def _is_empty(parameter: torch.Tensor) -> bool:
-    return parameter.is_meta or not any(parameter.stride())
 
 
 def _find_sources(

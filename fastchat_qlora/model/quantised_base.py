@@ -1,12 +1,16 @@
 """A base model as a training has it in memory: which of its weights are quantised, and what they are then."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from fastchat_qlora.model.loading import build_skeleton
+
+CASTS = "MatMul8bitLt: inputs will be cast"
+"""How the message begins that bitsandbytes logs at each call of each 8-bit layer."""
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 """A weight -> the same after it was quantised and dequantised again, in fp32."""
@@ -30,6 +34,27 @@ def make_quantization_config(kind: str, *, twice: bool, dtype: torch.dtype) -> B
         bnb_4bit_use_double_quant=twice,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+class _FirstCast(logging.Filter):
+    """Lets the first message on casts through, and all others."""
+
+    passed = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is to be seen."""
+        if not str(record.msg).startswith(CASTS):
+            return True
+        first, self.passed = not self.passed, True
+        return first
+
+
+_first_cast = _FirstCast()
+
+
+def say_casts_once() -> None:
+    """Have bitsandbytes tell of its 8-bit layers' casts once in the program's life, not hundreds of times an answer."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_cast)
 
 
 def find_quantised(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:

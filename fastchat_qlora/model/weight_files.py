@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.model.loading import dtype_name
 from fastchat_qlora.model.model_folder import files_of_index
 from fastchat_qlora.text import one_line
 
@@ -23,16 +24,22 @@ class WeightFiles:
 
     Attributes:
         headers: name -> a tensor of that shape and dtype without memory.
+
+    Raises:
+        UserError: one of the files cannot be read.
     """
 
     def __init__(self, paths: Collection[Path]) -> None:
         self._file_of: dict[str, Path] = {}
         self.headers: dict[str, torch.Tensor] = {}
         for path in paths:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    self._file_of[name] = path
-                    self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  # not a dict
+                        self._file_of[name] = path
+                        self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read: {one_line(error, 300)}; get it again") from error
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in pages of its file that the operating system may drop again."""
@@ -98,6 +105,30 @@ def write_weight_files(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def round_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A tensor in the number format to be written.
+
+    Raises:
+        RunError: it holds infinities or what is no number, or would in that format.
+    """
+    rounded = tensor.to(dtype)
+    if rounded.is_floating_point() and not _is_finite(rounded):
+        if not _is_finite(tensor):
+            raise RunError(f"{name}: holds infinities or what is no number; get the base model again")
+        largest, most = float(tensor.abs().max()), torch.finfo(dtype).max
+        raise RunError(
+            f"{name}: holds numbers up to {largest:.3g}, and {dtype_name(dtype)} ends at {most:.3g}; give --dtype "
+            "bfloat16 or float32"
+        )
+    return rounded
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """By its least and its largest number, which takes no memory."""
+    plain = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits torch knows little
+    return not plain.numel() or all(bool(bound.isfinite()) for bound in plain.aminmax())
 
 
 def total_bytes(headers: Mapping[str, torch.Tensor]) -> int:

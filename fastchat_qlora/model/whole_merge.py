@@ -7,6 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.weight_files import round_finite
 from fastchat_qlora.text import one_line
 
 
@@ -19,7 +20,7 @@ def merge_whole(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         RunError: the adapter is on weights that are one, where one of them would change the other, or what comes out
-            is not finite.
+            is not finite, or would not be in that dtype.
     """
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -34,4 +35,6 @@ def merge_whole(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
         merged: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise RunError(f"the adapter cannot be merged: {one_line(error, 300)}") from error
+    for name, parameter in merged.named_parameters():
+        parameter.data = round_finite(parameter.data, dtype, name)
     return merged.to(dtype)

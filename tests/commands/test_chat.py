@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_at_hand import load_live, save_adapter
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from fastchat_qlora import cli
@@ -51,10 +53,12 @@ def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.inference_mode()
-def expected(made: tuple[Path, Path], turns: list[str], system: str = "", *, adapter: bool = True) -> str:
+def expected(
+    made: tuple[Path, Path], turns: list[str], system: str = "", *, adapter: bool = True, quantization: str = "none"
+) -> str:
     """What plain transformers and PEFT answer to the last of these turns, of user and assistant in turn."""
     tokenizer = AutoTokenizer.from_pretrained(made[1])
-    model = load_live(*made)
+    model = load_live(*made, quantization=quantization)
     messages = [{"role": "system", "content": system}] * bool(system)
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -121,12 +125,122 @@ def test_sampling_goes_by_the_seed(made: tuple[Path, Path], chat: Chat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
-    [(["--quantization", "nf4"], "in nf4 with"), (["--quantization", "none"], "in float32 with"), ([], "in float32")],
+    ("flags", "quantization", "said"),
+    [
+        (["--quantization", "nf4"], "nf4", "in nf4 with {}, which was trained on the base's own weights; greedy"),
+        (["--quantization", "none"], "none", "in float32 with {}; greedy"),
+        ([], "none", "in float32 with {}; greedy"),
+    ],
 )
-def test_the_base_is_had_as_asked(made: tuple[Path, Path], chat: Chat, flags: list[str], said: str) -> None:
-    code, out, err = chat(made[1], *flags, "--message", "Hi")
-    assert code == 0 and len(out) > 1 and said in err
+def test_the_base_is_had_as_asked(
+    made: tuple[Path, Path], chat: Chat, flags: list[str], quantization: str, said: str
+) -> None:
+    code, out, err = chat(made[1], *flags, "--message", "Hi", "--message", "Count.")
+    hi = expected(made, ["Hi"], quantization=quantization)
+    count = expected(made, ["Hi", hi, "Count."], quantization=quantization)
+    assert (code, out) == (0, f"{shown(hi)}\n{shown(count)}\n") and said.format(made[1]) in err
+    assert quantization == "none" or hi != expected(made, ["Hi"]), "what is tested is the quantisation"
+
+
+def test_casts_of_8_bit_layers_are_told_once(made: tuple[Path, Path], chat: Chat) -> None:
+    """And no bars are drawn where nobody watches."""
+    code, out, err = chat(made[1], "--quantization", "int8", "--message", "Hi")
+    assert code == 0 and out and err.count("MatMul8bitLt") <= 1
+    assert "Loading weights" not in err and "\r" not in err
+
+
+def test_an_answer_that_is_cut_off_says_so(made: tuple[Path, Path], adapter: Path, tmp_path: Path, chat: Chat) -> None:
+    """By the flag, or by the model's last position; one that has come to its end says nothing."""
+    said = f"(cut off by --max_new_tokens {MOST})"
+    code, _, err = chat(made[1], "--message", "Hi", "--message", "Hi")
+    assert code == 0 and err.count(said) == 2
+    _, _, err = chat(adapter, lines="Hi\n/base\n")
+    assert err.count(said) == 2
+    base = Path(shutil.copytree(made[0], tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": len(prompt) + 3}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = ("--model_name_or_path", str(base), "--max_new_tokens", str(2**31 - 1))
+    code, _, err = chat(adapter, *flags, "--message", "Hi")
+    assert f"{adapter}: names {made[0]} as its base; {base}, which must be the same model, is taken." in err
+    assert code == 0 and f"(cut off by the {len(prompt) + 3} tokens that the model has positions for)" in err
+    first = tokenizer(expected(made, ["Hi"]), add_special_tokens=False).input_ids
+    GenerationConfig(eos_token_id=[first[-1]]).save_pretrained(adapter)
+    assert "cut off" not in chat(adapter, "--message", "Hi")[2]
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "0.001"], ["--temperature", "1000"], ["--top_p", "1e-300"]])
+def test_extreme_sampling_still_answers(made: tuple[Path, Path], chat: Chat, flags: list[str]) -> None:
+    code, out, _ = chat(made[1], "--temperature", "1", *flags, "--message", "Hi")
+    assert code == 0 and len(out) > 1
+    if "--top_p" in flags:
+        assert out == shown(expected(made, ["Hi"])) + "\n", "of the likeliest tokens one is left"
+
+
+def test_predictions_that_are_no_numbers_stop_it(made: tuple[Path, Path], tmp_path: Path, chat: Chat) -> None:
+    base = Path(shutil.copytree(made[0], tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = chat(made[1], "--model_name_or_path", str(base), "--message", "Hi")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: the model's predictions are no numbers: ")
+
+
+ODD_INPUT = {
+    # bytes, None where they cannot be read, and flags -> exit code, and what is said
+    "a line": (b"H\xffi\nHi\n", [], 0, "Not asked: the line is not utf-8 text."),
+    "a message": (b"H\xffi", ["--message", "-"], 2, "error: --message -: standard input is not utf-8 text; write"),
+    "nothing": (b" \n", ["--message", "-"], 2, "error: --message -: standard input is empty; give it a text"),
+    "no message": (None, ["--message", "-"], 2, "error: --message -: standard input cannot be read (Bad file desc"),
+    "no line": (None, [], 1, "error: standard input cannot be read: Bad file descriptor; see where it comes from"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_INPUT)
+def test_standard_input_that_is_no_text(
+    case: str,
+    made: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, flags, code, said = ODD_INPUT[case]
+    path = tmp_path / "input"
+    path.write_bytes(data or b"")
+    with open(os.open(path, os.O_WRONLY if data is None else os.O_RDONLY), encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert cli.main(["chat", str(made[1]), "--max_new_tokens", str(MOST), *flags]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err and (code == 0 or captured.err.splitlines()[-1].startswith("error: "))
+    assert captured.out == (shown(expected(made, ["Hi"])) + "\n" if code == 0 else "")
+
+
+def test_prompts_are_no_part_of_answers_in_a_file(
+    made: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With somebody at the terminal who types."""
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, b"Hi\n\x04")
+    with open(terminal, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert cli.main(["chat", str(made[1]), "--max_new_tokens", str(MOST)]) == 0
+    os.close(keyboard)
+    captured = capsys.readouterr()
+    assert captured.out == shown(expected(made, ["Hi"])) + "\n"
+    assert captured.err.endswith(f"commands.\n> (cut off by --max_new_tokens {MOST})\n> \n")
+
+
+@pytest.mark.parametrize("flags", [[], ["--message", "-"]])
+def test_standard_input_that_is_closed(
+    flags: list[str], made: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(["chat", str(made[1]), *flags]) == 2
+    assert capsys.readouterr().err == (
+        "error: standard input is closed, so nothing can be asked; give --message TEXT\n"
+    )
 
 
 def test_what_no_longer_fits_is_left_out(made: tuple[Path, Path], adapter: Path, tmp_path: Path, chat: Chat) -> None:
@@ -180,10 +294,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a value": (["--max_new_tokens", "many"], "--max_new_tokens: invalid int value: 'many'"),
     "several": (
         ["--max_new_tokens", "0", "--temperature", "-1", "--top_p", "2", "--seed", "-1"],
-        "4 problems: (1) --temperature -1.0: must be a number of at least 0; (2) --top_p 2.0: must be above 0 and at "
-        "most 1; (3) --max_new_tokens 0: must be at least 1; (4) --seed -1: must be at least 0 and below 2^32",
+        "4 problems: (1) --temperature -1: must be 0, which takes the likeliest token, or from 0.001 to 1000; "
+        "(2) --top_p 2.0: must be above 0 and at most 1; (3) --max_new_tokens 0: must be at least 1 and below 2^31; "
+        "(4) --seed -1: must be at least 0 and below 2^32",
     ),
-    "no number": (["--temperature", "nan"], "--temperature nan: must be a number of at least 0"),
+    "no number": (["--temperature", "nan"], "--temperature nan: must be 0, which takes the likeliest token, or from"),
+    "too cold": (["--temperature", "1e-45"], "or from 0.001 to 1000"),
+    "too hot": (["--temperature", "inf"], "or from 0.001 to 1000"),
+    "nothing": (["--message", ""], "--message: one is empty; give it a text, or - to read standard input"),
+    "twice the same": (["--message", "-", "--message", "-"], "standard input can be read only once; give it once"),
+    "no text": (["--message", "a\udcff"], "--message a\\udcff: is not UTF-8 text; write it in that encoding"),
+    "no text either": (["--system", "\udcff"], "--system \\udcff: is not UTF-8 text; write it in that encoding"),
     "a kind": (["--quantization", "nf5"], "--quantization: invalid choice: 'nf5'"),
     "a base": (["--model_name_or_path", "/no/such"], "--model_name_or_path /no/such: no such folder"),
     "no base in reach": (["--model_name_or_path", "org/model"], "neither a model's folder nor a hub id that can be"),

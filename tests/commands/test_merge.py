@@ -1,8 +1,11 @@
 """The merged model is base and adapter: its weights to the last bit, its logits to rounding."""
 
+import argparse
 import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fastchat_qlora import cli
 from fastchat_qlora.commands import merge as merge_module
 from fastchat_qlora.commands.serving_flags import size
+from fastchat_qlora.model import weight_files
 
 QV = ["q_proj", "v_proj"]
 NF4 = {"quantization": "nf4"}
@@ -149,11 +153,12 @@ def test_what_is_said_and_written(
 ) -> None:
     _, adapter = folders("nf4")
     out = tmp_path / "deep" / "out"
+    capsys.readouterr()  # what libraries said when the adapter was made
     assert cli.main(["merge", str(adapter), "--output_dir", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Merged onto the dequantised nf4 weights, which the adapter was trained on" in captured.err
-    assert "of their norm. --quantization none merges onto the original ones." in captured.err
+    assert captured.out == "" and "\r" not in captured.err, "no bars are drawn where nobody watches"
+    assert "Merged onto the dequantised nf4 weights, which differ from the original ones by " in captured.err
+    assert "of their norm; the adapter was trained on these and makes up for it. --quantization none" in captured.err
     assert "Merged against live model at " in captured.err
     assert sorted(path.name for path in out.iterdir()) == [
         *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
@@ -166,32 +171,92 @@ def test_what_is_said_and_written(
     assert GenerationConfig.from_pretrained(out).eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_onto_the_original_weights(
-    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, adapter = folders("nf4")
-    flags = ["--output_dir", str(tmp_path / "out"), "--quantization", "none", "--dtype", "float32"]
-    assert cli.main(["merge", str(adapter), *flags]) == 0
-    assert "Merged onto the base's own weights." in capsys.readouterr().err
-    _assert_exact(load_live(base, adapter), weights(tmp_path / "out"))
+SAID_OF_BASE = [
+    # trained on, asked for, said
+    (
+        "nf4",
+        "none",
+        "Merged onto the base's own weights; the adapter was trained on the dequantised nf4 weights and kno",
+    ),
+    (
+        "nf4",
+        "fp4",
+        "of their norm; the adapter was trained on the dequantised nf4 weights and knows no others, so the m",
+    ),
+    (
+        "none",
+        "nf4",
+        "of their norm; the adapter was trained on the base's own weights and knows no others, so the merge",
+    ),
+    ("none", "none", "Merged onto the base's own weights, which the adapter was trained on."),
+    ("", "none", "Merged onto the base's own weights; which ones the adapter was trained on is not known."),
+    ("", "nf4", "of their norm; which ones the adapter was trained on is not known."),
+]
 
 
-def test_a_checkpoint_says_how_it_was_trained(
-    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("trained_on", "asked", "said"), SAID_OF_BASE)
+def test_onto_other_weights(
+    trained_on: str,
+    asked: str,
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, adapter = folders("lora")
+    """Those that were asked for, and it is said which the adapter was trained on."""
+    base, adapter = folders("lora")
     (adapter / "training_args.json").unlink()
-    command = ["merge", str(adapter), "--verify", "False", "--output_dir"]
-    assert cli.main([*command, str(tmp_path / "unknown")]) == 0
-    assert "so how its training had the base is not known" in capsys.readouterr().err
-    run = {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}
-    (adapter / "manifest.json").write_text(json.dumps({"manifest": {"run": run}}))
-    assert cli.main([*command, str(tmp_path / "known")]) == 0
-    assert "the dequantised fp4 weights" in capsys.readouterr().err
-    (adapter / "manifest.json").unlink()
-    write_account(tmp_path, quantization="nf4")  # of the run, one folder up
-    assert cli.main([*command, str(tmp_path / "parents")]) == 0
-    assert "the dequantised nf4 weights" in capsys.readouterr().err
+    if trained_on:
+        write_account(adapter, quantization=trained_on)
+    flags = ["--output_dir", str(tmp_path / "out"), "--quantization", asked, "--dtype", "float32", "--verify", "False"]
+    assert cli.main(["merge", str(adapter), *flags]) == 0
+    assert said in capsys.readouterr().err
+    _assert_exact(load_live(base, adapter, quantization=asked), weights(tmp_path / "out"))
+
+
+FP4_RUN = json.dumps({"manifest": {"run": {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}}})
+NF4_RUN = json.dumps({"lora": {"q_lora": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+                      "bnb_4bit_use_double_quant": True}, "training": {"bf16": True, "fp16": False}})  # fmt: skip
+NF4_SAID = "Merged onto the dequantised nf4 weights, which differ from the original ones by "
+FP4_SAID = NF4_SAID.replace("nf4", "fp4")
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "said"),
+    [
+        ("checkpoint-7", {}, "has no training_args.json, so how its training had the base is not known"),
+        ("checkpoint-7", {"manifest.json": FP4_RUN, "training_args.json": NF4_RUN}, FP4_SAID),
+        ("checkpoint-7", {"manifest.json": "{}", "training_args.json": NF4_RUN}, NF4_SAID),
+        ("checkpoint-7", {"../training_args.json": NF4_RUN}, NF4_SAID),
+        ("best", {"training_args.json": NF4_RUN}, NF4_SAID),
+        ("best", {"../training_args.json": NF4_RUN}, "best: has no training_args.json, so how "),
+        ("best", {"training_args.json": NF4_RUN[:20]}, "best: its training_args.json is broken (JSONDecodeError: "),
+        ("best", {"training_args.json": "[" * 100_000}, "best: its training_args.json is broken (RecursionError: "),
+        ("best", {"training_args.json": "[]"}, "best: its training_args.json is broken (TypeError: "),
+        (
+            "checkpoint-7",
+            {"manifest.json": "{", "../training_args.json": "{}"},
+            "property name enclosed in double quotes: line 1 column 2 (char 1)) and its training_args.json is broken "
+            "(KeyError: 'lora'), so how its training had the base is not known",
+        ),
+    ],
+)
+def test_what_the_training_says_of_itself(
+    folder: str,
+    files: dict[str, str],
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run's account counts for its checkpoints, and for no other folder in it."""
+    _, adapter = folders("lora")
+    adapter = adapter.rename(tmp_path / folder)
+    (adapter / "training_args.json").unlink()
+    for name, text in files.items():
+        (adapter / name).write_text(text)
+    assert cli.main(["merge", str(adapter), "--verify", "False", "--output_dir", str(tmp_path / "out")]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_stop_tokens_of_the_training_are_kept(folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -202,32 +267,92 @@ def test_stop_tokens_of_the_training_are_kept(folders: Callable[..., tuple[Path,
     assert (found.eos_token_id, found.temperature) == ([2, 7], 0.5)
 
 
-def test_another_model_is_not_taken_for_it(
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("beside", ["base", "adapter"])
+def test_settings_that_contradict_each_other_are_kept(
+    beside: str, whole: bool, folders: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some bases have a temperature without sampling, which transformers reads and refuses to write."""
+    base, adapter = folders("lora")
+    settings = {"do_sample": False, "temperature": 0.5, "top_p": 0.3, "eos_token_id": [2]}
+    (base if beside == "base" else adapter).joinpath("generation_config.json").write_text(json.dumps(settings))
+    if whole:
+        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("changed", ["o_proj", "q_proj"])
+def test_what_is_too_large_for_the_format_is_refused(
+    changed: str,
+    whole: bool,
     folders: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A merge that forgets one layer in four is found out, and leaves nothing."""
-    _, adapter = folders("lora")
-    real = merge_module.write_weight_files
+    """With an adapter on it or without, by its name; float32 holds it."""
+    base, adapter = folders("lora")
+    name = f"model.layers.1.self_attn.{changed}.weight"
+    tensors = weights(base)
+    tensors[name][0, 0] = -1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    if whole:
+        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+    command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out"), "--dtype"]
+    assert cli.main([*command, "float16"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: {name}: holds numbers up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*command, "float32"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "scale", "said"),
+    [
+        ("", 1.0, ""),
+        ("0.self_attn.v_proj", 1.0, "error: the merged model is not base and adapter: their predictions diverge by "),
+        ("", 0.01, ""),
+        ("_proj", 0.01, "Not verified: the adapter moves the predictions by "),
+        ("_proj", 0.0, "Not verified: the adapter moves the predictions by 0 nats"),
+    ],
+)
+def test_another_model_is_not_taken_for_it(
+    forgotten: str,
+    scale: float,
+    said: str,
+    folders: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A merge that leaves some layers as the base has them is found out, or it is said that nobody can tell."""
+    base, adapter = folders("lora")
+    _change_tensors(adapter, lambda tensors: [one.mul_(scale) for name, one in tensors.items() if "lora_B" in name])
+    original, real = weights(base), merge_module.write_weight_files
 
     def forgetful(folder: Path, headers: Any, get: Callable[[str], torch.Tensor], limit: int) -> None:
-        first = "model.layers.0.self_attn.v_proj.weight"
-        real(folder, headers, lambda name: torch.zeros_like(get(name)) if name == first else get(name), limit)
+        real(folder, headers, lambda name: original[name] if forgotten and forgotten in name else get(name), limit)
 
     monkeypatch.setattr(merge_module, "write_weight_files", forgetful)
     command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out")]
-    assert cli.main(command) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the merged model is not base and adapter: their predictions diverge by ")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
-    assert cli.main([*command, "--verify", "False"]) == 0
+    is_wrong = said.startswith("error")
+    assert cli.main(command) == is_wrong
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(said) for line in lines)
+    assert any(line.startswith("Not verified") for line in lines) == said.startswith("Not verified")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"][: 2 + (not is_wrong)]
+    if is_wrong:
+        assert cli.main([*command, "--verify", "False"]) == 0
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_what_breaks_off_leaves_nothing(
-    fault: BaseException,
+@pytest.mark.parametrize("fault", ["full disk", "SIGTERM", "SIGINT", "another merge"])
+def test_what_breaks_off_leaves_nothing_of_its_own(
+    fault: str,
     folders: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -235,21 +360,51 @@ def test_what_breaks_off_leaves_nothing(
 ) -> None:
     _, adapter = folders("lora")
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise fault
-
-    monkeypatch.setattr("fastchat_qlora.model.weight_files.save_file", fail)
     out = tmp_path / "out"
     out.mkdir()
-    (tmp_path / ".out.unfinished").mkdir()
-    code = cli.main(["merge", str(adapter), "--output_dir", str(out)])
+    real = weight_files.save_file
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        if fault == "full disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if fault == "another merge":
+            (out / "config.json").touch()
+        else:
+            signal.raise_signal(signal.Signals[fault])
+
+    monkeypatch.setattr(weight_files, "save_file", fail)
+    others = [tmp_path / ".out.unfinished" / "of a user", tmp_path / ".unfinished-merge-1" / "of another merge"]
+    for other in others:
+        other.mkdir(parents=True)
+    code = cli.main(["merge", str(adapter), "--output_dir", str(out), "--verify", "False"])
     said = capsys.readouterr().err
-    assert "was left behind by a merge that did not come to its end" in said
-    if isinstance(fault, OSError):
-        assert code == 1 and said.endswith("cannot be written: [Errno 28] No space left on device\n")
-    else:
-        assert code == 130 and said.endswith(f"SIGINT: stopped; nothing was written to {out}\n")
-    assert list(out.iterdir()) == [] and not (tmp_path / ".out.unfinished").exists()
+    assert f"{tmp_path}: holds 1 unfinished merges, such as .unfinished-merge-1; remove" in said
+    assert (code, said.splitlines()[-1]) == {
+        "full disk": (1, f"error: --output_dir {out}: cannot be written: [Errno 28] No space left on device"),
+        "SIGTERM": (143, f"SIGTERM: stopped; nothing was written to {out}"),
+        "SIGINT": (130, f"SIGINT: stopped; nothing was written to {out}"),
+        "another merge": (1, f"error: --output_dir {out}: something was written there meanwhile, and stays; give "
+                          "another folder"),
+    }[fault]  # fmt: skip
+    assert [path.name for path in out.iterdir()] == ["config.json"] * (fault == "another merge")
+    assert all(other.is_dir() for other in others)
+    assert len(list(tmp_path.iterdir())) == 5, "base, adapter, out and the two"
+
+
+@pytest.mark.parametrize("leads_to", ["a folder", "nothing yet"])
+def test_a_link_is_followed(leads_to: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    _, adapter = folders("lora")
+    elsewhere, link = tmp_path / "elsewhere" / "model", tmp_path / "link"
+    link.symlink_to(elsewhere)
+    if leads_to == "a folder":
+        elsewhere.mkdir(parents=True)
+    assert cli.main(["merge", str(adapter), "--output_dir", str(link), "--verify", "False"]) == 0
+    assert link.is_symlink() and (elsewhere / "config.json").is_file()
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["model"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert elsewhere.stat().st_mode & 0o777 == 0o777 & ~umask, "others may read it as any folder"
 
 
 def test_a_full_disk_is_seen_before(
@@ -295,6 +450,16 @@ def test_other_names_in_the_files_are_merged_whole(
         assert torch.allclose(logits(merged), logits(live), atol=1e-5)
 
 
+def test_a_template_that_writes_more_than_the_model_reads(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compared is as much as there are positions for."""
+    _, adapter = folders("lora")
+    (adapter / "chat_template.jinja").write_text("{{ 'word ' * 2000 }}")
+    assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
+    assert "Merged against live model at 1024 positions" in capsys.readouterr().err
+
+
 MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     # what is done to base and adapter and which flags are given, and what is said of it
     "no adapter": (lambda base, adapter: [str(base)], "no adapter_config.json and no adapter_model.safetensors there"),
@@ -302,16 +467,56 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "its own folder": (lambda base, adapter: ["--output_dir", str(adapter)], "is the folder of the adapter"),
     "the base's folder": (lambda base, adapter: ["--output_dir", str(base)], "is the folder of the base model"),
     "a full folder": (lambda base, adapter: ["--output_dir", str(base.parent)], "is not empty"),
+    "a link to nothing": (
+        lambda base, adapter: ["--output_dir", _link_to_itself(base)],
+        "is a link that leads nowhere",
+    ),
+    "a NUL byte": (lambda base, adapter: ["--output_dir", "a\0b"], "a name here is UTF-8 text without NUL characters"),
+    "no UTF-8": (
+        lambda base, adapter: ["--output_dir", "a\udcffb"],
+        "a name here is UTF-8 text without NUL characters",
+    ),
+    "no user": (lambda base, adapter: ["--output_dir", "~nosuchuser/out"], "no such user; give the path in full"),
+    "a torn file": (lambda base, adapter: [_tear(base)], "model.safetensors cannot be read as safetensors: "),
+    "no numbers": (
+        lambda base, adapter: [_break(adapter, "nan")],
+        "1 of its 8 tensors are not finite floating-point numbers, such as base_mo",
+    ),
+    "too large": (lambda base, adapter: [_break(adapter, "-inf")], "lora_A.weight; take an earlier checkpoint, or"),
+    "whole numbers": (
+        lambda base, adapter: [_change_tensors(adapter, _to_integers)],
+        "8 of its 8 tensors are not finite",
+    ),
+    "a base of integers": (
+        lambda base, adapter: [_change_base(base, _to_integers)],
+        "holds integers in the base's files",
+    ),
+    "a missing tensor": (
+        lambda base, adapter: [_change_base(base, lambda tensors: tensors.pop("model.norm.weight"))],
+        "its files lack 1 of its tensors, such as model.norm.weight; get it again",
+    ),
+    "other shapes": (
+        lambda base, adapter: [_set(base / "config.json", vocab_size=700)],
+        "its files hold tensors of other shapes than its config.json says; get it again",
+    ),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
     "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
     "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors have no place on this model"),
-    "more tokens": (lambda base, adapter: [_add_tokens(adapter)], "the tokenizer has 605 tokens and the model embed"),
+    "more tokens": (
+        lambda base, adapter: [_add_tokens(adapter)],
+        "the tokenizer has 605 tokens and the model embeddings "
+        "for 600: '<new 0>' (id 600) has none; give the base that the adapter in ",
+    ),
     "quantised": (lambda base, adapter: [_quantise(base)], "its weights are quantised already"),
     "no biases": (lambda base, adapter: [_configure(adapter, lora_bias=True)], "tensors are not in it"),
     "another kind": (lambda base, adapter: [_configure(adapter, peft_type="IA3")], "give a LoRA adapter"),
 }
+
+
+def _all_in(folder: Path) -> list[str]:
+    return sorted(os.path.join(parent, name) for parent, dirs, files in os.walk(folder) for name in dirs + files)
 
 
 def _rename(base: Path) -> str:
@@ -319,17 +524,44 @@ def _rename(base: Path) -> str:
     return ""
 
 
+def _link_to_itself(base: Path) -> str:
+    link = base.with_name("link")
+    link.symlink_to(link)
+    return str(link)
+
+
+def _tear(base: Path) -> str:
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5_000])
+    return ""
+
+
 def _configure(adapter: Path, **changes: Any) -> str:
-    path = adapter / "adapter_config.json"
+    return _set(adapter / "adapter_config.json", **changes)
+
+
+def _set(path: Path, **changes: Any) -> str:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return ""
 
 
-def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
-    tensors = load_file(adapter / "adapter_model.safetensors")
+def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    return _change_file(adapter / "adapter_model.safetensors", change)
+
+
+def _change_base(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    return _change_file(base / "model.safetensors", change)
+
+
+def _change_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    tensors = load_file(path)
     change(tensors)
-    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"})
     return ""
+
+
+def _to_integers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: tensor.to(torch.int32) for name, tensor in tensors.items()})
 
 
 def _widen(adapter: Path) -> str:
@@ -341,6 +573,10 @@ def _deepen(adapter: Path) -> str:
     return _change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
 
 
+def _break(adapter: Path, number: str) -> str:
+    return _change_tensors(adapter, lambda tensors: min(tensors.items())[1][0].fill_(float(number)))
+
+
 def _add_tokens(adapter: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokenizer.add_tokens([f"<new {index}>" for index in range(5)])
@@ -349,11 +585,7 @@ def _add_tokens(adapter: Path) -> str:
 
 
 def _quantise(base: Path) -> str:
-    path = base / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
-    )
-    return ""
+    return _set(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -370,12 +602,13 @@ def test_a_mistake_is_one_line(
     named = [] if given and not given[0].startswith("-") else [str(adapter)]
     if mistake == "the base's folder":
         flags += ["--model_name_or_path", str(base)]
-    before = sorted(tmp_path.rglob("*"))
+    before = _all_in(tmp_path)
+    capsys.readouterr()  # what libraries said when the adapter was made
     assert cli.main(["merge", *named, *given, *flags]) == 2
     captured = capsys.readouterr()
     error = captured.err.splitlines()[-1]
     assert captured.out == "" and error.startswith("error: ") and expected in error
-    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+    assert _all_in(tmp_path) == before, "nothing is written"
 
 
 @given(st.integers(1, 999), st.sampled_from(["", "K", "M", "G", "T"]), st.booleans())
@@ -384,3 +617,11 @@ def test_sizes(number: int, unit: str, binary: bool) -> None:
     text = f"{number}{unit}{'i' * (binary and bool(unit))}B"
     assert size(text) == number * (1024 if binary and unit else 1000) ** power
     assert size(text.lower()) == size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "5", "GB", "0B", "0.9B", "0GB", "-5GB", "1e9GB", "nanB", "5 XB", "9" * 400 + "B", "8388608TiB"]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size; give one such as 5GB, 500MB or 2GiB"):
+        size(text)

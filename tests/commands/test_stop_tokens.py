@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fastchat_qlora.commands.stop_tokens import find_end_of_turn, load_generation_config
 from fastchat_qlora.errors import UserError
 
+CONFIG = LlamaConfig(vocab_size=600)
 IM_END, END_OF_TEXT, IM_START = 2, 0, 1
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
 TEMPLATES = {
@@ -52,8 +53,29 @@ def test_where_they_come_from(
         (tmp_path / name).mkdir()
         if settings is not None:
             GenerationConfig(**settings).save_pretrained(tmp_path / name)
-    found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, None)
+    found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
     assert found.eos_token_id == expected
+
+
+ODD = ["600", "-1", '"2"', "true", "2.5", "[2]"]
+
+
+@pytest.mark.parametrize("folder", ["adapter", "base"])
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_token_of_the_model_is_left_out(
+    odd: str, folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """Alone, where the next source is asked, and beside one that is."""
+    tokenizer.chat_template = TEMPLATES["at once"][0]
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / folder / "generation_config.json"
+    for written, expected in ((f"[{odd}]", [IM_END]), (f"[7, {odd}, 599]", [7, 599])):
+        notices.clear()
+        path.write_text(f'{{"eos_token_id": {written}}}')
+        found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
+        assert found.eos_token_id == (expected if folder == "adapter" else list(dict.fromkeys([IM_END, *expected])))
+        assert f"{path}: 1 of its " in notices.text and "are no tokens of the model" in notices.text
 
 
 @pytest.mark.parametrize("folder", ["adapter", "base"])
@@ -62,4 +84,4 @@ def test_a_broken_file_is_named(folder: str, tokenizer: PreTrainedTokenizerFast,
         (tmp_path / name).mkdir()
     (tmp_path / folder / "generation_config.json").write_text('{"eos_token_id": ')
     with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
-        load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, None)
+        load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
