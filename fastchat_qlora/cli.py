@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
@@ -186,6 +187,11 @@ def _set_up_logging() -> None:
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.INFO if is_main else logging.ERROR)
+    # Two notices of libraries for their own developers, which puzzle whoever starts a first run. bitsandbytes 0.50
+    # misses a kernel that only answers, and not trains, on CPUs with AVX-512; PEFT 0.21 reads a property by the name
+    # that transformers 6 drops. They can go with the next versions of the two.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def _fail_together(message: str) -> int:
