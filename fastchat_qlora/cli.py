@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import AgreedError, RunError, UserError
-from fastchat_qlora.signals import Stopped
+from fastchat_qlora.signals import Stopped, unanswered
 from fastchat_qlora.standard_output import READER_GONE, ReaderGone
 from fastchat_qlora.text import one_line, visible, without_secrets
 
@@ -147,6 +147,8 @@ def _fail_among_several(error: Exception) -> int:
     from fastchat_qlora.distributed import is_lost_peer
 
     if is_lost_peer(error):
+        if signum := unanswered():  # the launcher is ending all already, while this one was still writing its page
+            return 128 + signum
         time.sleep(LAUNCHER_ENDS_WITHIN)
         reason = visible(one_line(error))[:300]
         sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")

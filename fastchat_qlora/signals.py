@@ -60,6 +60,8 @@ class StopSignals:
         if self._pipe is None:
             return
         _entered.remove(self)
+        if self.received and not isinstance(exception[1], Stopped):
+            _unanswered.append(self.received)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(-1)
@@ -109,6 +111,12 @@ class StopSignals:
 
 
 _entered: list[StopSignals] = []
+_unanswered: list[int] = []
+
+
+def unanswered() -> int:
+    """A signal that nobody has acted upon, for an error was on its way already; 0 if there was none."""
+    return _unanswered[-1] if _unanswered else 0
 
 
 def _leave_alone() -> None:
