@@ -132,6 +132,8 @@ def _legend(plan: Plan) -> Text:
         "on: devices; recomp.: layers whose activations are computed again in backward; batch: the largest "
         "--per_device_train_batch_size that fits. Evaluations keep no activations, and are not in the table."
     ]
+    if any(one.need and not one.need.activations for one in plan.devices):
+        lines.append("A row without activations needs most when the optimizer steps; backward, with them, needs less.")
     if plan.available is not None and plan.device_gib:
         lines.append(
             f"A device has {plan.device_gib:.1f} GiB, of which a run may take {_gib(plan.available)}; the rest is for "

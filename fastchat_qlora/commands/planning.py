@@ -346,7 +346,9 @@ def _on_more_devices(setting: Setting, placement: Placement, fsdp: str) -> Itera
         dealt = replace(setting, batch_size=size, accumulation=in_a_step // (times if same_steps else 1) // size)
         moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
         costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
-        yield _Alternative(DEVICES, _joined(" ", flags, f"on {count} devices"), costs, dealt, moved)
+        yield _Alternative(
+            DEVICES | SHARDED if flags else DEVICES, _joined(" ", flags, f"on {count} devices"), costs, dealt, moved
+        )
         times *= 2
 
 

@@ -38,8 +38,22 @@ def succeed(command: str) -> object:
     return None
 
 
+IN_THE_MATRIX = ("LoRA fp32 ", "every token learnt, SGD ", "head trained ", "QLoRA ZeRO-2", "LoRA FSDP2")
+"""Cases that CI leaves to `-m matrix`."""
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.strategy}".strip())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=(name := f"{case.name} {case.strategy}").strip(),
+            marks=[pytest.mark.matrix] * (name in IN_THE_MATRIX),
+        )
+        for case in CASES
+    ],
+)
 def test_plan_against_measurement(case: Case, wide_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "long.json"
     write_data(data)
