@@ -327,27 +327,28 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
         logger.warning(notice)
     *groups, last = build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
     args = RunArguments(*groups)
-    if configuration:  # what it says against the flags depends on processes, which are not there
-        raise_all(_refused_by_deepspeed(configuration, args.training))
+    if configuration:
+        raise_all(_check_deepspeed(configuration, args.training, arguments, has_processes=False))
     return args, last
 
 
-def _check_deepspeed(configuration: str, args: TrainingArguments, arguments: Sequence[str]) -> list[str]:
+def _check_deepspeed(
+    configuration: str, args: TrainingArguments, arguments: Sequence[str], *, has_processes: bool = True
+) -> list[str]:
     """What the DeepSpeed configuration says against the flags, and what DeepSpeed would not take.
 
-    The libraries would tell it after loading the weights.
+    The libraries would tell it after loading the weights. The batch of all processes is not looked at where they are
+    not there.
     """
+    noted = args.hf_deepspeed_config.mismatches
+    mismatches = noted if has_processes else [text for text in noted if "train_batch_size=" not in text]
     written = {spelled(text.partition("=")[0]) for text in arguments if text.startswith("--")}
     chosen = {
         "optim": OptimizerNames(args.optim).value,
         "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
     }
     given = {name: value for name, value in chosen.items() if f"--{name}" in written}
-    found = find_contradictions(args.deepspeed, args.hf_deepspeed_config.mismatches, given)
+    found = find_contradictions(args.deepspeed, mismatches, given)
     hint = "; make them the same, or leave one out"
-    contradictions = [f"--deepspeed {configuration}: {problem}{hint}" for problem in found]
-    return contradictions + _refused_by_deepspeed(configuration, args)
-
-
-def _refused_by_deepspeed(configuration: str, args: TrainingArguments) -> list[str]:
-    return [f"--deepspeed {configuration}: {problem}" for problem in find_refused(args.hf_deepspeed_config.config)]
+    problems = [f"{problem}{hint}" for problem in found] + find_refused(args.hf_deepspeed_config.config)
+    return [f"--deepspeed {configuration}: {problem}" for problem in problems]

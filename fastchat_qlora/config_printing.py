@@ -57,7 +57,7 @@ def print_config(parser: FlagParser, values: argparse.Namespace, arguments: Sequ
         arguments: the command line that they were parsed from.
 
     Returns:
-        Sentences on what was left out.
+        Sentences on where they are, and on what was left out.
 
     Raises:
         UserError: the file cannot be written, or is not named as one of settings.
@@ -72,7 +72,8 @@ def print_config(parser: FlagParser, values: argparse.Namespace, arguments: Sequ
         _write_to_terminal(printed.text)
     else:
         _write_whole(Path(target), printed.text)
-    notices = [f"{name} is left out, for it holds a secret; give it on the line." for name in printed.secrets]
+    notices = [f"the settings are in {target}."] * (target != TERMINAL)
+    notices += [f"{name} is left out, for it holds a secret; give it on the line." for name in printed.secrets]
     if own := _given_to_the_command(parser, values):
         notices.append(f"leaves out {', '.join(own)}: only {parser.prog} takes such; give it on the line.")
     return [f"--print_config: {notice}" for notice in notices]

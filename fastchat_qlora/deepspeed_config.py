@@ -87,6 +87,11 @@ def offload_device(config: Mapping[str, Any], what: str) -> str:
     return str((config.get("zero_optimization", {}).get(what) or {}).get("device", "none"))
 
 
+def optimizer_in_effect(config: Mapping[str, Any], optim: str) -> str:
+    """The configuration's own optimizer, or else that of the command line, by the name that each has for it."""
+    return str(config.get("optimizer", {}).get("type") or optim)
+
+
 def layout(config: Mapping[str, Any]) -> str:
     """The settings that decide how the optimizer's state is cut up in a checkpoint, as they are written down."""
     found = {

@@ -352,5 +352,10 @@ def test_files_named_exist() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    for page in PAGES:
+        assert "<!--" not in page.read_text(encoding="utf-8"), page
+
+
 def test_readme_is_short() -> None:
     assert TEXTS[ROOT / "README.md"].count("\n") < 300

@@ -21,7 +21,8 @@ from fastchat_qlora.text import visible
 logger = logging.getLogger(__name__)
 
 HELP = """/reset             forget the conversation
-/base [question]   what the base model says without the adapter: to the last question, or to this one
+/base [question]   what the base model says without the adapter: to the last question, or to this one, behind the
+                   conversation so far
 /system [text]     begin again with this system message, or with the template's own
 /help              this
 /quit              leave; so does Ctrl-D. Ctrl-C stops an answer."""

@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.arguments import RunArguments, parse_command
 from fastchat_qlora.commands.inspect_views import Report, print_report, write_page
-from fastchat_qlora.commands.written_whole import written_whole
+from fastchat_qlora.commands.output_file import check_output, get_output_dir, written_whole
 from fastchat_qlora.data.dataset import arrange, load_data
 from fastchat_qlora.data.inspection import Example, get_account, get_examples, measure
-from fastchat_qlora.data.readers import find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import load_tokenizer
 from fastchat_qlora.standard_output import standard_output
@@ -51,7 +50,7 @@ def inspect(argv: Sequence[str]) -> None:
     if write is None:
         raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
     if own.output:
-        _check_output(output, args)
+        check_output(output, args, argv)
     report, tokenizer = _prepare(args)
     examples = _examples(report, tokenizer, own.num_examples)
     if not own.output:
@@ -92,7 +91,7 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
         data_args,
         tokenizer,
         max_length=training_args.model_max_length,
-        output_dir=_output_dir(args),
+        output_dir=get_output_dir(args),
         cache_dir=training_args.cache_dir,
         is_rehearsal=True,
     )
@@ -109,10 +108,6 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
     return report, tokenizer
 
 
-def _output_dir(args: RunArguments) -> Path | None:
-    return None if args.training.output_dir == "." else Path(args.training.output_dir)
-
-
 def _paths(flag: str, args: RunArguments) -> list[str]:
     return getattr(args.data, flag.lstrip("-"))  # type: ignore[no-any-return]
 
@@ -120,25 +115,3 @@ def _paths(flag: str, args: RunArguments) -> list[str]:
 def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Example]:
     """The first rows of each set, all of them for 0."""
     return chain.from_iterable(get_examples(name, rows, tokenizer, count) for name, rows in report.sets.items())
-
-
-def _check_output(path: Path, args: RunArguments) -> None:
-    """Refuse what cannot or should not be written before anything is read."""
-    if os.path.isdir(path):
-        raise UserError(f"--output {path}: is a folder; give the name of a file")
-    if os.path.realpath(path) in map(os.path.realpath, _data_files(args)):
-        raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
-    with written_whole(path, keep=False):
-        pass
-
-
-def _data_files(args: RunArguments) -> list[Path]:
-    run = _output_dir(args)
-    try:
-        return [
-            file
-            for name in (*args.data.data_path, *(args.data.eval_data_path or ()))
-            for file in find_files(name, run and run.resolve()).files
-        ]
-    except OSError:  # is told when the data is to be read
-        return []

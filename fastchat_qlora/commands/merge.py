@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import CONFIG_NAME
 
 from fastchat_qlora.commands.comparison import compare, get_logits, make_rows
 from fastchat_qlora.commands.serving_flags import parse_merge, require_output
@@ -30,7 +31,13 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading import build_skeleton
 from fastchat_qlora.model.merging import LayerwiseMerge, OnlyWhole
 from fastchat_qlora.model.quantised_base import find_quantised, make_rounding
-from fastchat_qlora.model.weight_files import WeightFiles, find_weight_files, total_bytes, write_weight_files
+from fastchat_qlora.model.weight_files import (
+    WeightFiles,
+    find_weight_files,
+    open_to_readers,
+    total_bytes,
+    write_weight_files,
+)
 from fastchat_qlora.model.whole_merge import merge_whole
 from fastchat_qlora.training.stopping import write_generation_config
 
@@ -118,6 +125,7 @@ def _write_model(
         logger.warning(f"Not merged a layer at a time, since {reason}: the whole model is loaded, in float32.")
         _write_whole(adapter, folder, dtype, max_shard_size, output_dir)
         _tell_of_base(adapter, None)
+    open_to_readers(folder, like=CONFIG_NAME)
     adapter.tokenizer.save_pretrained(folder)
     write_generation_config(folder, adapter.generation)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from fastchat_qlora.arguments import parse_command
+from fastchat_qlora.commands.output_file import check_output, written_whole
 from fastchat_qlora.commands.plan_making import Devices, Speed, make_plan
 from fastchat_qlora.commands.plan_views import as_json, print_plan
-from fastchat_qlora.commands.written_whole import written_whole
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.number_checks import SPEED
 from fastchat_qlora.standard_output import standard_output
@@ -56,8 +56,7 @@ def plan(argv: Sequence[str]) -> None:
         raise UserError(f"--output {own.output}: give a name that ends in .json, or - for the terminal")
     output = Path(os.path.expanduser(own.output))
     if own.output not in ("", "-"):
-        with written_whole(output, keep=False):  # before anything is read
-            pass
+        check_output(output, args, argv)
     made = make_plan(args, Devices(own.devices, own.device_type, own.device_memory_gib), _known_speed(own))
     if own.output not in ("", "-"):
         with written_whole(output) as file:

@@ -29,7 +29,7 @@ from fastchat_qlora.commands.planning import (
 from fastchat_qlora.data.collation import largest_batch
 from fastchat_qlora.data.dataset import arrange, load_data
 from fastchat_qlora.data.packing import PackedRows, column, largest_possible_batch
-from fastchat_qlora.deepspeed_config import offload_device
+from fastchat_qlora.deepspeed_config import offload_device, optimizer_in_effect
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.fsdp_config import OPTIMIZERS, offloads
@@ -118,6 +118,7 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         max_length=training.model_max_length,
         checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
         optimizer=OptimizerNames(training.optim).value,
+        zero_optimizer=_optimizer(args),
         memory=gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None,
         is_shared=kind == "cpu" and not devices.memory_gib,
     )
@@ -282,15 +283,19 @@ def _in_words(args: RunArguments, dtype: torch.dtype, devices: int, kind: str) -
         "devices": f"{devices} x {kind}",
         "batch": f"{batch} x {accumulation} accumulated x {devices} = {batch * accumulation * devices} {unit} a step",
         "activation checkpointing": checkpointing,
-        "optimizer": OptimizerNames(training.optim).value,
+        "optimizer": _optimizer(args),
     }
+
+
+def _optimizer(args: RunArguments) -> str:
+    """The optimizer of the run as it is."""
+    return optimizer_in_effect(args.training.deepspeed or {}, OptimizerNames(args.training.optim).value)
 
 
 def _disk(args: RunArguments, given: Placement, rows: int, trained: int) -> Disk:
     kept = count_checkpoints(args.training, rows, given.devices)
-    optimizer = OptimizerNames(args.training.optim).value
     has_masters, only_model = given.strategy.startswith("ZeRO"), args.training.save_only_model
-    one = checkpoint_bytes(trained, optimizer, has_masters=has_masters, only_model=only_model)
+    one = checkpoint_bytes(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
     return Disk(kept, one, trained * FP32)
 
 

@@ -130,7 +130,8 @@ def _cells(one: OnDevice, sizes: list[float], layers: int, width: int) -> list[s
 def _legend(plan: Plan) -> Text:
     lines = [
         "on: devices; recomp.: layers whose activations are computed again in backward; batch: the largest "
-        "--per_device_train_batch_size that fits. Evaluations keep no activations, and are not in the table."
+        "--per_device_train_batch_size that fits, or all rows that there are for a device.",
+        "Evaluations keep no activations, and are not in the table.",
     ]
     if any(one.need and not one.need.activations for one in plan.devices):
         lines.append("A row without activations needs most when the optimizer steps; backward, with them, needs less.")

@@ -103,6 +103,7 @@ class Setting:
         max_length: tokens of a row at the most.
         checkpointing: of activations: all, none, or as few layers as memory asks for (None).
         optimizer: by its transformers name.
+        zero_optimizer: under ZeRO, whose configuration may have its own.
         memory: bytes that a run may take of a device; None if that is not known.
         is_shared: whether all devices are one, a machine's CPU, so that each process has its part.
     """
@@ -115,6 +116,7 @@ class Setting:
     max_length: int
     checkpointing: bool | None
     optimizer: str
+    zero_optimizer: str
     memory: float | None
     is_shared: bool = False
 
@@ -206,9 +208,11 @@ def need_of(setting: Setting, placement: Placement, tokens: int) -> tuple[Need, 
     model, available = setting.model, setting.available(placement.devices)
     assert not isinstance(model, str)
 
+    optimizer = setting.zero_optimizer if placement.strategy.startswith("ZeRO") else setting.optimizer
+
     def need(count: int) -> Need:
         return need_on_device(
-            model, tokens, count, placement, optimizer=setting.optimizer, accumulates=setting.accumulation > 1
+            model, tokens, count, placement, optimizer=optimizer, accumulates=setting.accumulation > 1
         )
 
     if setting.checkpointing is not None or available is None:
@@ -258,7 +262,7 @@ BF16, IN_4_BITS, WHOLE, SHARDED, SHORTER, DEVICES = (
 class _Alternative(NamedTuple):
     """What is done otherwise, by kinds of change: of several of the same ones the first that fits is enough.
 
-    Where a change fits, it and others fit too; that is not worth saying.
+    Where a change fits, it and others fit too; that is not worth saying, but of devices, of which it may take fewer.
     """
 
     kinds: frozenset[str]
@@ -279,7 +283,8 @@ def changes_that_fit(setting: Setting, placement: Placement, rows: int, why_not:
     """
     found: dict[frozenset[str], Change] = {}
     for kinds, flags, costs, changed, moved in _alternatives(setting, placement):
-        if any(enough <= kinds for enough in found if enough) or isinstance(changed.model, str):
+        needless = any(enough < kinds for enough in found if enough and not enough & DEVICES)
+        if kinds in found or needless or isinstance(changed.model, str):
             continue
         for more_flags, more_costs, relaxed in _relaxed(changed, moved, rows, why_not):
             on_device = look_at(relaxed, moved, rows, why_not)
@@ -330,10 +335,14 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternati
             costs = f"what lies behind {length:,} tokens is not learnt"
             yield _Alternative(kinds, flags, costs, replace(kept, max_length=length), placement)
             length //= 2
-    yield from _on_more_devices(setting, placement, f"--fsdp True{instead}")
+    yield from _on_more_devices(setting, placement, f"--fsdp True{instead}", "", NOTHING)
+    if q_lora:
+        yield from _on_more_devices(smaller, placement, f"--fsdp True{instead}", q_lora, IN_4_BITS)
 
 
-def _on_more_devices(setting: Setting, placement: Placement, fsdp: str) -> Iterator[_Alternative]:
+def _on_more_devices(
+    setting: Setting, placement: Placement, fsdp: str, also: str, kinds: frozenset[str]
+) -> Iterator[_Alternative]:
     """Twice as many devices, again and again; with the same conversations in a step where they can be dealt out."""
     devices, is_sharded = placement.devices, placement.strategy in (ZERO_3, FSDP2)
     flags = "" if is_sharded and devices > 1 else fsdp
@@ -346,9 +355,8 @@ def _on_more_devices(setting: Setting, placement: Placement, fsdp: str) -> Itera
         dealt = replace(setting, batch_size=size, accumulation=in_a_step // (times if same_steps else 1) // size)
         moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
         costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
-        yield _Alternative(
-            DEVICES | SHARDED if flags else DEVICES, _joined(" ", flags, f"on {count} devices"), costs, dealt, moved
-        )
+        all_kinds = kinds | DEVICES | (SHARDED if flags else NOTHING)
+        yield _Alternative(all_kinds, _joined(" ", also, flags, f"on {count} devices"), costs, dealt, moved)
         times *= 2
 
 

@@ -1,6 +1,7 @@
 """The safetensors files of a model: read a tensor at a time, and written a file at a time."""
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
         _raise_exceptions_for_missing_entries=False,
     )
     return Path(found) if found else None
+
+
+def open_to_readers(folder: Path, like: str) -> None:
+    """Give a folder's safetensors files the permissions of another file of it, which follow the process's umask.
+
+    safetensors 0.8 writes files that only their owner may read, so that a server under another name could not. It can
+    go once they follow the umask again.
+    """
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / like, path)
 
 
 def write_weight_files(

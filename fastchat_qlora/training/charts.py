@@ -87,6 +87,8 @@ def get_curve(
 ) -> Curve:
     """What the log has under a key; values that are not finite cannot be shown and are left out.
 
+    Of a step the first value counts: the evaluation after the run is logged at its last step, and may be of the best.
+
     Args:
         history: TrainerState.log_history.
         key: of a log entry.
@@ -96,10 +98,11 @@ def get_curve(
     """
     found = {
         entry["step"]: float(entry[key])
-        for entry in history
+        for entry in reversed(history)
         if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
     }
-    return Curve(name, colour, list(found), list(found.values()), is_noisy)
+    steps = list(reversed(found))
+    return Curve(name, colour, steps, [found[step] for step in steps], is_noisy)
 
 
 def thinned(curve: Curve) -> Curve:

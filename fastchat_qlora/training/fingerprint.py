@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.arguments import LoraArguments, RunArguments
-from fastchat_qlora.deepspeed_config import layout, offload_device
+from fastchat_qlora.deepspeed_config import layout, offload_device, optimizer_in_effect
 from fastchat_qlora.distributed import Topology
 from fastchat_qlora.model.loading import dtype_name
 
@@ -61,7 +61,7 @@ def describe_settings(
     """What the flags decide: how a checkpoint is laid out, what its state is the state of, what a step is."""
     training, data = args.training, args.data
     deepspeed = training.deepspeed or {}
-    optimizer = deepspeed.get("optimizer", {}).get("type") or OptimizerNames(training.optim).value
+    optimizer = optimizer_in_effect(deepspeed, OptimizerNames(training.optim).value)
     flags = {name: getattr(training, name) for name in (*IN_THE_STATE, *FROM_NOW_ON)}
     flags |= {name: getattr(data, name) for name in ("overlong", "train_on", "eval_split")}
     return {

@@ -4,10 +4,12 @@ The head is what the hub reads (https://huggingface.co/docs/hub/model-cards). Of
 files, never contents; of this machine there is nothing.
 """
 
+import logging
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ from fastchat_qlora.training.manifest import sync
 from fastchat_qlora.training.preparation import Prepared
 from fastchat_qlora.training.saved_adapter import CARD
 
+logger = logging.getLogger(__name__)
+
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `--max-lora-rank` may be."""
 
@@ -39,6 +43,7 @@ RESULTS = {
     "train_loss": "mean loss",
     "eval_loss": "evaluation loss",
     "steps": "steps",
+    "best_step": "step of this adapter, with the best evaluation",
     "epoch": "epochs",
     "tokens": "tokens",
     "supervised_tokens": "learnt tokens",
@@ -46,6 +51,9 @@ RESULTS = {
     "tokens_per_second": "tokens per second of training alone",
 }
 """Metric -> how the card calls it."""
+
+OF_THE_PROCESS = ("train_loss", "tokens", "supervised_tokens", "train_runtime")
+"""Those that count what this process has done, and so not the whole of a run that it only went on with."""
 
 
 class DataSet(NamedTuple):
@@ -65,20 +73,24 @@ def write_model_card(
 ) -> None:
     """Write the card, which appears when all of it is on the disk.
 
+    One that cannot be written is told of and loses nothing else.
+
     Args:
         folder: where the adapter lies.
         args: the arguments of the run.
         prepared: what the run was known to be before its weights were loaded.
         metrics: its results; those named in RESULTS are taken.
         effective: what was in effect, see effective.read_back.
-
-    Raises:
-        OSError: it cannot be written.
     """
     part = folder / f"{CARD}.unfinished"
-    part.write_text(build_model_card(folder.resolve().name, args, prepared, metrics, effective), encoding="utf-8")
-    sync(part)
-    part.replace(folder / CARD)
+    try:
+        part.write_text(build_model_card(folder.resolve().name, args, prepared, metrics, effective), encoding="utf-8")
+        sync(part)
+        part.replace(folder / CARD)
+    except Exception as error:  # of a disk, a template, or the hub's library
+        logger.warning(f"{folder / CARD}: the model card could not be written ({one_line(error, 200)}).")
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def build_model_card(
@@ -87,6 +99,7 @@ def build_model_card(
     """The card's text, with its head; arguments as for write_model_card, and what the adapter is called."""
     base = args.model.model_name_or_path
     is_local = os.path.isdir(base)
+    shown = {key for key in metrics if not (prepared.checkpoint and key in OF_THE_PROCESS)}
     environment = Environment(
         loader=PackageLoader("fastchat_qlora", "templates"),
         undefined=StrictUndefined,
@@ -106,7 +119,7 @@ def build_model_card(
         template=next(iter(prepared.data.values())).template,
         turn_ends=", ".join(f"`{prepared.tokenizer.convert_ids_to_tokens(token)}`" for token in prepared.turn_ends),
         settings={label: _cell(value) for label, value in _settings(args, prepared.lora_config, effective).items()},
-        results={label: _number(metrics[key]) for key, label in RESULTS.items() if key in metrics},
+        results={label: _number(metrics[key]) for key, label in RESULTS.items() if key in shown},
         refused=why_vllm_refuses(prepared.lora_config),
         max_rank=next((rank for rank in RANKS if rank >= prepared.lora_config.r), prepared.lora_config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",
@@ -203,7 +216,7 @@ def _settings(args: RunArguments, config: LoraConfig, effective: Mapping[str, st
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{float(value):,.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{float(value):.4g}"
 
 
 def _plain(text: str) -> str:

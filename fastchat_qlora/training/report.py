@@ -175,6 +175,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 seconds_since_start(),
             ),
             "restarts": self._restarts,
+            "best_step": self._trainer.best_step,
             "charts": [(chart, draw(chart, *NARROW)) for chart in charts],
             "wide": draw(charts[0], *WIDE) if charts and charts[0].name == "loss" else "",
             "answers": [

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter import ADAPTER_FILE, trainable_parameters
+from fastchat_qlora.model.weight_files import open_to_readers
 from fastchat_qlora.training.manifest import sync
 
 CARD = "README.md"
@@ -48,6 +50,7 @@ def _whole(parameter: Any) -> torch.Tensor:
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
     """Write an adapter as PEFT does. Embeddings are saved if they were trained; the hub is not asked about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+    open_to_readers(Path(folder), like=CONFIG_NAME)
 
 
 def certify(

@@ -52,6 +52,7 @@ class Throughput:
         self._logged = [0, 0]
         self._since: float | None = None
         self._paused = 0.0
+        self._pauses = 0
 
     def begin(self) -> None:
         """Start the clock, at the first step."""
@@ -65,12 +66,14 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While this is entered, the time is not training's."""
+        """While this is entered, the time is not training's. It may be entered again within itself."""
         began = time.perf_counter()
+        self._pauses += 1
         try:
             yield
         finally:
-            if self._since is not None and self._since <= began:  # the clock was running
+            self._pauses -= 1
+            if not self._pauses and self._since is not None and self._since <= began:  # the clock was running
                 self._paused += time.perf_counter() - began
 
     def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:

@@ -60,6 +60,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.frozen_base: FrozenBase | None = None
         self.step = Step([], 0)
         self._unwrapped: tuple[Any, Any] = (None, None)
+        self.best_step: int | None = None
         self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
@@ -288,6 +289,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if unsafe := find_unsafe(best):
             raise RunError(f"{best}: {'; '.join(unsafe)}: it would run code, and is not loaded")
         super()._load_best_model()
+        if self.state.best_global_step != self.state.global_step:
+            self.best_step = self.state.best_global_step
+            logger.info(f"The adapter is that of step {self.best_step}, with the best evaluation.")
 
     def _note_best(self, staged: Path, output_dir: Path) -> None:
         """Name the best checkpoint by the place where it is or will be; Trainer looked where this one is written."""
@@ -333,9 +337,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return largest_possible_batch(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
 
     def last_figures(self) -> dict[str, Any]:
-        """Steps done, and the loss that was logged last."""
+        """Steps done, the loss that was logged last, and the step of the adapter where it is an earlier one."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        return {"steps": self.state.global_step} | ({"loss": losses[-1]} if losses else {})
+        figures = {"steps": self.state.global_step} | ({"loss": losses[-1]} if losses else {})
+        return figures | ({"best_step": self.best_step} if self.best_step else {})
 
     def tokens_seen(self) -> tuple[int, int]:
         """Real and supervised tokens trained on since the start of this process, over all processes."""

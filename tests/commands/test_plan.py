@@ -15,6 +15,7 @@ from fastchat_qlora.model import speed
 
 ALL = "--lora_target_modules all-linear"
 ROOM = "--device_memory_gib 1000"
+OF_LION = "--optim lion_32bit"
 ONE = "--per_device_train_batch_size 1"
 
 
@@ -272,6 +273,43 @@ def test_json_on_the_terminal(model_folder: Path, data: Path, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["given"]["strategy"] == "one process"
 
 
+def test_the_optimizer_of_a_deepspeed_configuration(plan: Any, tmp_path: Path) -> None:
+    """Where it has one, it is that which steps; what is in place of ZeRO has the flag's."""
+    config = tmp_path / "lion.json"
+    config.write_text('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}')
+    planned = plan(f"--devices 2 {ROOM} --deepspeed {config}")
+    lion, adam = (
+        plan(f"--devices 2 {ROOM} --deepspeed playground/deepspeed_config_s2.json {f}") for f in (OF_LION, "")
+    )
+    assert the_run(planned)["need"]["optimizer"] == the_run(lion)["need"]["optimizer"]
+    assert planned["settings"]["optimizer"] == "Lion" and planned["disk"] == lion["disk"] != adam["disk"]
+    by_ddp = [one["need"] for one in planned["devices"] if one["placement"]["strategy"] == "DDP"]
+    assert by_ddp == [one["need"] for one in adam["devices"] if one["placement"]["strategy"] == "DDP"]
+
+
+def test_what_8_bits_cannot_4_bits_can_on_more_devices(plan: Any) -> None:
+    """8-bit weights are never sharded."""
+    eight = f"{ALL} --bf16 True --load_in_8bit True {ONE} --activation_checkpointing True --model_max_length 256"
+    four = f"{eight.replace('--load_in_8bit', '--q_lora')} --fsdp True --devices 2 {ROOM}"
+    memory = f"--device_memory_gib {1.001 * the_run(plan(four))['need']['total'] / 0.92 / 2**30}"
+    [change] = plan(f"{eight} {memory}")["changes"]
+    flags = "--q_lora True in place of --load_in_8bit --fsdp True on 2 devices"
+    assert (change["flags"], change["on_device"]["placement"]["devices"]) == (flags, 2)
+
+
+@pytest.mark.parametrize("named", ["--data_path", "a file of settings"])
+def test_no_file_of_the_run_is_lost(
+    named: str, model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_bytes(data.read_bytes() if named == "--data_path" else b'{"lora_r": 4}')
+    argv = ["--data_path", str(mine)] if named == "--data_path" else ["--data_path", str(data)]
+    first = [] if named == "--data_path" else [str(mine)]
+    before = mine.read_bytes()
+    assert cli.main(["plan", *first, "--model_name_or_path", str(model_folder), *argv, "--output", str(mine)]) == 2
+    assert "which would be lost; give another name" in capsys.readouterr().err and mine.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -281,6 +319,7 @@ def test_json_on_the_terminal(model_folder: Path, data: Path, capsys: pytest.Cap
         ("--use_cpu True --device_memory_gib 8", "--use_cpu True and --device_memory_gib 8.0: is that main memory?"),
         ("--use_cpu True --device_type cuda", "two kinds of device"),
         (f"--dataloader_drop_last True --devices 500 {ONE}", "do not fill one batch of 500"),
+        ("--deepspeed four.json", "its train_micro_batch_size_per_gpu is 4, --per_device_train_batch_size is 8"),
         ("--deepspeed zero.json", "--deepspeed zero.json: zero_optimization.reduce_bucket_size is -5"),
         ("--tokens_per_second nan", "--tokens_per_second nan: must be a finite number"),
         ("--output plan.txt", "--output plan.txt: give a name that ends in .json"),
@@ -300,6 +339,7 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("four.json").write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}')
     Path("zero.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}')
     assert cli.main(["plan", *f"--model_name_or_path {model_folder} --data_path {data} {flags}".split()]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

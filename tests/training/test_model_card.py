@@ -16,7 +16,8 @@ from peft import LoraConfig
 from fastchat_qlora.arguments import parse_args
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.training import run
-from fastchat_qlora.training.model_card import RANKS, build_model_card, why_vllm_refuses
+from fastchat_qlora.training.charts import get_curve
+from fastchat_qlora.training.model_card import RANKS, _number, build_model_card, why_vllm_refuses
 from fastchat_qlora.training.preparation import Prepared
 
 
@@ -127,6 +128,63 @@ def test_the_rank_is_one_that_vllm_knows(rank: int, most: int, tokenizer: Any, t
 def test_secrets_stay_out(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secretbase1")
     assert "secretbase1" not in card_of("org/secretbase1", tokenizer, tmp_path)
+
+
+def test_the_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Where the last state is not the best, the adapter is an earlier one; the log keeps what it has measured."""
+    output = tmp_path / "out"
+    best = "--eval_strategy steps --save_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end True"
+    card = train(model_folder, data_file, output, *best.split(), "--eval_split", "3", "--learning_rate", "10")
+    state = json.loads((output / "trainer_state.json").read_text())
+    step = state["best_global_step"]
+    assert step < 4, "this rate overshoots"
+    assert table(card)["step of this adapter, with the best evaluation"] == str(step)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert f"The adapter is that of step {step}, with the best evaluation." in page
+    measured = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    curve = get_curve(state["log_history"], "eval_loss", "", "")
+    assert curve.steps == [1, 2, 3, 4] and curve.values == measured[:4]
+
+
+def test_what_only_the_last_process_has_counted_is_left_out(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    saves = ["--save_strategy", "steps", "--save_steps", "2"]
+    whole = table(train(model_folder, data_file, output, *saves))
+    shutil.rmtree(output / "checkpoint-4")
+    for name in ("training_args.json", "train_results.json"):
+        (output / name).unlink()
+    went_on = table(train(model_folder, data_file, output, *saves))
+    assert {*whole} - {*went_on} == {"mean loss", "tokens", "learnt tokens", "seconds"}
+    assert whole["steps"] == went_on["steps"] == "4"
+
+
+def test_a_card_that_cannot_be_written_loses_nothing_else(
+    model_folder: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    with contextlib.suppress(IsADirectoryError):
+        train(model_folder, data_file, tmp_path / "out")
+    assert "the model card could not be written" in caplog.text
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"training_args.json", "train_results.json", "adapter_model.safetensors"} <= files
+    assert "README.md.unfinished" not in files
+
+
+def test_large_numbers_are_written_out() -> None:
+    assert [_number(value) for value in (23_680.4, 36_000, 2.71828, 0.00012345)] == [
+        "23,680",
+        "36,000",
+        "2.718",
+        "0.0001235",
+    ]
+
+
+def test_others_may_read_the_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    train(model_folder, data_file, tmp_path / "out")
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("adapter_model.safetensors", "adapter_config.json")}
+    assert len(modes) == 1
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_card(
