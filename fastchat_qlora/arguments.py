@@ -341,7 +341,7 @@ def _check_deepspeed(
     not there.
     """
     noted = args.hf_deepspeed_config.mismatches
-    mismatches = noted if has_processes else [text for text in noted if "train_batch_size=" not in text]
+    mismatches = noted if has_processes else [text for text in noted if "ds train_batch_size=" not in text]
     written = {spelled(text.partition("=")[0]) for text in arguments if text.startswith("--")}
     chosen = {
         "optim": OptimizerNames(args.optim).value,

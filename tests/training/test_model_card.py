@@ -173,7 +173,7 @@ def test_a_card_that_cannot_be_written_loses_nothing_else(
 
 
 def test_large_numbers_are_written_out() -> None:
-    assert [_number(value) for value in (23_680.4, 36_000, 2.71828, 0.00012345)] == [
+    assert [_number(value) for value in (23_680.4, 36_000, 2.71828, 0.00012346)] == [
         "23,680",
         "36,000",
         "2.718",
