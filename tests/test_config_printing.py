@@ -104,7 +104,7 @@ def test_it_goes_to_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     for command in ("train", "inspect"):
         with pytest.raises(SystemExit):
             cli.main([command, *NEEDED, "--lora_r", "3", "--print_config", f"{command}.yaml"])
-        assert capsys.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", f"--print_config: the settings are in {command}.yaml.\n")
     assert (here / "train.yaml").read_text() == (here / "inspect.yaml").read_text()
     assert parse_args(["train.yaml"]).lora.lora_r == 3
     assert sorted(path.name for path in here.iterdir()) == ["data.json", "inspect.yaml", "out", "train.yaml"]
@@ -190,7 +190,7 @@ def test_flags_of_a_command_alone_are_left_out(here: Path, capsys: pytest.Captur
             ["plan", *NEEDED[:4], "--devices", "8", "--output=p.json", "--lora_r", "4", "--print_config", "a.yaml"]
         )
     said = "--print_config: leaves out --devices, --output: only fastchat-qlora plan takes such; give it on the line.\n"
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == f"--print_config: the settings are in a.yaml.\n{said}"
     with pytest.raises(UserError, match="--output_dir"):
         parse_args(["a.yaml"])
     assert parse_args(["a.yaml", "--output_dir", "out"]).lora.lora_r == 4

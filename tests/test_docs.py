@@ -354,7 +354,8 @@ def test_files_named_exist() -> None:
 
 def test_nothing_is_left_to_be_filled_in() -> None:
     for page in PAGES:
-        assert "<!--" not in page.read_text(encoding="utf-8"), page
+        left = [line for line in TEXTS[page].splitlines() if "<!--" in line and "is written by" not in line]
+        assert not left, page
 
 
 def test_readme_is_short() -> None:

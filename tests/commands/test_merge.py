@@ -165,6 +165,7 @@ def test_what_is_said_and_written(
         *("tokenizer.json", "tokenizer_config.json"),
     ]
     assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside it"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "who may read one may read all"
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
     assert tokenizer.model_max_length == 256

@@ -77,9 +77,11 @@ def test_a_recipe_is_read_as_it_is_launched(recipe: Path, tmp_path: Path, monkey
 def test_a_recipe_says_what_it_is_for(recipe: Path) -> None:
     plan = [line for line in head(recipe) if line.startswith("plan:")]
     assert len(plan) == 1
-    found = re.fullmatch(r"plan: --devices (\d+) --device_memory_gib (\d+)", plan[0])
+    found = re.fullmatch(r"plan: --devices (\d+) --device_memory_gib ([\d.]+)", plan[0])
     assert found and int(found.group(1)) == processes(launch(recipe))
-    assert f"of {found.group(2)} " in head(recipe)[0], "the title names the same GPU"
+    sold_by = re.search(r"(?:of|with)(?: .*?with)? (\d+) (?:or \d+ )?GB", head(recipe)[0])
+    assert sold_by, "the title names the GPU"
+    assert 0.9 < float(found.group(2)) / int(sold_by.group(1)) < 1, "which reports less than it is sold by"
     model = yaml.safe_load(recipe.read_text())["model_name_or_path"].partition("/")[2]
     assert (MODELS / model / "config.json").is_file()
 

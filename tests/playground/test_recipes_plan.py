@@ -4,7 +4,6 @@ Its data is as long as it can be: each conversation fills a row.
 """
 
 import json
-import math
 import re
 import shlex
 import shutil
@@ -46,10 +45,5 @@ def test_recipe_fits(
     asked = planned["given"]["strategy"], planned["given"]["devices"]
     named = {"fsdp": "FSDP2", "zero3": "ZeRO-3", "ddp": "DDP", "1gpu": "one process"}
     assert asked[0] == named[recipe.stem.rpartition("-")[2]]
-    launch = re.search(r"^#     (.* train_lora.py .*)$", text, re.MULTILINE)
-    assert launch, "the recipe says how it is started"
-    started = math.prod(map(int, re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launch[1])))
-    all_of_a_machine = launch[1].startswith("deepspeed ")
-    assert asked[1] == (8 if all_of_a_machine else started) and ("eight GPUs" in text or not all_of_a_machine)
     billions = float(re.search(r"([\d.]+)B", name, re.IGNORECASE)[1])  # type: ignore[index]
     assert planned["base"] == pytest.approx(billions * 1e9, rel=0.25), "the shapes are those of the model"
