@@ -3,12 +3,12 @@
 import argparse
 import importlib.util
 import os
-import re
 
 from fastchat_qlora import fsdp_config
 from fastchat_qlora.json_settings import check_json_flags, settings_of
 from fastchat_qlora.number_checks import check_numbers
 from fastchat_qlora.path_checks import check_data_path, check_folders
+from fastchat_qlora.text import is_text
 
 ATTENTION = (
     "auto",
@@ -224,7 +224,7 @@ def _check_availability(values: argparse.Namespace) -> list[str]:
         problems.append("--debug tpu_metrics_debug: the package torch_xla is not installed; choose underflow_overflow")
     if any(not prompt.strip() for prompt in values.sample_prompts or ()):
         problems.append("--sample_prompts '': an empty question has no answer; give words, or drop the flag")
-    if any(re.search(r"[\ud800-\udfff]", prompt) for prompt in values.sample_prompts or ()):
+    if not all(is_text(prompt) for prompt in values.sample_prompts or ()):
         problems.append("--sample_prompts: a question is not UTF-8, and no tokenizer reads it; write it in UTF-8")
     if values.do_predict:
         problems.append("--do_predict True: nothing is predicted by this program; drop the flag")

@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from fastchat_qlora.text import is_text
+
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 DATA_SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -33,9 +35,7 @@ def check_folders(values: argparse.Namespace) -> list[str]:
 
 def _misnamed(name: str) -> str:
     """Why a folder of that name cannot be used, whatever is in it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # other bytes come as halves of surrogate pairs
+    if not is_text(name):
         return "its name is not UTF-8, and files that are written hold it; rename it"
     return "no such user; give the path in full" if str(_expanded(name)).startswith("~") else ""
 

@@ -26,6 +26,15 @@ def visible(text: str) -> str:
     )
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8; other bytes come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def without_secrets(value: Any, name: str = "") -> Any:
     """A value with a mask in place of what nobody else may read: under names such as hub_token, in URLs, of the hub.
 

@@ -9,14 +9,14 @@ from transformers import GenerationConfig, set_seed
 
 from fastchat_qlora.commands.answering import Answerer, Decoding, TooLong, render_prompt
 from fastchat_qlora.commands.chat_input import lines_of_a_pipe, lines_of_a_terminal, read_messages
-from fastchat_qlora.commands.serving_flags import is_text, parse_chat
+from fastchat_qlora.commands.serving_flags import parse_chat
 from fastchat_qlora.commands.trained_adapter import TrainedAdapter, context_length, load_live, open_adapter
 from fastchat_qlora.data.rendering import Shown
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading import dtype_name
 from fastchat_qlora.signals import Stopped
 from fastchat_qlora.standard_output import standard_output
-from fastchat_qlora.text import visible
+from fastchat_qlora.text import is_text, visible
 
 logger = logging.getLogger(__name__)
 

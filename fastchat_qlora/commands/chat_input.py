@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TextIO
 
-from fastchat_qlora.commands.serving_flags import STDIN, is_text
+from fastchat_qlora.commands.serving_flags import STDIN
 from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.text import is_text
 
 logger = logging.getLogger(__name__)
 

@@ -253,11 +253,10 @@ def _refusals(args: RunArguments, base: Base) -> WhyNot:
     skeleton = build_skeleton(base.config)
 
     def why_not(at: Placement, precision: Precision) -> str:
-        zero_stage = int(at.strategy[-1]) if at.strategy.startswith("ZeRO") else 0
-        topology = Topology(0, 0, at.devices, "cuda", zero_stage, at.strategy == FSDP2)
+        topology = Topology(0, 0, at.devices, "cuda", at.zero_stage, at.strategy == FSDP2)
         if at.strategy == FSDP2 and optimizer not in OPTIMIZERS:
             return f"--optim {optimizer}: is not proven to step on what FSDP2 shards"
-        if zero_stage and optimizer.startswith(SHAPED):
+        if at.zero_stage and optimizer.startswith(SHAPED):
             return f"--optim {optimizer}: looks at shapes, which ZeRO flattens"
         if precision.quantised == "int8" and topology.shards_parameters:
             return "--load_in_8bit True: 8-bit weights cannot be sharded"
@@ -294,7 +293,7 @@ def _optimizer(args: RunArguments) -> str:
 
 def _disk(args: RunArguments, given: Placement, rows: int, trained: int) -> Disk:
     kept = count_checkpoints(args.training, rows, given.devices)
-    has_masters, only_model = given.strategy.startswith("ZeRO"), args.training.save_only_model
+    has_masters, only_model = bool(given.zero_stage), args.training.save_only_model
     one = checkpoint_bytes(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
     return Disk(kept, one, trained * FP32)
 

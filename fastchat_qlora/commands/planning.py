@@ -208,7 +208,7 @@ def need_of(setting: Setting, placement: Placement, tokens: int) -> tuple[Need, 
     model, available = setting.model, setting.available(placement.devices)
     assert not isinstance(model, str)
 
-    optimizer = setting.zero_optimizer if placement.strategy.startswith("ZeRO") else setting.optimizer
+    optimizer = setting.zero_optimizer if placement.zero_stage else setting.optimizer
 
     def need(count: int) -> Need:
         return need_on_device(
@@ -303,16 +303,16 @@ def _joined(between: str, *parts: str) -> str:
 
 def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternative]:
     devices, asked = placement.devices, setting.precision
-    with_zero = placement.strategy.startswith("ZeRO")
-    instead = " in place of --deepspeed" * with_zero
+    instead = " in place of --deepspeed" * bool(placement.zero_stage)
     can_shard = devices > 1 and placement.strategy != FSDP2
     sharded = Placement(FSDP2, devices) if can_shard else placement
     to_bf16 = "--bf16 True" * (asked.dtype == torch.float32)
+    kept = [(NOTHING, "", setting)]
     yield _Alternative(NOTHING, "", "", setting, placement)
     if to_bf16:
         half = replace(setting, precision=asked._replace(dtype=torch.bfloat16))
         yield _Alternative(BF16, to_bf16, "computed in 16 bits", half, placement)
-    if with_zero and devices > 1:
+    if placement.zero_stage and devices > 1:
         whole = Placement(DDP, devices)
         yield _Alternative(WHOLE, "no --deepspeed", "every device has the whole base", setting, whole)
     if can_shard:
@@ -322,22 +322,20 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternati
         also = " in place of --load_in_8bit" * (asked.quantised == "int8")
         smaller = replace(setting, precision=Precision(QUANTISED_TO_4[0], torch.bfloat16 if to_bf16 else asked.dtype))
         q_lora, costs = _joined(" ", to_bf16, f"--q_lora True{also}"), "the base is rounded to 4 bits"
+        kept.append((IN_4_BITS, q_lora, smaller))
         yield _Alternative(IN_4_BITS, q_lora, costs, smaller, placement)
         if can_shard:
             flags = f"{q_lora} --fsdp True{instead}"
             yield _Alternative(IN_4_BITS | SHARDED, flags, f"{costs}, and gathered by layer", smaller, sharded)
-    else:
-        smaller, q_lora = setting, ""
-    for kinds, also, kept in ((SHORTER, "", setting), (SHORTER | IN_4_BITS, q_lora, smaller)):
+    for kinds, also, of in kept:
         length = setting.max_length // 2
         while length >= SHORTEST:
             flags = _joined(" ", f"--model_max_length {length}", also)
             costs = f"what lies behind {length:,} tokens is not learnt"
-            yield _Alternative(kinds, flags, costs, replace(kept, max_length=length), placement)
+            yield _Alternative(SHORTER | kinds, flags, costs, replace(of, max_length=length), placement)
             length //= 2
-    yield from _on_more_devices(setting, placement, f"--fsdp True{instead}", "", NOTHING)
-    if q_lora:
-        yield from _on_more_devices(smaller, placement, f"--fsdp True{instead}", q_lora, IN_4_BITS)
+    for kinds, also, of in kept:
+        yield from _on_more_devices(of, placement, f"--fsdp True{instead}", also, kinds)
 
 
 def _on_more_devices(
@@ -351,8 +349,9 @@ def _on_more_devices(
         count = devices * times
         in_a_step = setting.batch_size * setting.accumulation
         same_steps = in_a_step % times == 0
-        size = _largest_divisor(in_a_step // times if same_steps else in_a_step, setting.batch_size)
-        dealt = replace(setting, batch_size=size, accumulation=in_a_step // (times if same_steps else 1) // size)
+        on_each = in_a_step // times if same_steps else in_a_step
+        size = _largest_divisor(on_each, setting.batch_size)
+        dealt = replace(setting, batch_size=size, accumulation=on_each // size)
         moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
         costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
         all_kinds = kinds | DEVICES | (SHARDED if flags else NOTHING)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
 from fastchat_qlora.path_checks import check_model_path
+from fastchat_qlora.text import is_text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
@@ -141,15 +142,6 @@ def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
     if values.model_name_or_path is not None:
         problems += check_model_path(values.model_name_or_path)
     return values, problems
-
-
-def is_text(text: str) -> bool:
-    """Whether it can be written in UTF-8; other bytes come as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_names(values: argparse.Namespace) -> list[str]:

@@ -53,6 +53,11 @@ class Placement(NamedTuple):
     offloads_weights: bool = False
     reshards: bool = True
 
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 where there is none."""
+        return {ZERO_1: 1, ZERO_2: 2, ZERO_3: 3}.get(self.strategy, 0)
+
 
 def need_on_device(model: Model, tokens: int, checkpointed: int, placement: Placement, **how: Any) -> Need:
     """What one of the devices needs, at the moment when that is most.

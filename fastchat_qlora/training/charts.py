@@ -96,13 +96,11 @@ def get_curve(
         colour: see Curve.
         is_noisy: see Curve.
     """
-    found = {
-        entry["step"]: float(entry[key])
-        for entry in reversed(history)
-        if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-    }
-    steps = list(reversed(found))
-    return Curve(name, colour, steps, [found[step] for step in steps], is_noisy)
+    found: dict[int, float] = {}
+    for entry in history:
+        if isinstance(entry.get(key), int | float) and math.isfinite(entry[key]):
+            found.setdefault(entry["step"], float(entry[key]))
+    return Curve(name, colour, list(found), list(found.values()), is_noisy)
 
 
 def thinned(curve: Curve) -> Curve:
