@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import AgreedError, RunError, UserError
-from fastchat_qlora.signals import Stopped, unanswered
-from fastchat_qlora.standard_output import READER_GONE, ReaderGone
-from fastchat_qlora.text import one_line, visible, without_secrets
+from fastchat_qlora.utils.signals import Stopped, unanswered
+from fastchat_qlora.utils.stdout import READER_GONE, ReaderGone
+from fastchat_qlora.utils.text import one_line, visible, without_secrets
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
@@ -25,10 +25,10 @@ LAUNCHER_ENDS_WITHIN = 20.0
 
 
 def _train(argv: Sequence[str]) -> None:
-    from fastchat_qlora.first_look import look_first
+    from fastchat_qlora.config.fast_help import look_first
 
     look_first("train", argv)
-    from fastchat_qlora.arguments import parse_args
+    from fastchat_qlora.config.arguments import parse_args
 
     args = parse_args(argv)
     from fastchat_qlora.training.run import train
@@ -37,37 +37,37 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> None:
-    from fastchat_qlora.first_look import look_first
+    from fastchat_qlora.config.fast_help import look_first
 
     look_first("inspect", argv)
-    from fastchat_qlora.commands.inspect import inspect
+    from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
 
 
 def _plan(argv: Sequence[str]) -> None:
-    from fastchat_qlora.first_look import look_first
+    from fastchat_qlora.config.fast_help import look_first
 
     look_first("plan", argv)
-    from fastchat_qlora.commands.plan import plan
+    from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
 
 
 def _chat(argv: Sequence[str]) -> None:
-    from fastchat_qlora.commands.serving_flags import parse_chat
+    from fastchat_qlora.commands.adapter_flags import parse_chat
 
     parse_chat(argv)  # mistakes and --help before the libraries come
-    from fastchat_qlora.commands.chat import chat
+    from fastchat_qlora.commands.chat.command import chat
 
     chat(argv)
 
 
 def _merge(argv: Sequence[str]) -> None:
-    from fastchat_qlora.commands.serving_flags import parse_merge
+    from fastchat_qlora.commands.adapter_flags import parse_merge
 
     parse_merge(argv)
-    from fastchat_qlora.commands.merge import merge
+    from fastchat_qlora.commands.merge.command import merge
 
     merge(argv)
 
@@ -144,7 +144,7 @@ def _fail_among_several(error: Exception) -> int:
     When one process has failed, the others find their connections closed and would bury its error under theirs. They
     wait for the launcher to end them, and speak only where it does not: their launcher may be that of another machine.
     """
-    from fastchat_qlora.distributed import is_lost_peer
+    from fastchat_qlora.distributed.topology import is_lost_peer
 
     if is_lost_peer(error):
         if signum := unanswered():  # the launcher is ending all already, while this one was still writing its page

@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import transformers
 
-from fastchat_qlora.arguments import RunArguments
-from fastchat_qlora.commands.inspect import InspectArguments
-from fastchat_qlora.commands.plan import PlanArguments
-from fastchat_qlora.commands.serving_flags import chat_parser, merge_parser
-from fastchat_qlora.flag_parsing import FlagParser
-from fastchat_qlora.old_flags import OLD_FLAGS
+from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
+from fastchat_qlora.commands.inspect.command import InspectArguments
+from fastchat_qlora.commands.plan.command import PlanArguments
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.flag_parsing import FlagParser
+from fastchat_qlora.config.legacy_flags import OLD_FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 NO_FLAG = "no flag; the notice says why"

@@ -7,10 +7,11 @@ import argparse
 import json
 from typing import Any
 
-from fastchat_qlora.arguments import LiveParser, build_command_parser, build_parser
-from fastchat_qlora.commands import inspect, plan
-from fastchat_qlora.first_look import KINDS, TABLE, made_from
-from fastchat_qlora.flag_parsing import FlagParser
+from fastchat_qlora.commands.inspect import command as inspect
+from fastchat_qlora.commands.plan import command as plan
+from fastchat_qlora.config.arguments import LiveParser, build_command_parser, build_parser
+from fastchat_qlora.config.fast_help import KINDS, TABLE, made_from
+from fastchat_qlora.config.flag_parsing import FlagParser
 
 IMPLIED: dict[str, Any] = {"nargs": None, "const": None, "default": None, "choices": None, "required": False}
 """Settings that argparse takes by itself where none are given."""

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "faults")]
+sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "support")]
 from fault_table import how_many as how_many
 from fault_table import in_the_project as in_the_project
 from fault_table import pytest_runtest_logreport as pytest_runtest_logreport
@@ -92,7 +92,7 @@ def port() -> int:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised data of a test lies in a folder of its own, and no test finds another's."""
-    monkeypatch.setattr("fastchat_qlora.data.cache.HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+    monkeypatch.setattr("fastchat_qlora.data.tokenization.cache.HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastchat_qlora import __version__, cli
-from fastchat_qlora.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from fastchat_qlora.config.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError, UserError
-from fastchat_qlora.signals import Stopped
+from fastchat_qlora.utils.signals import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,7 +203,7 @@ def test_notices_are_said_once(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", "0")
-    logger = logging.getLogger("fastchat_qlora.arguments")
+    logger = logging.getLogger("fastchat_qlora.config.arguments")
 
     def action(argv: Sequence[str]) -> None:
         logger.info("by the way")

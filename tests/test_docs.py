@@ -21,11 +21,12 @@ from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from torch.distributed.run import get_args_parser
 
 from fastchat_qlora import cli
-from fastchat_qlora.arguments import build_command_parser, build_parser
-from fastchat_qlora.commands import inspect, plan
-from fastchat_qlora.commands.serving_flags import chat_parser, merge_parser
-from fastchat_qlora.first_look import read_flags
-from fastchat_qlora.old_flags import OLD_FLAGS
+from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
+from fastchat_qlora.commands.inspect import command as inspect
+from fastchat_qlora.commands.plan import command as plan
+from fastchat_qlora.config.arguments import build_command_parser, build_parser
+from fastchat_qlora.config.fast_help import read_flags
+from fastchat_qlora.config.legacy_flags import OLD_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

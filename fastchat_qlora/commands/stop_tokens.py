@@ -7,10 +7,10 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from fastchat_qlora.data.rendering import Asked, apply_template
+from fastchat_qlora.data.templates.renderer import Asked, apply_template
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.weight_files import fetch_file
-from fastchat_qlora.text import one_line
+from fastchat_qlora.model.merging.safetensors_files import fetch_file
+from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 

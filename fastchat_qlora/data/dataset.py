@@ -10,12 +10,10 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
-from fastchat_qlora.arguments import DataArguments
-from fastchat_qlora.data.building import REJECTED, ROWS, build_rows, choose_workers
-from fastchat_qlora.data.cache import get_cache_root, get_key, hash_file, open_or_build
-from fastchat_qlora.data.packing import column
-from fastchat_qlora.data.preprocessing import Preprocessor
-from fastchat_qlora.data.readers import (
+from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.data.analysis.serving_parity import report_parity
+from fastchat_qlora.data.batching.packing import column
+from fastchat_qlora.data.sources.readers import (
     RawRecord,
     find_files,
     load_hub_dataset,
@@ -23,8 +21,10 @@ from fastchat_qlora.data.readers import (
     read_hub_dataset,
     source_name,
 )
-from fastchat_qlora.data.rows import Tokenised
-from fastchat_qlora.data.serve_parity import report_parity
+from fastchat_qlora.data.tokenization.build import REJECTED, ROWS, build_rows, choose_workers
+from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_file, open_or_build
+from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.schema import Tokenised
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)

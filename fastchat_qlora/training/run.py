@@ -7,28 +7,28 @@ from typing import Any
 
 from transformers import set_seed
 
-from fastchat_qlora.arguments import RunArguments
-from fastchat_qlora.data.collation import Collator
-from fastchat_qlora.distributed import get_device_map, get_topology, process_group
-from fastchat_qlora.model.adapter import attach_adapter
-from fastchat_qlora.model.loading import get_compute_dtype, load_model
-from fastchat_qlora.signals import StopSignals
-from fastchat_qlora.text import without_secrets
-from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing
-from fastchat_qlora.training.checkpoint import RESULTS, ClearTheWay, saving
-from fastchat_qlora.training.effective import EffectiveSettings
-from fastchat_qlora.training.guards import GradientGuard, LastStepLog, LossGuard, host_group
-from fastchat_qlora.training.model_card import write_model_card
-from fastchat_qlora.training.output_lock import hold
-from fastchat_qlora.training.preparation import Prepared, prepare
-from fastchat_qlora.training.progress import hide_bars_from_files, show_progress
-from fastchat_qlora.training.report import RunReport
-from fastchat_qlora.training.sample_answers import SampleAnswers, encode_prompts
-from fastchat_qlora.training.self_test import SelfTest, run_self_test
-from fastchat_qlora.training.start_up import FirstStepClock
-from fastchat_qlora.training.step_watch import StepWatch
-from fastchat_qlora.training.throughput import peak_memory_mib
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.data.batching.collator import Collator
+from fastchat_qlora.distributed.topology import get_device_map, get_topology, process_group
+from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.loading.base_model import get_compute_dtype, load_model
+from fastchat_qlora.training.callbacks.activation_checkpointing import AutoCheckpointing
+from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
+from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LastStepLog, LossGuard, host_group
+from fastchat_qlora.training.callbacks.progress import hide_bars_from_files, show_progress
+from fastchat_qlora.training.callbacks.sample_generations import SampleAnswers, encode_prompts
+from fastchat_qlora.training.callbacks.sanity_check import SelfTest, run_self_test
+from fastchat_qlora.training.callbacks.startup_timer import FirstStepClock
+from fastchat_qlora.training.callbacks.step_monitor import StepWatch
+from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
+from fastchat_qlora.training.checkpoints.checkpoint import RESULTS, ClearTheWay, saving
+from fastchat_qlora.training.checkpoints.output_lock import hold
+from fastchat_qlora.training.report.html_report import RunReport
+from fastchat_qlora.training.report.model_card import write_model_card
+from fastchat_qlora.training.setup import Prepared, prepare
 from fastchat_qlora.training.trainer import LoraTrainer
+from fastchat_qlora.utils.signals import StopSignals
+from fastchat_qlora.utils.text import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -16,21 +16,21 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastchat_qlora.data.collation import ACCOUNT
-from fastchat_qlora.data.packing import PackedRows, largest_possible_batch
-from fastchat_qlora.distributed import get_mixed_precision_policy
+from fastchat_qlora.data.batching.collator import ACCOUNT
+from fastchat_qlora.data.batching.packing import PackedRows, largest_possible_batch
+from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.attention import PER_CONVERSATION
-from fastchat_qlora.model.loading import get_compute_dtype, repeated_layers
-from fastchat_qlora.model.lora_layers import needs_autocast
-from fastchat_qlora.model.loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
-from fastchat_qlora.training.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
-from fastchat_qlora.training.guards import FrozenBase
-from fastchat_qlora.training.pickles import find_unsafe
-from fastchat_qlora.training.saved_adapter import CARD, certify, gather_adapter, put_in_place, save_adapter
-from fastchat_qlora.training.step_watch import Step
-from fastchat_qlora.training.stopping import build_generation_config, write_generation_config
-from fastchat_qlora.training.throughput import Throughput
+from fastchat_qlora.model.loading.base_model import get_compute_dtype, repeated_layers
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.ops.chunked_loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
+from fastchat_qlora.model.ops.lora_linear import needs_autocast
+from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
+from fastchat_qlora.training.callbacks.step_monitor import Step
+from fastchat_qlora.training.callbacks.throughput import Throughput
+from fastchat_qlora.training.checkpoints.adapter_export import CARD, certify, gather_adapter, put_in_place, save_adapter
+from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
+from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
+from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
 
     Args:
-        run: what the run is, which its checkpoints say; see fingerprint.py.
+        run: what the run is, which its checkpoints say; see run_fingerprint.py.
         shapes: of the adapter's tensors in its file, where they are known.
         turn_ends: ids of the tokens that end a turn, for the generation configuration beside the adapter.
         kwargs: as for Trainer; batches come from a data.collation.Collator.

@@ -14,8 +14,9 @@ from gpu_clock import GIB, give_back, median_ms, peak_gib, reset_peak
 from gpu_model import DTYPE, Size, draw_conversations, make_base
 from gpu_training import attempt
 
-from fastchat_qlora.model import attention, loss
-from fastchat_qlora.model.lora_layers import LeanLinear
+from fastchat_qlora.model.ops import attention
+from fastchat_qlora.model.ops import chunked_loss as loss
+from fastchat_qlora.model.ops.lora_linear import LeanLinear
 
 CHUNK_BYTES = (2**28, 2**29, 2**30)
 """Sizes of a chunk's fp32 logits to compare; the second is what loss.py takes on an accelerator."""

@@ -11,10 +11,10 @@ import torch
 from conversations import SEED, SHAPES
 from transformers import BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
-from fastchat_qlora.data.length import truncate
-from fastchat_qlora.data.packing import PackedRows, PackingSampler
-from fastchat_qlora.data.tokenization import IGNORE_INDEX, TokenizedConversation
-from fastchat_qlora.model.loading import build_skeleton, keep_cpu_weights_trainable
+from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConversation
+from fastchat_qlora.data.tokenization.truncation import truncate
+from fastchat_qlora.model.loading.base_model import build_skeleton, keep_cpu_weights_trainable
 
 DTYPE = torch.bfloat16
 SPREAD = 0.02

@@ -21,16 +21,20 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as PlainArguments
 
-from fastchat_qlora.arguments import LoraArguments, TrainingArguments
-from fastchat_qlora.data.collation import Collator
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
-from fastchat_qlora.model import memory
-from fastchat_qlora.model.adapter import attach_adapter, build_lora_config
-from fastchat_qlora.model.attention import choose_attention
-from fastchat_qlora.model.loading import repeated_layers
-from fastchat_qlora.training.activation_checkpointing import AutoCheckpointing, checkpoint_layers, profile_model
-from fastchat_qlora.training.guards import GradientGuard
-from fastchat_qlora.training.self_test import run_self_test
+from fastchat_qlora.config.arguments import LoraArguments, TrainingArguments
+from fastchat_qlora.data.batching.collator import Collator
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
+from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
+from fastchat_qlora.model.estimates import memory
+from fastchat_qlora.model.loading.base_model import repeated_layers
+from fastchat_qlora.model.ops.attention import choose_attention
+from fastchat_qlora.training.callbacks.activation_checkpointing import (
+    AutoCheckpointing,
+    checkpoint_layers,
+    profile_model,
+)
+from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard
+from fastchat_qlora.training.callbacks.sanity_check import run_self_test
 from fastchat_qlora.training.trainer import LoraTrainer
 
 RANK, ALPHA = 16, 32

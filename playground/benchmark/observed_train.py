@@ -12,7 +12,7 @@ import torch
 
 from fastchat_qlora import cli
 from fastchat_qlora.training import run
-from fastchat_qlora.training.effective import base_bytes
+from fastchat_qlora.training.callbacks.effective_settings import base_bytes
 from fastchat_qlora.training.trainer import LoraTrainer
 
 PROBE = torch.arange(3, 40)[None]

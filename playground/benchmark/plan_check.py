@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from launching import free_port, succeed
 
-from fastchat_qlora.commands.planning import GIB
+from fastchat_qlora.commands.plan.planning import GIB
 
 PROGRAM = "playground/benchmark/observed_memory.py"
 QUIET = "--max_steps 2 --save_strategy no --report_to none --disable_tqdm True --logging_steps 1 --restart True"

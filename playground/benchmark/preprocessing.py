@@ -142,7 +142,7 @@ def run_ours(task: Task) -> tuple[Watch, Count]:
     """This program, as train_lora.py calls it."""
     from transformers import AutoTokenizer
 
-    from fastchat_qlora.arguments import DataArguments
+    from fastchat_qlora.config.arguments import DataArguments
     from fastchat_qlora.data.dataset import build_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(task.model)

@@ -49,7 +49,7 @@ def prepare(model: str, data: str, cache: str) -> dict[str, Any]:
     """Build the dataset in this process and say what it took."""
     from transformers import AutoTokenizer
 
-    from fastchat_qlora.arguments import DataArguments
+    from fastchat_qlora.config.arguments import DataArguments
     from fastchat_qlora.data.dataset import build_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(model)

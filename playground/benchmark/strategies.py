@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from stand_in import SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fastchat_qlora.model.loading import keep_cpu_weights_trainable
+from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
 
 PROGRAM = "playground/benchmark/observed_train.py"
 FIRST_STEPS, ALL_STEPS = 4, 6

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from fastchat_qlora import cli
-from fastchat_qlora.commands.answering import Answerer, Decoding
+from fastchat_qlora.commands.chat.generation import Answerer, Decoding
 
 MOST = 12
 
@@ -272,7 +272,7 @@ def test_control_characters_do_not_steer_the_terminal(
 
 def test_ctrl_c_ends_a_script(made: tuple[Path, Path], chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nobody there to go on."""
-    monkeypatch.setattr("fastchat_qlora.commands.answering._Pieces.put", _interrupt)
+    monkeypatch.setattr("fastchat_qlora.commands.chat.generation._Pieces.put", _interrupt)
     code, out, err = chat(made[1], "--message", "Hi", "--message", "Hi")
     assert (code, out) == (130, "\n")
     assert err.endswith("SIGINT: the answer was stopped\n")
@@ -317,7 +317,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_told_before_the_model_is_loaded(
     mistake: str, adapter: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastchat_qlora.commands.chat.load_live", lambda adapter: pytest.fail("it was loaded"))
+    monkeypatch.setattr("fastchat_qlora.commands.chat.command.load_live", lambda adapter: pytest.fail("it was loaded"))
     template = adapter / "chat_template.jinja"
     if mistake == "no system":
         template.write_text(REFUSES_SYSTEM + template.read_text())

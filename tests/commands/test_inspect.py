@@ -16,13 +16,13 @@ from conftest import CONVERSATIONS, sharegpt
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora import cli
-from fastchat_qlora.arguments import DataArguments
-from fastchat_qlora.commands.inspect_views import Report
+from fastchat_qlora.commands.inspect.views import Report
+from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.data.analysis.statistics import Example, split_learnt
 from fastchat_qlora.data.dataset import build_dataset
-from fastchat_qlora.data.inspection import Example, split_learnt
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
-from fastchat_qlora.model.loading import load_tokenizer
-from fastchat_qlora.text import visible
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
+from fastchat_qlora.model.loading.base_model import load_tokenizer
+from fastchat_qlora.utils.text import visible
 
 LONG = [("human", "Count."), ("gpt", "one two three " * 20), ("human", "More."), ("gpt", "four five six " * 20)]
 MODEL_MAX_LENGTH = "120"
@@ -232,7 +232,7 @@ def test_output_that_cannot_be_finished_leaves_the_earlier_one(
         target.write("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastchat_qlora.commands.inspect.write_rows", fail)
+    monkeypatch.setattr("fastchat_qlora.commands.inspect.command.write_rows", fail)
     assert inspect(base, records, "--output", str(output)) == 2
     assert output.read_text(encoding="utf-8") == "earlier\n"
     assert not list(tmp_path.glob(".*.part"))

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastchat_qlora import cli
 from fastchat_qlora.commands import merge as merge_module
-from fastchat_qlora.commands.serving_flags import size
-from fastchat_qlora.model import weight_files
+from fastchat_qlora.commands.adapter_flags import size
+from fastchat_qlora.model.merging import safetensors_files as weight_files
 
 QV = ["q_proj", "v_proj"]
 NF4 = {"quantization": "nf4"}

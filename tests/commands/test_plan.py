@@ -11,8 +11,8 @@ from forked import succeed as run_forked
 from stand_in import SMALL, make_model
 
 from fastchat_qlora import cli
-from fastchat_qlora.commands.planning import counts_up_to
-from fastchat_qlora.model import speed
+from fastchat_qlora.commands.plan.planning import counts_up_to
+from fastchat_qlora.model.estimates import flops as speed
 
 ALL = "--lora_target_modules all-linear"
 ROOM = "--device_memory_gib 1000"

@@ -13,10 +13,10 @@ from datasets import Dataset, DatasetDict
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.arguments import DataArguments
+from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.conversation import get_template
 from fastchat_qlora.data.dataset import DataSource, build_dataset
-from fastchat_qlora.data.tokenization import IGNORE_INDEX
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
 HI = [("human", "Hi"), ("gpt", "Hello")]

@@ -9,7 +9,7 @@ from forked import command, train
 from kill_sweep import DEEPSPEED, SHARDED
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.training.checkpoint import choose_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import choose_checkpoint
 
 FLAGS = "--max_steps 6 --save_steps 2 --save_strategy steps --learning_rate 1e-2 --logging_steps 1 --disable_tqdm True"
 

@@ -11,7 +11,7 @@ import pytest
 from forked import Run, command, train
 from kill_sweep import SHARDED, digest
 
-from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 

@@ -12,7 +12,7 @@ from kill_sweep import DEEPSPEED
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 

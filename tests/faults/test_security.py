@@ -18,7 +18,7 @@ from transformers.integrations.hub_kernels import is_kernel
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter_folder import check_patterns, check_tensors, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import check_patterns, check_tensors, read_lora_config
 
 Plant = Callable[[Path, Path], None]
 
@@ -223,7 +223,7 @@ def test_an_adapter_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastchat_qlora.model.adapter_folder.PATTERN_SECONDS", 0.3)
+    monkeypatch.setattr("fastchat_qlora.model.adapter.adapter_files.PATTERN_SECONDS", 0.3)
     folder = copy(adapter, marker.parent / "adapter")
     plant(folder, marker)
     assert_refused(start(model_folder, data_file, marker.parent / "out", lora_weight_path=folder), capsys, reason)

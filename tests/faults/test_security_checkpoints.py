@@ -19,8 +19,8 @@ from malice import Malice, assert_refused, copy, is_live, pickle_is_live, start,
 from safetensors.torch import save_file
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.training.manifest import read_manifest, write_manifest
-from fastchat_qlora.training.pickles import find_unsafe
+from fastchat_qlora.training.checkpoints.manifest import read_manifest, write_manifest
+from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
 FLAGS: dict[str, object] = {"save_strategy": "steps", "save_steps": 1}
 
@@ -69,7 +69,7 @@ def test_transformers_would_not_run_it_either(
     finished: Path, marker: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads with `weights_only`; without the look beforehand a run ends in a traceback, but runs nothing."""
-    monkeypatch.setattr("fastchat_qlora.training.checkpoint.find_unsafe", lambda folder: [])
+    monkeypatch.setattr("fastchat_qlora.training.checkpoints.checkpoint.find_unsafe", lambda folder: [])
     root = copy(finished, marker.parent / "run")
     checkpoint = root / "out" / "checkpoint-1"
     torch.save({"state": {}, "x": Malice(marker)}, checkpoint / "optimizer.pt")

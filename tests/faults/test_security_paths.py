@@ -12,13 +12,13 @@ import pytest
 import torch
 from malice import assert_refused, copy, edit, start, tree
 
-from fastchat_qlora.arguments import parse_args
 from fastchat_qlora.cli import main
-from fastchat_qlora.data import json_files
-from fastchat_qlora.data.readers import read_file
-from fastchat_qlora.distributed import require_agreement
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.data.sources import json_reader as json_files
+from fastchat_qlora.data.sources.readers import read_file
+from fastchat_qlora.distributed.topology import require_agreement
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.text import without_secrets
+from fastchat_qlora.utils.text import without_secrets
 
 SECRETS = {
     "HF_TOKEN": "hf_InTheEnvironment0123",

@@ -13,8 +13,8 @@ import pytest
 from malice import assert_refused, copy, edit, start
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastchat_qlora.data import rendering
-from fastchat_qlora.data.rendering import Asked, TemplateProcess, TemplateRefusal, apply_template
+from fastchat_qlora.data.templates import renderer as rendering
+from fastchat_qlora.data.templates.renderer import Asked, TemplateProcess, TemplateRefusal, apply_template
 from fastchat_qlora.errors import UserError
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -13,8 +13,8 @@ from forked import Run, command, train
 from kill_sweep import DEEPSPEED, digest
 from launching import ENVIRONMENT, ROOT, free_port
 
-from fastchat_qlora.signals import ONE_SIGNAL
-from fastchat_qlora.training.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.utils.signals import ONE_SIGNAL
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -112,7 +112,7 @@ def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Calla
     given = " ".join(arguments(model_folder, data, tmp_path / "out", "--dataloader_num_workers 2"))
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            shlex.split(f"python tests/faults/slow_train.py {given}"),
+            shlex.split(f"python tests/support/slow_train.py {given}"),
             cwd=ROOT,
             env=UNBUFFERED,
             stdout=log,
@@ -141,7 +141,7 @@ def test_through_a_launcher(
     """As a scheduler does: the signal goes to the launcher's process group, and reaches every rank through it."""
     deepspeed = launcher.startswith("deepspeed")
     given = " ".join(arguments(model_folder, data, tmp_path / "out", DEEPSPEED if deepspeed else ""))
-    line = f"{launcher.format(port=free_port())} tests/faults/slow_train.py {given}"
+    line = f"{launcher.format(port=free_port())} tests/support/slow_train.py {given}"
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(
             shlex.split(line), cwd=ROOT, env=UNBUFFERED, stdout=log, stderr=log, start_new_session=True

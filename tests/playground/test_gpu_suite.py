@@ -18,7 +18,7 @@ def test_operations_are_those_of_the_research_page() -> None:
 def test_trained_numbers_are_counted_as_peft_makes_them() -> None:
     from gpu_training import lora_config
 
-    from fastchat_qlora.model.adapter import attach_adapter, trainable_parameters
+    from fastchat_qlora.model.adapter.lora import attach_adapter, trainable_parameters
 
     base = make_base(TINY, torch.device("cpu"), quantised=False, attention=None)
     trained = sum(p.numel() for p in trainable_parameters(attach_adapter(base, lora_config())).values())

@@ -18,9 +18,9 @@ from families import (
 )
 from peft import PeftModel
 
-from fastchat_qlora.data.packing import PackedRows, PackingSampler
-from fastchat_qlora.model.attention import PER_CONVERSATION
-from fastchat_qlora.model.loss import LossHead
+from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.ops.chunked_loss import LossHead
 from fastchat_qlora.training.trainer import LoraTrainer
 
 CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 2))]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from conftest import sharegpt
+from quick_runs import command, losses, train
 from safetensors.torch import load_file
-from test_run import command, losses, train
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.data.collation import Collator
+from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run
 

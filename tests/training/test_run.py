@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from quick_runs import command, losses, train
+from quick_runs import seen as seen
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastchat_qlora.arguments import parse_args
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading import keep_cpu_weights_trainable
-from fastchat_qlora.training import run
-from fastchat_qlora.training.start_up import seconds_since_start
-from fastchat_qlora.training.trainer import LoraTrainer
+from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.training.callbacks.startup_timer import seconds_since_start
 
 EXPECTED_FILES = {
     ".lock",
@@ -33,46 +32,6 @@ EXPECTED_FILES = {
     "trainer_state.json",
     "training_args.json",
 }
-
-
-def command(model: Path, data: Path, output: Path, **flags: object) -> list[str]:
-    """A command line of ten quick steps; `flags` win."""
-    defaults: dict[str, object] = {
-        "model_name_or_path": model,
-        "data_path": data,
-        "output_dir": output,
-        "max_steps": 10,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return [text for name, value in (defaults | flags).items() for text in (f"--{name}", *str(value).split())]
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """The live trainer of a run, and its model's tensors before the first step."""
-    kept: dict[str, object] = {}
-
-    class Watched(LoraTrainer):
-        def train(self, *args: object, **kwargs: object) -> object:
-            kept["trainer"] = self
-            kept["before"] = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-            return super().train(*args, **kwargs)
-
-    monkeypatch.setattr(run, "LoraTrainer", Watched)
-    return kept
-
-
-def train(arguments: list[str]) -> Path:
-    return run.train(parse_args(arguments))
-
-
-def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import command, train
+from quick_runs import command, train
 
 from fastchat_qlora.cli import main
 

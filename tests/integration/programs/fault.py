@@ -6,7 +6,8 @@ import sys
 
 from fastchat_qlora import cli
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.training import guards, run
+from fastchat_qlora.training import run
+from fastchat_qlora.training.callbacks import gradient_guards as guards
 
 
 class Fault(guards.LastStepLog):

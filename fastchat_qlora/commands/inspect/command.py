@@ -1,0 +1,117 @@
+"""`fastchat-qlora inspect`: what a run would learn, before it starts."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
+from fastchat_qlora.commands.output import check_output, get_output_dir, written_whole
+from fastchat_qlora.config.arguments import RunArguments, parse_command
+from fastchat_qlora.data.analysis.statistics import Example, get_account, get_examples, measure
+from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import load_tokenizer
+from fastchat_qlora.utils.stdout import standard_output
+
+PROG = "fastchat-qlora inspect"
+
+
+@dataclass
+class InspectArguments:
+    """What to show, and where."""
+
+    num_examples: int = field(default=5, metadata={"help": "Rows of each set to show or to write; 0 for all of them."})
+    output: str = field(
+        default="", metadata={"help": "Write the rows to this .html page or .jsonl file, not to the terminal."}
+    )
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Prepare the data as `train` would, with nothing of the model but its tokenizer, and show what is learnt.
+
+    Args:
+        argv: the flags of `train`, and those of InspectArguments.
+
+    Raises:
+        UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
+    """
+    args, own = parse_command(argv, PROG, InspectArguments)
+    if own.num_examples < 0:
+        raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all rows")
+    output = Path(os.path.expanduser(own.output))
+    write = {"": print_report, ".jsonl": write_rows, ".html": write_page}.get(output.suffix.lower() or own.output)
+    if write is None:
+        raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
+    if own.output:
+        check_output(output, args, argv)
+    report, tokenizer = _prepare(args)
+    examples = _examples(report, tokenizer, own.num_examples)
+    if not own.output:
+        _print(report, examples)
+        return
+    with written_whole(output) as target:
+        write(report, examples, target)
+    _print(report, [], f"{report.count(own.num_examples)} rows are in {output}\n")
+
+
+def _print(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
+    with standard_output() as target:
+        print_report(report, examples, target)
+        target.write(last_line)
+
+
+def write_rows(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """One line of JSON a row: the very ids and labels that training gets."""
+    for example in examples:
+        row = {
+            "id": example.id,
+            "source": example.source,
+            "input_ids": example.input_ids,
+            "labels": example.labels,
+            "truncated": example.is_shortened,
+        }
+        if len(report.sets) > 1:
+            row["set"] = example.set
+        target.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
+    model_args, data_args, training_args, _ = args
+    tokenizer = load_tokenizer(
+        model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
+    )
+    loaded = load_data(
+        data_args,
+        tokenizer,
+        max_length=training_args.model_max_length,
+        output_dir=get_output_dir(args),
+        cache_dir=training_args.cache_dir,
+        is_rehearsal=True,
+    )
+    sets: dict[str, Dataset] = {"train": loaded["--data_path"].rows}
+    if len(sets["train"]):  # of nothing, nothing can be split off
+        sets = dict(arrange(loaded, data_args.eval_split, training_args.seed))
+    report = Report(
+        model=model_args.model_name_or_path,
+        max_length=training_args.model_max_length,
+        accounts={f"{flag} {' '.join(_paths(flag, args))}": get_account(data) for flag, data in loaded.items()},
+        sets=sets,
+        measures={name: measure(rows) for name, rows in sets.items()},
+    )
+    return report, tokenizer
+
+
+def _paths(flag: str, args: RunArguments) -> list[str]:
+    return getattr(args.data, flag.lstrip("-"))  # type: ignore[no-any-return]
+
+
+def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Example]:
+    """The first rows of each set, all of them for 0."""
+    return chain.from_iterable(get_examples(name, rows, tokenizer, count) for name, rows in report.sets.items())

@@ -1,0 +1,100 @@
+"""What `inspect` found, for a terminal and as a page."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO
+
+from datasets import Dataset
+from rich.bar import Bar
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fastchat_qlora.commands.console import Screen
+from fastchat_qlora.data.analysis.statistics import Account, Example, Measures, describe_account, describe_measures
+from fastchat_qlora.utils.html import stream_page
+from fastchat_qlora.utils.text import visible
+
+OPEN, CLOSE = "⟦", "⟧"
+"""Around what is learnt, for files, and for eyes that cannot go by colour."""
+
+LEARNT = "bold green"
+NOT_LEARNT = "dim"
+BAR = 30  # columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known before rows are looked at one by one; `max_length` in tokens."""
+
+    model: str
+    max_length: int
+    accounts: dict[str, Account]
+    sets: dict[str, Dataset]
+    measures: dict[str, Measures]
+
+    def count(self, num_examples: int) -> int:
+        """How many rows are shown when so many of each set are asked for."""
+        return sum(min(num_examples or len(rows), len(rows)) for rows in self.sets.values())
+
+
+def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """Rows first, so that the counts are what stands above the prompt in the end."""
+    console = Screen(file=target, highlight=False)
+    legend = Text.assemble("Learnt: ", (f"{OPEN}this{CLOSE}", LEARNT), "  Read but not learnt: ", ("this", NOT_LEARNT))
+    shown = False
+    for example in examples:
+        shown = True
+        console.print(Text(example.title, style="bold"), soft_wrap=True)
+        console.print(_text(example), "", soft_wrap=True, sep="\n")
+    if shown:
+        console.print(legend, Rule(style="dim"), sep="\n")
+    for flag, account in report.accounts.items():
+        console.print(Text(visible(flag), style="bold"), soft_wrap=True)
+        console.print(_facts_table(describe_account(account)))
+        for line in account.listed:
+            console.print(Text(f"  {visible(line)}", style="red"), soft_wrap=True)
+        if len(account.listed) < account.rejected:
+            console.print(f"  ... and {account.rejected - len(account.listed):,} more")
+    for name, measures in report.measures.items():
+        console.print("", Text(f"{name}, at most {report.max_length:,} tokens a row", style="bold"), sep="\n")
+        console.print(_facts_table(describe_measures(measures)))
+        console.print(_histogram(measures))
+
+
+def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    """One HTML file that needs no other."""
+    page = stream_page(
+        __package__,
+        "inspect",
+        report=report,
+        examples=examples,
+        accounts={flag: (account, describe_account(account)) for flag, account in report.accounts.items()},
+        measures={name: (found, describe_measures(found)) for name, found in report.measures.items()},
+    )
+    target.writelines(page)
+
+
+def _text(example: Example) -> Text:
+    text = Text()
+    for part in example.parts:
+        text.append(f"{OPEN}{part.text}{CLOSE}" if part.learnt else part.text, LEARNT if part.learnt else NOT_LEARNT)
+    return text
+
+
+def _facts_table(facts: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(Text(f"  {name}"), Text(value))
+    return table
+
+
+def _histogram(measures: Measures) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    most = max((part.rows for part in measures.histogram), default=1)
+    for part in measures.histogram:
+        bar = Bar(most, 0, part.rows, width=BAR, color="green")
+        table.add_row(f"  {part.first:,} to {part.last:,} tokens", f"{part.rows:,}", bar)
+    return table

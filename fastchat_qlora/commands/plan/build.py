@@ -1,0 +1,314 @@
+"""From a command line to a plan: what is read, counted and asked of the libraries; no weight is."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PretrainedConfig
+from transformers.training_args import OptimizerNames
+
+from fastchat_qlora.commands.plan.planning import (
+    GIB,
+    Disk,
+    Plan,
+    Precision,
+    Setting,
+    Time,
+    WhyNot,
+    changes_that_fit,
+    look_at,
+    placements,
+)
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.validation.flags import SHAPED
+from fastchat_qlora.data.batching.collator import largest_batch
+from fastchat_qlora.data.batching.packing import PackedRows, column, largest_possible_batch
+from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.distributed.deepspeed_config import offload_device, optimizer_in_effect
+from fastchat_qlora.distributed.fsdp_config import OPTIMIZERS, offloads
+from fastchat_qlora.distributed.topology import Topology
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.adapter.adapter_files import check_tensors
+from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding, check_targets, expected_shapes
+from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
+from fastchat_qlora.model.estimates.memory import Model
+from fastchat_qlora.model.estimates.parallelism import BUCKET, DDP, FSDP2, LIVE, ONE_PROCESS, Placement
+from fastchat_qlora.model.loading.base_model import (
+    build_skeleton,
+    check_vocabulary,
+    dtype_name,
+    get_compute_dtype,
+    load_config,
+    load_tokenizer,
+)
+from fastchat_qlora.model.loading.quantization import stored_as
+from fastchat_qlora.training.callbacks.activation_checkpointing import (
+    USABLE,
+    USABLE_ELSEWHERE,
+    memory_here,
+    profile_model,
+)
+from fastchat_qlora.training.disk_space import FP32, checkpoint_bytes, count_checkpoints
+from fastchat_qlora.training.schedule import count_steps
+from fastchat_qlora.training.setup import make_rows
+
+
+class Devices(NamedTuple):
+    """What the run is planned for.
+
+    Attributes:
+        number: of them, over all machines.
+        kind: cuda or cpu; auto for this machine's, or cuda where the memory is given.
+        memory_gib: of one; 0 for that of this machine's.
+    """
+
+    number: int
+    kind: str = "auto"
+    memory_gib: float = 0.0
+
+
+class Speed(NamedTuple):
+    """Real tokens a second of one device, and where that is from."""
+
+    tokens_per_second: float
+    source: str
+
+
+class Base(NamedTuple):
+    """The model as its configuration tells.
+
+    Attributes:
+        config: of the base.
+        lora_config: of the adapter.
+        trainable: kind of module -> numbers that are trained.
+        numbers: of the base.
+    """
+
+    config: PretrainedConfig
+    lora_config: LoraConfig
+    trainable: dict[str, int]
+    numbers: int
+
+
+def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) -> Plan:
+    """Everything that `plan` says.
+
+    Args:
+        args: of the run.
+        devices: that it is planned for.
+        speed: of one device; measured here if None, where this machine has such a device.
+
+    Raises:
+        UserError: the model, the adapter or the data cannot be used, or nothing can be known of the model without its
+            weights.
+    """
+    training, dtype, kind = args.training, get_compute_dtype(args.training), _kind(args, devices)
+    base = _look_at_base(args)
+    rows, conversations = _read_rows(args, base.config, devices.number)
+    lengths, supervised = (column(conversations, name) for name in ("length", "supervised"))
+    models = _profiles(args, base, kind, float(supervised.sum() / lengths.sum()))
+    given, schedule = _placement(args, base.config, devices.number), count_steps(training, len(rows), devices.number)
+    gib = devices.memory_gib or memory_here(kind)
+    setting = Setting(
+        models=models,
+        precision=Precision(stored_as(args.lora), dtype),
+        batches=_most_tokens(args, rows, lengths),
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        max_length=training.model_max_length,
+        checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
+        optimizer=OptimizerNames(training.optim).value,
+        zero_optimizer=_optimizer(args),
+        memory=gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None,
+        is_shared=kind == "cpu" and not devices.memory_gib,
+    )
+    model, why_not = setting.model, _refusals(args, base)
+    found, changes = [], []
+    if not isinstance(model, str):
+        found = [look_at(setting, at, len(rows), why_not) for at in placements(devices.number, given)]
+        run = next(one for one in found if one.placement == given)
+        changes = changes_that_fit(setting, given, len(rows), why_not) if run.fits is False else []
+        speed = speed or _measure(model, run.checkpointed, base, dtype, kind, lengths)
+    return Plan(
+        model=args.model.model_name_or_path,
+        settings=_in_words(args, dtype, devices.number, kind),
+        rows=len(rows),
+        conversations=len(np.unique(column(conversations, "record"))),
+        tokens=int(lengths.sum()),
+        supervised=int(supervised.sum()),
+        schedule=schedule,
+        trainable=base.trainable,
+        base=base.numbers,
+        layers=0 if isinstance(model, str) else model.layers,
+        largest_batch=largest_possible_batch(
+            rows, training.per_device_train_batch_size, padding_free=args.data.padding_free
+        ),
+        unknown=model if isinstance(model, str) else "",
+        device_gib=gib and gib / (devices.number if setting.is_shared else 1),
+        available=setting.available(devices.number),
+        given=given,
+        devices=found,
+        changes=changes,
+        disk=_disk(args, given, len(rows), sum(base.trainable.values())),
+        time=speed and Time(schedule.epochs * int(lengths.sum()) / devices.number / speed.tokens_per_second, *speed),
+    )
+
+
+def _kind(args: RunArguments, devices: Devices) -> str:
+    if devices.kind != "auto":
+        return devices.kind
+    here = not args.training.use_cpu and torch.accelerator.is_available()
+    return "cuda" if here or devices.memory_gib else "cpu"
+
+
+def _look_at_base(args: RunArguments) -> Base:
+    lora_config = build_lora_config(args.lora)
+    config = load_config(args.model, args.training.cache_dir)
+    skeleton = build_skeleton(config)
+    if skeleton is None:
+        raise UserError(
+            f"--model_name_or_path {args.model.model_name_or_path}: the model's code lies outside transformers, so "
+            "that neither its weights nor its activations can be counted before it is loaded; `inspect` counts the "
+            "data, and a run of a few steps (--max_steps 3) tells speed and memory"
+        )
+    check_targets(skeleton, lora_config, quantised=args.lora.q_lora or args.lora.load_in_8bit)
+    numbers = sum(parameter.numel() for parameter in skeleton.parameters())
+    shapes = expected_shapes(skeleton, lora_config)  # which uses the skeleton up
+    check_tensors(args.lora.lora_weight_path, shapes)
+    trainable: Counter[str] = Counter()
+    for name, shape in (shapes or {}).items():
+        trainable[
+            (name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]).rpartition(".")[2]
+        ] += shape.numel()
+    return Base(config, lora_config, dict(trainable), numbers)
+
+
+def _read_rows(args: RunArguments, config: PretrainedConfig, processes: int) -> tuple[Dataset | PackedRows, Dataset]:
+    """What batches are made of, and the conversations in it."""
+    length, cache_dir = args.training.model_max_length, args.training.cache_dir
+    tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=length)
+    check_vocabulary(tokenizer, config, args.model.model_name_or_path)
+    loaded = load_data(args.data, tokenizer, max_length=length, output_dir=None, cache_dir=cache_dir, is_rehearsal=True)
+    if not len(loaded["--data_path"].rows):
+        raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; mend it")
+    conversations = arrange(loaded, args.data.eval_split, args.training.seed)["train"]
+    return make_rows(conversations, args, processes), conversations
+
+
+def _profiles(args: RunArguments, base: Base, kind: str, supervised_share: float) -> Callable[[Precision], Model | str]:
+    """What there is to know of the model with its weights in some precision, counted when it is asked for."""
+
+    @functools.cache
+    def profiled(precision: Precision) -> Model | str:
+        return profile_model(
+            base.config,
+            base.lora_config,
+            precision.dtype,
+            supervised_share=supervised_share,
+            quantised=precision.quantised,
+            device_type=kind,
+        )
+
+    return profiled
+
+
+def _placement(args: RunArguments, config: PretrainedConfig, devices: int) -> Placement:
+    """The strategy asked for; DDP or one process where none is."""
+    training = args.training
+    if not (training.fsdp or training.deepspeed):
+        return Placement(DDP if devices > 1 else ONE_PROCESS, devices)
+    if training.fsdp:
+        settings = training.fsdp_config or {}
+        offloaded = offloads(training.fsdp, settings)
+        reshards = settings.get("reshard_after_forward", True) is not False
+        return Placement(FSDP2, devices, offloads_optimizer=offloaded, offloads_weights=offloaded, reshards=reshards)
+    whole = training.hf_deepspeed_config.config
+    zero = whole["zero_optimization"]
+    by_hidden_size = config.get_text_config().hidden_size ** 2  # what transformers makes of "auto"
+    bucket, live = zero.get("reduce_bucket_size", BUCKET), zero.get("stage3_max_live_parameters", LIVE)
+    return Placement(
+        f"ZeRO-{zero['stage']}",
+        devices,
+        bucket=by_hidden_size if bucket == "auto" else int(bucket),
+        live=LIVE if live == "auto" else int(live),
+        offloads_optimizer=offload_device(whole, "offload_optimizer") != "none",
+        offloads_weights=offload_device(whole, "offload_param") != "none",
+    )
+
+
+def _most_tokens(args: RunArguments, rows: Any, lengths: Any) -> Callable[[int, int], int]:
+    """The most tokens of a micro-batch of so many rows, each of so many tokens at the most."""
+
+    def most_tokens(size: int, max_length: int) -> int:
+        if isinstance(rows, PackedRows):
+            return min(size, len(rows)) * max_length
+        return largest_batch(np.minimum(lengths, max_length), size, padding_free=args.data.padding_free)
+
+    return most_tokens
+
+
+def _refusals(args: RunArguments, base: Base) -> WhyNot:
+    """What `train` says to a strategy for weights kept in some way."""
+    optimizer = OptimizerNames(args.training.optim).value
+    skeleton = build_skeleton(base.config)
+
+    def why_not(at: Placement, precision: Precision) -> str:
+        topology = Topology(0, 0, at.devices, "cuda", at.zero_stage, at.strategy == FSDP2)
+        if at.strategy == FSDP2 and optimizer not in OPTIMIZERS:
+            return f"--optim {optimizer}: is not proven to step on what FSDP2 shards"
+        if at.zero_stage and optimizer.startswith(SHAPED):
+            return f"--optim {optimizer}: looks at shapes, which ZeRO flattens"
+        if precision.quantised == "int8" and topology.shards_parameters:
+            return "--load_in_8bit True: 8-bit weights cannot be sharded"
+        try:
+            check_sharding(base.config, skeleton, base.lora_config, topology, quantised=bool(precision.quantised))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return why_not
+
+
+def _in_words(args: RunArguments, dtype: torch.dtype, devices: int, kind: str) -> dict[str, str]:
+    training, lora = args.training, args.lora
+    four_bits = f"{lora.bnb_4bit_quant_type}{', quantised twice' * lora.bnb_4bit_use_double_quant}"
+    base = "8 bits" if lora.load_in_8bit else four_bits if lora.q_lora else dtype_name(dtype)
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    unit = f"rows of {training.model_max_length:,} tokens" if args.data.packing else "conversations"
+    checkpointing = "as memory asks for" if training.auto_checkpointing else str(bool(training.gradient_checkpointing))
+    return {
+        "base weights": base,
+        "compute dtype": dtype_name(dtype),
+        "devices": f"{devices} x {kind}",
+        "batch": f"{batch} x {accumulation} accumulated x {devices} = {batch * accumulation * devices} {unit} a step",
+        "activation checkpointing": checkpointing,
+        "optimizer": _optimizer(args),
+    }
+
+
+def _optimizer(args: RunArguments) -> str:
+    """The optimizer of the run as it is."""
+    return optimizer_in_effect(args.training.deepspeed or {}, OptimizerNames(args.training.optim).value)
+
+
+def _disk(args: RunArguments, given: Placement, rows: int, trained: int) -> Disk:
+    kept = count_checkpoints(args.training, rows, given.devices)
+    has_masters, only_model = bool(given.zero_stage), args.training.save_only_model
+    one = checkpoint_bytes(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
+    return Disk(kept, one, trained * FP32)
+
+
+def _measure(model: Model, checkpointed: int, base: Base, dtype: torch.dtype, kind: str, lengths: Any) -> Speed | None:
+    """What this machine's matrix products alone would allow; None where it is not such a device that is planned for."""
+    if kind != "cpu" and not torch.accelerator.is_available():
+        return None
+    device = torch.device("cpu") if kind == "cpu" else torch.accelerator.current_accelerator()
+    assert device is not None
+    reached = flops_per_second(base.config, dtype, device)
+    needed = flops_per_token(model, base.config, lengths, checkpointed)
+    return Speed(reached / needed, f"at the most: this machine's matrix products reach {reached / 1e12:.2f} TFLOP/s")

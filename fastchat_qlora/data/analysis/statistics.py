@@ -1,0 +1,204 @@
+"""What people are shown of the data, before it is known how: examples, counts and lengths."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from fastchat_qlora.data.batching.packing import column
+from fastchat_qlora.data.dataset import LoadedData
+from fastchat_qlora.data.sources.readers import Rejection, Source
+from fastchat_qlora.data.tokenization.build import describe
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
+from fastchat_qlora.utils.text import visible
+
+LISTED = 20
+"""Rejected records that are listed one by one."""
+
+BATCH = 256
+BINS = 12
+PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
+
+
+class Part(NamedTuple):
+    """A piece of a row's text, with what cannot be seen made visible."""
+
+    text: str
+    learnt: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: `input_ids` and `labels` as training gets them, and about how many tokens the conversation had."""
+
+    set: str
+    position: str
+    source: str
+    id: str | None
+    input_ids: list[int]
+    labels: list[int]
+    full_length: int
+    tokenizer: Any
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the conversation had more tokens than the row."""
+        return self.full_length > len(self.input_ids)
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that are learnt."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+    @property
+    def title(self) -> str:
+        """Where the row comes from, and its size."""
+        identity = f", id {self.id}" if self.id is not None else ""
+        cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
+        size = f"{len(self.input_ids):,} tokens, {self.learnt:,} learnt{cut}"
+        return visible(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
+
+    @property
+    def parts(self) -> list[Part]:
+        """The row's text, cut where learning begins or ends."""
+        return split_learnt(self.input_ids, self.labels, self.tokenizer)
+
+
+class Account(NamedTuple):
+    """What became of the records of one flag; `kinds` counts reasons, `listed` names the first rejected ones."""
+
+    read: int
+    rejected: int
+    kinds: dict[str, int]
+    listed: list[str]
+
+
+class Bin(NamedTuple):
+    """Rows of `first` to `last` tokens."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Counts over the rows of one set; `lengths` are percentiles of a row's tokens."""
+
+    rows: int
+    conversations: int
+    shortened: int
+    answers: int
+    tokens: int
+    learnt: int
+    lengths: dict[str, int]
+    histogram: list[Bin]
+
+
+def get_account(data: LoadedData) -> Account:
+    """What became of the records of one flag."""
+    with data.rejected.open(encoding="utf-8") as lines:
+        first = [json.loads(line) for line in islice(lines, LISTED)]
+    listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
+    account = data.account
+    return Account(account["read"], account["rejected"], account["kinds"], listed)
+
+
+def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
+    """The first rows of the set of that name, all for a count of 0."""
+    for i, row in enumerate(get_rows(rows, count)):
+        yield Example(
+            set=name,
+            position=f"{i + 1} of {len(rows)}",
+            source=f"{row['file']}:{row['line']}",
+            id=row["id"],
+            input_ids=row["input_ids"],
+            labels=row["labels"],
+            full_length=row["full_length"],
+            tokenizer=tokenizer,
+        )
+
+
+def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a set, all for a count of 0."""
+    stop = min(count or len(rows), len(rows))
+    for start in range(0, stop, BATCH):
+        end = min(start + BATCH, stop)
+        batch = rows[start:end]
+        for i in range(end - start):
+            yield {name: values[i] for name, values in batch.items()}
+
+
+def measure(rows: Dataset) -> Measures:
+    """Count a set."""
+    names = ("length", "supervised", "full_length", "turns")
+    numbers = {name: column(rows, name) for name in names}
+    records = column(rows, "record")
+    lengths, learnt = numbers["length"], numbers["supervised"]
+    return Measures(
+        rows=len(rows),
+        conversations=len(np.unique(records)),
+        shortened=len(np.unique(records[numbers["full_length"] > lengths])),
+        answers=int(numbers["turns"].sum()),
+        tokens=int(lengths.sum()),
+        learnt=int(learnt.sum()),
+        lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
+        histogram=_histogram(lengths),
+    )
+
+
+def describe_account(account: Account) -> dict[str, str]:
+    """What became of the records of one flag, as named numbers."""
+    facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
+    kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
+    return {visible(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
+
+
+def describe_measures(measures: Measures) -> dict[str, str]:
+    """The counts of one set, as named numbers."""
+    share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
+    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
+    return {
+        "rows": f"{measures.rows:,}",
+        "conversations": f"{measures.conversations:,}",
+        "shortened": f"{measures.shortened:,}",
+        "assistant turns": f"{measures.answers:,}",
+        "tokens": f"{measures.tokens:,}",
+        "learnt tokens": f"{measures.learnt:,}{share}",
+        "tokens a row": lengths or "none",
+    }
+
+
+def _histogram(lengths: NDArray[np.int64]) -> list[Bin]:
+    if not len(lengths):
+        return []
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
+
+
+def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
+    """The text of a row in pieces that are learnt or not.
+
+    A piece is what its tokens add to the text before them: decoded alone, it would lose the blank in front in
+    tokenizers of Llama's family.
+    """
+    is_learnt = np.array(labels) != IGNORE_INDEX
+    edges = [0, *(np.flatnonzero(is_learnt[1:] != is_learnt[:-1]) + 1).tolist(), len(input_ids)]
+    parts = []
+    before = ""
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not text.startswith(before):  # a character in halves, on either side of where the row was cut
+            before = ""
+            text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
+        parts.append(Part(visible(text[len(before) :]), bool(is_learnt[start])))
+        before = text
+    return parts

@@ -1,0 +1,78 @@
+"""What happens to a conversation longer than model_max_length."""
+
+from collections.abc import Sequence
+
+from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConversation
+
+
+def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConversation:
+    """Keep the beginning, up to the end of the last whole assistant turn that fits.
+
+    If even the first turn is too long it is cut inside, and then it has no end token: the model must not learn to stop
+    where the record goes on.
+
+    Args:
+        tokens: one conversation.
+        max_length: the most tokens to keep.
+
+    Raises:
+        RejectedRecord: nothing that is to be learnt fits.
+    """
+    if len(tokens.input_ids) <= max_length:
+        return tokens
+    whole_turns = [end for end in tokens.turn_ends if end <= max_length]
+    cut = whole_turns[-1] if whole_turns else max_length
+    labels = tokens.labels[:cut]
+    if not (labels != IGNORE_INDEX).any():
+        raise RejectedRecord(f"nothing to learn stands within the first {max_length} tokens")
+    return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
+
+
+def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_length: int) -> list[list[Message]]:
+    """Cut a conversation in front of user messages into parts that should fit, each with the system message.
+
+    A part holds at least one exchange, and as many more as fit by the lengths they had in the whole. Parts may still
+    turn out too long, since a template may write more around them; then they can be split again.
+
+    Args:
+        messages: the conversation.
+        turn_ends: for each assistant turn, the number of tokens up to its end in the whole.
+        max_length: the most tokens of a part.
+
+    Returns:
+        The messages of each part.
+    """
+    has_system = messages[0].role == "system"
+    exchanges = _find_exchanges(messages, int(has_system))
+    ends = iter(turn_ends)
+    end_of = {i: next(ends, turn_ends[-1]) for i, message in enumerate(messages) if message.role == "assistant"}
+    parts: list[tuple[int, int]] = []
+    used = before = 0
+    for start, stop in exchanges:
+        end = max(end_of[i] for i in range(start, stop) if i in end_of)
+        if parts and end - used <= max_length:
+            parts[-1] = (parts[-1][0], stop)
+        else:
+            used = before
+            parts.append((start, stop))
+        before = end
+    if len(parts) == 1 and len(exchanges) > 1:  # it was expected to fit and did not
+        middle = exchanges[len(exchanges) // 2][0]
+        parts = [(parts[0][0], middle), (middle, parts[0][1])]
+    return [[*messages[:has_system], *messages[start:stop]] for start, stop in parts]
+
+
+def _find_exchanges(messages: Sequence[Message], start: int) -> list[tuple[int, int]]:
+    """From where to where one exchange goes, and the next: all that users say, and all answers to it.
+
+    What nobody answers at the end is in none of them.
+    """
+    exchanges = []
+    is_answered = False
+    for i, message in enumerate(messages):
+        if message.role == "user" and is_answered:
+            exchanges.append((start, i))
+            start, is_answered = i, False
+        is_answered |= message.role == "assistant"
+    return [*exchanges, (start, len(messages))] if is_answered else exchanges

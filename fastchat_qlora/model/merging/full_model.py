@@ -1,0 +1,40 @@
+"""An adapter merged by PEFT into a model that is all in memory, where a layer at a time will not do."""
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.merging.safetensors_files import round_finite
+from fastchat_qlora.utils.text import one_line
+
+
+def merge_whole(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Merge in fp32, which takes four bytes a parameter, and round once.
+
+    Args:
+        model: base and adapter; it is used up.
+        dtype: of the merged weights.
+
+    Raises:
+        RunError: the adapter is on weights that are one, where one of them would change the other, or what comes out
+            is not finite, or would not be in that dtype.
+    """
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.get_text_config().tie_word_embeddings and any(
+        isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
+    ):
+        raise RunError(
+            "the adapter changes the embeddings or the head, which are one weight in this model, and its files have "
+            "other names than the model: such a merge is not supported"
+        )
+    try:
+        merged: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RunError(f"the adapter cannot be merged: {one_line(error, 300)}") from error
+    for name, parameter in merged.named_parameters():
+        parameter.data = round_finite(parameter.data, dtype, name)
+    return merged.to(dtype)

@@ -1,0 +1,147 @@
+"""The safetensors files of a model: read a tensor at a time, and written a file at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.model.loading.base_model import dtype_name
+from fastchat_qlora.model.loading.folder_checks import files_of_index
+from fastchat_qlora.utils.text import one_line
+
+
+class WeightFiles:
+    """The tensors of a model, by their names in its files.
+
+    Args:
+        paths: of the files.
+
+    Attributes:
+        headers: name -> a tensor of that shape and dtype without memory.
+
+    Raises:
+        UserError: one of the files cannot be read.
+    """
+
+    def __init__(self, paths: Collection[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        self.headers: dict[str, torch.Tensor] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  # not a dict
+                        self._file_of[name] = path
+                        self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read: {one_line(error, 300)}; get it again") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in pages of its file that the operating system may drop again."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+
+def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
+    """The files of a base model's weights, fetched from the hub if that is where it is.
+
+    Raises:
+        UserError: there are none in safetensors format, or they cannot be fetched.
+    """
+    flag = f"--model_name_or_path {name}"
+    try:
+        single = fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir)
+        if single is not None:
+            return [single]
+        index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
+        files = [fetch_file(name, file, cache_dir) for file in files_of_index(index, flag)] if index else []
+    except OSError as error:
+        raise UserError(f"{flag}: its weights cannot be had: {one_line(error, 300)}") from error
+    if not files or None in files:
+        raise UserError(f"{flag}: its weights are not all there in safetensors format; get them again")
+    return [file for file in files if file]
+
+
+def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
+    """A file of a model, brought from the hub if that is where the model is; None if the model has no such file.
+
+    Raises:
+        OSError: the hub cannot be reached, and the file was not kept.
+    """
+    found = cached_file(
+        str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
+        file,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return Path(found) if found else None
+
+
+def open_to_readers(folder: Path, like: str) -> None:
+    """Give a folder's safetensors files the permissions of another file of it, which follow the process's umask.
+
+    safetensors 0.8 writes files that only their owner may read, so that a server under another name could not. It can
+    go once they follow the umask again.
+    """
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / like, path)
+
+
+def write_weight_files(
+    folder: Path, headers: Mapping[str, torch.Tensor], get: Callable[[str], torch.Tensor], max_shard_size: int
+) -> None:
+    """Write a model's weights as transformers does; no more than one file's tensors are in memory.
+
+    Args:
+        folder: where there are none yet.
+        headers: name -> a tensor of the shape and dtype to come, in the order to write.
+        get: makes the tensor of a name.
+        max_shard_size: bytes of a file at the most; a tensor that has more has a file of its own.
+
+    Raises:
+        OSError, SafetensorError: they cannot be written.
+    """
+    plan = split_torch_state_dict_into_shards(
+        dict(headers), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: get(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def round_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A tensor in the number format to be written.
+
+    Raises:
+        RunError: it holds infinities or what is no number, or would in that format.
+    """
+    rounded = tensor.to(dtype)
+    if rounded.is_floating_point() and not _is_finite(rounded):
+        if not _is_finite(tensor):
+            raise RunError(f"{name}: holds infinities or what is no number; get the base model again")
+        largest, most = float(tensor.abs().max()), torch.finfo(dtype).max
+        raise RunError(
+            f"{name}: holds numbers up to {largest:.3g}, and {dtype_name(dtype)} ends at {most:.3g}; give --dtype "
+            "bfloat16 or float32"
+        )
+    return rounded
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """By its least and its largest number, which takes no memory."""
+    plain = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits torch knows little
+    return not plain.numel() or all(bool(bound.isfinite()) for bound in plain.aminmax())
+
+
+def total_bytes(headers: Mapping[str, torch.Tensor]) -> int:
+    """Of all the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in headers.values())

@@ -1,0 +1,125 @@
+"""What is built or asked only when the weights have been loaded, tried out before: a failure costs seconds then."""
+
+import inspect
+import math
+
+import torch
+from accelerate.utils import DynamoBackend
+from transformers import Trainer
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.text import one_line
+
+STEPS = 100
+"""Of a rehearsed schedule, where the number of steps follows from the data."""
+
+GIVEN_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""Parameters of a schedule that are no setting of it."""
+
+WITH_A_MODEL = ("params", "model", "optimizer_dict")
+"""What optimizers get of a whole model; those that do cannot be rehearsed on one parameter."""
+
+
+def rehearse(args: TrainingArguments, model: torch.nn.Module | None) -> None:
+    """Require that the optimizer, the schedule, the compiler and the hub are there, as far as they are asked for.
+
+    Not the first two under DeepSpeed, for its configuration may name others.
+
+    Args:
+        args: as parsed.
+        model: without weights, for optimizers that look at its layers' names.
+
+    Raises:
+        UserError: naming the flags, and what the libraries say.
+    """
+    if args.push_to_hub and args.process_index == 0:
+        _check_hub(args)
+    if args.torch_compile:
+        _check_compilation(args)
+    if args.deepspeed:
+        return
+    optimizer = _build_optimizer(args, model)
+    allowed = _check_schedule_settings(args)
+    kind, settings = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs or {}
+    steps = args.max_steps if args.max_steps > 0 else STEPS
+    warmup = args.get_warmup_steps(steps)
+    try:
+        schedule = get_scheduler(kind, optimizer, warmup, steps, scheduler_specific_kwargs=dict(settings))
+        for rate_of in getattr(schedule, "lr_lambdas", ()):
+            if not all(math.isfinite(rate_of(step)) for step in {0, warmup, warmup + 1, steps // 2, steps - 1, steps}):
+                raise ValueError("it gives learning rates that are not finite")
+    except Exception as error:  # settings go through to torch and to closures that look at them late
+        given = f" with --lr_scheduler_kwargs {settings}" if settings else ""
+        takes = f"; --lr_scheduler_kwargs may set {', '.join(allowed)}" if allowed else ""
+        raise UserError(f"--lr_scheduler_type {kind}{given}: cannot be used: {one_line(error, 200)}{takes}") from error
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """The Trainer makes the repository when it is built, and by then the weights are there."""
+    from huggingface_hub import whoami
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented as public
+
+    if args.hub_model_id is not None:
+        try:
+            validate_repo_id(args.hub_model_id)
+        except ValueError as error:
+            raise UserError(f"--hub_model_id {args.hub_model_id}: {one_line(error, 200)}") from error
+    try:
+        whoami(args.hub_token)
+    except Exception as error:  # of the network, of the hub, of a token that is none
+        reason = one_line(error, 200)
+        raise UserError(
+            f"--push_to_hub True: the hub does not know you: {reason}; log in with `hf auth login` or drop the flag"
+        ) from error
+
+
+def _check_compilation(args: TrainingArguments) -> None:
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    known = [name.lower() for name in DynamoBackend.__members__ if name != "NO"]
+    if str(backend).lower() not in known:
+        raise UserError(f"--torch_compile_backend {backend}: must be one of {', '.join(known)}")
+    try:
+        torch.compile(torch.nn.Identity(), backend=str(backend).lower(), mode=mode)  # nothing is compiled yet
+    except Exception as error:  # backends are packages of their own
+        given = f" with --torch_compile_mode {mode}" if mode is not None else ""
+        raise UserError(
+            f"--torch_compile_backend {backend}{given}: cannot be used: {one_line(error, 200)}; mend or drop"
+        ) from error
+
+
+def _check_schedule_settings(args: TrainingArguments) -> list[str]:
+    """The settings that the schedule has, after requiring that no others are given."""
+    kind = SchedulerType(args.lr_scheduler_type)
+    names = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+    allowed = [name for name in names if name not in GIVEN_BY_THE_RUN and name != "kwargs"]
+    if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        allowed = []  # transformers gives them nothing
+    unknown = [name for name in args.lr_scheduler_kwargs or {} if name not in allowed]
+    if unknown and (not takes_any or {*unknown} & {*GIVEN_BY_THE_RUN}):
+        hint = f"it has {', '.join(allowed)}" if allowed else "it has none, drop the flag"
+        raise UserError(
+            f"--lr_scheduler_kwargs {', '.join(unknown)}: no setting of --lr_scheduler_type {kind.value}; {hint}"
+        )
+    return allowed
+
+
+def _build_optimizer(args: TrainingArguments, model: torch.nn.Module | None) -> torch.optim.Optimizer:
+    """The optimizer asked for, over one parameter; torch's SGD in place of one that needs the model."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    name = OptimizerNames(args.optim).value
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not any(key in settings for key in WITH_A_MODEL):
+            built: torch.optim.Optimizer = kind([parameter], **settings)
+            return built
+    except Exception as error:  # --optim_args goes through to whatever package has the optimizer
+        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
+        raise UserError(
+            f"--optim {name}{given}: cannot be used: {one_line(error, 200)}; choose another, such as adamw_torch"
+        ) from error
+    return torch.optim.SGD([parameter], lr=args.learning_rate)

@@ -1,0 +1,28 @@
+"""HTML pages, each in one file that needs no other and no network."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastchat_qlora import __version__
+from fastchat_qlora.utils.text import visible
+
+BUFFERED_PIECES = 64
+"""Pieces of a page that are written at once."""
+
+
+def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:
+    """Fill in a template, piece by piece; every value is escaped but for what is marked as safe.
+
+    Args:
+        package: the package whose folder `templates` holds the template; those of this package can be extended.
+        name: of the template, without its endings.
+        values: its variables. Its filter `visible` is text.visible, for untrusted text.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader
+
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader(__package__)])
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = visible
+    stream = environment.get_template(f"{name}.html.jinja").stream(version=__version__, **values)
+    stream.enable_buffering(BUFFERED_PIECES)
+    return stream

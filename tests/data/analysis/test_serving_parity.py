@@ -1,0 +1,314 @@
+"""What a server would write in front of an answer is what stands there in training; where not, the token is named."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import real_templates
+from conftest import sharegpt
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.data.analysis import serving_parity as serve_parity
+from fastchat_qlora.data.analysis.serving_parity import Learnt, Mismatch, find_mismatch
+from fastchat_qlora.data.analysis.stop_tokens import find_turn_ends
+from fastchat_qlora.data.dataset import load_data
+
+ASSISTANT = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    real_templates.make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
+
+
+def load(tokenizer: Any, data: Path, tmp_path: Path, *flags: str, model_max_length: int = 512) -> Any:
+    """The training rows as a run has them, with what was said about parity in the log."""
+    argv = f"--model_name_or_path org/m --data_path {data} --output_dir {tmp_path / 'out'}"
+    args = parse_args([*argv.split(), *flags])
+    loaded = load_data(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
+    return loaded["--data_path"].rows
+
+
+def said(notices: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in notices.records if record.getMessage().startswith("Serve parity")]
+
+
+ALIKE = "Serve parity: {0} of {0} rows begin as a server would ask for their answers, with the tokenizer saved and read"
+
+
+@pytest.mark.parametrize(
+    ("flags", "length", "count"),
+    [
+        ([], 512, 12),
+        (["--lazy_preprocess", "True"], 512, 12),
+        (["--packing", "True"], 512, 12),
+        (["--train_on", "last"], 512, 12),
+        (["--train_on", "all"], 512, 12),
+        (["--conv_template", "vicuna"], 512, 12),
+        (["--conv_template", "alpaca"], 512, 12),
+        (["--overlong", "split"], 40, 12),
+        (["--overlong", "truncate"], 35, 12),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_rows_begin_as_a_server_asks(
+    flags: list[str],
+    length: int,
+    count: int,
+    tokenizer: PreTrainedTokenizerFast,
+    data_file: Path,
+    tmp_path: Path,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    for _ in range(2):  # the second time from the cache
+        load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
+    first, second = said(notices)
+    assert first == second
+    assert first.startswith("Serve parity: ") and " of " in first and "again" in first
+    checked = int(first.split()[2])
+    assert first.startswith(ALIKE.format(checked)) and (checked == count or flags[-1] == "split")
+
+
+def foxes(folder: Path) -> Path:
+    """Three conversations of one to three answers."""
+    said = ["hello, user!", "One two", "And?", "The fox", "!", "One"]
+    turns = [(("human", "gpt")[i % 2], text) for i, text in enumerate(said)]
+    path = folder / "data.json"
+    path.write_text(json.dumps([sharegpt(turns[:length]) for length in (2, 4, 6)]))
+    return path
+
+
+def test_a_tokenizer_that_is_another_one_once_saved(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+    """transformers loses the switch `legacy` of a Llama tokenizer, for which model/loading.py sees to it."""
+    load(copy.deepcopy(real_templates.sentencepiece("phi3")), foxes(tmp_path), tmp_path)
+    [line] = said(notices)
+    assert line.startswith("Serve parity: 0 of 3 rows") and "as token 1, where a server has '\\n'" in line
+
+
+@pytest.mark.parametrize("family", real_templates.FAMILIES)
+@pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "phi3", "glm4moe", "gptoss"])
+def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+    """Also templates that rewrite earlier turns: each row is what a server would have shown."""
+    tokenizer = copy.deepcopy(real_templates.FAMILIES[family](name))
+    if family == "sentencepiece":
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # as model/loading.py does
+    rows = load(tokenizer, foxes(tmp_path), tmp_path)
+    assert said(notices)[0].startswith(ALIKE.format(len(rows)))
+    end = real_templates.ENDS[name]
+    expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
+    assert find_turn_ends(rows, tokenizer, 512) == [expected]
+
+
+@pytest.fixture
+def other_server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server whose tokenizer has another template than the one that was trained with."""
+
+    def install(change: Any) -> None:
+        real = serve_parity._reload
+
+        def reload(tokenizer: Any) -> Any:
+            server = real(tokenizer)
+            change(server)
+            return server
+
+        monkeypatch.setattr(serve_parity, "_reload", reload)
+
+    return install
+
+
+def replace(old: str, new: str) -> Any:
+    def change(server: Any) -> None:
+        assert old in server.chat_template
+        server.chat_template = server.chat_template.replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "assistant\n'",
+            "assistant\nX'",
+            "before its answer 1 the row has {I} as token {n}, where a server has {X}",
+        ),
+        ("'<|im_start|>assistant\n'", "'<|im_end|>'", "the row has {start} as token {h}, where a server has {end}"),
+        (
+            "{% for",
+            "<|endoftext|>{% for",
+            "the row has {start} as token 0, where a server has '<|endoftext|>' (id 0)",
+        ),
+    ],
+    ids=["it goes on after the place of the answer", "another token before it", "from the first token on"],
+)
+def test_the_first_token_that_differs_is_named(
+    old: str,
+    new: str,
+    problem: str,
+    other_server: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data_file: Path,
+    tmp_path: Path,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    other_server(replace(old, new))
+    rows = load(tokenizer, data_file, tmp_path)
+    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
+    header = len(tokenizer(ASSISTANT).input_ids)
+
+    def shown(token: int) -> str:
+        return f"{tokenizer.decode([token])!r} (id {token})"
+
+    names = {"I": shown(rows[0]["input_ids"][first]), "n": first, "h": first - header}
+    names |= {"X": shown(tokenizer("X").input_ids[0]), "start": shown(1), "end": shown(2)}
+    [line] = said(notices)
+    assert line.startswith("Serve parity: 0 of 12 rows begin as a server would ask for their answers. ")
+    assert f" {data_file}:1: " in line and problem.format(**names) in line
+
+
+def test_a_later_answer_is_looked_at_too(
+    other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    """Every second conversation has a second answer."""
+    other_server(replace("{% if add_gen", "{% if messages | length > 2 %}X{% endif %}{% if add_gen"))
+    load(tokenizer, data_file, tmp_path)
+    [line] = said(notices)
+    assert line.startswith("Serve parity: 6 of 12 rows") and f"{data_file}:2: before its answer 2 " in line
+
+
+def test_a_template_that_refuses(
+    other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    other_server(replace("{% for", "{{ raise_exception('no') }}{% for"))
+    load(tokenizer, data_file, tmp_path)
+    [line] = said(notices)
+    assert "0 of 12 rows" in line and "refuses what stands before its answer 1" in line
+
+
+def test_a_tokenizer_that_cannot_be_read_again(
+    other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    def change(server: Any) -> None:
+        raise ValueError("no such class")
+
+    other_server(change)
+    load(tokenizer, data_file, tmp_path)
+    assert said(notices) == ["Serve parity: not compared, the saved tokenizer cannot be read again: no such class"]
+
+
+def test_rows_are_spread_over_files_of_every_kind(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = json.loads(data_file.read_text(encoding="utf-8"))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("\n" + "\n\n".join(map(json.dumps, records * 30)) + "\n{}\n")
+    seen: list[tuple[str, int]] = []
+    real = serve_parity._compare
+
+    def compare(row: dict[str, Any], *rest: Any, **more: Any) -> str:
+        seen.append((row["file"], row["line"]))
+        return real(row, *rest, **more)
+
+    monkeypatch.setattr(serve_parity, "_compare", compare)
+    load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
+    assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
+    assert {file for file, _ in seen} == {str(data_file), str(lines)}
+    assert max(line for _, line in seen) == serve_parity.WITHIN
+
+
+def test_a_template_that_never_writes_the_header(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    """All of what a server writes is in the row, and yet the model would have to write what it has not learnt."""
+    start = tokenizer.chat_template.index("{% if add_gen")
+    tokenizer.chat_template = tokenizer.chat_template[:start]
+    rows = load(tokenizer, data_file, tmp_path)
+    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
+    header = len(tokenizer(ASSISTANT).input_ids)
+    [line] = said(notices)
+    assert line.startswith("Serve parity: 0 of 12 rows") and line.endswith(
+        f"before its answer 1 the row has '<|im_start|>' (id 1) as token {first - header}, where a server has nothing "
+        "more: the chat template has no generation prompt"
+    )
+
+
+def test_a_template_that_needs_no_header(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
+) -> None:
+    """As Llama-2's, in which an answer follows the question at once."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% else %}"
+        " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    load(tokenizer, data_file, tmp_path)
+    assert said(notices)[0].startswith(ALIKE.format(12))
+
+
+@pytest.mark.parametrize("length", [40, 50, 60, 90])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_cut_rows_are_compared_as_far_as_they_go(
+    train_on: str, length: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any, capfd: Any
+) -> None:
+    """With the prompt of the last answer that is left, and without transformers' remarks about long texts."""
+    turns = [("human", "One two"), ("gpt", "three")] * 5
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt(turns)] * 2))
+    tokenizer.model_max_length = length  # as model/loading.py does
+    rows = load(tokenizer, data, tmp_path, "--train_on", train_on, model_max_length=length)
+    assert all(row["full_length"] > row["length"] for row in rows)
+    assert said(notices)[0].startswith(ALIKE.format(2))
+    assert "sequence length is longer" not in capfd.readouterr().err + notices.text
+
+
+def test_cut_rows_that_differ_are_found(
+    other_server: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any
+) -> None:
+    other_server(replace("assistant\n'", "assistant\nX'"))
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt([("human", "One two"), ("gpt", "three")] * 5)]))
+    load(tokenizer, data, tmp_path, "--train_on", "all", model_max_length=60)
+    assert said(notices)[0].startswith("Serve parity: 0 of 1 rows")
+
+
+def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) -> Mismatch | Any:
+    return find_mismatch(ids, prompts, Learnt(start, len(ids), after))
+
+
+def test_the_nearest_prompt_is_compared() -> None:
+    ids = [1, 2, 3, 4, 5, 6]
+    assert run_of(ids, [1, 2, 3], start=3) is None
+    assert run_of(ids, [1, 2], start=3) is None, "what stands between is the template's"
+    assert run_of(ids, [9], [1, 2, 3], start=3) is None
+    assert run_of(ids, [9], [1, 2, 8], start=3) == Mismatch(2, 8, 3)
+    assert run_of(ids, [1, 2], start=5, after=4) == Mismatch(2, None, 3), "another answer's prompt"
+    assert run_of(ids, [*ids, 7], start=3) == Mismatch(6, 7, None)
+
+
+def test_answers_that_were_cut_short_end_nothing(
+    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path
+) -> None:
+    def found(*flags: str, length: int = 512) -> list[int]:
+        rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
+        assert len(rows)
+        return find_turn_ends(rows, tokenizer, length)
+
+    assert found() == found("--train_on", "all") == [2]
+    assert found("--max_rejected", "1.0", length=20) == []
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_rows_that_are_cut_behind_their_first_answer_end_as_others(
+    overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Whole answers they are, and whoever has none but such rows does teach the model to stop."""
+    turns = [("human", "hi"), ("gpt", "One"), ("human", "And then? " * 9), ("gpt", "Two " * 40)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sharegpt(turns)] * 3))
+    rows = load(tokenizer, data, tmp_path, "--overlong", overlong, "--train_on", train_on, model_max_length=60)
+    assert len(rows) == (3 if overlong == "truncate" else 6)
+    assert find_turn_ends(rows, tokenizer, 60) == [2]

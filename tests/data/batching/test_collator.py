@@ -1,0 +1,136 @@
+"""Conversations of one batch: what is learnt where, and what lies between them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from families import Padding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.data.batching.collator import ACCOUNT, Collator
+from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
+
+LAYOUTS = ("end to end", "padded on the right", "padded on the left")
+
+
+def collator(tokenizer: Any, layout: str) -> Collator:
+    tokenizer.padding_side = "left" if layout.endswith("left") else "right"
+    return Collator(tokenizer, padding_free=layout == "end to end")
+
+
+def targets(batch: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """(conversation, token before, token to learn) of each target, read from the batch."""
+    before = batch["input_ids"].flatten()[batch["supervised"]]
+    return list(zip(batch["conversation"].tolist(), before.tolist(), batch["labels"].tolist(), strict=True))
+
+
+def expected_targets(rows: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    return [
+        (i, row["input_ids"][place - 1], row["labels"][place])
+        for i, row in enumerate(rows)
+        for place in range(1, len(row["labels"]))
+        if row["labels"][place] != IGNORE_INDEX
+    ]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> dict[str, Any]:
+    ids = draw(st.lists(st.integers(1, 500), min_size=1, max_size=20))
+    learnt = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    return {"input_ids": ids, "labels": [i if keep else IGNORE_INDEX for i, keep in zip(ids, learnt, strict=True)]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(conversations(), min_size=1, max_size=5))
+def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: list[dict[str, Any]]) -> None:
+    """A first token has nothing of its own before it: in a row of several its neighbour's last one would be."""
+    batch = collator(Padding(), layout)(rows)
+    assert targets(batch) == expected_targets(rows)
+    *counted, sources = [batch[name] for name in ACCOUNT]
+    assert counted == [sum(len(row["input_ids"]) for row in rows), len(expected_targets(rows)), len(rows)]
+    assert all(type(count) is int for count in counted), "counted without a device"
+    assert sources == [(None, None, None)] * len(rows), "nothing is known of these"
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(conversations(), min_size=1, max_size=5))
+def test_end_to_end_is_all_tokens_and_where_they_meet(rows: list[dict[str, Any]]) -> None:
+    batch = collator(Padding(), "end to end")(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert batch["input_ids"].tolist() == [[token for row in rows for token in row["input_ids"]]]
+    assert batch["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    for boundaries in (batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]):
+        assert boundaries.dtype == torch.int32
+        assert boundaries[0] == 0 and boundaries.diff().tolist() == lengths
+    assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
+    assert batch["conversation_lengths"] == tuple(lengths)
+    assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The mask goes by length: both rows hold the padding token itself and keep seeing it.
+
+    What is masked is the first token of the vocabulary, for which every model has an embedding.
+    """
+    pad = tokenizer.pad_token_id
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, pad, pad], "labels": [-100, pad, pad], "id": "ignored", "reason": ""},
+        {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
+    ]
+    batch = collator(tokenizer, f"padded on the {side}")(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", *ACCOUNT}
+    width = batch["input_ids"].shape[1]
+    assert width >= 5
+    for i, row in enumerate(rows):
+        filling = width - len(row["input_ids"])
+        for name, values, filler in (
+            ("input_ids", row["input_ids"], 0),
+            ("attention_mask", [1] * len(row["input_ids"]), 0),
+        ):
+            added = [filler] * filling
+            assert batch[name][i].tolist() == (values + added if side == "right" else added + values)
+    assert targets(batch) == [(0, 5, pad), (0, pad, pad), (1, 8, 9), (1, 9, 10), (1, 10, pad)]
+    seen = batch["attention_mask"].flatten()
+    assert seen[batch["supervised"]].all(), "nothing is predicted from padding"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_rows_of_a_dataset(
+    lazy: bool, layout: str, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    args = DataArguments(data_path=[str(data_file)], lazy_preprocess=lazy)
+    train: Dataset = build_dataset(args, tokenizer, max_length=256, seed=1, output_dir=str(tmp_path))["train"]
+    rows = [train[i] for i in range(4)]
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch = collator(tokenizer, layout)(rows)
+    assert targets(batch) == expected_targets(rows) != []
+    if layout == "end to end":
+        assert batch["cu_seq_lens_q"].diff().tolist() == lengths
+    else:
+        assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+        real = batch["input_ids"][batch["attention_mask"].bool()]
+        assert real.tolist() == [token for row in rows for token in row["input_ids"]]
+
+
+def test_as_wide_as_the_longest_row_rounded_up_to_eight(tokenizer: PreTrainedTokenizerFast) -> None:
+    for longest, width in ((5, 8), (8, 8), (9, 16)):
+        rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (2, longest)]
+        batch = collator(tokenizer, "padded on the right")(rows)
+        assert {tuple(batch[name].shape) for name in ("input_ids", "attention_mask")} == {(2, width)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_to_learn(layout: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = collator(tokenizer, layout)([{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX] * 3}])
+    assert batch["num_supervised"] == 0
+    for name in ("supervised", "labels", "conversation"):
+        assert batch[name].shape == (0,) and batch[name].dtype == torch.long, name

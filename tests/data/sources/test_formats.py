@@ -1,0 +1,332 @@
+"""Every format that a record may come in means the same conversation; what is learnt follows its flags."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CHATML
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
+from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.sources.formats import to_conversation
+from fastchat_qlora.errors import UserError
+
+SYSTEM = "Be brief."
+TURNS = [("Hi", "Hello"), ("And?", "Well…")]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def messages(roles: tuple[str, str, str], role: str, content: str) -> list[dict[str, Any]]:
+    said = [(roles[0], SYSTEM), *[(roles[1 + i], text) for turn in TURNS for i, text in enumerate(turn)]]
+    return [{role: name, content: text} for name, text in said]
+
+
+OPENAI = {"id": "x", "messages": messages(("system", "user", "assistant"), "role", "content")}
+SAME: dict[str, dict[str, Any]] = {
+    "openai": OPENAI,
+    "developer": {"id": "x", "messages": messages(("developer", "user", "assistant"), "role", "content")},
+    "sharegpt": {"id": "x", "conversations": messages(("system", "human", "gpt"), "from", "value")},
+    "sharegpt with role": {"id": "x", "conversations": messages(("System", "User", "Model"), "role", "content")},
+    "system beside": {"id": "x", "system": SYSTEM, "conversations": OPENAI["messages"][1:]},
+    "parts": {
+        "id": "x",
+        "messages": [
+            {
+                **turn,
+                "content": [
+                    {"type": "text", "text": turn["content"][:2]},
+                    {"type": "text", "text": turn["content"][2:]},
+                ],
+            }
+            for turn in OPENAI["messages"]
+        ],
+    },
+    "alpaca": {"id": "x", "system": SYSTEM, "instruction": "And?", "output": "Well…", "history": [["Hi", "Hello"]]},
+    "nulls": {
+        "id": "x",
+        "messages": [{**turn, "tool_calls": None, "weight": None, "name": None} for turn in OPENAI["messages"]],
+        "tools": None,
+    },
+    "flags of one": {"id": "x", "messages": [{**turn, "weight": 1, "train": True} for turn in OPENAI["messages"]]},
+}
+
+
+@pytest.mark.parametrize("name", list(SAME))
+def test_formats_mean_the_same(name: str) -> None:
+    assert to_conversation(SAME[name]) == to_conversation(OPENAI)
+
+
+def test_alpaca_input_stands_below_the_instruction() -> None:
+    record = {"instruction": "Translate.", "input": "Guten Tag", "output": "Good day"}
+    expected = [Message("user", "Translate.\nGuten Tag"), Message("assistant", "Good day")]
+    assert to_conversation(record) == Conversation(expected, [])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {
+            "role": "assistant",
+            "tool_calls": [{**CALL, "function": {"name": "add", "arguments": '{"a": 1, "b": "two"}'}}],
+        },
+        {"role": "assistant", "content": "", "function_call": CALL["function"]},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "function_call", "value": CALL["function"]},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
+    ],
+    ids=["object", "JSON", "older name", "ShareGPT", "ShareGPT, object", "all in JSON"],
+)
+def test_tool_calls(said: dict[str, Any]) -> None:
+    """However it is written down, a call is one; the tool's result and description are kept for the template."""
+    result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    answer = {"role": "assistant", "content": "Three"}
+    record = {"messages": [{"role": "user", "content": "Add"}, said, result, answer], "tools": json.dumps([ADD])}
+    assert to_conversation(record) == Conversation(
+        [
+            Message("user", "Add"),
+            Message("assistant", "", tool_calls=(CALL,)),
+            Message("tool", "3", extra={"tool_call_id": "c1"}),
+            Message("assistant", "Three"),
+        ],
+        [ADD],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": 0.5}, "message 1: 'train' or 'weight' must be 0 or 1, is '0.5'"),
+        ({"train": "yes"}, "must be 0 or 1"),
+        (
+            {"content": [{"type": "image_url", "image_url": "x"}]},
+            "message 1: a content part is no text but 'image_url'",
+        ),
+        ({"content": None}, "message 1: must be an object with text"),
+        ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
+        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has 'tool_calls' and 'function_call'"),
+        ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),
+        *[
+            (
+                {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+                "message 1: .* are not JSON: Out of",
+            )
+            for arguments in ({"a": float("nan")}, {"a": [{"b": float("-inf")}]}, '{"a": NaN}', '{"a": [-Infinity]}')
+        ],
+    ],
+)
+def test_bad_message(change: dict[str, Any], reason: str) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", **change}]
+    with pytest.raises(RejectedRecord, match=reason):
+        to_conversation({"messages": turns})
+
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SAID_BEFORE = [{"role": "system", "content": SYSTEM}, *HI]
+
+
+@pytest.mark.parametrize("system", [5, True, 1.5, ["Be brief."], {"content": "Be brief."}])
+@pytest.mark.parametrize("turns", [{"messages": HI}, {"messages": SAID_BEFORE}, {"instruction": "Hi", "output": "Ho"}])
+def test_system_message_that_is_no_text(turns: dict[str, Any], system: Any) -> None:
+    """What a run says to the model all through is not dropped without a word."""
+    with pytest.raises(RejectedRecord, match=r"^'system' must be text$"):
+        to_conversation({"system": system, **turns})
+
+
+@pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
+def test_two_system_messages_that_differ(first: Any) -> None:
+    record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
+    with pytest.raises(RejectedRecord, match=r"^two system messages that differ: 'system' and the first message$"):
+        to_conversation(record)
+
+
+@pytest.mark.parametrize("system", [SYSTEM, "", None])
+@pytest.mark.parametrize("first", [SYSTEM, [{"type": "text", "text": SYSTEM}]])
+def test_a_system_message_that_is_given_twice_is_one(first: Any, system: str | None) -> None:
+    record = {"system": system, "messages": [{"role": "system", "content": first}, *HI]}
+    assert to_conversation(record).messages == to_conversation({"messages": SAID_BEFORE}).messages
+
+
+@pytest.mark.parametrize(("given", "kept"), [(7, "7"), ("c7", "c7"), (10**30, "1" + "0" * 30)])
+@pytest.mark.parametrize("key", ["tool_call_id", "name"])
+def test_number_as_the_name_of_a_tool_call(key: str, given: Any, kept: str) -> None:
+    result = {"role": "tool", "content": "3", key: given}
+    turns = [HI[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, result, HI[1]]
+    assert to_conversation({"messages": turns}).messages[2] == Message("tool", "3", extra={key: kept})
+
+
+def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> DatasetDict:
+    arguments = DataArguments(data_path=[str(path)], **options)
+    return build_dataset(
+        arguments,
+        tokenizer,
+        max_length=options.pop("max_length", 300),
+        seed=1,
+        output_dir=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+        is_main=False,
+    )
+
+
+def learnt(row: dict[str, Any], tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row["labels"] if label != -100]))
+
+
+def write_all(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
+    """The records in every kind of file."""
+    lines = "\n".join(json.dumps(record) for record in records).encode()
+    contents = {
+        "a.json": json.dumps(records, indent=1).encode(),
+        "b.jsonl": lines,
+        "c.json": lines,  # JSON Lines under the other name
+        "d.jsonl.gz": gzip.compress(lines),
+        "e.json.zst": pa.compress(json.dumps(records).encode(), "zstd", asbytes=True),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(records), folder / "f.parquet")
+    return [folder / name for name in (*contents, "f.parquet")]
+
+
+def test_files_of_every_kind_give_the_same_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    records = [{**OPENAI, "id": str(i)} for i in range(600)]
+    paths = write_all(folder / "sub", records)
+    (folder / "notes.txt").write_text("no data")
+    rows = [build(path, tokenizer, tmp_path)["train"] for path in paths]
+    for other in rows:
+        assert other["id"] == [str(i) for i in range(600)]
+        assert other["line"] == list(range(1, 601))
+        assert other["labels"] == rows[0]["labels"]
+    assert learnt(rows[0][0], tokenizer) == "Hello<|im_end|>Well…<|im_end|>"
+    together = build(folder, tokenizer, tmp_path)["train"]
+    assert together["file"] == [str(path) for path in paths for _ in records]
+
+
+@pytest.mark.parametrize("split", ["train", "test", "train[:1]"])
+def test_dataset_repository_folder(split: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """`name:split`, as for a hub id: what the datasets library makes of the repository's files."""
+    repository = tmp_path / "repository"
+    (repository / "data").mkdir(parents=True)
+    for name, count in (("train", 3), ("test", 2)):
+        records = [{**OPENAI, "id": f"{name}{i}"} for i in range(count)]
+        Dataset.from_list(records).to_parquet(repository / "data" / f"{name}-00000-of-00001.parquet")
+    rows = build(f"{repository}:{split}", tokenizer, tmp_path)["train"]
+    expected = {"train": ["train0", "train1", "train2"], "test": ["test0", "test1"], "train[:1]": ["train0"]}
+    assert rows["id"] == expected[split]
+
+
+def test_unknown_hub_dataset_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--data_path no/such: neither a file or folder here nor a dataset"):
+        build("no/such", tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train_on", "flags", "expected"),
+    [
+        ("assistant", (None, None), "Hello<|im_end|>Well…<|im_end|>"),
+        ("assistant", (0, None), "Well…<|im_end|>"),
+        ("assistant", (True, False), "Hello<|im_end|>"),
+        ("last", (None, None), "Well…<|im_end|>"),
+        ("last", (0, 1), "Well…<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("conv_template", ["auto", "chatml"])
+def test_what_is_learnt(
+    train_on: str, flags: tuple[Any, Any], expected: str, conv_template: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    turns = [dict(turn) for turn in OPENAI["messages"]]
+    turns[2]["weight"], turns[4]["train"] = flags
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": turns}]))
+    [row] = build(path, tokenizer, tmp_path, train_on=train_on, conv_template=conv_template)["train"]
+    assert learnt(row, tokenizer) == expected
+    assert tokenizer.decode(row["input_ids"]).count("<|im_end|>") == 5
+
+
+def test_train_on_all(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Every token but the first, which nothing could predict."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([OPENAI]))
+    [row] = build(path, tokenizer, tmp_path, train_on="all")["train"]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+def test_nothing_to_learn_by_flags(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": [{**turn, "weight": 0} for turn in OPENAI["messages"]]}]))
+    with pytest.raises(UserError, match="nothing to learn: 'train' or 'weight' is 0"):
+        build(path, tokenizer, tmp_path)
+
+
+QUESTIONS = [(f"Question {i}?", f"Answer {i} is here.") for i in range(12)]
+
+
+def test_split_keeps_every_answer_and_the_system_message(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Each answer is learnt once, whole, in order; every part begins with the system message and fits."""
+    turns = [{"role": "system", "content": SYSTEM}]
+    for question, answer in QUESTIONS:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": turns}]))
+    arguments = DataArguments(data_path=[str(path)], overlong="split")
+    rows = build_dataset(
+        arguments,
+        tokenizer,
+        max_length=120,
+        seed=1,
+        output_dir=str(tmp_path),
+        cache_dir=str(tmp_path / "c"),
+        is_main=False,
+    )["train"]
+    assert len(rows) > 1
+    assert "".join(learnt(row, tokenizer) for row in rows) == "".join(f"{answer}<|im_end|>" for _, answer in QUESTIONS)
+    for row in rows:
+        assert row["length"] <= 120
+        assert tokenizer.decode(row["input_ids"]).startswith(
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user"
+        )
+
+
+DROPS_THOUGHTS = CHATML.replace(
+    "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+)
+
+
+def test_conversation_that_becomes_several_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A template that forgets earlier thoughts: each answer is learnt with its thought, after answers without."""
+    tokenizer.chat_template = DROPS_THOUGHTS
+    turns = [("Hi", "<think>hm</think>Hello"), ("And?", "<think>so</think>Well")]
+    record = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": record}] * 4))
+    data = build(path, tokenizer, tmp_path, eval_split=2)
+    for rows in data.values():
+        assert [learnt(row, tokenizer) for row in rows] == [
+            "<think>hm</think>Hello<|im_end|>",
+            "<think>so</think>Well<|im_end|>",
+        ] * 2
+        assert "hm" not in tokenizer.decode(rows[1]["input_ids"])
+    assert not set(data["train"]["record"]) & set(data["eval"]["record"])  # whole conversations on one side
+
+
+def test_folder_without_data(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no data")
+    with pytest.raises(UserError, match=f"--data_path {tmp_path}/empty: no data file in that folder; give .json"):
+        build(tmp_path / "empty", tokenizer, tmp_path)

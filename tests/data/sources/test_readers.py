@@ -1,0 +1,627 @@
+"""Files become messages; a bad record is set aside with its line and the reason, and a bad file is an error."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CONVERSATIONS, sharegpt
+from datasets import Dataset
+
+from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
+from fastchat_qlora.data.sources.json_reader import HELD, _Watched
+from fastchat_qlora.data.sources.readers import (
+    BATCH,
+    RawRecord,
+    Rejection,
+    Source,
+    find_files,
+    read_file,
+    read_hub_dataset,
+)
+from fastchat_qlora.errors import UserError
+
+
+class Conversation(NamedTuple):
+    """A record that was understood."""
+
+    source: Source
+    messages: list[Message]
+
+
+def to_messages(record: Any) -> list[Message]:
+    return list(to_conversation(record).messages)
+
+
+def read_conversations(path: str, flag: str = "--data_path") -> list[Conversation | Rejection]:
+    """What becomes of each record of a file."""
+    read: list[Conversation | Rejection] = []
+    for record in read_file(Path(path), flag):
+        source = record.source
+        try:
+            parsed = parse_record(record.value)
+            source = source._replace(id=get_id(parsed))
+            read.append(Conversation(source, to_messages(parsed)))
+        except RejectedRecord as error:
+            read.append(Rejection(source, str(error)))
+    return read
+
+
+GOOD = sharegpt([("human", "Hi"), ("gpt", "Hello")], "good")
+MESSAGES = [Message("user", "Hi"), Message("assistant", "Hello")]
+DEEP = 10_000
+
+
+def line(record: Any = GOOD) -> bytes:
+    return json.dumps(record).encode()
+
+
+def read(path: Path, content: bytes) -> list[Conversation | Rejection]:
+    path.write_bytes(content)
+    return list(read_conversations(str(path)))
+
+
+def outline(records: list[Conversation | Rejection]) -> list[tuple[int, str]]:
+    """The line of each record, and its kind."""
+    return [(record.source.line, type(record).__name__) for record in records]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+def test_good_records(name: str, tmp_path: Path) -> None:
+    records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS)]
+    text = json.dumps(records, ensure_ascii=False, indent=1)
+    if name != "a.json":
+        text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    path = tmp_path / name
+    roles: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+    assert read(path, text.encode()) == [
+        Conversation(Source(str(path), i + 1, f"c{i}"), [Message(roles[role], value) for role, value in turns])
+        for i, turns in enumerate(CONVERSATIONS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (5, "the record is not an object"),
+        (None, "the record is not an object"),
+        ("text", "the record is not an object"),
+        ([GOOD], "the record is not an object"),
+        ({}, "no turns"),
+        ({"conversations": []}, "no turns"),
+        ({"conversations": None}, "no turns"),
+        ({"conversations": {"from": "human", "value": "Hi"}}, "no turns"),
+        ({"conversations": "Hi"}, "no turns"),
+        ({"conversations": ["Hi", "Hello"]}, "message 0: must be an object"),
+        ({"instruction": "Why?", "context": "", "response": "So"}, "'instruction' without 'output'"),
+        ({"conversations": [*GOOD["conversations"], {"from": "human"}]}, "message 2: must be an object"),
+        ({"conversations": [{"from": "human", "value": 5}]}, "message 0: must be an object with text"),
+        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part is no text but 'int'"),
+        ({"conversations": [{"from": "human", "value": float("nan")}]}, "message 0: must be an object with text"),
+        (sharegpt([("human", "Hi"), ("alien", "Hello")]), "message 1: unknown role 'alien'; known are .*human.*gpt"),
+        ({"conversations": [{"value": "Hi"}]}, "message 0: unknown role None"),
+        ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "message 0: unknown role"),
+        (sharegpt([("human", "Hi"), ("gpt", "")]), "message 1: empty answer"),
+        (sharegpt([("human", "Hi"), ("gpt", " \n\u00a0")]), "message 1: empty answer"),
+        (sharegpt([("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "")]), "message 3: empty answer"),
+        (sharegpt([("human", "Hi")]), "no answer"),
+        (sharegpt([("system", "Be kind."), ("human", "Hi")]), "no answer"),
+        (sharegpt([("gpt", "Hello")]), "no answer"),
+        (sharegpt([("system", "Be kind."), ("gpt", "Hello"), ("human", "Hi")]), "no answer"),
+    ],
+)
+def test_bad_record(record: Any, reason: str, tmp_path: Path) -> None:
+    """It is set aside from an array and from lines alike, and its neighbours are read."""
+    with pytest.raises(RejectedRecord, match=f"^{reason}"):
+        to_messages(record)
+    array = read(tmp_path / "a.json", line([GOOD, record, GOOD]))
+    lines = read(tmp_path / "a.jsonl", b"\n".join([line(), line(record), line()]))
+    for records in (array, lines):
+        assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+        assert records[0].source.id == records[2].source.id == "good"
+    assert isinstance(array[1], Rejection)
+    assert isinstance(lines[1], Rejection)
+    assert array[1].reason == lines[1].reason
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"conversations": [{"from": "human", "value": "Hi"',
+        b"not JSON",
+        b"{'conversations': []}",
+        line() + line(),
+        line() + b",",
+        line(sharegpt([("human", "caf\u00e9"), ("gpt", "Hello")])).replace(b"\\u00e9", b"\xe9"),
+        b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le"),
+        b"[" * DEEP + b"]" * DEEP,
+        b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+        b"\x00",
+        b"9" * 5000,
+    ],
+    ids=[
+        "cut",
+        "text",
+        "Python",
+        "two",
+        "comma",
+        "Latin-1",
+        "UTF-16",
+        "deep list",
+        "deep object",
+        "zero",
+        "huge number",
+    ],
+)
+def test_broken_line_in_the_middle(broken: bytes, tmp_path: Path) -> None:
+    records = read(tmp_path / "a.jsonl", b"\n".join([line(), broken, line()]) + b"\n")
+    assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+    assert isinstance(records[1], Rejection)
+    assert records[1].source == (str(tmp_path / "a.jsonl"), 2, None)
+    assert records[1].reason.startswith("not a line of JSON in UTF-8: ")
+
+
+def test_blank_lines_count_but_are_no_records(tmp_path: Path) -> None:
+    content = b"\n\n" + line() + b"\r\n \t\r\n" + b"{broken\n\n\n" + line()  # no line break at the end
+    records = read(tmp_path / "a.jsonl", content)
+    assert outline(records) == [(3, "Conversation"), (5, "Rejection"), (8, "Conversation")]
+
+
+def test_line_separators_inside_a_line(tmp_path: Path) -> None:
+    """Only a line feed ends a line; U+2028, U+0085 and a form feed are text."""
+    said = "a\u2028b\u0085c\u000bd"
+    record = json.dumps(sharegpt([("human", "Hi"), ("gpt", said)]), ensure_ascii=False).encode()
+    records = read(tmp_path / "a.jsonl", record + b"\n" + line())
+    assert outline(records) == [(1, "Conversation"), (2, "Conversation")]
+    assert isinstance(records[0], Conversation)
+    assert records[0].messages[1].content == said
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_byte_order_mark(name: str, tmp_path: Path) -> None:
+    content = line([GOOD]) if name == "a.json" else line()
+    [record] = read(tmp_path / name, b"\xef\xbb\xbf" + content)
+    assert isinstance(record, Conversation)
+    assert record.messages == MESSAGES
+
+
+def test_not_a_number_and_unknown_fields_do_no_harm(tmp_path: Path) -> None:
+    content = b'{"id": NaN, "score": -Infinity, "tags": [1, "a"], "conversations": [{"from": "human", "value": "Hi",'
+    content += b' "score": NaN}, {"from": "gpt", "value": "Hello", "weight": null}]}'
+    [record] = read(tmp_path / "a.jsonl", content)
+    assert record == Conversation(Source(str(tmp_path / "a.jsonl"), 1, "nan"), MESSAGES)
+
+
+def test_ids_of_mixed_types(tmp_path: Path) -> None:
+    ids = ["a", 7, None, 1.5, True, ["x", 1], {"k": 1}]
+    records = read(tmp_path / "a.json", line([{**GOOD, "id": identity} for identity in ids]))
+    assert [record.source.id for record in records] == ["a", "7", None, "1.5", "True", "['x', 1]", "{'k': 1}"]
+    assert {type(record) for record in records} == {Conversation}
+
+
+def test_id_of_a_bad_record_is_kept(tmp_path: Path) -> None:
+    records = read(tmp_path / "a.json", line([{"id": 12, "conversations": []}, {"conversations": []}, 5]))
+    assert [record.source.id for record in records] == ["12", None, None]
+    assert {type(record) for record in records} == {Rejection}
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *[(name, "user") for name in ("human", "user", "Human", "USER")],
+        *[(name, "assistant") for name in ("gpt", "assistant", "model", "chatgpt", "bot", "GPT")],
+        *[(name, "tool") for name in ("tool", "function", "observation")],
+        ("system", "system"),
+    ],
+)
+def test_role_names(name: str, role: Role) -> None:
+    messages = to_messages(sharegpt([("human", "Hi"), (name, "Well"), ("gpt", "Hello")]))
+    assert messages[1] == Message(role, "Well")
+
+
+@pytest.mark.parametrize("opening", [1, 2])
+@pytest.mark.parametrize("system", [[], [("system", "Be kind.")]], ids=["", "after system"])
+def test_opening_line_of_the_assistant_is_left_out(system: list[tuple[str, str]], opening: int) -> None:
+    turns = [*system, *[("gpt", "Ask me!")] * opening, ("human", "Hi"), ("gpt", "Hello")]
+    assert to_messages(sharegpt(turns)) == [*(Message("system", text) for _, text in system), *MESSAGES]
+
+
+def test_contents_are_kept_as_they_are() -> None:
+    said = "  two blanks\r\n\ttab \u00e9 e\u0301 🙂 \x00 \n"
+    assert to_messages(sharegpt([("human", ""), ("gpt", said)])) == [Message("user", ""), Message("assistant", said)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'"text"', "a str"),
+        (b"null", "a NoneType"),
+        (line([GOOD])[:-1], "not valid JSON"),
+        (line([GOOD, GOOD])[:-30], "not valid JSON"),
+        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), "not valid JSON.*JSON Lines files end in .jsonl"),
+        (b"", "not valid JSON"),
+        (b'["' + b"a" * 6 + b"\xe9", "not UTF-8 at byte 8"),
+    ],
+    ids=["text", "null", "open", "cut", "two arrays", "empty", "Latin-1"],
+)
+def test_file_that_is_no_array(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        list(read_conversations(str(path), "--eval_data_path"))
+    assert str(caught.value).startswith(f"--eval_data_path {path}: ")
+
+
+def test_lines_in_a_json_file(tmp_path: Path) -> None:
+    """By its first character a file of objects is told from an array, whatever it is called."""
+    records = read(tmp_path / "a.json", b"\n" + line() + b"\n{broken\n" + line())
+    assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
+
+
+def test_deep_record_in_an_array(tmp_path: Path) -> None:
+    deep = b"[" * DEEP + b"]" * DEEP
+    records = read(tmp_path / "a.json", b"[" + line() + b"," + deep + b"," + line() + b"]")
+    assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", b"[]"), ("a.jsonl", b""), ("a.jsonl", b"\n \n")])
+def test_file_without_records(name: str, content: bytes, tmp_path: Path) -> None:
+    assert read(tmp_path / name, content) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_missing_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=name):
+        list(read_conversations(str(tmp_path / name)))
+
+
+# Escapes in an answer, as they stand in the file, and what they mean; None where that is no text.
+ESCAPES = {
+    rb"\ud83d.": None,
+    rb"\ud83dabc": None,
+    rb"\uD83D\u0041": None,
+    rb"\ud83d": None,
+    rb"\ud83d\ud83d\ude00": None,
+    rb"\ud83d\\ude00": None,
+    rb"\\\ud83d": None,
+    rb"\ude00": None,
+    rb"\ud83d\ude00": "\U0001f600",
+    rb"\uD83D\uDE00!": "\U0001f600!",
+    rb"\\ud83d": "\\ud83d",
+    rb"\\\\ud83d.": "\\\\ud83d.",
+    rb"\\ud83d\\ude00": "\\ud83d\\ude00",
+    rb"\\\ud83d\ude00": "\\\U0001f600",
+    b"\\" * 30 + rb"ud83d": "\\" * 15 + "ud83d",
+}
+LIMIT = "fastchat_qlora.data.sources.json_reader.WHOLE_FILE_LIMIT"
+
+
+def array_with(escape: bytes, padding: int = 0) -> bytes:
+    """Three records, the second with that escape at the end of its answer, so many bytes later."""
+    bad = line(sharegpt([("human", "Hi"), ("gpt", "PLACE")], "x" * padding)).replace(b"PLACE", escape)
+    return b"[" + b",".join([line(), bad, line()]) + b"]"
+
+
+@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
+def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
+    """yajl would make a question mark of it, or another character; the text was never that."""
+    records = read(tmp_path / "a.json", array_with(escape))
+    if meaning is None:
+        assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+        assert isinstance(records[1], Rejection)
+        assert records[1].reason == "message 1: holds half of a surrogate pair, which is no character"
+    else:
+        assert isinstance(records[1], Conversation)
+        assert records[1].messages[1].content == meaning
+        assert outline(records) == [(i, "Conversation") for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
+def test_half_a_surrogate_pair_in_an_array_too_large_to_read_whole(
+    escape: bytes, meaning: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LIMIT, 100)
+    path = tmp_path / "a.json"
+    if meaning is not None:
+        assert outline(read(path, array_with(escape))) == [(i, "Conversation") for i in (1, 2, 3)]
+        return
+    reason = "surrogate pair|invalid continuation byte"  # the second half alone is no UTF-8
+    with pytest.raises(UserError, match=rf"--data_path {path}: not valid JSON in UTF-8 .*({reason}).*\.jsonl"):
+        read(path, array_with(escape))
+
+
+@pytest.mark.parametrize("escape", [rb"\ud83d.", rb"\ud83d\ude00", rb"\\ud83d"], ids=repr)
+def test_escape_across_the_edge_of_what_is_read_at_once(
+    escape: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LIMIT, 100)
+    edge = 1 << 20
+    start = array_with(escape).index(escape)
+    for place in range(edge - 2 * HELD, edge + 2):
+        content = array_with(escape, padding=place - start)
+        assert content.index(escape) == place
+        if ESCAPES[escape] is None:
+            with pytest.raises(UserError, match="holds half of a surrogate pair"):
+                read(tmp_path / "a.json", content)
+        else:
+            assert outline(read(tmp_path / "a.json", content)) == [(i, "Conversation") for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("escape", "meaning"), [item for item in ESCAPES.items() if item[0] != rb"\ude00"], ids=repr)
+def test_escape_wherever_the_edges_are(escape: bytes, meaning: str | None) -> None:
+    for size in range(HELD + 1, 3 * HELD):
+        for padding in range(3 * HELD):
+            content = b'["' + b"x" * padding + escape + b'", "and more"]'
+            if meaning is None:
+                with pytest.raises(ValueError, match="surrogate"):
+                    watched(content, size)
+            else:
+                assert watched(content, size) == content
+
+
+def watched(content: bytes, size: int) -> bytes:
+    """What the streaming parser gets to see, read in pieces of that size."""
+    file = _Watched(io.BufferedReader(io.BytesIO(content)))
+    return b"".join(iter(lambda: file.read(size), b""))
+
+
+BRACKETS = {
+    "lists": b"[" * 100_000,
+    "lists and line breaks": b"[ \n" * 100_000,
+    "objects": b"[" + b'{"a":' * 100_000,
+    "objects with long names": b"[" + b'{"a name of thirty letters, all":' * 100_000,
+    "lists of objects": b'[{"a":' * 50_000,
+    "lists with something before": b"[" + b"[1," * 100_000,
+    "objects with something before": b"[" + b'{"b": "}]}]", "a":' * 100_000,
+    "lists with brackets in texts": b"[" + rb'["]\"]\\",' * 100_000,
+    "lists that are closed": b"[" * 100_000 + b"]" * 100_000,
+}
+READ_IN_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from fastchat_qlora.data.sources.readers import read_file
+from fastchat_qlora.errors import UserError
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+for path in sys.argv[1:]:
+    try:
+        for record in read_file(Path(path), "--data_path"):
+            pass
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory in use")
+def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
+    """ijson would keep the whole path to each of them, which is gigabytes; half of one has to do here."""
+    paths = [tmp_path / f"{name}.json" for name in BRACKETS]
+    for path, content in zip(paths, BRACKETS.values(), strict=True):
+        path.write_bytes(content)
+    command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout.splitlines()
+    assert [text for path, text in zip(paths, told, strict=True) if not text.startswith(f"--data_path {path}: ")] == []
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [b'"' + b"[" * (3 << 20) + b'"', b'"' + rb"\"{[" * 500_000 + b'"', b"[[]],[{}]," * 30_000],
+    ids=["in a text", "behind quotes", "side by side"],
+)
+def test_brackets_that_are_not_nested_do_no_harm(
+    inside: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LIMIT, 100)
+    note = b'"note": [' + inside.removesuffix(b",") + b"], "
+    content = b"[" + line().replace(b"{", b"{" + note, 1) + b"]"
+    assert outline(read(tmp_path / "a.json", content)) == [(1, "Conversation")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+def test_array_with_what_only_python_reads(name: str, tmp_path: Path) -> None:
+    content = line([{**GOOD, "score": float("nan"), "most": float("-inf"), "count": 10**400}, GOOD])
+    content = content.replace(b"NaN", b'NaN, "long": ' + b"9" * 5_000)  # more digits than Python likes
+    assert b"NaN" in content
+    records = read(tmp_path / name, pack(content, name))
+    assert [record.messages for record in records if isinstance(record, Conversation)] == [MESSAGES] * 2
+
+
+def pack(content: bytes, name: str) -> bytes:
+    """The content as a file of that name holds it."""
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    return bytes(pa.compress(content, "zstd", asbytes=True)) if name.endswith(".zst") else content
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.zst"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
+    text = "\ufeff" + (line([GOOD]) if ".jsonl" not in name else line()).decode()
+    with pytest.raises(UserError, match=rf"--data_path .*{name}: is text in UTF-16; convert the file to UTF-8"):
+        read(tmp_path / name, pack(text.encode(encoding), name))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
+def test_pretty_printed_object(before: bytes, name: str, tmp_path: Path) -> None:
+    """Not one rejected line for each of its lines."""
+    content = before + json.dumps({"data": [GOOD, GOOD]}, indent=2).encode()
+    with pytest.raises(UserError, match=r"holds an object, must hold an array of records; JSON Lines end in \.jsonl"):
+        read(tmp_path / name, pack(content, name))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("length", [1, 10_000, 3 << 20])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_of_any_length_in_a_json_file(end: bytes, length: int, name: str, tmp_path: Path) -> None:
+    """The first of them may be longer than what is read at once, and all there is."""
+    long = sharegpt([("human", "Hi" * length), ("gpt", "Hello")])
+    assert outline(read(tmp_path / name, pack(line(long) + end, name))) == [(1, "Conversation")]
+    content = b"\n".join([line(long), b"{broken", line(long)]) + end
+    assert outline(read(tmp_path / name, pack(content, name))) == [
+        (1, "Conversation"),
+        (2, "Rejection"),
+        (3, "Conversation"),
+    ]
+
+
+def not_utf_8(*texts: bytes) -> pa.Array:
+    """A column of texts in whatever bytes."""
+    return pa.array(texts, pa.binary()).cast(pa.large_binary()).view(pa.large_utf8())
+
+
+def turns_with(contents: pa.Array) -> pa.Array:
+    """A column of conversations, with a question and an answer from these texts each."""
+    roles = pa.array(["user", "assistant"] * (len(contents) // 2), pa.large_utf8())
+    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    return pa.ListArray.from_arrays(pa.array(range(0, len(contents) + 1, 2), pa.int32()), messages)
+
+
+TOO_LATE = pa.array([0, 2**62, 0], pa.timestamp("us"))
+GOOD_TURNS = turns_with(pa.array(["Hi", "Hello"] * 3, pa.large_utf8()))
+
+
+with_values_that_python_cannot_hold = pytest.mark.parametrize(
+    ("columns", "good"),
+    [
+        ({"messages": GOOD_TURNS, "raw": not_utf_8(b"a", b"\xff", b"c"), "when": TOO_LATE}, [True, True, True]),
+        ({"id": not_utf_8(b"a", b"\xff", b"c"), "messages": GOOD_TURNS}, [True, False, True]),
+        ({"id": TOO_LATE, "messages": GOOD_TURNS}, [True, False, True]),
+        ({"messages": turns_with(not_utf_8(b"Hi", b"Hello", b"Hi", b"\xe9", b"Hi", b"Hello"))}, [True, False, True]),
+        ({"raw": not_utf_8(b"a", b"\xff", b"c")}, [False, False, False]),
+    ],
+    ids=["in an unused column", "as id", "a date as id", "in a message", "in all there is"],
+)
+
+
+@with_values_that_python_cannot_hold
+@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+def test_parquet_with_values_that_python_cannot_hold(
+    columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
+) -> None:
+    """Such a value costs its own row, wherever in a batch it stands, and none where nobody looks at it."""
+    table = pa.table(columns)
+    table = pa.concat_tables([table.slice(0, 1)] * before + [table])
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path)
+    records = read_conversations(str(path))
+    kinds = [good[0]] * before + good
+    assert outline(records) == [(i + 1, "Conversation" if kind else "Rejection") for i, kind in enumerate(kinds)]
+    if good[0] and not good[1]:
+        assert isinstance(records[before + 1], Rejection)
+        assert records[before + 1].reason.startswith("a value that cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.PARQUET.zst"])
+def test_packed_parquet(name: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"messages": GOOD_TURNS}), tmp_path / "a.parquet")
+    content = pack((tmp_path / "a.parquet").read_bytes(), name)
+    with pytest.raises(UserError, match=f"--data_path .*{name}: Parquet is compressed inside; unpack the file"):
+        read(tmp_path / name, content)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    """The checksum of a gzip file is wrong, and so is the frame of a zstd file."""
+    return content[:-6] + bytes([content[-6] ^ 1]) + content[-5:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *[(name, cut) for name in ("a.json.gz", "a.jsonl.gz", "a.json.zst", "a.jsonl.zst")],
+        *[(name, flip) for name in ("a.json.gz", "a.jsonl.gz")],
+        *[(name, lambda content: content[1:]) for name in ("a.json.gz", "a.jsonl.gz", "a.json.zst", "a.jsonl.zst")],
+        ("a.jsonl.gz", lambda content: content + b"more"),
+    ],
+)
+def test_damaged_archive(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 50)]
+    content = line(records) if ".jsonl" not in name else b"\n".join(map(line, records))
+    path = tmp_path / name
+    with pytest.raises(UserError, match=rf"--data_path {path}: is cut off or damaged: .*; compress it again"):
+        read(path, damage(pack(content, name)))
+
+
+def test_folder_with_all_kinds_of_entries(tmp_path: Path) -> None:
+    """What is not read is named, but for hidden files, which nobody means to give."""
+    data, run = tmp_path / "data", tmp_path / "data" / "run"
+    for folder in (data / "sub", data / ".git", run, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    for name in ("b.jsonl", "sub/a.json", "sub/.hidden.json", ".git/c.json", "run/d.json", "notes.txt", "e.json.bz2"):
+        (data / name).write_bytes(line())
+    (tmp_path / "elsewhere" / "f.json").write_bytes(line())
+    (data / "link.json").symlink_to(tmp_path / "elsewhere" / "f.json")
+    (data / "broken.json").symlink_to(tmp_path / "missing.json")
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(data / "pipe.jsonl")
+    files, left_out = find_files(str(data), without=run)
+    assert [str(file.relative_to(data)) for file in files] == ["b.jsonl", "link.json", "sub/a.json"]
+    names = ["broken.json", "e.json.bz2", "linked", "notes.txt", "pipe.jsonl"]
+    assert [str(file.relative_to(data)) for file in left_out] == names
+    assert data / "run" / "d.json" in find_files(str(data)).files
+
+
+def test_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    [record] = read(path, line())
+    assert record.source.file == f"{tmp_path}/caf\\xe9.jsonl"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.json.zst", "a.parquet"])
+@pytest.mark.parametrize("count", [1, BATCH, 3 * BATCH + 1])
+def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.table({"messages": pa.chunked_array([GOOD_TURNS.slice(0, 1)] * count)}), path)
+    else:
+        path.write_bytes(pack(b"\n".join([line()] * count), name))
+    told: list[int] = []
+    assert len(list(read_file(path, "--data_path", told.append))) == count
+    assert sum(told) == path.stat().st_size
+
+
+@with_values_that_python_cannot_hold
+@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+def test_hub_dataset_with_values_that_python_cannot_hold(
+    columns: dict[str, pa.Array], good: list[bool], before: int
+) -> None:
+    """As in Parquet files."""
+    table = pa.table(columns)
+    dataset = Dataset(pa.concat_tables([table.slice(0, 1)] * before + [table]))
+    values = [record.value for record in read_hub_dataset("org/name", dataset)]
+    assert [bool(value) and not isinstance(value, RejectedRecord) for value in values] == [good[0]] * before + good
+    assert all(isinstance(value, RejectedRecord) or set(value) <= {"id", "messages"} for value in values)
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1, 3 * BATCH - 1])
+def test_progress_of_a_hub_dataset_is_all_its_bytes(count: int) -> None:
+    dataset = Dataset.from_list([{**GOOD, "id": "x" * (i % 13)} for i in range(count)])
+    told: list[int] = []
+    records = list(read_hub_dataset("org/name", dataset, told.append))
+    assert [record.source for record in records] == [Source("org/name", i + 1) for i in range(count)]
+    assert sum(told) == dataset.data.nbytes
+    assert len(told) == -(-count // BATCH)
+
+
+@pytest.mark.parametrize("counts", [(168, 392), (399, 406), (574,)])
+def test_progress_of_a_hub_dataset_loses_nothing_to_rounding(counts: tuple[int, ...]) -> None:
+    for count in counts:
+        dataset = Dataset.from_dict({"messages": ["x" * (i % 13) for i in range(count)]})
+        told: list[int] = []
+        assert all(isinstance(record, RawRecord) for record in read_hub_dataset("org/name", dataset, told.append))
+        assert sum(told) == dataset.data.nbytes

@@ -1,0 +1,307 @@
+"""A tokenizer's own chat template: what the assistant says is found in it, or the record is rejected."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from conftest import CHATML
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
+from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.special_tokens import find_control_tokens
+from fastchat_qlora.data.templates.string_matcher import Marks
+
+Turns = Sequence[tuple[str, str]]
+
+TALK: Turns = [("user", "Count."), ("assistant", "one two"), ("user", "And?"), ("assistant", "three")]
+CONTENT = "message['content']"
+GENERATION_PROMPT = "{{ '<|im_start|>assistant\n' }}"
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Pellico.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+LLAMA_2 = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+# A reasoning model's: the prompt opens a thought that a rendered answer does not have.
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+def to_messages(turns: Turns) -> list[Message]:
+    return [Message(cast(Role, role), content) for role, content in turns]
+
+
+def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[list[Segment]]:
+    """All answers learnt, in one or several rows."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
+
+
+def render_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: Marks) -> list[Segment]:
+    """The only row."""
+    [segments] = render_rows(messages, tokenizer)
+    return segments
+
+
+def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
+    """What is supervised; all segments together must be the text that the template writes."""
+    tokenizer.chat_template = template
+    messages = to_messages(turns)
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
+    whole = tokenizer.apply_chat_template([message.to_template() for message in messages], tokenize=False)
+    assert "".join(segment.text for segment in segments) == whole
+    return [segment.text for segment in segments if segment.supervised]
+
+
+def test_chatml_segments(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither the header before an answer nor the line break after its end token is learnt."""
+    messages = to_messages([("system", "Be brief."), *TALK])
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
+    assert [(segment.text, segment.supervised) for segment in segments] == [
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("one two<|im_end|>", True),
+        ("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("three<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
+CONTENTS = ["fine", "?", "trailing \n\n", "Γειά 🙂 e\u0301", "a\r\nb\tc", "[INST] {{ x }}"]
+INDENTED = ["  indented\n  twice", "\n\nleading", "\t\u00a0tab"]
+
+
+def assert_learnt(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say `content` after another text and after itself."""
+    turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
+    assert spoken(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, THINKING], ids=["chatml", "default system", "thinking"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_contents_are_learnt_as_they_are(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert_learnt(content, template, tokenizer)
+
+
+@pytest.mark.parametrize("content", INDENTED)
+def test_blanks_before_contents_are_learnt(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert_learnt(content, CHATML, tokenizer)
+
+
+@pytest.mark.parametrize("content", INDENTED)
+def test_blanks_before_contents_are_learnt_where_the_prompt_differs(
+    content: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert_learnt(content, THINKING, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content", ["user", "assistant", "system", "assistant\n", "\nassistant", "assistant\nassistant"]
+)
+def test_content_equal_to_header_words(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [("user", content), ("assistant", content), ("user", "assistant"), ("assistant", "user")]
+    assert spoken(tokenizer, CHATML, turns) == [content + "<|im_end|>", "user<|im_end|>"]
+
+
+def test_content_equal_to_header_words_where_the_prompt_differs(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, THINKING, [("user", "Who?"), ("assistant", "assistant")]) == ["assistant<|im_end|>"]
+
+
+def test_default_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    messages = [Message("user", "Hi"), Message("assistant", "Hello")]
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
+    assert segments[0].text == (
+        "<|im_start|>system\nYou are Pellico.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert not segments[0].supervised
+    assert segments[1].text == "Hello<|im_end|>"
+    assert segments[1].supervised
+
+
+def test_several_answers_in_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [("user", "Count."), ("assistant", "one"), ("assistant", "two"), ("tool", "3"), ("assistant", "three")]
+    assert spoken(tokenizer, CHATML, turns) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+
+
+def test_answers_as_the_question_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, CHATML, [("user", "yes"), ("assistant", "yes")] * 2) == ["yes<|im_end|>"] * 2
+
+
+def test_template_that_trims(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the template writes is learnt, since that is what the model will be shown."""
+    template = CHATML.replace(CONTENT, CONTENT + " | trim")
+    turns = [("user", " Count. "), ("assistant", " \n one two\n"), ("user", "And?"), ("assistant", "three ")]
+    assert spoken(tokenizer, template, turns) == ["one two<|im_end|>", "three<|im_end|>"]
+
+
+def test_llama_2(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The blank before an answer is learnt with it, for the prompt ends before that blank."""
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    assert spoken(tokenizer, LLAMA_2, TALK) == [" one two </s>", " three </s>"]
+
+
+def test_system_merged_into_the_users_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.chat_template = LLAMA_2
+    messages = to_messages([("system", "Be brief."), *TALK])
+    segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
+    assert [(segment.text, segment.supervised) for segment in segments] == [
+        ("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCount. [/INST]", False),
+        (" one two </s>", True),
+        ("[INST] And? [/INST]", False),
+        (" three </s>", True),
+    ]
+
+
+def test_text_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + '\nA:' }}"
+        "{% else %}{{ ' ' + message.content + '\n\n' }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RejectedRecord, match="no special token"):
+        spoken(tokenizer, template, TALK)
+
+
+def test_ends_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spoken(tokenizer, CHATML, TALK[:3]) == ["one two<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only users may speak here') }}", "refuses the conversation: Only users may speak here"),
+        ("{% for message in messages %}", "refuses the conversation: .*end of template"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: can only concatenate"),
+        ("{{ messages[0].thoughts.text }}", "refuses the conversation: .*thoughts"),
+    ],
+    ids=["raises", "syntax error", "type error", "missing field"],
+)
+def test_template_that_fails(template: str, reason: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match=reason):
+        spoken(tokenizer, template, TALK)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["messages[0]['content'].index('?')", "messages[0]['content'].split('')", "1 / 0", "range(1000000)"],
+)
+def test_template_that_fails_in_python(expression: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match="refuses the conversation"):
+        spoken(tokenizer, "{{ " + expression + " }}", TALK)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "shown"),
+    [
+        ("''", ""),
+        ("message['content'] | upper", "<THINK>EASY</THINK>ONE"),
+        ("message['content'].split('</think>')[-1]", "one"),
+    ],
+    ids=["drops", "changes", "forgets thoughts"],
+)
+def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each answer is learnt in the text in which a server would have asked for it."""
+    later = f"({earlier} if message.role == 'assistant' and not loop.last else {CONTENT})"
+    tokenizer.chat_template = CHATML.replace(CONTENT, later)
+    talk = [("user", "Count."), ("assistant", "<think>easy</think>one"), ("user", "And?"), ("assistant", "two")]
+    first, second = render_rows(to_messages(talk), tokenizer)
+    asked = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n"
+    assert first == [
+        Segment(asked),
+        Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True),
+        Segment("\n"),
+    ]
+    # What is left of the earlier answer is a turn too: a text may be cut behind it, and `train_on all` must know it.
+    then = "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    earlier_turn = [Segment(asked), Segment(f"{shown}<|im_end|>", ends_turn=True), Segment(then)]
+    assert second == [
+        *(earlier_turn if shown else [Segment(f"{asked}<|im_end|>{then}")]),
+        Segment("two<|im_end|>", supervised=True, ends_turn=True),
+        Segment("\n"),
+    ]
+
+
+def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord, match="message 0: the chat template leaves the user's message out"):
+        spoken(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["message['content'] | upper", "'Sure: ' + message['content']", "message['content'] | replace(' ', '')", "'no'"],
+)
+def test_template_that_changes_the_answer(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
+    with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|puts|leaves) .*(answer|mouth)"):
+        spoken(tokenizer, template, TALK)
+
+
+def test_template_that_adds_words_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RejectedRecord):
+        spoken(tokenizer, CHATML.replace("'<|im_end|>", "' I hope this helps!<|im_end|>"), TALK)
+
+
+def test_turn_that_ends_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Command R does: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. A server waits for the second."""
+    template = CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>")
+    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|><|endoftext|>", "three<|im_end|><|endoftext|>"]
+
+
+def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As GLM-4 does it: what ends the last turn, too, is what the template writes when the user speaks again."""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{{ ('' if loop.first else '<|im_end|>') + 'Q: ' + message.content + ' A:' }}"
+        "{% else %}{{ ' ' + message.content }}{% endif %}{% endfor %}"
+    )
+    for _ in range(2):
+        [row] = render_rows(to_messages(TALK), tokenizer)
+        assert row == [
+            Segment("Q: Count. A:"),
+            Segment(" one two<|im_end|>", supervised=True, ends_turn=True),
+            Segment("Q: And? A:"),
+            Segment(" three<|im_end|>", supervised=True, ends_turn=True),
+        ]
+    consecutive = [*TALK, ("assistant", "four")]
+    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+        render_rows(to_messages(consecutive), tokenizer)
+
+
+def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The last answer's line break goes once a message follows, so no text has both it and the end of the turn."""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
+        "{% else %}{{ ' ' + message.content + ('\n' if loop.last else '') }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+        render_rows(to_messages(TALK), tokenizer)
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_next_header_is_not_learnt(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Llama-3's first template writes the generation prompt whether asked to or not."""
+    prompt = f"{between}<|im_start|>assistant\n"
+    tokenizer.chat_template = (
+        f"{{% for message in messages %}}{{{{ '{between}<|im_start|>' + message['role'] + '\n' + message['content'] "
+        f"+ '<|im_end|>' }}}}{{% endfor %}}{{{{ '{prompt}' }}}}"
+    ).replace("\n", "\\n")
+    [row] = render_rows(to_messages(TALK), tokenizer)
+    assert [segment.text for segment in row if segment.supervised] == ["one two<|im_end|>", "three<|im_end|>"]
+    assert row[-1].text == prompt
+
+
+def test_template_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The header is told from the answer by rendering another answer in its place."""
+    template = CHATML.replace(GENERATION_PROMPT, "")
+    assert template != CHATML
+    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|>", "three<|im_end|>"]

@@ -1,0 +1,175 @@
+"""Real chat templates x both families of tokenizers x any text: what is learnt is what the assistant says, or nothing.
+
+The templates are those that TRL brings along: stock templates of the common model families, and their twins with
+`{% generation %}` markers. What is expected is written here from the conversation alone; the package is only asked for
+rows.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from real_templates import ENDS, FAMILIES, byte_level, chat, learnt, make_folders, run
+
+from fastchat_qlora.data.sources.readers import RawRecord, Source
+from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+
+NO_SYSTEM = {"gemma", "gemma_training"}
+OPENS_THOUGHT = ("deepseek", "nemotron")  # their prompt ends with <think>, which a rendered answer does not have
+REWRITES = {"qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "gptoss", "gptoss_training"}
+
+AWKWARD = [
+    "\n",
+    " ",
+    "\t",
+    "\u00a0",
+    "🙂",
+    "한국어",
+    "e\u0301",
+    "\u200b",
+    "\x85",
+    "\x00",
+    "  a",
+    "a \n",
+    "\n\n",
+    "<b>",
+    "</think>",
+]
+AWKWARD += [
+    "<tool_call>",
+    "[INST]",
+    "{{ x }}",
+    "assistant",
+    "user\n",
+    "ΓειάΣου",
+    "\\n",
+    "'",
+    '"',
+    "<|im",
+    "👩‍👩‍👧",
+    "\u2028",
+    "▁",
+    "Ġ",
+]
+texts = st.text(max_size=25) | st.lists(st.sampled_from(AWKWARD), min_size=1, max_size=4).map("".join)
+answers = texts.filter(lambda text: bool(text.strip()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizer_folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
+
+
+def is_said(decoded: str, content: str, end: str) -> bool:
+    """Whether it is the content and the end, but for blanks at the content's edges, which templates trim.
+
+    Around the tag that ends a thought, templates lay the text out anew, in blanks only.
+    """
+    if decoded.endswith(end.replace("▁", " ")):  # as a SentencePiece decoder writes it
+        end = end.replace("▁", " ")
+    written = decoded[: len(decoded) - len(end)]
+    if "</think>" in content:
+        written, content = "".join(written.split()), "".join(content.split())
+    return decoded.endswith(end) and written.strip() == content.strip()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("name", list(ENDS))
+class TestEveryTemplate:
+    """Each template with each family of tokenizers."""
+
+    @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), system=st.none() | answers)
+    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    def test_learnt_text_is_what_the_assistant_says(
+        self, name: str, family: str, turns: list[tuple[str, str]], system: str | None
+    ) -> None:
+        tokenizer = FAMILIES[family](name)
+        done = run(tokenizer, chat(turns, system))
+        rows = done.rows.to_pylist()
+        assert done.read == 1 == len(done.rejections) + len({row["record"] for row in rows})
+        if done.rejections:
+            assert not rows
+            return
+        said = [text for row in rows for text in learnt(row, tokenizer)]
+        assert len(said) == len(turns)
+        for _, answer in turns:  # rows follow each other by their last answers, so the order may differ
+            said.remove(next(text for text in said if is_said(text, answer, ENDS[name])))
+
+    @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), guess=st.sampled_from([1, 5]))
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    def test_beginning_has_the_tokens_that_it_has_in_the_whole(
+        self, name: str, family: str, turns: list[tuple[str, str]], guess: int
+    ) -> None:
+        """Of a text that will be cut only the beginning is tokenised; the rows are those of the whole text."""
+        tokenizer = FAMILIES[family](name)
+        long = [(asked, f"{answer} {i} and so on " * 4) for i, (asked, answer) in enumerate([*turns, *turns])]
+        rows, tokenised = [], []
+        for cut in (True, False):
+            preprocessor = Preprocessor(tokenizer, "auto", max_length=90, overlong="truncate")
+            if not cut:
+                preprocessor.encoder.edges = ()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("fastchat_qlora.data.tokenization.labels.CHARACTERS_PER_TOKEN", guess)
+                batch = preprocessor.prepare([(0, RawRecord(Source("f", 1), {"messages": chat(long)}))])
+                encoded = preprocessor.encode(batch)
+                done = preprocessor.finish(batch, encoded)
+            columns = ("input_ids", "labels", "length", "supervised", "turns")
+            rows.append([{column: row[column] for column in columns} for row in done.rows.to_pylist()])
+            tokenised.append([part.share for part in encoded])
+        if rows[1]:  # what cannot be learnt exactly may stand only in the end that is cut off
+            assert rows[0] == rows[1]
+        assert all(share == 1 for share in tokenised[1])
+        characters = sum(len(text) for turn in long for text in turn)
+        if rows[0] and len(tokenised[0]) == 1 and characters > 3 * 90 * 5:
+            assert tokenised[0][0] < 1
+
+    def test_plain_conversations_are_accepted(self, name: str, family: str) -> None:
+        """So that the property above is not one of rejections only."""
+        tokenizer = FAMILIES[family](name)
+        turns = [("Count, please!", "One, two."), ("And then?", "Three 🙂\n\nfour"), ("Thanks", "  welcome")]
+        done = run(tokenizer, chat(turns[:2]), chat(turns[:2], "Be brief."), chat(turns[1:2]))
+        rejected = [rejection.source.line for rejection in done.rejections]
+        assert rejected == ([2] if name in NO_SYSTEM else [])
+        [said] = learnt(done.rows.to_pylist()[-1], tokenizer)
+        assert is_said(said, "Three 🙂\n\nfour", ENDS[name])
+
+    def test_few_are_rejected(self, name: str, family: str) -> None:
+        """Odd contents are no reason to; but "▁" is a blank in tokens, and templates cut off half a thought."""
+        chance = random.Random(0)
+        pieces = [text for text in AWKWARD if text not in ("▁", "</think>")] + ["Some ", "words, ", "and ", "others "]
+        turns = [["".join(chance.sample(pieces, 4)) + "." for _ in range(4)] for _ in range(60)]
+        done = run(FAMILIES[family](name), *(chat([(a, b), (c, d)]) for a, b, c, d in turns))
+        assert done.read == 60
+        assert len(done.rejections) <= 12, [rejection.reason for rejection in done.rejections]
+
+    def test_rows_are_what_a_server_shows(self, name: str, family: str) -> None:
+        """Up to each answer, the ids are those of the prompt that a server would make of the messages before it."""
+        tokenizer = FAMILIES[family](name)
+        messages = chat([("Count, please!", "One, two."), ("And then?", "Three.")])
+        rows = run(tokenizer, messages).rows.to_pylist()
+        assert (len(rows) > 1) == (name in REWRITES)
+        prompts = []
+        for i in (1, 3):
+            text = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            if name.startswith(OPENS_THOUGHT):
+                text = text.removesuffix("<think>\n")
+            prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
+        for prompt, row in zip(prompts, rows if len(rows) > 1 else rows * 2, strict=True):
+            assert row["input_ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ENDS if f"{name}_training" in ENDS and name not in REWRITES))
+def test_generation_markers_change_nothing(name: str, tokenizer_folder: Path) -> None:
+    """Where the twin with markers writes the same text, it gives the same rows."""
+    turns = [("Count, please!", "One, two."), ("And then?", "Three.")]
+    plain, marked = byte_level(name), byte_level(f"{name}_training")
+    texts = [tokenizer.apply_chat_template(chat(turns), tokenize=False) for tokenizer in (plain, marked)]
+    if texts[0] != texts[1]:
+        pytest.skip("the twin writes another text")
+    rows = [
+        [learnt(row, tokenizer) for row in run(tokenizer, chat(turns)).rows.to_pylist()]
+        for tokenizer in (plain, marked)
+    ]
+    assert rows[0] == rows[1]

@@ -1,0 +1,93 @@
+"""How many processes preprocess, how much at a time, and which rejections are counted as one kind."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+from fastchat_qlora.data.sources.readers import RawRecord, Source
+from fastchat_qlora.data.tokenization.build import BATCH_BYTES, BATCH_RECORDS, batches, choose_workers, kind_of
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "size", "workers"),
+    [
+        (None, 2, 100 * GIB, 1),
+        (None, 7, 100 * GIB, 1),
+        (None, 8, 100 * GIB, 2),
+        (None, 64, 100 * GIB, 16),
+        (None, 64, GIB // 4, 4),
+        (None, 64, 1000, 1),
+        (None, 64, 0, 1),
+        (3, 2, 0, 3),
+        (1, 64, 100 * GIB, 1),
+    ],
+)
+def test_workers_follow_cores_and_data(
+    asked: int | None, cores: int, size: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert choose_workers(asked, size) == workers
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("message 3: empty answer", "empty answer"),
+        ("message 12: contains the special token '</s>'", "contains the special token ..."),
+        ("not a line of JSON in UTF-8: line 1 column 16", "not a line of JSON in UTF-8: line N column N"),
+        (
+            f"refused: {'very ' * 20}long",
+            "refused: very very very very very very very very very very very very very ...",
+        ),
+        ("nothing to learn stands within the first 512 tokens", "nothing to learn stands within the first N tokens"),
+    ],
+)
+def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
+    assert kind_of(reason) == kind
+
+
+HALF = "x" * (BATCH_BYTES // 2)
+
+
+def batch_sizes(values: list[Any]) -> list[int]:
+    """How many of these records each batch holds."""
+    numbered = list(batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
+    assert [number for batch in numbered for number, _ in batch] == list(range(len(values)))
+    return [len(batch) for batch in numbered]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        HALF.encode(),
+        {"instruction": HALF},
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": [HALF]}}}]}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": HALF}}}}]},
+        {"history": [[HALF, ""]]},
+    ],
+    ids=["line", "field", "message", "content part", "argument", "tool", "history"],
+)
+def test_a_batch_is_full_wherever_its_text_stands(record: Any) -> None:
+    """Two such records make a batch; a hundred of them at once would take the memory of a hundred."""
+    assert batch_sizes([record] * 5) == [2, 2, 1]
+
+
+@pytest.mark.parametrize("value", [None, 5, float("nan"), "", [], {}, [None], {"messages": [5]}])
+def test_records_without_text_fill_a_batch_by_number(value: Any) -> None:
+    assert batch_sizes([value] * (BATCH_RECORDS + 1)) == [BATCH_RECORDS, 1]
+
+
+def test_records_nested_however_deep_are_counted() -> None:
+    lists: Any = HALF
+    objects: Any = HALF
+    for _ in range(100_000):
+        lists, objects = [lists], {"a": objects}
+    with pytest.raises(RecursionError):
+        json.dumps(lists)
+    assert batch_sizes([lists, objects, lists]) == [2, 1]

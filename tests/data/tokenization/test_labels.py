@@ -1,0 +1,283 @@
+"""One tokenisation, labelled: the labels decode to exactly what the assistant says, or the record is rejected."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.special_tokens import check_plain as check_conversation
+from fastchat_qlora.data.templates.special_tokens import find_control_tokens
+from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
+
+END = "<|im_end|>"
+AWKWARD = [*"\n \t🙂한\u0301\u200b\x85\x1c\x00", "\n\n", "  a", "a  ", "\u00a0x", "👩‍👩‍👧", "e\u0301", END]
+
+
+@pytest.fixture(scope="module")
+def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+    """For tests that change nothing."""
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+def check_plain(messages: list[Message], special: Marks) -> None:
+    check_conversation(Conversation(messages), special)
+
+
+def render_chat_template(messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: Marks) -> list[Segment]:
+    """One row with all answers."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
+    return segments
+
+
+def tokenize_batch(
+    batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
+) -> list[TokenizedConversation | RejectedRecord]:
+    """Texts tokenised together; arrays as lists, to be compared."""
+    encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
+    done = [encoder.label(encoded) for encoded in encoder.encode(batch)]
+    return [
+        tokens
+        if isinstance(tokens, RejectedRecord)
+        else tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist())
+        for tokens in done
+    ]
+
+
+def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
+    """Tokenise one conversation, without a BOS token."""
+    [tokens] = tokenize_batch([segments], tokenizer, add_bos=False)
+    return tokens
+
+
+def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def pieces(tokens: TokenizedConversation, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """The text of each run of tokens, and whether it is supervised."""
+    pairs = zip(tokens.input_ids, tokens.labels, strict=True)
+    return [
+        (decode([token for token, _ in run], tokenizer), supervised)
+        for supervised, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX)
+    ]
+
+
+def to_messages(turns: list[tuple[str, str]]) -> list[Message]:
+    """Questions and answers in turn."""
+    return [
+        message for question, answer in turns for message in (Message("user", question), Message("assistant", answer))
+    ]
+
+
+def chatml_pieces(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """ChatML written out by hand."""
+    expected = []
+    for i, (question, answer) in enumerate(turns):
+        line_break = "\n" if i else ""
+        expected += [
+            (f"{line_break}<|im_start|>user\n{question}{END}\n<|im_start|>assistant\n", False),
+            (answer + END, True),
+        ]
+    return [*expected, ("\n", False)]
+
+
+def vicuna_pieces(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Vicuna with a system message, written out by hand."""
+    expected = []
+    for i, (question, answer) in enumerate(turns):
+        system = "" if i else "Be kind. "
+        expected += [(f"{system}USER: {question} ASSISTANT:", False), (f" {answer}{END}", True)]
+    return expected
+
+
+def assert_exact(
+    tokens: TokenizedConversation, expected: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Text and supervision are as expected, token ids as the whole text's, and a turn ends at each end token."""
+    assert pieces(tokens, tokenizer) == expected
+    assert tokens.input_ids == tokenizer("".join(text for text, _ in expected), add_special_tokens=False).input_ids
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(tokens.input_ids, tokens.labels, strict=True))
+    ends = [i + 1 for i, label in enumerate(tokens.labels) if label == tokenizer.eos_token_id]
+    assert tokens.turn_ends == ends
+    assert len(ends) == sum(supervised for _, supervised in expected)
+
+
+texts = st.text(max_size=20) | st.lists(st.sampled_from(AWKWARD), min_size=1, max_size=4).map("".join)
+conversations = st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3)
+
+
+def holds_special_token(turns: list[tuple[str, str]]) -> bool:
+    return any(token in text for turn in turns for text in turn for token in ("<|endoftext|>", "<|im_start|>", END))
+
+
+@given(turns=conversations)
+@settings(max_examples=200, deadline=None)
+def test_chatml_labels_are_what_the_assistant_says(
+    turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = to_messages(turns)
+    special = find_control_tokens(shared_tokenizer)
+    if holds_special_token(turns):
+        with pytest.raises(RejectedRecord, match="contains the special token"):
+            check_plain(messages, special)
+        return
+    check_plain(messages, special)
+    tokens = tokenize(render_chat_template(messages, shared_tokenizer, special), shared_tokenizer)
+    if isinstance(tokens, RejectedRecord):
+        assert "across the edge" in str(tokens)
+        assert any(answer[0].isspace() for _, answer in turns)  # it can only have grown into one with the header's end
+        return
+    assert_exact(tokens, chatml_pieces(turns), shared_tokenizer)
+
+
+@given(turns=conversations)
+@settings(max_examples=200, deadline=None)
+def test_vicuna_labels_are_what_the_assistant_says(
+    turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """None crosses an edge: with this tokenizer nothing grows together with the colon before the answer."""
+    assume(not holds_special_token(turns))
+    segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], "<s>", END)
+    tokens = tokenize(segments, shared_tokenizer)
+    assert not isinstance(tokens, RejectedRecord)
+    assert_exact(tokens, vicuna_pieces(turns), shared_tokenizer)
+
+
+def test_tokens_of_one_conversation(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """By eye: letters that are tokens of their own."""
+    x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
+    segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
+    tokens = tokenize([*segments, Segment("X")], shared_tokenizer)
+    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7)
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "after"),
+    [("Is th", "is so", ""), ("Is ", "this", " so"), ("Is", " th", "is so"), ("", "Is th", "is so")],
+)
+def test_token_across_an_edge_is_rejected(
+    before: str, answer: str, after: str, shared_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert "Ġthis" in shared_tokenizer.tokenize("Is this so")
+    tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], shared_tokenizer)
+    assert isinstance(tokens, RejectedRecord)
+    assert "across the edge of an answer" in str(tokens)
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True], ids=["plain offsets", "trimmed offsets"])
+@given(
+    before=st.text(" \na:", min_size=1, max_size=6),
+    answer=st.text(" \na", min_size=1, max_size=6).filter(str.strip),
+    after=st.text(" \na", max_size=6),
+)
+@settings(max_examples=150, deadline=None)
+def test_blanks_that_grow_into_one_token(before: str, answer: str, after: str, trim_offsets: bool) -> None:
+    """Even where a tokenizer leaves blanks out of its offsets, the labels are exact or the record is rejected."""
+    tokenizer = blank_tokenizer(trim_offsets)
+    tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], tokenizer)
+    if not isinstance(tokens, RejectedRecord):
+        assert [text for text, supervised in pieces(tokens, tokenizer) if supervised] == [answer]
+        return
+    ends = {len(decode(tokenizer(before + answer + after).input_ids[:i], tokenizer)) for i in range(20)}
+    # Trimmed offsets may cost a record that could have been learnt; plain ones may not.
+    assert trim_offsets or not {len(before), len(before + answer)} <= ends
+
+
+@cache
+def blank_tokenizer(trim_offsets: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with tokens of several blanks and of several line breaks."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(["a   b    c  ", "x\n\n\ny\n\n"] * 20, trainer)
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_tokenizer_that_rewrites_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A normalizer may change a question, which the model is only shown, but not an answer."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    decomposed, composed = "cafe\u0301", "caf\u00e9"
+    asked = tokenize([Segment(f"{decomposed}?"), Segment("Yes" + END, supervised=True)], tokenizer)
+    assert isinstance(asked, TokenizedConversation)
+    assert pieces(asked, tokenizer) == [(f"{composed}?", False), ("Yes" + END, True)]
+    said = tokenize([Segment("What?"), Segment(decomposed + END, supervised=True)], tokenizer)
+    assert isinstance(said, RejectedRecord)
+    assert f"decode to '{composed}{END}'" in str(said)
+    assert f"the record says '{decomposed}{END}'" in str(said)
+
+
+def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = tokenize([Segment("XYZ" + END, supervised=True)], shared_tokenizer)
+    x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
+    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4)
+
+
+def test_batch_is_each_conversation_alone(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A rejected neighbour and the others' lengths change nothing."""
+    said = ["a", "b " * 50, "Γειά 🙂"]
+    batch = [[Segment("Q"), Segment(text + END, supervised=True)] for text in said]
+    batch.insert(1, [Segment("Is th"), Segment("is so", supervised=True)])
+    together = tokenize_batch(batch, shared_tokenizer, add_bos=False)
+    alone = [tokenize(segments, shared_tokenizer) for segments in batch]
+    assert [type(tokens) for tokens in together] == [
+        TokenizedConversation,
+        RejectedRecord,
+        TokenizedConversation,
+        TokenizedConversation,
+    ]
+    assert [together[i] for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
+    assert str(together[1]) == str(alone[1])
+
+
+def test_empty_batch(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenize_batch([], shared_tokenizer, add_bos=True) == []
+
+
+def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It stands in front, is not learnt and moves the ends of turns."""
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    segments = [Segment("Q"), Segment("A" + END, supervised=True)]
+    written = [Segment("<|endoftext|>Q"), Segment("A" + END, supervised=True)]
+    bare = tokenize(segments, tokenizer)
+    assert isinstance(bare, TokenizedConversation)
+    assert bos not in bare.input_ids
+    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4)
+    assert tokenize_batch([segments, written], tokenizer, add_bos=True) == [expected, expected]
+    assert tokenize(written, tokenizer) == expected
+
+
+@pytest.mark.parametrize("special", [END, "<|im_start|>", "<|endoftext|>", "<tool>"])
+@pytest.mark.parametrize("text", ["{}", "before{}after", "\n{} "])
+def test_special_token_in_a_message_is_refused(special: str, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    pattern = find_control_tokens(tokenizer)
+    messages = [Message("user", "Who?"), Message("assistant", "I."), Message("user", text.format(special))]
+    check_plain(messages[:2], pattern)
+    with pytest.raises(RejectedRecord, match=r"^message 2: contains the special token ") as caught:
+        check_plain(messages, pattern)
+    assert repr(special) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["<|im_end", "im_end|>", "<|IM_END|>", "<| im_end |>", "</s>", "<|other|>", ""])
+def test_what_only_looks_like_a_special_token_is_plain(text: str, shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    check_plain([Message("user", text)], find_control_tokens(shared_tokenizer))
+    assert not set(shared_tokenizer(text).input_ids) & set(shared_tokenizer.all_special_ids)
+
+
+def test_tokenizer_without_special_tokens() -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    check_plain([Message("user", "<s> anything at all")], find_control_tokens(bare))

@@ -1,0 +1,158 @@
+"""FSDP2's settings: what is wrong is said before anything is loaded, and nothing is ignored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastchat_qlora.config.arguments import RunArguments, TrainingArguments, parse_args
+from fastchat_qlora.errors import UserError
+
+
+@pytest.fixture
+def parse(model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As in the first of two processes, without waiting for the other."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    required = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file)]
+    required += ["--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
+
+    def parse_with(*flags: str) -> RunArguments:
+        return parse_args([*required, *flags])
+
+    return parse_with
+
+
+@pytest.mark.parametrize(
+    "flags", [["--fsdp"], ["--fsdp", "True"], ["--fsdp", "true"], ["--fsdp", "full_shard auto_wrap"]]
+)
+def test_spellings_of_on(parse: Any, flags: list[str]) -> None:
+    training = parse(*flags).training
+    assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp", "False"]])
+def test_spellings_of_off(parse: Any, flags: list[str]) -> None:
+    training = parse(*flags).training
+    assert not training.fsdp and training.fsdp_plugin_args is None
+
+
+def test_without_a_launcher_it_is_ignored_and_said(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not parse("--fsdp", "True").training.fsdp
+    assert "--fsdp: ignored" in notices.text
+
+
+@pytest.mark.parametrize(("quantised", "one_reads"), [("False", True), ("True", False)])
+def test_one_process_of_a_machine_reads_plain_weights(parse: Any, quantised: str, one_reads: bool) -> None:
+    assert parse("--fsdp", "--q_lora", quantised).training.fsdp_config["cpu_ram_efficient_loading"] is one_reads
+    chosen = parse("--fsdp", "--fsdp_config", '{"cpu_ram_efficient_loading": false}').training
+    assert chosen.fsdp_config["cpu_ram_efficient_loading"] is False
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+def test_its_checkpointing_is_the_models_own(
+    parse: Any, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """accelerate's wrappers would get into the names of the adapter's tensors."""
+    config = tmp_path / "fsdp.json"
+    config.write_text(json.dumps({name: True, "reshard_after_forward": False}))
+    training = parse("--fsdp", "--fsdp_config", str(config)).training
+    assert training.gradient_checkpointing
+    assert "activation_checkpointing" not in training.fsdp_plugin_args
+    assert training.fsdp_plugin_args["reshard_after_forward"] is False
+    assert "done as --gradient_checkpointing True" in notices.text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"reshard_after_forwards": True}, "did you mean reshard_after_forward?"),
+        ({"zzz": 1}, "zzz is unknown; drop it"),
+        ({"fsdp_use_orig_params": True}, "use_orig_params only means something to FSDP1;"),
+        ({"version": 1}, "version must be 2"),
+        ({"fsdp_version": "1"}, "version must be 2"),
+        ({"cpu_offload": True}, "drop offload"),
+        ({"cpu_offload": "True"}, "drop offload"),
+        ({"cpu_offload": 1}, "cpu_offload must be true or false, not 1"),
+        ({"activation_checkpointing": "x"}, "activation_checkpointing must be true or false, not 'x'"),
+        ({"min_num_params": 1000}, "min_num_params only means something to SIZE_BASED_WRAP"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "auto_wrap_policy must be TRANSFORMER_BASED_WRAP, not"),
+        ({"state_dict_type": "LOCAL_STATE_DICT"}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
+        ({"fsdp_offload_params": True}, "drop offload"),
+        ({"reshard_after_forward": True, "fsdp_reshard_after_forward": False}, "is given in two spellings; drop one"),
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "FSDP1 (FSDP2 has reshard_after_forward); drop it"),
+        ({"transformer_layer_cls_to_wrap": "LlamaMLP,"}, "must be a name or a list of names, not 'LlamaMLP,'"),
+        ({"transformer_layer_cls_to_wrap": 7}, "must be a name or a list of names, not 7"),
+    ],
+)
+def test_what_means_nothing_here_is_refused(parse: Any, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--fsdp", "--fsdp_config", json.dumps(config))
+    assert "--fsdp" in str(error.value) and said in str(error.value)
+
+
+def test_offload_as_a_word(parse: Any) -> None:
+    with pytest.raises(UserError, match="drop offload"):
+        parse("--fsdp", "full_shard offload")
+
+
+@pytest.mark.parametrize("word", ["hybrid_shard", "no_shard", "full-shard"])
+def test_words_of_fsdp1_are_refused(parse: Any, word: str) -> None:
+    with pytest.raises(UserError, match=f"--fsdp {word}: FSDP2 does not have it"):
+        parse("--fsdp", word)
+
+
+def test_switches_may_be_words(parse: Any) -> None:
+    training = parse("--fsdp", "--fsdp_config", '{"cpu_offload": "false", "reshard_after_forward": "false"}').training
+    assert training.fsdp_config["cpu_offload"] is False and "cpu_offload" not in training.fsdp_plugin_args
+    assert training.fsdp_plugin_args["reshard_after_forward"] is False
+
+
+def test_layers_may_be_one_string(parse: Any) -> None:
+    config = '{"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer, LlamaMLP"}'
+    training = parse("--fsdp", "--fsdp_config", config).training
+    assert training.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer", "LlamaMLP"]
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_that_cannot_step_on_shards(parse: Any, optim: str) -> None:
+    with pytest.raises(UserError, match=f"--optim {optim}: is not proven to step on what --fsdp shards"):
+        parse("--fsdp", "--optim", optim)
+
+
+def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
+    flags = "--save_only_model True --load_best_model_at_end True --eval_split 2 --eval_strategy steps --save_steps 500"
+    with pytest.raises(UserError, match="loaded whole or not at all"):
+        parse("--fsdp", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "said"),
+    [
+        ("full_shard shard_grad_op", {}, "--fsdp full_shard and shard_grad_op contradict each other; drop one"),
+        ("shard_grad_op", {"reshard_after_forward": True}, "shard_grad_op and --fsdp_config reshard_after_forward"),
+        ("full_shard", {"fsdp_reshard_after_forward": "false"}, "full_shard and --fsdp_config reshard_after_forward"),
+        ("offload", {"cpu_offload": False}, "offload and --fsdp_config cpu_offload"),
+    ],
+)
+def test_words_that_contradict(parse: Any, words: str, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--fsdp", words, "--fsdp_config", json.dumps(config))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["True"], ["shard_grad_op"], ["full_shard auto_wrap"]])
+def test_words_that_agree(parse: Any, flags: list[str]) -> None:
+    keeps = flags == ["shard_grad_op"]
+    config = {"reshard_after_forward": not keeps, "state_dict_type": "full_state_dict"}
+    config = json.dumps(config | {"auto_wrap_policy": "transformer_based_wrap"})
+    training = parse("--fsdp", *flags, "--fsdp_config", config).training
+    assert training.fsdp_plugin_args["reshard_after_forward"] is not keeps
+    assert training.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"

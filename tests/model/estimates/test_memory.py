@@ -1,0 +1,150 @@
+"""The arithmetic of memory against what torch really keeps."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, SIZES, conversation, lora_config, make_base, make_quantised_base, our_peft
+from transformers import LlamaConfig, PretrainedConfig
+
+from fastchat_qlora.data.batching.collator import Collator
+from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.estimates import memory
+from fastchat_qlora.model.loading.base_model import build_skeleton
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.ops.chunked_loss import install_loss_head
+from fastchat_qlora.training.callbacks.effective_settings import base_bytes
+
+LENGTHS = (500, 300, 200)
+TOKENS = sum(LENGTHS)
+
+
+def profile(config: PretrainedConfig, dtype: torch.dtype, quantised: str = "", **lora: Any) -> memory.Model:
+    skeleton = build_skeleton(copy.deepcopy(config))
+    assert skeleton is not None
+    model = attach_adapter(skeleton.to(dtype), lora_config(**lora))
+    return memory.profile(model, supervised_share=0.6, quantised=quantised)
+
+
+def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
+    """What autograd keeps of one forward pass, each storage once, weights not."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    alive, total = [], 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            alive.append(tensor)
+            total += storage.nbytes()
+        return tensor
+
+    targets = {name: batch.pop(name) for name in ("supervised", "labels")}
+    head = install_loss_head(model)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), head.expecting(**targets):
+        model(**batch, use_cache=False)
+    return total
+
+
+def make_batch() -> dict[str, Any]:
+    rows = [conversation(length, seed) for seed, length in enumerate(LENGTHS)]
+    batch = Collator(type("Right", (), {"padding_side": "right"}), padding_free=True)(rows)
+    keep = {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q", "conversation_lengths"}
+    return {name: value for name, value in batch.items() if name in keep | {"supervised", "labels"}}
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("family", "dtype", "lora"),
+    [
+        ("llama", BF16, {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05}),
+        ("llama", BF16, {}),
+        ("llama", FP32, {"lora_dropout": 0.05}),
+        ("qwen2", FP32, {"target_modules": ["q_proj", "v_proj"]}),
+        ("qwen3", BF16, {"lora_dropout": 0.05}),
+        ("phi3", BF16, {}),
+        ("gemma3", BF16, {}),
+    ],
+)
+def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], checkpointed: int) -> None:
+    """Within 10 % for every share of checkpointed layers."""
+    needed = memory.need(profile(FAMILIES[family], dtype, **lora), TOKENS, checkpointed)
+    model = our_peft(make_base(family, PER_CONVERSATION, dtype), **lora)
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(base.model.layers):
+        layer.gradient_checkpointing = index < checkpointed
+    assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Path) -> None:
+    model = our_peft(make_quantised_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
+    held = base_bytes(model).held
+    needed = memory.need(profile(FAMILIES["llama"], FP32, "double", lora_dropout=0.05), TOKENS, checkpointed)
+    if checkpointed:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
+    assert needed.weights == pytest.approx(held, rel=0.02)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert (needed.adapter, needed.gradients) == (4 * trained, 4 * trained), "fp32"
+    assert needed.optimizer == 8 * trained, "Adam's two moments"
+
+
+def test_a_llama_by_hand() -> None:
+    """12 h + 4 k + 6 f bytes a token and layer in bf16 with adapters everywhere, and 24 for each rank of the seven."""
+    h, k, f, r = 512, 128, 1408, 4
+    sizes = {"hidden_size": h, "intermediate_size": f, "num_attention_heads": 8, "num_key_value_heads": 2}
+    token = profile(LlamaConfig(**SIZES | sizes), BF16).token
+    assert token.layer == pytest.approx(12 * h + 4 * k + 6 * f + 14 * r, rel=0.05)
+    assert (token.carried, token.widest) == (2 * h, 2 * f)
+
+
+def test_what_is_counted_does_not_depend_on_the_number_of_layers() -> None:
+    few, many = (profile(LlamaConfig(**SIZES | {"num_hidden_layers": n}), BF16).token for n in (2, 5))
+    # The first layer's input needs no gradient, which the mean over few layers shows more of.
+    assert many.layer == pytest.approx(few.layer, rel=0.05)
+
+
+def test_the_fewest_layers_that_fit() -> None:
+    model = profile(LlamaConfig(**SIZES | {"num_hidden_layers": 6}), BF16)
+    all_kept, all_checkpointed = (memory.need(model, TOKENS, count).of_a_step for count in (0, 6))
+    assert all_checkpointed < all_kept
+    assert memory.fewest_checkpointed(model, TOKENS, all_kept) == 0
+    between = memory.fewest_checkpointed(model, TOKENS, (all_kept + all_checkpointed) / 2)
+    assert between is not None and 0 < between < 6
+    assert memory.need(model, TOKENS, between).of_a_step <= (all_kept + all_checkpointed) / 2
+    assert memory.need(model, TOKENS, between - 1).of_a_step > (all_kept + all_checkpointed) / 2
+    least = min(memory.need(model, TOKENS, count).of_a_step for count in range(7))
+    assert memory.fewest_checkpointed(model, TOKENS, least - 1) is None
+    assert memory.fewest_checkpointed(model, TOKENS, all_kept, scale=1.5) != 0, "a step needed more than foreseen"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shards", "state"),
+    [("adamw_torch", 1, 8), ("adamw_torch", 4, 2), ("sgd", 1, 0), ("adamw_8bit", 1, 2), ("paged_adamw_8bit", 1, 0)],
+)
+def test_optimizers(optimizer: str, shards: int, state: int) -> None:
+    model = profile(FAMILIES["llama"], BF16)
+    needed = memory.need(model, TOKENS, 0, optimizer=optimizer, shards=shards)
+    assert needed.gradients == model.trained * 4
+    assert needed.optimizer == pytest.approx(model.trained * state, rel=0.02), "8-bit moments have scales"
+
+
+def test_a_head_that_is_trained_has_all_its_logits() -> None:
+    chunked, whole = (profile(FAMILIES["llama"], BF16, modules_to_save=saved) for saved in (None, ["lm_head"]))
+    assert (chunked.chunk is None, whole.chunk is None) == (False, True)
+    work = [memory.need(model, 10**6, 0).work for model in (chunked, whole)]
+    assert work[1] > work[0]
+
+
+def test_capped_attention_is_not_foreseen() -> None:
+    with pytest.raises(ValueError, match="capped"):
+        profile(FAMILIES["gemma2"], BF16)

@@ -1,0 +1,122 @@
+"""Attention in blocks is attention, whatever the block."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastchat_qlora.model.ops import attention
+from fastchat_qlora.model.ops.cpu_attention import BLOCK, attend_in_blocks
+
+Inputs = list[torch.Tensor]
+
+
+def random_inputs(heads: int, key_heads: int, length: int, dtype: torch.dtype, width: int = 8) -> Inputs:
+    generator = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(1, count, length, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for count in (heads, key_heads, key_heads)
+    ]
+
+
+def sdpa(inputs: Inputs, scale: float, window: int | None) -> torch.Tensor:
+    """torch's own, with a mask written out."""
+    length = inputs[0].shape[2]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        mask &= mask.new_ones(mask.shape).triu(1 - window)
+    return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def with_gradients(attended: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
+    weight = torch.linspace(-1, 1, attended.numel(), dtype=attended.dtype).view(attended.shape)
+    return [attended, *torch.autograd.grad((attended * weight).sum(), inputs)]
+
+
+around = st.sampled_from([-2, -1, 0, 1, 2])
+lengths = st.integers(1, 20) | st.builds(lambda blocks, more: blocks * BLOCK + more, st.integers(1, 2), around)
+windows = st.none() | st.integers(1, 20) | st.builds(lambda more: BLOCK + more, around) | st.just(10 * BLOCK)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@settings(max_examples=25, deadline=None)
+@given(lengths, st.sampled_from([(1, 1), (4, 2), (3, 1)]), windows, st.sampled_from([0.3, 1.0]))
+@example(BLOCK, (4, 2), BLOCK, 0.3)
+@example(2 * BLOCK + 1, (4, 2), BLOCK + 1, 0.3)
+@example(2 * BLOCK, (4, 2), 1, 0.3)
+def test_equals_torchs_attention(
+    dtype: torch.dtype, tolerance: float, length: int, heads: tuple[int, int], window: int | None, scale: float
+) -> None:
+    inputs = random_inputs(*heads, length, dtype)
+    attended, *gradients = with_gradients(attend_in_blocks(*inputs, scale, window), inputs)
+    expected, *expected_gradients = with_gradients(sdpa(inputs, scale, window), inputs)
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+    for gradient, of in zip(gradients, expected_gradients, strict=True):
+        # Those of keys and values are summed in fp32, whatever the inputs are.
+        torch.testing.assert_close(gradient, of, rtol=max(tolerance, 1e-5), atol=max(tolerance, 1e-4))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("length", [5, BLOCK + 3])
+def test_bf16_is_as_near_to_fp64_as_torchs_own_kernel(length: int, window: int | None) -> None:
+    inputs = random_inputs(4, 2, length, torch.bfloat16, width=32)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = with_gradients(sdpa(exact, 0.2, window), exact)
+    ours = with_gradients(attend_in_blocks(*inputs, 0.2, window), inputs)
+    torchs = with_gradients(sdpa(inputs, 0.2, window), inputs)
+    for name, blocks, kernel, truth in zip(("output", "query", "key", "value"), ours, torchs, expected, strict=True):
+        assert blocks.dtype == torch.bfloat16
+        error, usual = ((tensor.double() - truth).norm() / truth.norm() for tensor in (blocks, kernel))
+        assert error < max(1.5 * usual, 2**-8), name
+
+
+def test_a_gradient_that_is_not_contiguous() -> None:
+    """The output is transposed before it goes on, and so comes its gradient."""
+    inputs = random_inputs(4, 2, BLOCK + 3, torch.float64)
+    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, BLOCK + 3, 4, 8)
+    for ours, theirs in zip(
+        torch.autograd.grad((attend_in_blocks(*inputs, 0.3, None).transpose(1, 2) * weight).sum(), inputs),
+        torch.autograd.grad((sdpa(inputs, 0.3, None).transpose(1, 2) * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_inputs_that_are_views_of_one_projection() -> None:
+    """Heads lie side by side in memory, as a model's projection leaves them."""
+    base = torch.randn(1, BLOCK + 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    views = [tensor.transpose(1, 2) for tensor in base.unbind(2)]
+    attended, gradient = with_gradients(attend_in_blocks(*views, 0.3, 50), [base])
+    expected, of = with_gradients(sdpa(views, 0.3, 50), [base])
+    torch.testing.assert_close(attended, expected)
+    torch.testing.assert_close(gradient, of, rtol=1e-5, atol=1e-4)
+
+
+def test_nothing_but_the_inputs_is_kept_for_backward() -> None:
+    inputs = random_inputs(4, 2, BLOCK + 3, torch.bfloat16)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        attend_in_blocks(*inputs, 0.3, None)
+    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in inputs]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "blocks"),
+    [
+        (torch.bfloat16, 0.0, True),
+        (torch.bfloat16, 0.1, False),
+        (torch.float32, 0.0, False),
+    ],
+)
+def test_when_it_is_used(dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 on a CPU; it has no dropout."""
+    calls: list[float] = []
+    monkeypatch.setattr(
+        attention, "attend_in_blocks", lambda q, k, v, scale, window: calls.append(scale) or torch.zeros_like(q)
+    )
+    inputs = random_inputs(4, 2, 6, dtype, width=16)
+    attention.attend_per_conversation(
+        None, *inputs, None, cu_seq_lens_q=torch.tensor([0, 2, 6], dtype=torch.int32), max_length_q=4, dropout=dropout
+    )
+    assert calls == ([0.25, 0.25] if blocks else [])

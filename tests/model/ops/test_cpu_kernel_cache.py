@@ -1,0 +1,89 @@
+"""How many kernels a CPU run keeps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastchat_qlora.model.ops.cpu_kernel_cache import KEPT_BY_TORCH, limit_kernel_caches
+
+NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+@pytest.mark.parametrize(
+    ("longest", "conversations", "kept"), [(1024, 1, 120), (1025, 1, 128), (4096, 8, 272), (4096, 500, 1024)]
+)
+def test_it_grows_with_the_batch(longest: int, conversations: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    limit_kernel_caches(longest, conversations)
+    assert [os.environ[name] for name in NAMES] == [str(kept), str(KEPT_BY_TORCH)]
+
+
+def test_the_users_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "7")
+    limit_kernel_caches(1024, 1)
+    assert [os.environ[name] for name in NAMES] == ["7", "7"]
+
+
+PRODUCTS = """
+import torch
+from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
+limit_kernel_caches(1024, 1)
+weight = torch.ones(576, 576, dtype=torch.bfloat16)
+for length in [*range(128, 278), 128]:
+    torch.ones(length, 576, dtype=torch.bfloat16) @ weight
+"""
+
+
+def kernels_made(program: str) -> list[str]:
+    """What oneDNN says of each kernel that a program had it make."""
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    folders = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"ONEDNN_VERBOSE": "profile_create", "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = [line for line in run.stdout.splitlines() if "create:cache_miss" in line or line == "AGAIN"]
+    if made in ([], ["AGAIN"]):
+        pytest.skip("this processor's bf16 products do not go through oneDNN")
+    return made
+
+
+def test_it_is_heard_after_torch_was_imported() -> None:
+    """The first of many shapes has been forgotten when it comes again."""
+    assert len([line for line in kernels_made(PRODUCTS) if ",128x576:576x576" in line]) == 2
+
+
+PASSES = """
+import torch
+from families import lora_config, make_base
+from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
+lengths = list(range(20, 20 + 13 * 20, 13)) + [300, 520]
+limit_kernel_caches(max(lengths), len(lengths))
+sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "max_position_embeddings": 4000}
+base = make_base("llama", "per_conversation", torch.bfloat16, vocab_size=300, **sizes)
+model = attach_adapter(base, lora_config(lora_dropout=0.05)).train()
+ends = torch.tensor([0, *lengths]).cumsum(0).int()
+row = {"input_ids": torch.ones(1, sum(lengths), dtype=torch.long), "cu_seq_lens_q": ends}
+row["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+row |= {"max_length_q": max(lengths), "conversation_lengths": tuple(lengths)}
+for text in ("AGAIN", ""):
+    model(**row, use_cache=False).logits.float().mean().backward()
+    print(text, flush=True)
+"""
+
+
+def test_all_kernels_of_a_micro_batch_are_kept() -> None:
+    """A second pass over a row of many lengths makes none anew: else every layer would make all of its own."""
+    made = kernels_made(PASSES)
+    assert made.index("AGAIN") > 100
+    assert made[-1] == "AGAIN"

@@ -1,0 +1,170 @@
+"""Norms and MLPs that keep less, against transformers' own."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, conversation, make_base, our_peft, plain_peft
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from fastchat_qlora.model.ops.rmsnorm_mlp import LeanMLP, LeanRMSNorm, use_lean_modules
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def kinds(model: torch.nn.Module) -> tuple[int, int]:
+    modules = list(model.modules())
+    return sum(isinstance(m, LeanRMSNorm) for m in modules), sum(isinstance(m, LeanMLP) for m in modules)
+
+
+@pytest.mark.parametrize(
+    ("family", "norms", "mlps"),
+    [
+        ("llama", 5, 2),
+        ("qwen2", 5, 2),
+        ("qwen3", 9, 2),  # with those of queries and keys
+        ("mistral", 5, 2),
+        ("phi3", 5, 0),  # gate and up are one layer
+        ("gemma2", 0, 0),  # 1 + weight; GELU
+        ("gemma3", 0, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_model_stays_the_same(family: str, norms: int, mlps: int, dtype: torch.dtype) -> None:
+    """Logits to the bit, and the same names for the same weights."""
+    stock, lean = (make_base(family, dtype=dtype) for _ in range(2))
+    lean.requires_grad_(False)
+    use_lean_modules(lean)
+    assert kinds(lean) == (norms, mlps)
+    ids = torch.tensor([conversation(30, seed=1)["input_ids"]])
+    assert torch.equal(stock(input_ids=ids).logits, lean(input_ids=ids).logits)
+    ours, theirs = lean.state_dict(), stock.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def with_gradient(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    output = module(x)
+    output.backward(grad)
+    assert x.grad is not None
+    return output.detach(), x.grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_norm(tokens: int, width: int, seed: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stock = LlamaRMSNorm(width)
+    stock.weight = torch.nn.Parameter(torch.randn(width, generator=generator), requires_grad=False)
+    x, grad = (torch.randn(1, tokens, width, generator=generator) for _ in range(2))
+    (expected, expected_grad), (got, got_grad) = (
+        with_gradient(m, size * x, grad) for m in (stock, LeanRMSNorm(copy.deepcopy(stock)))
+    )
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(size * got_grad, size * expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_mlp(dtype: torch.dtype) -> None:
+    """Values and gradients to the bit."""
+    torch.manual_seed(0)
+    stock = LlamaMLP(FAMILIES["llama"]).to(dtype).requires_grad_(False)
+    x, grad = (torch.randn(2, 11, 64, dtype=dtype) for _ in range(2))
+    expected = with_gradient(stock, x, grad)
+    got = with_gradient(LeanMLP(stock), x, grad)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_bf16_gradient_of_a_norm() -> None:
+    """As exact as transformers' own."""
+    torch.manual_seed(0)
+    stock = LlamaRMSNorm(64).to(BF16).requires_grad_(False)
+    x, grad = (torch.randn(1, 50, 64, dtype=BF16) for _ in range(2))
+    exact = with_gradient(LlamaRMSNorm(64).requires_grad_(False), x.float(), grad.float())[1]
+    errors = [(with_gradient(m, x, grad)[1].float() - exact).norm() for m in (stock, LeanRMSNorm(stock))]
+    assert 0 < errors[1] <= 1.05 * errors[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.0, "target_modules": ["q_proj"]}])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapters_get_the_same_gradients(family: str, changes: dict[str, Any]) -> None:
+    row = conversation(30, seed=2)
+    gradients = []
+    for model in (plain_peft(make_base(family), **changes), our_peft(make_base(family), **changes)):
+        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 0
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("saved", [["norm"], ["input_layernorm"], ["mlp"]])
+def test_what_is_trained_itself_learns(saved: list[str]) -> None:
+    """--modules_to_save makes a copy that is trained, norms too."""
+    row = conversation(30, seed=3)
+    changes = {"modules_to_save": saved, "target_modules": ["q_proj"]}
+    gradients = []
+    for make in (plain_peft, our_peft):
+        model = make(make_base("llama"), **changes)
+        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if "modules_to_save" in n})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 0
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_activation_is_left_alone() -> None:
+    model = make_base("llama", hidden_act="gelu").requires_grad_(False)
+    use_lean_modules(model)
+    assert kinds(model) == (5, 0)
+
+
+def test_what_is_trained_is_left_alone() -> None:
+    model = make_base("llama")
+    assert use_lean_modules(model) == 2, "the MLPs, which have no weights of their own"
+    assert kinds(model) == (0, 2)
+
+
+def test_a_shared_module_stays_shared() -> None:
+    model = make_base("llama").requires_grad_(False)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    assert use_lean_modules(model) == 7
+    assert model.model.layers[1].mlp is model.model.layers[0].mlp
+    assert isinstance(model.model.layers[1].mlp, LeanMLP)
+
+
+def test_what_was_added_to_a_module_stays() -> None:
+    model = make_base("llama").requires_grad_(False)
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0)
+    model.model.layers[0].mlp.forward = lambda x: x
+    use_lean_modules(model)
+    assert kinds(model) == (4, 1)
+    assert not model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.any()
+
+
+def test_classes_can_be_left() -> None:
+    model = make_base("llama").requires_grad_(False)
+    use_lean_modules(model, ["LlamaMLP"])
+    assert kinds(model) == (5, 0)
+
+
+def kept_bytes(module: torch.nn.Module) -> int:
+    """For ten tokens, without the weights."""
+    kept: list[torch.Tensor] = []
+    x = torch.randn(1, 10, 64, dtype=BF16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x)
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+def test_what_is_kept() -> None:
+    """A norm its input and one number a token; an MLP gate and up."""
+    norm = LeanRMSNorm(LlamaRMSNorm(64).to(BF16).requires_grad_(False))
+    mlp = LeanMLP(LlamaMLP(FAMILIES["llama"]).to(BF16).requires_grad_(False))
+    assert kept_bytes(norm) == 10 * (2 * 64 + 4)
+    assert kept_bytes(mlp) == 10 * 2 * 2 * 96

@@ -1,0 +1,185 @@
+"""Faults for a forked run: PREPARE=planted:NAME calls one of these before the run begins."""
+
+import errno
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastchat_qlora.model.adapter.lora import trainable_parameters
+from fastchat_qlora.training import run
+from fastchat_qlora.training.callbacks import gradient_guards as guards
+
+SLOW_STEP = 0.15  # seconds
+
+
+def slow() -> None:
+    """Steps that last long enough to be met."""
+    _at_step(0, lambda model: None)
+
+
+def endless_third_step() -> None:
+    """A step that ends when the process does, and says when it begins."""
+
+    def stay(model: Any) -> None:
+        sys.stderr.write("third step\n")
+        _wait_in_c()
+
+    _at_step(2, stay, slow=False)
+
+
+def _wait_in_c() -> None:
+    """Wait as a process waits for a device or for another process: outside of Python, without its lock."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    while True:
+        libc.sleep(60)  # a signal ends it, and the handler runs
+
+
+def small_files() -> None:
+    """From the third step on no file may be larger than 4 KiB: a real error of the operating system."""
+    _at_step(2, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)), slow=False)
+
+
+def small_files_on_rank_1() -> None:
+    """The same in the second process only."""
+    if os.environ["RANK"] == "1":
+        small_files()
+
+
+def full_disk() -> None:
+    """In the third step another program fills the disk."""
+
+    def fill(model: Any) -> None:
+        ballast = os.open(os.environ["BALLAST"], os.O_WRONLY | os.O_CREAT)
+        for size in (1 << 20, 1 << 12):  # to the last page
+            with suppress(OSError):
+                while True:
+                    os.write(ballast, bytes(size))
+        os.close(ballast)
+
+    _at_step(2, fill, slow=False)
+
+
+def lost_writes() -> None:
+    """From the third step on the disk loses what it has taken, and says so when it is asked to make sure."""
+
+    def lose(model: Any) -> None:
+        def fsync(descriptor: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        os.fsync = fsync
+
+    _at_step(2, lose, slow=False)
+
+
+def stop_at_the_best() -> None:
+    """SIGTERM in the fifth step, the last of the first epoch of 15 rows in batches of 3, if it is not accumulated."""
+    _at_step(4, lambda model: os.kill(os.getpid(), signal.SIGTERM), slow=False)
+
+
+def no_results() -> None:
+    """The disk is full when a run is done."""
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.LoraTrainer.save_metrics = fail
+
+
+def detached_adapter() -> None:
+    """Gradients end at the second layer, so that the first one's adapter gets none."""
+    _change_model(lambda model: model.model.layers[0].register_forward_hook(lambda m, given, out: _detached(out)))
+
+
+def _detached(out: Any) -> Any:
+    return out.detach().requires_grad_() if isinstance(out, torch.Tensor) else (out[0].detach(), *out[1:])
+
+
+def zeroed_lora_b() -> None:
+    """Whatever has been learnt is forgotten at the end."""
+
+    def forget(model: Any) -> None:
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.data.zero_()
+
+    class Forgetful(guards.LastStepLog):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            forget(kwargs["model"])
+
+    run.LastStepLog = Forgetful
+
+
+def changed_base() -> None:
+    """Somebody writes to a base weight in the third step."""
+
+    def change(model: Any) -> None:
+        next(parameter for parameter in model.parameters() if not parameter.requires_grad).data.view(-1)[5] += 1
+
+    _at_step(2, change, slow=False)
+
+
+def torn_writer() -> None:
+    """safetensors writes a file of which a tensor differs."""
+    save = run.LoraTrainer.save_model
+
+    class Torn(run.LoraTrainer):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            from fastchat_qlora.training import trainer
+
+            write = trainer.save_adapter
+
+            def tear(model: Any, tensors: dict[str, torch.Tensor], folder: str) -> None:
+                wrong = {name: tensor + 1e-3 * (self.state.global_step > 2) for name, tensor in tensors.items()}
+                write(model, wrong, folder)
+
+            trainer.save_adapter = tear
+            save(self, output_dir, _internal_call)
+
+    run.LoraTrainer = Torn
+
+
+def no_answers_after_on_rank_1() -> None:
+    """The second process has no memory for questions once a step has been done."""
+    from fastchat_qlora.training.callbacks import sample_generations as sample_answers
+
+    ask = sample_answers._last_logits
+
+    def fail(trainer: Any, *args: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and trainer.state.global_step:
+            raise torch.OutOfMemoryError("out of memory")
+        return ask(trainer, *args)
+
+    sample_answers._last_logits = fail
+
+
+def _change_model(change: Any) -> None:
+    attach = run.attach_adapter
+
+    def attached(*args: Any, **kwargs: Any) -> Any:
+        model = attach(*args, **kwargs)
+        change(model.get_base_model())
+        return model
+
+    run.attach_adapter = attached
+
+
+def _at_step(step: int, fault: Any, *, slow: bool = True) -> None:
+    import time
+
+    class Planted(guards.LastStepLog):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if slow:
+                time.sleep(SLOW_STEP)
+            if state.global_step == step:
+                fault(kwargs["model"])
+                Path(args.output_dir, ".planted").touch()
+
+    run.LastStepLog = Planted

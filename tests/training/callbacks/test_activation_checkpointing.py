@@ -1,0 +1,121 @@
+"""--activation_checkpointing auto, through the front door."""
+
+from pathlib import Path
+
+import pytest
+from quick_runs import command, losses, seen, train  # noqa: F401  # a fixture
+
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.model.loading.base_model import repeated_layers
+from fastchat_qlora.training.callbacks import activation_checkpointing
+
+FLAGS = {"max_steps": 3, "lora_dropout": 0.1}
+
+
+def checkpointed(trainer: object) -> int:
+    return sum(layer.gradient_checkpointing for layer in repeated_layers(trainer.adapter))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """How much memory there seems to be."""
+    memory = {"bytes": 1e12}
+    monkeypatch.setattr(activation_checkpointing, "free_bytes", lambda device: memory["bytes"])
+    return memory
+
+
+def test_nothing_is_recomputed_where_all_fits(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    seen: dict,  # noqa: F811
+    free: dict,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
+    assert checkpointed(seen["trainer"]) == 0
+    assert "Activation checkpointing: 0 of 2 layers. A batch of up to" in notices.text
+
+
+def test_layers_are_recomputed_where_memory_is_short_and_nothing_else_changes(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    seen: dict,  # noqa: F811
+    free: dict,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    """Dropout draws the same numbers when a layer is computed again."""
+    plain = train(command(model_folder, data_file, tmp_path / "plain", **FLAGS))
+    free["bytes"] = 1.0
+    tight = train(command(model_folder, data_file, tmp_path / "tight", **FLAGS))
+    assert checkpointed(seen["trainer"]) == 2
+    assert "It may run out of memory: lower --per_device_train_batch_size" in notices.text
+    assert losses(tight) == losses(plain)
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (plain, tight)]
+    assert adapters[0] == adapters[1]
+
+
+def test_the_first_step_corrects_the_estimate(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    seen: dict,  # noqa: F811
+    free: dict,
+    notices: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free["bytes"] = 20 * 2**20
+    held = activation_checkpointing.held_bytes
+    peaks = iter([0.0, 10_000.0])  # MiB, before the first step and after it
+    monkeypatch.setattr(activation_checkpointing, "peak_memory_mib", lambda device: next(peaks))
+    monkeypatch.setattr(activation_checkpointing, "held_bytes", lambda device: 0.0 * held(device))
+    train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
+    first, second = [line for line in notices.text.splitlines() if "Activation checkpointing" in line]
+    assert "0 of 2 layers. A batch" in first
+    assert "2 of 2 layers (the first step needed" in second
+    assert checkpointed(seen["trainer"]) == 2
+
+
+def test_a_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, seen: dict, free: dict) -> None:  # noqa: F811
+    free["bytes"] = 1.0
+    train(command(model_folder, data_file, tmp_path / "off", **FLAGS, gradient_checkpointing=False))
+    assert checkpointed(seen["trainer"]) == 0
+    free["bytes"] = 1e12
+    train(command(model_folder, data_file, tmp_path / "on", **FLAGS, activation_checkpointing=True))
+    assert checkpointed(seen["trainer"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "automatic", "on"),
+    [
+        ([], True, False),
+        (["--activation_checkpointing", "auto"], True, False),
+        (["--activation-checkpointing=auto"], True, False),
+        (["--gradient_checkpointing", "auto", "--bf16", "False"], True, False),
+        (["--gradient_checkpointing"], False, True),
+        (["--gradient_checkpointing", "True"], False, True),
+        (["--activation_checkpointing", "False"], False, False),
+    ],
+)
+def test_how_it_is_asked_for(
+    given: list[str], automatic: bool, on: bool, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    needed = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", str(tmp_path)]
+    training = parse_args([*needed, *given]).training
+    assert training.auto_checkpointing is automatic
+    assert training.activation_checkpointing is training.gradient_checkpointing is on
+
+
+def test_a_model_that_cannot_be_foreseen_is_checkpointed_whole(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    seen: dict,  # noqa: F811
+    notices: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(activation_checkpointing, "build_skeleton", lambda config: None)
+    train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
+    assert checkpointed(seen["trainer"]) == 2
+    assert "on, for what the run needs cannot be told: the model's code lies outside transformers" in notices.text

@@ -1,0 +1,220 @@
+"""A model that mixes conversations, or changes logits behind its head, is found out before the first step."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from families import FAMILIES, conversation, make_base, make_trainer, our_peft
+from quick_runs import command, losses, train
+from safetensors.torch import load_file
+from transformers import AttentionInterface, LlamaForCausalLM
+
+from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.training.callbacks import sanity_check as self_test
+from fastchat_qlora.training.callbacks.sanity_check import Failures, SelfTest, find_failures, run_self_test
+
+ROWS = [conversation(length, seed, learnt=1.0) for seed, length in enumerate((30, 9, 44))]
+
+
+def leaky(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:
+    """Causal over the whole row, wherever conversations meet."""
+    attended = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
+    )
+    return attended.transpose(1, 2), None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    AttentionInterface.register("leaky", leaky)
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's logits are doubled after the head, in a way that no configuration names."""
+    forward = LlamaForCausalLM.forward
+
+    def doubled(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    doubled.__wrapped__ = forward  # type: ignore[attr-defined]  # for its signature
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+
+
+def trainer_of(family: str, folder: Path, attention: str = PER_CONVERSATION, **kwargs: Any) -> Any:
+    model = our_peft(make_base(family, attention, **kwargs)).train()
+    return make_trainer(
+        model, folder, train_dataset=Dataset.from_list([r | {"length": len(r["labels"])} for r in ROWS])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    trainer = trainer_of(family, tmp_path, dtype=dtype)
+    if dtype == torch.bfloat16:
+        trainer.args.bf16 = True
+    run_self_test(trainer)
+    assert find_failures(trainer, trainer.model) == Failures("", "")
+    assert trainer.data_collator.padding_free and trainer.model.training
+    assert (trainer.loss_head is None) == (family == "gemma2")
+    assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
+
+
+def test_nothing_is_drawn_or_counted(tmp_path: Path) -> None:
+    """A run starts from where it would without the test."""
+    trainer = trainer_of("llama", tmp_path)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run_self_test(trainer)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trainer.tokens_seen() == (0, 0)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of("llama", tmp_path, "leaky")
+    failures = find_failures(trainer, trainer.model)
+    assert "not kept apart" in failures.rows and not failures.loss
+    run_self_test(trainer)
+    assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
+    assert not trainer.data_collator.padding_free and trainer.loss_head is not None
+    assert trainer.adapter.config._attn_implementation == "sdpa"
+    assert find_failures(trainer, trainer.model) == Failures("", "")
+
+
+def test_a_model_that_cannot_be_asked_is_not(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no such\ncache")
+
+    AttentionInterface.register("broken", broken)
+    trainer = trainer_of("llama", tmp_path, "broken")
+    run_self_test(trainer)
+    assert "cannot be asked for rows without padding: 'no such" in notices.text
+    assert not trainer.data_collator.padding_free
+    assert trainer.adapter.config._attn_implementation == "sdpa"
+
+
+def test_logits_changed_behind_the_head_are_found(
+    scaled: None, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of("llama", tmp_path)
+    assert "changes its logits behind the head" in find_failures(trainer, trainer.model).loss
+    run_self_test(trainer)
+    assert "The loss is computed from the logits" in notices.text
+    assert trainer.loss_head is None and trainer.data_collator.padding_free
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
+def test_a_run_that_leaks_learns_as_a_padded_one(
+    packing: bool,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    """To the last bit, with dropout: the test has taken nothing from the run's random numbers."""
+    flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
+    padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
+    assert "Batches are padded" not in notices.text
+    monkeypatch.setitem(AttentionInterface._global_mapping, PER_CONVERSATION, leaky)
+    output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
+    assert f"Batches are padded{' and rows not packed' if packing else ''}, slower" in notices.text
+    assert losses(output) == losses(padded) and len(losses(output)) == 3
+    expected = load_file(padded / "adapter_model.safetensors")
+    for name, tensor in load_file(output / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_whose_logits_are_scaled_learns_from_them(
+    scaled: None,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    flags = {"max_steps": 3, "lora_dropout": 0}
+    found = train(command(model_folder, data_file, tmp_path / "found", **flags))
+    assert "changes its logits behind the head" in notices.text
+    monkeypatch.setattr("fastchat_qlora.training.trainer.why_plain", lambda model: "the test says so")
+    plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
+    assert losses(found) == losses(plain) and len(losses(found)) == 3
+
+
+class TestWrappedLate:
+    """Under DeepSpeed and FSDP there is nothing to compute with before training begins."""
+
+    @staticmethod
+    def late(folder: Path, attention: str) -> Any:
+        trainer = trainer_of("llama", folder, attention)
+        trainer.is_fsdp_enabled = True
+        return trainer
+
+    @staticmethod
+    def begin(trainer: Any) -> None:
+        SelfTest(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+
+    def test_stops_where_batches_are_laid_out_already(self, tmp_path: Path) -> None:
+        trainer = self.late(tmp_path, "leaky")
+        run_self_test(trainer)
+        assert trainer.data_collator.padding_free, "not asked yet"
+        with pytest.raises(RunError, match=r"not kept apart.*; start again with --padding_free False"):
+            self.begin(trainer)
+
+    def test_goes_on_with_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
+        trainer = self.late(tmp_path, PER_CONVERSATION)
+        run_self_test(trainer)
+        assert trainer.loss_head is not None
+        self.begin(trainer)
+        assert trainer.loss_head is None
+
+    def test_asks_what_the_strategy_has_wrapped(self, tmp_path: Path) -> None:
+        trainer = self.late(tmp_path, PER_CONVERSATION)
+        asked = []
+
+        class Wrapped(torch.nn.Module):
+            def forward(self, **inputs: Any) -> Any:
+                asked.append(inputs)
+                return trainer.model(**inputs)
+
+        trainer.model_wrapped = Wrapped()
+        self.begin(trainer)
+        assert asked and trainer.loss_head is not None
+
+    def test_is_asked_once_in_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trainer = trainer_of("llama", tmp_path)
+        monkeypatch.setattr(trainer, "model_wrapped", SimpleNamespace())  # not to be touched
+        self.begin(trainer)
+        assert trainer.data_collator.padding_free
+
+
+def test_a_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """With a cache transformers would make no mask between the conversations of a row."""
+    flags = {"max_steps": 3, "attn_implementation": "sdpa", "lora_dropout": 0}
+    plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
+    cached = train(command(model_folder, data_file, tmp_path / "cached", **flags, use_cache=True))
+    assert losses(cached) == losses(plain)
+
+
+def test_dora_in_fp32_is_tested_in_fp32(
+    model_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    train(command(model_folder, data_file, tmp_path / "out", max_steps=1, use_dora=True))
+    assert "The loss is computed from the logits of all" not in notices.text
+
+
+def test_all_processes_take_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fell back alone would have other batches than the others, and wait for them for ever."""
+    everyone = [Failures("", ""), Failures("a leak", ""), Failures("another", "scaled")]
+    monkeypatch.setattr(self_test.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(self_test, "gather_object", lambda mine: everyone)
+    assert self_test._agreed(everyone[0]) == ("a leak", "scaled")

@@ -1,0 +1,163 @@
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from families import FAMILIES, SIZES
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
+
+from fastchat_qlora.config.arguments import LoraArguments
+from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, expected_shapes, trainable_parameters
+from fastchat_qlora.model.loading.base_model import build_skeleton
+from fastchat_qlora.training.checkpoints.adapter_export import certify, gather_adapter, put_in_place, save_adapter
+
+ARGUMENTS = LoraArguments(modules_to_save=["lm_head"], lora_bias="all")
+
+
+class Saved(NamedTuple):
+    folder: Path
+    model: PeftModel
+    tensors: dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def saved(model_folder: Path, tmp_path: Path) -> Saved:
+    """An adapter with moved weights, saved, with the tensors that should be in the file."""
+    from transformers import LlamaForCausalLM
+
+    model = attach_adapter(
+        LlamaForCausalLM.from_pretrained(model_folder),
+        build_lora_config(ARGUMENTS),
+    )
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    tensors = gather_adapter(model)
+    save_adapter(model, tensors, str(tmp_path))
+    return Saved(tmp_path, model, tensors)
+
+
+def shapes_of(model_folder: Path, arguments: LoraArguments = ARGUMENTS) -> dict[str, torch.Size]:
+    shapes = expected_shapes(build_skeleton(AutoConfig.from_pretrained(model_folder)), build_lora_config(arguments))
+    assert shapes
+    return shapes
+
+
+def test_a_good_adapter_passes(saved: Saved, model_folder: Path) -> None:
+    certify(*saved, shapes_of(model_folder))
+    with safe_open(saved.folder / "adapter_model.safetensors", framework="pt") as file:
+        found = {name: file.get_tensor(name).shape for name in file.keys()}  # noqa: SIM118
+    assert found == shapes_of(model_folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (LoraArguments(), "none of the adapter's configuration"),
+        (LoraArguments(modules_to_save=["lm_head"], lora_bias="all", lora_r=4), r"shape \(8, .*asks for \(4, "),
+        (LoraArguments(modules_to_save=["lm_head"], lora_bias="all", use_dora=True), "are not in it, such as .*vector"),
+    ],
+)
+def test_an_adapter_of_another_configuration_fails(
+    arguments: LoraArguments, said: str, saved: Saved, model_folder: Path
+) -> None:
+    """The live model and the file agree with each other here, and not with what was asked for."""
+    with pytest.raises(RunError, match=said):
+        certify(*saved, shapes_of(model_folder, arguments))
+
+
+def test_it_is_put_in_place_over_an_earlier_one(saved: Saved, tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    target.mkdir()
+    (target / "adapter_model.safetensors").write_text("an earlier one")
+    (target / "notes.txt").write_text("of the user")
+    content = (saved.folder / "adapter_model.safetensors").read_bytes()
+    source = tmp_path / "new"
+    save_adapter(saved.model, saved.tensors, str(source))
+    put_in_place(source, target)
+    assert (target / "adapter_model.safetensors").read_bytes() == content
+    assert (target / "notes.txt").read_text() == "of the user" and (target / "adapter_config.json").exists()
+
+
+def damage(folder: Path, kind: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    if kind == "missing":
+        path.unlink()
+        return
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        return
+    if kind == "key lost":
+        del tensors[name]
+    elif kind == "value":
+        tensors[name].view(-1)[0] += 1
+    elif kind == "nan":
+        tensors[name].view(-1)[0] = float("nan")
+    elif kind == "shape":
+        tensors[name] = tensors[name].reshape(-1)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "key lost", "value", "nan", "shape"])
+def test_a_damaged_adapter_fails(saved: Saved, kind: str) -> None:
+    folder, model, tensors = saved
+    damage(folder, kind)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors"):
+        certify(folder, model, tensors)
+
+
+def test_nan_in_training_fails_though_the_file_equals_it(saved: Saved) -> None:
+    folder, model, tensors = saved
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    damage(folder, "nan")
+    with pytest.raises(RunError):
+        certify(folder, model, tensors)
+
+
+def test_an_adapter_that_learnt_nothing_fails(saved: Saved) -> None:
+    folder, model, tensors = saved
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.zero_()
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t.zero_() if "lora_B" in n else t for n, t in load_file(path).items()}, path)
+    with pytest.raises(RunError, match="learnt nothing"):
+        certify(folder, model, tensors)
+    certify(folder, model, tensors, must_have_learnt=False)  # a checkpoint within the warm-up
+
+
+MORE = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gpt2": GPT2Config(vocab_size=89, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "qwen2 tied": Qwen2Config(**SIZES | {"tie_word_embeddings": True}),
+}
+"""Experts, Conv1D in place of Linear, one weight for embeddings and head."""
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True, "use_rslora": True, "lora_bias": "all"},
+        {"init_lora_weights": "orthogonal", "lora_bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_shapes_of_every_family_are_known_without_weights(family: str, settings: dict[str, Any]) -> None:
+    """What PEFT makes of the real model has the names and shapes that were foretold of the bare one."""
+    targets = ["q_proj", "o_proj"] if family == "mixtral" else ["all-linear"]  # PEFT has no DoRA on fused experts
+    arguments = LoraArguments(lora_target_modules=targets, **settings)
+    config = (FAMILIES | MORE)[family]
+    shapes = expected_shapes(build_skeleton(copy.deepcopy(config)), build_lora_config(arguments))
+    model = attach_adapter(AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_lora_config(arguments))
+    saved = get_peft_model_state_dict(model, state_dict=gather_adapter(model), save_embedding_layers=False)
+    assert shapes == {name: tensor.shape for name, tensor in saved.items()} and len(saved) >= 8

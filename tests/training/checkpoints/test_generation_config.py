@@ -1,0 +1,108 @@
+"""What lies beside the adapter has a model stop where its answers were trained to end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES, make_base
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.data.analysis.stop_tokens import describe_turn_ends
+from fastchat_qlora.training import run
+from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
+
+NAME = "generation_config.json"
+
+
+def train(model: Path, data: Path, output: Path, *flags: str) -> GenerationConfig:
+    paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output} --disable_tqdm True"
+    run.train(parse_args([*f"{paths} --max_steps 2 --save_strategy no --learning_rate 1e-2".split(), *flags]))
+    return GenerationConfig.from_pretrained(output)
+
+
+@pytest.fixture
+def model(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model, to be changed."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_it_is_the_bases_with_the_ends_of_turns(model: Path, data_file: Path, tmp_path: Path) -> None:
+    """A base that stops at <|endoftext|> only, and samples."""
+    edit(model / NAME, eos_token_id=0, do_sample=True, temperature=0.6, top_p=0.9)
+    edit(model / "config.json", eos_token_id=0)
+    config = train(model, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == ([2, 0], 1, 0)
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.6, 0.9)
+    files = [(tmp_path / "out" / folder / NAME).read_text() for folder in ("", "checkpoint-2")]
+    assert files[0] == files[1]
+
+
+def test_a_server_that_looks_at_the_eos_token_alone(
+    model: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    edit(model / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token="<|im_start|>", unk_token=None)
+    edit(model / NAME, eos_token_id=0)
+    edit(model / "config.json", eos_token_id=0, pad_token_id=1)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# <|x|> #}")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|pad|>"]})
+    tokenizer.save_pretrained(model)
+    config = train(model, data_file, tmp_path / "out", "--train_on", "all")
+    assert config.eos_token_id == [2, 0]
+    told = [text for text in notices.messages if text.startswith("Turns end with")]
+    assert told == [
+        "Turns end with '<|im_end|>' (id 2), and the tokenizer's eos_token is '<|endoftext|>': a server that looks at "
+        "that alone does not stop there; generation_config.json beside the adapter names all."
+    ]
+
+
+def test_answers_that_are_all_cut_short_are_told_of(
+    model: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    config = train(model, data_file, tmp_path / "out", "--model_max_length", "20", "--max_rejected", "1.0")
+    assert config.eos_token_id == [2], "the base's own"
+    assert "No answer ends within --model_max_length tokens, so the model is not taught to stop; raise it." in (
+        notices.messages
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("own", "ends", "stops"),
+    [(2, [5], [5, 2]), ([7, 2, 5], [5], [5, 7, 2]), (None, [5, 6], [5, 6, 2]), ([], [], [2]), (9, [2], [2, 9])],
+)
+def test_families(family: str, own: Any, ends: list[int], stops: list[int], tmp_path: Path) -> None:
+    base = make_base(family)
+    base.generation_config.eos_token_id = own
+    write_generation_config(tmp_path, build_generation_config(base, Tokens(), ends))
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert (found.eos_token_id, found.pad_token_id, found.bos_token_id) == (stops, 3, 1)
+    assert base.generation_config.eos_token_id == own, "the base is left alone"
+
+
+class Tokens:
+    """All that is asked of a tokenizer: one without a BOS, whose end is the base's own."""
+
+    eos_token_id = 2
+    pad_token_id = 3
+    bos_token_id = None
+
+
+def test_a_base_whose_settings_contradict_each_other(tmp_path: Path) -> None:
+    """transformers refuses to save a temperature without sampling, which some published models have."""
+    base = make_base("llama")
+    base.generation_config.temperature, base.generation_config.do_sample = 0.1, False
+    write_generation_config(tmp_path, build_generation_config(base, Tokens(), [2]))
+    assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.1
+
+
+def test_nothing_is_said_where_the_tokenizer_says_it_all(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert describe_turn_ends([2], tokenizer) == ""

@@ -1,0 +1,396 @@
+"""report.html: what is on it, when it is written, and that a run never suffers from it."""
+
+import html
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from datasets import Dataset
+from forked import Run
+from forked import command as given
+from hypothesis import example, settings
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+from quick_runs import command, train
+
+from fastchat_qlora.cli import main
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.data.analysis.statistics import measure
+from fastchat_qlora.errors import RunError
+from fastchat_qlora.training.callbacks.throughput import Total
+from fastchat_qlora.training.report import html_report as report
+from fastchat_qlora.training.report.charts import (
+    MOST_POINTS,
+    Chart,
+    Curve,
+    _tick,
+    draw,
+    get_curve,
+    short,
+    smooth,
+    thinned,
+    whole,
+)
+from fastchat_qlora.training.report.report_data import get_charts, get_flags, get_tiles
+
+
+def read(output: Path) -> str:
+    return (output / "report.html").read_text(encoding="utf-8")
+
+
+def points(page: str, chart: str) -> list[str]:
+    """What the points of a chart say; those of the first one are there twice, wide and narrow."""
+    figure = page.partition(f'id="{chart}"')[2].partition("</figure>")[0]
+    narrow = figure.partition('<div class="narrow">')[2]
+    return [html.unescape(text) for text in re.findall(r"<circle.*?<title>(.*?)</title>", narrow)]
+
+
+def facts(page: str) -> dict[str, str]:
+    rows = re.findall(r'<tr><th[^>]*scope="row">(.*?)</th><td[^>]*>(.*?)</td>', page)
+    return {html.unescape(name): html.unescape(value) for name, value in rows}
+
+
+def test_a_page_tells_the_whole_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags = {"max_steps": 6, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3, "lora_r": 4}
+    output = train(
+        [*command(model_folder, data_file, tmp_path / "out", **flags), "--sample_prompts", "Who are you?", "Hi </p>"]
+    )
+    page = read(output)
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = [f"step {e['step']}: training {e['loss']:.4g}" for e in history if "loss" in e]
+    evaluated = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+    assert points(page, "loss") == losses + [f"step {at}: evaluation {loss:.4g}" for at, loss in evaluated.items()]
+    for chart, count in (("throughput", 12), ("gradient", 6), ("rate", 6), ("memory", 6)):
+        assert len(points(page, chart)) == count
+    bars = [int(rows) for rows in re.findall(r"tokens: (\d+) rows</title>", page)]
+    assert sum(bars) == 8
+    told = facts(page)
+    assert (
+        told.items()
+        >= {
+            "read": "12",
+            "rejected": "0",
+            "strategy": "one process",
+            "--lora_r": "4",
+            "--max_steps": "6",
+            "--sample_prompts": "'Who are you?' 'Hi </p>'",
+        }.items()
+    )
+    assert {"transformers", "torch", "Python", "processor", "main memory", "learnt tokens"} <= told.keys()
+    assert "<h3>Hi &lt;/p&gt;</h3>" in page and page.count("<h4>after</h4>") == 2
+    assert page.count("<mark>") > 3 and 'class="status done">done<' in page
+    assert not re.search(r"(src|href)=|url\(|@import|<script", page)
+
+
+def test_a_run_that_goes_on_has_all_steps(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    output = tmp_path / "out"
+    train(command(model_folder, data_file, output, **flags, max_steps=2))
+    train(command(model_folder, data_file, output, **flags, max_steps=4))
+    assert [text.partition(":")[0] for text in points(read(output), "loss")] == [f"step {n}" for n in (1, 2, 3, 4)]
+    assert "Started again from the checkpoint of step 2: the dashed line" in read(output)
+    assert read(output).count('class="mark"') == 6, "of the loss twice, wide and narrow, and of four others"
+    before = (output / "report.html").read_bytes()
+    train(command(model_folder, data_file, output, **flags, max_steps=4))  # nothing is left to train
+    assert (output / "report.html").read_bytes() == before
+
+
+def test_a_run_that_was_killed_at_its_end_is_done_when_started_again(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last page, of the last checkpoint, said that it was running; nothing is said of a loss that nobody took."""
+    output = tmp_path / "out"
+    arguments = command(model_folder, data_file, output, save_strategy="steps", save_steps=2, max_steps=2)
+    arguments += ["--sample_prompts", "Who are you?"]
+    assert main(["train", *arguments]) == 0
+    done = read(output)
+    (output / "report.html").write_text(done.replace('class="status done">done', 'class="status running">running'))
+    for name in ("training_args.json", "train_results.json"):  # which come after the last checkpoint
+        (output / name).unlink()
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "2 steps had been done before; none was left to train." in said and "mean loss" not in said
+    again = read(output)
+    assert 'class="status done">done<' in again and "Started again" not in again
+    assert points(again, "loss") == points(done, "loss")
+    results = json.loads((output / "train_results.json").read_text())
+    assert not {"train_loss", "tokens", "supervised_tokens", "tokens_per_second"} & results.keys()
+    answers = "<h4>after</h4>.*?</p>"
+    assert re.findall(answers, again, re.DOTALL) == re.findall(answers, done, re.DOTALL)
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """When pages are written, and what the run is said to be at."""
+    seen: list[tuple[int, str]] = []
+    write = report.RunReport._write
+
+    def watched(self: report.RunReport, outcome: report.Outcome) -> None:
+        write(self, outcome)
+        seen.append((self._trainer.state.global_step, outcome.kind))
+
+    monkeypatch.setattr(report.RunReport, "_write", watched)
+    return seen
+
+
+def test_pages_come_with_checkpoints_and_at_the_end(
+    pages: list[tuple[int, str]], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    train(command(model_folder, data_file, tmp_path / "out", **flags))
+    assert pages == [(3, "running"), (6, "running"), (7, "running"), (7, "done")]
+
+
+def test_pages_come_now_and_then(
+    pages: list[tuple[int, str]],
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No more often than is said, and rarely enough not to be felt."""
+    monkeypatch.setattr(report, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(report, "MOST_OF_THE_TIME", 1e9)
+    train(command(model_folder, data_file, tmp_path / "a", max_steps=4, logging_steps=2))
+    assert pages == [(2, "running"), (4, "running"), (4, "done")]
+    pages.clear()
+    monkeypatch.setattr(report, "MOST_OF_THE_TIME", 1e-9)
+    train(command(model_folder, data_file, tmp_path / "b", max_steps=4, logging_steps=1))
+    assert pages == [(1, "running"), (4, "done")]
+
+
+def test_a_run_that_fails_says_why(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_TOKEN", "very-secret-value")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RunError("the <b>disk</b> of very-secret-value is gone")
+
+    monkeypatch.setattr(report.LoraTrainer, "save_model", fail)
+    with pytest.raises(RunError):
+        train(command(model_folder, data_file, tmp_path / "out", max_steps=2))
+    page = read(tmp_path / "out")
+    assert 'class="status failed">ended at step 2 of 2: the &lt;b&gt;disk&lt;/b&gt; of &lt;hidden&gt; is gone<' in page
+
+
+def test_a_run_that_is_stopped_says_so(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    flags = "--max_steps 60 --logging_steps 1 --learning_rate 1e-2 --save_strategy no"
+    run = Run(given(model_folder, data, tmp_path / "out", flags), tmp_path / "log.txt", PREPARE="planted:slow")
+    run.wait_for(": loss ")
+    run.send(15)
+    assert run.wait().codes == [143]
+    page = read(tmp_path / "out")
+    assert re.search(r'class="status stopped">stopped at step \d+ of 60: SIGTERM: stopped; start again', page)
+    assert points(page, "loss")
+
+
+def test_a_page_that_fails_leaves_the_run_alone(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said once; the earlier page stays, and nothing is left beside it."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "report.html").write_text("earlier")
+
+    def fail(*args: Any) -> str:
+        raise ValueError("no\nink")
+
+    monkeypatch.setattr(report, "draw", fail)
+    flags = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    assert main(["train", *command(model_folder, data_file, output, **flags)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("report.html: could not be written (no ink); the run goes on without.") == 1
+    assert read(output) == "earlier" and not list(output.glob(".*.part"))
+
+
+def test_what_is_pushed_shows_no_rows(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.whoami", lambda token: {"name": "me"})
+    monkeypatch.setattr(report.LoraTrainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(report.LoraTrainer, "push_to_hub", lambda self, **kwargs: None)
+    flags = {"push_to_hub": True, "hub_token": "hf_abcdefghijklmnop", "max_steps": 1, "hub_model_id": "me/it"}
+    page = read(train(command(model_folder, data_file, tmp_path / "out", **flags)))
+    assert "<mark>" not in page and "since --push_to_hub makes this page public" in page
+    assert "hf_abcdefghijklmnop" not in page and facts(page)["--hub_token"] == "<hidden>"
+
+
+def test_flags_are_those_that_were_given(model_folder: Path, data_file: Path) -> None:
+    """And use_cpu with what follows from it, on a machine without an accelerator."""
+    flags = {"q_lora": True, "lora_dropout": 0, "bnb_4bit_use_double_quant": False, "lr_scheduler_type": "cosine"}
+    args = parse_args(command(model_folder, data_file, Path("/tmp/o"), **flags))
+    found = get_flags(args)
+    expected = {f"--{name}": str(value) for name, value in flags.items()} | {
+        "--model_name_or_path": str(model_folder),
+        "--data_path": str(data_file),
+        "--output_dir": "/tmp/o",
+        "--max_steps": "10",
+        "--per_device_train_batch_size": "2",
+        "--learning_rate": "0.01",
+        "--logging_steps": "1",
+        "--save_strategy": "no",
+        "--disable_tqdm": "True",
+    }
+    by_the_machine = {"--use_cpu", "--dataloader_pin_memory"}
+    assert {name: value for name, value in found.items() if name not in by_the_machine} == expected
+
+
+ROW = {"length": 3, "supervised": 1, "full_length": 3, "turns": 1, "record": 0}
+HISTORY = [
+    {"step": 1, "loss": 4.0, "memory_gib": 1.5},
+    {"step": 1, "eval_loss": 3.5},
+    {"step": 2, "loss": 2.0, "memory_gib": 1.25},
+    {"step": 2, "eval_loss": 3.0},
+    {"step": 3, "loss": math.nan},
+    {"step": 3, "eval_loss": 3.25},
+]
+
+
+def test_tiles() -> None:
+    tiles = get_tiles(HISTORY, Total(4_000, 1_000, 2.5), 3, 4, 0.754, 3661.4)
+    assert [tuple(tile) for tile in tiles] == [
+        ("steps", "3 of 4", "0.75 times through the data"),
+        ("loss", "2", "4 at first"),
+        ("evaluation loss", "3.25", "3.5 at first, 3 at best"),
+        ("tokens per second", "1,600", "400 of them learnt"),
+        ("memory", "1.50 GiB", "of a process, when it was logged"),
+        ("time", "1:01:01", "since the process began"),
+    ]
+    assert [tile.name for tile in get_tiles([], Total(), 0, 4, None, 1.0)] == ["steps", "time"]
+
+
+@drawn(st.lists(st.floats(0.1, 9), min_size=1, max_size=50), st.sampled_from([1, MOST_POINTS]))
+def test_tiles_are_of_the_whole_log(values: list[float], repeated: int) -> None:
+    """However long: only what is drawn is made of means."""
+    values = [value for value in values for _ in range(repeated)] + [0.05, 20.0, 10.0]
+    history = [{"step": n, "loss": value, "memory_gib": value} for n, value in enumerate(values, 1)]
+    tiles = {tile.name: tile for tile in get_tiles(history, Total(), 1, 2, None, 1.0)}
+    assert tiles["loss"].value == "10" and tiles["loss"].note == f"{values[0]:.3g} at first, 0.05 at best"
+    assert tiles["memory"].value == "20.00 GiB"
+
+
+def test_a_long_curve_is_one_of_means() -> None:
+    """No point is lost: the mean over all of it stays."""
+    count = 3 * MOST_POINTS
+    history = [{"step": n, "loss": float(n)} for n in range(1, count + 1)]
+    [curve] = get_charts(history, measure(Dataset.from_list([ROW])))[0].curves
+    assert curve == thinned(get_curve(history, "loss", "training", "c1", is_noisy=True))
+    assert curve.name == "training, mean of 3"
+    assert curve.steps == list(range(3, count + 1, 3))
+    assert curve.values == [step - 1 for step in curve.steps]
+
+
+def test_the_page_the_results_and_the_card_tell_one_speed(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of training: a second of saving is not in it."""
+    real = report.LoraTrainer._save_checkpoint
+
+    def save(self: Any, *args: Any) -> None:
+        with self.throughput.paused():
+            time.sleep(1)
+        real(self, *args)
+
+    monkeypatch.setattr(report.LoraTrainer, "_save_checkpoint", save)
+    flags = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "logging_steps": 3}
+    output = train(command(model_folder, data_file, tmp_path / "out", **flags))
+    results = json.loads((output / "train_results.json").read_text())
+    rate, learnt = results["tokens_per_second"], results["supervised_tokens_per_second"]
+    [told] = re.findall(r"<b>([\d,]+)</b><span>([\d,]+) of them learnt</span>", read(output))
+    assert [int(number.replace(",", "")) for number in told] == pytest.approx([rate, learnt], abs=0.6)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    [on_card] = re.findall(r"\| tokens per second of training alone \| ([\d,.]+) \|", card)
+    assert float(on_card.replace(",", "")) == pytest.approx(rate, rel=1e-3, abs=0.6)
+    assert results["tokens"] / rate < results["train_runtime"] - 1
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
+    assert min(rates) <= rate <= max(rates)
+
+
+@drawn(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+def test_smoothing_stays_within_the_values(values: list[float]) -> None:
+    smoothed = smooth(values)
+    assert len(smoothed) == len(values) and smoothed[0] == pytest.approx(values[0])
+    room = 1e-6 * max(map(abs, values)) + 1e-9
+    assert all(min(values) - room <= value <= max(values) + room for value in smoothed)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "4e-3"), (0.5, "0.5"), (1500.0, "1500")],
+        *[(0.0099999999999, "0.01"), (-0.0, "0"), (1234567.0, "1.235e6"), (1.025e-3, "1.025e-3")],
+        *[(20000.0, "20k"), (12500.0, "12.5k"), (3e6, "3e6"), (-2e-4, "-2e-4")],
+    ],
+)
+def test_ticks_are_short(value: float, text: str) -> None:
+    assert _tick(value) == text
+
+
+@pytest.mark.parametrize("count", [1, 2, 23, 24, 400])
+def test_a_chart_has_every_point(count: int) -> None:
+    """A smoothed line comes with enough of them; all of it is well-formed and of our classes only."""
+    curve = Curve("a<b", "c1", [float(n) for n in range(count)], [math.sin(n) for n in range(count)], is_noisy=True)
+    svg = ElementTree.fromstring(draw(Chart("loss", 'Loss "<&"', [curve], short), 370, 238))
+    titles = [title.text for title in svg.iter("title")]
+    assert titles == [f"step {n}: a<b {math.sin(n):.4g}" for n in range(count)]
+    assert len(svg.findall("path[@class='line raw c1']")) == (count >= 24)
+    assert len(svg.findall("path[@class='line c1']")) == 1
+    assert {element.tag for element in svg.iter()} <= {"svg", "path", "g", "circle", "title", "text"}
+    assert not any("id" in element.attrib or "style" in element.attrib for element in svg.iter())
+    assert svg.get("viewBox") == "0 0 370 238"
+
+
+@drawn(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=30), st.booleans())
+@settings(max_examples=25, deadline=None)
+@example([1e308, -1e308, math.nan, math.inf, 1.0], False)
+@example([1e100, -1e100, 5e-324] * 10, False)
+@example([math.nan], True)
+def test_any_values_are_drawn(values: list[float], is_bars: bool) -> None:
+    values = [abs(value) for value in values] if is_bars else values
+    curve = Curve("a", "c1", [float(n) for n in range(len(values))], values, is_noisy=True)
+    svg = draw(Chart("loss", "Loss", [curve], short, is_bars, marks=[2.0]), 370, 238)
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r"<title>.*?</title>", "", svg))
+    shown = sum(abs(value) <= 1e100 for value in values)
+    assert len(ElementTree.fromstring(svg).findall(".//title")) == shown
+
+
+@drawn(st.floats(1e-12, 1e12), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(1e-9, 1))
+@settings(max_examples=30, deadline=None)
+def test_ticks_can_be_told_apart(least: float, values: list[float], spread: float) -> None:
+    """Also those of a curve that hardly moves, such as a constant learning rate."""
+    curve = Curve("a", "c1", [float(n) for n in range(len(values))], [least * (1 + spread * v) for v in values])
+    svg = ElementTree.fromstring(draw(Chart("rate", "Rate", [curve], short), 370, 238))
+    ticks = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"][1:]
+    assert len({*ticks}) == len(ticks) >= 3 and max(map(len, ticks)) <= 9
+
+
+def test_a_chart_is_the_same_whatever_a_user_likes() -> None:
+    from matplotlib import rc_context
+
+    chart = Chart("loss", "Loss", [Curve("a", "c1", [1.0, 2.0], [3.0, 4.0])], short)
+    plain = draw(chart, 370, 238)
+    liked = {"font.size": 30, "axes.grid": True, "text.usetex": True, "svg.fonttype": "path", "axes.xmargin": 0.4}
+    with rc_context(liked | {"lines.marker": "x", "xtick.top": True, "axes.linewidth": 9}):
+        assert draw(chart, 370, 238) == plain
+
+
+def test_bars_tell_their_range() -> None:
+    curve = Curve("rows", "c3", [10.0, 30.0, 50.0], [3.0, 0.0, 1200.0])
+    svg = ElementTree.fromstring(draw(Chart("lengths", "", [curve], whole, is_bars=True, axis="tokens"), 370, 238))
+    assert [title.text for title in svg.iter("title")] == [
+        "10 to 29 tokens: 3 rows",
+        "30 to 49 tokens: 0 rows",
+        "50 to 69 tokens: 1,200 rows",
+    ]

@@ -1,0 +1,195 @@
+"""README.md beside the adapter: what the hub reads, what it tells, and that its code runs."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCardData
+from peft import LoraConfig
+
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.data.dataset import LoadedData
+from fastchat_qlora.training import run
+from fastchat_qlora.training.report.charts import get_curve
+from fastchat_qlora.training.report.model_card import RANKS, _number, build_model_card, why_vllm_refuses
+from fastchat_qlora.training.setup import Prepared
+
+
+def train(model: Path, data: Path, output: Path, *flags: str) -> str:
+    paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output} --disable_tqdm True"
+    settings = f"{paths} --max_steps 4 --learning_rate 1e-2 --logging_steps 1 --save_strategy no"
+    run.train(parse_args([*settings.split(), *flags]))
+    return (output / "README.md").read_text(encoding="utf-8")
+
+
+def head(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def code(card: str) -> str:
+    [block] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return str(block)
+
+
+def table(card: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", card, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora_r", "20", "--packing", "True"],
+        ["--q_lora", "True", "--bf16", "True"],
+        ["--load_in_8bit", "True", "--bf16", "True"],
+    ],
+)
+def test_it_tells_of_the_run_and_its_code_runs(
+    flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "private" / "base model"
+    shutil.copytree(model_folder, model)
+    data_file = data_file.rename(data_file.with_name("my conversations.json"))
+    arguments = ["--model_name_or_path", str(model), "--data_path", str(data_file), "--eval_split", "2", *flags]
+    card = train(Path("-"), Path("-"), tmp_path / "my-adapter", *arguments)
+    output = tmp_path / "my-adapter"
+    quantised = "--q_lora" in flags
+    tags = ["lora", "transformers", "fastchat-qlora", *["qlora"] * quantised]
+    assert head(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
+    assert ModelCardData(**head(card)).to_dict() == head(card)
+    assert str(tmp_path) not in card, "no folder of this machine"
+    assert f"# my-adapter\n\nA {'Q' * quantised}LoRA adapter for the model in the folder `base model`" in card
+    assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 10 \| ", card, re.MULTILINE)
+    assert re.search(r"^\| evaluation, held out \| of these \|  \|  \| 2 \| ", card, re.MULTILINE)
+    assert "A turn of the assistant ends with `<|im_end|>`" in card and "the tokenizer's chat template" in card
+    facts, results = table(card), json.loads((output / "train_results.json").read_text())
+    assert (facts["rank"], facts["alpha"]) == ("20" if flags[0] == "--lora_r" else "8", "16")
+    assert (facts["learning rate"], facts["max_steps"], facts["held out for evaluation"]) == ("0.01", "4", "2.0")
+    assert facts["evaluation loss"] == f"{results['eval_loss']:.4g}" and facts["steps"] == "4"
+    assert facts["tokens"] == f"{results['tokens']:,}"
+    assert "vllm serve 'base model' --enable-lora --lora-modules my-adapter=. --max-lora-rank " in card
+    assert f"--max-lora-rank {32 if flags[0] == '--lora_r' else 8} " in card
+
+    monkeypatch.chdir(output)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code(card).replace("max_new_tokens=200", "max_new_tokens=3"), {})
+    assert printed.getvalue().strip()
+
+
+def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
+    """The card of a run that was not made: of a base on the hub, of nothing but settings."""
+    data = tmp_path / "data.json"
+    data.write_text("[{}]")
+    args = parse_args(f"--model_name_or_path {name} --data_path {data} --output_dir {tmp_path / 'out'}".split())
+    nothing = LoadedData([], {"read": 5, "rejected": 5}, tmp_path, [], "the vicuna template")  # type: ignore[arg-type]
+    known = dict.fromkeys(Prepared._fields) | {"lora_config": LoraConfig(**lora), "tokenizer": tokenizer}
+    prepared = Prepared(**known | {"turn_ends": [], "data": {"--data_path": nothing}})
+    return build_model_card("my adapter|`x", args, prepared, {"steps": 1}, {"devices": "8 x cuda on my-host"})
+
+
+def test_a_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) -> None:
+    card = card_of("org/base", tokenizer, tmp_path)
+    found = head(card)
+    assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
+    assert found["tags"][0] == "base_model:adapter:org/base"
+    assert "vllm serve org/base --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 " in card
+    assert "# my adapter__x\n" in card and "my-host" not in card and "stands for the folder" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_dora": True}, "it is a DoRA adapter"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "it trains embed_tokens and lm_head whole"),
+        ({"bias": "lora_only", "r": 600}, "it trains biases, and its rank is above 512"),
+    ],
+)
+def test_what_vllm_does_not_take_is_to_be_merged(
+    settings: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    assert why_vllm_refuses(LoraConfig(**settings)) == reason
+    card = card_of("org/base", tokenizer, tmp_path, **settings)
+    assert f"does not take this adapter beside its base, for {reason}." in card
+    assert "--enable-lora" not in card and "vllm serve merged" in card
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_the_rank_is_one_that_vllm_knows(rank: int, most: int, tokenizer: Any, tmp_path: Path) -> None:
+    assert f"--max-lora-rank {most} " in card_of("org/base", tokenizer, tmp_path, r=rank) and most in RANKS
+
+
+def test_secrets_stay_out(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "secretbase1")
+    assert "secretbase1" not in card_of("org/secretbase1", tokenizer, tmp_path)
+
+
+def test_the_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Where the last state is not the best, the adapter is an earlier one; the log keeps what it has measured."""
+    output = tmp_path / "out"
+    best = "--eval_strategy steps --save_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end True"
+    card = train(model_folder, data_file, output, *best.split(), "--eval_split", "3", "--learning_rate", "10")
+    state = json.loads((output / "trainer_state.json").read_text())
+    step = state["best_global_step"]
+    assert step < 4, "this rate overshoots"
+    assert table(card)["step of this adapter, with the best evaluation"] == str(step)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert f"The adapter is that of step {step}, with the best evaluation." in page
+    measured = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    curve = get_curve(state["log_history"], "eval_loss", "", "")
+    assert curve.steps == [1, 2, 3, 4] and curve.values == measured[:4]
+
+
+def test_what_only_the_last_process_has_counted_is_left_out(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    saves = ["--save_strategy", "steps", "--save_steps", "2"]
+    whole = table(train(model_folder, data_file, output, *saves))
+    shutil.rmtree(output / "checkpoint-4")
+    for name in ("training_args.json", "train_results.json"):
+        (output / name).unlink()
+    went_on = table(train(model_folder, data_file, output, *saves))
+    assert {*whole} - {*went_on} == {"mean loss", "tokens", "learnt tokens", "seconds"}
+    assert whole["steps"] == went_on["steps"] == "4"
+
+
+def test_a_card_that_cannot_be_written_loses_nothing_else(
+    model_folder: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    with contextlib.suppress(IsADirectoryError):
+        train(model_folder, data_file, tmp_path / "out")
+    assert "the model card could not be written" in caplog.text
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"training_args.json", "train_results.json", "adapter_model.safetensors"} <= files
+    assert "README.md.unfinished" not in files
+
+
+def test_large_numbers_are_written_out() -> None:
+    assert [_number(value) for value in (23_680.4, 36_000, 2.71828, 0.00012346)] == [
+        "23,680",
+        "36,000",
+        "2.718",
+        "0.0001235",
+    ]
+
+
+def test_others_may_read_the_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    train(model_folder, data_file, tmp_path / "out")
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("adapter_model.safetensors", "adapter_config.json")}
+    assert len(modes) == 1
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_card(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    first = train(model_folder, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    again = train(model_folder, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    assert first == again

@@ -1,0 +1,76 @@
+"""What is built after the weights are loaded is refused before."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.training.preflight import rehearse
+
+
+@pytest.fixture
+def required(model_folder: Path, tmp_path: Path) -> list[str]:
+    data = str(ROOT / "data" / "dummy_conversation.json")
+    output_dir = str(tmp_path / "output")
+    return ["--model_name_or_path", str(model_folder), "--data_path", data, "--output_dir", output_dir, "--use_cpu"]
+
+
+SCHEDULES = {
+    "a name of another schedule": (["--lr_scheduler_kwargs", '{"min_lr": 0.1}'], ["min_lr", "linear", "has none"]),
+    "what the run gives": (["--lr_scheduler_kwargs", '{"num_training_steps": 3}'], ["num_training_steps", "linear"]),
+    "no number": (
+        ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": "a"}'],
+        ["--lr_scheduler_type cosine", "num_cycles", "'a'"],
+    ),
+    "a setting is missing": (
+        ["--lr_scheduler_type", "warmup_stable_decay"],
+        ["--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_kwargs may set num_decay_steps"],
+    ),
+    "one of two is missing": (
+        ["--lr_scheduler_type", "cosine_with_min_lr"],
+        ["--lr_scheduler_type cosine_with_min_lr", "min_lr_rate"],
+    ),
+}
+OTHERS = {
+    "no package": (["--optim", "lomo"], ["--optim lomo", "lomo_optim", "adamw_torch"]),
+    "no pairs": (["--optim", "sgd", "--optim_args", "x"], ["--optim sgd with --optim_args x"]),
+    "no such argument": (["--optim", "sgd", "--optim_args", "momentum=x"], ["--optim_args momentum=x", "'x'"]),
+    "no such backend": (["--torch_compile_backend", "fast"], ["--torch_compile_backend fast", "inductor"]),
+    "no such mode": (["--torch_compile_mode", "fast"], ["--torch_compile_mode fast", "reduce-overhead"]),
+    "no hub": (["--push_to_hub"], ["--push_to_hub True", "log in"]),
+    "no name on the hub": (["--push_to_hub", "--hub_model_id", "a//b"], ["--hub_model_id a//b"]),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), [*SCHEDULES.values(), *OTHERS.values()], ids=[*SCHEDULES, *OTHERS])
+def test_what_would_fail_later_fails_now(required: list[str], given: list[str], expected: list[str]) -> None:
+    args = parse_args([*required, *given]).training
+    with pytest.raises(UserError) as caught:
+        rehearse(args, None)
+    assert [text for text in expected if text not in str(caught.value)] == [], caught.value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--lr_scheduler_type", "constant", "--warmup_steps", "5"],
+        ["--lr_scheduler_type", "cosine", "--warmup_ratio", "0.03"],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": "0.1"}'],
+        ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 10}'],
+        ["--lr_scheduler_type", "inverse_sqrt", "--max_steps", "1"],
+        ["--optim", "adafactor"],
+        ["--optim", "paged_adamw_8bit"],
+        ["--optim", "sgd", "--optim_args", "momentum=0.9,nesterov=True"],
+        ["--torch_compile"],
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_what_is_right_passes(required: list[str], given: list[str]) -> None:
+    """And nothing random is drawn."""
+    before = torch.random.get_rng_state()
+    rehearse(parse_args([*required, *given]).training, None)
+    assert torch.equal(torch.random.get_rng_state(), before)
