@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.errors import AgreedError, RunError, UserError
-from fastchat_qlora.utils.signals import Stopped, unanswered
-from fastchat_qlora.utils.stdout import READER_GONE, ReaderGone
-from fastchat_qlora.utils.text import one_line, visible, without_secrets
+from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
+from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
+from fastchat_qlora.utils.text import escape_control, mask_secrets, one_line
 
 FIRST_PROCESS_SPEAKS_WITHIN = 30.0
 """Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
@@ -25,9 +25,9 @@ LAUNCHER_ENDS_WITHIN = 20.0
 
 
 def _train(argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import look_first
+    from fastchat_qlora.config.fast_help import check_fast
 
-    look_first("train", argv)
+    check_fast("train", argv)
     from fastchat_qlora.config.arguments import parse_args
 
     args = parse_args(argv)
@@ -37,18 +37,18 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _inspect(argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import look_first
+    from fastchat_qlora.config.fast_help import check_fast
 
-    look_first("inspect", argv)
+    check_fast("inspect", argv)
     from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
 
 
 def _plan(argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import look_first
+    from fastchat_qlora.config.fast_help import check_fast
 
-    look_first("plan", argv)
+    check_fast("plan", argv)
     from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), code=1)
     except Stopped as stopped:
         return _stop(str(stopped), stopped.exit_code)
-    except ReaderGone:
-        return READER_GONE
+    except OutputClosed:
+        return BROKEN_PIPE_EXIT_CODE
     except KeyboardInterrupt:  # before there was anything to save
         return _stop("SIGINT: stopped before the run began", 130)
     return 0
@@ -147,10 +147,12 @@ def _fail_among_several(error: Exception) -> int:
     from fastchat_qlora.distributed.topology import is_lost_peer
 
     if is_lost_peer(error):
-        if signum := unanswered():  # the launcher is ending all already, while this one was still writing its page
+        if (
+            signum := get_unhandled_signal()
+        ):  # the launcher is ending all already, while this one was still writing its page
             return 128 + signum
         time.sleep(LAUNCHER_ENDS_WITHIN)
-        reason = visible(one_line(error))[:300]
+        reason = escape_control(one_line(error))[:300]
         sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
     else:
         traceback.print_exception(error)
@@ -167,7 +169,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The message with escapes in place of control characters, and without tokens and passwords."""
-        return visible(without_secrets(super().format(record)))
+        return escape_control(mask_secrets(super().format(record)))
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class when it runs
@@ -204,7 +206,7 @@ def _fail_together(message: str) -> int:
 def _stop(message: str, code: int) -> int:
     """Say, in the first process, that a signal has ended the run."""
     if _speaks_for_all():
-        sys.stderr.write(f"{visible(one_line(message))}\n")
+        sys.stderr.write(f"{escape_control(one_line(message))}\n")
     return code
 
 
@@ -228,5 +230,5 @@ def _fail(message: str, code: int) -> int:
     if local_rank != "0" and code == 2:
         time.sleep(FIRST_PROCESS_SPEAKS_WITHIN)
     where = "" if local_rank == "0" else f"local rank {local_rank}: "
-    sys.stderr.write(f"error: {where}{visible(without_secrets(one_line(message)))}\n")
+    sys.stderr.write(f"error: {where}{escape_control(mask_secrets(one_line(message)))}\n")
     return code

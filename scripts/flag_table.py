@@ -18,7 +18,7 @@ from fastchat_qlora.commands.inspect.command import InspectArguments
 from fastchat_qlora.commands.plan.command import PlanArguments
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.flag_parsing import FlagParser
-from fastchat_qlora.config.legacy_flags import OLD_FLAGS
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 NO_FLAG = "no flag; the notice says why"
@@ -59,7 +59,7 @@ OFTEN_USED = {
 def flags_page() -> str:
     """The whole page as Markdown."""
     groups = [*RunArguments.__annotations__.values()]
-    old = [f"| `{name}` | {f'`{flag.new}`' if flag.new else NO_FLAG} |" for name, flag in OLD_FLAGS.items()]
+    old = [f"| `{name}` | {f'`{flag.new}`' if flag.new else NO_FLAG} |" for name, flag in LEGACY_FLAGS.items()]
     lines = [
         "# Flags",
         "Written by `python scripts/flag_table.py`; do not edit. `COMMAND --help` prints the same, and all of "

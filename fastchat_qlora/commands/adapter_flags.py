@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastchat_qlora.config.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
+from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import is_text
@@ -61,7 +61,7 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1 and below 2^31")
     if not 0 <= values.seed < 2**32:
         problems.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
-    raise_all(problems)
+    raise_errors(problems)
     return values
 
 
@@ -111,7 +111,7 @@ def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: after printing the help.
     """
     values, problems = _read(merge_parser(), argv)
-    raise_all(problems or check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
+    raise_errors(problems or check_output(values.output_dir, values.adapter, values.model_name_or_path or ""))
     return values
 
 
@@ -138,7 +138,7 @@ def _parser(command: str, description: str) -> FlagParser:
 
 def _read(parser: FlagParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     values, unknown = parser.parse_known_args(argv)
-    problems = unknown_flags(unknown, parser) + _check_names(values) + check_adapter_folder(values.adapter)
+    problems = find_unknown_flags(unknown, parser) + _check_names(values) + check_adapter_folder(values.adapter)
     if values.model_name_or_path is not None:
         problems += check_model_path(values.model_name_or_path)
     return values, problems

@@ -22,18 +22,23 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import check_finite, check_patterns, check_tensors, read_lora_config
-from fastchat_qlora.model.adapter.lora import expected_shapes
+from fastchat_qlora.model.adapter.adapter_files import (
+    check_adapter_finite,
+    check_adapter_tensors,
+    check_module_patterns,
+    read_lora_config,
+)
+from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
 from fastchat_qlora.model.loading.base_model import (
-    build_skeleton,
+    build_meta_model,
     check_vocabulary,
     dtype_name,
     load_config,
     load_model,
-    read_tokenizer,
+    load_raw_tokenizer,
 )
-from fastchat_qlora.model.merging.dequantize import make_quantization_config, say_casts_once
-from fastchat_qlora.training.callbacks.progress import hide_bars_from_files
+from fastchat_qlora.model.merging.dequantize import log_casts_once, make_quantization_config
+from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST
 from fastchat_qlora.utils.text import one_line
 
@@ -122,12 +127,14 @@ def open_adapter(
     lora_config = read_lora_config(str(folder), flag=FLAG)
     model_args = ModelArguments(model_name_or_path=_choose_base(folder, base), trust_remote_code=trust_remote_code)
     config = load_config(model_args, cache_dir)
-    skeleton = build_skeleton(config)
+    meta_model = build_meta_model(config)
     training, trained_on = _choose_training(folder, quantization, config)
-    if skeleton is not None:
-        check_patterns(lora_config, dict(skeleton.named_modules()))
-    check_tensors(str(folder), expected_shapes(skeleton, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG)
-    check_finite(str(folder), flag=FLAG)
+    if meta_model is not None:
+        check_module_patterns(lora_config, dict(meta_model.named_modules()))
+    check_adapter_tensors(
+        str(folder), compute_adapter_shapes(meta_model, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG
+    )
+    check_adapter_finite(str(folder), flag=FLAG)
     tokenizer = _load_tokenizer(folder, model_args, config, cache_dir)
     remedy = f"give the base that the adapter in {folder}, whose tokenizer it is, was trained on"
     check_vocabulary(tokenizer, config, model_args.model_name_or_path, remedy)
@@ -232,9 +239,9 @@ def _load_tokenizer(
     if (length := context_length(config)) is not None:
         settings["model_max_length"] = length  # the training wrote down that of its rows
     if (folder / "tokenizer_config.json").is_file():
-        return read_tokenizer(str(folder), flag=FLAG, **settings)
+        return load_raw_tokenizer(str(folder), flag=FLAG, **settings)
     logger.warning(f"{folder}: has no tokenizer; the base model's is taken, with its chat template.")
-    return read_tokenizer(model_args.model_name_or_path, **settings)
+    return load_raw_tokenizer(model_args.model_name_or_path, **settings)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -260,9 +267,9 @@ def load_live(adapter: TrainedAdapter, attention: str | None = None) -> PeftMode
 
 def load_base(adapter: TrainedAdapter, attention: str | None = None) -> PreTrainedModel:
     """Load the base alone, on the accelerator if there is one."""
-    hide_bars_from_files()
+    disable_bars_without_terminal()
     if adapter.training.quantization == "int8":
-        say_casts_once()
+        log_casts_once()
     accelerator = torch.accelerator.current_accelerator()
     return load_model(
         adapter.model_args,

@@ -12,14 +12,14 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.fast_help import read_flags
-from fastchat_qlora.config.flag_parsing import FlagParser, object_of_a_library, raise_all
+from fastchat_qlora.config.flag_parsing import FlagParser, object_of_a_library, raise_errors
 from fastchat_qlora.config.group_building import build_groups
-from fastchat_qlora.config.legacy_flags import spelled
+from fastchat_qlora.config.legacy_flags import normalize_flag
 from fastchat_qlora.config.resolve import adapt_to_machine
 from fastchat_qlora.config.validation.deepspeed import find_refused
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.config.validation.paths import check_writable
-from fastchat_qlora.distributed.deepspeed_config import find_contradictions
+from fastchat_qlora.distributed.deepspeed_config import find_deepspeed_contradictions
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 
 logger = logging.getLogger(__name__)
@@ -297,10 +297,10 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     if not problems:
         notices += adapt_to_machine(namespace)
         problems = check_writable(namespace.output_dir)
-    raise_all(problems)
+    raise_errors(problems)
     args = RunArguments(*build_groups(RunArguments.__annotations__.values(), namespace, arguments))
     if configuration:
-        raise_all(_check_deepspeed(configuration, args.training, arguments))
+        raise_errors(_check_deepspeed(configuration, args.training, arguments))
     for notice in notices:
         logger.warning(notice)
     return args
@@ -320,7 +320,7 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
         UserError: as for parse_args.
     """
     arguments, notices, namespace, problems = read_flags(argv, build_command_parser(prog, own))
-    raise_all(problems)
+    raise_errors(problems)
     configuration = namespace.deepspeed
     adapt_to_machine(namespace)
     for notice in notices:
@@ -328,7 +328,7 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Own]) -> tuple[RunAr
     *groups, last = build_groups([*RunArguments.__annotations__.values(), own], namespace, arguments)
     args = RunArguments(*groups)
     if configuration:
-        raise_all(_check_deepspeed(configuration, args.training, arguments, has_processes=False))
+        raise_errors(_check_deepspeed(configuration, args.training, arguments, has_processes=False))
     return args, last
 
 
@@ -342,13 +342,13 @@ def _check_deepspeed(
     """
     noted = args.hf_deepspeed_config.mismatches
     mismatches = noted if has_processes else [text for text in noted if "ds train_batch_size=" not in text]
-    written = {spelled(text.partition("=")[0]) for text in arguments if text.startswith("--")}
+    written = {normalize_flag(text.partition("=")[0]) for text in arguments if text.startswith("--")}
     chosen = {
         "optim": OptimizerNames(args.optim).value,
         "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
     }
     given = {name: value for name, value in chosen.items() if f"--{name}" in written}
-    found = find_contradictions(args.deepspeed, mismatches, given)
+    found = find_deepspeed_contradictions(args.deepspeed, mismatches, given)
     hint = "; make them the same, or leave one out"
     problems = [f"{problem}{hint}" for problem in found] + find_refused(args.hf_deepspeed_config.config)
     return [f"--deepspeed {configuration}: {problem}" for problem in problems]

@@ -16,8 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, nearest_flag, raise_all
-from fastchat_qlora.config.legacy_flags import AUTOMATIC, OLD_FLAGS, spelled, today
+from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, find_nearest_flag, raise_errors
+from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name, normalize_flag
 from fastchat_qlora.config.settings_file import Malformed, Setting, read_settings
 from fastchat_qlora.config.validation.json_flags import FLAGS
 
@@ -43,7 +43,7 @@ def expand(argv: Sequence[str], parser: FlagParser) -> list[str]:
     Raises:
         UserError: the file cannot be read, or does not hold flags and their values.
     """
-    before = [text for text in argv[:1] if spelled(text).startswith(LOCAL_RANK)]
+    before = [text for text in argv[:1] if normalize_flag(text).startswith(LOCAL_RANK)]
     words = list(argv[len(before) :])
     if not words or words[0].startswith("-") or not words[0].lower().endswith(CONFIG_SUFFIXES):
         return list(argv)
@@ -58,7 +58,7 @@ def expand(argv: Sequence[str], parser: FlagParser) -> list[str]:
             continue
         if _meaning(setting.flag) not in given:
             flags += texts
-    raise_all(problems)
+    raise_errors(problems)
     return [*before, *flags, *words[1:]]
 
 
@@ -66,12 +66,12 @@ def _actions(parser: FlagParser) -> dict[str, argparse.Action]:
     """The flags that a file may name; `--no_x` and `--help` are for the line only."""
     actions = [action for action in parser._actions if action.nargs != 0]
     named = {name: action for action in actions for name in action.option_strings}
-    return {name: action for name, action in named.items() if spelled(name) not in ON_THE_LINE_ONLY}
+    return {name: action for name, action in named.items() if normalize_flag(name) not in ON_THE_LINE_ONLY}
 
 
 def _meaning(flag: str) -> str:
     """What a flag sets, whatever it is called: the file's word for it gives way to any of its names."""
-    name = today(spelled(flag))
+    name = get_current_name(normalize_flag(flag))
     return name.replace("--no_", "--", 1).replace("--gradient_checkpointing", "--activation_checkpointing")
 
 
@@ -82,7 +82,7 @@ def _to_flags(setting: Setting, actions: dict[str, argparse.Action], parser: Fla
         Malformed: there is no such flag, or it takes no such value.
     """
     name = setting.flag
-    if name not in actions and name not in OLD_FLAGS:
+    if name not in actions and name not in LEGACY_FLAGS:
         raise Malformed(f"unknown key {setting.name}: {_hint(setting, actions, parser)}")
     action, value = actions.get(name), setting.value
     if value is None:
@@ -106,7 +106,7 @@ def _hint(setting: Setting, actions: dict[str, argparse.Action], parser: FlagPar
         return why
     if isinstance(setting.value, dict):
         return "flags stand one below the other, and not in groups"
-    nearest = nearest_flag(setting.flag, actions, parser.own_flags)
+    nearest = find_nearest_flag(setting.flag, actions, parser.own_flags)
     return f"did you mean {nearest.removeprefix('--')}?" if nearest else "--help lists all flags"
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from fastchat_qlora.config.config_file import expand
-from fastchat_qlora.config.flag_parsing import FlagParser, raise_all, string_to_bool, unknown_flags
-from fastchat_qlora.config.legacy_flags import translate_old_flags
+from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
+from fastchat_qlora.config.legacy_flags import translate_legacy_flags
 from fastchat_qlora.config.print_config import SUFFIXES, print_config
-from fastchat_qlora.config.validation.flags import find_problems
+from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.errors import UserError
 
@@ -74,9 +74,9 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> Reading:
             that does not hold flags.
         SystemExit: after printing the help, or the settings where `--print_config` asks for them.
     """
-    arguments, notices = translate_old_flags(expand(argv, parser))
+    arguments, notices = translate_legacy_flags(expand(argv, parser))
     values, unknown = _parse(arguments, parser)
-    problems = unknown_flags(unknown, parser) + find_problems(values)
+    problems = find_unknown_flags(unknown, parser) + find_flag_errors(values)
     if values.print_config is not None and not problems:
         for notice in notices + print_config(parser, values, arguments):
             logger.warning(notice)
@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str], parser: FlagParser) -> tuple[argparse.Names
         raise UserError(f"{error}; {files[0]} comes first if it is to stand for them") from error
 
 
-def look_first(command: str, argv: Sequence[str]) -> None:
+def check_fast(command: str, argv: Sequence[str]) -> None:
     """Answer `--help` or tell the mistakes of a command line, if the table can; else do nothing.
 
     Raises:
@@ -113,7 +113,7 @@ def look_first(command: str, argv: Sequence[str]) -> None:
         problems = read_flags(argv, build_table_parser(table, command)).problems
     except NotInTable:
         return
-    raise_all(problems)
+    raise_errors(problems)
 
 
 def made_from() -> dict[str, Any]:

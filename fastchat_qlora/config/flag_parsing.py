@@ -52,7 +52,7 @@ def object_of_a_library(value: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"{value}: is made in programs, no command line can give it; drop the flag")
 
 
-def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
+def find_unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     """What is wrong with the texts that a parser knows nothing about; an unknown flag comes with its nearest name."""
     problems = []
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
@@ -60,7 +60,7 @@ def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
         name = text.partition("=")[0]
         if not name.startswith("-"):
             continue
-        nearest = nearest_flag(name.replace("-", "_").replace("__", "--", 1), known, parser.own_flags)
+        nearest = find_nearest_flag(name.replace("-", "_").replace("__", "--", 1), known, parser.own_flags)
         hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
         problems.append(f"unknown flag {name}: {hint}")
     if unknown and not problems:
@@ -70,13 +70,13 @@ def unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
     return problems
 
 
-def nearest_flag(name: str, known: Collection[str], own_flags: Collection[str]) -> str:
+def find_nearest_flag(name: str, known: Collection[str], own_flags: Collection[str]) -> str:
     """The known flag that an unknown one is most like, this program's own first; empty where none is like it."""
     own = difflib.get_close_matches(name, [flag for flag in own_flags if flag in known], n=1, cutoff=0.7)
     return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
 
 
-def raise_all(problems: Sequence[str]) -> None:
+def raise_errors(problems: Sequence[str]) -> None:
     """Raise everything found as one UserError; nothing where nothing was found."""
     if problems:
         listed = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from fastchat_qlora.config.legacy_flags import spelled
+from fastchat_qlora.config.legacy_flags import normalize_flag
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
@@ -40,7 +40,7 @@ def build_groups(kinds: Iterable[type], namespace: argparse.Namespace, arguments
 
 def _field_of(flag: str) -> str:
     """The field that a flag sets: `--no_x` sets x."""
-    return spelled(flag).removeprefix("--").removeprefix("no_")
+    return normalize_flag(flag).removeprefix("--").removeprefix("no_")
 
 
 def _find_culprits(kind: type, values: dict[str, Any], given: Sequence[str], reason: str) -> list[str]:

@@ -20,7 +20,7 @@ class Translation(NamedTuple):
     notice: str
 
 
-class OldFlag(NamedTuple):
+class LegacyFlag(NamedTuple):
     """How an old flag is read.
 
     Attributes:
@@ -79,18 +79,20 @@ def _save_safetensors(value: str) -> Translation:
     return Translation([], "has no effect: adapters are always saved as safetensors")
 
 
-OLD_FLAGS = {
-    "--evaluation_strategy": OldFlag(_renamed("--eval_strategy"), new="--eval_strategy"),
-    "--warmup_ratio": OldFlag(_warmup_ratio, new="--warmup_steps"),
-    "--group_by_length": OldFlag(_group_by_length, boolean=True, new="--train_sampling_strategy"),
-    "--fsdp_transformer_layer_cls_to_wrap": OldFlag(_fsdp_layer, new="--fsdp_config"),
-    "--save_safetensors": OldFlag(_save_safetensors, boolean=True),
-    "--logging_dir": OldFlag(_logging_dir),
-    "--overwrite_output_dir": OldFlag(
+LEGACY_FLAGS = {
+    "--evaluation_strategy": LegacyFlag(_renamed("--eval_strategy"), new="--eval_strategy"),
+    "--warmup_ratio": LegacyFlag(_warmup_ratio, new="--warmup_steps"),
+    "--group_by_length": LegacyFlag(_group_by_length, boolean=True, new="--train_sampling_strategy"),
+    "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(_fsdp_layer, new="--fsdp_config"),
+    "--save_safetensors": LegacyFlag(_save_safetensors, boolean=True),
+    "--logging_dir": LegacyFlag(_logging_dir),
+    "--overwrite_output_dir": LegacyFlag(
         _dropped("a run goes on from the last checkpoint in output_dir, or starts anew if there is none"), boolean=True
     ),
-    "--no_cuda": OldFlag(_no_cuda, boolean=True, new="--use_cpu"),
-    "--include_tokens_per_second": OldFlag(_dropped("train_results.json always has tokens per second"), boolean=True),
+    "--no_cuda": LegacyFlag(_no_cuda, boolean=True, new="--use_cpu"),
+    "--include_tokens_per_second": LegacyFlag(
+        _dropped("train_results.json always has tokens per second"), boolean=True
+    ),
 }
 
 
@@ -98,18 +100,18 @@ AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
 """Flags that transformers declares as booleans and that are decided by the run when left out, which "auto" says too."""
 
 
-def spelled(name: str) -> str:
+def normalize_flag(name: str) -> str:
     """A flag's name with underscores; both spellings are accepted."""
     return "--" + name[2:].replace("-", "_")
 
 
-def today(name: str) -> str:
+def get_current_name(name: str) -> str:
     """What a flag is called today."""
-    old = OLD_FLAGS.get(name)
+    old = LEGACY_FLAGS.get(name)
     return (old and old.new) or name
 
 
-def _check_value(name: str, value: str | None, flag: OldFlag) -> str:
+def _check_value(name: str, value: str | None, flag: LegacyFlag) -> str:
     """The value, or True for a bare boolean.
 
     Raises:
@@ -125,7 +127,7 @@ def _check_value(name: str, value: str | None, flag: OldFlag) -> str:
     return value if value is not None else "True"
 
 
-def translate_old_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def translate_legacy_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Rewrite dropped flags to what they are called today.
 
     Args:
@@ -143,18 +145,18 @@ def translate_old_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while waiting:
         text = waiting.pop(0)
         name, has_value, value = text.partition("=")
-        old = spelled(name)
+        old = normalize_flag(name)
         if old in AUTOMATIC and (value if has_value else waiting[0] if waiting else "").lower() == "auto":
             waiting = waiting if has_value else waiting[1:]
             continue
-        if not name.startswith("--") or old not in OLD_FLAGS:
+        if not name.startswith("--") or old not in LEGACY_FLAGS:
             arguments.append(text)
             continue
         following = waiting.pop(0) if not has_value and waiting and not waiting[0].startswith("--") else None
-        value = _check_value(old, value if has_value else following, OLD_FLAGS[old])
-        translation = OLD_FLAGS[old].translate(value)
+        value = _check_value(old, value if has_value else following, LEGACY_FLAGS[old])
+        translation = LEGACY_FLAGS[old].translate(value)
         new = translation.arguments[0] if translation.arguments else None
-        if new and any(spelled(given.partition("=")[0]) == new for given in argv):
+        if new and any(normalize_flag(given.partition("=")[0]) == new for given in argv):
             raise UserError(f"{old} {value}: {new} is given too, and is what this flag is called today; drop {old}")
         arguments += translation.arguments
         notices.append(f"{old} {value}: {translation.notice}.")

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastchat_qlora.config.flag_parsing import FlagParser
-from fastchat_qlora.config.legacy_flags import spelled
+from fastchat_qlora.config.legacy_flags import normalize_flag
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.text import one_line, without_secrets
+from fastchat_qlora.utils.text import mask_secrets, one_line
 
 SUFFIXES = (".yaml", ".yml")
 TERMINAL = "-"
@@ -89,14 +89,14 @@ def _given_to_the_command(parser: FlagParser, values: argparse.Namespace) -> lis
 def describe(parser: FlagParser, values: argparse.Namespace, arguments: Sequence[str]) -> Printed:
     """All of train's settings by groups, each under the first sentence of its help; arguments as for print_config."""
     blocks, secrets = [], []
-    given = {spelled(text.partition("=")[0])[2:] for text in arguments if text.startswith("--")}
+    given = {normalize_flag(text.partition("=")[0])[2:] for text in arguments if text.startswith("--")}
     left_open = {FOLDER, *(OF_DEEPSPEED if values.deepspeed else ())} - given
     for title, names in parser.groups.items():
         wanted = set(names).difference(NOT_OF_THE_RUN)
         lines = [f"# {title}"]
         for action in (action for action in parser._actions if action.dest in wanted and action.nargs != 0):
             value = getattr(values, action.dest)
-            if value is not None and without_secrets(value, action.dest) != value:
+            if value is not None and mask_secrets(value, action.dest) != value:
                 secrets.append(f"--{action.dest}")
                 value = None
             if action.dest in left_open:

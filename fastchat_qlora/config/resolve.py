@@ -8,7 +8,7 @@ import torch
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
 from fastchat_qlora.config.validation.json_flags import FLAGS, json_text, read_json
 from fastchat_qlora.distributed import fsdp_config
-from fastchat_qlora.distributed.deepspeed_config import complete
+from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
 
 
 def adapt_to_machine(values: argparse.Namespace) -> list[str]:
@@ -40,7 +40,7 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
     if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
         notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
         values.eval_on_start = values.do_eval = False
-    values.fsdp = fsdp_config.read_flag(values.fsdp)
+    values.fsdp = fsdp_config.parse_fsdp_flag(values.fsdp)
     if values.fsdp and not is_launched(values):
         notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
         values.fsdp, values.fsdp_config = False, None
@@ -52,7 +52,7 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
     values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
     values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
     if values.deepspeed:
-        values.deepspeed = complete(read_json(values.deepspeed), values.optim)
+        values.deepspeed = fill_auto_settings(read_json(values.deepspeed), values.optim)
     for name in FLAGS:
         if isinstance(given := getattr(values, name, None), str) and given:  # transformers reads files for some only
             setattr(values, name, json_text(given))
@@ -65,7 +65,9 @@ def adapt_to_machine(values: argparse.Namespace) -> list[str]:
 
 
 def _adapt_fsdp(values: argparse.Namespace) -> list[str]:
-    config, checkpointing = fsdp_config.complete(read_json(values.fsdp_config or "{}"), quantised=values.q_lora)
+    config, checkpointing = fsdp_config.complete_fsdp_config(
+        read_json(values.fsdp_config or "{}"), quantized=values.q_lora
+    )
     values.fsdp_config = config
     if not checkpointing:
         return []

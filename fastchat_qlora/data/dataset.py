@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.analysis.serving_parity import report_parity
-from fastchat_qlora.data.batching.packing import column
+from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.readers import (
     RawRecord,
     find_files,
@@ -24,7 +24,7 @@ from fastchat_qlora.data.sources.readers import (
 from fastchat_qlora.data.tokenization.build import REJECTED, ROWS, build_rows, choose_workers
 from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_file, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
-from fastchat_qlora.data.tokenization.schema import Tokenised
+from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def build_dataset(
         cache_dir=cache_dir,
         is_main=is_main,
     )
-    return arrange(loaded, data_args.eval_split, seed)
+    return split_datasets(loaded, data_args.eval_split, seed)
 
 
 def load_data(
@@ -97,7 +97,7 @@ def load_data(
     output_dir: Path | None,
     cache_dir: str | None = None,
     is_main: bool = True,
-    is_rehearsal: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, LoadedData]:
     """The rows and the account of each flag's data; arguments and errors as for build_dataset.
 
@@ -120,14 +120,14 @@ def load_data(
         for flag, names in paths.items()
         if names
     }
-    rejected_to = output_dir / REJECTED if output_dir is not None and is_main and not is_rehearsal else None
+    rejected_to = output_dir / REJECTED if output_dir is not None and is_main and not dry_run else None
     if rejected_to is not None:
         _clear(rejected_to, sources)
     loaded = {}
     for flag, source in sources.items():
         workers = choose_workers(data_args.preprocessing_num_workers, source.size)
         loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
-        _check_rejections(loaded[flag], flag, data_args, rejected_to, strict=not is_rehearsal)
+        _check_rejections(loaded[flag], flag, data_args, rejected_to, strict=not dry_run)
     # Last, since the process that renders takes half a second to start, and nobody may have waited for it yet.
     if is_main and preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
         logger.warning(notice)
@@ -147,7 +147,7 @@ def _clear(rejected_to: Path, sources: dict[str, "DataSource"]) -> None:
         raise UserError(f"--output_dir: {rejected_to} cannot be written: {error.strerror}; remove it") from error
 
 
-def arrange(loaded: dict[str, LoadedData], eval_split: float, seed: int) -> DatasetDict:
+def split_datasets(loaded: dict[str, LoadedData], eval_split: float, seed: int) -> DatasetDict:
     """The sets of a run: "train", and "eval" if there is evaluation data."""
     train, held_out = loaded["--data_path"].rows, loaded.get("--eval_data_path")
     if eval_split:
@@ -240,7 +240,7 @@ def _load(
     rows = Dataset.from_file(str(entry / ROWS))
     logger.info(_summary(rows, account, source.flag))
     if preprocessor.lazy:
-        rows = rows.with_transform(Tokenised(preprocessor.encoder, preprocessor.max_length))
+        rows = rows.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.max_length))
     return LoadedData(rows, account, entry / REJECTED, [content for _, content in contents], preprocessor.name)
 
 
@@ -273,10 +273,10 @@ def _summary(rows: Dataset, account: dict[str, Any], flag: str) -> str:
     line = f"{flag}: {account['read']} read, {account['rejected']} rejected"
     kinds = [f"  rejected {count}: {kind}" for kind, count in list(account["kinds"].items())[:5]]
     if len(rows):
-        full, kept, tokens = (column(rows, name) for name in ("full_length", "length", "length"))
-        records = column(rows, "record")
+        full, kept, tokens = (get_column(rows, name) for name in ("full_length", "length", "length"))
+        records = get_column(rows, "record")
         conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))
-        learnt = int(column(rows, "supervised").sum())
+        learnt = int(get_column(rows, "supervised").sum())
         line += f", {shortened} shortened; {tokens.sum()} tokens, {learnt / tokens.sum():.0%} of them learnt"
         about = "about " if full.max() > kept.max() else ""  # the rest of it may not have been tokenised
         line += f"; longest {about}{full.max()} tokens."
@@ -287,7 +287,7 @@ def _summary(rows: Dataset, account: dict[str, Any], flag: str) -> str:
 
 def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
     """Whole conversations to either side: one that became several rows must not be learnt and then asked for."""
-    records = column(rows, "record")
+    records = get_column(rows, "record")
     conversations = np.unique(records)
     size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
     if not 0 < size < len(conversations):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-FOLLOWING = (
+AUTO_KEYS = (
     "gradient_clipping",
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -21,13 +21,13 @@ FOLLOWING = (
 )
 """Settings that follow the command line unless the configuration names them."""
 
-COUNTED = ("total_num_steps", "warmup_num_steps")
+DATA_DEPENDENT_KEYS = ("total_num_steps", "warmup_num_steps")
 """Parameters of a scheduler that follow from the data."""
 
 STEPPED_BY_CPU_ADAM = ("adamw_torch", "adamw_torch_fused")
 """Optimizers whose mathematics DeepSpeed's CPU Adam has; accelerate puts it in their place when they are offloaded."""
 
-ADAM = ("adam", "adamw")
+ADAM_NAMES = ("adam", "adamw")
 
 LAYOUT: dict[str, dict[str, Any]] = {
     "zero_optimization": {
@@ -53,7 +53,7 @@ SCHEDULERS = {
 """DeepSpeed's name -> transformers' for the same curve."""
 
 
-def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
+def fill_auto_settings(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
     """The configuration with everything that should follow the command line marked "auto".
 
     Args:
@@ -61,14 +61,14 @@ def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
         optim: the optimizer of the command line, by its transformers name.
     """
     completed: dict[str, Any] = copy.deepcopy(dict(config))
-    names = [*FOLLOWING]
+    names = [*AUTO_KEYS]
     if "optimizer" in completed:
-        is_adam = str(completed["optimizer"].get("type")).lower() in ADAM
+        is_adam = str(completed["optimizer"].get("type")).lower() in ADAM_NAMES
         names += [f"optimizer.params.{key}" for key in ("lr", "weight_decay", *(("betas", "eps") if is_adam else ()))]
     scheduler = completed.get("scheduler", {}).get("type")
     if scheduler in SCHEDULERS:
         has_end = scheduler != "WarmupLR"
-        names += [f"scheduler.params.{key}" for key in COUNTED if has_end or key != "total_num_steps"]
+        names += [f"scheduler.params.{key}" for key in DATA_DEPENDENT_KEYS if has_end or key != "total_num_steps"]
         names += ["scheduler.params.warmup_max_lr"] * (scheduler != "WarmupCosineLR")
     for name in names:
         *sections, key = name.split(".")
@@ -82,17 +82,17 @@ def complete(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
     return completed
 
 
-def offload_device(config: Mapping[str, Any], what: str) -> str:
+def get_offload_device(config: Mapping[str, Any], what: str) -> str:
     """Where the optimizer's state (`offload_optimizer`) or the parameters (`offload_param`) lie: cpu, nvme or none."""
     return str((config.get("zero_optimization", {}).get(what) or {}).get("device", "none"))
 
 
-def optimizer_in_effect(config: Mapping[str, Any], optim: str) -> str:
+def get_optimizer_name(config: Mapping[str, Any], optim: str) -> str:
     """The configuration's own optimizer, or else that of the command line, by the name that each has for it."""
     return str(config.get("optimizer", {}).get("type") or optim)
 
 
-def layout(config: Mapping[str, Any]) -> str:
+def describe_state_layout(config: Mapping[str, Any]) -> str:
     """The settings that decide how the optimizer's state is cut up in a checkpoint, as they are written down."""
     found = {
         name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -103,7 +103,9 @@ def layout(config: Mapping[str, Any]) -> str:
     return json.dumps(found, sort_keys=True) if found else "its defaults"
 
 
-def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], flags: Mapping[str, Any]) -> list[str]:
+def find_deepspeed_contradictions(
+    config: Mapping[str, Any], mismatches: Collection[str], flags: Mapping[str, Any]
+) -> list[str]:
     """What the configuration says against the command line, each naming both sides.
 
     Args:
@@ -121,10 +123,10 @@ def find_contradictions(config: Mapping[str, Any], mismatches: Collection[str], 
         key, theirs, flag, ours = found.groups()
         problems.append(f"its {key} is {theirs}, --{flag.split('|')[0].replace('+', ', --')} is {ours}")
     optimizer = config.get("optimizer", {}).get("type")
-    is_adamw = str(optimizer).lower() in ADAM and config["optimizer"].get("params", {}).get("adam_w_mode", True)
+    is_adamw = str(optimizer).lower() in ADAM_NAMES and config["optimizer"].get("params", {}).get("adam_w_mode", True)
     if optimizer and "optim" in flags and not (is_adamw and flags["optim"] in STEPPED_BY_CPU_ADAM):
         problems.append(f"its optimizer.type is {optimizer}, --optim is {flags['optim']}")
-    if config.get("zero_force_ds_cpu_optimizer") and offload_device(config, "offload_optimizer") != "none":
+    if config.get("zero_force_ds_cpu_optimizer") and get_offload_device(config, "offload_optimizer") != "none":
         optim = flags.get("optim", "adamw_torch")
         if not optimizer and optim not in STEPPED_BY_CPU_ADAM:
             problems.append(f"its zero_force_ds_cpu_optimizer is true, which means Adam, --optim is {optim}")

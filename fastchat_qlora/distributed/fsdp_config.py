@@ -29,10 +29,10 @@ WITHOUT_MEANING = {
 }
 """Setting -> what alone it means something to."""
 
-WORDS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
+FSDP_OPTIONS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
 """What `--fsdp` may say in place of True; transformers is about to drop them."""
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
+FSDP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimizers of torch, which step on shards; others take parameters for whole."""
 
 
@@ -45,7 +45,7 @@ def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
     return {_transformers_name(name): value for name, value in config.items()}
 
 
-def find_problems(config: Mapping[str, Any]) -> list[str]:
+def find_fsdp_config_errors(config: Mapping[str, Any]) -> list[str]:
     """Settings that mean nothing to FSDP2, or something else than a user would think."""
     names = [_transformers_name(name) for name in config]
     problems = [f"{name} is given in two spellings; drop one" for name in KNOWN if names.count(name) > 1]
@@ -63,15 +63,15 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_flag(fsdp: str | bool | None) -> str | bool:
+def parse_fsdp_flag(fsdp: str | bool | None) -> str | bool:
     """What `--fsdp` says: on, off, or on with words."""
     switch = _switch(fsdp)
     return fsdp if fsdp and switch is None else bool(switch)
 
 
-def find_unknown_words(fsdp: str | bool) -> list[str]:
+def find_unknown_fsdp_options(fsdp: str | bool) -> list[str]:
     """Words of `--fsdp`, as `read_flag` gives it, that FSDP2 does not know."""
-    return [word for word in _words(fsdp) if word not in WORDS]
+    return [word for word in _words(fsdp) if word not in FSDP_OPTIONS]
 
 
 def _words(fsdp: str | bool) -> list[str]:
@@ -91,7 +91,7 @@ def _names(value: Any) -> list[str]:
     return [name.strip() for name in names]
 
 
-def find_contradictions(fsdp: str | bool, config: Mapping[str, Any]) -> list[str]:
+def find_fsdp_contradictions(fsdp: str | bool, config: Mapping[str, Any]) -> list[str]:
     """What the words of `--fsdp` say against each other or against the configuration, naming both sides."""
     words, settings = _words(fsdp), _renamed(config)
     problems = ["full_shard and shard_grad_op"] * ({"full_shard", "shard_grad_op"} <= {*words})
@@ -105,12 +105,12 @@ def find_contradictions(fsdp: str | bool, config: Mapping[str, Any]) -> list[str
     return problems
 
 
-def offloads(fsdp: str | bool, config: Mapping[str, Any]) -> bool:
+def offloads_to_cpu(fsdp: str | bool, config: Mapping[str, Any]) -> bool:
     """Whether parameters are to lie in main memory, by `--fsdp "... offload"` or by the configuration."""
     return "offload" in _words(fsdp) or bool(_switch(_renamed(config).get("cpu_offload")))
 
 
-def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, Any], bool]:
+def complete_fsdp_config(config: Mapping[str, Any], *, quantized: bool) -> tuple[dict[str, Any], bool]:
     """The configuration as the run uses it.
 
     One process of a machine reads the weights and the others get them from it: else each would hold all of them in main
@@ -131,5 +131,5 @@ def complete(config: Mapping[str, Any], *, quantised: bool) -> tuple[dict[str, A
         if name in completed:
             completed[name] = made(completed[name])
     checkpointing = bool(completed.pop("activation_checkpointing", False))
-    completed.setdefault("cpu_ram_efficient_loading", not quantised)
+    completed.setdefault("cpu_ram_efficient_loading", not quantized)
     return completed, checkpointing

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.text import without_secrets
+from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ def get_topology(training_args: TrainingArguments) -> Topology:
     )
 
 
-def get_device_map(topology: Topology, *, quantised: bool) -> dict[str, int | str] | None:
+def get_device_map(topology: Topology, *, quantized: bool) -> dict[str, int | str] | None:
     """Where `from_pretrained` puts the weights.
 
     Quantised weights are made on the device they stay on, so every process names its own. Sharded and plain weights
     are placed by the Trainer, for which None is returned.
     """
-    if not quantised or topology.shards_parameters:
+    if not quantized or topology.shards_parameters:
         return None
     if topology.accelerator is None:
         return {"": "cpu"}  # None would send 4-bit weights to a GPU that --use_cpu leaves alone
@@ -166,9 +166,7 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
     for name, first in everyone[0].items():
         other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
         if other is not None:
-            shown, differing = (
-                without_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name))
-            )
+            shown, differing = (mask_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name)))
             problems.append(f"{name} is {shown} in rank 0 and {differing} in rank {other}")
     if problems:
         raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")

@@ -13,7 +13,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.estimates.optimizer_state import state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
-FP32 = 4
+FP32_BYTES = 4
 BESIDES = 32 * 2**20
 """Bytes for a tokenizer, random states and logs; the tokenizers of large vocabularies are of some 20 MiB."""
 
@@ -28,8 +28,8 @@ def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool, only
         only_model: whether it is the adapter alone (--save_only_model).
     """
     if only_model:
-        return parameters * FP32
-    return round(parameters * (FP32 * (1 + 2 * has_masters) + state_bytes(optimizer)))
+        return parameters * FP32_BYTES
+    return round(parameters * (FP32_BYTES * (1 + 2 * has_masters) + state_bytes(optimizer)))
 
 
 def count_checkpoints(args: Any, rows: int, processes: int) -> int:
@@ -83,7 +83,7 @@ def check_room(
     if shapes is None:
         return
     parameters = sum(shape.numel() for shape in shapes.values())
-    adapter = parameters * FP32
+    adapter = parameters * FP32_BYTES
     one = checkpoint_bytes(parameters, optimizer, has_masters=has_masters, only_model=only_model)
     # one more of each: what is being written is there beside what it will take the place of
     need = 2 * adapter + (checkpoints + 1) * one + BESIDES

@@ -24,7 +24,7 @@ WITH_A_MODEL = ("params", "model", "optimizer_dict")
 """What optimizers get of a whole model; those that do cannot be rehearsed on one parameter."""
 
 
-def rehearse(args: TrainingArguments, model: torch.nn.Module | None) -> None:
+def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> None:
     """Require that the optimizer, the schedule, the compiler and the hub are there, as far as they are asked for.
 
     Not the first two under DeepSpeed, for its configuration may name others.

@@ -15,20 +15,20 @@ from fastchat_qlora.model.loading.base_model import get_compute_dtype, load_mode
 from fastchat_qlora.training.callbacks.activation_checkpointing import AutoCheckpointing
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
 from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LastStepLog, LossGuard, host_group
-from fastchat_qlora.training.callbacks.progress import hide_bars_from_files, show_progress
-from fastchat_qlora.training.callbacks.sample_generations import SampleAnswers, encode_prompts
-from fastchat_qlora.training.callbacks.sanity_check import SelfTest, run_self_test
+from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal, show_progress
+from fastchat_qlora.training.callbacks.sample_generations import SampleGenerations, encode_prompts
+from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sanity_check
 from fastchat_qlora.training.callbacks.startup_timer import FirstStepClock
-from fastchat_qlora.training.callbacks.step_monitor import StepWatch
+from fastchat_qlora.training.callbacks.step_monitor import StepMonitor
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.checkpoints.checkpoint import RESULTS, ClearTheWay, saving
-from fastchat_qlora.training.checkpoints.output_lock import hold
+from fastchat_qlora.training.checkpoints.output_lock import lock_output_dir
 from fastchat_qlora.training.report.html_report import RunReport
 from fastchat_qlora.training.report.model_card import write_model_card
-from fastchat_qlora.training.setup import Prepared, prepare
+from fastchat_qlora.training.setup import PreparedRun, prepare
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.signals import StopSignals
-from fastchat_qlora.utils.text import without_secrets
+from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +49,23 @@ def train(args: RunArguments) -> Path:
     topology = get_topology(training_args)
     dtype = get_compute_dtype(training_args)
     writes = topology.is_main and not training_args.dry_run
-    hide_bars_from_files()
-    with process_group(topology), StopSignals() as signals, hold(output_dir, is_main=writes):
+    disable_bars_without_terminal()
+    with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
         prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer, prepared.base.config)
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
-        watch = StepWatch(signals, host_group(training_args.ddp_timeout))
+        watch = StepMonitor(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
         base, checkpoint = prepared.base, prepared.checkpoint
-        quantised = base.quantization_config is not None
+        quantized = base.quantization_config is not None
         logger.info(f"Loading the weights of {model_args.model_name_or_path}.")
         model = load_model(
             model_args,
             dtype=dtype,
             quantization_config=base.quantization_config,
-            device_map=get_device_map(topology, quantised=quantised),
+            device_map=get_device_map(topology, quantized=quantized),
             attn_implementation=base.attention,
             cache_dir=training_args.cache_dir,
         )
@@ -82,13 +82,13 @@ def train(args: RunArguments) -> Path:
             shapes=base.shapes,
             turn_ends=prepared.turn_ends,
         )
-        run_self_test(trainer)
+        run_sanity_check(trainer)
         effective = EffectiveSettings(trainer, topology)
         watch.trainer = trainer
-        trainer.add_callback(SelfTest(trainer))
+        trainer.add_callback(SanityCheck(trainer))
         if prepared.profile is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
-        answers = SampleAnswers(trainer, prompts)
+        answers = SampleGenerations(trainer, prompts)
         report = RunReport(trainer, args, prepared, effective, answers)
         for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
@@ -107,7 +107,7 @@ def train(args: RunArguments) -> Path:
 
 
 def _write_results(
-    trainer: LoraTrainer, args: RunArguments, prepared: Prepared, metrics: dict[str, Any], effective: dict[str, str]
+    trainer: LoraTrainer, args: RunArguments, prepared: PreparedRun, metrics: dict[str, Any], effective: dict[str, str]
 ) -> None:
     """Evaluate once more if there is something to evaluate on, and write the account of the run."""
     if trainer.eval_dataset is not None:
@@ -138,5 +138,5 @@ def _write_results(
         trainer.save_state()
         trainer.save_metrics("train", metrics, combined=False)
         write_model_card(output_dir, args, prepared, trainer.last_figures() | metrics, effective)
-        unfinished.write_text(json.dumps(without_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n", encoding="utf-8")
         unfinished.replace(path)  # last, and at once: a run without it has not finished

@@ -12,25 +12,25 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.data.analysis.stop_tokens import describe_turn_ends, find_turn_ends
-from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler, column
-from fastchat_qlora.data.dataset import LoadedData, arrange, load_data
+from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.dataset import LoadedData, load_data, split_datasets
 from fastchat_qlora.data.templates import renderer as rendering
 from fastchat_qlora.distributed.topology import Topology, require_agreement
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_tensors
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
 from fastchat_qlora.model.adapter.lora import (
     build_lora_config,
     check_layer_classes,
     check_sharding,
     check_targets,
-    expected_shapes,
+    compute_adapter_shapes,
 )
-from fastchat_qlora.model.estimates.memory import Model
+from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
-    build_skeleton,
+    build_meta_model,
     check_vocabulary,
-    describe_files,
+    fingerprint_base_model,
     load_config,
     load_tokenizer,
 )
@@ -38,11 +38,11 @@ from fastchat_qlora.model.loading.quantization import build_quantization_config,
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.model.ops.attention_checks import check_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
-from fastchat_qlora.training.callbacks.activation_checkpointing import profile_model
+from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import describe_data, describe_settings
 from fastchat_qlora.training.disk_space import check_room, count_checkpoints
-from fastchat_qlora.training.preflight import rehearse
+from fastchat_qlora.training.preflight import run_preflight
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class BaseModel(NamedTuple):
     shapes: dict[str, torch.Size] | None
 
 
-class Prepared(NamedTuple):
+class PreparedRun(NamedTuple):
     """What a run will do, once its weights are there.
 
     Attributes:
@@ -91,15 +91,15 @@ class Prepared(NamedTuple):
     lora_config: LoraConfig
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset | PackedRows
+    rows: Dataset | PackedDataset
     eval_rows: Dataset | None
     run: dict[str, str]
-    profile: Model | str | None
+    profile: ModelCost | str | None
     turn_ends: list[int]
     data: dict[str, LoadedData]
 
 
-def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepared:
+def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> PreparedRun:
     """Read and check everything but the weights; every process of the run must call this.
 
     Raises:
@@ -126,16 +126,16 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         cache_dir=cache_dir,
         is_main=topology.is_main,
     )
-    turn_ends = find_turn_ends(loaded["--data_path"].rows, tokenizer, training_args.model_max_length)
-    if notice := describe_turn_ends(turn_ends, tokenizer):
+    turn_ends = find_stop_tokens(loaded["--data_path"].rows, tokenizer, training_args.model_max_length)
+    if notice := describe_stop_tokens(turn_ends, tokenizer):
         logger.warning(notice)
-    dataset = arrange(loaded, data_args.eval_split, training_args.seed)
-    base_files = describe_files(model_args.model_name_or_path, base.config)
+    dataset = split_datasets(loaded, data_args.eval_split, training_args.seed)
+    base_files = fingerprint_base_model(model_args.model_name_or_path, base.config)
     identities = describe_data(tokenizer, loaded["--data_path"].contents, base_files)
     if checkpoint:
         checkpoint.check(identities)
     require_agreement(_shared(args, dataset, checkpoint))
-    rows = make_rows(dataset["train"], args, topology.world_size)
+    rows = make_training_dataset(dataset["train"], args, topology.world_size)
     kept = count_checkpoints(training_args, len(rows), topology.world_size)
     check_room(
         output_dir,
@@ -151,18 +151,18 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _limit_kernel_caches(args, base.config, dataset["train"])
     run = settings | identities
     eval_rows = dataset.get("eval")
-    return Prepared(checkpoint, lora_config, base, tokenizer, rows, eval_rows, run, profile, turn_ends, loaded)
+    return PreparedRun(checkpoint, lora_config, base, tokenizer, rows, eval_rows, run, profile, turn_ends, loaded)
 
 
 def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype) -> BaseModel:
     quantization_config = build_quantization_config(args.lora, dtype, topology)
-    quantised = quantization_config is not None
+    quantized = quantization_config is not None
     config = load_config(args.model, args.training.cache_dir)
-    skeleton = build_skeleton(config)
-    check_targets(skeleton, lora_config, quantised=quantised)
-    check_sharding(config, skeleton, lora_config, topology, quantised=quantised)
+    meta_model = build_meta_model(config)
+    check_targets(meta_model, lora_config, quantized=quantized)
+    check_sharding(config, meta_model, lora_config, topology, quantized=quantized)
     sharded_classes = tuple((args.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
-    check_layer_classes(skeleton, sharded_classes)
+    check_layer_classes(meta_model, sharded_classes)
     attention = choose_attention(
         args.model.attn_implementation,
         args.training.flash_attn,
@@ -171,14 +171,14 @@ def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topolog
         dtype,
         padding_free=args.data.padding_free,
     )
-    check_attention(skeleton, attention, topology.accelerator)
-    rehearse(args.training, skeleton)
-    shapes = expected_shapes(skeleton, lora_config)  # which uses the skeleton up
-    check_tensors(args.lora.lora_weight_path, shapes)
+    check_attention(meta_model, attention, topology.accelerator)
+    run_preflight(args.training, meta_model)
+    shapes = compute_adapter_shapes(meta_model, lora_config)  # which uses the skeleton up
+    check_adapter_tensors(args.lora.lora_weight_path, shapes)
     return BaseModel(config, quantization_config, attention, sharded_classes, shapes)
 
 
-def make_rows(conversations: Dataset, args: RunArguments, processes: int) -> Dataset | PackedRows:
+def make_training_dataset(conversations: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
     """What a batch is made of: conversations, or rows packed with them.
 
     Args:
@@ -189,11 +189,11 @@ def make_rows(conversations: Dataset, args: RunArguments, processes: int) -> Dat
     Raises:
         UserError: there is no full batch of them, and others are to be dropped.
     """
-    rows: Dataset | PackedRows = conversations
+    rows: Dataset | PackedDataset = conversations
     if args.data.packing:
         seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
-        lengths, capacity = column(conversations, "length"), args.training.model_max_length
-        rows = PackedRows(conversations, PackingSampler(lengths, capacity, seed))
+        lengths, capacity = get_column(conversations, "length"), args.training.model_max_length
+        rows = PackedDataset(conversations, PackingSampler(lengths, capacity, seed))
         share = lengths.sum() / (len(rows) * capacity)
         logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
     at_once = args.training.per_device_train_batch_size * processes
@@ -213,16 +213,16 @@ def _profile(
     dtype: torch.dtype,
     conversations: Dataset,
     topology: Topology,
-) -> Model | str | None:
+) -> ModelCost | str | None:
     """What the model will need, if that is to be known."""
     if not args.training.auto_checkpointing:
         return None
-    return profile_model(
+    return estimate_model_cost(
         config,
         lora_config,
         dtype,
-        supervised_share=column(conversations, "supervised").sum() / column(conversations, "length").sum(),
-        quantised=stored_as(args.lora),
+        supervised_share=get_column(conversations, "supervised").sum() / get_column(conversations, "length").sum(),
+        quantized=stored_as(args.lora),
         device_type=topology.accelerator or "cpu",
     )
 
@@ -232,7 +232,7 @@ def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, conversat
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return  # each expert is given another number of tokens, and so has kernels of its own
-    lengths = column(conversations, "length")
+    lengths = get_column(conversations, "length")
     in_a_row = args.training.model_max_length // lengths.min() if args.data.packing else 1
     limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * in_a_row))
 
@@ -243,5 +243,5 @@ def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: Checkpoint | N
     Folders may be mounted elsewhere on another machine; what is in them counts.
     """
     flags = {f"--{f.name}": getattr(group, f.name) for group in args for f in fields(group) if f.name not in LOCAL}
-    lengths = {f"{name} rows": (len(rows), crc32(column(rows, "length"))) for name, rows in dataset.items()}
+    lengths = {f"{name} rows": (len(rows), crc32(get_column(rows, "length"))) for name, rows in dataset.items()}
     return {**flags, **lengths, "the checkpoint to go on from": checkpoint and checkpoint.folder.name}

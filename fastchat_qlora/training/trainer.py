@@ -16,18 +16,30 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastchat_qlora.data.batching.collator import ACCOUNT
-from fastchat_qlora.data.batching.packing import PackedRows, largest_possible_batch
+from fastchat_qlora.data.batching.collator import BATCH_INFO
+from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.loading.base_model import get_compute_dtype, repeated_layers
+from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
-from fastchat_qlora.model.ops.chunked_loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
+from fastchat_qlora.model.ops.chunked_loss import (
+    LossHead,
+    explain_plain_loss,
+    install_loss_head,
+    mean_loss,
+    token_losses,
+)
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
 from fastchat_qlora.training.callbacks.throughput import Throughput
-from fastchat_qlora.training.checkpoints.adapter_export import CARD, certify, gather_adapter, put_in_place, save_adapter
+from fastchat_qlora.training.checkpoints.adapter_export import (
+    CARD,
+    gather_adapter,
+    put_in_place,
+    save_adapter,
+    verify_saved_adapter,
+)
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
 from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
@@ -68,7 +80,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.largest_batch = 0  # tokens of the largest micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
         self.loss_head: LossHead | None = None
-        if reason := why_plain(self.adapter):
+        if reason := explain_plain_loss(self.adapter):
             self.use_plain_loss(reason)
         else:
             self.loss_head = install_loss_head(self.adapter)
@@ -112,7 +124,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Rows that are packed come in the order of their own sampler."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return dataset.sampler if isinstance(dataset, PackedRows) else super()._get_train_sampler(train_dataset)
+        return dataset.sampler if isinstance(dataset, PackedDataset) else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -127,7 +139,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return [], None
         self.throughput.begin()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        accounts = [{name: batch.pop(name) for name in ACCOUNT} for batch in batches]
+        accounts = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
         supervised = sum(account["num_supervised"] for account in accounts)
         self.throughput.count(sum(account["num_tokens"] for account in accounts), supervised)
         self.step = Step([account["sources"] for account in accounts], supervised)
@@ -180,7 +192,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What of a batch the model is given."""
-        others = {*TARGETS, *ACCOUNT, "conversation"}
+        others = {*TARGETS, *BATCH_INFO, "conversation"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # To compiled code every new tuple of integers is another program.
@@ -245,7 +257,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 save_adapter(self.adapter, tensors, str(folder))
                 self.processing_class.save_pretrained(str(folder))
                 write_generation_config(folder, self.generation_config)
-            certify(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
+            verify_saved_adapter(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
             if not output_dir:
                 (folder / CARD).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
                 with saving(f"the adapter in {final}", final):
@@ -331,10 +343,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
 
-    def largest_possible_batch(self) -> int:
+    def find_max_batch_tokens(self) -> int:
         """The most tokens that a micro-batch of this run can have, padding included."""
         batch_size = self._train_batch_size  # --auto_find_batch_size changes it
-        return largest_possible_batch(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
+        return find_max_batch_tokens(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
 
     def last_figures(self) -> dict[str, Any]:
         """Steps done, the loss that was logged last, and the step of the adapter where it is an earlier one."""
@@ -354,7 +366,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 
     Names of modules and tensors stay as they are.
     """
-    layers = repeated_layers(model)
+    layers = get_repeated_layers(model)
     for layer in layers:
         layer.compile()
     logger.info(f"{len(layers)} layers are compiled with the first batches, which takes some minutes.")

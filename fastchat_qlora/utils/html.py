@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastchat_qlora import __version__
-from fastchat_qlora.utils.text import visible
+from fastchat_qlora.utils.text import escape_control
 
 BUFFERED_PIECES = 64
 """Pieces of a page that are written at once."""
@@ -22,7 +22,7 @@ def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:
 
     loader = ChoiceLoader([PackageLoader(package), PackageLoader(__package__)])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
+    environment.filters["visible"] = escape_control
     stream = environment.get_template(f"{name}.html.jinja").stream(version=__version__, **values)
     stream.enable_buffering(BUFFERED_PIECES)
     return stream

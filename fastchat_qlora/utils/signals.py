@@ -114,7 +114,7 @@ _entered: list[StopSignals] = []
 _unanswered: list[int] = []
 
 
-def unanswered() -> int:
+def get_unhandled_signal() -> int:
     """A signal that nobody has acted upon, for an error was on its way already; 0 if there was none."""
     return _unanswered[-1] if _unanswered else 0
 

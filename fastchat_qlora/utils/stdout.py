@@ -9,16 +9,16 @@ from typing import IO
 
 from fastchat_qlora.errors import UserError
 
-READER_GONE = 141
+BROKEN_PIPE_EXIT_CODE = 141
 """The exit code that shells know of a program whose reader has left: 128 and the number of SIGPIPE."""
 
 
-class ReaderGone(Exception):
+class OutputClosed(Exception):
     """Who read standard output has left, as `| head` does when it has seen enough."""
 
 
 @contextmanager
-def standard_output(failure: type[Exception] = UserError) -> Iterator[IO[str]]:
+def open_stdout(failure: type[Exception] = UserError) -> Iterator[IO[str]]:
     """Standard output to write to, with escapes for characters that its encoding lacks; all is out at the end.
 
     Only what writes there belongs into the block: every OSError in it is taken for one of standard output.
@@ -39,7 +39,7 @@ def standard_output(failure: type[Exception] = UserError) -> Iterator[IO[str]]:
         sys.stdout.flush()
     except BrokenPipeError as error:
         _give_up()
-        raise ReaderGone from error
+        raise OutputClosed from error
     except OSError as error:
         _give_up()
         raise failure(f"standard output cannot be written: {error.strerror}; see where it goes to") from error

@@ -19,7 +19,7 @@ SHORTEST_SECRET = 8
 MASK = "<hidden>"
 
 
-def visible(text: str) -> str:
+def escape_control(text: str) -> str:
     """Text with escapes in place of characters that steer a terminal or reorder a line; line ends and tabs stay."""
     return "".join(
         character.encode("unicode_escape").decode("ascii") if _is_hidden(character) else character for character in text
@@ -35,7 +35,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def without_secrets(value: Any, name: str = "") -> Any:
+def mask_secrets(value: Any, name: str = "") -> Any:
     """A value with a mask in place of what nobody else may read: under names such as hub_token, in URLs, of the hub.
 
     Args:
@@ -44,9 +44,9 @@ def without_secrets(value: Any, name: str = "") -> Any:
         name: what the value is called, if anything.
     """
     if isinstance(value, dict):
-        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+        return {key: mask_secrets(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_secrets(item, name) for item in value]
+        return [mask_secrets(item, name) for item in value]
     if not isinstance(value, str) or not value:
         return value
     if SECRET_NAME.search(name):
@@ -63,7 +63,7 @@ def _without_secrets_of_an_object(text: str) -> str:
         return text
     try:
         settings = json.loads(text)
-        hidden = without_secrets(settings)
+        hidden = mask_secrets(settings)
     except (ValueError, RecursionError):
         return text
     return text if hidden == settings else json.dumps(hidden)

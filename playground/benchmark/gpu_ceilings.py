@@ -16,7 +16,7 @@ from gpu_training import attempt
 
 from fastchat_qlora.model.ops import attention
 from fastchat_qlora.model.ops import chunked_loss as loss
-from fastchat_qlora.model.ops.lora_linear import LeanLinear
+from fastchat_qlora.model.ops.lora_linear import EfficientLoraLinear
 
 CHUNK_BYTES = (2**28, 2**29, 2**30)
 """Sizes of a chunk's fp32 logits to compare; the second is what loss.py takes on an accelerator."""
@@ -62,7 +62,7 @@ def _dequantisation(size: Size, device: torch.device) -> dict[str, Any]:
     """Of all 4-bit weights of the model once: one layer's, times the layers."""
     import bitsandbytes
 
-    model = make_base(size._replace(layers=1), device, quantised=True, attention=None)
+    model = make_base(size._replace(layers=1), device, quantized=True, attention=None)
     weights = [module.weight for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     ms = median_ms(lambda: [bitsandbytes.functional.dequantize_4bit(w.data, w.quant_state) for w in weights], device)
     return {"ms of one layer": ms, "ms": ms * size.layers, "weights": len(weights) * size.layers}
@@ -77,7 +77,9 @@ def _adapter(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
     config = LoraConfig(r=16, lora_alpha=32)
     x = _random(1, tokens, size.hidden, device=device).requires_grad_()
     layers: dict[str, torch.nn.Module] = {"no adapter": base}
-    layers |= {name: cls(base, "default", config, r=16) for name, cls in (("lean", LeanLinear), ("PEFT", Linear))}
+    layers |= {
+        name: cls(base, "default", config, r=16) for name, cls in (("lean", EfficientLoraLinear), ("PEFT", Linear))
+    }
     upper = _random(1, tokens, size.intermediate, device=device)
     found = {"tokens": tokens}
     for name, layer in layers.items():

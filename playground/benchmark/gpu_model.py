@@ -11,10 +11,10 @@ import torch
 from conversations import SEED, SHAPES
 from transformers import BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
-from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConversation
 from fastchat_qlora.data.tokenization.truncation import truncate
-from fastchat_qlora.model.loading.base_model import build_skeleton, keep_cpu_weights_trainable
+from fastchat_qlora.model.loading.base_model import build_meta_model, keep_cpu_weights_trainable
 
 DTYPE = torch.bfloat16
 SPREAD = 0.02
@@ -66,7 +66,7 @@ def quantization() -> BitsAndBytesConfig:
     )
 
 
-def make_base(size: Size, device: torch.device, *, quantised: bool, attention: str | None) -> PreTrainedModel:
+def make_base(size: Size, device: torch.device, *, quantized: bool, attention: str | None) -> PreTrainedModel:
     """A base model as it would have been loaded; each weight is drawn on the device, and quantised before the next.
 
     Args:
@@ -75,11 +75,11 @@ def make_base(size: Size, device: torch.device, *, quantised: bool, attention: s
         quantised: NF4 with double quantisation for all linear layers but the head; else bf16.
         attention: by its name in transformers; its own choice if None.
     """
-    skeleton = build_skeleton(size.config())
-    assert skeleton is not None
-    model = skeleton.to(DTYPE)
+    meta_model = build_meta_model(size.config())
+    assert meta_model is not None
+    model = meta_model.to(DTYPE)
     quantizer = None
-    if quantised:
+    if quantized:
         from transformers.quantizers.auto import AutoHfQuantizer
 
         quantizer = AutoHfQuantizer.from_config(quantization(), pre_quantized=False)
@@ -144,9 +144,9 @@ class Conversations(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
 
-    def packed(self, capacity: int) -> PackedRows:
+    def packed(self, capacity: int) -> PackedDataset:
         """Rows of so many tokens."""
-        return PackedRows(self, PackingSampler(self.lengths, capacity, SEED))
+        return PackedDataset(self, PackingSampler(self.lengths, capacity, SEED))
 
 
 def draw_conversations(

@@ -70,7 +70,7 @@ def list_setups(part: str, longest: int) -> Iterator[Setup]:
         yield from (
             Setup(f"{kind}, 4 x {longest}, full", 4, longest, "full", kind == "NF4") for kind in ("NF4", "bf16")
         )
-        yield Setup(f"bf16, 4 x {longest}, auto", 4, longest, quantised=False)
+        yield Setup(f"bf16, 4 x {longest}, auto", 4, longest, quantized=False)
     elif part == "peers":
         name = f"Trainer + PEFT, NF4, {PEER_ROWS} padded, up to {longest}"
         yield Setup(name, PEER_ROWS, longest, "full", is_peer=True)
@@ -80,7 +80,7 @@ def list_setups(part: str, longest: int) -> Iterator[Setup]:
 
 def after(setup: Setup, measured: dict[str, Any], longest: int) -> list[Setup]:
     """What is to be run because of a result: NF4 with just as many layers checkpointed as bf16 needed."""
-    if setup.quantised or setup.checkpointing != "auto" or "failed" in measured:
+    if setup.quantized or setup.checkpointing != "auto" or "failed" in measured:
         return []
     count = measured["checkpointed"]
     return [Setup(f"NF4, 4 x {longest}, {count} layers as bf16", 4, longest, count)]

@@ -26,15 +26,15 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
 from fastchat_qlora.model.estimates import memory
-from fastchat_qlora.model.loading.base_model import repeated_layers
+from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     AutoCheckpointing,
     checkpoint_layers,
-    profile_model,
+    estimate_model_cost,
 )
 from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard
-from fastchat_qlora.training.callbacks.sanity_check import run_self_test
+from fastchat_qlora.training.callbacks.sanity_check import run_sanity_check
 from fastchat_qlora.training.trainer import LoraTrainer
 
 RANK, ALPHA = 16, 32
@@ -60,7 +60,7 @@ class Setup(NamedTuple):
     rows: int
     capacity: int
     checkpointing: str | int = "auto"
-    quantised: bool = True
+    quantized: bool = True
     compiled: bool = False
     is_peer: bool = False
     profiled: bool = False
@@ -218,18 +218,18 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dict[str, Any]:
     on_gpu = plan.device.type == "cuda"
-    foreseen = profile_model(
+    foreseen = estimate_model_cost(
         plan.size.config(),
         lora_config(),
         DTYPE,
         supervised_share=conversations.supervised_share,
-        quantised="double" if setup.quantised else "",
+        quantized="double" if setup.quantized else "",
         device_type=plan.device.type,
     )
     attention = choose_attention(
         "auto", False, "cuda" if on_gpu else None, plan.size.config(), DTYPE, padding_free=True
     )
-    base = make_base(plan.size, plan.device, quantised=setup.quantised, attention=attention)
+    base = make_base(plan.size, plan.device, quantized=setup.quantized, attention=attention)
     clock = Clock(plan)
     trainer = CountedTrainer(
         model=attach_adapter(base, lora_config()),
@@ -240,7 +240,7 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
         data_collator=Collator(SimpleNamespace(padding_side="right"), padding_free=True),
         callbacks=[GradientGuard(), clock],
     )
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     if setup.checkpointing == "auto":
         trainer.add_callback(AutoCheckpointing(trainer, foreseen))
     else:
@@ -250,9 +250,9 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
     measured["attention"] = base.config._attn_implementation
     measured["laid end to end"] = trainer.data_collator.padding_free
     measured["own loss head"] = trainer.loss_head is not None
-    if isinstance(foreseen, memory.Model):
+    if isinstance(foreseen, memory.ModelCost):
         tokens = setup.rows * setup.capacity
-        need = memory.need(foreseen, tokens, measured["checkpointed"], optimizer=OPTIMIZER)
+        need = memory.compute_peak_memory(foreseen, tokens, measured["checkpointed"], optimizer=OPTIMIZER)
         measured["predicted_gib"] = need.total / GIB
         measured["predicted_held_gib"] = (need.weights + need.adapter) / GIB
     return measured
@@ -260,7 +260,7 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
 
 def _measure_peer(setup: Setup, plan: Plan, conversations: Conversations) -> dict[str, Any]:
     recompute = {"use_reentrant": False}
-    base = make_base(plan.size, plan.device, quantised=setup.quantised, attention="sdpa")
+    base = make_base(plan.size, plan.device, quantized=setup.quantized, attention="sdpa")
     base = prepare_model_for_kbit_training(
         base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=recompute
     )
@@ -312,7 +312,7 @@ def _train(trainer: Any, clock: Clock, plan: Plan, setup: Setup) -> dict[str, An
     counts = trainer.counts[plan.warmup : plan.warmup + plan.steps]
     real, supervised, squares, positions = (sum(column) for column in zip(*counts, strict=True))
     seconds = sum(times) / 1000
-    layers = repeated_layers(trainer.model)
+    layers = get_repeated_layers(trainer.model)
     measured: dict[str, Any] = {
         "step_ms": statistics.median(times),
         "all_steps_ms": times,

@@ -22,7 +22,7 @@ from fastchat_qlora.data.analysis.statistics import Example, split_learnt
 from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.base_model import load_tokenizer
-from fastchat_qlora.utils.text import visible
+from fastchat_qlora.utils.text import escape_control
 
 LONG = [("human", "Count."), ("gpt", "one two three " * 20), ("human", "More."), ("gpt", "four five six " * 20)]
 MODEL_MAX_LENGTH = "120"
@@ -249,7 +249,7 @@ def test_parts_add_up_to_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_hidden_characters_are_made_visible() -> None:
-    assert visible("a\x00b\x1b[0m\u202e\u2028\ufeff\r\n\tc 👩\u200d👧 é") == (
+    assert escape_control("a\x00b\x1b[0m\u202e\u2028\ufeff\r\n\tc 👩\u200d👧 é") == (
         "a\\x00b\\x1b[0m\\u202e\\u2028\\ufeff\\r\n\tc 👩\u200d👧 é"
     )
 

@@ -278,7 +278,7 @@ def test_settings_that_contradict_each_other_are_kept(
     settings = {"do_sample": False, "temperature": 0.5, "top_p": 0.3, "eos_token_id": [2]}
     (base if beside == "base" else adapter).joinpath("generation_config.json").write_text(json.dumps(settings))
     if whole:
-        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+        monkeypatch.setattr(merge_module, "build_meta_model", lambda config: None)
     assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert {name: written[name] for name in settings} == settings
@@ -301,7 +301,7 @@ def test_what_is_too_large_for_the_format_is_refused(
     tensors[name][0, 0] = -1e5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     if whole:
-        monkeypatch.setattr(merge_module, "build_skeleton", lambda config: None)
+        monkeypatch.setattr(merge_module, "build_meta_model", lambda config: None)
     command = ["merge", str(adapter), "--output_dir", str(tmp_path / "out"), "--dtype"]
     assert cli.main([*command, "float16"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]

@@ -17,7 +17,7 @@ from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect.command import PROG, InspectArguments
 from fastchat_qlora.config import fast_help as first_look
 from fastchat_qlora.config.arguments import build_command_parser, build_parser, parse_args, parse_command
-from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, look_first, made_from
+from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, check_fast, made_from
 from fastchat_qlora.config.flag_parsing import FlagParser
 from fastchat_qlora.errors import UserError
 
@@ -109,7 +109,7 @@ def test_the_table_is_that_of_the_live_parser() -> None:
 def test_the_table_is_part_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert (
-        'fastchat_qlora = ["flags.json", "templates/*.jinja"]'
+        'fastchat_qlora = ["config/flags.json", "**/templates/*.jinja"]'
         in text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
     )
 
@@ -120,7 +120,7 @@ def test_the_table_is_part_of_the_package() -> None:
 @pytest.mark.parametrize("needed", [NEEDED, []], ids=["complete", "incomplete"])
 def test_a_mistake_is_told_in_the_same_words(command: str, mistake: str, needed: list[str]) -> None:
     argv = [*needed, *mistake.split()]
-    first = said(lambda: look_first(command, argv))
+    first = said(lambda: check_fast(command, argv))
     if not mistake and needed:
         assert first is None
         return
@@ -137,7 +137,7 @@ def test_the_help_is_the_same(
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
     printed = []
-    for ask in (lambda argv: look_first(command, argv), COMMANDS[command]):
+    for ask in (lambda argv: check_fast(command, argv), COMMANDS[command]):
         with pytest.raises(SystemExit) as ended:
             ask(flags.split())
         assert ended.value.code == 0
@@ -187,7 +187,7 @@ def test_any_command_line_is_read_alike(command: str, words: list[str]) -> None:
 @pytest.mark.parametrize("flag", ["--debug", "--parallelism_config"])
 def test_what_only_a_library_can_read_is_left_to_it(flag: str) -> None:
     argv = [*NEEDED, flag, "x", "--lora_r", "0"]
-    assert said(lambda: look_first("train", argv)) is None
+    assert said(lambda: check_fast("train", argv)) is None
     assert flag in (said(lambda: parse_args(argv)) or "")
 
 
@@ -197,7 +197,7 @@ def test_a_table_of_something_else_is_not_believed(changed: str, monkeypatch: py
     current = TABLE["made_from"] | {changed: "other"}
     monkeypatch.setattr(first_look, "made_from", lambda: current)
     for argv in (["--lora_rank", "8"], ["--help"], []):
-        assert said(lambda argv=argv: look_first("train", argv)) is None
+        assert said(lambda argv=argv: check_fast("train", argv)) is None
 
 
 def test_without_metadata_the_libraries_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_without_metadata_the_libraries_are_asked(monkeypatch: pytest.MonkeyPatc
         raise first_look.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", version)
-    assert said(lambda: look_first("train", ["--lora_rank", "8"])) is None
+    assert said(lambda: check_fast("train", ["--lora_rank", "8"])) is None
 
 
 @believed

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastchat_qlora.config.arguments import TrainingArguments, parse_args
-from fastchat_qlora.config.legacy_flags import OLD_FLAGS, translate_old_flags
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS, translate_legacy_flags
 from fastchat_qlora.errors import UserError
 
 SPELLINGS: dict[str, Callable[[str, str], list[str]]] = {
@@ -64,7 +64,7 @@ def flags(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
 def test_all_promised_flags_are_there() -> None:
     """Section 2 of the spec; `--fsdp` itself is a flag of today's transformers."""
     promised = {name for name, _, _ in EFFECTS} | {"fsdp_transformer_layer_cls_to_wrap"}
-    assert {f"--{name}" for name in promised} == set(OLD_FLAGS)
+    assert {f"--{name}" for name in promised} == set(LEGACY_FLAGS)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -213,5 +213,5 @@ TODAY = ["--lora_r", "--eval_strategy", "--eval_strategy=no", "--warmup_steps", 
 @given(st.lists(st.sampled_from(TODAY) | st.text(max_size=8).filter(lambda text: text[:2] != "--")))
 def test_a_command_line_of_today_passes_unchanged(argv: list[str]) -> None:
     given_before = list(argv)
-    assert translate_old_flags(argv) == (given_before, [])
+    assert translate_legacy_flags(argv) == (given_before, [])
     assert argv == given_before

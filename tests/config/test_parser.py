@@ -24,8 +24,8 @@ from fastchat_qlora.config.arguments import (
     build_parser,
     parse_args,
 )
-from fastchat_qlora.config.legacy_flags import translate_old_flags
-from fastchat_qlora.config.validation.flags import find_problems
+from fastchat_qlora.config.legacy_flags import translate_legacy_flags
+from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.errors import UserError
 
 GROUPS = [ModelArguments, DataArguments, TrainingArguments, LoraArguments]
@@ -239,10 +239,10 @@ def test_the_published_commands_have_no_mistake_on_a_gpu(
 ) -> None:
     """With the flags that only a GPU understands; transformers itself looks for one, so nothing is built here."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    arguments, _ = translate_old_flags([*required, *command])
+    arguments, _ = translate_legacy_flags([*required, *command])
     namespace, unknown = build_parser().parse_known_args(arguments)
     assert unknown == []
-    assert find_problems(namespace) == []
+    assert find_flag_errors(namespace) == []
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])

@@ -10,7 +10,7 @@ import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastchat_qlora.config.arguments import RunArguments, parse_args
-from fastchat_qlora.distributed.deepspeed_config import FOLLOWING, complete, layout
+from fastchat_qlora.distributed.deepspeed_config import AUTO_KEYS, describe_state_layout, fill_auto_settings
 from fastchat_qlora.errors import UserError
 
 PLAYGROUND = Path(__file__).resolve().parents[2] / "playground"
@@ -45,15 +45,15 @@ def value_of(config: dict[str, Any], name: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("name", AUTO_KEYS)
 def test_what_is_left_out_follows(name: str) -> None:
-    assert value_of(complete({}, "adamw_torch"), name) == "auto"
+    assert value_of(fill_auto_settings({}, "adamw_torch"), name) == "auto"
 
 
 def test_what_is_said_stays_and_the_original_too() -> None:
     config = {"gradient_clipping": 0.5, "bf16": {"enabled": True, "x": 1}, "zero_optimization": {"stage": 3}}
     before = copy.deepcopy(config)
-    completed = complete(config, "adamw_torch")
+    completed = fill_auto_settings(config, "adamw_torch")
     assert config == before
     assert {name: completed[name] for name in config} == config
 
@@ -323,9 +323,11 @@ def test_an_optimizer_that_looks_at_shapes(parse: Any, optim: str) -> None:
 
 
 def test_the_layout_of_the_state() -> None:
-    assert layout({"zero_optimization": {"stage": 2, "overlap_comm": True}}) == layout({})
-    assert layout({"zero_optimization": {"sub_group_size": 1e9, "round_robin_gradients": False}}) == layout({})
-    assert layout({"zero_optimization": {"sub_group_size": 10**8}}) == layout(
+    assert describe_state_layout({"zero_optimization": {"stage": 2, "overlap_comm": True}}) == describe_state_layout({})
+    assert describe_state_layout(
+        {"zero_optimization": {"sub_group_size": 1e9, "round_robin_gradients": False}}
+    ) == describe_state_layout({})
+    assert describe_state_layout({"zero_optimization": {"sub_group_size": 10**8}}) == describe_state_layout(
         {"zero_optimization": {"sub_group_size": 1e8}}
     )
 
@@ -340,7 +342,7 @@ def test_the_layout_of_the_state() -> None:
     ],
 )
 def test_another_layout_of_the_state(config: dict[str, Any]) -> None:
-    assert layout(config) != layout({"bf16": {"enabled": True}})
+    assert describe_state_layout(config) != describe_state_layout({"bf16": {"enabled": True}})
 
 
 @pytest.mark.parametrize("name", ["s2", "s2_offload", "s3", "s3_offload"])
@@ -352,4 +354,4 @@ def test_our_own_configurations_pass(parse: Any, name: str) -> None:
 @pytest.mark.parametrize(("optim", "forced"), [("adamw_torch", True), ("adamw_torch_fused", True), ("sgd", False)])
 def test_an_offloaded_optimizer_is_the_one_asked_for(optim: str, forced: bool) -> None:
     """accelerate puts DeepSpeed's CPU Adam in place of any, unless told otherwise."""
-    assert complete({}, optim).get("zero_force_ds_cpu_optimizer", True) is forced
+    assert fill_auto_settings({}, optim).get("zero_force_ds_cpu_optimizer", True) is forced

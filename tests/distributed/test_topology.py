@@ -222,8 +222,8 @@ def test_a_topology_does_not_change() -> None:
         pytest.param(topology(accelerator=None), False, None, id="LoRA on the CPU"),
     ],
 )
-def test_device_map(found: Topology, quantised: bool, device_map: dict[str, int | str] | None) -> None:
-    assert get_device_map(found, quantised=quantised) == device_map
+def test_device_map(found: Topology, quantized: bool, device_map: dict[str, int | str] | None) -> None:
+    assert get_device_map(found, quantized=quantized) == device_map
 
 
 @given(
@@ -236,13 +236,13 @@ def test_device_map(found: Topology, quantised: bool, device_map: dict[str, int 
     st.booleans(),
 )
 def test_no_process_puts_weights_on_anothers_device(
-    local_rank: int, rank: int, world_size: int, accelerator: str | None, stage: int, fsdp: bool, quantised: bool
+    local_rank: int, rank: int, world_size: int, accelerator: str | None, stage: int, fsdp: bool, quantized: bool
 ) -> None:
     found = Topology(local_rank, rank, world_size, accelerator, stage, fsdp)
-    device_map = get_device_map(found, quantised=quantised)
+    device_map = get_device_map(found, quantized=quantized)
     assert device_map in (None, {"": "cpu"} if accelerator is None else {"": local_rank})
     if device_map is not None:
-        assert quantised and not found.shards_parameters
+        assert quantized and not found.shards_parameters
 
 
 @pytest.fixture

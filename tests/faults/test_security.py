@@ -18,7 +18,7 @@ from transformers.integrations.hub_kernels import is_kernel
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_patterns, check_tensors, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_module_patterns, read_lora_config
 
 Plant = Callable[[Path, Path], None]
 
@@ -235,12 +235,12 @@ def test_an_adapter_of_another_shape(
 ) -> None:
     folder = copy(adapter, marker.parent / "adapter")
     expected = {name: tensor.shape for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
-    check_tensors(str(folder), expected)
+    check_adapter_tensors(str(folder), expected)
     narrow(folder, marker)
     with pytest.raises(UserError, match=r"has the shape \(8, 1\), on this model it has \(8, 64\)"):
-        check_tensors(str(folder), expected)
+        check_adapter_tensors(str(folder), expected)
     with pytest.raises(UserError, match="1 tensors are not in it, such as more"):
-        check_tensors(str(folder), expected | {"more": torch.Size([1])})
+        check_adapter_tensors(str(folder), expected | {"more": torch.Size([1])})
     arguments = start(model_folder, data_file, marker.parent / "out", lora_weight_path=folder)
     assert_refused(arguments, capsys, "shape", codes=(1, 2))
 
@@ -274,5 +274,5 @@ def test_a_timer_is_put_back(adapter: Path) -> None:
     config = read_lora_config(str(adapter))
     config.target_modules = r".*\.[qv]_proj"
     before = signal.getsignal(signal.SIGALRM)
-    check_patterns(config, ["model.layers.0.self_attn.q_proj"])
+    check_module_patterns(config, ["model.layers.0.self_attn.q_proj"])
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -18,7 +18,7 @@ from fastchat_qlora.data.sources import json_reader as json_files
 from fastchat_qlora.data.sources.readers import read_file
 from fastchat_qlora.distributed.topology import require_agreement
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.text import without_secrets
+from fastchat_qlora.utils.text import mask_secrets
 
 SECRETS = {
     "HF_TOKEN": "hf_InTheEnvironment0123",
@@ -204,7 +204,7 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_steps": 3,
         "none_token": None,
     }
-    assert without_secrets(flags) == {
+    assert mask_secrets(flags) == {
         "hub_token": "<hidden>",
         "nested": {"api_key": "<hidden>", "password": "<hidden>", "client_secret": "<hidden>", "keys": ["not one"]},
         "run_name": "https://<hidden>@host/path",

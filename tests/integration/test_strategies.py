@@ -103,8 +103,8 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
     offload = "optimizer on cpu, parameters on cpu"
     assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
     stored = "bfloat16" if case.strategy in SHARDED else "uint8"
-    quantised = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
-    assert settings["quantised layers"] == (quantised if case.precision.startswith("QLoRA") else "none")
+    quantized = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
+    assert settings["quantised layers"] == (quantized if case.precision.startswith("QLoRA") else "none")
 
 
 @pytest.mark.parametrize(

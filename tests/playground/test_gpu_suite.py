@@ -18,16 +18,16 @@ def test_operations_are_those_of_the_research_page() -> None:
 def test_trained_numbers_are_counted_as_peft_makes_them() -> None:
     from gpu_training import lora_config
 
-    from fastchat_qlora.model.adapter.lora import attach_adapter, trainable_parameters
+    from fastchat_qlora.model.adapter.lora import attach_adapter, get_trainable_parameters
 
-    base = make_base(TINY, torch.device("cpu"), quantised=False, attention=None)
-    trained = sum(p.numel() for p in trainable_parameters(attach_adapter(base, lora_config())).values())
+    base = make_base(TINY, torch.device("cpu"), quantized=False, attention=None)
+    trained = sum(p.numel() for p in get_trainable_parameters(attach_adapter(base, lora_config())).values())
     rank_16, rank_0 = (count_operations(TINY, rank=r, mean_length=1, head_share=1).model for r in (16, 0))
     assert rank_16 - rank_0 == 6 * trained
 
 
 def test_the_weights_of_a_quantised_base_are_not_zeros() -> None:
-    base = make_base(TINY, torch.device("cpu"), quantised=True, attention=None)
+    base = make_base(TINY, torch.device("cpu"), quantized=True, attention=None)
     weight = base.model.layers[1].mlp.down_proj.weight
     assert weight.quant_state.nested
     assert weight.quant_state.quant_type == "nf4"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.arguments import build_parser
 from fastchat_qlora.config.flag_parsing import FALSE, TRUE
-from fastchat_qlora.config.legacy_flags import OLD_FLAGS
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
 
 EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "0"))
 
@@ -163,8 +163,8 @@ def one_flag(draw: st.DrawFn) -> list[str]:
 
 @st.composite
 def old_flag(draw: st.DrawFn) -> list[str]:
-    name = draw(st.sampled_from(sorted(OLD_FLAGS)))
-    if OLD_FLAGS[name].boolean:
+    name = draw(st.sampled_from(sorted(LEGACY_FLAGS)))
+    if LEGACY_FLAGS[name].boolean:
         values = st.sampled_from([*TRUE, *FALSE, "True", "maybe", ""])
     else:
         values = st.sampled_from(

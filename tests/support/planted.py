@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastchat_qlora.model.adapter.lora import trainable_parameters
+from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.training import run
 from fastchat_qlora.training.callbacks import gradient_guards as guards
 
@@ -106,7 +106,7 @@ def zeroed_lora_b() -> None:
     """Whatever has been learnt is forgotten at the end."""
 
     def forget(model: Any) -> None:
-        for name, parameter in trainable_parameters(model).items():
+        for name, parameter in get_trainable_parameters(model).items():
             if "lora_B" in name:
                 parameter.data.zero_()
 

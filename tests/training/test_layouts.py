@@ -18,7 +18,7 @@ from families import (
 )
 from peft import PeftModel
 
-from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import LossHead
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -66,7 +66,7 @@ def batch_of(trainer: LoraTrainer, layout: str) -> dict[str, Any]:
     sampler = PackingSampler([len(row["input_ids"]) for row in CONVERSATIONS], 24, seed=0)
     rows = list(sampler)
     assert 1 < len(rows) < len(CONVERSATIONS)
-    return trainer.data_collator(PackedRows(CONVERSATIONS, sampler).__getitems__(rows))
+    return trainer.data_collator(PackedDataset(CONVERSATIONS, sampler).__getitems__(rows))
 
 
 def learn(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> Learnt:

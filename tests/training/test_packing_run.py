@@ -39,7 +39,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
     run_self_test = run.run_self_test
     monkeypatch.setattr(run, "Collator", Watched)
-    monkeypatch.setattr(run, "run_self_test", test_first)
+    monkeypatch.setattr(run, "run_sanity_check", test_first)
     return made
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from fastchat_qlora.config.arguments import parse_args
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.training.preflight import rehearse
+from fastchat_qlora.training.preflight import run_preflight
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ OTHERS = {
 def test_what_would_fail_later_fails_now(required: list[str], given: list[str], expected: list[str]) -> None:
     args = parse_args([*required, *given]).training
     with pytest.raises(UserError) as caught:
-        rehearse(args, None)
+        run_preflight(args, None)
     assert [text for text in expected if text not in str(caught.value)] == [], caught.value
 
 
@@ -72,5 +72,5 @@ def test_what_would_fail_later_fails_now(required: list[str], given: list[str], 
 def test_what_is_right_passes(required: list[str], given: list[str]) -> None:
     """And nothing random is drawn."""
     before = torch.random.get_rng_state()
-    rehearse(parse_args([*required, *given]).training, None)
+    run_preflight(parse_args([*required, *given]).training, None)
     assert torch.equal(torch.random.get_rng_state(), before)

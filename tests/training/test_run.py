@@ -71,13 +71,13 @@ def test_only_the_adapter_changes(
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
 def test_plain_peft_gives_the_trained_models_logits(
-    quantised: bool, model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
+    quantized: bool, model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
 ) -> None:
-    flags = {"q_lora": True} if quantised else {}
+    flags = {"q_lora": True} if quantized else {}
     output = train(command(model_folder, data_file, tmp_path / "out", lora_target_modules="all-linear", **flags))
     live = seen["trainer"].model.eval()
     base = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, quantization_config=live.config.quantization_config if quantised else None
+        model_folder, dtype=torch.float32, quantization_config=live.config.quantization_config if quantized else None
     )
     keep_cpu_weights_trainable(base)  # bitsandbytes' inference kernel on the CPU rounds to bf16; see loading.py
     untrained = base(input_ids=torch.arange(3, 40)[None]).logits

@@ -15,8 +15,8 @@ from fastchat_qlora.data.templates.renderer import Shown
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import dtype_name
 from fastchat_qlora.utils.signals import Stopped
-from fastchat_qlora.utils.stdout import standard_output
-from fastchat_qlora.utils.text import is_text, visible
+from fastchat_qlora.utils.stdout import open_stdout
+from fastchat_qlora.utils.text import escape_control, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def chat(argv: Sequence[str]) -> None:
         )
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
     render_prompt(adapter.tokenizer, _begin(flags.system, "Hi"))  # or it refuses the system message
-    with standard_output():
+    with open_stdout():
         pass  # or it is closed
     messages = read_messages(flags.message or [])
     model = load_live(adapter)
@@ -62,7 +62,7 @@ def chat(argv: Sequence[str]) -> None:
     logger.info(_describe(adapter, decoding))
     answerer = Answerer(model, adapter.tokenizer, adapter.stop_ids, decoding, context_length(adapter.config))
     is_terminal = not messages and sys.stdin.isatty()
-    conversation = Conversation(answerer, flags.system, is_terminal=is_terminal)
+    conversation = ChatSession(answerer, flags.system, is_terminal=is_terminal)
     for message in messages:
         conversation.ask(message, must=True)
     if not messages:
@@ -81,7 +81,7 @@ def _describe(adapter: TrainedAdapter, decoding: Decoding) -> str:
     )
 
 
-class Conversation:
+class ChatSession:
     """What was said so far, and what a line does to it.
 
     Args:
@@ -198,11 +198,11 @@ def _user(question: str) -> Shown:
 
 def _write(piece: str) -> None:
     """Show a piece of an answer at once; nothing in it steers the terminal."""
-    with standard_output(RunError) as target:
-        target.write(visible(piece))
+    with open_stdout(RunError) as target:
+        target.write(escape_control(piece))
 
 
-def _talk(conversation: Conversation, lines: Iterable[str]) -> None:
+def _talk(conversation: ChatSession, lines: Iterable[str]) -> None:
     """Take line after line until the user leaves."""
     for line in lines:
         try:

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, written_whole
 from fastchat_qlora.config.arguments import RunArguments, parse_command
-from fastchat_qlora.data.analysis.statistics import Example, get_account, get_examples, measure
-from fastchat_qlora.data.dataset import arrange, load_data
+from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
+from fastchat_qlora.data.dataset import load_data, split_datasets
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import load_tokenizer
-from fastchat_qlora.utils.stdout import standard_output
+from fastchat_qlora.utils.stdout import open_stdout
 
 PROG = "fastchat-qlora inspect"
 
@@ -62,7 +62,7 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 def _print(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
-    with standard_output() as target:
+    with open_stdout() as target:
         print_report(report, examples, target)
         target.write(last_line)
 
@@ -93,17 +93,19 @@ def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
         max_length=training_args.model_max_length,
         output_dir=get_output_dir(args),
         cache_dir=training_args.cache_dir,
-        is_rehearsal=True,
+        dry_run=True,
     )
     sets: dict[str, Dataset] = {"train": loaded["--data_path"].rows}
     if len(sets["train"]):  # of nothing, nothing can be split off
-        sets = dict(arrange(loaded, data_args.eval_split, training_args.seed))
+        sets = dict(split_datasets(loaded, data_args.eval_split, training_args.seed))
     report = Report(
         model=model_args.model_name_or_path,
         max_length=training_args.model_max_length,
-        accounts={f"{flag} {' '.join(_paths(flag, args))}": get_account(data) for flag, data in loaded.items()},
+        accounts={
+            f"{flag} {' '.join(_paths(flag, args))}": summarize_rejections(data) for flag, data in loaded.items()
+        },
         sets=sets,
-        measures={name: measure(rows) for name, rows in sets.items()},
+        measures={name: compute_statistics(rows) for name, rows in sets.items()},
     )
     return report, tokenizer
 

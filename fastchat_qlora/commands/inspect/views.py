@@ -11,9 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fastchat_qlora.commands.console import Screen
-from fastchat_qlora.data.analysis.statistics import Account, Example, Measures, describe_account, describe_measures
+from fastchat_qlora.data.analysis.statistics import (
+    DatasetStatistics,
+    Example,
+    RejectionSummary,
+    format_rejections,
+    format_statistics,
+)
 from fastchat_qlora.utils.html import stream_page
-from fastchat_qlora.utils.text import visible
+from fastchat_qlora.utils.text import escape_control
 
 OPEN, CLOSE = "⟦", "⟧"
 """Around what is learnt, for files, and for eyes that cannot go by colour."""
@@ -29,9 +35,9 @@ class Report:
 
     model: str
     max_length: int
-    accounts: dict[str, Account]
+    accounts: dict[str, RejectionSummary]
     sets: dict[str, Dataset]
-    measures: dict[str, Measures]
+    measures: dict[str, DatasetStatistics]
 
     def count(self, num_examples: int) -> int:
         """How many rows are shown when so many of each set are asked for."""
@@ -50,15 +56,15 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
     if shown:
         console.print(legend, Rule(style="dim"), sep="\n")
     for flag, account in report.accounts.items():
-        console.print(Text(visible(flag), style="bold"), soft_wrap=True)
-        console.print(_facts_table(describe_account(account)))
+        console.print(Text(escape_control(flag), style="bold"), soft_wrap=True)
+        console.print(_facts_table(format_rejections(account)))
         for line in account.listed:
-            console.print(Text(f"  {visible(line)}", style="red"), soft_wrap=True)
+            console.print(Text(f"  {escape_control(line)}", style="red"), soft_wrap=True)
         if len(account.listed) < account.rejected:
             console.print(f"  ... and {account.rejected - len(account.listed):,} more")
     for name, measures in report.measures.items():
         console.print("", Text(f"{name}, at most {report.max_length:,} tokens a row", style="bold"), sep="\n")
-        console.print(_facts_table(describe_measures(measures)))
+        console.print(_facts_table(format_statistics(measures)))
         console.print(_histogram(measures))
 
 
@@ -69,8 +75,8 @@ def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> 
         "inspect",
         report=report,
         examples=examples,
-        accounts={flag: (account, describe_account(account)) for flag, account in report.accounts.items()},
-        measures={name: (found, describe_measures(found)) for name, found in report.measures.items()},
+        accounts={flag: (account, format_rejections(account)) for flag, account in report.accounts.items()},
+        measures={name: (found, format_statistics(found)) for name, found in report.measures.items()},
     )
     target.writelines(page)
 
@@ -89,7 +95,7 @@ def _facts_table(facts: dict[str, str]) -> Table:
     return table
 
 
-def _histogram(measures: Measures) -> Table:
+def _histogram(measures: DatasetStatistics) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right")
     table.add_column(justify="right")

@@ -26,17 +26,17 @@ from fastchat_qlora.commands.load_adapter import (
     open_adapter,
 )
 from fastchat_qlora.commands.merge.staging import staged
-from fastchat_qlora.commands.merge.verification import compare, get_logits, make_rows
+from fastchat_qlora.commands.merge.verification import compare, get_logits, make_test_sequences
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.loading.base_model import build_skeleton
-from fastchat_qlora.model.merging.dequantize import find_quantised, make_rounding
-from fastchat_qlora.model.merging.full_model import merge_whole
-from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, OnlyWhole
+from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.merging.dequantize import find_quantized_modules, make_round_trip
+from fastchat_qlora.model.merging.full_model import merge_full_model
+from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
 from fastchat_qlora.model.merging.safetensors_files import (
     WeightFiles,
+    copy_permissions,
+    count_bytes,
     find_weight_files,
-    open_to_readers,
-    total_bytes,
     write_weight_files,
 )
 from fastchat_qlora.training.checkpoints.generation_config import write_generation_config
@@ -108,7 +108,7 @@ def _write_model(
         config.dtype = dtype
     try:
         plan = _plan(adapter, dtype)
-        _check_room(total_bytes(plan.headers), output_dir)
+        _check_room(count_bytes(plan.headers), output_dir)
         with tqdm(total=len(plan.headers), desc="Merging", unit="tensor", disable=None) as bar:
 
             def get(name: str) -> torch.Tensor:
@@ -121,28 +121,28 @@ def _write_model(
             logger.info("The head and the embeddings, one weight in the base, are two in the merged model.")
         config.save_pretrained(folder)
         _tell_of_base(adapter, math.sqrt(plan.moved / plan.norm) if plan.norm else None)
-    except OnlyWhole as reason:
+    except NeedsFullModel as reason:
         logger.warning(f"Not merged a layer at a time, since {reason}: the whole model is loaded, in float32.")
         _write_whole(adapter, folder, dtype, max_shard_size, output_dir)
         _tell_of_base(adapter, None)
-    open_to_readers(folder, like=CONFIG_NAME)
+    copy_permissions(folder, like=CONFIG_NAME)
     adapter.tokenizer.save_pretrained(folder)
     write_generation_config(folder, adapter.generation)
 
 
 def _plan(adapter: TrainedAdapter, dtype: torch.dtype | None) -> LayerwiseMerge:
-    skeleton = build_skeleton(adapter.config)
-    if skeleton is None:
-        raise OnlyWhole("the model's code lies outside transformers")
+    meta_model = build_meta_model(adapter.config)
+    if meta_model is None:
+        raise NeedsFullModel("the model's code lies outside transformers")
     quantization = adapter.quantization_config
     compute = adapter.training.dtype
     return LayerwiseMerge(
-        skeleton,
+        meta_model,
         copy.deepcopy(adapter.lora_config),
         str(adapter.folder),
         WeightFiles(find_weight_files(adapter.base, adapter.cache_dir)),
-        quantised=find_quantised(adapter.config, quantization) if quantization else (),
-        rounding=make_rounding(quantization, compute, device()) if quantization else None,
+        quantized=find_quantized_modules(adapter.config, quantization) if quantization else (),
+        rounding=make_round_trip(quantization, compute, device()) if quantization else None,
         dtype=dtype,
     )
 
@@ -153,9 +153,9 @@ def _write_whole(
     """Let PEFT merge, and transformers write, where names or forms in the files are not those of the model."""
     own = adapter.config.dtype if isinstance(adapter.config.dtype, torch.dtype) else torch.float32
     model = load_live(adapter) if adapter.quantization_config is None else _dequantised(adapter)
-    merged = merge_whole(model, dtype or own)
+    merged = merge_full_model(model, dtype or own)
     merged.generation_config = GenerationConfig()  # transformers would refuse to write what some bases bring
-    _check_room(total_bytes(merged.state_dict()), output_dir)
+    _check_room(count_bytes(merged.state_dict()), output_dir)
     merged.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
@@ -207,7 +207,7 @@ def _verify(adapter: TrainedAdapter, folder: Path) -> None:
     Raises:
         RunError: the merged model is another one.
     """
-    rows = make_rows(adapter.tokenizer, context_length(adapter.config))
+    rows = make_test_sequences(adapter.tokenizer, context_length(adapter.config))
     live = load_live(adapter)
     expected, base = get_logits(live, rows), get_logits(live, rows, adapter=False)
     del live

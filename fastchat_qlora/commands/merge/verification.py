@@ -37,7 +37,7 @@ LONGEST = 512
 """Tokens of a conversation that are compared; a few templates put a manual in front of each."""
 
 
-def make_rows(tokenizer: Any, context: int | None) -> list[torch.Tensor]:
+def make_test_sequences(tokenizer: Any, context: int | None) -> list[torch.Tensor]:
     """The conversations as token ids of shape (1, tokens), by the chat template if there is one.
 
     Args:

@@ -16,8 +16,8 @@ from fastchat_qlora.commands.plan.planning import (
     GIB,
     Disk,
     Plan,
+    PlanSetting,
     Precision,
-    Setting,
     Time,
     WhyNot,
     changes_that_fit,
@@ -25,21 +25,28 @@ from fastchat_qlora.commands.plan.planning import (
     placements,
 )
 from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.config.validation.flags import SHAPED
-from fastchat_qlora.data.batching.collator import largest_batch
-from fastchat_qlora.data.batching.packing import PackedRows, column, largest_possible_batch
-from fastchat_qlora.data.dataset import arrange, load_data
-from fastchat_qlora.distributed.deepspeed_config import offload_device, optimizer_in_effect
-from fastchat_qlora.distributed.fsdp_config import OPTIMIZERS, offloads
+from fastchat_qlora.config.validation.flags import SHAPE_AWARE_OPTIMIZERS
+from fastchat_qlora.data.batching.collator import count_max_batch_tokens
+from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
+from fastchat_qlora.data.dataset import load_data, split_datasets
+from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_optimizer_name
+from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_tensors
-from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding, check_targets, expected_shapes
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
+from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding, check_targets, compute_adapter_shapes
 from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
-from fastchat_qlora.model.estimates.memory import Model
-from fastchat_qlora.model.estimates.parallelism import BUCKET, DDP, FSDP2, LIVE, ONE_PROCESS, Placement
+from fastchat_qlora.model.estimates.memory import ModelCost
+from fastchat_qlora.model.estimates.parallelism import (
+    DDP,
+    DEFAULT_BUCKET_SIZE,
+    DEFAULT_LIVE_PARAMETERS,
+    FSDP2,
+    ONE_PROCESS,
+    ParallelStrategy,
+)
 from fastchat_qlora.model.loading.base_model import (
-    build_skeleton,
+    build_meta_model,
     check_vocabulary,
     dtype_name,
     get_compute_dtype,
@@ -48,14 +55,14 @@ from fastchat_qlora.model.loading.base_model import (
 )
 from fastchat_qlora.model.loading.quantization import stored_as
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
-    USABLE,
-    USABLE_ELSEWHERE,
-    memory_here,
-    profile_model,
+    USABLE_ACCELERATOR_SHARE,
+    USABLE_MEMORY_SHARE,
+    estimate_model_cost,
+    get_device_memory_gib,
 )
-from fastchat_qlora.training.disk_space import FP32, checkpoint_bytes, count_checkpoints
+from fastchat_qlora.training.disk_space import FP32_BYTES, checkpoint_bytes, count_checkpoints
 from fastchat_qlora.training.schedule import count_steps
-from fastchat_qlora.training.setup import make_rows
+from fastchat_qlora.training.setup import make_training_dataset
 
 
 class Devices(NamedTuple):
@@ -110,11 +117,11 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
     training, dtype, kind = args.training, get_compute_dtype(args.training), _kind(args, devices)
     base = _look_at_base(args)
     rows, conversations = _read_rows(args, base.config, devices.number)
-    lengths, supervised = (column(conversations, name) for name in ("length", "supervised"))
+    lengths, supervised = (get_column(conversations, name) for name in ("length", "supervised"))
     models = _profiles(args, base, kind, float(supervised.sum() / lengths.sum()))
     given, schedule = _placement(args, base.config, devices.number), count_steps(training, len(rows), devices.number)
-    gib = devices.memory_gib or memory_here(kind)
-    setting = Setting(
+    gib = devices.memory_gib or get_device_memory_gib(kind)
+    setting = PlanSetting(
         models=models,
         precision=Precision(stored_as(args.lora), dtype),
         batches=_most_tokens(args, rows, lengths),
@@ -124,7 +131,7 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
         optimizer=OptimizerNames(training.optim).value,
         zero_optimizer=_optimizer(args),
-        memory=gib * GIB * USABLE.get(kind, USABLE_ELSEWHERE) if gib else None,
+        memory=gib * GIB * USABLE_MEMORY_SHARE.get(kind, USABLE_ACCELERATOR_SHARE) if gib else None,
         is_shared=kind == "cpu" and not devices.memory_gib,
     )
     model, why_not = setting.model, _refusals(args, base)
@@ -138,14 +145,14 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         model=args.model.model_name_or_path,
         settings=_in_words(args, dtype, devices.number, kind),
         rows=len(rows),
-        conversations=len(np.unique(column(conversations, "record"))),
+        conversations=len(np.unique(get_column(conversations, "record"))),
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
         schedule=schedule,
         trainable=base.trainable,
         base=base.numbers,
         layers=0 if isinstance(model, str) else model.layers,
-        largest_batch=largest_possible_batch(
+        largest_batch=find_max_batch_tokens(
             rows, training.per_device_train_batch_size, padding_free=args.data.padding_free
         ),
         unknown=model if isinstance(model, str) else "",
@@ -169,17 +176,17 @@ def _kind(args: RunArguments, devices: Devices) -> str:
 def _look_at_base(args: RunArguments) -> Base:
     lora_config = build_lora_config(args.lora)
     config = load_config(args.model, args.training.cache_dir)
-    skeleton = build_skeleton(config)
-    if skeleton is None:
+    meta_model = build_meta_model(config)
+    if meta_model is None:
         raise UserError(
             f"--model_name_or_path {args.model.model_name_or_path}: the model's code lies outside transformers, so "
             "that neither its weights nor its activations can be counted before it is loaded; `inspect` counts the "
             "data, and a run of a few steps (--max_steps 3) tells speed and memory"
         )
-    check_targets(skeleton, lora_config, quantised=args.lora.q_lora or args.lora.load_in_8bit)
-    numbers = sum(parameter.numel() for parameter in skeleton.parameters())
-    shapes = expected_shapes(skeleton, lora_config)  # which uses the skeleton up
-    check_tensors(args.lora.lora_weight_path, shapes)
+    check_targets(meta_model, lora_config, quantized=args.lora.q_lora or args.lora.load_in_8bit)
+    numbers = sum(parameter.numel() for parameter in meta_model.parameters())
+    shapes = compute_adapter_shapes(meta_model, lora_config)  # which uses the skeleton up
+    check_adapter_tensors(args.lora.lora_weight_path, shapes)
     trainable: Counter[str] = Counter()
     for name, shape in (shapes or {}).items():
         trainable[
@@ -188,56 +195,63 @@ def _look_at_base(args: RunArguments) -> Base:
     return Base(config, lora_config, dict(trainable), numbers)
 
 
-def _read_rows(args: RunArguments, config: PretrainedConfig, processes: int) -> tuple[Dataset | PackedRows, Dataset]:
+def _read_rows(args: RunArguments, config: PretrainedConfig, processes: int) -> tuple[Dataset | PackedDataset, Dataset]:
     """What batches are made of, and the conversations in it."""
     length, cache_dir = args.training.model_max_length, args.training.cache_dir
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=length)
     check_vocabulary(tokenizer, config, args.model.model_name_or_path)
-    loaded = load_data(args.data, tokenizer, max_length=length, output_dir=None, cache_dir=cache_dir, is_rehearsal=True)
+    loaded = load_data(args.data, tokenizer, max_length=length, output_dir=None, cache_dir=cache_dir, dry_run=True)
     if not len(loaded["--data_path"].rows):
         raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; mend it")
-    conversations = arrange(loaded, args.data.eval_split, args.training.seed)["train"]
-    return make_rows(conversations, args, processes), conversations
+    conversations = split_datasets(loaded, args.data.eval_split, args.training.seed)["train"]
+    return make_training_dataset(conversations, args, processes), conversations
 
 
-def _profiles(args: RunArguments, base: Base, kind: str, supervised_share: float) -> Callable[[Precision], Model | str]:
+def _profiles(
+    args: RunArguments, base: Base, kind: str, supervised_share: float
+) -> Callable[[Precision], ModelCost | str]:
     """What there is to know of the model with its weights in some precision, counted when it is asked for."""
 
     @functools.cache
-    def profiled(precision: Precision) -> Model | str:
-        return profile_model(
+    def profiled(precision: Precision) -> ModelCost | str:
+        return estimate_model_cost(
             base.config,
             base.lora_config,
             precision.dtype,
             supervised_share=supervised_share,
-            quantised=precision.quantised,
+            quantized=precision.quantized,
             device_type=kind,
         )
 
     return profiled
 
 
-def _placement(args: RunArguments, config: PretrainedConfig, devices: int) -> Placement:
+def _placement(args: RunArguments, config: PretrainedConfig, devices: int) -> ParallelStrategy:
     """The strategy asked for; DDP or one process where none is."""
     training = args.training
     if not (training.fsdp or training.deepspeed):
-        return Placement(DDP if devices > 1 else ONE_PROCESS, devices)
+        return ParallelStrategy(DDP if devices > 1 else ONE_PROCESS, devices)
     if training.fsdp:
         settings = training.fsdp_config or {}
-        offloaded = offloads(training.fsdp, settings)
+        offloaded = offloads_to_cpu(training.fsdp, settings)
         reshards = settings.get("reshard_after_forward", True) is not False
-        return Placement(FSDP2, devices, offloads_optimizer=offloaded, offloads_weights=offloaded, reshards=reshards)
+        return ParallelStrategy(
+            FSDP2, devices, offloads_optimizer=offloaded, offloads_weights=offloaded, reshards=reshards
+        )
     whole = training.hf_deepspeed_config.config
     zero = whole["zero_optimization"]
     by_hidden_size = config.get_text_config().hidden_size ** 2  # what transformers makes of "auto"
-    bucket, live = zero.get("reduce_bucket_size", BUCKET), zero.get("stage3_max_live_parameters", LIVE)
-    return Placement(
+    bucket, live = (
+        zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE),
+        zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS),
+    )
+    return ParallelStrategy(
         f"ZeRO-{zero['stage']}",
         devices,
         bucket=by_hidden_size if bucket == "auto" else int(bucket),
-        live=LIVE if live == "auto" else int(live),
-        offloads_optimizer=offload_device(whole, "offload_optimizer") != "none",
-        offloads_weights=offload_device(whole, "offload_param") != "none",
+        live=DEFAULT_LIVE_PARAMETERS if live == "auto" else int(live),
+        offloads_optimizer=get_offload_device(whole, "offload_optimizer") != "none",
+        offloads_weights=get_offload_device(whole, "offload_param") != "none",
     )
 
 
@@ -245,9 +259,9 @@ def _most_tokens(args: RunArguments, rows: Any, lengths: Any) -> Callable[[int, 
     """The most tokens of a micro-batch of so many rows, each of so many tokens at the most."""
 
     def most_tokens(size: int, max_length: int) -> int:
-        if isinstance(rows, PackedRows):
+        if isinstance(rows, PackedDataset):
             return min(size, len(rows)) * max_length
-        return largest_batch(np.minimum(lengths, max_length), size, padding_free=args.data.padding_free)
+        return count_max_batch_tokens(np.minimum(lengths, max_length), size, padding_free=args.data.padding_free)
 
     return most_tokens
 
@@ -255,18 +269,18 @@ def _most_tokens(args: RunArguments, rows: Any, lengths: Any) -> Callable[[int, 
 def _refusals(args: RunArguments, base: Base) -> WhyNot:
     """What `train` says to a strategy for weights kept in some way."""
     optimizer = OptimizerNames(args.training.optim).value
-    skeleton = build_skeleton(base.config)
+    meta_model = build_meta_model(base.config)
 
-    def why_not(at: Placement, precision: Precision) -> str:
+    def why_not(at: ParallelStrategy, precision: Precision) -> str:
         topology = Topology(0, 0, at.devices, "cuda", at.zero_stage, at.strategy == FSDP2)
-        if at.strategy == FSDP2 and optimizer not in OPTIMIZERS:
+        if at.strategy == FSDP2 and optimizer not in FSDP_OPTIMIZERS:
             return f"--optim {optimizer}: is not proven to step on what FSDP2 shards"
-        if at.zero_stage and optimizer.startswith(SHAPED):
+        if at.zero_stage and optimizer.startswith(SHAPE_AWARE_OPTIMIZERS):
             return f"--optim {optimizer}: looks at shapes, which ZeRO flattens"
-        if precision.quantised == "int8" and topology.shards_parameters:
+        if precision.quantized == "int8" and topology.shards_parameters:
             return "--load_in_8bit True: 8-bit weights cannot be sharded"
         try:
-            check_sharding(base.config, skeleton, base.lora_config, topology, quantised=bool(precision.quantised))
+            check_sharding(base.config, meta_model, base.lora_config, topology, quantized=bool(precision.quantized))
         except UserError as error:
             return str(error)
         return ""
@@ -293,17 +307,19 @@ def _in_words(args: RunArguments, dtype: torch.dtype, devices: int, kind: str) -
 
 def _optimizer(args: RunArguments) -> str:
     """The optimizer of the run as it is."""
-    return optimizer_in_effect(args.training.deepspeed or {}, OptimizerNames(args.training.optim).value)
+    return get_optimizer_name(args.training.deepspeed or {}, OptimizerNames(args.training.optim).value)
 
 
-def _disk(args: RunArguments, given: Placement, rows: int, trained: int) -> Disk:
+def _disk(args: RunArguments, given: ParallelStrategy, rows: int, trained: int) -> Disk:
     kept = count_checkpoints(args.training, rows, given.devices)
     has_masters, only_model = bool(given.zero_stage), args.training.save_only_model
     one = checkpoint_bytes(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
-    return Disk(kept, one, trained * FP32)
+    return Disk(kept, one, trained * FP32_BYTES)
 
 
-def _measure(model: Model, checkpointed: int, base: Base, dtype: torch.dtype, kind: str, lengths: Any) -> Speed | None:
+def _measure(
+    model: ModelCost, checkpointed: int, base: Base, dtype: torch.dtype, kind: str, lengths: Any
+) -> Speed | None:
     """What this machine's matrix products alone would allow; None where it is not such a device that is planned for."""
     if kind != "cpu" and not torch.accelerator.is_available():
         return None

@@ -12,9 +12,9 @@ from fastchat_qlora.commands.output import check_output, written_whole
 from fastchat_qlora.commands.plan.build import Devices, Speed, make_plan
 from fastchat_qlora.commands.plan.views import as_json, print_plan
 from fastchat_qlora.config.arguments import parse_command
-from fastchat_qlora.config.validation.ranges import SPEED
+from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.stdout import standard_output
+from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import one_line
 
 PROG = "fastchat-qlora plan"
@@ -61,7 +61,7 @@ def plan(argv: Sequence[str]) -> None:
     if own.output not in ("", "-"):
         with written_whole(output) as file:
             file.write(as_json(made))
-    with standard_output() as target:
+    with open_stdout() as target:
         if own.output == "-":
             target.write(as_json(made))
         else:
@@ -81,7 +81,7 @@ def _known_speed(own: PlanArguments) -> Speed | None:
         effective = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["effective"]
         processes = int(effective["batch"].partition(" processes")[0].rpartition(" ")[2])
         measured = float(results["tokens_per_second"])
-        if processes < 1 or not SPEED.holds(measured) or not 0 < measured < math.inf:
+        if processes < 1 or not TOKENS_PER_SECOND.holds(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens a second in {processes} processes")
         return Speed(measured / processes, f"measured in {own.speed_from}")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

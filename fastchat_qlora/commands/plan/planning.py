@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from fastchat_qlora.model.estimates.memory import Model, Need
+from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import (
     DDP,
     FSDP2,
+    MULTI_DEVICE_STRATEGIES,
     ONE_PROCESS,
-    SEVERAL,
     ZERO_3,
-    Placement,
-    need_on_device,
+    ParallelStrategy,
+    compute_device_memory,
 )
 from fastchat_qlora.training.schedule import Schedule
 
@@ -35,11 +35,11 @@ SHORTEST = 256
 class Precision(NamedTuple):
     """How the weights of the base are kept, as `memory.profile` names it, and what is computed in."""
 
-    quantised: str
+    quantized: str
     dtype: torch.dtype
 
 
-WhyNot = Callable[[Placement, Precision], str]
+WhyNot = Callable[[ParallelStrategy, Precision], str]
 """Says why a strategy is refused for weights kept in some way; empty where it is not."""
 
 
@@ -55,9 +55,9 @@ class OnDevice(NamedTuple):
         largest_batch: the most conversations of a micro-batch that would fit, of all there are at the most; 0 if none.
     """
 
-    placement: Placement
+    placement: ParallelStrategy
     refused: str = ""
-    need: Need | None = None
+    need: MemoryNeed | None = None
     checkpointed: int = 0
     fits: bool | None = None
     largest_batch: int | None = None
@@ -99,7 +99,7 @@ class Disk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanSetting:
     """What decides on the memory of a device, and what can be changed about it.
 
     Attributes:
@@ -116,7 +116,7 @@ class Setting:
         is_shared: whether all devices are one, a machine's CPU, so that each process has its part.
     """
 
-    models: Callable[[Precision], Model | str]
+    models: Callable[[Precision], ModelCost | str]
     precision: Precision
     batches: Callable[[int, int], int]
     batch_size: int
@@ -129,7 +129,7 @@ class Setting:
     is_shared: bool = False
 
     @property
-    def model(self) -> Model | str:
+    def model(self) -> ModelCost | str:
         """What there is to know of the model as it is to be kept."""
         return self.models(self.precision)
 
@@ -178,7 +178,7 @@ class Plan:
     unknown: str
     device_gib: float | None
     available: float | None
-    given: Placement
+    given: ParallelStrategy
     devices: list[OnDevice]
     changes: list[Change]
     disk: Disk
@@ -196,7 +196,7 @@ def counts_up_to(devices: int) -> list[int]:
     return sorted({devices, *(count for count in (1, 2, 3, 4, *doubled) if count < devices)})
 
 
-def placements(devices: int, given: Placement) -> Iterator[Placement]:
+def placements(devices: int, given: ParallelStrategy) -> Iterator[ParallelStrategy]:
     """Every strategy for one device up to so many; settings of the strategy are those given for it.
 
     Args:
@@ -204,22 +204,22 @@ def placements(devices: int, given: Placement) -> Iterator[Placement]:
         given: of the run, whose settings its strategy has elsewhere too.
     """
     for count in counts_up_to(devices):
-        usual = (ONE_PROCESS,) if count == 1 else SEVERAL
+        usual = (ONE_PROCESS,) if count == 1 else MULTI_DEVICE_STRATEGIES
         asked = () if given.strategy in usual or count != devices else (given.strategy,)
         for strategy in (*usual, *asked):
-            same = given if given.strategy == strategy else Placement(strategy, count)
+            same = given if given.strategy == strategy else ParallelStrategy(strategy, count)
             yield same._replace(devices=count)
 
 
-def need_of(setting: Setting, placement: Placement, tokens: int) -> tuple[Need, int]:
+def need_of(setting: PlanSetting, placement: ParallelStrategy, tokens: int) -> tuple[MemoryNeed, int]:
     """What a device needs for a micro-batch, and how many layers are checkpointed for it."""
     model, available = setting.model, setting.available(placement.devices)
     assert not isinstance(model, str)
 
     optimizer = setting.zero_optimizer if placement.zero_stage else setting.optimizer
 
-    def need(count: int) -> Need:
-        return need_on_device(
+    def need(count: int) -> MemoryNeed:
+        return compute_device_memory(
             model, tokens, count, placement, optimizer=optimizer, accumulates=setting.accumulation > 1
         )
 
@@ -231,7 +231,7 @@ def need_of(setting: Setting, placement: Placement, tokens: int) -> tuple[Need, 
     return need(count), count
 
 
-def look_at(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) -> OnDevice:
+def look_at(setting: PlanSetting, placement: ParallelStrategy, rows: int, why_not: WhyNot) -> OnDevice:
     """What one device needs, whether it can give it, and how much more it could do.
 
     Args:
@@ -251,7 +251,7 @@ def look_at(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) 
     return OnDevice(placement, "", found, checkpointed, found.total <= available, largest)
 
 
-def _largest_batch(setting: Setting, placement: Placement, most: int, available: float) -> int:
+def _largest_batch(setting: PlanSetting, placement: ParallelStrategy, most: int, available: float) -> int:
     """The largest micro-batch that fits, found by halving: what is needed grows with it."""
     fitting, too_large = 0, most + 1
     while too_large - fitting > 1:
@@ -276,11 +276,11 @@ class _Alternative(NamedTuple):
     kinds: frozenset[str]
     flags: str
     costs: str
-    setting: Setting
-    placement: Placement
+    setting: PlanSetting
+    placement: ParallelStrategy
 
 
-def changes_that_fit(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) -> list[Change]:
+def changes_that_fit(setting: PlanSetting, placement: ParallelStrategy, rows: int, why_not: WhyNot) -> list[Change]:
     """What would make a run fit, the cheapest first: what costs nothing but time comes before what learns otherwise.
 
     Args:
@@ -309,11 +309,11 @@ def _joined(between: str, *parts: str) -> str:
     return between.join(filter(None, parts))
 
 
-def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternative]:
+def _alternatives(setting: PlanSetting, placement: ParallelStrategy) -> Iterator[_Alternative]:
     devices, asked = placement.devices, setting.precision
     instead = " in place of --deepspeed" * bool(placement.zero_stage)
     can_shard = devices > 1 and placement.strategy != FSDP2
-    sharded = Placement(FSDP2, devices) if can_shard else placement
+    sharded = ParallelStrategy(FSDP2, devices) if can_shard else placement
     to_bf16 = "--bf16 True" * (asked.dtype == torch.float32)
     kept = [(NOTHING, "", setting)]
     yield _Alternative(NOTHING, "", "", setting, placement)
@@ -321,13 +321,13 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternati
         half = replace(setting, precision=asked._replace(dtype=torch.bfloat16))
         yield _Alternative(BF16, to_bf16, "computed in 16 bits", half, placement)
     if placement.zero_stage and devices > 1:
-        whole = Placement(DDP, devices)
+        whole = ParallelStrategy(DDP, devices)
         yield _Alternative(WHOLE, "no --deepspeed", "every device has the whole base", setting, whole)
     if can_shard:
         costs = "layers are gathered as they are needed"
         yield _Alternative(SHARDED, f"--fsdp True{instead}", costs, setting, sharded)
-    if asked.quantised not in QUANTISED_TO_4:
-        also = " in place of --load_in_8bit" * (asked.quantised == "int8")
+    if asked.quantized not in QUANTISED_TO_4:
+        also = " in place of --load_in_8bit" * (asked.quantized == "int8")
         smaller = replace(setting, precision=Precision(QUANTISED_TO_4[0], torch.bfloat16 if to_bf16 else asked.dtype))
         q_lora, costs = _joined(" ", to_bf16, f"--q_lora True{also}"), "the base is rounded to 4 bits"
         kept.append((IN_4_BITS, q_lora, smaller))
@@ -347,7 +347,7 @@ def _alternatives(setting: Setting, placement: Placement) -> Iterator[_Alternati
 
 
 def _on_more_devices(
-    setting: Setting, placement: Placement, fsdp: str, also: str, kinds: frozenset[str]
+    setting: PlanSetting, placement: ParallelStrategy, fsdp: str, also: str, kinds: frozenset[str]
 ) -> Iterator[_Alternative]:
     """Twice as many devices, again and again; with the same conversations in a step where they can be dealt out."""
     devices, is_sharded = placement.devices, placement.strategy in (ZERO_3, FSDP2)
@@ -360,7 +360,7 @@ def _on_more_devices(
         on_each = in_a_step // times if same_steps else in_a_step
         size = _largest_divisor(on_each, setting.batch_size)
         dealt = replace(setting, batch_size=size, accumulation=on_each // size)
-        moved = placement._replace(devices=count) if not flags else Placement(FSDP2, count)
+        moved = placement._replace(devices=count) if not flags else ParallelStrategy(FSDP2, count)
         costs = f"{count} devices" + f", {times} times the conversations of a step" * (not same_steps)
         all_kinds = kinds | DEVICES | (SHARDED if flags else NOTHING)
         yield _Alternative(all_kinds, _joined(" ", also, flags, f"on {count} devices"), costs, dealt, moved)
@@ -371,7 +371,9 @@ def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
 
 
-def _relaxed(setting: Setting, placement: Placement, rows: int, why_not: WhyNot) -> Iterator[tuple[str, str, Setting]]:
+def _relaxed(
+    setting: PlanSetting, placement: ParallelStrategy, rows: int, why_not: WhyNot
+) -> Iterator[tuple[str, str, PlanSetting]]:
     """The same steps with less at once: flags, what they cost, and what is then asked for."""
     yield "", "", setting
     flags, costs = "", ""
@@ -387,7 +389,7 @@ def _relaxed(setting: Setting, placement: Placement, rows: int, why_not: WhyNot)
         yield flags, _joined("; ", costs, "the same steps"), smaller
 
 
-def _batch_flags(given: Setting, changed: Setting) -> str:
+def _batch_flags(given: PlanSetting, changed: PlanSetting) -> str:
     names = {"batch_size": "--per_device_train_batch_size", "accumulation": "--gradient_accumulation_steps"}
     return " ".join(
         f"{flag} {getattr(changed, name)}"

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from fastchat_qlora.commands.console import Screen
 from fastchat_qlora.commands.plan.planning import GIB, OnDevice, Plan
-from fastchat_qlora.model.estimates.memory import Need
-from fastchat_qlora.utils.text import visible
+from fastchat_qlora.model.estimates.memory import MemoryNeed
+from fastchat_qlora.utils.text import escape_control
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ def as_json(plan: Plan) -> str:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Need):
+    if isinstance(value, MemoryNeed):
         return {name: round(size) for name, size in value._asdict().items()} | {"total": round(value.total)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {name: _plain(one) for name, one in value._asdict().items()}
@@ -50,11 +50,11 @@ def print_plan(plan: Plan, target: IO[str]) -> None:
     console = Screen(file=target, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    console.print(Text(visible(plan.model), style="bold"), soft_wrap=True)
+    console.print(Text(escape_control(plan.model), style="bold"), soft_wrap=True)
     console.print(_facts(plan))
     if plan.unknown:
         console.print(
-            Text(f"Memory cannot be told: {visible(_sentence(plan.unknown))}", style="yellow"), soft_wrap=True
+            Text(f"Memory cannot be told: {escape_control(_sentence(plan.unknown))}", style="yellow"), soft_wrap=True
         )
         return
     console.print("", _memory(plan, narrow=console.width < WIDTH), _legend(plan), sep="\n")
@@ -80,7 +80,7 @@ def _facts(plan: Plan) -> Table:
         "time": _time(plan),
     }
     for name, fact in facts.items():
-        table.add_row(Text(name, style="dim"), Text(visible(fact)))
+        table.add_row(Text(name, style="dim"), Text(escape_control(fact)))
     return table
 
 
@@ -102,7 +102,7 @@ def _duration(seconds: float) -> str:
 def _memory(plan: Plan, *, narrow: bool) -> Table:
     table = Table(title="Memory of one device in GiB", title_style="bold", title_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
-    parts = NARROW if narrow else {name: (name,) for name in Need._fields}
+    parts = NARROW if narrow else {name: (name,) for name in MemoryNeed._fields}
     table.add_column("on", justify="right")
     table.add_column("strategy", no_wrap=True)
     for name in (*parts, "total", "recomp.", "fits", "batch"):
@@ -145,7 +145,7 @@ def _legend(plan: Plan) -> Text:
     refusals = dict.fromkeys(
         f"{one.placement.strategy}: {_sentence(one.refused)}" for one in plan.devices if one.refused
     )
-    return Text("\n".join([*lines, *map(visible, refusals)]), style="dim")
+    return Text("\n".join([*lines, *map(escape_control, refusals)]), style="dim")
 
 
 def _verdict(plan: Plan) -> Text | None:
@@ -153,7 +153,9 @@ def _verdict(plan: Plan) -> Text | None:
     if run is None or (run.fits is None and not run.refused):
         return None
     if run.need is None:
-        return Text(f"Not possible: {run.placement.strategy}: {visible(_sentence(run.refused))}", style="bold red")
+        return Text(
+            f"Not possible: {run.placement.strategy}: {escape_control(_sentence(run.refused))}", style="bold red"
+        )
     count = run.placement.devices
     asked = f"{run.placement.strategy} on {count} devices" if count > 1 else "one process"
     if run.fits:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastchat_qlora.distributed.deepspeed_config import ADAM, COUNTED, offload_device
+from fastchat_qlora.distributed.deepspeed_config import ADAM_NAMES, DATA_DEPENDENT_KEYS, get_offload_device
 from fastchat_qlora.utils.text import did_you_mean, one_line
 
 OPTIONAL = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
@@ -55,7 +55,7 @@ ELSEWHERE = {
 """Settings that would be done twice, or not at all, unless they are switched off; and what to do about it."""
 
 OPTIMIZERS = {
-    **dict.fromkeys(ADAM, ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode")),
+    **dict.fromkeys(ADAM_NAMES, ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode")),
     "adagrad": ("lr", "eps", "weight_decay"),
     "lion": ("lr", "betas", "weight_decay"),
 }
@@ -64,7 +64,7 @@ OPTIMIZERS = {
 FILLED_LATER = (
     *("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),  # from the width
     "stage3_gather_16bit_weights_on_model_save",
-    *COUNTED,
+    *DATA_DEPENDENT_KEYS,
 )
 
 
@@ -116,14 +116,14 @@ def _check_zero(config: Mapping[str, Any]) -> Iterator[str]:
         # Stage 0 is no ZeRO: in bf16 its first step is a wrong one, and what is saved is rounded (DeepSpeed 0.19.8).
         found = f", not {stage!r}" if stage is not None else ""
         yield f"zero_optimization.stage must be 1, 2 or 3{found}; without --deepspeed the strategy is DDP"
-    elif stage < 3 and offload_device(config, "offload_param") != "none":
+    elif stage < 3 and get_offload_device(config, "offload_param") != "none":
         yield f"zero_optimization.offload_param means something at stage 3 only, not at {stage}; drop it"
-    elif stage < 3 and offload_device(config, "offload_optimizer") == "nvme":
+    elif stage < 3 and get_offload_device(config, "offload_optimizer") == "nvme":
         yield f"zero_optimization.offload_optimizer.device nvme needs stage 3, not {stage}; choose cpu"
     if zero.get("compute_grad_norm") is False:
         yield "zero_optimization.compute_grad_norm is false, and the norm is what clipping and the log need; drop it"
     for name in ("offload_optimizer", "offload_param"):
-        device = offload_device(config, name)
+        device = get_offload_device(config, name)
         if device not in ("cpu", "nvme", "none"):
             yield f"zero_optimization.{name}.device must be cpu, nvme or none, not {device}"
         elif device == "nvme" and not zero[name].get("nvme_path"):
@@ -141,13 +141,13 @@ def _check_named(config: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(config[section].get("type"), str):
             yield f"{section}.type must be a name, not {config[section].get('type')!r}"
     optimizer = config.get("optimizer", {})
-    name = str(optimizer.get("type", ADAM[0])).lower()
+    name = str(optimizer.get("type", ADAM_NAMES[0])).lower()
     if name not in OPTIMIZERS and isinstance(optimizer["type"], str):
         yield f"optimizer.type {optimizer['type']} must be one of {', '.join(OPTIMIZERS)}; or drop it and give --optim"
     for key in optimizer.get("params", {}):
         if key not in OPTIMIZERS.get(name, (key,)):
             yield f"optimizer.params.{key} is unknown; {did_you_mean(key, OPTIMIZERS[name])}"
-    for key in COUNTED:
+    for key in DATA_DEPENDENT_KEYS:
         value = config.get("scheduler", {}).get("params", {}).get(key, "auto")
         if value != "auto":
             yield f"scheduler.params.{key} is {value!r}, which follows from the data; leave it out"

@@ -19,11 +19,11 @@ ATTENTION = (
     "flash_attention_3",
     "flash_attention_4",
 )
-SHAPED = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
+SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
 """How the names of optimizers begin that treat a matrix otherwise than its numbers in a row."""
 
 
-def find_problems(values: argparse.Namespace) -> list[str]:
+def find_flag_errors(values: argparse.Namespace) -> list[str]:
     """Everything wrong with the parsed values: sentences with flag, value, what is allowed and what to do."""
     checks = (
         check_numbers,
@@ -76,20 +76,20 @@ def _check_precision(values: argparse.Namespace) -> list[str]:
 
 def _check_strategy(values: argparse.Namespace) -> list[str]:
     problems = []
-    fsdp, fsdp_settings = fsdp_config.read_flag(values.fsdp), settings_of(values.fsdp_config)
+    fsdp, fsdp_settings = fsdp_config.parse_fsdp_flag(values.fsdp), settings_of(values.fsdp_config)
     if fsdp and values.deepspeed:
         problems.append("--fsdp and --deepspeed: two strategies for one run; choose one")
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         problems.append(f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun")
     if values.fsdp_config and not fsdp:
         problems.append(f"--fsdp_config {values.fsdp_config}: has no effect without --fsdp; add that or drop this")
-    if unknown := fsdp_config.find_unknown_words(fsdp):
-        allowed = ", ".join(fsdp_config.WORDS)
+    if unknown := fsdp_config.find_unknown_fsdp_options(fsdp):
+        allowed = ", ".join(fsdp_config.FSDP_OPTIONS)
         problems.append(f"--fsdp {' '.join(unknown)}: FSDP2 does not have it; give True, or some of {allowed}")
-    if fsdp and is_launched(values) and values.optim not in fsdp_config.OPTIMIZERS:
-        allowed = ", ".join(fsdp_config.OPTIMIZERS)
+    if fsdp and is_launched(values) and values.optim not in fsdp_config.FSDP_OPTIMIZERS:
+        allowed = ", ".join(fsdp_config.FSDP_OPTIMIZERS)
         problems.append(f"--optim {values.optim}: is not proven to step on what --fsdp shards; choose one of {allowed}")
-    if values.deepspeed and values.optim.startswith(SHAPED):
+    if values.deepspeed and values.optim.startswith(SHAPE_AWARE_OPTIMIZERS):
         problems.append(f"--optim {values.optim}: looks at shapes, which ZeRO flattens; choose adamw_torch, or no ZeRO")
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         problems.append(
@@ -98,9 +98,9 @@ def _check_strategy(values: argparse.Namespace) -> list[str]:
         )
     problems += [
         f"--fsdp {contradiction} contradict each other; drop one"
-        for contradiction in fsdp_config.find_contradictions(fsdp, fsdp_settings)
+        for contradiction in fsdp_config.find_fsdp_contradictions(fsdp, fsdp_settings)
     ]
-    if fsdp and goes_to_cpu(values) and fsdp_config.offloads(fsdp, fsdp_settings):
+    if fsdp and goes_to_cpu(values) and fsdp_config.offloads_to_cpu(fsdp, fsdp_settings):
         problems.append("--fsdp offload: on the CPU everything is in main memory already; drop offload")
     return problems
 

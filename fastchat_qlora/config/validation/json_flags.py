@@ -188,7 +188,7 @@ def _find_in_checkpointing(settings: Mapping[str, Any]) -> list[str]:
 
 FLAGS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "deepspeed": deepspeed_checks.find_malformed,
-    "fsdp_config": fsdp_config.find_problems,
+    "fsdp_config": fsdp_config.find_fsdp_config_errors,
     "accelerator_config": _find_in_accelerator,
     "lr_scheduler_kwargs": lambda settings: [],  # the schedule knows; see training/rehearsal.py
     "activation_checkpointing_kwargs": _find_in_checkpointing,

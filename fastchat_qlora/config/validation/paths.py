@@ -65,7 +65,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def without_compression(name: str) -> str:
+def strip_compression_suffix(name: str) -> str:
     """A file's name in small letters, without .gz or .zst."""
     name = name.lower()
     for suffix in COMPRESSED:
@@ -75,7 +75,7 @@ def without_compression(name: str) -> str:
 
 def is_data_file(name: str) -> bool:
     """Whether a file of that name is one of conversations."""
-    return without_compression(name).endswith(DATA_SUFFIXES)
+    return strip_compression_suffix(name).endswith(DATA_SUFFIXES)
 
 
 def check_data_path(flag: str, name: str) -> list[str]:

@@ -37,13 +37,13 @@ STEPS = Range(
     "must be a whole number of steps, or a share of the run below 1",
 )
 
-SPEED = Range(lambda value: value == 0 or value >= 1e-3, "must be at least 0.001, or 0 if it is not known")
+TOKENS_PER_SECOND = Range(lambda value: value == 0 or value >= 1e-3, "must be at least 0.001, or 0 if it is not known")
 
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "model_max_length", "gradient_accumulation_steps"), COUNT),
     "device_memory_gib": NOT_NEGATIVE,
     "devices": COUNT,
-    "tokens_per_second": SPEED,
+    "tokens_per_second": TOKENS_PER_SECOND,
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),

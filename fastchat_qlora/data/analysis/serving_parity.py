@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from fastchat_qlora.data.batching.packing import column
+from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Conversation
 from fastchat_qlora.data.sources.formats import parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord
@@ -95,12 +95,12 @@ def choose_rows(rows: Dataset, overlong: str) -> list[int]:
 
     A part of a conversation that was split begins as no conversation does, and is none of them.
     """
-    can_be = column(rows, "line") <= WITHIN
+    can_be = get_column(rows, "line") <= WITHIN
     if overlong == "split":
-        records = column(rows, "record")
+        records = get_column(rows, "record")
         same = records[1:] == records[:-1]
         can_be &= ~(np.append(same, False) | np.append(False, same))
-        can_be &= column(rows, "full_length") == column(rows, "length")
+        can_be &= get_column(rows, "full_length") == get_column(rows, "length")
     found = np.flatnonzero(can_be)
     return np.unique(found[np.linspace(0, len(found) - 1, min(ROWS, len(found))).astype(int)]).tolist()  # type: ignore[no-any-return]
 

@@ -10,12 +10,12 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from fastchat_qlora.data.batching.packing import column
+from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.data.sources.readers import Rejection, Source
 from fastchat_qlora.data.tokenization.build import describe
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
-from fastchat_qlora.utils.text import visible
+from fastchat_qlora.utils.text import escape_control
 
 LISTED = 20
 """Rejected records that are listed one by one."""
@@ -61,7 +61,7 @@ class Example:
         identity = f", id {self.id}" if self.id is not None else ""
         cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
         size = f"{len(self.input_ids):,} tokens, {self.learnt:,} learnt{cut}"
-        return visible(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
+        return escape_control(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
 
     @property
     def parts(self) -> list[Part]:
@@ -69,7 +69,7 @@ class Example:
         return split_learnt(self.input_ids, self.labels, self.tokenizer)
 
 
-class Account(NamedTuple):
+class RejectionSummary(NamedTuple):
     """What became of the records of one flag; `kinds` counts reasons, `listed` names the first rejected ones."""
 
     read: int
@@ -87,7 +87,7 @@ class Bin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measures:
+class DatasetStatistics:
     """Counts over the rows of one set; `lengths` are percentiles of a row's tokens."""
 
     rows: int
@@ -100,13 +100,13 @@ class Measures:
     histogram: list[Bin]
 
 
-def get_account(data: LoadedData) -> Account:
+def summarize_rejections(data: LoadedData) -> RejectionSummary:
     """What became of the records of one flag."""
     with data.rejected.open(encoding="utf-8") as lines:
         first = [json.loads(line) for line in islice(lines, LISTED)]
     listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
     account = data.account
-    return Account(account["read"], account["rejected"], account["kinds"], listed)
+    return RejectionSummary(account["read"], account["rejected"], account["kinds"], listed)
 
 
 def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
@@ -134,13 +134,13 @@ def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
             yield {name: values[i] for name, values in batch.items()}
 
 
-def measure(rows: Dataset) -> Measures:
+def compute_statistics(rows: Dataset) -> DatasetStatistics:
     """Count a set."""
     names = ("length", "supervised", "full_length", "turns")
-    numbers = {name: column(rows, name) for name in names}
-    records = column(rows, "record")
+    numbers = {name: get_column(rows, name) for name in names}
+    records = get_column(rows, "record")
     lengths, learnt = numbers["length"], numbers["supervised"]
-    return Measures(
+    return DatasetStatistics(
         rows=len(rows),
         conversations=len(np.unique(records)),
         shortened=len(np.unique(records[numbers["full_length"] > lengths])),
@@ -152,14 +152,14 @@ def measure(rows: Dataset) -> Measures:
     )
 
 
-def describe_account(account: Account) -> dict[str, str]:
+def format_rejections(account: RejectionSummary) -> dict[str, str]:
     """What became of the records of one flag, as named numbers."""
     facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
     kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
-    return {visible(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
+    return {escape_control(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
 
 
-def describe_measures(measures: Measures) -> dict[str, str]:
+def format_statistics(measures: DatasetStatistics) -> dict[str, str]:
     """The counts of one set, as named numbers."""
     share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
     lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
@@ -199,6 +199,6 @@ def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any
         if not text.startswith(before):  # a character in halves, on either side of where the row was cut
             before = ""
             text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
-        parts.append(Part(visible(text[len(before) :]), bool(is_learnt[start])))
+        parts.append(Part(escape_control(text[len(before) :]), bool(is_learnt[start])))
         before = text
     return parts

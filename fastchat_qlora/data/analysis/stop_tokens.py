@@ -12,7 +12,7 @@ ROWS = 500
 """Of so many rows, spread over all of them, the ends are looked at."""
 
 
-def find_turn_ends(rows: Dataset, tokenizer: Any, max_length: int) -> list[int]:
+def find_stop_tokens(rows: Dataset, tokenizer: Any, max_length: int) -> list[int]:
     """Ids of the tokens that learnt answers end with, the commonest first.
 
     Counted are the special and added tokens of the vocabulary. An answer that was cut short ends with what happened to
@@ -46,7 +46,7 @@ def _before_blanks(ids: list[int], can_end: set[int], tokenizer: Any) -> int:
     return ids[-1]
 
 
-def describe_turn_ends(turn_ends: list[int], tokenizer: Any) -> str:
+def describe_stop_tokens(turn_ends: list[int], tokenizer: Any) -> str:
     """What a server has to know beyond the tokenizer's eos_token so that the model stops; empty if nothing."""
     if not turn_ends:
         return "No answer ends within --model_max_length tokens, so the model is not taught to stop; raise it."

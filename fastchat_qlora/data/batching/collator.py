@@ -13,11 +13,11 @@ from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 MULTIPLE = 8
 """Of which padded lengths are: kind to matrix units."""
 
-ACCOUNT = ("num_tokens", "num_supervised", "num_conversations", "sources")
+BATCH_INFO = ("num_tokens", "num_supervised", "num_conversations", "sources")
 """What a batch says of itself in plain integers and names, written down before anything is on a device."""
 
 
-def largest_batch(lengths: np.ndarray[Any, Any], batch_size: int, *, padding_free: bool) -> int:
+def count_max_batch_tokens(lengths: np.ndarray[Any, Any], batch_size: int, *, padding_free: bool) -> int:
     """The most tokens that a batch of so many conversations can have, padding included."""
     longest = np.sort(lengths)[-batch_size:]
     return int(longest.sum() if padding_free else len(longest) * -(-longest[-1] // MULTIPLE) * MULTIPLE)

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastchat_qlora.data.batching.collator import largest_batch
+from fastchat_qlora.data.batching.collator import count_max_batch_tokens
 
 
-def column(rows: Any, name: str) -> Any:
+def get_column(rows: Any, name: str) -> Any:
     """A column of numbers as a NumPy array, of the rows that a dataset selects."""
     values = rows.data.column(name).to_numpy()
     return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
 
 
-def pack(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest row that still has room for it.
 
     It needs at most 11/9 of the fewest rows possible, and 6/9 of a row (Dosa 2007); with conversations it fills
@@ -66,7 +66,7 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
         self.capacity = capacity
         self._lengths, self._seed = np.asarray(lengths), seed
         self._epoch = 0
-        self._count = len(pack(self._lengths, capacity))
+        self._count = len(pack_best_fit(self._lengths, capacity))
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next."""
@@ -78,12 +78,12 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self._seed, self._epoch))
         order = random.permutation(len(self._lengths))
-        rows = pack(self._lengths[order], self.capacity)
+        rows = pack_best_fit(self._lengths[order], self.capacity)
         for row in random.permutation(len(rows)).tolist():
             yield order[rows[row]].tolist()
 
 
-class PackedRows(torch.utils.data.Dataset[list[Any]]):
+class PackedDataset(torch.utils.data.Dataset[list[Any]]):
     """A dataset of conversations that is asked for rows of them.
 
     Args:
@@ -114,8 +114,8 @@ class PackedRows(torch.utils.data.Dataset[list[Any]]):
         return self[[index for row in rows for index in row]]
 
 
-def largest_possible_batch(rows: Any, batch_size: int, *, padding_free: bool) -> int:
+def find_max_batch_tokens(rows: Any, batch_size: int, *, padding_free: bool) -> int:
     """The most tokens that a micro-batch of so many rows can have, padding included."""
-    if isinstance(rows, PackedRows):
+    if isinstance(rows, PackedDataset):
         return int(min(batch_size, len(rows)) * rows.sampler.capacity)
-    return largest_batch(column(rows, "length"), batch_size, padding_free=padding_free)
+    return count_max_batch_tokens(get_column(rows, "length"), batch_size, padding_free=padding_free)

@@ -13,7 +13,7 @@ import ijson
 import numpy as np
 import pyarrow as pa
 
-from fastchat_qlora.config.validation.paths import LINE_SUFFIXES, without_compression
+from fastchat_qlora.config.validation.paths import LINE_SUFFIXES, strip_compression_suffix
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
@@ -60,7 +60,7 @@ def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[Numbere
         file.read(3)
     if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{flag} {path}: is text in UTF-16; convert the file to UTF-8")
-    is_lines = without_compression(path.name).endswith(LINE_SUFFIXES)
+    is_lines = strip_compression_suffix(path.name).endswith(LINE_SUFFIXES)
     first = file.peek(1)
     while not is_lines and first[:1].isspace():
         file.read(len(first) - len(first.lstrip()))  # one by one would take minutes for a file of blanks

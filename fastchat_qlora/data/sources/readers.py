@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastchat_qlora.config.validation.paths import is_data_file, without_compression
+from fastchat_qlora.config.validation.paths import is_data_file, strip_compression_suffix
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.data.sources.formats import FIELDS
 from fastchat_qlora.data.sources.json_reader import read_json
@@ -97,7 +97,7 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
     Raises:
         UserError: the file cannot be read, or breaks off in the middle of an array.
     """
-    is_parquet = without_compression(path.name).endswith(".parquet")
+    is_parquet = strip_compression_suffix(path.name).endswith(".parquet")
     if is_parquet and not path.name.lower().endswith(".parquet"):
         raise UserError(f"{flag} {path}: Parquet is compressed inside; unpack the file")
     records = _read_parquet if is_parquet else read_json

@@ -51,7 +51,7 @@ def build_rows(
         The account: `read`, `rejected`, `too_long`, `kinds` (reason -> count), `first` and `first_too_long`.
     """
     features = LAZY_FEATURES if preprocessor.lazy else EAGER_FEATURES
-    account = Account()
+    account = RejectionCounter()
     with (
         (folder / REJECTED).open("w", encoding="utf-8") as rejected,
         pa.OSFile(str(folder / ROWS), "wb") as sink,
@@ -72,7 +72,7 @@ def to_json(rejection: Rejection) -> str:
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-class Account:
+class RejectionCounter:
     """Counts what became of records, in bounded memory."""
 
     def __init__(self) -> None:

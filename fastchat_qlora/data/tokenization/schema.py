@@ -71,7 +71,7 @@ def _join(arrays: Sequence[Ids]) -> Ids:
     return np.concatenate([*arrays, np.empty(0, dtype=np.int32)], dtype=np.int32)
 
 
-class Tokenised:
+class TokenizeOnAccess:
     """Tokenises rows on access, to what they were found to be when they were checked.
 
     Args:

@@ -151,7 +151,7 @@ def _patterns(config: LoraConfig) -> list[str]:
     return patterns + [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
 
 
-def check_patterns(config: LoraConfig, names: Collection[str]) -> None:
+def check_module_patterns(config: LoraConfig, names: Collection[str]) -> None:
     """Require that the adapter's regular expressions can be matched with these names of modules in little time.
 
     Raises:
@@ -187,7 +187,7 @@ def _at_most(seconds: float, error: Exception) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:
+def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:
     """Require that an adapter's file holds what its configuration says, by its header alone.
 
     Args:
@@ -218,7 +218,7 @@ def check_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag:
             )
 
 
-def check_finite(path: str, *, flag: str = START_FLAG) -> None:
+def check_adapter_finite(path: str, *, flag: str = START_FLAG) -> None:
     """Require that every number of an adapter is one, and not a whole one.
 
     Raises:

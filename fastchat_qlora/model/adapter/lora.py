@@ -16,9 +16,9 @@ from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE as ADAPTER_FILE
-from fastchat_qlora.model.adapter.adapter_files import check_patterns, read_lora_config
-from fastchat_qlora.model.ops.lora_linear import use_lean_layers
-from fastchat_qlora.model.ops.rmsnorm_mlp import use_lean_modules
+from fastchat_qlora.model.adapter.adapter_files import check_module_patterns, read_lora_config
+from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
+from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _tell_of(config: LoraConfig, path: str) -> None:
     )
 
 
-def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, quantised: bool = False) -> None:
+def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
     """Require that every module the adapter names exists, before any weight is loaded.
 
     PEFT raises only if no name matches at all. A model without skeleton is left to PEFT's own check.
@@ -72,47 +72,47 @@ def check_targets(skeleton: PreTrainedModel | None, lora_config: LoraConfig, *, 
     Raises:
         UserError: naming what matches nothing and what there is to match.
     """
-    if skeleton is None:
-        check_patterns(lora_config, [USUAL_NAME])
+    if meta_model is None:
+        check_module_patterns(lora_config, [USUAL_NAME])
         return
-    modules = dict(skeleton.named_modules())
-    check_patterns(lora_config, modules)
+    modules = dict(meta_model.named_modules())
+    check_module_patterns(lora_config, modules)
     adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
     linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
     if not isinstance(lora_config.target_modules, str):
         _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
     # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
-    whole = {name for name in modules if not quantised or name not in linear or _is_kept(name)}
-    whole -= _around_attention(skeleton)
+    whole = {name for name in modules if not quantized or name not in linear or _is_kept(name)}
+    whole -= _around_attention(meta_model)
     _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
 
 
-def _around_attention(skeleton: PreTrainedModel) -> set[str]:
+def _around_attention(meta_model: PreTrainedModel) -> set[str]:
     """Names of the modules that hold attention: PEFT's copy would not hear of it when the attention is set."""
-    names = [name for name, module in skeleton.named_modules() if "attention" in type(module).__name__.lower()]
+    names = [name for name, module in meta_model.named_modules() if "attention" in type(module).__name__.lower()]
     return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
 
 
 def check_sharding(
     config: PretrainedConfig,
-    skeleton: PreTrainedModel | None,
+    meta_model: PreTrainedModel | None,
     lora_config: LoraConfig,
     topology: Topology,
     *,
-    quantised: bool = False,
+    quantized: bool = False,
 ) -> None:
     """Require that what is trained can be trained where parameters are sharded, before any weight is loaded.
 
     Raises:
         UserError: naming the flag, and the strategies that can do it.
     """
-    if quantised and lora_config.use_dora and topology.zero_stage == 3:
+    if quantized and lora_config.use_dora and topology.zero_stage == 3:
         # Its norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU puts another
         # parameter in its place at every step (0.21.2, `dequantize_module_weight`).
         raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
     if not topology.fsdp:
         return
-    if quantised and _trains_biases(skeleton, lora_config):
+    if quantized and _trains_biases(meta_model, lora_config):
         # With 4-bit weights biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
         raise UserError(
             f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are no fp32 and cannot be "
@@ -125,7 +125,7 @@ def check_sharding(
         ("--lora_target_modules", lora_config.target_modules or ()),
     ):
         given = names if isinstance(names, str) else " ".join(sorted(names))
-        if any(_matches(tied, names) for tied in _ends(skeleton, names)):
+        if any(_matches(tied, names) for tied in _ends(meta_model, names)):
             # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
             raise UserError(
                 f"{flag} {given}: the head and the embeddings of this model are one weight, which accelerate ties "
@@ -133,24 +133,26 @@ def check_sharding(
             )
 
 
-def _trains_biases(skeleton: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
+def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
     """Whether there are biases to train; taken for granted where the model's code lies outside transformers."""
     if lora_config.bias == "none":
         return False
-    if skeleton is None:
+    if meta_model is None:
         return True
-    biased = [name for name, m in skeleton.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)]
+    biased = [
+        name for name, m in meta_model.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)
+    ]
     if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
         return bool(biased)
     return any(_matches(name, lora_config.target_modules or ()) for name in biased)
 
 
-def _ends(skeleton: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
+def _ends(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
     """Names of the embeddings and the head; those that sound like it where the model's code lies elsewhere."""
-    if skeleton is None:
+    if meta_model is None:
         return [] if isinstance(names, str) else [name for name in names if _is_kept(name)]
-    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    return [name for name, module in skeleton.named_modules() if module in ends]
+    ends = (meta_model.get_input_embeddings(), meta_model.get_output_embeddings())
+    return [name for name, module in meta_model.named_modules() if module in ends]
 
 
 def _matches(name: str, wanted: str | Collection[str]) -> bool:
@@ -160,15 +162,15 @@ def _matches(name: str, wanted: str | Collection[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
-def check_layer_classes(skeleton: PreTrainedModel | None, names: Collection[str]) -> None:
+def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:
     """Require that the layers FSDP2 is to shard one by one exist, before any weight is loaded.
 
     Raises:
         UserError: naming the classes that there are not, and those of the model's repeated layers.
     """
-    if skeleton is None:
+    if meta_model is None:
         return
-    classes = {type(module).__name__ for module in skeleton.modules()}
+    classes = {type(module).__name__ for module in meta_model.modules()}
     unmatched = sorted(set(names) - classes)
     if unmatched:
         layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
@@ -208,22 +210,22 @@ def attach_adapter(
         RunError: the adapter has nothing to train, lacks tensors in its file or does not fit the model.
     """
     model.requires_grad_(False)
-    use_lean_modules(model, leave)
-    use_lean_layers(lora_config, model)
+    use_memory_efficient_modules(model, leave)
+    register_efficient_lora(lora_config, model)
     if weight_path:
         peft_model = _load_adapter(model, lora_config, weight_path)
         _check_all_loaded(peft_model, weight_path)
     else:
         peft_model = get_peft_model(model, lora_config)
-    quantised = bool(getattr(model, "is_quantized", False))
+    quantized = bool(getattr(model, "is_quantized", False))
     # A base that ZeRO-3 has partitioned while it was loaded stays as it is when DeepSpeed turns models to its compute
     # dtype, and so does all beside it; DeepSpeed keeps fp32 masters itself.
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    for name, parameter in trainable_parameters(peft_model).items():
+    for name, parameter in get_trainable_parameters(peft_model).items():
         # bitsandbytes turns the biases of its layers back to the compute dtype at every step.
-        if not (quantised and name.endswith(".bias")) and not hasattr(parameter, "ds_id"):
+        if not (quantized and name.endswith(".bias")) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(model.dtype if partitioned else torch.float32)
-    if not trainable_parameters(peft_model):
+    if not get_trainable_parameters(peft_model):
         raise RunError("the adapter has no parameter to train; check --lora_target_modules")
     return peft_model
 
@@ -237,8 +239,8 @@ def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: 
         ) from error
 
 
-def expected_shapes(
-    skeleton: PreTrainedModel | None,
+def compute_adapter_shapes(
+    meta_model: PreTrainedModel | None,
     lora_config: LoraConfig,
     *,
     flag: str = "--lora_target_modules, --modules_to_save",
@@ -256,17 +258,17 @@ def expected_shapes(
     Raises:
         UserError: the model has nothing that such an adapter could be put on.
     """
-    if skeleton is None:
+    if meta_model is None:
         return None
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # there is nothing to decompose or to draw
-    skeleton.requires_grad_(False)
+    meta_model.requires_grad_(False)
     try:
-        model = get_peft_model(skeleton, lora_config, low_cpu_mem_usage=True)
+        model = get_peft_model(meta_model, lora_config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = one_line(error, 300)
         raise UserError(f"{flag}: the adapter cannot be put on this model: {reason}") from error
-    trained = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
+    trained = {name: parameter.detach() for name, parameter in get_trainable_parameters(model).items()}
     named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     return {name: tensor.shape for name, tensor in named.items()}
 
@@ -280,6 +282,6 @@ def _check_all_loaded(peft_model: PeftModel, weight_path: str) -> None:
         raise RunError(f"--lora_weight_path {weight_path}: {len(missing)} tensors are not in it, such as {missing[0]}")
 
 
-def trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
+def get_trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
     """Name -> parameter, of what the run trains."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastchat_qlora.model.estimates.memory import Model
+from fastchat_qlora.model.estimates.memory import ModelCost
 
 SECONDS = 0.5
 """For which matrix products are timed."""
@@ -14,7 +14,7 @@ SECONDS = 0.5
 ROWS = 1024
 
 
-def flops_per_token(model: Model, config: Any, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
+def flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
     """Floating-point operations of training for one real token.
 
     Backward costs what forward costs: of a frozen weight's product only the gradient of its input is needed, and what

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastchat_qlora.model.estimates.memory import Model
-from fastchat_qlora.model.loading.base_model import repeated_layers
+from fastchat_qlora.model.estimates.memory import ModelCost
+from fastchat_qlora.model.loading.base_model import get_repeated_layers
 
 DEPTHS = (2, 3)
 """Layers of the shallow models; what the second has more is what a layer costs. The first layer is not like the others:
@@ -18,8 +18,8 @@ BY_POSITION = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_p
 """Settings of an adapter that may treat a layer otherwise than its neighbours."""
 
 
-def shallow_configs(
-    config: PretrainedConfig, skeleton: PreTrainedModel, lora_config: LoraConfig
+def make_shallow_configs(
+    config: PretrainedConfig, meta_model: PreTrainedModel, lora_config: LoraConfig
 ) -> tuple[PretrainedConfig, ...] | None:
     """The configurations of two shallow models that stand for a deep one; None where its layers are not all alike.
 
@@ -28,7 +28,7 @@ def shallow_configs(
         skeleton: made of it, without memory.
         lora_config: of the adapter, which must be the same in every layer too.
     """
-    layers = repeated_layers(skeleton)
+    layers = get_repeated_layers(meta_model)
     alike = len({_describe(layer) for layer in layers}) == 1
     if not alike or len(layers) <= DEPTHS[1] or getattr(config, "num_hidden_layers", None) != len(layers):
         return None
@@ -62,7 +62,7 @@ def _with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     return shallow
 
 
-def deepen(few: Model, more: Model, layers: int) -> Model:
+def extrapolate_layers(few: ModelCost, more: ModelCost, layers: int) -> ModelCost:
     """What a model of so many layers needs, from two of DEPTHS layers.
 
     Whatever is counted in total grows by the same for every layer; what is counted for one layer is a mean, in which

@@ -18,10 +18,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastchat_qlora.model.adapter.lora import trainable_parameters
+from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.estimates.optimizer_state import state_bytes_on_device
-from fastchat_qlora.model.loading.base_model import repeated_layers
-from fastchat_qlora.model.ops.chunked_loss import LossHead, chunk_length, install_loss_head, softmax_length, why_plain
+from fastchat_qlora.model.loading.base_model import get_repeated_layers
+from fastchat_qlora.model.ops.chunked_loss import (
+    LossHead,
+    explain_plain_loss,
+    get_chunk_length,
+    install_loss_head,
+    softmax_length,
+)
 
 TRACED_TOKENS = (64, 128)
 """Rows that are sent through; what the longer one costs more is what its tokens cost, without what is there once."""
@@ -71,7 +77,7 @@ class WeightBytes(NamedTuple):
     constants: float
 
 
-class Model(NamedTuple):
+class ModelCost(NamedTuple):
     """What there is to know of a model for the sums below.
 
     Attributes:
@@ -98,10 +104,10 @@ class Model(NamedTuple):
     chunk: int | None
     softmax_work: float
     piece: int
-    dequantised: float
+    dequantized: float
 
 
-class Need(NamedTuple):
+class MemoryNeed(NamedTuple):
     """Bytes by part, at the moment when they are most.
 
     Attributes:
@@ -166,7 +172,9 @@ for name in KEPT_BY_ATTENTION:
     AttentionInterface.register(name, _traced_attention(name))
 
 
-def profile(model: Any, *, supervised_share: float, quantised: str = "", device_type: str = "cpu") -> Model:
+def measure_model_cost(
+    model: Any, *, supervised_share: float, quantized: str = "", device_type: str = "cpu"
+) -> ModelCost:
     """Count what a model needs.
 
     Args:
@@ -184,36 +192,36 @@ def profile(model: Any, *, supervised_share: float, quantised: str = "", device_
         raise ValueError("attention whose scores are capped keeps them all, so that a token has no price of its own")
     head = base.get_output_embeddings()
     size = base.dtype.itemsize
-    weights, largest = _weigh(base, quantised)
-    chunked = not why_plain(model)
+    weights, largest = _weigh(base, quantized)
+    chunked = not explain_plain_loss(model)
     vocabulary = head.weight.shape[0]
     on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
     base.set_attn_implementation(on_cpu if device_type == "cpu" else KEPT_BY_ATTENTION[1])
     token, layers = _trace(model, supervised_share)
-    return Model(
+    return ModelCost(
         layers=layers,
         token=token,
         weights=weights,
         itemsize=size,
-        trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+        trained=sum(parameter.numel() for parameter in get_trainable_parameters(model).values()),
         targets=supervised_share,
         target_work=float(vocabulary * (size if chunked else 12 + 2 * size)),
-        chunk=chunk_length(vocabulary, device_type) if chunked else None,
+        chunk=get_chunk_length(vocabulary, device_type) if chunked else None,
         softmax_work=4.0 * vocabulary if chunked and size < 4 else 0.0,
         piece=softmax_length(vocabulary, device_type),
-        dequantised=float(largest * size if quantised else 0),
+        dequantized=float(largest * size if quantized else 0),
     )
 
 
-def moments(
-    model: Model,
+def compute_memory_phases(
+    model: ModelCost,
     tokens: int,
     checkpointed: int,
     *,
     optimizer: str = "adamw_torch",
     scale: float = 1.0,
     accumulates: bool = True,
-) -> tuple[Need, Need]:
+) -> tuple[MemoryNeed, MemoryNeed]:
     """What a run needs on one device when it needs most: where backward begins, and where the optimizer steps.
 
     With some layers checkpointed these are the first ones: backward comes to them last, when what the others kept is
@@ -236,7 +244,7 @@ def moments(
     at_once = min(tokens * model.targets, model.chunk or math.inf)
     of_loss = at_once * model.target_work + min(at_once, model.piece) * model.softmax_work
     in_backward = max(0.0, recomputed + 3 * tokens * token.widest - of_loss)
-    stepping = Need(
+    stepping = MemoryNeed(
         weights=model.weights.total,
         adapter=4.0 * model.trained,
         gradients=4.0 * model.trained,
@@ -249,12 +257,12 @@ def moments(
         gradients=stepping.gradients * accumulates,
         activations=activations * scale,
         logits=of_loss * scale,
-        buffers=in_backward * scale + 2 * model.dequantised,
+        buffers=in_backward * scale + 2 * model.dequantized,
     )
     return computing, stepping
 
 
-def need(model: Model, tokens: int, checkpointed: int, *, shards: int = 1, **how: Any) -> Need:
+def compute_peak_memory(model: ModelCost, tokens: int, checkpointed: int, *, shards: int = 1, **how: Any) -> MemoryNeed:
     """The larger of the two moments.
 
     Args:
@@ -264,13 +272,13 @@ def need(model: Model, tokens: int, checkpointed: int, *, shards: int = 1, **how
         shards: over how many processes optimizer state is divided, and with it the update.
         how: further arguments of `moments`.
     """
-    computing, stepping = moments(model, tokens, checkpointed, **how)
+    computing, stepping = compute_memory_phases(model, tokens, checkpointed, **how)
     divided = {"optimizer": stepping.optimizer / shards}
     stepping = stepping._replace(buffers=stepping.buffers / shards, **divided)
     return max(computing._replace(**divided), stepping, key=lambda moment: moment.total)
 
 
-def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any) -> int | None:
+def count_layers_to_checkpoint(model: ModelCost, tokens: int, available: float, **how: Any) -> int | None:
     """The fewest layers to checkpoint for a step to fit; None if it does not fit with all of them.
 
     Args:
@@ -280,22 +288,24 @@ def fewest_checkpointed(model: Model, tokens: int, available: float, **how: Any)
         how: further arguments of `need`.
     """
     counts = range(model.layers + 1)
-    return next((count for count in counts if need(model, tokens, count, **how).of_a_step <= available), None)
+    return next(
+        (count for count in counts if compute_peak_memory(model, tokens, count, **how).of_a_step <= available), None
+    )
 
 
-def _weigh(base: PreTrainedModel, quantised: str) -> tuple[WeightBytes, int]:
+def _weigh(base: PreTrainedModel, quantized: str) -> tuple[WeightBytes, int]:
     """Bytes of the frozen base as it will be loaded, and the numbers in its largest quantised weight."""
-    per_weight = {"": 0.0, "double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}[quantised]
+    per_weight = {"": 0.0, "double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}[quantized]
     ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
     linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear)} - ends
     frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
-    packed = {key: p.numel() for key, p in frozen.items() if quantised and key in linear}
+    packed = {key: p.numel() for key, p in frozen.items() if quantized and key in linear}
     sizes = {
         key: math.ceil(packed[key] * per_weight) if key in packed else p.numel() * p.element_size()
         for key, p in frozen.items()
     }
-    layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in repeated_layers(base)]
-    scales = sum(packed.values()) * (per_weight - 0.5) if quantised in ("double", "single") else 0.0
+    layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in get_repeated_layers(base)]
+    scales = sum(packed.values()) * (per_weight - 0.5) if quantized in ("double", "single") else 0.0
     total = sum(sizes.values())
     weights = WeightBytes(total, max(layers, default=0), total - sum(layers), scales)
     return weights, max(packed.values(), default=0)
@@ -304,8 +314,8 @@ def _weigh(base: PreTrainedModel, quantised: str) -> tuple[WeightBytes, int]:
 def _trace(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
     """Send two rows through the model and compare what is kept, in the layers and outside of them."""
     base: PreTrainedModel = model.get_base_model()
-    layers = repeated_layers(base)
-    head = None if why_plain(model) else install_loss_head(model)
+    layers = get_repeated_layers(base)
+    head = None if explain_plain_loss(model) else install_loss_head(model)
     model.train()
     short, long = (_count_kept(model, layers, head, tokens, supervised_share) for tokens in TRACED_TOKENS)
     more = TRACED_TOKENS[1] - TRACED_TOKENS[0]

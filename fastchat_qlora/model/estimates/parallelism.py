@@ -18,21 +18,21 @@ step, and of the layers the one at work and the one that is gathered meanwhile.
 
 from typing import Any, NamedTuple
 
-from fastchat_qlora.model.estimates.memory import Model, Need, moments
+from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost, compute_memory_phases
 
 ONE_PROCESS, DDP, FSDP2 = "one process", "DDP", "FSDP2"
 ZERO_1, ZERO_2, ZERO_3 = "ZeRO-1", "ZeRO-2", "ZeRO-3"
-SEVERAL = (DDP, ZERO_2, ZERO_3, FSDP2)
+MULTI_DEVICE_STRATEGIES = (DDP, ZERO_2, ZERO_3, FSDP2)
 """Strategies for more than one device, in the order of what they divide; ZeRO-1 is shown where it is asked for."""
 
-BUCKET, LIVE = 500_000_000, 1_000_000_000
+DEFAULT_BUCKET_SIZE, DEFAULT_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """Numbers in a bucket, and of weights kept live: what DeepSpeed takes where its configuration does not say."""
 
 USUAL_BUCKET = 50_000_000
 """In the configurations of playground/."""
 
 
-class Placement(NamedTuple):
+class ParallelStrategy(NamedTuple):
     """How a run is divided.
 
     Attributes:
@@ -48,7 +48,7 @@ class Placement(NamedTuple):
     strategy: str
     devices: int
     bucket: int = USUAL_BUCKET
-    live: int = LIVE
+    live: int = DEFAULT_LIVE_PARAMETERS
     offloads_optimizer: bool = False
     offloads_weights: bool = False
     reshards: bool = True
@@ -59,7 +59,9 @@ class Placement(NamedTuple):
         return {ZERO_1: 1, ZERO_2: 2, ZERO_3: 3}.get(self.strategy, 0)
 
 
-def need_on_device(model: Model, tokens: int, checkpointed: int, placement: Placement, **how: Any) -> Need:
+def compute_device_memory(
+    model: ModelCost, tokens: int, checkpointed: int, placement: ParallelStrategy, **how: Any
+) -> MemoryNeed:
     """What one of the devices needs, at the moment when that is most.
 
     Args:
@@ -69,7 +71,7 @@ def need_on_device(model: Model, tokens: int, checkpointed: int, placement: Plac
         placement: how the run is divided.
         how: further arguments of `memory.moments`.
     """
-    computing, stepping = moments(model, tokens, checkpointed, **how)
+    computing, stepping = compute_memory_phases(model, tokens, checkpointed, **how)
     if placement.strategy == ONE_PROCESS:
         divided = [computing, stepping]
     elif placement.strategy == DDP:
@@ -81,7 +83,9 @@ def need_on_device(model: Model, tokens: int, checkpointed: int, placement: Plac
     return max(divided, key=lambda moment: moment.total)
 
 
-def _zero(model: Model, computing: Need, stepping: Need, placement: Placement) -> list[Need]:
+def _zero(
+    model: ModelCost, computing: MemoryNeed, stepping: MemoryNeed, placement: ParallelStrategy
+) -> list[MemoryNeed]:
     share, shards_weights = 1 / placement.devices, placement.strategy == ZERO_3
     on_device = 0 if placement.offloads_optimizer else 1
     in_compute_dtype = model.itemsize * model.trained
@@ -101,7 +105,9 @@ def _zero(model: Model, computing: Need, stepping: Need, placement: Placement) -
     ]
 
 
-def _fsdp(model: Model, computing: Need, stepping: Need, placement: Placement) -> list[Need]:
+def _fsdp(
+    model: ModelCost, computing: MemoryNeed, stepping: MemoryNeed, placement: ParallelStrategy
+) -> list[MemoryNeed]:
     share = 1 / placement.devices
     on_device = 0 if placement.offloads_weights else share
     weights, layers = model.weights, model.layers

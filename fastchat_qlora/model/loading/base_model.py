@@ -83,7 +83,7 @@ def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
             )
 
 
-def describe_files(model_name_or_path: str, config: PretrainedConfig) -> str:
+def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
     """Which base model it is: the commit of a hub id, or the beginning, middle and end of each file of weights.
 
     A checkpoint goes on with the base it was made with. To read all of it would take as long as to load it; another
@@ -102,7 +102,7 @@ def describe_files(model_name_or_path: str, config: PretrainedConfig) -> str:
     return digest.hexdigest()
 
 
-def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
+def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
     """The model without memory for its weights; None where its code lies outside transformers.
 
     Raises:
@@ -121,7 +121,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
         ) from error
 
 
-def repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that a model consists of, in their order: those whose activations can be computed again."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -134,7 +134,7 @@ def load_tokenizer(
     Raises:
         UserError: the model has no fast tokenizer, or no token to pad with or to end a turn with.
     """
-    tokenizer = read_tokenizer(
+    tokenizer = load_raw_tokenizer(
         model_args.model_name_or_path,
         cache_dir=cache_dir,
         model_max_length=model_max_length,
@@ -146,7 +146,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
+def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer as it is.
 
     Args:

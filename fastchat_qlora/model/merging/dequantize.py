@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from fastchat_qlora.model.loading.base_model import build_skeleton
+from fastchat_qlora.model.loading.base_model import build_meta_model
 
 CASTS = "MatMul8bitLt: inputs will be cast"
 """How the message begins that bitsandbytes logs at each call of each 8-bit layer."""
 
-Rounding = Callable[[torch.Tensor], torch.Tensor]
+RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 """A weight -> the same after it was quantised and dequantised again, in fp32."""
 
 
@@ -52,26 +52,26 @@ class _FirstCast(logging.Filter):
 _first_cast = _FirstCast()
 
 
-def say_casts_once() -> None:
+def log_casts_once() -> None:
     """Have bitsandbytes tell of its 8-bit layers' casts once in the program's life, not hundreds of times an answer."""
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_cast)
 
 
-def find_quantised(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
+def find_quantized_modules(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
     """Names of the modules that transformers quantises when it loads the model, asked of its own quantiser."""
     import bitsandbytes
     from transformers.quantizers import AutoHfQuantizer
 
-    skeleton = build_skeleton(config)
-    if skeleton is None:
+    meta_model = build_meta_model(config)
+    if meta_model is None:
         return set()
     quantiser = AutoHfQuantizer.from_config(copy.deepcopy(quantization_config))
-    quantiser.preprocess_model(model=skeleton, device_map=None)
+    quantiser.preprocess_model(model=meta_model, device_map=None)
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return {name for name, module in skeleton.named_modules() if isinstance(module, kinds)}
+    return {name for name, module in meta_model.named_modules() if isinstance(module, kinds)}
 
 
-def make_rounding(quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device) -> Rounding:
+def make_round_trip(quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device) -> RoundTrip:
     """What quantisation makes of a weight: bitsandbytes quantises and dequantises it as in a layer of its own.
 
     Args:
@@ -82,19 +82,19 @@ def make_rounding(quantization_config: BitsAndBytesConfig, dtype: torch.dtype, d
     import bitsandbytes
 
     def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
-        quantised = bitsandbytes.nn.Params4bit(
+        quantized = bitsandbytes.nn.Params4bit(
             weight.to(device, dtype).contiguous(),
             requires_grad=False,
             compress_statistics=quantization_config.bnb_4bit_use_double_quant,
             quant_type=quantization_config.bnb_4bit_quant_type,
         ).to(device)
-        rounded: torch.Tensor = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state)
+        rounded: torch.Tensor = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state)
         return rounded.float().cpu()
 
     def in_eight_bits(weight: torch.Tensor) -> torch.Tensor:
         on_cpu = weight.to("cpu", dtype)  # from where moving them quantises them
-        quantised = bitsandbytes.nn.Int8Params(on_cpu, requires_grad=False, has_fp16_weights=False).to(device)
-        rounded: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(quantised.data, quantised.SCB)
+        quantized = bitsandbytes.nn.Int8Params(on_cpu, requires_grad=False, has_fp16_weights=False).to(device)
+        rounded: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(quantized.data, quantized.SCB)
         return rounded.float().cpu()
 
     return in_four_bits if quantization_config.load_in_4bit else in_eight_bits

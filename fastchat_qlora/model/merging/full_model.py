@@ -11,7 +11,7 @@ from fastchat_qlora.model.merging.safetensors_files import round_finite
 from fastchat_qlora.utils.text import one_line
 
 
-def merge_whole(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """Merge in fp32, which takes four bytes a parameter, and round once.
 
     Args:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
-from fastchat_qlora.model.merging.dequantize import Rounding
+from fastchat_qlora.model.merging.dequantize import RoundTrip
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
 from fastchat_qlora.utils.text import one_line
 
@@ -34,7 +34,7 @@ LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal")
 """Ways of giving an adapter its first values after which the base is what it was."""
 
 
-class OnlyWhole(Exception):
+class NeedsFullModel(Exception):
     """Why a model cannot be merged a layer at a time."""
 
 
@@ -62,32 +62,32 @@ class LayerwiseMerge:
 
     def __init__(
         self,
-        skeleton: PreTrainedModel,
+        meta_model: PreTrainedModel,
         lora_config: LoraConfig,
         folder: str,
         files: WeightFiles,
         *,
-        quantised: Collection[str] = (),
-        rounding: Rounding | None = None,
+        quantized: Collection[str] = (),
+        rounding: RoundTrip | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._files, self._rounding, self._dtype = files, rounding, dtype
-        self._quantised = set(quantised) if rounding else set()
+        self._quantised = set(quantized) if rounding else set()
         self.moved = self.norm = 0.0
-        self._conv1d = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-        tied = _tied(skeleton)
-        shapes = {name: p.shape for name, p in skeleton.named_parameters(remove_duplicate=False)}
-        model = attach_to_skeleton(skeleton, lora_config, folder)
+        self._conv1d = {name for name, module in meta_model.named_modules() if isinstance(module, Conv1D)}
+        tied = _tied(meta_model)
+        shapes = {name: p.shape for name, p in meta_model.named_parameters(remove_duplicate=False)}
+        model = attach_to_meta_model(meta_model, lora_config, folder)
         self._layers = dict(_find_layers(model))
         self._given = dict(_find_given(model))
         self._trains_bias = {name for name, layer in self._layers.items() if layer.lora_bias.get(ADAPTER)}
         changed = self._changed()
         apart = {one for pair in tied.items() if changed & set(pair) for one in pair}
         self.untied = bool(apart)
-        self._source = _find_sources(skeleton, files, [*changed, *_weights(self._quantised), *sorted(apart)], tied)
+        self._source = _find_sources(meta_model, files, [*changed, *_weights(self._quantised), *sorted(apart)], tied)
         for name, source in self._source.items():
             if shapes.get(name) != files.headers[source].shape:
-                raise OnlyWhole(f"{source} has another shape in the files than in the model")
+                raise NeedsFullModel(f"{source} has another shape in the files than in the model")
             if not files.headers[source].is_floating_point():
                 raise UserError(f"{source} holds integers in the base's files; give a base that is not quantised")
         # Of weights that were one, those that the files did not hold come under their own names, behind the others.
@@ -151,21 +151,21 @@ def _weights(modules: Collection[str]) -> set[str]:
     return {f"{name}.weight" for name in modules}
 
 
-def attach_to_skeleton(skeleton: PreTrainedModel, lora_config: LoraConfig, folder: str) -> PeftModel:
+def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, folder: str) -> PeftModel:
     """Put an adapter with its values, in fp32, on a model without any.
 
     Raises:
         OnlyWhole: to put such an adapter on a model changes its weights.
         UserError: PEFT cannot put it there.
     """
-    skeleton.requires_grad_(False)
+    meta_model.requires_grad_(False)
     if lora_config.init_lora_weights not in LEAVES_THE_BASE:
-        raise OnlyWhole(f"init_lora_weights {lora_config.init_lora_weights} changes the base's weights too")
+        raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base's weights too")
     config = copy.deepcopy(lora_config)
     config.init_lora_weights = False  # the values come from the file
     tensors = load_file(Path(folder) / ADAPTER_FILE)
     try:
-        model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        model = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
         for _, layer in _find_layers(model):  # PEFT puts the adapter's values where the layer's weight is
             base = layer.get_base_layer()
             base.weight = torch.nn.Parameter(torch.zeros(()).expand(base.weight.shape), requires_grad=False)
@@ -175,10 +175,10 @@ def attach_to_skeleton(skeleton: PreTrainedModel, lora_config: LoraConfig, folde
     return model.float()
 
 
-def _tied(skeleton: PreTrainedModel) -> dict[str, str]:
+def _tied(meta_model: PreTrainedModel) -> dict[str, str]:
     """Name of a parameter -> name of the one that it is the same as, which comes first in the model."""
     first: dict[int, str] = {}
-    named = skeleton.named_parameters(remove_duplicate=False)
+    named = meta_model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
@@ -186,15 +186,15 @@ def _find_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     """Name of a module of the base -> the layer of PEFT in its place."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, MultiheadAttention | ParamWrapper):
-            raise OnlyWhole(f"{name} has an adapter on several parameters")
+            raise NeedsFullModel(f"{name} has an adapter on several parameters")
         if isinstance(module, LoraLayer):
             if module.lora_bias.get(ADAPTER) and getattr(module.get_base_layer(), "bias", None) is None:
                 raise UserError(f"{name}: the adapter has a bias for it (lora_bias) and the base has none to add it to")
             yield name, module
         elif isinstance(module, BaseTunerLayer):
-            raise OnlyWhole(f"{name} has an adapter of another kind ({type(module).__name__})")
+            raise NeedsFullModel(f"{name} has an adapter of another kind ({type(module).__name__})")
         elif isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
-            raise OnlyWhole(f"{name} was trained in parts ({type(module).__name__})")
+            raise NeedsFullModel(f"{name} was trained in parts ({type(module).__name__})")
 
 
 def _find_given(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -214,7 +214,7 @@ def _find_given(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _find_sources(
-    skeleton: PreTrainedModel, files: WeightFiles, names: Collection[str], tied: Mapping[str, str]
+    meta_model: PreTrainedModel, files: WeightFiles, names: Collection[str], tied: Mapping[str, str]
 ) -> dict[str, str]:
     """Name of a parameter -> its name in the files.
 
@@ -223,13 +223,13 @@ def _find_sources(
     Raises:
         OnlyWhole: it is not there, or is turned into something else when it is loaded.
     """
-    prefix = f"{skeleton.base_model_prefix}."
-    patterns = [pattern for change in get_model_conversion_mapping(skeleton) for pattern in change.source_patterns]
+    prefix = f"{meta_model.base_model_prefix}."
+    patterns = [pattern for change in get_model_conversion_mapping(meta_model) for pattern in change.source_patterns]
     sources = {}
     for name in names:
         same = [name, *(tied.get(name, name), *(other for other, first in tied.items() if first == name))]
         known = [form for one in same for form in (one, one.removeprefix(prefix)) if form in files.headers]
         if not known or any(re.search(pattern, known[0]) for pattern in patterns):
-            raise OnlyWhole(f"{name} has another name or form in the files")
+            raise NeedsFullModel(f"{name} has another name or form in the files")
         sources[name] = known[0]
     return sources

@@ -84,7 +84,7 @@ def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
     return Path(found) if found else None
 
 
-def open_to_readers(folder: Path, like: str) -> None:
+def copy_permissions(folder: Path, like: str) -> None:
     """Give a folder's safetensors files the permissions of another file of it, which follow the process's umask.
 
     safetensors 0.8 writes files that only their owner may read, so that a server under another name could not. It can
@@ -142,6 +142,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return not plain.numel() or all(bool(bound.isfinite()) for bound in plain.aminmax())
 
 
-def total_bytes(headers: Mapping[str, torch.Tensor]) -> int:
+def count_bytes(headers: Mapping[str, torch.Tensor]) -> int:
     """Of all the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in headers.values())

@@ -254,7 +254,7 @@ def _why_stock(config: PretrainedConfig) -> str:
     return ""
 
 
-class Leak(NamedTuple):
+class Leakage(NamedTuple):
     """How far logits of a conversation move, as a share of their size (root mean square).
 
     Attributes:
@@ -275,19 +275,19 @@ class Leak(NamedTuple):
         return self.by_neighbour <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
 
 
-def stock_attention(model: PreTrainedModel) -> str:
+def get_default_attention(model: PreTrainedModel) -> str:
     """What transformers would have chosen."""
     return "sdpa" if model._supports_sdpa else "eager"
 
 
 @torch.no_grad()
-def measure_leak(
+def measure_leakage(
     model: PreTrainedModel,
     shared: Mapping[str, Any],
     changed: Mapping[str, Any],
     alone: torch.Tensor,
     forward: Callable[..., Any],
-) -> Leak:
+) -> Leakage:
     """Compare the logits of a conversation in a row with another one, with yet another one, and alone.
 
     Args:
@@ -303,12 +303,12 @@ def measure_leak(
     tail = alone.shape[1]
     in_row, in_changed_row = (_tail(forward(**inputs), tail) for inputs in (shared, changed))
     in_use = model.config._attn_implementation
-    model.set_attn_implementation(stock_attention(model))
+    model.set_attn_implementation(get_default_attention(model))
     try:
         by_itself = _tail(forward(input_ids=alone, use_cache=False), tail)
     finally:
         model.set_attn_implementation(in_use)
-    return Leak(_distance(in_changed_row, in_row), _distance(in_row, by_itself))
+    return Leakage(_distance(in_changed_row, in_row), _distance(in_row, by_itself))
 
 
 def _tail(outputs: Any, count: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
 
-def check_attention(skeleton: PreTrainedModel | None, attention: str | None, accelerator: str | None) -> None:
+def check_attention(meta_model: PreTrainedModel | None, attention: str | None, accelerator: str | None) -> None:
     """Require that a model can be given this attention and be trained with it.
 
     Args:
@@ -21,12 +21,12 @@ def check_attention(skeleton: PreTrainedModel | None, attention: str | None, acc
         return
     if accelerator is None and attention.startswith("flex"):
         raise UserError(f"--attn_implementation {attention}: has no backward on a CPU; leave it on auto")
-    if skeleton is None:
+    if meta_model is None:
         return
-    before = skeleton.config._attn_implementation
+    before = meta_model.config._attn_implementation
     try:
-        skeleton.set_attn_implementation(attention)
+        meta_model.set_attn_implementation(attention)
     except (ImportError, ValueError, OSError) as error:
         reason = one_line(error, 300)
         raise UserError(f"--attn_implementation {attention}: cannot be used: {reason}; leave it on auto") from error
-    skeleton.set_attn_implementation(before)
+    meta_model.set_attn_implementation(before)

@@ -24,7 +24,7 @@ TILE = 128
 """Rows that an accelerator's matrix products take at once; chunks are made of whole ones."""
 
 
-def chunk_length(vocabulary: int, device_type: str) -> int:
+def get_chunk_length(vocabulary: int, device_type: str) -> int:
     """How many positions have their logits computed at once."""
     length = LOGITS_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * vocabulary)
     if device_type not in LOGITS_BYTES and length > TILE:
@@ -154,7 +154,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def _parts(targets: int, vocabulary: int, device_type: str) -> list[slice]:
     """Chunks of about one size, as few as can be."""
-    most = chunk_length(vocabulary, device_type)
+    most = get_chunk_length(vocabulary, device_type)
     tile = TILE if device_type not in LOGITS_BYTES and most > TILE else 1
     length = -(-targets // max(1, -(-targets // most)))
     length = max(1, -(-length // tile) * tile)
@@ -223,7 +223,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def why_plain(model: Any) -> str:
+def explain_plain_loss(model: Any) -> str:
     """Why the head of a model cannot be a LossHead; nothing if it can.
 
     Args:

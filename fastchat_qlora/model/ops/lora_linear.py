@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 
 
-class _Lean(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
+class _EfficientLora(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
     """The forward pass of PEFT's linear LoRA layers for the usual case; for any other it asks PEFT's own.
 
     PEFT turns the input of every adapted layer to the adapter's fp32, which autograd then keeps; clones the output of
@@ -67,22 +67,22 @@ def _drop(x: torch.Tensor, dropout: torch.nn.Module) -> tuple[torch.Tensor, floa
     return torch.where(kept, x, 0), 2**16 / (2**16 - threshold)
 
 
-class LeanLinear(_Lean, Linear):  # type: ignore[misc]
+class EfficientLoraLinear(_EfficientLora, Linear):  # type: ignore[misc]
     """Beside torch's Linear."""
 
 
-def use_lean_layers(config: LoraConfig, model: torch.nn.Module) -> None:
+def register_efficient_lora(config: LoraConfig, model: torch.nn.Module) -> None:
     """Have PEFT make these layers when it puts the adapter of `config` on `model`.
 
     Layers that are quantised otherwise than in 4 bits by bitsandbytes stay PEFT's own.
     """
     if not getattr(model, "is_quantized", False):
-        config._register_custom_module({torch.nn.Linear: LeanLinear})
+        config._register_custom_module({torch.nn.Linear: EfficientLoraLinear})
     elif getattr(model, "is_loaded_in_4bit", False):
         import bitsandbytes
         from peft.tuners.lora.bnb import Linear4bit
 
-        class LeanLinear4bit(_Lean, Linear4bit):  # type: ignore[misc]
+        class LeanLinear4bit(_EfficientLora, Linear4bit):  # type: ignore[misc]
             """Beside a 4-bit Linear."""
 
         config._register_custom_module({bitsandbytes.nn.Linear4bit: LeanLinear4bit})
@@ -96,7 +96,7 @@ def needs_autocast(model: torch.nn.Module) -> bool:
     lean = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, _Lean) and module.is_usual()
+        if isinstance(module, _EfficientLora) and module.is_usual()
         for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters())
     }
     return any(parameter.requires_grad and id(parameter) not in lean for parameter in model.parameters())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
-class LeanRMSNorm(torch.nn.Module):
+class MemoryEfficientRMSNorm(torch.nn.Module):
     """The norm of Llama and most of those that came after it (arXiv 1910.07467), its weight frozen.
 
     Values are those of transformers to the bit; gradients up to the order of rounding in fp32.
@@ -65,7 +65,7 @@ def _divide_by_rms(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch
     return (exact * factor).to(x.dtype), factor
 
 
-class LeanMLP(torch.nn.Module):
+class MemoryEfficientMLP(torch.nn.Module):
     """The gated MLP with SiLU of Llama and most of those that came after it (SwiGLU, arXiv 2002.05202).
 
     Values and gradients are those of transformers to the bit, as long as gate and up come in one dtype.
@@ -100,7 +100,7 @@ class _GatedProduct(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad_outputs[0])
 
 
-def use_lean_modules(model: torch.nn.Module, leave: Collection[str] = ()) -> int:
+def use_memory_efficient_modules(model: torch.nn.Module, leave: Collection[str] = ()) -> int:
     """Put these modules in the place of those of a frozen model that compute the very same.
 
     Which ones do is read off their code: 140 norms and 134 MLPs of transformers 5.23 have the code of Llama's. Others
@@ -130,9 +130,9 @@ def _lean_version(module: Any) -> torch.nn.Module | None:
     if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) or _is_changed(module):
         return None
     if _same_code(type(module).forward, LlamaRMSNorm.forward):
-        return LeanRMSNorm(module)
+        return MemoryEfficientRMSNorm(module)
     if _same_code(type(module).forward, LlamaMLP.forward) and _is_silu(module.act_fn):
-        return LeanMLP(module)
+        return MemoryEfficientMLP(module)
     return None
 
 

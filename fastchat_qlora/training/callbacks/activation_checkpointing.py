@@ -14,23 +14,23 @@ from transformers import PretrainedConfig, TrainerCallback, TrainerControl, Trai
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
-from fastchat_qlora.model.estimates.layer_extrapolation import deepen, shallow_configs
-from fastchat_qlora.model.loading.base_model import build_skeleton, repeated_layers
+from fastchat_qlora.model.estimates.layer_extrapolation import extrapolate_layers, make_shallow_configs
+from fastchat_qlora.model.loading.base_model import build_meta_model, get_repeated_layers
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-USABLE = {"cpu": 0.8}
+USABLE_MEMORY_SHARE = {"cpu": 0.8}
 """How much of the free memory a step may be planned to take; on a CPU others want some too."""
-USABLE_ELSEWHERE = 0.92
+USABLE_ACCELERATOR_SHARE = 0.92
 GIB = 2**30
 
 
-def profile_model(
+def estimate_model_cost(
     config: PretrainedConfig, lora_config: LoraConfig, dtype: torch.dtype, **how: Any
-) -> memory.Model | str:
+) -> memory.ModelCost | str:
     """What the model of a run will need, before any of its weights is loaded; or why that cannot be told.
 
     Args:
@@ -39,21 +39,21 @@ def profile_model(
         dtype: that the base computes in.
         how: further arguments of memory.profile.
     """
-    skeleton = build_skeleton(copy.deepcopy(config))
-    if skeleton is None:
+    meta_model = build_meta_model(copy.deepcopy(config))
+    if meta_model is None:
         return "the model's code lies outside transformers"
-    shallow = shallow_configs(config, skeleton, lora_config)
+    shallow = make_shallow_configs(config, meta_model, lora_config)
     try:
         if shallow is None:
-            return _profile(skeleton, lora_config, dtype, **how)
-        few, more = (_profile(build_skeleton(of), lora_config, dtype, **how) for of in shallow)
-        return deepen(few, more, len(repeated_layers(skeleton)))
+            return _profile(meta_model, lora_config, dtype, **how)
+        few, more = (_profile(build_meta_model(of), lora_config, dtype, **how) for of in shallow)
+        return extrapolate_layers(few, more, len(get_repeated_layers(meta_model)))
     except Exception as error:  # models fail in as many ways as there are authors
         return f"the model cannot be run without weights: {one_line(error, 200)}"
 
 
-def _profile(skeleton: Any, lora_config: LoraConfig, dtype: torch.dtype, **how: Any) -> memory.Model:
-    return memory.profile(attach_adapter(skeleton.to(dtype), copy.deepcopy(lora_config)), **how)
+def _profile(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **how: Any) -> memory.ModelCost:
+    return memory.measure_model_cost(attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config)), **how)
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -64,7 +64,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         model: from profile_model.
     """
 
-    def __init__(self, trainer: LoraTrainer, model: memory.Model | str) -> None:
+    def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:
         self._trainer, self._model = trainer, model
         self._tokens = self._checkpointed = 0
         self._available = self._held = self._peak_before = 0.0
@@ -75,13 +75,13 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
     ) -> None:
         """Decide by what is free now that weights and adapter are where they stay; a collective operation."""
         if isinstance(self._model, str):
-            count = len(repeated_layers(self._trainer.adapter))
+            count = len(get_repeated_layers(self._trainer.adapter))
             logger.warning(f"Activation checkpointing: on, for what the run needs cannot be told: {self._model}.")
             checkpoint_layers(self._trainer, count)
             return
         device = args.device
         self._tokens = self._trainer.largest_possible_batch()
-        self._available = free_bytes(device) * USABLE.get(device.type, USABLE_ELSEWHERE)
+        self._available = free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
         self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
         self._apply(self._choose(scale=1.0), "")
 
@@ -93,7 +93,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         scale, peak = 1.0, peak_memory_mib(args.device)
         if peak > self._peak_before:  # else loading took more, and the step may have needed anything less
             foreseen = self._need(self._trainer.largest_batch, self._checkpointed)
-            unpacked = 2 * self._model.dequantised
+            unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
             # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
             # it is more than the state. Of a step as small as that there is nothing to learn.
@@ -104,9 +104,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         if count != self._checkpointed:
             self._apply(count, f" (the first step needed {scale:.2f} times what was foreseen)")
 
-    def _need(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.Need:
+    def _need(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.MemoryNeed:
         assert not isinstance(self._model, str)
-        return memory.need(self._model, tokens, checkpointed, scale=scale, **self._how())
+        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._how())
 
     def _how(self) -> dict[str, Any]:
         sharded = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
@@ -116,7 +116,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
     def _choose(self, scale: float) -> int:
         """The same in all processes: layers that are recomputed are gathered again by all that share their weights."""
         assert not isinstance(self._model, str)
-        count = memory.fewest_checkpointed(self._model, self._tokens, self._available, scale=scale, **self._how())
+        count = memory.count_layers_to_checkpoint(
+            self._model, self._tokens, self._available, scale=scale, **self._how()
+        )
         chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
         self._fits = count is not None
         self._scale = scale
@@ -142,7 +144,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
 def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
     """Checkpoint the first layers of a model and no others."""
     base = trainer.adapter.get_base_model()
-    layers = repeated_layers(trainer.adapter)
+    layers = get_repeated_layers(trainer.adapter)
     if count and not any(layer.gradient_checkpointing for layer in layers):
         kwargs = dict(trainer.args.gradient_checkpointing_kwargs or {})
         offload = kwargs.pop("offload", False)  # these two are not for torch's function
@@ -166,7 +168,7 @@ def free_bytes(device: torch.device) -> float:
     return float(min(psutil.virtual_memory().available, limit - used) / neighbours)
 
 
-def memory_here(kind: str) -> float | None:
+def get_device_memory_gib(kind: str) -> float | None:
     """GiB of this machine's device of a kind, whatever is in use of it; None if it has none."""
     if kind == "cpu":
         limit, _ = _container()

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.data.batching.packing import PackedRows
+from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.adapter.lora import trainable_parameters
-from fastchat_qlora.model.loading.base_model import dtype_name, repeated_layers
-from fastchat_qlora.model.ops.chunked_loss import chunk_length
+from fastchat_qlora.model.adapter.lora import get_trainable_parameters
+from fastchat_qlora.model.loading.base_model import dtype_name, get_repeated_layers
+from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
@@ -65,7 +65,7 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
-    unit = "rows" if isinstance(trainer.train_dataset, PackedRows) else "conversations"
+    unit = "rows" if isinstance(trainer.train_dataset, PackedDataset) else "conversations"
     return {
         "strategy": _strategy(trainer.model_wrapped, engine),
         "devices": _devices(args.device),
@@ -102,7 +102,7 @@ def _autocasts(trainer: LoraTrainer) -> bool:
 
 def _rows(trainer: LoraTrainer) -> str:
     padded = "conversations end to end" if trainer.data_collator.padding_free else "padded to the longest conversation"
-    packed = isinstance(trainer.train_dataset, PackedRows)
+    packed = isinstance(trainer.train_dataset, PackedDataset)
     return f"packed up to {trainer.train_dataset.sampler.capacity} tokens, {padded}" if packed else padded
 
 
@@ -110,7 +110,7 @@ def _loss(trainer: LoraTrainer) -> str:
     head = trainer.loss_head
     if head is None:
         return "from the logits of all supervised positions"
-    chunk = chunk_length(head.out_features, trainer.args.device.type)
+    chunk = get_chunk_length(head.out_features, trainer.args.device.type)
     return f"from the logits of {chunk:,} supervised positions at a time, with the gradient in the same pass"
 
 
@@ -141,13 +141,13 @@ def _linear_layers(model: torch.nn.Module) -> list[Any]:
 
 def _quantised(model: torch.nn.Module) -> str:
     linear = _linear_layers(model)
-    quantised = [layer for layer in linear if getattr(layer, "quant_state", None) is not None]
-    if quantised:
-        state = quantised[0].quant_state
+    quantized = [layer for layer in linear if getattr(layer, "quant_state", None) is not None]
+    if quantized:
+        state = quantized[0].quant_state
         double = " with double quantisation" if state.nested else ""
         return (
-            f"{len(quantised)} of {len(linear)} linear layers: {state.quant_type}{double}, "
-            f"stored as {dtype_name(quantised[0].weight.dtype)}"
+            f"{len(quantized)} of {len(linear)} linear layers: {state.quant_type}{double}, "
+            f"stored as {dtype_name(quantized[0].weight.dtype)}"
         )
     in_8_bits = sum(layer.weight.dtype == torch.int8 for layer in linear)
     return f"{in_8_bits} of {len(linear)} linear layers: LLM.int8" if in_8_bits else "none"
@@ -193,7 +193,7 @@ def _base_weights(model: torch.nn.Module) -> str:
 
 
 def _adapter(model: torch.nn.Module) -> str:
-    trainable = trainable_parameters(model).values()
+    trainable = get_trainable_parameters(model).values()
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     dtypes = _counted(dtype_name(parameter.dtype) for parameter in trainable)
     return f"{count:,} parameters, live as {dtypes}, saved as {dtype_name(SAVED_DTYPE)}"
@@ -218,7 +218,7 @@ def _offload(trainer: LoraTrainer, engine: Any) -> str:
 
 
 def _checkpointing(model: torch.nn.Module) -> str:
-    layers = repeated_layers(model)
+    layers = get_repeated_layers(model)
     on = [layer for layer in layers if layer.gradient_checkpointing]
     if not on:
         return "off"

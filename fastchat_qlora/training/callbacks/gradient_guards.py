@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError
-from fastchat_qlora.model.adapter.lora import trainable_parameters
+from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
         """DeepSpeed keeps gradients to itself: there each tensor tells, in the first step, when its gradient comes."""
         if not args.deepspeed:
             return
-        parameters = trainable_parameters(kwargs["model"])
+        parameters = get_trainable_parameters(kwargs["model"])
         self._silent = set(parameters)
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._silent.discard(name))
@@ -49,7 +49,7 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
         if self._has_looked:
             return
         self._has_looked = True
-        parameters = trainable_parameters(kwargs["model"])
+        parameters = get_trainable_parameters(kwargs["model"])
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if args.deepspeed:
             without = sorted(self._silent)

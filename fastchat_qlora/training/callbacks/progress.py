@@ -76,7 +76,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyp
         return (time.monotonic() - self._began) / max(done, 1) * to_come
 
 
-def hide_bars_from_files() -> None:
+def disable_bars_without_terminal() -> None:
     """Have transformers and the hub draw no bars where the standard error is no terminal: a file keeps every state."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

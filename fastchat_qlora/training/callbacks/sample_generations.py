@@ -26,7 +26,7 @@ KEPT_AS = "sample_answers"
 """In the trainer's state, so that a run that goes on from a checkpoint knows the answers of before."""
 
 
-class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Ask before the first step and after the last one; in all processes, since the model may be shared out.
 
     Args:

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.data.batching.packing import PackedRows, column
+from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.ops.attention import measure_leak, stock_attention
+from fastchat_qlora.model.ops.attention import get_default_attention, measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import token_losses
 from fastchat_qlora.training.trainer import TARGETS, LoraTrainer
 from fastchat_qlora.utils.text import one_line
@@ -31,7 +31,7 @@ class Failures(NamedTuple):
     loss: str
 
 
-class SelfTest(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Under DeepSpeed and FSDP weights are where they can be computed with once training begins: the test is then."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
@@ -50,7 +50,7 @@ class SelfTest(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         _fall_back(trainer, failures)
 
 
-def run_self_test(trainer: LoraTrainer) -> None:
+def run_sanity_check(trainer: LoraTrainer) -> None:
     """Test, and go on with padded batches or the plain loss where that fails, and say so."""
     if not _is_wrapped_late(trainer):
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
@@ -65,7 +65,7 @@ def _is_wrapped_late(trainer: LoraTrainer) -> bool:
 
 def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
     if failures.rows:
-        packing = isinstance(trainer.train_dataset, PackedRows)
+        packing = isinstance(trainer.train_dataset, PackedDataset)
         logger.warning(
             f"Batches are padded{' and rows not packed' if packing else ''}, slower and larger than they could be: "
             f"{failures.rows}."
@@ -74,7 +74,7 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
         if packing:
             trainer.train_dataset = trainer.train_dataset.conversations
         base = trainer.adapter.get_base_model()
-        base.set_attn_implementation(stock_attention(base))
+        base.set_attn_implementation(get_default_attention(base))
     if failures.loss:
         trainer.use_plain_loss(failures.loss)
 
@@ -108,8 +108,8 @@ def _agreed(found: Failures) -> Failures:
 def _two_conversations(trainer: LoraTrainer) -> list[list[int]]:
     """The first conversation and the longest one, cut short."""
     data = trainer.train_dataset
-    conversations = data.conversations if isinstance(data, PackedRows) else data
-    longest = int(np.argmax(column(conversations, "length")))
+    conversations = data.conversations if isinstance(data, PackedDataset) else data
+    longest = int(np.argmax(get_column(conversations, "length")))
     window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
     most = window + 32 if window + 32 <= LONGEST else TOKENS
     return [list(conversations[index]["input_ids"])[: max(most, TOKENS)] for index in (0, longest)]
@@ -125,7 +125,7 @@ def _test_rows(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int],
     model = trainer.adapter.get_base_model()
     shared, changed = (trainer.model_inputs(_batch(trainer, [neighbour, second])) for neighbour in (first, first[::-1]))
     try:
-        leak = measure_leak(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
+        leak = measure_leakage(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
     except Exception as error:  # models fail in as many ways as there are authors
         return f"the model cannot be asked for rows without padding: {one_line(error, 300)}"
     if leak.is_tight(model.dtype):

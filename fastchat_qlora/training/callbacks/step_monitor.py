@@ -71,7 +71,7 @@ class Verdict(NamedTuple):
     arrived: Any
 
 
-class StepWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Stop at a step that is not sound; stop where a signal asks for it, all processes at the same step.
 
     Processes agree by one small sum on the host at the end of a step. What a device has found out is read one step

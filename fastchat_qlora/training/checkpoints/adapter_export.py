@@ -11,8 +11,8 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.adapter.lora import ADAPTER_FILE, trainable_parameters
-from fastchat_qlora.model.merging.safetensors_files import open_to_readers
+from fastchat_qlora.model.adapter.lora import ADAPTER_FILE, get_trainable_parameters
+from fastchat_qlora.model.merging.safetensors_files import copy_permissions
 from fastchat_qlora.training.checkpoints.manifest import sync
 
 CARD = "README.md"
@@ -29,7 +29,7 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     Returns:
         Name -> tensor of the parameter's full shape.
     """
-    return {name: _whole(parameter).to(SAVED_DTYPE) for name, parameter in trainable_parameters(model).items()}
+    return {name: _whole(parameter).to(SAVED_DTYPE) for name, parameter in get_trainable_parameters(model).items()}
 
 
 def _whole(parameter: Any) -> torch.Tensor:
@@ -50,10 +50,10 @@ def _whole(parameter: Any) -> torch.Tensor:
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
     """Write an adapter as PEFT does. Embeddings are saved if they were trained; the hub is not asked about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-    open_to_readers(Path(folder), like=CONFIG_NAME)
+    copy_permissions(Path(folder), like=CONFIG_NAME)
 
 
-def certify(
+def verify_saved_adapter(
     folder: Path,
     model: PeftModel,
     trained: dict[str, torch.Tensor],

@@ -19,7 +19,7 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.lora import ADAPTER_FILE
 from fastchat_qlora.training.checkpoints.manifest import (
     MANIFEST,
-    Torn,
+    IncompleteCheckpoint,
     get_versions,
     read_manifest,
     sync,
@@ -111,8 +111,8 @@ def choose_checkpoint(output_dir: Path, wanted: str, *, restart: bool) -> Checkp
         try:
             found = open_checkpoint(folder)
             if found.step != step:
-                raise Torn(f"its manifest is of step {found.step}")
-        except Torn as error:
+                raise IncompleteCheckpoint(f"its manifest is of step {found.step}")
+        except IncompleteCheckpoint as error:
             logger.warning(f"{folder}: skipped, for {error}.")
             continue
         logger.info(f"Going on from {folder}.")
@@ -125,7 +125,7 @@ def choose_checkpoint(output_dir: Path, wanted: str, *, restart: bool) -> Checkp
 def _open_chosen(folder: Path) -> Checkpoint:
     try:
         found = open_checkpoint(folder)
-    except Torn as error:
+    except IncompleteCheckpoint as error:
         if (folder / MANIFEST).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
         if missing := _find_missing([path.name for path in folder.glob("*") if _has_content(path)]):
@@ -158,7 +158,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     manifest = verify(folder)
     if missing := _find_missing(manifest.files):
-        raise Torn(f"it was saved without {' and '.join(missing)}")
+        raise IncompleteCheckpoint(f"it was saved without {' and '.join(missing)}")
     _refuse_code(folder)
     now = get_versions()
     changed = [
@@ -273,7 +273,7 @@ def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
         try:
             read_manifest(folder)
             whole.append(folder)
-        except Torn:
+        except IncompleteCheckpoint:
             torn.append(folder)
     protected = {*whole[:1], *([Path(best)] if best else [])}
     removable = [folder for folder in [*reversed(torn), *reversed(whole)] if folder not in protected]

@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "dee
 """Whose versions may change what a run computes."""
 
 
-class Torn(Exception):
+class IncompleteCheckpoint(Exception):
     """A checkpoint that is not whole; the message says what is wrong with it, as the end of a sentence."""
 
 
@@ -80,14 +80,14 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: (int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
         manifest = Manifest(int(inner["step"]), dict(inner["run"]), dict(inner["versions"]), files)
     except FileNotFoundError:
-        raise Torn(f"it has no {MANIFEST}") from None
+        raise IncompleteCheckpoint(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise Torn(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
+        raise IncompleteCheckpoint(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
     if not is_whole:
-        raise Torn(f"its {MANIFEST} was damaged, or is of another version")
+        raise IncompleteCheckpoint(f"its {MANIFEST} was damaged, or is of another version")
     outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     if outside or manifest.step < 0:
-        raise Torn(f"its {MANIFEST} is none of this program")
+        raise IncompleteCheckpoint(f"its {MANIFEST} is none of this program")
     return manifest
 
 
@@ -102,17 +102,17 @@ def verify(folder: Path) -> Manifest:
         path = folder / name
         try:
             if not path.is_file():
-                raise Torn(f"{name} is missing")
+                raise IncompleteCheckpoint(f"{name} is missing")
             if path.stat().st_size != size:
-                raise Torn(f"{name} has {path.stat().st_size:,} bytes of {size:,}")
+                raise IncompleteCheckpoint(f"{name} has {path.stat().st_size:,} bytes of {size:,}")
             found = hash_file(path)
         except OSError as error:
-            raise Torn(f"{name} cannot be read: {error.strerror}") from error
+            raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
-            raise Torn(f"{name} is not what was saved: its SHA-256 differs")
+            raise IncompleteCheckpoint(f"{name} is not what was saved: its SHA-256 differs")
     added = {path.relative_to(folder).as_posix() for path in _files(folder)} - manifest.files.keys() - {MANIFEST}
     if added:
-        raise Torn(f"{min(added)} was put into it later")
+        raise IncompleteCheckpoint(f"{min(added)} was put into it later")
     return manifest
 
 

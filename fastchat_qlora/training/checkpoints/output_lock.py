@@ -20,7 +20,7 @@ HOLDER = ".holder.json"
 
 
 @contextmanager
-def hold(output_dir: Path, *, is_main: bool) -> Iterator[None]:
+def lock_output_dir(output_dir: Path, *, is_main: bool) -> Iterator[None]:
     """Hold the lock of an output folder for one run; its main process does.
 
     The operating system takes the lock away from a process that ends, however it ends, so that none is left behind by

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import LoraArguments, RunArguments
-from fastchat_qlora.distributed.deepspeed_config import layout, offload_device, optimizer_in_effect
+from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import dtype_name
 
@@ -61,15 +61,15 @@ def describe_settings(
     """What the flags decide: how a checkpoint is laid out, what its state is the state of, what a step is."""
     training, data = args.training, args.data
     deepspeed = training.deepspeed or {}
-    optimizer = optimizer_in_effect(deepspeed, OptimizerNames(training.optim).value)
+    optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
     flags = {name: getattr(training, name) for name in (*IN_THE_STATE, *FROM_NOW_ON)}
     flags |= {name: getattr(data, name) for name in ("overlong", "train_on", "eval_split")}
     return {
         "strategy": topology.strategy,
         "processes": str(topology.world_size),
         "optimizer": optimizer.lower().removesuffix("_fused"),
-        "optimizer offloaded to": offload_device(deepspeed, "offload_optimizer"),
-        "layout of DeepSpeed's state": layout(deepspeed),
+        "optimizer offloaded to": get_offload_device(deepspeed, "offload_optimizer"),
+        "layout of DeepSpeed's state": describe_state_layout(deepspeed),
         "compute dtype": dtype_name(dtype),
         "base weights": _base_weights(args.lora, dtype),
         "rows of a batch": f"packed up to {training.model_max_length}" if data.packing else "conversations",

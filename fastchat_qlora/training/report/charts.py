@@ -44,7 +44,7 @@ class Curve(NamedTuple):
     """
 
     name: str
-    colour: str
+    color: str
     steps: list[float]
     values: list[float]
     is_noisy: bool = False
@@ -83,7 +83,7 @@ def whole(value: float) -> str:
 
 
 def get_curve(
-    history: Sequence[Mapping[str, Any]], key: str, name: str, colour: str, *, is_noisy: bool = False
+    history: Sequence[Mapping[str, Any]], key: str, name: str, color: str, *, is_noisy: bool = False
 ) -> Curve:
     """What the log has under a key; values that are not finite cannot be shown and are left out.
 
@@ -100,7 +100,7 @@ def get_curve(
     for entry in history:
         if isinstance(entry.get(key), int | float) and math.isfinite(entry[key]):
             found.setdefault(entry["step"], float(entry[key]))
-    return Curve(name, colour, list(found), list(found.values()), is_noisy)
+    return Curve(name, color, list(found), list(found.values()), is_noisy)
 
 
 def thinned(curve: Curve) -> Curve:
@@ -163,14 +163,14 @@ def _plot(axes: Any, curve: Curve, is_bars: bool) -> None:
         bar_width = curve.steps[1] - curve.steps[0] if len(curve.steps) > 1 else 1
         bars = axes.bar(curve.steps, curve.values, bar_width * 0.88, align="edge")
         for index, bar in enumerate(bars):
-            bar.set_gid(f"bar {curve.colour} {index}")
+            bar.set_gid(f"bar {curve.color} {index}")
         return
     if curve.is_noisy and len(curve.steps) >= SMOOTHED_FROM:
-        axes.plot(curve.steps, curve.values, gid=f"line raw {curve.colour}", clip_on=False)
-        axes.plot(curve.steps, smooth(curve.values), gid=f"line {curve.colour}", clip_on=False)
+        axes.plot(curve.steps, curve.values, gid=f"line raw {curve.color}", clip_on=False)
+        axes.plot(curve.steps, smooth(curve.values), gid=f"line {curve.color}", clip_on=False)
     else:
-        axes.plot(curve.steps, curve.values, gid=f"line {curve.colour}", clip_on=False)
-    axes.plot(curve.steps, curve.values, "o", gid=f"points {curve.colour}", clip_on=False)
+        axes.plot(curve.steps, curve.values, gid=f"line {curve.color}", clip_on=False)
+    axes.plot(curve.steps, curve.values, "o", gid=f"points {curve.color}", clip_on=False)
 
 
 def _set_up_axes(axes: Any, chart: Chart, width: int) -> None:
@@ -213,7 +213,7 @@ def _taken_down(written: bytes, chart: Chart) -> str:
     svg = ElementTree.Element("svg", viewBox=root.attrib["viewBox"], role="img")
     svg.set("aria-label", chart.title)
     behind = ElementTree.SubElement(svg, "g")
-    curves = {curve.colour: curve for curve in chart.curves}
+    curves = {curve.color: curve for curve in chart.curves}
     for element in root.iter(f"{SVG}g"):
         kind, *classes = element.get("id", "").split()[:3] or [""]
         if kind in ("axis", "line"):
@@ -239,9 +239,9 @@ def _add_path(svg: ElementTree.Element, element: ElementTree.Element, classes: s
 
 
 def _add_points(svg: ElementTree.Element, element: ElementTree.Element, curve: Curve, chart: Chart) -> None:
-    group = ElementTree.SubElement(svg, "g", {"class": f"points {curve.colour}"})
+    group = ElementTree.SubElement(svg, "g", {"class": f"points {curve.color}"})
     if len(curve.steps) > VISIBLE_POINTS:
-        group.set("class", f"points many {curve.colour}")
+        group.set("class", f"points many {curve.color}")
     marks = element.findall(f".//{SVG}use")
     for mark, step, value in zip(marks, curve.steps, curve.values, strict=True):
         circle = {"class": "point", "cx": mark.attrib["x"], "cy": mark.attrib["y"], "r": "2.6"}

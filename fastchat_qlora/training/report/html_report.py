@@ -15,25 +15,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.config.arguments import RunArguments, TrainingArguments
 from fastchat_qlora.data.analysis.statistics import (
-    Measures,
-    describe_account,
-    describe_measures,
-    get_account,
+    DatasetStatistics,
+    compute_statistics,
+    format_rejections,
+    format_statistics,
     get_examples,
-    measure,
+    summarize_rejections,
 )
-from fastchat_qlora.data.batching.packing import PackedRows
+from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
-from fastchat_qlora.training.callbacks.sample_generations import MOST_TOKENS, SampleAnswers
+from fastchat_qlora.training.callbacks.sample_generations import MOST_TOKENS, SampleGenerations
 from fastchat_qlora.training.callbacks.startup_timer import seconds_since_start
 from fastchat_qlora.training.checkpoints.manifest import get_versions
 from fastchat_qlora.training.report.charts import draw
 from fastchat_qlora.training.report.report_data import get_charts, get_flags, get_hardware, get_tiles
-from fastchat_qlora.training.setup import Prepared
+from fastchat_qlora.training.setup import PreparedRun
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.html import stream_page
 from fastchat_qlora.utils.signals import Stopped
-from fastchat_qlora.utils.text import one_line, without_secrets
+from fastchat_qlora.utils.text import mask_secrets, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +86,13 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self,
         trainer: LoraTrainer,
         args: RunArguments,
-        prepared: Prepared,
+        prepared: PreparedRun,
         effective: EffectiveSettings,
-        answers: SampleAnswers,
+        answers: SampleGenerations,
     ) -> None:
         self._trainer, self._args, self._prepared = trainer, args, prepared
         self._effective, self._answers = effective, answers
-        self._accounts = {flag: get_account(data) for flag, data in prepared.data.items()}
+        self._accounts = {flag: summarize_rejections(data) for flag, data in prepared.data.items()}
         self._path = Path(args.training.output_dir) / REPORT
         self._due = float("inf")
         self._has_failed = False
@@ -183,8 +183,8 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 for prompt in training.sample_prompts or ()
             ],
             "most_tokens": MOST_TOKENS,
-            "failure": without_secrets(self._answers.failure),
-            "settings": without_secrets(self._effective.settings),
+            "failure": mask_secrets(self._answers.failure),
+            "settings": mask_secrets(self._effective.settings),
             "is_public": training.push_to_hub,
             **self._lasting,
         }
@@ -192,22 +192,22 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     @cached_property
     def _sets(self) -> dict[str, Dataset]:
         rows, eval_rows = self._prepared.rows, self._prepared.eval_rows
-        sets = {"train": rows.conversations if isinstance(rows, PackedRows) else rows}
+        sets = {"train": rows.conversations if isinstance(rows, PackedDataset) else rows}
         return sets | ({} if eval_rows is None else {"eval": eval_rows})
 
     @cached_property
-    def _measures(self) -> dict[str, Measures]:
-        return {name: measure(rows) for name, rows in self._sets.items()}
+    def _measures(self) -> dict[str, DatasetStatistics]:
+        return {name: compute_statistics(rows) for name, rows in self._sets.items()}
 
     @cached_property
     def _lasting(self) -> dict[str, Any]:
         """What is the same on every page. Rows of the data are not shown to the public."""
-        accounts = {flag: (account, describe_account(account)) for flag, account in self._accounts.items()}
+        accounts = {flag: (account, format_rejections(account)) for flag, account in self._accounts.items()}
         count = 0 if self._args.training.push_to_hub else ROWS
         examples = get_examples("train", self._sets["train"], self._prepared.tokenizer, count) if count else ()
         return {
             "accounts": accounts,
-            "measures": {name: describe_measures(found) for name, found in self._measures.items()},
+            "measures": {name: format_statistics(found) for name, found in self._measures.items()},
             "examples": list(examples),
             "flags": get_flags(self._args),
             "versions": {"Python": platform.python_version(), **get_versions()},
@@ -220,5 +220,5 @@ def _outcome(error: BaseException | None, state: TrainerState) -> Outcome:
     if error is None:
         return Outcome("done", "done")
     if isinstance(error, Stopped):
-        return Outcome("stopped", f"stopped at {at}: {without_secrets(one_line(error))}")
-    return Outcome("failed", f"ended at {at}: {without_secrets(one_line(error, 500)) or type(error).__name__}")
+        return Outcome("stopped", f"stopped at {at}: {mask_secrets(one_line(error))}")
+    return Outcome("failed", f"ended at {at}: {mask_secrets(one_line(error, 500)) or type(error).__name__}")

@@ -20,13 +20,13 @@ from peft import LoraConfig
 
 from fastchat_qlora import __version__
 from fastchat_qlora.config.arguments import LoraArguments, RunArguments
-from fastchat_qlora.data.batching.packing import PackedRows, column
+from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.model.loading.base_model import dtype_name, get_compute_dtype
 from fastchat_qlora.training.checkpoints.adapter_export import CARD
 from fastchat_qlora.training.checkpoints.manifest import sync
-from fastchat_qlora.training.setup import Prepared
-from fastchat_qlora.utils.text import one_line, without_secrets
+from fastchat_qlora.training.setup import PreparedRun
+from fastchat_qlora.utils.text import mask_secrets, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class DataSet(NamedTuple):
 
 
 def write_model_card(
-    folder: Path, args: RunArguments, prepared: Prepared, metrics: Mapping[str, Any], effective: Mapping[str, str]
+    folder: Path, args: RunArguments, prepared: PreparedRun, metrics: Mapping[str, Any], effective: Mapping[str, str]
 ) -> None:
     """Write the card, which appears when all of it is on the disk.
 
@@ -94,7 +94,7 @@ def write_model_card(
 
 
 def build_model_card(
-    name: str, args: RunArguments, prepared: Prepared, metrics: Mapping[str, Any], effective: Mapping[str, str]
+    name: str, args: RunArguments, prepared: PreparedRun, metrics: Mapping[str, Any], effective: Mapping[str, str]
 ) -> str:
     """The card's text, with its head; arguments as for write_model_card, and what the adapter is called."""
     base = args.model.model_name_or_path
@@ -113,7 +113,7 @@ def build_model_card(
         is_local=is_local,
         served_base=shlex.quote(Path(base).resolve().name if is_local else base),
         kind="QLoRA" if args.lora.q_lora else "LoRA",
-        quantised=_quantisation(args.lora, dtype_name(get_compute_dtype(args.training))),
+        quantized=_quantisation(args.lora, dtype_name(get_compute_dtype(args.training))),
         dtype=dtype_name(get_compute_dtype(args.training)),
         sets=_describe_sets(args, prepared),
         template=next(iter(prepared.data.values())).template,
@@ -124,13 +124,13 @@ def build_model_card(
         max_rank=next((rank for rank in RANKS if rank >= prepared.lora_config.r), prepared.lora_config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",
     )
-    head = _head("" if is_local else base, quantised=args.lora.q_lora).to_yaml()
-    return str(without_secrets(f"---\n{head}\n---\n\n{text}"))
+    head = _head("" if is_local else base, quantized=args.lora.q_lora).to_yaml()
+    return str(mask_secrets(f"---\n{head}\n---\n\n{text}"))
 
 
-def _head(base: str, *, quantised: bool) -> ModelCardData:
+def _head(base: str, *, quantized: bool) -> ModelCardData:
     """What the hub reads; a local folder is no base that it knows."""
-    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantised else [])]
+    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantized else [])]
     of_base: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     tags = [f"base_model:adapter:{base}", *tags] if base else tags
     return ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **of_base)
@@ -159,9 +159,9 @@ def _quantisation(lora: LoraArguments, dtype: str) -> str:
     )
 
 
-def _describe_sets(args: RunArguments, prepared: Prepared) -> list[DataSet]:
+def _describe_sets(args: RunArguments, prepared: PreparedRun) -> list[DataSet]:
     """What was trained on and what was evaluated on; with --eval_split both come of the same records."""
-    rows = prepared.rows.conversations if isinstance(prepared.rows, PackedRows) else prepared.rows
+    rows = prepared.rows.conversations if isinstance(prepared.rows, PackedDataset) else prepared.rows
     found = [_describe_set(flag, data, data.rows, args) for flag, data in prepared.data.items()]
     if args.data.eval_split and prepared.eval_rows is not None:
         [(flag, data)] = prepared.data.items()
@@ -176,7 +176,7 @@ def _describe_sets(args: RunArguments, prepared: Prepared) -> list[DataSet]:
 def _describe_set(flag: str, data: LoadedData, rows: Dataset, args: RunArguments) -> DataSet:
     names: Sequence[str] = getattr(args.data, flag.removeprefix("--"))
     files = [Path(name).resolve().name if os.path.exists(name) else name for name in names]
-    tokens, learnt = (int(column(rows, name).sum()) if len(rows) else 0 for name in ("length", "supervised"))
+    tokens, learnt = (int(get_column(rows, name).sum()) if len(rows) else 0 for name in ("length", "supervised"))
     share = f"{learnt / tokens:.0%}" if tokens else "-"
     return DataSet(
         SET_NAMES[flag],

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from fastchat_qlora.data.analysis.statistics import Measures
+from fastchat_qlora.data.analysis.statistics import DatasetStatistics
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 from fastchat_qlora.training.callbacks.throughput import Total
 from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, short, thinned, whole
-from fastchat_qlora.utils.text import without_secrets
+from fastchat_qlora.utils.text import mask_secrets
 
 
 class Tile(NamedTuple):
@@ -28,7 +28,9 @@ class Tile(NamedTuple):
     note: str
 
 
-def get_charts(history: Sequence[Mapping[str, Any]], measures: Measures, restarts: Sequence[int] = ()) -> list[Chart]:
+def get_charts(
+    history: Sequence[Mapping[str, Any]], measures: DatasetStatistics, restarts: Sequence[int] = ()
+) -> list[Chart]:
     """The charts that have something to show, the loss first.
 
     Args:
@@ -122,7 +124,7 @@ def get_flags(groups: Iterable[Any]) -> dict[str, str]:
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             value, default = _plain(getattr(group, field.name)), _plain(default)
             if value is not None and value != default and (value or default):
-                found[f"--{field.name}"] = _shown(without_secrets(value, field.name))
+                found[f"--{field.name}"] = _shown(mask_secrets(value, field.name))
     return found
 
 

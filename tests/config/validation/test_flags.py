@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.arguments import build_parser
-from fastchat_qlora.config.validation.flags import find_problems
+from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.config.validation.ranges import MOST_PROCESSES
 
@@ -388,7 +388,7 @@ def defaults() -> argparse.Namespace:
 
 
 def problems_with(**values: object) -> list[str]:
-    return find_problems(argparse.Namespace(**(vars(defaults()) | values)))
+    return find_flag_errors(argparse.Namespace(**(vars(defaults()) | values)))
 
 
 def test_defaults_have_no_problem() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.config.arguments import parse_args
 from fastchat_qlora.data.analysis import serving_parity as serve_parity
 from fastchat_qlora.data.analysis.serving_parity import Learnt, Mismatch, find_mismatch
-from fastchat_qlora.data.analysis.stop_tokens import find_turn_ends
+from fastchat_qlora.data.analysis.stop_tokens import find_stop_tokens
 from fastchat_qlora.data.dataset import load_data
 
 ASSISTANT = "<|im_start|>assistant\n"
@@ -100,7 +100,7 @@ def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCap
     assert said(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
     expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
-    assert find_turn_ends(rows, tokenizer, 512) == [expected]
+    assert find_stop_tokens(rows, tokenizer, 512) == [expected]
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_answers_that_were_cut_short_end_nothing(
     def found(*flags: str, length: int = 512) -> list[int]:
         rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
         assert len(rows)
-        return find_turn_ends(rows, tokenizer, length)
+        return find_stop_tokens(rows, tokenizer, length)
 
     assert found() == found("--train_on", "all") == [2]
     assert found("--max_rejected", "1.0", length=20) == []
@@ -311,4 +311,4 @@ def test_rows_that_are_cut_behind_their_first_answer_end_as_others(
     data.write_text(json.dumps([sharegpt(turns)] * 3))
     rows = load(tokenizer, data, tmp_path, "--overlong", overlong, "--train_on", train_on, model_max_length=60)
     assert len(rows) == (3 if overlong == "truncate" else 6)
-    assert find_turn_ends(rows, tokenizer, 60) == [2]
+    assert find_stop_tokens(rows, tokenizer, 60) == [2]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.batching.collator import ACCOUNT, Collator
+from fastchat_qlora.data.batching.collator import BATCH_INFO, Collator
 from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
@@ -53,7 +53,7 @@ def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: lis
     """A first token has nothing of its own before it: in a row of several its neighbour's last one would be."""
     batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
-    *counted, sources = [batch[name] for name in ACCOUNT]
+    *counted, sources = [batch[name] for name in BATCH_INFO]
     assert counted == [sum(len(row["input_ids"]) for row in rows), len(expected_targets(rows)), len(rows)]
     assert all(type(count) is int for count in counted), "counted without a device"
     assert sources == [(None, None, None)] * len(rows), "nothing is known of these"
@@ -86,7 +86,7 @@ def test_padding(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
         {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
     ]
     batch = collator(tokenizer, f"padded on the {side}")(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", *ACCOUNT}
+    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", *BATCH_INFO}
     width = batch["input_ids"].shape[1]
     assert width >= 5
     for i, row in enumerate(rows):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fastchat_qlora.data.batching.packing import PackedRows, PackingSampler, pack
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, pack_best_fit
 
 Row = list[int]
 
@@ -40,7 +40,7 @@ def lengths_in(rows: list[Row], lengths: list[int]) -> list[list[int]]:
 @given(problems())
 def test_every_conversation_once_and_no_row_too_long(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
-    rows = pack(lengths, capacity)
+    rows = pack_best_fit(lengths, capacity)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(row and sum(lengths[index] for index in row) <= capacity for row in rows)
 
@@ -49,7 +49,7 @@ def test_every_conversation_once_and_no_row_too_long(problem: tuple[list[int], i
 @given(problems())
 def test_it_is_best_fit_decreasing(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
-    rooms = sorted(capacity - sum(lengths[index] for index in row) for row in pack(lengths, capacity))
+    rooms = sorted(capacity - sum(lengths[index] for index in row) for row in pack_best_fit(lengths, capacity))
     assert rooms == naive(lengths, capacity)
 
 
@@ -58,13 +58,15 @@ def test_it_is_best_fit_decreasing(problem: tuple[list[int], int]) -> None:
 def test_order_of_conversations_does_not_matter(problem: tuple[list[int], int], order: random.Random) -> None:
     lengths, capacity = problem
     shuffled = order.sample(lengths, len(lengths))
-    assert lengths_in(pack(shuffled, capacity), shuffled) == lengths_in(pack(lengths, capacity), lengths)
+    assert lengths_in(pack_best_fit(shuffled, capacity), shuffled) == lengths_in(
+        pack_best_fit(lengths, capacity), lengths
+    )
 
 
 def test_conversations_of_natural_lengths_leave_little_room() -> None:
     """Spread like chats: many short ones, a long tail. Laying them out in the order they come leaves a fifth empty."""
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.8, 2000).astype(int), 8, 2048)
-    rows = pack(lengths, 2048)
+    rows = pack_best_fit(lengths, 2048)
     assert lengths.sum() / (len(rows) * 2048) > 0.99
 
 
@@ -98,7 +100,7 @@ def test_conversations_of_one_length_change_places() -> None:
 
 def test_a_batch_of_rows_is_their_conversations() -> None:
     conversations = [{"name": index} for index in range(len(LENGTHS))]
-    dataset = PackedRows(conversations, PackingSampler(LENGTHS, 10, seed=1))
+    dataset = PackedDataset(conversations, PackingSampler(LENGTHS, 10, seed=1))
     rows = list(dataset.sampler)
     assert len(dataset) == len(rows)
     assert [c["name"] for c in dataset[rows[0]]] == rows[0]
@@ -116,7 +118,7 @@ def test_an_epoch_is_its_own_under_accelerate(processes: int, skipped: int) -> N
         expected = rows_of(PackingSampler(LENGTHS, 10, seed=1), epoch)
         shares = []
         for process in range(processes):
-            dataset = PackedRows(list(range(len(LENGTHS))), PackingSampler(LENGTHS, 10, seed=1))
+            dataset = PackedDataset(list(range(len(LENGTHS))), PackingSampler(LENGTHS, 10, seed=1))
             loader = DataLoader(dataset, sampler=dataset.sampler, collate_fn=lambda batch: batch)
             prepared = prepare_data_loader(loader, num_processes=processes, process_index=process)
             if skipped:

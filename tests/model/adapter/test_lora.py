@@ -23,9 +23,9 @@ from fastchat_qlora.model.adapter.lora import (
     build_lora_config,
     check_sharding,
     check_targets,
-    trainable_parameters,
+    get_trainable_parameters,
 )
-from fastchat_qlora.model.loading.base_model import build_skeleton
+from fastchat_qlora.model.loading.base_model import build_meta_model
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -39,7 +39,7 @@ def adapted(model: PreTrainedModel, **arguments: object) -> set[str]:
     """Last names of the modules that got an adapter."""
     peft_model = attach_adapter(model, build_lora_config(LoraArguments(**arguments)))
     return {
-        name.split(".lora_A")[0].rpartition(".")[2] for name in trainable_parameters(peft_model) if "lora_A" in name
+        name.split(".lora_A")[0].rpartition(".")[2] for name in get_trainable_parameters(peft_model) if "lora_A" in name
     }
 
 
@@ -54,7 +54,7 @@ def test_all_linear_spares_the_head(model: PreTrainedModel) -> None:
 def test_base_stays_as_it_was_loaded(model: PreTrainedModel) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     peft_model = attach_adapter(model, build_lora_config(LoraArguments()))
-    trained = trainable_parameters(peft_model)
+    trained = get_trainable_parameters(peft_model)
     assert trained and all("lora_" in name for name in trained)
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     frozen = {name: p for name, p in peft_model.named_parameters() if name not in trained}
@@ -93,13 +93,13 @@ def test_lora_config_carries_every_argument() -> None:
 )
 def test_bias(model: PreTrainedModel, bias: str, expected: set[str]) -> None:
     peft_model = attach_adapter(model, build_lora_config(LoraArguments(lora_bias=bias)))
-    biases = {name for name in trainable_parameters(peft_model) if name.endswith(".bias")}
+    biases = {name for name in get_trainable_parameters(peft_model) if name.endswith(".bias")}
     assert {name.split(".self_attn.")[1].partition(".")[0] for name in biases} == expected
 
 
 def test_dora_and_modules_to_save(model: PreTrainedModel) -> None:
     lora_args = LoraArguments(use_dora=True, modules_to_save=["lm_head"])
-    trained = trainable_parameters(attach_adapter(model, build_lora_config(lora_args)))
+    trained = get_trainable_parameters(attach_adapter(model, build_lora_config(lora_args)))
     assert any("lora_magnitude_vector" in name for name in trained)
     assert any("lm_head.modules_to_save" in name for name in trained)
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
@@ -114,33 +114,33 @@ def test_rslora_scales_by_the_root(model: PreTrainedModel) -> None:
 def test_start_from_an_adapter(model: PreTrainedModel, model_folder: Path, tmp_path: Path) -> None:
     first = attach_adapter(model, build_lora_config(LoraArguments(lora_r=4, init_lora_weights="gaussian")))
     with torch.no_grad():
-        for parameter in trainable_parameters(first).values():
+        for parameter in get_trainable_parameters(first).values():
             parameter.normal_()
     first.save_pretrained(tmp_path)
     config = build_lora_config(LoraArguments(lora_r=8, lora_weight_path=str(tmp_path)))
     assert config.r == 4, "the shape is the adapter's own"
     base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    second = trainable_parameters(attach_adapter(base, config, str(tmp_path)))
-    assert second.keys() == trainable_parameters(first).keys()
-    for name, parameter in trainable_parameters(first).items():
+    second = get_trainable_parameters(attach_adapter(base, config, str(tmp_path)))
+    assert second.keys() == get_trainable_parameters(first).keys()
+    for name, parameter in get_trainable_parameters(first).items():
         assert torch.equal(second[name], parameter)
 
 
 def test_targets_that_match_nothing_are_named(model_folder: Path) -> None:
-    skeleton = build_skeleton(AutoConfig.from_pretrained(model_folder))
-    check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "down_proj"])))
-    check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["all-linear"])))
+    meta_model = build_meta_model(AutoConfig.from_pretrained(model_folder))
+    check_targets(meta_model, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "down_proj"])))
+    check_targets(meta_model, build_lora_config(LoraArguments(lora_target_modules=["all-linear"])))
     with pytest.raises(UserError) as caught:
-        check_targets(skeleton, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "query", "W_pack"])))
+        check_targets(meta_model, build_lora_config(LoraArguments(lora_target_modules=["q_proj", "query", "W_pack"])))
     message = str(caught.value)
     assert "--lora_target_modules W_pack query" in message
     assert all(name in message for name in LINEAR)
     for around in ("self_attn", "layers.1", "layers", "model"):
         with pytest.raises(UserError, match=f"--modules_to_save {around}"):
-            check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=[around])))
-    check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=["mlp", "norm"])))
+            check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=[around])))
+    check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=["mlp", "norm"])))
     with pytest.raises(UserError, match="--modules_to_save head"):
-        check_targets(skeleton, build_lora_config(LoraArguments(modules_to_save=["head"])))
+        check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=["head"])))
 
 
 class ElsewhereConfig(PretrainedConfig):
@@ -178,16 +178,16 @@ ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE,
     ],
 )
 def test_what_cannot_be_trained_on_shards_is_refused(
-    refused_under: list[Topology], tied: bool, quantised: bool, flags: dict, said: str, model_folder: Path
+    refused_under: list[Topology], tied: bool, quantized: bool, flags: dict, said: str, model_folder: Path
 ) -> None:
     config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=tied, attention_bias="lora_bias" in flags)
     lora_config = build_lora_config(LoraArguments(**flags))
     for topology in (ONE, ZERO_3, FSDP):
         if topology in refused_under:
             with pytest.raises(UserError, match=f"^{said}.*; choose "):
-                check_sharding(config, build_skeleton(config), lora_config, topology, quantised=quantised)
+                check_sharding(config, build_meta_model(config), lora_config, topology, quantized=quantized)
         else:
-            check_sharding(config, build_skeleton(config), lora_config, topology, quantised=quantised)
+            check_sharding(config, build_meta_model(config), lora_config, topology, quantized=quantized)
 
 
 GPT2 = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)
@@ -212,27 +212,27 @@ def test_there_must_be_biases_to_be_refused(
     lora_config = LoraConfig(target_modules=targets, bias=bias)
     if refused:
         with pytest.raises(UserError, match=f"--lora_bias {bias} with --q_lora True"):
-            check_sharding(config, build_skeleton(config), lora_config, FSDP, quantised=True)
+            check_sharding(config, build_meta_model(config), lora_config, FSDP, quantized=True)
     else:
-        check_sharding(config, build_skeleton(config), lora_config, FSDP, quantised=True)
+        check_sharding(config, build_meta_model(config), lora_config, FSDP, quantized=True)
 
 
 def test_a_square_layer_is_no_head() -> None:
     """Here the vocabulary is as large as the model is wide."""
     tied = LlamaConfig(**LLAMA.to_dict() | {"tie_word_embeddings": True})
-    check_sharding(tied, build_skeleton(tied), LoraConfig(target_modules=["q_proj"]), FSDP)
+    check_sharding(tied, build_meta_model(tied), LoraConfig(target_modules=["q_proj"]), FSDP)
     with pytest.raises(UserError, match="--lora_target_modules lm_head"):
-        check_sharding(tied, build_skeleton(tied), LoraConfig(target_modules=["lm_head"]), FSDP)
+        check_sharding(tied, build_meta_model(tied), LoraConfig(target_modules=["lm_head"]), FSDP)
 
 
 def test_tied_ends_of_a_model_whose_code_lies_elsewhere() -> None:
     config = ElsewhereConfig(tie_word_embeddings=True)
-    assert build_skeleton(config) is None
+    assert build_meta_model(config) is None
     check_sharding(config, None, LoraConfig(target_modules=["q_proj"]), FSDP)
     with pytest.raises(UserError, match="--modules_to_save embed_tokens"):
         check_sharding(
             config,
-            build_skeleton(config),
+            build_meta_model(config),
             LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
             FSDP,
         )
@@ -255,6 +255,6 @@ def test_tied_embeddings_go_by_many_names(
     lora_config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
     if refused:
         with pytest.raises(UserError, match="the head and the embeddings of this model are one"):
-            check_sharding(GPT2, build_skeleton(GPT2), lora_config, FSDP)
+            check_sharding(GPT2, build_meta_model(GPT2), lora_config, FSDP)
     else:
-        check_sharding(GPT2, build_skeleton(GPT2), lora_config, FSDP)
+        check_sharding(GPT2, build_meta_model(GPT2), lora_config, FSDP)

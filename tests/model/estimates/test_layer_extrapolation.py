@@ -10,9 +10,9 @@ from transformers import Qwen3Config
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
-from fastchat_qlora.model.estimates.layer_extrapolation import shallow_configs
-from fastchat_qlora.model.loading.base_model import build_skeleton
-from fastchat_qlora.training.callbacks.activation_checkpointing import profile_model
+from fastchat_qlora.model.estimates.layer_extrapolation import make_shallow_configs
+from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 
 HOW = {"supervised_share": 0.6, "quantised": "double", "device_type": "cuda"}
 
@@ -34,10 +34,10 @@ def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
     config = deep(family)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[0]] * 7
-    skeleton = build_skeleton(copy.deepcopy(config))
-    assert skeleton is not None and shallow_configs(config, skeleton, lora_config(**lora)) is not None
-    whole = memory.profile(attach_adapter(skeleton.to(torch.bfloat16), lora_config(**lora)), **HOW)  # type: ignore[arg-type]
-    found = profile_model(config, lora_config(**lora), torch.bfloat16, **HOW)
+    meta_model = build_meta_model(copy.deepcopy(config))
+    assert meta_model is not None and make_shallow_configs(config, meta_model, lora_config(**lora)) is not None
+    whole = memory.measure_model_cost(attach_adapter(meta_model.to(torch.bfloat16), lora_config(**lora)), **HOW)  # type: ignore[arg-type]
+    found = estimate_model_cost(config, lora_config(**lora), torch.bfloat16, **HOW)
     assert not isinstance(found, str)
     for one, other in ((found, whole), (found.token, whole.token), (found.weights, whole.weights)):
         numbers = [value for value in one if isinstance(value, int | float)]
@@ -70,6 +70,6 @@ def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
     ids=["kinds of attention", "not deep", "some layers", "another rank", "a layer's number", "a pattern", "one other"],
 )
 def test_layers_that_are_not_alike(config: Any, lora: dict[str, Any]) -> None:
-    skeleton = build_skeleton(copy.deepcopy(config))
-    assert skeleton is not None
-    assert shallow_configs(config, skeleton, lora_config(**lora)) is None
+    meta_model = build_meta_model(copy.deepcopy(config))
+    assert meta_model is not None
+    assert make_shallow_configs(config, meta_model, lora_config(**lora)) is None

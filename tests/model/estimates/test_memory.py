@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
-from fastchat_qlora.model.loading.base_model import build_skeleton
+from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
 from fastchat_qlora.training.callbacks.effective_settings import base_bytes
@@ -21,11 +21,11 @@ LENGTHS = (500, 300, 200)
 TOKENS = sum(LENGTHS)
 
 
-def profile(config: PretrainedConfig, dtype: torch.dtype, quantised: str = "", **lora: Any) -> memory.Model:
-    skeleton = build_skeleton(copy.deepcopy(config))
-    assert skeleton is not None
-    model = attach_adapter(skeleton.to(dtype), lora_config(**lora))
-    return memory.profile(model, supervised_share=0.6, quantised=quantised)
+def profile(config: PretrainedConfig, dtype: torch.dtype, quantized: str = "", **lora: Any) -> memory.ModelCost:
+    meta_model = build_meta_model(copy.deepcopy(config))
+    assert meta_model is not None
+    model = attach_adapter(meta_model.to(dtype), lora_config(**lora))
+    return memory.measure_model_cost(model, supervised_share=0.6, quantized=quantized)
 
 
 def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
@@ -75,7 +75,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 )
 def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], checkpointed: int) -> None:
     """Within 10 % for every share of checkpointed layers."""
-    needed = memory.need(profile(FAMILIES[family], dtype, **lora), TOKENS, checkpointed)
+    needed = memory.compute_peak_memory(profile(FAMILIES[family], dtype, **lora), TOKENS, checkpointed)
     model = our_peft(make_base(family, PER_CONVERSATION, dtype), **lora)
     base = model.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -88,7 +88,9 @@ def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], chec
 def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Path) -> None:
     model = our_peft(make_quantised_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
     held = base_bytes(model).held
-    needed = memory.need(profile(FAMILIES["llama"], FP32, "double", lora_dropout=0.05), TOKENS, checkpointed)
+    needed = memory.compute_peak_memory(
+        profile(FAMILIES["llama"], FP32, "double", lora_dropout=0.05), TOKENS, checkpointed
+    )
     if checkpointed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
@@ -115,16 +117,18 @@ def test_what_is_counted_does_not_depend_on_the_number_of_layers() -> None:
 
 def test_the_fewest_layers_that_fit() -> None:
     model = profile(LlamaConfig(**SIZES | {"num_hidden_layers": 6}), BF16)
-    all_kept, all_checkpointed = (memory.need(model, TOKENS, count).of_a_step for count in (0, 6))
+    all_kept, all_checkpointed = (memory.compute_peak_memory(model, TOKENS, count).of_a_step for count in (0, 6))
     assert all_checkpointed < all_kept
-    assert memory.fewest_checkpointed(model, TOKENS, all_kept) == 0
-    between = memory.fewest_checkpointed(model, TOKENS, (all_kept + all_checkpointed) / 2)
+    assert memory.count_layers_to_checkpoint(model, TOKENS, all_kept) == 0
+    between = memory.count_layers_to_checkpoint(model, TOKENS, (all_kept + all_checkpointed) / 2)
     assert between is not None and 0 < between < 6
-    assert memory.need(model, TOKENS, between).of_a_step <= (all_kept + all_checkpointed) / 2
-    assert memory.need(model, TOKENS, between - 1).of_a_step > (all_kept + all_checkpointed) / 2
-    least = min(memory.need(model, TOKENS, count).of_a_step for count in range(7))
-    assert memory.fewest_checkpointed(model, TOKENS, least - 1) is None
-    assert memory.fewest_checkpointed(model, TOKENS, all_kept, scale=1.5) != 0, "a step needed more than foreseen"
+    assert memory.compute_peak_memory(model, TOKENS, between).of_a_step <= (all_kept + all_checkpointed) / 2
+    assert memory.compute_peak_memory(model, TOKENS, between - 1).of_a_step > (all_kept + all_checkpointed) / 2
+    least = min(memory.compute_peak_memory(model, TOKENS, count).of_a_step for count in range(7))
+    assert memory.count_layers_to_checkpoint(model, TOKENS, least - 1) is None
+    assert memory.count_layers_to_checkpoint(model, TOKENS, all_kept, scale=1.5) != 0, (
+        "a step needed more than foreseen"
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_the_fewest_layers_that_fit() -> None:
 )
 def test_optimizers(optimizer: str, shards: int, state: int) -> None:
     model = profile(FAMILIES["llama"], BF16)
-    needed = memory.need(model, TOKENS, 0, optimizer=optimizer, shards=shards)
+    needed = memory.compute_peak_memory(model, TOKENS, 0, optimizer=optimizer, shards=shards)
     assert needed.gradients == model.trained * 4
     assert needed.optimizer == pytest.approx(model.trained * state, rel=0.02), "8-bit moments have scales"
 
@@ -141,7 +145,7 @@ def test_optimizers(optimizer: str, shards: int, state: int) -> None:
 def test_a_head_that_is_trained_has_all_its_logits() -> None:
     chunked, whole = (profile(FAMILIES["llama"], BF16, modules_to_save=saved) for saved in (None, ["lm_head"]))
     assert (chunked.chunk is None, whole.chunk is None) == (False, True)
-    work = [memory.need(model, 10**6, 0).work for model in (chunked, whole)]
+    work = [memory.compute_peak_memory(model, 10**6, 0).work for model in (chunked, whole)]
     assert work[1] > work[0]
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from fastchat_qlora.config.arguments import LoraArguments, ModelArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, trainable_parameters
+from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
 from fastchat_qlora.model.loading.base_model import choose_pad_token, load_config, load_model, load_tokenizer
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 
@@ -40,11 +40,11 @@ def test_qlora_quantises_every_linear_layer_but_the_head(model_folder: Path, qua
 
     model = load(model_folder, torch.bfloat16, q_lora=True, bnb_4bit_quant_type=quant_type)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    quantised = {name for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)}
-    assert linear.keys() - quantised == {"lm_head"}
-    assert all(linear[name].weight.quant_type == quant_type for name in quantised)
-    assert all(linear[name].weight.quant_state.nested for name in quantised), "double quantisation"
-    others = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantised}
+    quantized = {name for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)}
+    assert linear.keys() - quantized == {"lm_head"}
+    assert all(linear[name].weight.quant_type == quant_type for name in quantized)
+    assert all(linear[name].weight.quant_state.nested for name in quantized), "double quantisation"
+    others = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
     assert others == {torch.bfloat16}, "nothing is copied to fp32"
 
 
@@ -62,7 +62,7 @@ def test_4_bit_weights_still_learn_after_an_evaluation(model_folder: Path) -> No
     after = model(input_ids=ids).logits
     assert torch.equal(before, after)
     after.float().sum().backward()
-    assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
+    assert all(parameter.grad is not None for parameter in get_trainable_parameters(model).values())
 
 
 def test_8_bit_loads(model_folder: Path) -> None:

@@ -19,11 +19,11 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops import attention
 from fastchat_qlora.model.ops.attention import (
     PER_CONVERSATION,
-    Leak,
+    Leakage,
     attend_per_conversation,
     choose_attention,
-    measure_leak,
-    stock_attention,
+    get_default_attention,
+    measure_leakage,
 )
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -333,13 +333,13 @@ class TestLeak:
     """The measure of the self-test."""
 
     @staticmethod
-    def measured(family: str, forward: Any = None, dtype: torch.dtype = FP32) -> Leak:
+    def measured(family: str, forward: Any = None, dtype: torch.dtype = FP32) -> Leakage:
         model = make_base(family, PER_CONVERSATION, dtype).eval()
         rows = [conversation(length, seed) for seed, length in ((1, 30), (2, 20))]
         other = [conversation(30, seed=3), rows[1]]
         shared, changed = (TestLeak.batch(batch) for batch in (rows, other))
         alone = torch.tensor([rows[1]["input_ids"]])
-        leak = measure_leak(model, shared, changed, alone, forward(model) if forward else model)
+        leak = measure_leakage(model, shared, changed, alone, forward(model) if forward else model)
         assert model.config._attn_implementation == PER_CONVERSATION, "put back"
         return leak
 
@@ -389,4 +389,4 @@ class TestLeak:
     def test_stock_attention_is_what_transformers_would_choose(self) -> None:
         for family in FAMILIES:
             model = make_base(family)
-            assert stock_attention(model) == model.config._attn_implementation
+            assert get_default_attention(model) == model.config._attn_implementation

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, GPT2LMHeadModel, GraniteConfig
 
 from fastchat_qlora.model.ops import chunked_loss as loss
-from fastchat_qlora.model.ops.chunked_loss import LossHead, install_loss_head, mean_loss, token_losses, why_plain
+from fastchat_qlora.model.ops.chunked_loss import (
+    LossHead,
+    explain_plain_loss,
+    install_loss_head,
+    mean_loss,
+    token_losses,
+)
 
 IGNORED = -100
 WIDTH, VOCABULARY = 8, 13
@@ -236,7 +242,7 @@ SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 class TestWhyPlain:
     @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma2"}))
     def test_most_models_take_the_head(self, family: str) -> None:
-        assert why_plain(our_peft(make_base(family))) == ""
+        assert explain_plain_loss(our_peft(make_base(family))) == ""
 
     @pytest.mark.parametrize(
         ("family", "lora", "reason"),
@@ -249,7 +255,7 @@ class TestWhyPlain:
     def test_what_is_trained_or_changed_keeps_its_logits(
         self, family: str, lora: dict[str, list[str]], reason: str
     ) -> None:
-        assert why_plain(our_peft(make_base(family), **lora)) == reason
+        assert explain_plain_loss(our_peft(make_base(family), **lora)) == reason
 
     @pytest.mark.parametrize(
         ("config", "reason"),
@@ -261,20 +267,20 @@ class TestWhyPlain:
         ],
     )
     def test_scaled_logits(self, config: Any, reason: str) -> None:
-        assert why_plain(AutoModelForCausalLM.from_config(config).requires_grad_(False)) == reason
+        assert explain_plain_loss(AutoModelForCausalLM.from_config(config).requires_grad_(False)) == reason
 
     def test_a_bias_of_the_head_that_is_trained(self) -> None:
         model = make_base("llama")
         model.set_output_embeddings(torch.nn.Linear(64, 89))
         model.requires_grad_(False)
-        assert why_plain(model) == ""
+        assert explain_plain_loss(model) == ""
         model.lm_head.bias.requires_grad_(True)
-        assert why_plain(model) == "the head is trained"
+        assert explain_plain_loss(model) == "the head is trained"
 
     def test_a_model_without_a_head(self) -> None:
         model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)).requires_grad_(False)
         with mock.patch.object(GPT2LMHeadModel, "get_output_embeddings", lambda self: None):
-            assert why_plain(model) == "the model names no head"
+            assert explain_plain_loss(model) == "the model names no head"
 
     def test_the_head_that_is_put_in_is_the_models(self) -> None:
         """Tied to the embeddings as before, and named as before."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
-from fastchat_qlora.model.ops.lora_linear import _drop, needs_autocast, use_lean_layers
+from fastchat_qlora.model.ops.lora_linear import _drop, needs_autocast, register_efficient_lora
 
 IDS = torch.tensor([conversation(20, seed)["input_ids"] for seed in (0, 1)])
 BASES = ["plain", "4 bits"]
@@ -273,5 +273,5 @@ def test_layers_quantised_otherwise_stay_pefts() -> None:
     config = lora_config()
     base = make_base("llama")
     base.is_quantized = True
-    use_lean_layers(config, base)
+    register_efficient_lora(config, base)
     assert not lean_layers(get_peft_model(base, config))

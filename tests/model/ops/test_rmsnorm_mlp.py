@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from fastchat_qlora.model.ops.rmsnorm_mlp import LeanMLP, LeanRMSNorm, use_lean_modules
+from fastchat_qlora.model.ops.rmsnorm_mlp import (
+    MemoryEfficientMLP,
+    MemoryEfficientRMSNorm,
+    use_memory_efficient_modules,
+)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def kinds(model: torch.nn.Module) -> tuple[int, int]:
     modules = list(model.modules())
-    return sum(isinstance(m, LeanRMSNorm) for m in modules), sum(isinstance(m, LeanMLP) for m in modules)
+    return sum(isinstance(m, MemoryEfficientRMSNorm) for m in modules), sum(
+        isinstance(m, MemoryEfficientMLP) for m in modules
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ def test_a_model_stays_the_same(family: str, norms: int, mlps: int, dtype: torch
     """Logits to the bit, and the same names for the same weights."""
     stock, lean = (make_base(family, dtype=dtype) for _ in range(2))
     lean.requires_grad_(False)
-    use_lean_modules(lean)
+    use_memory_efficient_modules(lean)
     assert kinds(lean) == (norms, mlps)
     ids = torch.tensor([conversation(30, seed=1)["input_ids"]])
     assert torch.equal(stock(input_ids=ids).logits, lean(input_ids=ids).logits)
@@ -61,7 +67,7 @@ def test_norm(tokens: int, width: int, seed: int, size: float) -> None:
     stock.weight = torch.nn.Parameter(torch.randn(width, generator=generator), requires_grad=False)
     x, grad = (torch.randn(1, tokens, width, generator=generator) for _ in range(2))
     (expected, expected_grad), (got, got_grad) = (
-        with_gradient(m, size * x, grad) for m in (stock, LeanRMSNorm(copy.deepcopy(stock)))
+        with_gradient(m, size * x, grad) for m in (stock, MemoryEfficientRMSNorm(copy.deepcopy(stock)))
     )
     assert torch.equal(got, expected)
     torch.testing.assert_close(size * got_grad, size * expected_grad, rtol=1e-5, atol=1e-5)
@@ -74,7 +80,7 @@ def test_mlp(dtype: torch.dtype) -> None:
     stock = LlamaMLP(FAMILIES["llama"]).to(dtype).requires_grad_(False)
     x, grad = (torch.randn(2, 11, 64, dtype=dtype) for _ in range(2))
     expected = with_gradient(stock, x, grad)
-    got = with_gradient(LeanMLP(stock), x, grad)
+    got = with_gradient(MemoryEfficientMLP(stock), x, grad)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -84,7 +90,7 @@ def test_bf16_gradient_of_a_norm() -> None:
     stock = LlamaRMSNorm(64).to(BF16).requires_grad_(False)
     x, grad = (torch.randn(1, 50, 64, dtype=BF16) for _ in range(2))
     exact = with_gradient(LlamaRMSNorm(64).requires_grad_(False), x.float(), grad.float())[1]
-    errors = [(with_gradient(m, x, grad)[1].float() - exact).norm() for m in (stock, LeanRMSNorm(stock))]
+    errors = [(with_gradient(m, x, grad)[1].float() - exact).norm() for m in (stock, MemoryEfficientRMSNorm(stock))]
     assert 0 < errors[1] <= 1.05 * errors[0]
 
 
@@ -118,36 +124,36 @@ def test_what_is_trained_itself_learns(saved: list[str]) -> None:
 
 def test_another_activation_is_left_alone() -> None:
     model = make_base("llama", hidden_act="gelu").requires_grad_(False)
-    use_lean_modules(model)
+    use_memory_efficient_modules(model)
     assert kinds(model) == (5, 0)
 
 
 def test_what_is_trained_is_left_alone() -> None:
     model = make_base("llama")
-    assert use_lean_modules(model) == 2, "the MLPs, which have no weights of their own"
+    assert use_memory_efficient_modules(model) == 2, "the MLPs, which have no weights of their own"
     assert kinds(model) == (0, 2)
 
 
 def test_a_shared_module_stays_shared() -> None:
     model = make_base("llama").requires_grad_(False)
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    assert use_lean_modules(model) == 7
+    assert use_memory_efficient_modules(model) == 7
     assert model.model.layers[1].mlp is model.model.layers[0].mlp
-    assert isinstance(model.model.layers[1].mlp, LeanMLP)
+    assert isinstance(model.model.layers[1].mlp, MemoryEfficientMLP)
 
 
 def test_what_was_added_to_a_module_stays() -> None:
     model = make_base("llama").requires_grad_(False)
     model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0)
     model.model.layers[0].mlp.forward = lambda x: x
-    use_lean_modules(model)
+    use_memory_efficient_modules(model)
     assert kinds(model) == (4, 1)
     assert not model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.any()
 
 
 def test_classes_can_be_left() -> None:
     model = make_base("llama").requires_grad_(False)
-    use_lean_modules(model, ["LlamaMLP"])
+    use_memory_efficient_modules(model, ["LlamaMLP"])
     assert kinds(model) == (5, 0)
 
 
@@ -164,7 +170,7 @@ def kept_bytes(module: torch.nn.Module) -> int:
 
 def test_what_is_kept() -> None:
     """A norm its input and one number a token; an MLP gate and up."""
-    norm = LeanRMSNorm(LlamaRMSNorm(64).to(BF16).requires_grad_(False))
-    mlp = LeanMLP(LlamaMLP(FAMILIES["llama"]).to(BF16).requires_grad_(False))
+    norm = MemoryEfficientRMSNorm(LlamaRMSNorm(64).to(BF16).requires_grad_(False))
+    mlp = MemoryEfficientMLP(LlamaMLP(FAMILIES["llama"]).to(BF16).requires_grad_(False))
     assert kept_bytes(norm) == 10 * (2 * 64 + 4)
     assert kept_bytes(mlp) == 10 * 2 * 2 * 96

@@ -6,14 +6,14 @@ import pytest
 from quick_runs import command, losses, seen, train  # noqa: F401  # a fixture
 
 from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.model.loading.base_model import repeated_layers
+from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.training.callbacks import activation_checkpointing
 
 FLAGS = {"max_steps": 3, "lora_dropout": 0.1}
 
 
 def checkpointed(trainer: object) -> int:
-    return sum(layer.gradient_checkpointing for layer in repeated_layers(trainer.adapter))
+    return sum(layer.gradient_checkpointing for layer in get_repeated_layers(trainer.adapter))
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_foreseen_is_checkpointed_whole(
     notices: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(activation_checkpointing, "build_skeleton", lambda config: None)
+    monkeypatch.setattr(activation_checkpointing, "build_meta_model", lambda config: None)
     train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
     assert checkpointed(seen["trainer"]) == 2
     assert "on, for what the run needs cannot be told: the model's code lies outside transformers" in notices.text

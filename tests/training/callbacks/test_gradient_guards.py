@@ -6,7 +6,7 @@ import torch
 from fastchat_qlora.errors import AgreedError, RunError
 from fastchat_qlora.training.callbacks import step_monitor as step_watch
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase, GradientGuard, LossGuard
-from fastchat_qlora.training.callbacks.step_monitor import Step, StepWatch, Verdict
+from fastchat_qlora.training.callbacks.step_monitor import Step, StepMonitor, Verdict
 from fastchat_qlora.utils.signals import StopSignals
 
 STATE = SimpleNamespace(global_step=6)
@@ -95,7 +95,7 @@ def watch(norm: float, losses: list[float], *, fp16: bool = False, supervised: i
     trainer = SimpleNamespace(step=step, last_checkpoint="out/checkpoint-4")
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
     state = SimpleNamespace(global_step=6, max_steps=9)
-    looking = StepWatch(StopSignals())
+    looking = StepMonitor(StopSignals())
     looking.trainer = trainer
     arguments = SimpleNamespace(fp16=fp16, save_strategy="steps")
     for _ in range(times):
@@ -147,7 +147,7 @@ def test_a_device_is_read_one_step_later_and_before_anything_is_saved(monkeypatc
     monkeypatch.setattr(step_watch, "send", send)
     rows = [[("a.json", 3, "c3")]]
     trainer = SimpleNamespace(step=None, last_checkpoint=None)
-    watch = StepWatch(StopSignals())
+    watch = StepMonitor(StopSignals())
     watch.trainer = trainer
 
     def end(number: int, loss: float, *, save: bool = False) -> None:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.callbacks import sanity_check as self_test
-from fastchat_qlora.training.callbacks.sanity_check import Failures, SelfTest, find_failures, run_self_test
+from fastchat_qlora.training.callbacks.sanity_check import Failures, SanityCheck, find_failures, run_sanity_check
 
 ROWS = [conversation(length, seed, learnt=1.0) for seed, length in enumerate((30, 9, 44))]
 
@@ -61,7 +61,7 @@ def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     trainer = trainer_of(family, tmp_path, dtype=dtype)
     if dtype == torch.bfloat16:
         trainer.args.bf16 = True
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     assert find_failures(trainer, trainer.model) == Failures("", "")
     assert trainer.data_collator.padding_free and trainer.model.training
     assert (trainer.loss_head is None) == (family == "gemma2")
@@ -73,7 +73,7 @@ def test_nothing_is_drawn_or_counted(tmp_path: Path) -> None:
     trainer = trainer_of("llama", tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     assert torch.equal(torch.get_rng_state(), before)
     assert trainer.tokens_seen() == (0, 0)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -83,7 +83,7 @@ def test_a_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> N
     trainer = trainer_of("llama", tmp_path, "leaky")
     failures = find_failures(trainer, trainer.model)
     assert "not kept apart" in failures.rows and not failures.loss
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
     assert not trainer.data_collator.padding_free and trainer.loss_head is not None
     assert trainer.adapter.config._attn_implementation == "sdpa"
@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_asked_is_not(tmp_path: Path, notices: pytest.Log
 
     AttentionInterface.register("broken", broken)
     trainer = trainer_of("llama", tmp_path, "broken")
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     assert "cannot be asked for rows without padding: 'no such" in notices.text
     assert not trainer.data_collator.padding_free
     assert trainer.adapter.config._attn_implementation == "sdpa"
@@ -107,7 +107,7 @@ def test_logits_changed_behind_the_head_are_found(
 ) -> None:
     trainer = trainer_of("llama", tmp_path)
     assert "changes its logits behind the head" in find_failures(trainer, trainer.model).loss
-    run_self_test(trainer)
+    run_sanity_check(trainer)
     assert "The loss is computed from the logits" in notices.text
     assert trainer.loss_head is None and trainer.data_collator.padding_free
 
@@ -161,18 +161,18 @@ class TestWrappedLate:
 
     @staticmethod
     def begin(trainer: Any) -> None:
-        SelfTest(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+        SanityCheck(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def test_stops_where_batches_are_laid_out_already(self, tmp_path: Path) -> None:
         trainer = self.late(tmp_path, "leaky")
-        run_self_test(trainer)
+        run_sanity_check(trainer)
         assert trainer.data_collator.padding_free, "not asked yet"
         with pytest.raises(RunError, match=r"not kept apart.*; start again with --padding_free False"):
             self.begin(trainer)
 
     def test_goes_on_with_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
         trainer = self.late(tmp_path, PER_CONVERSATION)
-        run_self_test(trainer)
+        run_sanity_check(trainer)
         assert trainer.loss_head is not None
         self.begin(trainer)
         assert trainer.loss_head is None

@@ -12,9 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralCo
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, expected_shapes, trainable_parameters
-from fastchat_qlora.model.loading.base_model import build_skeleton
-from fastchat_qlora.training.checkpoints.adapter_export import certify, gather_adapter, put_in_place, save_adapter
+from fastchat_qlora.model.adapter.lora import (
+    attach_adapter,
+    build_lora_config,
+    compute_adapter_shapes,
+    get_trainable_parameters,
+)
+from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.training.checkpoints.adapter_export import (
+    gather_adapter,
+    put_in_place,
+    save_adapter,
+    verify_saved_adapter,
+)
 
 ARGUMENTS = LoraArguments(modules_to_save=["lm_head"], lora_bias="all")
 
@@ -35,7 +45,7 @@ def saved(model_folder: Path, tmp_path: Path) -> Saved:
         build_lora_config(ARGUMENTS),
     )
     with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
+        for parameter in get_trainable_parameters(model).values():
             parameter.add_(torch.randn_like(parameter))
     tensors = gather_adapter(model)
     save_adapter(model, tensors, str(tmp_path))
@@ -43,13 +53,15 @@ def saved(model_folder: Path, tmp_path: Path) -> Saved:
 
 
 def shapes_of(model_folder: Path, arguments: LoraArguments = ARGUMENTS) -> dict[str, torch.Size]:
-    shapes = expected_shapes(build_skeleton(AutoConfig.from_pretrained(model_folder)), build_lora_config(arguments))
+    shapes = compute_adapter_shapes(
+        build_meta_model(AutoConfig.from_pretrained(model_folder)), build_lora_config(arguments)
+    )
     assert shapes
     return shapes
 
 
 def test_a_good_adapter_passes(saved: Saved, model_folder: Path) -> None:
-    certify(*saved, shapes_of(model_folder))
+    verify_saved_adapter(*saved, shapes_of(model_folder))
     with safe_open(saved.folder / "adapter_model.safetensors", framework="pt") as file:
         found = {name: file.get_tensor(name).shape for name in file.keys()}  # noqa: SIM118
     assert found == shapes_of(model_folder)
@@ -68,7 +80,7 @@ def test_an_adapter_of_another_configuration_fails(
 ) -> None:
     """The live model and the file agree with each other here, and not with what was asked for."""
     with pytest.raises(RunError, match=said):
-        certify(*saved, shapes_of(model_folder, arguments))
+        verify_saved_adapter(*saved, shapes_of(model_folder, arguments))
 
 
 def test_it_is_put_in_place_over_an_earlier_one(saved: Saved, tmp_path: Path) -> None:
@@ -110,7 +122,7 @@ def test_a_damaged_adapter_fails(saved: Saved, kind: str) -> None:
     folder, model, tensors = saved
     damage(folder, kind)
     with pytest.raises(RunError, match=r"adapter_model\.safetensors"):
-        certify(folder, model, tensors)
+        verify_saved_adapter(folder, model, tensors)
 
 
 def test_nan_in_training_fails_though_the_file_equals_it(saved: Saved) -> None:
@@ -118,7 +130,7 @@ def test_nan_in_training_fails_though_the_file_equals_it(saved: Saved) -> None:
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     damage(folder, "nan")
     with pytest.raises(RunError):
-        certify(folder, model, tensors)
+        verify_saved_adapter(folder, model, tensors)
 
 
 def test_an_adapter_that_learnt_nothing_fails(saved: Saved) -> None:
@@ -129,8 +141,8 @@ def test_an_adapter_that_learnt_nothing_fails(saved: Saved) -> None:
     path = folder / "adapter_model.safetensors"
     save_file({n: t.zero_() if "lora_B" in n else t for n, t in load_file(path).items()}, path)
     with pytest.raises(RunError, match="learnt nothing"):
-        certify(folder, model, tensors)
-    certify(folder, model, tensors, must_have_learnt=False)  # a checkpoint within the warm-up
+        verify_saved_adapter(folder, model, tensors)
+    verify_saved_adapter(folder, model, tensors, must_have_learnt=False)  # a checkpoint within the warm-up
 
 
 MORE = {
@@ -157,7 +169,7 @@ def test_shapes_of_every_family_are_known_without_weights(family: str, settings:
     targets = ["q_proj", "o_proj"] if family == "mixtral" else ["all-linear"]  # PEFT has no DoRA on fused experts
     arguments = LoraArguments(lora_target_modules=targets, **settings)
     config = (FAMILIES | MORE)[family]
-    shapes = expected_shapes(build_skeleton(copy.deepcopy(config)), build_lora_config(arguments))
+    shapes = compute_adapter_shapes(build_meta_model(copy.deepcopy(config)), build_lora_config(arguments))
     model = attach_adapter(AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_lora_config(arguments))
     saved = get_peft_model_state_dict(model, state_dict=gather_adapter(model), save_embedding_layers=False)
     assert shapes == {name: tensor.shape for name, tensor in saved.items()} and len(saved) >= 8

@@ -15,7 +15,7 @@ from fastchat_qlora.training.checkpoints.checkpoint import (
     remove_old,
     saving,
 )
-from fastchat_qlora.training.checkpoints.manifest import Torn, verify
+from fastchat_qlora.training.checkpoints.manifest import IncompleteCheckpoint, verify
 
 RUN = {"strategy": "DDP", "processes": "2", "data": "1a", "seed": "42"}
 FILES = ("trainer_state.json", "scheduler.pt", "adapter_model.safetensors", "nested/optimizer.bin")
@@ -199,7 +199,7 @@ def test_a_manifest_that_was_forged(change: dict[str, Any], said: str, tmp_path:
     manifest = json.loads((folder / "manifest.json").read_text())["manifest"] | change
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": digest}))
-    with pytest.raises(Torn, match=said):
+    with pytest.raises(IncompleteCheckpoint, match=said):
         verify(folder)
 
 
@@ -207,7 +207,7 @@ def test_a_manifest_that_was_forged(change: dict[str, Any], said: str, tmp_path:
 def test_a_manifest_that_is_none(text: str, tmp_path: Path) -> None:
     folder = make(tmp_path, 4)
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(Torn, match=r"its manifest.json cannot be read"):
+    with pytest.raises(IncompleteCheckpoint, match=r"its manifest.json cannot be read"):
         verify(folder)
 
 
@@ -215,5 +215,5 @@ def test_a_manifest_that_was_changed(tmp_path: Path) -> None:
     folder = make(tmp_path, 4)
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"DDP"', '"FSDP2"'))
-    with pytest.raises(Torn, match=r"its manifest.json was damaged"):
+    with pytest.raises(IncompleteCheckpoint, match=r"its manifest.json was damaged"):
         verify(folder)

@@ -10,7 +10,7 @@ from families import FAMILIES, make_base
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.data.analysis.stop_tokens import describe_turn_ends
+from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens
 from fastchat_qlora.training import run
 from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
 
@@ -105,4 +105,4 @@ def test_a_base_whose_settings_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_nothing_is_said_where_the_tokenizer_says_it_all(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert describe_turn_ends([2], tokenizer) == ""
+    assert describe_stop_tokens([2], tokenizer) == ""

@@ -20,7 +20,7 @@ from quick_runs import command, train
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.data.analysis.statistics import measure
+from fastchat_qlora.data.analysis.statistics import compute_statistics
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.training.callbacks.throughput import Total
 from fastchat_qlora.training.report import html_report as report
@@ -284,7 +284,7 @@ def test_a_long_curve_is_one_of_means() -> None:
     """No point is lost: the mean over all of it stays."""
     count = 3 * MOST_POINTS
     history = [{"step": n, "loss": float(n)} for n in range(1, count + 1)]
-    [curve] = get_charts(history, measure(Dataset.from_list([ROW])))[0].curves
+    [curve] = get_charts(history, compute_statistics(Dataset.from_list([ROW])))[0].curves
     assert curve == thinned(get_curve(history, "loss", "training", "c1", is_noisy=True))
     assert curve.name == "training, mean of 3"
     assert curve.steps == list(range(3, count + 1, 3))

@@ -18,7 +18,7 @@ from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
 from fastchat_qlora.training.report.model_card import RANKS, _number, build_model_card, why_vllm_refuses
-from fastchat_qlora.training.setup import Prepared
+from fastchat_qlora.training.setup import PreparedRun
 
 
 def train(model: Path, data: Path, output: Path, *flags: str) -> str:
@@ -59,12 +59,12 @@ def test_it_tells_of_the_run_and_its_code_runs(
     arguments = ["--model_name_or_path", str(model), "--data_path", str(data_file), "--eval_split", "2", *flags]
     card = train(Path("-"), Path("-"), tmp_path / "my-adapter", *arguments)
     output = tmp_path / "my-adapter"
-    quantised = "--q_lora" in flags
-    tags = ["lora", "transformers", "fastchat-qlora", *["qlora"] * quantised]
+    quantized = "--q_lora" in flags
+    tags = ["lora", "transformers", "fastchat-qlora", *["qlora"] * quantized]
     assert head(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     assert ModelCardData(**head(card)).to_dict() == head(card)
     assert str(tmp_path) not in card, "no folder of this machine"
-    assert f"# my-adapter\n\nA {'Q' * quantised}LoRA adapter for the model in the folder `base model`" in card
+    assert f"# my-adapter\n\nA {'Q' * quantized}LoRA adapter for the model in the folder `base model`" in card
     assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 10 \| ", card, re.MULTILINE)
     assert re.search(r"^\| evaluation, held out \| of these \|  \|  \| 2 \| ", card, re.MULTILINE)
     assert "A turn of the assistant ends with `<|im_end|>`" in card and "the tokenizer's chat template" in card
@@ -89,8 +89,8 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
     data.write_text("[{}]")
     args = parse_args(f"--model_name_or_path {name} --data_path {data} --output_dir {tmp_path / 'out'}".split())
     nothing = LoadedData([], {"read": 5, "rejected": 5}, tmp_path, [], "the vicuna template")  # type: ignore[arg-type]
-    known = dict.fromkeys(Prepared._fields) | {"lora_config": LoraConfig(**lora), "tokenizer": tokenizer}
-    prepared = Prepared(**known | {"turn_ends": [], "data": {"--data_path": nothing}})
+    known = dict.fromkeys(PreparedRun._fields) | {"lora_config": LoraConfig(**lora), "tokenizer": tokenizer}
+    prepared = PreparedRun(**known | {"turn_ends": [], "data": {"--data_path": nothing}})
     return build_model_card("my adapter|`x", args, prepared, {"steps": 1}, {"devices": "8 x cuda on my-host"})
 
 
