@@ -170,7 +170,7 @@ def _remarks(runs: dict[str, Any]) -> Iterator[str]:
 def _targets(runs: dict[str, Any], about: dict[str, Any]) -> Iterator[list[str]]:
     """Each target, what was measured, and whether that is enough; "-" where a part is missing."""
     full_length = {n: r for n, r in runs.items() if r["setup"]["capacity"] == about["max_length"]}
-    ours = {n: r for n, r in full_length.items() if not r["setup"]["is_peer"] and r["setup"]["quantised"]}
+    ours = {n: r for n, r in full_length.items() if not r["setup"]["is_peer"] and r["setup"]["quantized"]}
     best = max(ours, key=lambda name: ours[name]["real_per_second"], default=None)
     peer = next((run for run in runs.values() if run["setup"]["is_peer"]), None)
     rate = best and ours[best]["real_per_second"]
@@ -197,7 +197,7 @@ def _peak(runs: dict[str, Any]) -> float | None:
     """Of the run of one row of 2048 tokens with all layers checkpointed; unknown on a CPU."""
     for run in runs.values():
         setup = run["setup"]
-        if (setup["rows"], setup["capacity"], setup["checkpointing"]) == (1, 2048, "full") and setup["quantised"]:
+        if (setup["rows"], setup["capacity"], setup["checkpointing"]) == (1, 2048, "full") and setup["quantized"]:
             return run["allocated_gib"]
     return None
 
@@ -209,8 +209,8 @@ def _quantised_ratio(runs: dict[str, Any]) -> float | None:
         return run["setup"]["rows"], run["setup"]["capacity"], run["checkpointed"], run["setup"]["compiled"]
 
     ours = [run for run in runs.values() if not run["setup"]["is_peer"]]
-    plain = {key(run): run["real_per_second"] for run in ours if not run["setup"]["quantised"]}
-    pairs = [r["real_per_second"] / plain[key(r)] for r in ours if r["setup"]["quantised"] and key(r) in plain]
+    plain = {key(run): run["real_per_second"] for run in ours if not run["setup"]["quantized"]}
+    pairs = [r["real_per_second"] / plain[key(r)] for r in ours if r["setup"]["quantized"] and key(r) in plain]
     return min(pairs, default=None)
 
 

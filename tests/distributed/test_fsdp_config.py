@@ -49,7 +49,7 @@ def test_without_a_launcher_it_is_ignored_and_said(
     assert "--fsdp: ignored" in notices.text
 
 
-@pytest.mark.parametrize(("quantised", "one_reads"), [("False", True), ("True", False)])
+@pytest.mark.parametrize(("quantized", "one_reads"), [("False", True), ("True", False)])
 def test_one_process_of_a_machine_reads_plain_weights(parse: Any, quantized: str, one_reads: bool) -> None:
     assert parse("--fsdp", "--q_lora", quantized).training.fsdp_config["cpu_ram_efficient_loading"] is one_reads
     chosen = parse("--fsdp", "--fsdp_config", '{"cpu_ram_efficient_loading": false}').training

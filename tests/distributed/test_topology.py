@@ -205,7 +205,7 @@ def test_a_topology_does_not_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "quantised", "device_map"),
+    ("found", "quantized", "device_map"),
     [
         pytest.param(topology(), True, None, id="one accelerator"),
         pytest.param(topology(local_rank=0, world_size=2), True, {"": 0}, id="first of two"),

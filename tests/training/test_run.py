@@ -69,7 +69,7 @@ def test_only_the_adapter_changes(
     assert len(history) == 10 and history[-1] < history[0]
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
 def test_plain_peft_gives_the_trained_models_logits(
     quantized: bool, model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
 ) -> None:

@@ -80,7 +80,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             checkpoint_layers(self._trainer, count)
             return
         device = args.device
-        self._tokens = self._trainer.largest_possible_batch()
+        self._tokens = self._trainer.find_max_batch_tokens()
         self._available = free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
         self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
         self._apply(self._choose(scale=1.0), "")

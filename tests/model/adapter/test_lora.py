@@ -154,7 +154,7 @@ ZERO_3, FSDP = (dataclasses.replace(ONE, zero_stage=3), dataclasses.replace(ONE,
 
 
 @pytest.mark.parametrize(
-    ("refused_under", "tied", "quantised", "flags", "said"),
+    ("refused_under", "tied", "quantized", "flags", "said"),
     [
         ([ZERO_3], False, True, {"use_dora": True}, "--use_dora True with --q_lora True"),
         ([FSDP], False, True, {"lora_bias": "all"}, "--lora_bias all with --q_lora True"),

@@ -14,7 +14,7 @@ from fastchat_qlora.model.estimates.layer_extrapolation import make_shallow_conf
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 
-HOW = {"supervised_share": 0.6, "quantised": "double", "device_type": "cuda"}
+HOW = {"supervised_share": 0.6, "quantized": "double", "device_type": "cuda"}
 
 
 def deep(family: str, layers: int = 7, **changes: Any) -> Any:
