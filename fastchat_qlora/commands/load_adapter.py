@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -37,7 +37,13 @@ from fastchat_qlora.model.loading.base_model import (
     load_model,
     load_raw_tokenizer,
 )
-from fastchat_qlora.model.merging.dequantize import log_casts_once, make_quantization_config
+from fastchat_qlora.model.loading.quantization import (
+    NOT_QUANTIZED,
+    BaseQuantization,
+    QuantizationKind,
+    build_quantization_config,
+)
+from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST
 from fastchat_qlora.utils.text import one_line
@@ -50,17 +56,10 @@ FLAG = "ADAPTER"
 NUMBER_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Training(NamedTuple):
-    """How a training had its base model.
+class BaseSettings(NamedTuple):
+    """How a run has its base model in memory: how weights are stored, and the dtype that is computed in."""
 
-    Attributes:
-        quantization: none, nf4, fp4 or int8.
-        twice: whether the constants of 4-bit weights were quantised too.
-        dtype: the number format that it computed in.
-    """
-
-    quantization: str
-    twice: bool
+    quantization: BaseQuantization
     dtype: torch.dtype
 
 
@@ -73,8 +72,8 @@ class TrainedAdapter(NamedTuple):
         model_args: the base model.
         cache_dir: of downloads.
         config: of the base model.
-        training: how the base is to be had; the training's way, or as the user has asked for.
-        trained_on: what the training had it quantised to, none, nf4, fp4 or int8; None where that is not known.
+        base_settings: how the base is to be loaded: as in training, or as the user asks for.
+        trained_on: how the training had it quantized; None where that is not known.
         tokenizer: the adapter's own, or the base's.
         generation: how the model generates, with all tokens that end an answer.
     """
@@ -84,8 +83,8 @@ class TrainedAdapter(NamedTuple):
     model_args: ModelArguments
     cache_dir: str | None
     config: PretrainedConfig
-    training: Training
-    trained_on: str | None
+    base_settings: BaseSettings
+    trained_on: QuantizationKind | None
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
 
@@ -97,8 +96,7 @@ class TrainedAdapter(NamedTuple):
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """For bitsandbytes, of a base that is to be quantised."""
-        quantization, twice, dtype = self.training
-        return make_quantization_config(quantization, twice=twice, dtype=dtype)
+        return build_quantization_config(*self.base_settings)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -128,7 +126,7 @@ def open_adapter(
     model_args = ModelArguments(model_name_or_path=_choose_base(folder, base), trust_remote_code=trust_remote_code)
     config = load_config(model_args, cache_dir)
     meta_model = build_meta_model(config)
-    training, trained_on = _choose_training(folder, quantization, config)
+    settings, trained_on = _choose_settings(folder, quantization, config)
     if meta_model is not None:
         check_module_patterns(lora_config, dict(meta_model.named_modules()))
     check_adapter_tensors(
@@ -140,7 +138,7 @@ def open_adapter(
     check_vocabulary(tokenizer, config, model_args.model_name_or_path, remedy)
     generation = load_generation_config(folder, model_args.model_name_or_path, tokenizer, config, cache_dir)
     return TrainedAdapter(
-        folder, lora_config, model_args, cache_dir, config, training, trained_on, tokenizer, generation
+        folder, lora_config, model_args, cache_dir, config, settings, trained_on, tokenizer, generation
     )
 
 
@@ -171,28 +169,34 @@ class Unknown(Exception):
     """Why it is not known how a training had its base; the message goes on from the name of the adapter's folder."""
 
 
-def _choose_training(folder: Path, quantization: str, config: PretrainedConfig) -> tuple[Training, str | None]:
+def _choose_settings(
+    folder: Path, quantization: str, config: PretrainedConfig
+) -> tuple[BaseSettings, QuantizationKind | None]:
     """As the training had it, or as the user asks for; where neither is known, the base as it is.
 
     Returns:
         How the base is to be had, and what the training had it quantised to if that is known.
     """
     try:
-        found = read_training(folder)
-        trained_on = found.quantization
+        found = read_base_settings(folder)
+        trained_on: QuantizationKind | None = found.quantization.kind
     except Unknown as reason:
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        found, trained_on = Training("none", True, own), None
+        found, trained_on = BaseSettings(NOT_QUANTIZED, own), None
         as_asked = f", with --quantization {quantization}."
         as_it_is = " as it is. If it was quantised, give --quantization nf4, fp4 or int8."
         logger.warning(
             f"{folder}: {reason}, so how its training had the base is not known: the base is taken in "
             f"{dtype_name(own)}{as_it_is if quantization == 'as_trained' else as_asked}"
         )
-    return (found if quantization == "as_trained" else found._replace(quantization=quantization)), trained_on
+    if quantization != "as_trained":
+        double_quant = found.quantization.double_quant if found.quantization.is_4bit else True
+        wanted = BaseQuantization(cast(QuantizationKind, quantization))
+        found = found._replace(quantization=wanted._replace(double_quant=double_quant and wanted.is_4bit))
+    return found, trained_on
 
 
-def read_training(folder: Path) -> Training:
+def read_base_settings(folder: Path) -> BaseSettings:
     """How the training of an adapter had its base, as it wrote it down beside it.
 
     Args:
@@ -216,20 +220,21 @@ def read_training(folder: Path) -> Training:
     raise Unknown(f"its {' and its '.join(broken)}" if broken else f"has no {ACCOUNT}")
 
 
-def _from_manifest(manifest: Any) -> Training:
+def _from_manifest(manifest: Any) -> BaseSettings:
     run = manifest["manifest"]["run"]
     kind, _, twice = run["base weights"].partition(", ")
-    names = {"8 bits": "int8", "nf4": "nf4", "fp4": "fp4"}
-    return Training(names.get(kind, "none"), bool(twice), NUMBER_FORMATS[run["compute dtype"]])
+    names: dict[str, QuantizationKind] = {"8 bits": "int8", "nf4": "nf4", "fp4": "fp4"}
+    return BaseSettings(BaseQuantization(names.get(kind, "none"), bool(twice)), NUMBER_FORMATS[run["compute dtype"]])
 
 
-def _from_account(groups: Any) -> Training:
+def _from_account(groups: Any) -> BaseSettings:
     lora, training = groups["lora"], groups["training"]
     kind = "int8" if lora["load_in_8bit"] else lora["bnb_4bit_quant_type"] if lora["q_lora"] else "none"
     if kind not in ("none", "nf4", "fp4", "int8"):
         raise ValueError(f"bnb_4bit_quant_type {kind!r}")
     dtype = "float16" if training["fp16"] else "bfloat16" if training["bf16"] else "float32"
-    return Training(kind, bool(lora["bnb_4bit_use_double_quant"]), NUMBER_FORMATS[dtype])
+    double_quant = kind in ("nf4", "fp4") and bool(lora["bnb_4bit_use_double_quant"])
+    return BaseSettings(BaseQuantization(cast(QuantizationKind, kind), double_quant), NUMBER_FORMATS[dtype])
 
 
 def _load_tokenizer(
@@ -268,12 +273,12 @@ def load_live(adapter: TrainedAdapter, attention: str | None = None) -> PeftMode
 def load_base(adapter: TrainedAdapter, attention: str | None = None) -> PreTrainedModel:
     """Load the base alone, on the accelerator if there is one."""
     disable_bars_without_terminal()
-    if adapter.training.quantization == "int8":
+    if adapter.base_settings.quantization.kind == "int8":
         log_casts_once()
     accelerator = torch.accelerator.current_accelerator()
     return load_model(
         adapter.model_args,
-        dtype=adapter.training.dtype,
+        dtype=adapter.base_settings.dtype,
         quantization_config=adapter.quantization_config,
         device_map=None if accelerator is None else {"": f"{accelerator.type}:0"},
         attn_implementation=attention,

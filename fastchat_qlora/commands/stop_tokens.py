@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from fastchat_qlora.data.templates.renderer import Asked, apply_template
+from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.merging.safetensors_files import fetch_file
 from fastchat_qlora.utils.text import one_line
@@ -88,8 +88,11 @@ def find_end_of_turn(tokenizer: Any) -> list[int]:
     """
     turns = [("user", "Hi"), ("assistant", MARK), ("user", "Hi")]
     shown = [{"role": role, "content": text} for role, text in turns]
-    (text,) = apply_template(tokenizer, [Asked(shown, [], [(len(shown), False, [])])])
-    if not isinstance(text, str) or MARK not in text:
+    try:
+        text = render_chat_template(tokenizer, shown)
+    except TemplateRefusal:
+        return []
+    if MARK not in text:
         return []
     behind = text.rpartition(MARK)[2].lstrip()
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -1,13 +1,14 @@
-"""Files -> datasets of input_ids and labels: the only door out of this room."""
+"""Files -> datasets of input_ids and labels: the entry point of this package."""
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from fastchat_qlora.config.arguments import DataArguments
@@ -21,7 +22,13 @@ from fastchat_qlora.data.sources.readers import (
     read_hub_dataset,
     source_name,
 )
-from fastchat_qlora.data.tokenization.build import REJECTED, ROWS, build_rows, choose_workers
+from fastchat_qlora.data.tokenization.build import (
+    REJECTED_FILE,
+    SEQUENCES_FILE,
+    RejectionSummary,
+    build_sequences,
+    choose_workers,
+)
 from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_file, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
@@ -29,36 +36,57 @@ from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+LoadMode = Literal["main", "worker", "preview"]
+"""What a process does beside loading: the main one of a run shows progress and writes rejected.jsonl, its others do
+neither; a preview (inspect, plan) shows progress, writes nothing, and only warns where a run would stop."""
+
+
+@dataclass(frozen=True)
+class Splits(Generic[T]):
+    """One value for the training data and one for the evaluation data, if there is any."""
+
+    train: T
+    eval: T | None = None
+
+    def named(self) -> dict[str, T]:
+        """Return the values there are by the names of the splits."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
+
 
 class LoadedData(NamedTuple):
-    """One flag's data.
+    """The data of one flag.
 
     Attributes:
-        rows: of tokens, or of texts that become tokens when they are asked for.
-        account: what became of its records, see building.build_rows.
-        rejected: a file that lists the rejected ones line by line.
+        flag: --data_path or --eval_data_path.
+        paths: the flag's values.
+        sequences: of tokens, or of texts that become tokens on access.
+        summary: counts of its records.
+        rejected: a file that lists the rejected records line by line.
         contents: hashes of its files, in their order; where they lie and what they are called is not in it.
         template: what its conversations are written with, in words.
     """
 
-    rows: Dataset
-    account: dict[str, Any]
+    flag: str
+    paths: list[str]
+    sequences: Dataset
+    summary: RejectionSummary
     rejected: Path
     contents: list[str]
     template: str
 
 
-def build_dataset(
+def load_dataset(
     data_args: DataArguments,
     tokenizer: Any,
     *,
     max_length: int,
-    seed: int,
-    output_dir: str,
+    output_dir: Path | None,
     cache_dir: str | None = None,
-    is_main: bool = True,
-) -> DatasetDict:
-    """Read, check and tokenise the training data and, where there is any, the evaluation data.
+    mode: LoadMode = "main",
+) -> Splits[LoadedData]:
+    """Read, check and tokenize the training data and, where there is any, the evaluation data.
 
     What was done before with the same data, tokenizer and settings is read back from the cache. Several processes on
     one machine may call this at once: one does the work, the others wait for its lock.
@@ -66,44 +94,16 @@ def build_dataset(
     Args:
         data_args: where the data is and how it is treated.
         tokenizer: a fast tokenizer; its chat template becomes the one that was used.
-        max_length: the most tokens of a row.
-        seed: decides which conversations `eval_split` takes.
-        output_dir: where rejected.jsonl is written, by the main process.
-        cache_dir: where the cache lies; beside Hugging Face's by default.
-        is_main: whether this process writes and shows its progress.
+        max_length: most tokens of a sequence.
+        output_dir: the folder of the run, if there is one; files in it are not read as data.
+        cache_dir: folder of the cache; beside Hugging Face's by default.
+        mode: see LoadMode.
 
     Returns:
-        "train", and "eval" if there is evaluation data; rows have the columns of rows.EAGER_FEATURES.
+        The data of each flag; sequences have the columns of schema.EAGER_FEATURES.
 
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
-    """
-    loaded = load_data(
-        data_args,
-        tokenizer,
-        max_length=max_length,
-        output_dir=Path(output_dir),
-        cache_dir=cache_dir,
-        is_main=is_main,
-    )
-    return split_datasets(loaded, data_args.eval_split, seed)
-
-
-def load_data(
-    data_args: DataArguments,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    output_dir: Path | None,
-    cache_dir: str | None = None,
-    is_main: bool = True,
-    dry_run: bool = False,
-) -> dict[str, LoadedData]:
-    """The rows and the account of each flag's data; arguments and errors as for build_dataset.
-
-    Args:
-        output_dir: the folder of the run, if there is one; what lies there is not read as data.
-        is_rehearsal: write no rejected.jsonl, and only say so where too much was rejected.
     """
     preprocessor = Preprocessor(
         tokenizer,
@@ -115,91 +115,119 @@ def load_data(
     )
     logger.info(f"Conversations are written with {preprocessor.name}.")
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
-    sources = {
-        flag: DataSource(names, flag, cache_dir, show_progress=is_main, without=output_dir)
+    sources = [
+        DataSource(names, flag, cache_dir, show_progress=mode != "worker", exclude=output_dir)
         for flag, names in paths.items()
         if names
-    }
-    rejected_to = output_dir / REJECTED if output_dir is not None and is_main and not dry_run else None
+    ]
+    rejected_to = output_dir / REJECTED_FILE if output_dir is not None and mode == "main" else None
     if rejected_to is not None:
-        _clear(rejected_to, sources)
-    loaded = {}
-    for flag, source in sources.items():
+        _remove_old_rejections(rejected_to, sources)
+    loaded = []
+    for source in sources:
         workers = choose_workers(data_args.preprocessing_num_workers, source.size)
-        loaded[flag] = _load(source, preprocessor, workers, rejected_to, cache_dir)
-        _check_rejections(loaded[flag], flag, data_args, rejected_to, strict=not dry_run)
-    # Last, since the process that renders takes half a second to start, and nobody may have waited for it yet.
-    if is_main and preprocessor.chat_template and (notice := preprocessor.chat_template.describe_prompt_gap()):
-        logger.warning(notice)
-    if is_main and len(loaded["--data_path"].rows):
-        report_parity(loaded["--data_path"].rows, preprocessor, sources["--data_path"].records_at)
-    return loaded
+        loaded.append(_load(source, preprocessor, workers, rejected_to, cache_dir))
+        _check_rejections(loaded[-1], data_args, rejected_to, strict=mode != "preview")
+    if mode != "worker":
+        _report_template(preprocessor, sources[0], loaded[0].sequences)
+    return Splits(*loaded)
 
 
-def _clear(rejected_to: Path, sources: dict[str, "DataSource"]) -> None:
-    """Remove the list of an earlier run."""
-    for flag, source in sources.items():
-        if any(hub is None and os.path.realpath(name) == os.path.realpath(rejected_to) for name, hub in source.parts):
-            raise UserError(f"{flag} {rejected_to}: would be written by this run; give another --output_dir")
+def _report_template(preprocessor: Preprocessor, source: "DataSource", sequences: Dataset) -> None:
+    """Log how training compares with what a server will show the model."""
+    if preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
+        logger.warning(gap)
+    if len(sequences):
+        report_parity(sequences, preprocessor, source.records_at)
+
+
+def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -> None:
+    """Remove the list that an earlier run wrote."""
+    written = os.path.realpath(rejected_to)
+    for source in sources:
+        if any(hub is None and os.path.realpath(name) == written for name, hub in source.parts):
+            raise UserError(f"{source.flag} {rejected_to}: would be written by this run; give another --output_dir")
     try:
         rejected_to.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir: {rejected_to} cannot be written: {error.strerror}; remove it") from error
 
 
-def split_datasets(loaded: dict[str, LoadedData], eval_split: float, seed: int) -> DatasetDict:
-    """The sets of a run: "train", and "eval" if there is evaluation data."""
-    train, held_out = loaded["--data_path"].rows, loaded.get("--eval_data_path")
-    if eval_split:
-        return _split(train, eval_split, seed)
-    return DatasetDict({"train": train} | ({"eval": held_out.rows} if held_out is not None else {}))
+def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> Splits[Dataset]:
+    """Return the sequences to train on and to evaluate on.
+
+    Args:
+        loaded: from load_dataset.
+        eval_split: share or number of conversations to take off the training data for evaluation.
+        seed: decides which ones.
+    """
+    if not eval_split:
+        return Splits(loaded.train.sequences, loaded.eval and loaded.eval.sequences)
+    return _hold_out(loaded.train.sequences, eval_split, seed)
 
 
 class DataSource:
     """The files and hub datasets of one flag, in their order.
+
+    Args:
+        paths: the flag's values.
+        flag: the flag, for errors.
+        cache_dir: of downloads.
+        show_progress: whether reading draws a progress bar.
+        exclude: a folder whose files are no data: the run's own output.
 
     Raises:
         UserError: something cannot be read.
     """
 
     def __init__(
-        self, paths: Sequence[str], flag: str, cache_dir: str | None, show_progress: bool, without: Path | None = None
+        self,
+        paths: Sequence[str],
+        flag: str,
+        cache_dir: str | None = None,
+        *,
+        show_progress: bool,
+        exclude: Path | None = None,
     ) -> None:
+        self.paths = list(paths)
         self.flag = flag
         self.show_progress = show_progress
         self.parts: list[tuple[str, Any]] = []
         for path in paths:
-            if not os.path.exists(path):
+            if os.path.exists(path):
+                self.parts += [(str(file), None) for file in self._find_files(path, exclude)]
+            else:
                 self.parts.append((path, load_hub_dataset(path, flag, cache_dir)))
-                continue
-            try:
-                files, left_out = find_files(path, None if without is None else without.resolve())
-            except OSError as error:
-                raise UserError(
-                    f"{flag} {error.filename}: cannot be read: {error.strerror}; give a folder you may read"
-                ) from error
-            if not files:
-                raise UserError(f"{flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
-            self.parts += [(str(file), None) for file in files]
-            if left_out:
-                names = ", ".join(str(file.relative_to(path)) for file in left_out[:5]) + ", ..." * (len(left_out) > 5)
-                logger.info(f"{flag} {path}: {len(files)} files are read; {len(left_out)} others are not: {names}")
         self.size = sum(os.path.getsize(name) if hub is None else hub.data.nbytes for name, hub in self.parts)
 
+    def _find_files(self, path: str, exclude: Path | None) -> list[Path]:
+        try:
+            files, ignored = find_files(path, exclude and exclude.resolve())
+        except OSError as error:
+            raise self._cannot_read(error, "folder") from error
+        if not files:
+            raise UserError(f"{self.flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
+        if ignored:
+            names = ", ".join(str(file.relative_to(path)) for file in ignored[:5])
+            names += ", ..." if len(ignored) > 5 else ""
+            logger.info(f"{self.flag} {path}: {len(files)} files are read; {len(ignored)} others are not: {names}")
+        return files
+
+    def _cannot_read(self, error: OSError, kind: str) -> UserError:
+        return UserError(f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a {kind} you may read")
+
     def contents(self) -> list[tuple[str, str]]:
-        """The name and the content's hash of each part."""
+        """Return the name and the content's hash of each part."""
         try:
             return [
                 (source_name(name), hash_file(Path(name)) if hub is None else str(hub._fingerprint))
                 for name, hub in self.parts
             ]
         except OSError as error:
-            raise UserError(
-                f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a file you may read"
-            ) from error
+            raise self._cannot_read(error, "file") from error
 
     def records(self) -> Iterator[RawRecord]:
-        """All records."""
+        """Yield all records."""
         hidden = None if self.show_progress else True  # None: shown where there is a terminal
         with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=hidden) as bar:
             for name, hub in self.parts:
@@ -209,7 +237,7 @@ class DataSource:
                     yield from read_hub_dataset(name, hub, bar.update)
 
     def records_at(self, places: set[tuple[str, int]]) -> Iterator[RawRecord]:
-        """The records at some lines of some files, named as their sources are; each file is read up to the last one."""
+        """Yield the records at (file, line) places, named as in their sources; files are read up to the last one."""
         for name, hub in self.parts:
             left = {line for file, line in places if file == source_name(name)}
             records = read_file(Path(name), self.flag) if hub is None else read_hub_dataset(name, hub)
@@ -225,69 +253,75 @@ def _load(
     contents = source.contents()
 
     def build(folder: Path) -> dict[str, Any]:
-        account = build_rows(source.records(), preprocessor, workers, folder, source.flag)
+        summary = build_sequences(source.records(), preprocessor, workers, folder, source.flag)
         if source.contents() != contents:
             raise UserError(f"{source.flag}: a file was changed while it was read; start again when it is complete")
-        return account
+        return summary._asdict()
 
     key = get_key(preprocessor.fingerprint(), contents)
-    entry, account, built = open_or_build(get_cache_root(cache_dir), key, build)
+    entry, facts, built = open_or_build(get_cache_root(cache_dir), key, build)
+    summary, rejected = RejectionSummary(**facts), entry / REJECTED_FILE
     if not built:
         logger.info(f"{source.flag}: read back from {entry}, where it was prepared before.")
-    if rejected_to is not None and account["rejected"]:
+    if rejected_to is not None and summary.rejected:
         with rejected_to.open("ab") as target:
-            target.write((entry / REJECTED).read_bytes())
-    rows = Dataset.from_file(str(entry / ROWS))
-    logger.info(_summary(rows, account, source.flag))
+            target.write(rejected.read_bytes())
+    sequences = Dataset.from_file(str(entry / SEQUENCES_FILE))
+    logger.info(_summarize(sequences, summary, source.flag))
     if preprocessor.lazy:
-        rows = rows.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.max_length))
-    return LoadedData(rows, account, entry / REJECTED, [content for _, content in contents], preprocessor.name)
+        sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.max_length))
+    hashes = [content for _, content in contents]
+    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, preprocessor.name)
 
 
-def _check_rejections(
-    loaded: LoadedData, flag: str, data_args: DataArguments, listed_in: Path | None, strict: bool
-) -> None:
-    account = loaded.account
-    read, rejected, too_long = account["read"], account["rejected"], account["too_long"]
-    bad = rejected - too_long
-    where = f"; all are listed in {listed_in}" if listed_in and rejected else ""
+def _check_rejections(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None, *, strict: bool) -> None:
+    """Require that enough records are left.
+
+    Raises:
+        UserError: they are not, and `strict` is set; otherwise that is logged.
+    """
+    summary, flag = loaded.summary, loaded.flag
+    invalid = summary.rejected - summary.too_long
+    where = f"; all are listed in {listed_in}" if listed_in and summary.rejected else ""
     problem = ""
-    allowed = data_args.max_rejected * read + 1e-6  # 0.29 * 100 is a little less than 29
-    if data_args.overlong == "error" and too_long:
-        problem = f"--overlong error: {too_long} are too long, the first is {account['first_too_long']}{where}"
-    elif bad and (bad > allowed or rejected == read):
+    allowed = data_args.max_rejected * summary.read + 1e-6  # 0.29 * 100 is a little less than 29
+    if data_args.overlong == "error" and summary.too_long:
+        problem = f"--overlong error: {summary.too_long} are too long, the first is {summary.first_too_long}{where}"
+    elif invalid and (invalid > allowed or summary.rejected == summary.read):
         problem = (
-            f"{flag}: {bad} of {read} records were rejected, the first is {account['first']}{where}; "
+            f"{flag}: {invalid} of {summary.read} records were rejected, the first is {summary.first}{where}; "
             f"mend the data or raise --max_rejected (now {data_args.max_rejected})"
         )
-    elif rejected == read:
-        problem = f"{flag}: no conversation is left of {read} read{where}; check the data and --model_max_length"
+    elif summary.rejected == summary.read:
+        problem = (
+            f"{flag}: no conversation is left of {summary.read} read{where}; check the data and --model_max_length"
+        )
     if problem and strict:
         raise UserError(problem)
     if problem:
         logger.warning(f"Training would stop here: {problem}")
 
 
-def _summary(rows: Dataset, account: dict[str, Any], flag: str) -> str:
-    """The line at the start of a run that says what became of the data."""
-    line = f"{flag}: {account['read']} read, {account['rejected']} rejected"
-    kinds = [f"  rejected {count}: {kind}" for kind, count in list(account["kinds"].items())[:5]]
-    if len(rows):
-        full, kept, tokens = (get_column(rows, name) for name in ("full_length", "length", "length"))
-        records = get_column(rows, "record")
+def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
+    """Return the line at the start of a run that counts records, tokens and what was shortened."""
+    line = f"{flag}: {summary.read} read, {summary.rejected} rejected"
+    reasons = [f"  rejected {count}: {reason}" for reason, count in list(summary.reasons.items())[:5]]
+    if len(sequences):
+        full, kept = (get_column(sequences, name) for name in ("full_length", "length"))
+        records, tokens = get_column(sequences, "record"), kept.sum()
         conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))
-        learnt = int(get_column(rows, "supervised").sum())
-        line += f", {shortened} shortened; {tokens.sum()} tokens, {learnt / tokens.sum():.0%} of them learnt"
-        about = "about " if full.max() > kept.max() else ""  # the rest of it may not have been tokenised
+        supervised = int(get_column(sequences, "supervised").sum())
+        line += f", {shortened} shortened; {tokens} tokens, {supervised / tokens:.0%} of them learnt"
+        about = "about " if full.max() > kept.max() else ""  # the rest of it may not have been tokenized
         line += f"; longest {about}{full.max()} tokens."
-        if len(rows) > conversations:
-            line += f" {conversations} conversations became {len(rows)} rows."
-    return "\n".join([line, *kinds])
+        if len(sequences) > conversations:
+            line += f" {conversations} conversations became {len(sequences)} rows."
+    return "\n".join([line, *reasons])
 
 
-def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
-    """Whole conversations to either side: one that became several rows must not be learnt and then asked for."""
-    records = get_column(rows, "record")
+def _hold_out(sequences: Dataset, eval_split: float, seed: int) -> Splits[Dataset]:
+    """Split by conversation: one that became several sequences must not be trained on and then evaluated on."""
+    records = get_column(sequences, "record")
     conversations = np.unique(records)
     size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
     if not 0 < size < len(conversations):
@@ -297,4 +331,4 @@ def _split(rows: Dataset, eval_split: float, seed: int) -> DatasetDict:
         )
     held_out = np.random.default_rng(seed).permutation(conversations)[:size]
     is_held_out = np.isin(records, held_out)
-    return DatasetDict(train=rows.select(np.flatnonzero(~is_held_out)), eval=rows.select(np.flatnonzero(is_held_out)))
+    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))

@@ -52,42 +52,43 @@ def train(args: RunArguments) -> Path:
     disable_bars_without_terminal()
     with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
-        prompts = encode_prompts(training_args.sample_prompts or (), prepared.tokenizer, prepared.base.config)
+        prompts = encode_prompts(training_args.sample_prompts or (), prepared.data.tokenizer, prepared.base.config)
         if training_args.dry_run:
             logger.info("Dry run: nothing is wrong up to here; the weights are not loaded.")
             return output_dir
         watch = StepMonitor(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
-        base, checkpoint = prepared.base, prepared.checkpoint
-        quantized = base.quantization_config is not None
+        loading, checkpoint = prepared.loading, prepared.checkpoint
         logger.info(f"Loading the weights of {model_args.model_name_or_path}.")
         model = load_model(
             model_args,
             dtype=dtype,
-            quantization_config=base.quantization_config,
-            device_map=get_device_map(topology, quantized=quantized),
-            attn_implementation=base.attention,
+            quantization_config=loading.quantization_config,
+            device_map=get_device_map(topology, quantized=prepared.base.quantization.is_quantized),
+            attn_implementation=loading.attention,
             cache_dir=training_args.cache_dir,
         )
         clock = FirstStepClock()
         trainer = LoraTrainer(
-            model=attach_adapter(model, prepared.lora_config, lora_args.lora_weight_path, leave=base.sharded_classes),
+            model=attach_adapter(
+                model, prepared.base.lora_config, lora_args.lora_weight_path, leave=loading.sharded_classes
+            ),
             args=training_args,
-            train_dataset=prepared.rows,
-            eval_dataset=prepared.eval_rows,
-            data_collator=Collator(prepared.tokenizer, padding_free=data_args.padding_free),
-            processing_class=prepared.tokenizer,
+            train_dataset=prepared.train_dataset,
+            eval_dataset=prepared.eval_dataset,
+            data_collator=Collator(prepared.data.tokenizer, padding_free=data_args.padding_free),
+            processing_class=prepared.data.tokenizer,
             callbacks=[GradientGuard(), LossGuard(), LastStepLog(), clock],
-            run=prepared.run,
-            shapes=base.shapes,
-            turn_ends=prepared.turn_ends,
+            fingerprint=prepared.fingerprint,
+            shapes=prepared.shapes,
+            stop_tokens=prepared.stop_tokens,
         )
         run_sanity_check(trainer)
         effective = EffectiveSettings(trainer, topology)
         watch.trainer = trainer
         trainer.add_callback(SanityCheck(trainer))
-        if prepared.profile is not None:
-            trainer.add_callback(AutoCheckpointing(trainer, prepared.profile))
+        if prepared.model_cost is not None:
+            trainer.add_callback(AutoCheckpointing(trainer, prepared.model_cost))
         answers = SampleGenerations(trainer, prompts)
         report = RunReport(trainer, args, prepared, effective, answers)
         for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
@@ -132,7 +133,7 @@ def _write_results(
         unknown = ("train_", "tokens", "supervised_tokens")
         metrics = {name: value for name, value in metrics.items() if not name.startswith(unknown)}
     groups: dict[str, Any] = {name: vars(group) for name, group in args._asdict().items()}
-    groups |= {"training": args.training.to_dict(), "effective": effective}
+    groups |= {"training": args.training.to_dict(), "effective": effective, "processes": trainer.args.world_size}
     unfinished = path.with_suffix(".unfinished")
     with saving("the results", output_dir):
         trainer.save_state()

@@ -1,4 +1,7 @@
-"""Everything a run is known to be before its weights are loaded; what can fail fast and cheap comes first."""
+"""Preparation of a run in stages, before its weights are loaded; what can fail fast and cheap comes first.
+
+`inspect` needs the data only, `plan` the base model as well, `train` all of it.
+"""
 
 import logging
 from dataclasses import fields
@@ -7,15 +10,14 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
-from fastchat_qlora.data.dataset import LoadedData, load_data, split_datasets
-from fastchat_qlora.data.templates import renderer as rendering
+from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset, split_datasets
 from fastchat_qlora.distributed.topology import Topology, require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
@@ -34,7 +36,11 @@ from fastchat_qlora.model.loading.base_model import (
     load_config,
     load_tokenizer,
 )
-from fastchat_qlora.model.loading.quantization import build_quantization_config, stored_as
+from fastchat_qlora.model.loading.quantization import (
+    BaseQuantization,
+    build_run_quantization_config,
+    get_base_quantization,
+)
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.model.ops.attention_checks import check_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
@@ -46,202 +52,284 @@ from fastchat_qlora.training.preflight import run_preflight
 
 logger = logging.getLogger(__name__)
 
-LOCAL = (
+MAY_DIFFER_BY_PROCESS = (
     *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "lora_weight_path"),
     *("resume_from_checkpoint", "local_rank", "run_name"),
 )
-"""Flags that may differ from process to process."""
+"""Flags that name folders or processes, which machines may have in other places."""
+
+AdapterShapes = dict[str, torch.Size] | None
+"""Name in the adapter's file -> shape; None where the model's code lies outside transformers."""
 
 
-class BaseModel(NamedTuple):
-    """The base model, as far as its configuration tells.
+class PreparedData(NamedTuple):
+    """The tokenizer, with the chat template that was used, and the data of each flag."""
+
+    tokenizer: PreTrainedTokenizerBase
+    loaded: Splits[LoadedData]
+
+
+class PreparedBase(NamedTuple):
+    """The base model as far as its configuration tells.
 
     Attributes:
         config: its configuration.
-        quantization_config: how its weights are quantised, if they are.
-        attention: the attention backend.
-        sharded_classes: names of the layers that FSDP2 was told to shard one by one.
-        shapes: name in the adapter's file -> shape; None where the model's code lies outside transformers.
+        lora_config: the adapter's configuration.
+        quantization: how its weights are to be stored.
+        meta_model: without memory for its weights; None where the model's code lies outside transformers.
     """
 
     config: PretrainedConfig
+    lora_config: LoraConfig
+    quantization: BaseQuantization
+    meta_model: PreTrainedModel | None
+
+
+class LoadingSettings(NamedTuple):
+    """How the base model is loaded.
+
+    Attributes:
+        quantization_config: for bitsandbytes; None for plain LoRA.
+        attention: the attention backend; None leaves it to transformers.
+        sharded_classes: names of the layers that FSDP2 was told to shard one by one.
+    """
+
     quantization_config: BitsAndBytesConfig | None
     attention: str | None
     sharded_classes: tuple[str, ...]
-    shapes: dict[str, torch.Size] | None
 
 
 class PreparedRun(NamedTuple):
-    """What a run will do, once its weights are there.
+    """All that is known of a run before its weights are loaded.
 
     Attributes:
-        checkpoint: the one it goes on from.
-        lora_config: the adapter's configuration.
+        checkpoint: the one that it resumes from.
         base: the base model.
-        tokenizer: with the chat template that was used.
-        rows: what batches are made of.
-        eval_rows: what is evaluated on, if anything.
-        run: what the run is, for its checkpoints; see run_fingerprint.py.
-        profile: what the model will need of memory, if that decides about activation checkpointing.
-        turn_ends: ids of the tokens that learnt answers end with.
-        data: what became of the data of each flag.
+        loading: how it is loaded.
+        shapes: of the adapter's tensors.
+        data: the tokenizer and the data of each flag.
+        train_dataset: sequences, or packed sequences.
+        eval_dataset: sequences to evaluate on, if there are any.
+        fingerprint: settings and digests that checkpoints are compared by; see run_fingerprint.py.
+        model_cost: for deciding on activation checkpointing, if that is to be decided; or why it cannot be known.
+        stop_tokens: ids of the tokens that supervised answers end with.
     """
 
     checkpoint: Checkpoint | None
-    lora_config: LoraConfig
-    base: BaseModel
-    tokenizer: PreTrainedTokenizerBase
-    rows: Dataset | PackedDataset
-    eval_rows: Dataset | None
-    run: dict[str, str]
-    profile: ModelCost | str | None
-    turn_ends: list[int]
-    data: dict[str, LoadedData]
+    base: PreparedBase
+    loading: LoadingSettings
+    shapes: AdapterShapes
+    data: PreparedData
+    train_dataset: Dataset | PackedDataset
+    eval_dataset: Dataset | None
+    fingerprint: dict[str, Any]
+    model_cost: ModelCost | str | None
+    stop_tokens: list[int]
+
+
+def prepare_data(args: RunArguments, *, output_dir: Path | None, mode: LoadMode) -> PreparedData:
+    """Load the tokenizer, and read, check and tokenize the data.
+
+    Args:
+        args: of the run.
+        output_dir: the folder of the run, if there is one; files in it are not read as data.
+        mode: what this process does beside it.
+
+    Raises:
+        UserError: the tokenizer or the data cannot be used.
+    """
+    max_length, cache_dir = args.training.model_max_length, args.training.cache_dir
+    tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=max_length)
+    loaded = load_dataset(
+        args.data, tokenizer, max_length=max_length, output_dir=output_dir, cache_dir=cache_dir, mode=mode
+    )
+    return PreparedData(tokenizer, loaded)
+
+
+def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
+    """Read the base model's configuration, and require that the adapter can be attached to such a model.
+
+    Raises:
+        UserError: there is no such model, or modules that the flags name are not in it.
+    """
+    quantization = get_base_quantization(args.lora)
+    config = load_config(args.model, args.training.cache_dir)
+    meta_model = build_meta_model(config)
+    check_targets(meta_model, lora_config, quantized=quantization.is_quantized)
+    return PreparedBase(config, lora_config, quantization, meta_model)
+
+
+def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:
+    """Return the shapes of the adapter's tensors, and require that an adapter to start from has them.
+
+    The base's meta model is used up by it.
+
+    Raises:
+        UserError: the adapter cannot be attached, or the one to start from does not fit.
+    """
+    shapes = compute_adapter_shapes(base.meta_model, base.lora_config)
+    check_adapter_tensors(args.lora.lora_weight_path, shapes)
+    return shapes
 
 
 def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> PreparedRun:
     """Read and check everything but the weights; every process of the run must call this.
 
     Raises:
-        UserError: the model, the data, the adapter or the checkpoint cannot be used, or there is no room for the run.
+        UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
-    model_args, data_args, training_args, lora_args = args
-    output_dir, cache_dir = Path(training_args.output_dir), training_args.cache_dir
-    if data_args.conv_template == "auto":
-        rendering.process.start()  # it is needed soon, and takes half a second
-    wanted = training_args.resume_from_checkpoint or ""
-    checkpoint = choose_checkpoint(output_dir, wanted, restart=training_args.restart)
-    lora_config = build_lora_config(lora_args)
+    training_args, output_dir = args.training, Path(args.training.output_dir)
+    checkpoint = choose_checkpoint(
+        output_dir, training_args.resume_from_checkpoint or "", restart=training_args.restart
+    )
+    lora_config = build_lora_config(args.lora)
     settings = describe_settings(args, lora_config, topology, dtype)
     if checkpoint:
         checkpoint.check(settings)
-    base = _look_at_base(args, lora_config, topology, dtype)
-    tokenizer = load_tokenizer(model_args, cache_dir=cache_dir, model_max_length=training_args.model_max_length)
-    check_vocabulary(tokenizer, base.config, model_args.model_name_or_path)
-    loaded = load_data(
-        data_args,
-        tokenizer,
-        max_length=training_args.model_max_length,
-        output_dir=output_dir,
-        cache_dir=cache_dir,
-        is_main=topology.is_main,
-    )
-    turn_ends = find_stop_tokens(loaded["--data_path"].rows, tokenizer, training_args.model_max_length)
-    if notice := describe_stop_tokens(turn_ends, tokenizer):
-        logger.warning(notice)
-    dataset = split_datasets(loaded, data_args.eval_split, training_args.seed)
-    base_files = fingerprint_base_model(model_args.model_name_or_path, base.config)
-    identities = describe_data(tokenizer, loaded["--data_path"].contents, base_files)
+    base = prepare_base(args, lora_config)
+    loading = _choose_loading(args, base, topology, dtype)
+    run_preflight(training_args, base.meta_model)
+    shapes = compute_shapes(args, base)
+    data = prepare_data(args, output_dir=output_dir, mode="main" if topology.is_main else "worker")
+    check_vocabulary(data.tokenizer, base.config, args.model.model_name_or_path)
+    stop_tokens = _find_stop_tokens(data, training_args.model_max_length)
+    identity = _identify(args, base, data)
     if checkpoint:
-        checkpoint.check(identities)
-    require_agreement(_shared(args, dataset, checkpoint))
-    rows = make_training_dataset(dataset["train"], args, topology.world_size)
-    kept = count_checkpoints(training_args, len(rows), topology.world_size)
-    check_room(
-        output_dir,
-        base.shapes,
-        kept,
-        settings["optimizer"],
-        has_masters=bool(topology.zero_stage),
-        only_model=training_args.save_only_model,
-        goes_on=checkpoint is not None,
-    )
-    profile = _profile(args, base.config, lora_config, dtype, dataset["train"], topology)
+        checkpoint.check(identity)
+    datasets = split_datasets(data.loaded, args.data.eval_split, training_args.seed)
+    require_agreement(_get_shared_settings(args, datasets, checkpoint))
+    train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
+    _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
-        _limit_kernel_caches(args, base.config, dataset["train"])
-    run = settings | identities
-    eval_rows = dataset.get("eval")
-    return PreparedRun(checkpoint, lora_config, base, tokenizer, rows, eval_rows, run, profile, turn_ends, loaded)
+        _limit_kernel_caches(args, base.config, datasets.train)
+    return PreparedRun(
+        checkpoint=checkpoint,
+        base=base,
+        loading=loading,
+        shapes=shapes,
+        data=data,
+        train_dataset=train_dataset,
+        eval_dataset=datasets.eval,
+        fingerprint=settings | identity,
+        model_cost=_estimate_cost(args, base, dtype, datasets.train, topology),
+        stop_tokens=stop_tokens,
+    )
 
 
-def _look_at_base(args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype) -> BaseModel:
-    quantization_config = build_quantization_config(args.lora, dtype, topology)
-    quantized = quantization_config is not None
-    config = load_config(args.model, args.training.cache_dir)
-    meta_model = build_meta_model(config)
-    check_targets(meta_model, lora_config, quantized=quantized)
-    check_sharding(config, meta_model, lora_config, topology, quantized=quantized)
+def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, dtype: torch.dtype) -> LoadingSettings:
+    """Choose how the base is loaded, and require that the strategy and the attention backend can be used with it."""
+    quantization_config = build_run_quantization_config(args.lora, dtype, topology)
+    quantized = base.quantization.is_quantized
+    check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)
     sharded_classes = tuple((args.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
-    check_layer_classes(meta_model, sharded_classes)
+    check_layer_classes(base.meta_model, sharded_classes)
     attention = choose_attention(
         args.model.attn_implementation,
         args.training.flash_attn,
         topology.accelerator,
-        config,
+        base.config,
         dtype,
         padding_free=args.data.padding_free,
     )
-    check_attention(meta_model, attention, topology.accelerator)
-    run_preflight(args.training, meta_model)
-    shapes = compute_adapter_shapes(meta_model, lora_config)  # which uses the skeleton up
-    check_adapter_tensors(args.lora.lora_weight_path, shapes)
-    return BaseModel(config, quantization_config, attention, sharded_classes, shapes)
+    check_attention(base.meta_model, attention, topology.accelerator)
+    return LoadingSettings(quantization_config, attention, sharded_classes)
 
 
-def make_training_dataset(conversations: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
-    """What a batch is made of: conversations, or rows packed with them.
+def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
+    found = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, max_length)
+    if notice := describe_stop_tokens(found, data.tokenizer):
+        logger.warning(notice)
+    return found
+
+
+def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, str]:
+    """Return digests of the data, the tokenizer and the base model."""
+    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
+    return describe_data(data.tokenizer, data.loaded.train.contents, base_files)
+
+
+def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
+    """Return the dataset that batches are made of: sequences, or sequences packed together.
 
     Args:
-        conversations: to train on.
+        sequences: to train on.
         args: of the run.
         processes: that train.
 
     Raises:
-        UserError: there is no full batch of them, and others are to be dropped.
+        UserError: there is no full batch, and incomplete ones are to be dropped.
     """
-    rows: Dataset | PackedDataset = conversations
+    dataset: Dataset | PackedDataset = sequences
     if args.data.packing:
         seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
-        lengths, capacity = get_column(conversations, "length"), args.training.model_max_length
-        rows = PackedDataset(conversations, PackingSampler(lengths, capacity, seed))
-        share = lengths.sum() / (len(rows) * capacity)
-        logger.info(f"{len(conversations)} conversations in {len(rows)} rows of {capacity} tokens, {share:.1%} full.")
+        lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
+        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, seed))
+        share = lengths.sum() / (len(dataset) * capacity)
+        logger.info(f"{len(sequences)} conversations in {len(dataset)} rows of {capacity} tokens, {share:.1%} full.")
     at_once = args.training.per_device_train_batch_size * processes
-    if args.training.dataloader_drop_last and len(rows) < at_once:
+    if args.training.dataloader_drop_last and len(dataset) < at_once:
         what = "rows of --packing True" if args.data.packing else "conversations"
         raise UserError(
-            f"--dataloader_drop_last True: {len(rows)} {what} do not fill one batch of {at_once} (of {processes} "
+            f"--dataloader_drop_last True: {len(dataset)} {what} do not fill one batch of {at_once} (of {processes} "
             "processes), so that nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
         )
-    return rows
+    return dataset
 
 
-def _profile(
-    args: RunArguments,
-    config: PretrainedConfig,
-    lora_config: LoraConfig,
-    dtype: torch.dtype,
-    conversations: Dataset,
-    topology: Topology,
+def _check_disk(
+    args: RunArguments, topology: Topology, shapes: AdapterShapes, rows: int, optimizer: str, *, resumes: bool
+) -> None:
+    check_room(
+        Path(args.training.output_dir),
+        shapes,
+        count_checkpoints(args.training, rows, topology.world_size),
+        optimizer,
+        has_masters=bool(topology.zero_stage),
+        only_model=args.training.save_only_model,
+        goes_on=resumes,
+    )
+
+
+def _estimate_cost(
+    args: RunArguments, base: PreparedBase, dtype: torch.dtype, sequences: Dataset, topology: Topology
 ) -> ModelCost | str | None:
-    """What the model will need, if that is to be known."""
+    """Estimate the memory of the model, if that decides on activation checkpointing."""
     if not args.training.auto_checkpointing:
         return None
     return estimate_model_cost(
-        config,
-        lora_config,
+        base.config,
+        base.lora_config,
         dtype,
-        supervised_share=get_column(conversations, "supervised").sum() / get_column(conversations, "length").sum(),
-        quantized=stored_as(args.lora),
+        supervised_share=get_column(sequences, "supervised").sum() / get_column(sequences, "length").sum(),
+        quantization=base.quantization,
         device_type=topology.accelerator or "cpu",
     )
 
 
-def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, conversations: Dataset) -> None:
-    """Say how many conversations a micro-batch has at the most: packed rows may be full of the shortest."""
+def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, sequences: Dataset) -> None:
+    """Tell the CPU's kernel caches the most conversations of a micro-batch: a row may be packed with the shortest."""
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return  # each expert is given another number of tokens, and so has kernels of its own
-    lengths = get_column(conversations, "length")
-    in_a_row = args.training.model_max_length // lengths.min() if args.data.packing else 1
-    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * in_a_row))
+    lengths = get_column(sequences, "length")
+    per_row = args.training.model_max_length // lengths.min() if args.data.packing else 1
+    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * per_row))
 
 
-def _shared(args: RunArguments, dataset: DatasetDict, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """What must be the same in every process: the flags, the data, and the checkpoint that the run goes on from.
+def _get_shared_settings(
+    args: RunArguments, datasets: Splits[Dataset], checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """Return what must be the same in every process: the flags, the data, and the checkpoint to resume from.
 
-    Folders may be mounted elsewhere on another machine; what is in them counts.
+    Folders may be mounted elsewhere on another machine; their content counts.
     """
-    flags = {f"--{f.name}": getattr(group, f.name) for group in args for f in fields(group) if f.name not in LOCAL}
-    lengths = {f"{name} rows": (len(rows), crc32(get_column(rows, "length"))) for name, rows in dataset.items()}
+    flags = {
+        f"--{field.name}": getattr(group, field.name)
+        for group in args
+        for field in fields(group)
+        if field.name not in MAY_DIFFER_BY_PROCESS
+    }
+    lengths = {
+        f"{name} rows": (len(rows), crc32(get_column(rows, "length"))) for name, rows in datasets.named().items()
+    }
     return {**flags, **lengths, "the checkpoint to go on from": checkpoint and checkpoint.folder.name}

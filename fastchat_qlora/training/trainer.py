@@ -53,21 +53,21 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
 
     Args:
-        run: what the run is, which its checkpoints say; see run_fingerprint.py.
+        fingerprint: of the run, kept with its checkpoints; see run_fingerprint.py.
         shapes: of the adapter's tensors in its file, where they are known.
-        turn_ends: ids of the tokens that end a turn, for the generation configuration beside the adapter.
+        stop_tokens: ids of the tokens that end a turn, for the generation configuration beside the adapter.
         kwargs: as for Trainer; batches come from a data.collation.Collator.
     """
 
     def __init__(
         self,
         *,
-        run: Mapping[str, str] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
         shapes: Mapping[str, torch.Size] | None = None,
-        turn_ends: Sequence[int] = (),
+        stop_tokens: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
-        self._run, self._shapes, self._turn_ends = dict(run or {}), shapes, turn_ends
+        self._fingerprint, self._shapes, self._stop_tokens = dict(fingerprint or {}), shapes, stop_tokens
         self.last_checkpoint: str | None = None
         self.frozen_base: FrozenBase | None = None
         self.step = Step([], 0)
@@ -287,7 +287,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._require_all_states(staged)
-                publish(staged, folder, step, self._run)
+                publish(staged, folder, step, self._fingerprint)
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
                 shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # who leaves now would have the others ended
@@ -334,7 +334,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     @property
     def generation_config(self) -> GenerationConfig:
         """How the trained model is to generate, and where it stops."""
-        return build_generation_config(self.adapter.get_base_model(), self.processing_class, self._turn_ends)
+        return build_generation_config(self.adapter.get_base_model(), self.processing_class, self._stop_tokens)
 
     @property
     def adapter(self) -> PeftModel:

@@ -11,7 +11,7 @@ from fastchat_qlora.commands.adapter_flags import parse_chat
 from fastchat_qlora.commands.chat.generation import Answerer, Decoding, TooLong, render_prompt
 from fastchat_qlora.commands.chat.input import lines_of_a_pipe, lines_of_a_terminal, read_messages
 from fastchat_qlora.commands.load_adapter import TrainedAdapter, context_length, load_live, open_adapter
-from fastchat_qlora.data.templates.renderer import Shown
+from fastchat_qlora.data.templates.renderer import TemplateMessage
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import dtype_name
 from fastchat_qlora.utils.signals import Stopped
@@ -70,7 +70,7 @@ def chat(argv: Sequence[str]) -> None:
 
 
 def _describe(adapter: TrainedAdapter, decoding: Decoding) -> str:
-    kind, _, dtype = adapter.training
+    kind, dtype = adapter.base_settings.quantization.kind, adapter.base_settings.dtype
     trained_on = "the base's own weights" if adapter.trained_on == "none" else f"{adapter.trained_on} weights"
     other = "" if adapter.trained_on in (None, kind) else f", which was trained on {trained_on}"
     stops = ", ".join(str(adapter.tokenizer.convert_ids_to_tokens(index) or index) for index in adapter.stop_ids)
@@ -155,14 +155,14 @@ class ChatSession:
         except (TooLong, UserError) as error:
             logger.warning(f"Not asked: {error}.")
 
-    def _fit(self, messages: list[Shown]) -> None:
+    def _fit(self, messages: list[TemplateMessage]) -> None:
         if forgotten := self._answerer.fit(messages):
             logger.warning(
                 f"The conversation no longer fits the {self._answerer.context:,} tokens of the model: its first "
                 f"{forgotten} messages are left out."
             )
 
-    def _answer(self, messages: Sequence[Shown], *, adapter: bool) -> str:
+    def _answer(self, messages: Sequence[TemplateMessage], *, adapter: bool) -> str:
         """The answer, or what came of it until Ctrl-C, which ends the program where nobody is there to go on."""
         answer = self._answerer.answer(messages, _write, adapter=adapter)
         _write("\n")
@@ -186,13 +186,13 @@ class ChatSession:
         logger.info("A new conversation, with " + ("this system message." if text else "the template's own start."))
 
 
-def _begin(system: str | None, question: str = "") -> list[Shown]:
+def _begin(system: str | None, question: str = "") -> list[TemplateMessage]:
     """The messages of a new conversation."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, _user(question)] if question else first
 
 
-def _user(question: str) -> Shown:
+def _user(question: str) -> TemplateMessage:
     return {"role": "user", "content": question}
 
 

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
-from fastchat_qlora.data.templates.renderer import Asked, Shown, apply_template
+from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 
 Show = Callable[[str], None]
@@ -67,15 +67,16 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         """Nothing is kept back."""
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Shown]) -> list[int]:
+def render_prompt(tokenizer: Any, messages: Sequence[TemplateMessage]) -> list[int]:
     """A conversation as the model reads it, up to where its answer begins.
 
     Raises:
         UserError: the chat template has no words for it.
     """
-    (text,) = apply_template(tokenizer, [Asked(messages, [], [(len(messages), True, [])])])
-    if not isinstance(text, str):
-        raise UserError(f"the chat template refuses the conversation: {text}")
+    try:
+        text = render_chat_template(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusal as refusal:
+        raise UserError(f"the chat template refuses the conversation: {refusal}") from refusal
     return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
 
@@ -114,7 +115,7 @@ class Answerer:
         self.stop_ids = list(stop_ids)
         self.was_stopped, self.was_cut = False, ""
 
-    def fit(self, messages: list[Shown]) -> int:
+    def fit(self, messages: list[TemplateMessage]) -> int:
         """Forget the oldest turns until the prompt and an answer fit the model; the system message stays.
 
         Args:
@@ -146,7 +147,7 @@ class Answerer:
         return min(self.decoding.max_new_tokens, self.context // 4)
 
     @torch.inference_mode()
-    def answer(self, messages: Sequence[Shown], show: Show, *, adapter: bool = True) -> str:
+    def answer(self, messages: Sequence[TemplateMessage], show: Show, *, adapter: bool = True) -> str:
         """Answer the last message; Ctrl-C ends the answer where it is.
 
         Args:

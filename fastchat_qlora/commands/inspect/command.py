@@ -8,16 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, written_whole
 from fastchat_qlora.config.arguments import RunArguments, parse_command
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
-from fastchat_qlora.data.dataset import load_data, split_datasets
+from fastchat_qlora.data.dataset import Splits, split_datasets
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.base_model import load_tokenizer
+from fastchat_qlora.training.setup import prepare_data
 from fastchat_qlora.utils.stdout import open_stdout
 
 PROG = "fastchat-qlora inspect"
@@ -51,8 +48,8 @@ def inspect(argv: Sequence[str]) -> None:
         raise UserError(f"--output {own.output}: give a name that ends in .html (a page) or .jsonl (rows)")
     if own.output:
         check_output(output, args, argv)
-    report, tokenizer = _prepare(args)
-    examples = _examples(report, tokenizer, own.num_examples)
+    report = _prepare(args)
+    examples = _get_examples(report, own.num_examples)
     if not own.output:
         _print(report, examples)
         return
@@ -77,43 +74,30 @@ def write_rows(report: Report, examples: Iterable[Example], target: IO[str]) -> 
             "labels": example.labels,
             "truncated": example.is_shortened,
         }
-        if len(report.sets) > 1:
+        if len(report.splits) > 1:
             row["set"] = example.set
         target.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _prepare(args: RunArguments) -> tuple[Report, PreTrainedTokenizerBase]:
-    model_args, data_args, training_args, _ = args
-    tokenizer = load_tokenizer(
-        model_args, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length
-    )
-    loaded = load_data(
-        data_args,
-        tokenizer,
-        max_length=training_args.model_max_length,
-        output_dir=get_output_dir(args),
-        cache_dir=training_args.cache_dir,
-        dry_run=True,
-    )
-    sets: dict[str, Dataset] = {"train": loaded["--data_path"].rows}
-    if len(sets["train"]):  # of nothing, nothing can be split off
-        sets = dict(split_datasets(loaded, data_args.eval_split, training_args.seed))
-    report = Report(
-        model=model_args.model_name_or_path,
-        max_length=training_args.model_max_length,
-        accounts={
-            f"{flag} {' '.join(_paths(flag, args))}": summarize_rejections(data) for flag, data in loaded.items()
+def _prepare(args: RunArguments) -> Report:
+    tokenizer, loaded = prepare_data(args, output_dir=get_output_dir(args), mode="preview")
+    sequences = loaded.train.sequences
+    # Of nothing, nothing can be split off.
+    splits = split_datasets(loaded, args.data.eval_split, args.training.seed) if len(sequences) else Splits(sequences)
+    return Report(
+        model=args.model.model_name_or_path,
+        max_length=args.training.model_max_length,
+        tokenizer=tokenizer,
+        rejections={
+            f"{data.flag} {' '.join(data.paths)}": summarize_rejections(data) for data in loaded.named().values()
         },
-        sets=sets,
-        measures={name: compute_statistics(rows) for name, rows in sets.items()},
+        splits=splits.named(),
+        statistics={name: compute_statistics(rows) for name, rows in splits.named().items()},
     )
-    return report, tokenizer
 
 
-def _paths(flag: str, args: RunArguments) -> list[str]:
-    return getattr(args.data, flag.lstrip("-"))  # type: ignore[no-any-return]
-
-
-def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Example]:
-    """The first rows of each set, all of them for 0."""
-    return chain.from_iterable(get_examples(name, rows, tokenizer, count) for name, rows in report.sets.items())
+def _get_examples(report: Report, count: int) -> Iterator[Example]:
+    """Yield the first sequences of each split, all of them for 0."""
+    return chain.from_iterable(
+        get_examples(name, rows, report.tokenizer, count) for name, rows in report.splits.items()
+    )

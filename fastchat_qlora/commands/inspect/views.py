@@ -9,12 +9,13 @@ from rich.bar import Bar
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.commands.console import Screen
 from fastchat_qlora.data.analysis.statistics import (
     DatasetStatistics,
     Example,
-    RejectionSummary,
+    RejectionReport,
     format_rejections,
     format_statistics,
 )
@@ -35,13 +36,14 @@ class Report:
 
     model: str
     max_length: int
-    accounts: dict[str, RejectionSummary]
-    sets: dict[str, Dataset]
-    measures: dict[str, DatasetStatistics]
+    tokenizer: PreTrainedTokenizerBase
+    rejections: dict[str, RejectionReport]
+    splits: dict[str, Dataset]
+    statistics: dict[str, DatasetStatistics]
 
     def count(self, num_examples: int) -> int:
         """How many rows are shown when so many of each set are asked for."""
-        return sum(min(num_examples or len(rows), len(rows)) for rows in self.sets.values())
+        return sum(min(num_examples or len(rows), len(rows)) for rows in self.splits.values())
 
 
 def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
@@ -55,14 +57,14 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
         console.print(_text(example), "", soft_wrap=True, sep="\n")
     if shown:
         console.print(legend, Rule(style="dim"), sep="\n")
-    for flag, account in report.accounts.items():
+    for flag, (summary, listed) in report.rejections.items():
         console.print(Text(escape_control(flag), style="bold"), soft_wrap=True)
-        console.print(_facts_table(format_rejections(account)))
-        for line in account.listed:
+        console.print(_facts_table(format_rejections(summary)))
+        for line in listed:
             console.print(Text(f"  {escape_control(line)}", style="red"), soft_wrap=True)
-        if len(account.listed) < account.rejected:
-            console.print(f"  ... and {account.rejected - len(account.listed):,} more")
-    for name, measures in report.measures.items():
+        if len(listed) < summary.rejected:
+            console.print(f"  ... and {summary.rejected - len(listed):,} more")
+    for name, measures in report.statistics.items():
         console.print("", Text(f"{name}, at most {report.max_length:,} tokens a row", style="bold"), sep="\n")
         console.print(_facts_table(format_statistics(measures)))
         console.print(_histogram(measures))
@@ -75,8 +77,8 @@ def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> 
         "inspect",
         report=report,
         examples=examples,
-        accounts={flag: (account, format_rejections(account)) for flag, account in report.accounts.items()},
-        measures={name: (found, format_statistics(found)) for name, found in report.measures.items()},
+        rejections={flag: (found, format_rejections(found.summary)) for flag, found in report.rejections.items()},
+        statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
     )
     target.writelines(page)
 
@@ -84,7 +86,9 @@ def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> 
 def _text(example: Example) -> Text:
     text = Text()
     for part in example.parts:
-        text.append(f"{OPEN}{part.text}{CLOSE}" if part.learnt else part.text, LEARNT if part.learnt else NOT_LEARNT)
+        text.append(
+            f"{OPEN}{part.text}{CLOSE}" if part.supervised else part.text, LEARNT if part.supervised else NOT_LEARNT
+        )
     return text
 
 
@@ -99,8 +103,8 @@ def _histogram(measures: DatasetStatistics) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right")
     table.add_column(justify="right")
-    most = max((part.rows for part in measures.histogram), default=1)
+    most = max((part.sequences for part in measures.histogram), default=1)
     for part in measures.histogram:
-        bar = Bar(most, 0, part.rows, width=BAR, color="green")
-        table.add_row(f"  {part.first:,} to {part.last:,} tokens", f"{part.rows:,}", bar)
+        bar = Bar(most, 0, part.sequences, width=BAR, color="green")
+        table.add_row(f"  {part.first:,} to {part.last:,} tokens", f"{part.sequences:,}", bar)
     return table

@@ -135,7 +135,7 @@ def _plan(adapter: TrainedAdapter, dtype: torch.dtype | None) -> LayerwiseMerge:
     if meta_model is None:
         raise NeedsFullModel("the model's code lies outside transformers")
     quantization = adapter.quantization_config
-    compute = adapter.training.dtype
+    compute = adapter.base_settings.dtype
     return LayerwiseMerge(
         meta_model,
         copy.deepcopy(adapter.lora_config),
@@ -168,7 +168,7 @@ def _dequantised(adapter: TrainedAdapter) -> Any:
 
 def _tell_of_base(adapter: TrainedAdapter, moved: float | None) -> None:
     """Say which weights the adapter was added to, which it was trained on, and what follows."""
-    kind, trained_on = adapter.training.quantization, adapter.trained_on
+    kind, trained_on = adapter.base_settings.quantization.kind, adapter.trained_on
     how_far = "" if moved is None else f", which differ from the original ones by {moved:.1%} of their norm"
     merged = f"Merged onto {_weights_of(kind)}{how_far}"
     if trained_on is None:
@@ -216,7 +216,7 @@ def _verify(adapter: TrainedAdapter, folder: Path) -> None:
     del base
     merged = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=adapter.training.dtype,
+        dtype=adapter.base_settings.dtype,
         trust_remote_code=adapter.model_args.trust_remote_code,
         use_safetensors=True,
     )
@@ -244,6 +244,6 @@ def _verify(adapter: TrainedAdapter, folder: Path) -> None:
 
 def _rounding(adapter: TrainedAdapter, written: Any) -> float:
     """Nats by which rounding may move a merged model's predictions."""
-    formats = [form for form in (adapter.training.dtype, adapter.config.dtype, written) if form in ROUNDING]
+    formats = [form for form in (adapter.base_settings.dtype, adapter.config.dtype, written) if form in ROUNDING]
     rounding = max(ROUNDING[form] for form in formats)
-    return max(rounding, ROUNDING_INT8) if adapter.training.quantization == "int8" else rounding
+    return max(rounding, ROUNDING_INT8) if adapter.base_settings.quantization.kind == "int8" else rounding

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastchat_qlora.data.templates.renderer import Asked, apply_template
+from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 
 TURNS = (
     ("Who are you?", "I am an assistant. What would you like to know?"),
@@ -44,14 +44,21 @@ def make_test_sequences(tokenizer: Any, context: int | None) -> list[torch.Tenso
         tokenizer: of the model.
         context: tokens that the model has positions for; None if there is no limit.
     """
-    conversations = [
-        Asked([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], [], [(2, False, [])])
-        for question, answer in TURNS
-    ]
-    rendered = apply_template(tokenizer, conversations) if tokenizer.chat_template else []
-    texts = [text for text in rendered if isinstance(text, str)] or [f"{q}\n{a}" for q, a in TURNS]
+    texts = [text for question, answer in TURNS if (text := _render(tokenizer, question, answer)) is not None]
+    texts = texts or [f"{question}\n{answer}" for question, answer in TURNS]
     rows = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
     return [row[:, : min(LONGEST, context or LONGEST)] for row in rows]
+
+
+def _render(tokenizer: Any, question: str, answer: str) -> str | None:
+    """Return a conversation of one turn as text; None without a chat template, or where it refuses."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        return render_chat_template(tokenizer, messages)
+    except TemplateRefusal:
+        return None
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PretrainedConfig
 from transformers.training_args import OptimizerNames
 
@@ -28,13 +27,12 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.flags import SHAPE_AWARE_OPTIMIZERS
 from fastchat_qlora.data.batching.collator import count_max_batch_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
-from fastchat_qlora.data.dataset import load_data, split_datasets
+from fastchat_qlora.data.dataset import split_datasets
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
-from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding, check_targets, compute_adapter_shapes
+from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding
 from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import (
@@ -50,10 +48,8 @@ from fastchat_qlora.model.loading.base_model import (
     check_vocabulary,
     dtype_name,
     get_compute_dtype,
-    load_config,
-    load_tokenizer,
 )
-from fastchat_qlora.model.loading.quantization import stored_as
+from fastchat_qlora.model.loading.quantization import get_base_quantization
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     USABLE_ACCELERATOR_SHARE,
     USABLE_MEMORY_SHARE,
@@ -62,7 +58,14 @@ from fastchat_qlora.training.callbacks.activation_checkpointing import (
 )
 from fastchat_qlora.training.disk_space import FP32_BYTES, checkpoint_bytes, count_checkpoints
 from fastchat_qlora.training.schedule import count_steps
-from fastchat_qlora.training.setup import make_training_dataset
+from fastchat_qlora.training.setup import (
+    AdapterShapes,
+    PreparedBase,
+    compute_shapes,
+    make_training_dataset,
+    prepare_base,
+    prepare_data,
+)
 
 
 class Devices(NamedTuple):
@@ -86,22 +89,6 @@ class Speed(NamedTuple):
     source: str
 
 
-class Base(NamedTuple):
-    """The model as its configuration tells.
-
-    Attributes:
-        config: of the base.
-        lora_config: of the adapter.
-        trainable: kind of module -> numbers that are trained.
-        numbers: of the base.
-    """
-
-    config: PretrainedConfig
-    lora_config: LoraConfig
-    trainable: dict[str, int]
-    numbers: int
-
-
 def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) -> Plan:
     """Everything that `plan` says.
 
@@ -115,15 +102,19 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
             weights.
     """
     training, dtype, kind = args.training, get_compute_dtype(args.training), _kind(args, devices)
-    base = _look_at_base(args)
-    rows, conversations = _read_rows(args, base.config, devices.number)
+    base = _prepare_base(args)
+    assert base.meta_model is not None
+    numbers = sum(parameter.numel() for parameter in base.meta_model.parameters())
+    trainable = _count_trainable(compute_shapes(args, base))
+    conversations = _read_sequences(args, base.config)
+    rows = make_training_dataset(conversations, args, devices.number)
     lengths, supervised = (get_column(conversations, name) for name in ("length", "supervised"))
     models = _profiles(args, base, kind, float(supervised.sum() / lengths.sum()))
     given, schedule = _placement(args, base.config, devices.number), count_steps(training, len(rows), devices.number)
     gib = devices.memory_gib or get_device_memory_gib(kind)
     setting = PlanSetting(
         models=models,
-        precision=Precision(stored_as(args.lora), dtype),
+        precision=Precision(base.quantization, dtype),
         batches=_most_tokens(args, rows, lengths),
         batch_size=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
@@ -149,8 +140,8 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
         schedule=schedule,
-        trainable=base.trainable,
-        base=base.numbers,
+        trainable=trainable,
+        base=numbers,
         layers=0 if isinstance(model, str) else model.layers,
         largest_batch=find_max_batch_tokens(
             rows, training.per_device_train_batch_size, padding_free=args.data.padding_free
@@ -161,7 +152,7 @@ def make_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) 
         given=given,
         devices=found,
         changes=changes,
-        disk=_disk(args, given, len(rows), sum(base.trainable.values())),
+        disk=_disk(args, given, len(rows), sum(trainable.values())),
         time=speed and Time(schedule.epochs * int(lengths.sum()) / devices.number / speed.tokens_per_second, *speed),
     )
 
@@ -173,42 +164,42 @@ def _kind(args: RunArguments, devices: Devices) -> str:
     return "cuda" if here or devices.memory_gib else "cpu"
 
 
-def _look_at_base(args: RunArguments) -> Base:
-    lora_config = build_lora_config(args.lora)
-    config = load_config(args.model, args.training.cache_dir)
-    meta_model = build_meta_model(config)
-    if meta_model is None:
+def _prepare_base(args: RunArguments) -> PreparedBase:
+    """Read the base model's configuration.
+
+    Raises:
+        UserError: also where the model's code lies outside transformers, so that nothing can be counted.
+    """
+    base = prepare_base(args, build_lora_config(args.lora))
+    if base.meta_model is None:
         raise UserError(
             f"--model_name_or_path {args.model.model_name_or_path}: the model's code lies outside transformers, so "
             "that neither its weights nor its activations can be counted before it is loaded; `inspect` counts the "
             "data, and a run of a few steps (--max_steps 3) tells speed and memory"
         )
-    check_targets(meta_model, lora_config, quantized=args.lora.q_lora or args.lora.load_in_8bit)
-    numbers = sum(parameter.numel() for parameter in meta_model.parameters())
-    shapes = compute_adapter_shapes(meta_model, lora_config)  # which uses the skeleton up
-    check_adapter_tensors(args.lora.lora_weight_path, shapes)
+    return base
+
+
+def _count_trainable(shapes: AdapterShapes) -> dict[str, int]:
+    """Return the number of trained parameters by kind of module."""
     trainable: Counter[str] = Counter()
     for name, shape in (shapes or {}).items():
-        trainable[
-            (name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]).rpartition(".")[2]
-        ] += shape.numel()
-    return Base(config, lora_config, dict(trainable), numbers)
+        module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+        trainable[module.rpartition(".")[2]] += shape.numel()
+    return dict(trainable)
 
 
-def _read_rows(args: RunArguments, config: PretrainedConfig, processes: int) -> tuple[Dataset | PackedDataset, Dataset]:
-    """What batches are made of, and the conversations in it."""
-    length, cache_dir = args.training.model_max_length, args.training.cache_dir
-    tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=length)
+def _read_sequences(args: RunArguments, config: PretrainedConfig) -> Dataset:
+    """Return the sequences to train on."""
+    tokenizer, loaded = prepare_data(args, output_dir=None, mode="preview")
     check_vocabulary(tokenizer, config, args.model.model_name_or_path)
-    loaded = load_data(args.data, tokenizer, max_length=length, output_dir=None, cache_dir=cache_dir, dry_run=True)
-    if not len(loaded["--data_path"].rows):
+    if not len(loaded.train.sequences):
         raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; mend it")
-    conversations = split_datasets(loaded, args.data.eval_split, args.training.seed)["train"]
-    return make_training_dataset(conversations, args, processes), conversations
+    return split_datasets(loaded, args.data.eval_split, args.training.seed).train
 
 
 def _profiles(
-    args: RunArguments, base: Base, kind: str, supervised_share: float
+    args: RunArguments, base: PreparedBase, kind: str, supervised_share: float
 ) -> Callable[[Precision], ModelCost | str]:
     """What there is to know of the model with its weights in some precision, counted when it is asked for."""
 
@@ -219,7 +210,7 @@ def _profiles(
             base.lora_config,
             precision.dtype,
             supervised_share=supervised_share,
-            quantized=precision.quantized,
+            quantization=precision.quantization,
             device_type=kind,
         )
 
@@ -266,7 +257,7 @@ def _most_tokens(args: RunArguments, rows: Any, lengths: Any) -> Callable[[int, 
     return most_tokens
 
 
-def _refusals(args: RunArguments, base: Base) -> WhyNot:
+def _refusals(args: RunArguments, base: PreparedBase) -> WhyNot:
     """What `train` says to a strategy for weights kept in some way."""
     optimizer = OptimizerNames(args.training.optim).value
     meta_model = build_meta_model(base.config)
@@ -277,10 +268,12 @@ def _refusals(args: RunArguments, base: Base) -> WhyNot:
             return f"--optim {optimizer}: is not proven to step on what FSDP2 shards"
         if at.zero_stage and optimizer.startswith(SHAPE_AWARE_OPTIMIZERS):
             return f"--optim {optimizer}: looks at shapes, which ZeRO flattens"
-        if precision.quantized == "int8" and topology.shards_parameters:
+        if precision.quantization.kind == "int8" and topology.shards_parameters:
             return "--load_in_8bit True: 8-bit weights cannot be sharded"
         try:
-            check_sharding(base.config, meta_model, base.lora_config, topology, quantized=bool(precision.quantized))
+            check_sharding(
+                base.config, meta_model, base.lora_config, topology, quantized=precision.quantization.is_quantized
+            )
         except UserError as error:
             return str(error)
         return ""
@@ -289,9 +282,9 @@ def _refusals(args: RunArguments, base: Base) -> WhyNot:
 
 
 def _in_words(args: RunArguments, dtype: torch.dtype, devices: int, kind: str) -> dict[str, str]:
-    training, lora = args.training, args.lora
-    four_bits = f"{lora.bnb_4bit_quant_type}{', quantised twice' * lora.bnb_4bit_use_double_quant}"
-    base = "8 bits" if lora.load_in_8bit else four_bits if lora.q_lora else dtype_name(dtype)
+    training = args.training
+    quantization = get_base_quantization(args.lora)
+    base = str(quantization) if quantization.is_quantized else dtype_name(dtype)
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     unit = f"rows of {training.model_max_length:,} tokens" if args.data.packing else "conversations"
     checkpointing = "as memory asks for" if training.auto_checkpointing else str(bool(training.gradient_checkpointing))
@@ -318,7 +311,7 @@ def _disk(args: RunArguments, given: ParallelStrategy, rows: int, trained: int) 
 
 
 def _measure(
-    model: ModelCost, checkpointed: int, base: Base, dtype: torch.dtype, kind: str, lengths: Any
+    model: ModelCost, checkpointed: int, base: PreparedBase, dtype: torch.dtype, kind: str, lengths: Any
 ) -> Speed | None:
     """What this machine's matrix products alone would allow; None where it is not such a device that is planned for."""
     if kind != "cpu" and not torch.accelerator.is_available():

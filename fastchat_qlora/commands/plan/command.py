@@ -78,8 +78,7 @@ def _known_speed(own: PlanArguments) -> Speed | None:
     folder = Path(os.path.expanduser(own.speed_from))
     try:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
-        effective = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["effective"]
-        processes = int(effective["batch"].partition(" processes")[0].rpartition(" ")[2])
+        processes = int(json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["processes"])
         measured = float(results["tokens_per_second"])
         if processes < 1 or not TOKENS_PER_SECOND.holds(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens a second in {processes} processes")

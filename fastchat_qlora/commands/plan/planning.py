@@ -16,6 +16,7 @@ from fastchat_qlora.model.estimates.parallelism import (
     ParallelStrategy,
     compute_device_memory,
 )
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 from fastchat_qlora.training.schedule import Schedule
 
 GIB = 2**30
@@ -25,17 +26,16 @@ MOST_DEVICES = 64
 
 MOST_CHANGES = 3
 
-QUANTISED_TO_4 = ("double", "single")
-"""Of `Precision.quantised`; what is proposed comes first."""
+PROPOSED_QUANTIZATION = BaseQuantization("nf4", double_quant=True)
 
 SHORTEST = 256
 """Tokens below which a shorter row is no way to make a run fit."""
 
 
 class Precision(NamedTuple):
-    """How the weights of the base are kept, as `memory.profile` names it, and what is computed in."""
+    """How the weights of the base are stored, and the dtype that is computed in."""
 
-    quantized: str
+    quantization: BaseQuantization
     dtype: torch.dtype
 
 
@@ -326,9 +326,11 @@ def _alternatives(setting: PlanSetting, placement: ParallelStrategy) -> Iterator
     if can_shard:
         costs = "layers are gathered as they are needed"
         yield _Alternative(SHARDED, f"--fsdp True{instead}", costs, setting, sharded)
-    if asked.quantized not in QUANTISED_TO_4:
-        also = " in place of --load_in_8bit" * (asked.quantized == "int8")
-        smaller = replace(setting, precision=Precision(QUANTISED_TO_4[0], torch.bfloat16 if to_bf16 else asked.dtype))
+    if not asked.quantization.is_4bit:
+        also = " in place of --load_in_8bit" * (asked.quantization.kind == "int8")
+        smaller = replace(
+            setting, precision=Precision(PROPOSED_QUANTIZATION, torch.bfloat16 if to_bf16 else asked.dtype)
+        )
         q_lora, costs = _joined(" ", to_bf16, f"--q_lora True{also}"), "the base is rounded to 4 bits"
         kept.append((IN_4_BITS, q_lora, smaller))
         yield _Alternative(IN_4_BITS, q_lora, costs, smaller, placement)

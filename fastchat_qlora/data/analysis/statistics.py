@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.data.sources.readers import Rejection, Source
-from fastchat_qlora.data.tokenization.build import describe
+from fastchat_qlora.data.tokenization.build import RejectionSummary, describe_rejection
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.utils.text import escape_control
 
@@ -26,10 +26,10 @@ PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100
 
 
 class Part(NamedTuple):
-    """A piece of a row's text, with what cannot be seen made visible."""
+    """A piece of a sequence's text, with escapes for characters that cannot be seen."""
 
     text: str
-    learnt: bool
+    supervised: bool
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Example:
         return self.full_length > len(self.input_ids)
 
     @property
-    def learnt(self) -> int:
-        """Tokens that are learnt."""
+    def supervised(self) -> int:
+        """Tokens in the loss."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
     @property
@@ -60,30 +60,28 @@ class Example:
         """Where the row comes from, and its size."""
         identity = f", id {self.id}" if self.id is not None else ""
         cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
-        size = f"{len(self.input_ids):,} tokens, {self.learnt:,} learnt{cut}"
+        size = f"{len(self.input_ids):,} tokens, {self.supervised:,} learnt{cut}"
         return escape_control(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
 
     @property
     def parts(self) -> list[Part]:
         """The row's text, cut where learning begins or ends."""
-        return split_learnt(self.input_ids, self.labels, self.tokenizer)
+        return split_by_label(self.input_ids, self.labels, self.tokenizer)
 
 
-class RejectionSummary(NamedTuple):
-    """What became of the records of one flag; `kinds` counts reasons, `listed` names the first rejected ones."""
+class RejectionReport(NamedTuple):
+    """The counts of one flag's records, and the first rejected ones with their reasons."""
 
-    read: int
-    rejected: int
-    kinds: dict[str, int]
+    summary: RejectionSummary
     listed: list[str]
 
 
 class Bin(NamedTuple):
-    """Rows of `first` to `last` tokens."""
+    """The number of sequences of `first` to `last` tokens."""
 
     first: int
     last: int
-    rows: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -95,18 +93,20 @@ class DatasetStatistics:
     shortened: int
     answers: int
     tokens: int
-    learnt: int
+    supervised: int
     lengths: dict[str, int]
     histogram: list[Bin]
 
 
-def summarize_rejections(data: LoadedData) -> RejectionSummary:
-    """What became of the records of one flag."""
+def summarize_rejections(data: LoadedData) -> RejectionReport:
+    """Return the counts of one flag's records, and the first rejected ones."""
     with data.rejected.open(encoding="utf-8") as lines:
         first = [json.loads(line) for line in islice(lines, LISTED)]
-    listed = [describe(Rejection(Source(*(line[name] for name in Source._fields)), line["reason"])) for line in first]
-    account = data.account
-    return RejectionSummary(account["read"], account["rejected"], account["kinds"], listed)
+    sources = [Source(*(line[name] for name in Source._fields)) for line in first]
+    listed = [
+        describe_rejection(Rejection(source, line["reason"])) for source, line in zip(sources, first, strict=True)
+    ]
+    return RejectionReport(data.summary, listed)
 
 
 def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
@@ -139,37 +139,38 @@ def compute_statistics(rows: Dataset) -> DatasetStatistics:
     names = ("length", "supervised", "full_length", "turns")
     numbers = {name: get_column(rows, name) for name in names}
     records = get_column(rows, "record")
-    lengths, learnt = numbers["length"], numbers["supervised"]
+    lengths, supervised = numbers["length"], numbers["supervised"]
     return DatasetStatistics(
         rows=len(rows),
         conversations=len(np.unique(records)),
         shortened=len(np.unique(records[numbers["full_length"] > lengths])),
         answers=int(numbers["turns"].sum()),
         tokens=int(lengths.sum()),
-        learnt=int(learnt.sum()),
+        supervised=int(supervised.sum()),
         lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
         histogram=_histogram(lengths),
     )
 
 
-def format_rejections(account: RejectionSummary) -> dict[str, str]:
-    """What became of the records of one flag, as named numbers."""
-    facts = {"read": account.read, "accepted": account.read - account.rejected, "rejected": account.rejected}
-    kinds = {f"rejected: {kind}": count for kind, count in account.kinds.items()}
-    return {escape_control(name): f"{count:,}" for name, count in {**facts, **kinds}.items()}
+def format_rejections(summary: RejectionSummary) -> dict[str, str]:
+    """Return the counts of one flag's records as texts by name."""
+    accepted = summary.read - summary.rejected
+    counts = {"read": summary.read, "accepted": accepted, "rejected": summary.rejected}
+    reasons = {f"rejected: {reason}": count for reason, count in summary.reasons.items()}
+    return {escape_control(name): f"{count:,}" for name, count in {**counts, **reasons}.items()}
 
 
-def format_statistics(measures: DatasetStatistics) -> dict[str, str]:
+def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
     """The counts of one set, as named numbers."""
-    share = f" ({measures.learnt / measures.tokens:.1%})" if measures.tokens else ""
-    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in measures.lengths.items())
+    share = f" ({statistics.supervised / statistics.tokens:.1%})" if statistics.tokens else ""
+    lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in statistics.lengths.items())
     return {
-        "rows": f"{measures.rows:,}",
-        "conversations": f"{measures.conversations:,}",
-        "shortened": f"{measures.shortened:,}",
-        "assistant turns": f"{measures.answers:,}",
-        "tokens": f"{measures.tokens:,}",
-        "learnt tokens": f"{measures.learnt:,}{share}",
+        "rows": f"{statistics.rows:,}",
+        "conversations": f"{statistics.conversations:,}",
+        "shortened": f"{statistics.shortened:,}",
+        "assistant turns": f"{statistics.answers:,}",
+        "tokens": f"{statistics.tokens:,}",
+        "learnt tokens": f"{statistics.supervised:,}{share}",
         "tokens a row": lengths or "none",
     }
 
@@ -184,14 +185,14 @@ def _histogram(lengths: NDArray[np.int64]) -> list[Bin]:
     return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
 
 
-def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
+def split_by_label(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
     """The text of a row in pieces that are learnt or not.
 
     A piece is what its tokens add to the text before them: decoded alone, it would lose the blank in front in
     tokenizers of Llama's family.
     """
-    is_learnt = np.array(labels) != IGNORE_INDEX
-    edges = [0, *(np.flatnonzero(is_learnt[1:] != is_learnt[:-1]) + 1).tolist(), len(input_ids)]
+    is_supervised = np.array(labels) != IGNORE_INDEX
+    edges = [0, *(np.flatnonzero(is_supervised[1:] != is_supervised[:-1]) + 1).tolist(), len(input_ids)]
     parts = []
     before = ""
     for start, end in pairwise(edges):
@@ -199,6 +200,6 @@ def split_learnt(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any
         if not text.startswith(before):  # a character in halves, on either side of where the row was cut
             before = ""
             text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
-        parts.append(Part(escape_control(text[len(before) :]), bool(is_learnt[start])))
+        parts.append(Part(escape_control(text[len(before) :]), bool(is_supervised[start])))
         before = text
     return parts

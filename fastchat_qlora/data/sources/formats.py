@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role
-from fastchat_qlora.data.templates.template_cache import PROBE, PROBE_END
+from fastchat_qlora.data.templates.template_skeleton import SENTINEL, SENTINEL_END
 
 # The names that published data sets use for the participants of a conversation.
 ROLES: dict[str, Role] = {
@@ -191,7 +191,7 @@ def _read_any_message(turn: Any, index: int) -> Message:
             for key in ("name", "tool_call_id")
             if turn.get(key) and role != "assistant"
         },
-        learn=_read_flag(turn, index),
+        train=_read_flag(turn, index),
     )
 
 
@@ -209,7 +209,7 @@ def _text(content: Any, index: int) -> str:
             content.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RejectedRecord(f"message {index}: holds half of a surrogate pair, which is no character") from error
-        if PROBE in content or PROBE_END in content:  # chat templates are watched with them
+        if SENTINEL in content or SENTINEL_END in content:  # chat templates are watched with them
             raise RejectedRecord(f"message {index}: holds U+FDD0 or U+FDD1, which is no character")
     return content
 

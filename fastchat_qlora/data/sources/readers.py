@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastchat_qlora.config.validation.paths import is_data_file, strip_compression_suffix
-from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind
 from fastchat_qlora.data.sources.formats import FIELDS
 from fastchat_qlora.data.sources.json_reader import read_json
 from fastchat_qlora.errors import UserError
@@ -32,10 +32,11 @@ class Source(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A record that is not trained on."""
+    """A record that is not trained on, and why."""
 
     source: Source
     reason: str
+    kind: RejectionKind = RejectionKind.INVALID
 
 
 class RawRecord(NamedTuple):

@@ -1,7 +1,14 @@
-"""Where the assistant speaks in the texts that a chat template makes of one conversation, found by rendering.
+"""Where the assistant's turns stand in the texts that a chat template renders of one conversation.
 
-Every answer is rendered as a server would have shown it to the model, once with a probe in its place, and the text that
-it is learnt from is compared with that. Anything unexpected is a reason to reject the conversation.
+Every answer is rendered as a server would have shown it to the model, once as it is and once with a sentinel in its
+place, and the text that it is supervised in is compared with that:
+
+    prompt     <|user|>Hi<|end|><|assistant|>
+    probed     <|user|>Hi<|end|><|assistant|>SENTINEL<|end|>
+    answered   <|user|>Hi<|end|><|assistant|>Hello!<|end|>
+                                             ^ start      ^ end
+
+Anything unexpected is a reason to reject the conversation.
 """
 
 import re
@@ -12,32 +19,39 @@ from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.content_checks import (
     TAG,
     check_structure,
+    contains,
     count_common,
     get_variants,
-    mark_structure,
     split_at_tags,
-    stands_in,
 )
-from fastchat_qlora.data.templates.string_matcher import Marks
-from fastchat_qlora.data.templates.template_cache import PROBE, probe
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.template_skeleton import SENTINEL, replace_content
 
-ANSWER_PROBE = Message("assistant", PROBE)
-ALONE = re.compile(f"{PROBE}(?!\\d)")  # a probe that stands for no numbered message
+SENTINEL_ANSWER = Message("assistant", SENTINEL)
+LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # one that stands for no numbered message
 
 NO_END = "the chat template ends the turn with no special token to stop at"
 
+MAX_CHARACTERS = 20_000_000
+"""Characters of all texts that one conversation becomes; a template that rewrites earlier turns makes many."""
+
+Render = Callable[[int, bool, Mapping[int, Message]], str]
+"""(number of messages, add the generation prompt, replacements by index) -> text."""
+
+UNCHANGED: Mapping[int, Message] = {}
+
 
 @dataclass(frozen=True)
-class Turn:
+class AssistantTurn:
     """An assistant's message in a text.
 
     Attributes:
         index: of the message.
         text: the text, up to `end` at least.
-        start: where the model begins to speak.
+        start: where the model begins to write.
         end: behind the token that ends the turn.
-        ending: what ends it, from the last of its words to `end`.
-        is_learnt: whether it is learnt from this text.
+        ending: the text from the last character of the content to `end`.
+        is_supervised: whether it is supervised in this text.
     """
 
     index: int
@@ -45,281 +59,268 @@ class Turn:
     start: int
     end: int
     ending: str = ""
-    is_learnt: bool = False
+    is_supervised: bool = False
 
-    def begins(self, text: str) -> bool:
-        """Whether a text begins as this one does, up to the end of the turn."""
+    def is_prefix_of(self, text: str) -> bool:
+        """Return whether a text begins as this one does, up to the end of the turn."""
         return text.startswith(self.text[: self.end])
 
 
 @dataclass(frozen=True)
-class Row:
+class RenderedText:
     """One text to train on.
 
     Attributes:
-        count: how many messages are rendered in it.
+        count: number of messages in it.
         text: the text.
-        turns: the assistant's turns in it, learnt or not.
-        unplaced: messages of the assistant that could not be found in it; none of them is learnt.
+        turns: the assistant's turns in it, supervised or not.
+        unplaced: the assistant's messages that could not be located in it; none of them is supervised.
         closing: the token that ends the last turn, where the template writes it with the next message only.
     """
 
     count: int
     text: str
-    turns: list[Turn]
+    turns: list[AssistantTurn]
     unplaced: list[int]
     closing: str = ""
 
 
-MOST_TEXT = 20_000_000
-"""Characters of the texts that one conversation may become, together; a template that rewrites makes many."""
-
-Render = Callable[[int, bool, Mapping[int, Message]], str]
-"""(how many messages, with the generation prompt, what stands in for which of them) -> text."""
-
-AS_THEY_ARE: Mapping[int, Message] = {}
+def _replace_others(messages: Sequence[Message]) -> dict[int, Message]:
+    """Return sentinels for all messages that are not the assistant's."""
+    return {i: replace_content(message, i) for i, message in enumerate(messages) if message.role != "assistant"}
 
 
-def foresee(messages: Sequence[Message]) -> Iterator[tuple[int, bool, Mapping[int, Message]]]:
-    """What a TurnFinder of these messages will ask to have rendered, as far as that hangs on nothing rendered before.
-
-    To ask for one text takes several times as long as to render it.
-    """
-    yield len(messages), False, AS_THEY_ARE
-    yield len(messages), False, _probe_others(messages)
-    for i, message in enumerate(messages):
-        if message.role == "assistant":
-            yield i + 1, False, {i: ANSWER_PROBE}
-            if i:
-                yield i, True, AS_THEY_ARE
-            if i + 1 < len(messages):
-                yield i + 1, False, AS_THEY_ARE
-            if message.reasoning or message.tool_calls:
-                yield i + 1, False, {i: mark_structure(message)[0]}
-
-
-def _probe_others(messages: Sequence[Message]) -> dict[int, Message]:
-    """Stand-ins for what others than the assistant say."""
-    return {i: probe(message, i) for i, message in enumerate(messages) if message.role != "assistant"}
-
-
-class TurnFinder:
+class AssistantSpanFinder:
     """Finds the assistant's turns of one conversation.
 
     Args:
         messages: the conversation.
         render: renders the first messages of it. One more than there is must be there, a user's: some templates write
-            what ends a turn only where the next one begins.
-        control: finds the tokens that can end a turn or begin one.
+            the end of a turn only where the next one begins.
+        control_tokens: finds the tokens that can end a turn or begin one.
     """
 
-    def __init__(self, messages: Sequence[Message], render: Render, control: Marks) -> None:
+    def __init__(self, messages: Sequence[Message], render: Render, control_tokens: StringMatcher) -> None:
         self.messages = messages
         self.render = render
-        self.control = control
-        self.size = 0
-        self.rewritten: dict[int, Turn] = {}
+        self.control_tokens = control_tokens
+        self.characters = 0
+        self.rewritten: dict[int, AssistantTurn] = {}
 
-    def find_rows(self, wanted: set[int]) -> list[Row]:
-        """The texts to train on, so that each wanted answer is learnt from one of them.
+    def find_texts(self, wanted: set[int]) -> list[RenderedText]:
+        """Return the texts to train on, so that each wanted answer is supervised in one of them.
 
         Raises:
             RejectedRecord: the template refuses the conversation, leaves something out or changes what is said.
         """
-        whole = self._count(self.render(len(self.messages), False, AS_THEY_ARE))
-        turns: dict[int, Turn] = {}
-        for i, message in enumerate(self.messages):
-            if message.role == "assistant":
-                turn = self._find_turn(i)
-                # Keeps one text, not one for each turn.
-                turns[i] = replace(turn, text=whole if turn.begins(whole) else self._count(turn.text))
-        rows: list[Row] = []
+        whole = self._count(self.render(len(self.messages), False, UNCHANGED))
+        turns = self._find_turns(whole)
+        texts: list[RenderedText] = []
         left = {i: turn for i, turn in turns.items() if i in wanted}
         while left:
             last = left[max(left)]
-            is_whole = not rows and last.text is whole
+            is_whole = not texts and last.text is whole
             count = len(self.messages) if is_whole else last.index + 1
-            text = whole if is_whole else self._count(self.render(count, False, AS_THEY_ARE))
-            said = last.text[: last.end]
-            closing = said[len(text) :] if said.startswith(text) else ""
-            row = self._place_turns(Row(count, text + closing, [], [], closing), turns, set(left))
-            learnt = {turn.index for turn in row.turns if turn.is_learnt}
-            if last.index not in learnt:
+            text = whole if is_whole else self._count(self.render(count, False, UNCHANGED))
+            shown = last.text[: last.end]
+            closing = shown[len(text) :] if shown.startswith(text) else ""
+            rendered = self._place_turns(RenderedText(count, text + closing, [], [], closing), turns, set(left))
+            supervised = {turn.index for turn in rendered.turns if turn.is_supervised}
+            if last.index not in supervised:
                 raise RejectedRecord(f"message {last.index}: {NO_END}")
-            rows.append(row)
-            left = {i: turn for i, turn in left.items() if i not in learnt}
-        return rows[::-1]
+            texts.append(rendered)
+            left = {i: turn for i, turn in left.items() if i not in supervised}
+        return texts[::-1]
+
+    def _find_turns(self, whole: str) -> dict[int, AssistantTurn]:
+        """Return each of the assistant's turns; those that stand in the whole text share that one string."""
+        turns = {}
+        for i, message in enumerate(self.messages):
+            if message.role == "assistant":
+                turn = self._find_turn(i)
+                turns[i] = replace(turn, text=whole if turn.is_prefix_of(whole) else self._count(turn.text))
+        return turns
 
     def _count(self, text: str) -> str:
-        self.size += len(text)
-        if self.size > MOST_TEXT:
-            raise RejectedRecord(f"the chat template makes texts of more than {MOST_TEXT} characters of it")
+        self.characters += len(text)
+        if self.characters > MAX_CHARACTERS:
+            raise RejectedRecord(f"the chat template makes texts of more than {MAX_CHARACTERS} characters of it")
         return text
 
-    def _place_turns(self, row: Row, turns: dict[int, Turn], left: set[int]) -> Row:
-        """A row with its turns. One that stands there as a server has shown it may be learnt, if it still is to be."""
-        self._check_nothing_left_out(row)
+    def _place_turns(self, rendered: RenderedText, turns: dict[int, AssistantTurn], left: set[int]) -> RenderedText:
+        """Return a text with its turns; one that stands there as a server shows it is supervised if it is still left."""
+        self._check_nothing_left_out(rendered)
         placed, unplaced = [], []
         for i, turn in turns.items():
-            if i >= row.count:
+            if i >= rendered.count:
                 break
-            if turn.begins(row.text):
-                placed.append(replace(turn, is_learnt=i in left))
-            elif (rewritten := self._find_rewritten(turn, row)) is not None:
+            if turn.is_prefix_of(rendered.text):
+                placed.append(replace(turn, is_supervised=i in left))
+            elif (rewritten := self._find_rewritten(turn, rendered)) is not None:
                 placed.append(rewritten)
             else:
                 unplaced.append(i)
-        if not all(self.messages[i].learn for i in unplaced):
+        if not all(self.messages[i].train for i in unplaced):
             raise RejectedRecord("the chat template rewrites an answer that is not to be learnt beyond recognition")
-        return replace(row, turns=placed, unplaced=unplaced)
+        return replace(rendered, turns=placed, unplaced=unplaced)
 
-    def _check_nothing_left_out(self, row: Row) -> None:
-        """What others than the assistant say must stand in the text, and not by chance: "user" does in most headers."""
-        probes = _probe_others(self.messages[: row.count])
+    def _check_nothing_left_out(self, rendered: RenderedText) -> None:
+        """Require that the others' messages stand in the text, and not by chance: "user" does in most headers."""
+        sentinels = _replace_others(self.messages[: rendered.count])
         try:
-            probed = self.render(row.count, False, probes)
+            probed = self.render(rendered.count, False, sentinels)
         except RejectedRecord:  # a template that looks into contents
             probed = None
-        for i, stand_in in probes.items():
+        for i, stand_in in sentinels.items():
             message = self.messages[i]
             is_left_out = probed is not None and stand_in.content not in probed
-            if is_left_out or not stands_in(message.content.strip(), row.text):
+            if is_left_out or not contains(rendered.text, message.content.strip()):
                 raise RejectedRecord(f"message {i}: the chat template leaves the {message.role}'s message out")
 
-    def _find_rewritten(self, turn: Turn, row: Row) -> Turn | None:
-        """An answer that the template writes otherwise once a later one follows: without its thoughts, say."""
+    def _find_rewritten(self, turn: AssistantTurn, rendered: RenderedText) -> AssistantTurn | None:
+        """Return an answer that the template writes otherwise once a later one follows, e.g. without its thoughts."""
         known = self.rewritten.get(turn.index)
-        if known is None or not known.begins(row.text):  # nearly always it stands there as in a longer row
-            known = self._search_rewritten(turn, row)
+        if known is None or not known.is_prefix_of(rendered.text):  # nearly always it stands there as in a longer text
+            known = self._search_rewritten(turn, rendered)
             if known is not None:
                 self.rewritten[turn.index] = known
         return known
 
-    def _search_rewritten(self, turn: Turn, row: Row) -> Turn | None:
+    def _search_rewritten(self, turn: AssistantTurn, rendered: RenderedText) -> AssistantTurn | None:
         try:
-            probed = self.render(row.count, False, {turn.index: ANSWER_PROBE}) + row.closing
+            probed = self.render(rendered.count, False, {turn.index: SENTINEL_ANSWER}) + rendered.closing
         except RejectedRecord:
             return None
-        place = ALONE.search(probed)
-        if place is None or not row.text.startswith(probed[: place.start()]):
+        text, place = rendered.text, LONE_SENTINEL.search(probed)
+        if place is None or not text.startswith(probed[: place.start()]):
             return None
-        said = len(row.text) - (len(probed) - place.end())
-        if said < place.start() or row.text[said:] != probed[place.end() :]:
+        content_end = len(text) - (len(probed) - place.end())
+        if content_end < place.start() or text[content_end:] != probed[place.end() :]:
             return None
-        if row.text.startswith(turn.ending, said):
-            return Turn(turn.index, row.text, place.start(), said + len(turn.ending), turn.ending)
-        token = self.control.search(row.text, said)
-        if token is None or row.text[said : token.start()].strip():
-            return None
-        return Turn(turn.index, row.text, place.start(), token.end(), row.text[said : token.end()])
+        if text.startswith(turn.ending, content_end):
+            end = content_end + len(turn.ending)
+        else:
+            token = self.control_tokens.search(text, content_end)
+            if token is None or text[content_end : token.start()].strip():
+                return None
+            end = token.end()
+        return AssistantTurn(turn.index, text, place.start(), end, text[content_end:end])
 
-    def _find_turn(self, index: int) -> Turn:
+    def _find_turn(self, index: int) -> AssistantTurn:
         message = self.messages[index]
-        answered = self.render(index + 1, False, AS_THEY_ARE)
-        probed = self.render(index + 1, False, {index: ANSWER_PROBE})
-        prompt = self.render(index, True, AS_THEY_ARE) if index else ""
-        place = probed.rfind(PROBE)
+        answered = self.render(index + 1, False, UNCHANGED)
+        probed = self.render(index + 1, False, {index: SENTINEL_ANSWER})
+        prompt = self.render(index, True, UNCHANGED) if index else ""
+        place = probed.rfind(SENTINEL)
         if place < 0:
             raise RejectedRecord(f"message {index}: the chat template leaves the answer out")
-        ending = probed[place + len(PROBE) :]
-        if not self.control.search(ending):
+        ending = probed[place + len(SENTINEL) :]
+        if not self.control_tokens.search(ending):
             answered, ending = self._close(answered, ending, index)
-        # What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank
-        # is often part of the first token.
-        header = probed[len(prompt) : place] if probed.startswith(prompt) else ""
-        if header.strip() and not (self.control.search(header) or TAG.search(header)):
-            raise RejectedRecord(f"message {index}: the chat template puts {header[:40]!r} in the assistant's mouth")
-        spoken = len(prompt) if probed.startswith(prompt) and not header.strip() else place
+        start = self._find_start(probed, place, prompt, index)
         if message.reasoning or message.tool_calls:
-            if not message.reasoning and answered.startswith(probed[:place]):
-                start = spoken
-            else:
+            if message.reasoning or not answered.startswith(probed[:place]):
                 start = len(prompt) if answered.startswith(prompt) else count_common(answered, probed)
-            said, end = self._structured_end(answered, start, ending, index)
+            content_end, end = self._find_structured_end(answered, start, ending, index)
             check_structure(message, answered[start:end], lambda m: self.render(index + 1, False, {index: m}), index)
-            return Turn(index, answered, start, end, answered[said:end])
+            return AssistantTurn(index, answered, start, end, answered[content_end:end])
         for content in get_variants(message.content):
             if answered == probed[:place] + content + ending:
-                said = place + len(content)
-                end = self._turn_end(answered, said, index)
-                return Turn(index, answered, spoken, end, answered[said:end])
-        return self._reasoned_turn(message, index, answered, prompt, ending)
+                content_end = place + len(content)
+                end = self._find_end(answered, content_end, index)
+                return AssistantTurn(index, answered, start, end, answered[content_end:end])
+        return self._find_reasoned_turn(index, answered, prompt, ending)
+
+    def _find_start(self, probed: str, place: int, prompt: str, index: int) -> int:
+        """Return where the model begins to write an answer whose content stands at `place`.
+
+        What stands between the generation prompt and the answer is not the assistant's, unless it is blank: a blank is
+        often part of the first token.
+        """
+        header = probed[len(prompt) : place] if probed.startswith(prompt) else ""
+        if header.strip() and not (self.control_tokens.search(header) or TAG.search(header)):
+            raise RejectedRecord(f"message {index}: the chat template puts {header[:40]!r} in the assistant's mouth")
+        return len(prompt) if probed.startswith(prompt) and not header.strip() else place
 
     def _close(self, answered: str, ending: str, index: int) -> tuple[str, str]:
-        """An answered conversation and its ending with the token that begins the next message, if that ends the turn.
+        """Return an answered conversation and its ending with the token that begins the next message.
 
-        GLM-4 stops by saying whose turn is next, the user's or a tool's, and its template has no other end of turn.
+        GLM-4 stops by writing whose turn is next, the user's or a tool's; its template has no other end of turn.
 
         Raises:
             RejectedRecord: no control token follows the answer.
         """
         if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
             # Without the answer, for its thoughts may be dropped by then.
-            followed = self.render(index + 2, False, {index: ANSWER_PROBE})
-            place = ALONE.search(followed)
-            token = self.control.search(followed, place.end()) if place else None
+            followed = self.render(index + 2, False, {index: SENTINEL_ANSWER})
+            place = LONE_SENTINEL.search(followed)
+            token = self.control_tokens.search(followed, place.end()) if place else None
             if place and token and not followed[place.end() : token.start()].strip():
                 closing = followed[place.end() : token.end()]
                 return answered.removesuffix(ending) + closing, closing
         raise RejectedRecord(f"message {index}: {NO_END}")
 
-    def _reasoned_turn(self, message: Message, index: int, answered: str, prompt: str, ending: str) -> Turn:
-        """An answer with its reasoning in tags, which the template lays out anew: only blanks beside tags differ."""
+    def _find_reasoned_turn(self, index: int, answered: str, prompt: str, ending: str) -> AssistantTurn:
+        """Return an answer with its reasoning in tags, where only blanks beside tags differ from the record."""
+        content = self.messages[index].content
         content_end = len(answered) - len(ending)
-        said = message.content
-        opening = TAG.match(said.lstrip())
+        has_thought = TAG.search(content) is not None
+        opening = TAG.match(content.lstrip())
         opened = opening.group() if opening and "/" not in opening.group() else ""
-        if opened and prompt.rstrip().endswith(opened):  # the prompt has said that already
-            said = said.lstrip()[len(opened) :]
-        has_thought = TAG.search(message.content) is not None
+        if opened and prompt.rstrip().endswith(opened):  # the prompt has written that tag already
+            content = content.lstrip()[len(opened) :]
         if has_thought and answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt):
             written = answered[len(prompt) : content_end]
-            if split_at_tags(written) == split_at_tags(said):
-                end = self._turn_end(answered, content_end, index)
-                return Turn(index, answered, len(prompt), end, answered[content_end:end])
+            if split_at_tags(written) == split_at_tags(content):
+                end = self._find_end(answered, content_end, index)
+                return AssistantTurn(index, answered, len(prompt), end, answered[content_end:end])
         raise RejectedRecord(
             f"message {index}: the chat template changes the answer's text, or writes more before it than "
             "its generation prompt"
         )
 
-    def _structured_end(self, answered: str, start: int, ending: str, index: int) -> tuple[int, int]:
-        """Where the words of an answer with thoughts or calls end, and where what ends the turn does."""
-        said = len(answered) - len(ending)
-        if answered.endswith(ending) and said >= start:
-            return said, self._turn_end(answered, said, index)
-        last = max(self.control.finditer(answered, start), key=lambda token: token.start(), default=None)
+    def _find_structured_end(self, answered: str, start: int, ending: str, index: int) -> tuple[int, int]:
+        """Return where the content of an answer with thoughts or calls ends, and where its turn ends."""
+        content_end = len(answered) - len(ending)
+        if answered.endswith(ending) and content_end >= start:
+            return content_end, self._find_end(answered, content_end, index)
+        tokens = self.control_tokens.finditer(answered, start)
+        last = max(tokens, key=lambda token: token.start(), default=None)
         if last is None or answered[last.end() :].strip():
             raise RejectedRecord(f"message {index}: {NO_END}")
         return last.start(), last.end()
 
-    def _turn_end(self, text: str, said: int, index: int) -> int:
-        """Where the token or tokens that end a turn end themselves; between the words and them stand at most blanks."""
-        first = self.control.search(text, said)
+    def _find_end(self, text: str, content_end: int, index: int) -> int:
+        """Return where the tokens that end a turn end; only blanks may stand between the content and them."""
+        first = self.control_tokens.search(text, content_end)
         if first is None:
             raise RejectedRecord(f"message {index}: {NO_END}")
-        if text[said : first.start()].strip():
+        if text[content_end : first.start()].strip():
             raise RejectedRecord(f"message {index}: the chat template adds words to the answer")
         end = first.end()
-        while token := self.control.match(text, end):
+        while token := self.control_tokens.match(text, end):
             end = token.end()
-        # Where words follow, the next header has begun, with one of these tokens; no telling which, but for the first.
+        # Where words follow, the next header has begun with one of these tokens; which one cannot be known, except that
+        # it is not the first.
         return first.end() if text[end:].strip() else end
 
 
-def cut_row(row: Row, messages: Sequence[Message]) -> Iterator[Segment]:
-    """A row in segments.
+def cut_into_segments(rendered: RenderedText, messages: Sequence[Message]) -> Iterator[Segment]:
+    """Yield the segments of a text.
 
     Raises:
         RejectedRecord: its turns do not follow each other.
     """
     position = 0
-    for turn in row.turns:
+    for turn in rendered.turns:
         if turn.start < position:
             raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
         if turn.start > position:
-            yield Segment(row.text[position : turn.start])
-        learn = messages[turn.index].learn
-        yield Segment(row.text[turn.start : turn.end], turn.is_learnt and learn, ends_turn=True, withheld=not learn)
+            yield Segment(rendered.text[position : turn.start])
+        train = messages[turn.index].train
+        yield Segment(
+            rendered.text[turn.start : turn.end], turn.is_supervised and train, ends_turn=True, masked=not train
+        )
         position = turn.end
-    if position < len(row.text):
-        yield Segment(row.text[position:])
+    if position < len(rendered.text):
+        yield Segment(rendered.text[position:])

@@ -13,111 +13,129 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from fastchat_qlora.data.conversation import RejectionKind
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection
-from fastchat_qlora.data.tokenization.preprocess import OVERLONG, Finished, Preprocessor
+from fastchat_qlora.data.tokenization.preprocess import PreprocessedBatch, Preprocessor
 from fastchat_qlora.data.tokenization.schema import EAGER_FEATURES, LAZY_FEATURES
 from fastchat_qlora.errors import UserError
 
-ROWS = "rows.arrow"
-REJECTED = "rejected.jsonl"
+SEQUENCES_FILE = "rows.arrow"
+REJECTED_FILE = "rejected.jsonl"
 
 BATCH_RECORDS = 256
 BATCH_BYTES = 4 * 1024 * 1024
 GARBAGE_OBJECTS = 5000  # new ones after which Python looks for garbage; some batches of records
-KINDS = 200  # different reasons that are counted apart
+MAX_REASONS = 200  # different reasons that are counted apart
 
-PLACE = re.compile(r"message \d+: ")
+MESSAGE_INDEX = re.compile(r"message \d+: ")
 
-Numbered = list[tuple[int, RawRecord]]
+NumberedRecords = list[tuple[int, RawRecord]]
 
 
-def build_rows(
+class RejectionSummary(NamedTuple):
+    """Counts of the records that were read and rejected.
+
+    Attributes:
+        read: records read.
+        rejected: records rejected.
+        too_long: those of them that are too long, under `--overlong drop` and `error`.
+        reasons: reason, without what differs from record to record -> count, the commonest first.
+        first: the first rejected record with its source; empty if there is none.
+        first_too_long: the same of those that are too long.
+    """
+
+    read: int
+    rejected: int
+    too_long: int
+    reasons: dict[str, int]
+    first: str
+    first_too_long: str
+
+
+def build_sequences(
     records: Iterable[RawRecord], preprocessor: Preprocessor, workers: int, folder: Path, flag: str
-) -> dict[str, Any]:
+) -> RejectionSummary:
     """Preprocess records and write `rows.arrow` and `rejected.jsonl` into a folder.
 
     Args:
         records: the raw records.
-        preprocessor: what makes rows of them.
-        workers: processes to use; below 2 this one alone, which reads and renders while its threads tokenise.
+        preprocessor: makes sequences of them.
+        workers: processes to use; below 2 this one alone, which reads and renders while its threads tokenize.
         folder: where the files are written.
         flag: the flag to name in errors.
-
-    Returns:
-        The account: `read`, `rejected`, `too_long`, `kinds` (reason -> count), `first` and `first_too_long`.
     """
     features = LAZY_FEATURES if preprocessor.lazy else EAGER_FEATURES
-    account = RejectionCounter()
+    counter = RejectionCounter()
     with (
-        (folder / REJECTED).open("w", encoding="utf-8") as rejected,
-        pa.OSFile(str(folder / ROWS), "wb") as sink,
+        (folder / REJECTED_FILE).open("w", encoding="utf-8") as rejected,
+        pa.OSFile(str(folder / SEQUENCES_FILE), "wb") as sink,
         pa.ipc.new_stream(sink, features.arrow_schema) as writer,
     ):
-        for finished in _run(batches(records), preprocessor, workers, flag):
-            if len(finished.rows):
-                writer.write_table(finished.rows)
-            account.add(finished)
-            for rejection in finished.rejections:
+        for batch in _run(make_batches(records), preprocessor, workers, flag):
+            if len(batch.sequences):
+                writer.write_table(batch.sequences)
+            counter.add(batch)
+            for rejection in batch.rejections:
                 rejected.write(to_json(rejection) + "\n")
-    return account.facts()
+    return counter.summarize()
 
 
 def to_json(rejection: Rejection) -> str:
-    """A rejection as a line of rejected.jsonl."""
+    """Return a rejection as a line of rejected.jsonl."""
     line = json.dumps({**rejection.source._asdict(), "reason": rejection.reason}, ensure_ascii=False)
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class RejectionCounter:
-    """Counts what became of records, in bounded memory."""
+    """Counts rejections by reason, in bounded memory."""
 
     def __init__(self) -> None:
-        self.read = self.rejected = self.too_long = 0
-        self.kinds: Counter[str] = Counter()
+        self.read = 0
+        self.reasons: Counter[str] = Counter()
+        self.kinds: Counter[RejectionKind] = Counter()
         self.first: dict[bool, str] = {}
 
-    def add(self, finished: Finished) -> None:
+    def add(self, batch: PreprocessedBatch) -> None:
         """Count one batch."""
-        self.read += finished.read
-        for rejection in finished.rejections:
-            too_long = rejection.reason.startswith(OVERLONG)
-            self.rejected += 1
-            self.too_long += too_long
-            kind = kind_of(rejection.reason)
-            self.kinds[kind if kind in self.kinds or len(self.kinds) < KINDS else "other reasons"] += 1
-            self.first.setdefault(too_long, describe(rejection))
+        self.read += batch.read
+        for rejection in batch.rejections:
+            self.kinds[rejection.kind] += 1
+            reason = generalize(rejection.reason)
+            is_counted = reason in self.reasons or len(self.reasons) < MAX_REASONS
+            self.reasons[reason if is_counted else "other reasons"] += 1
+            self.first.setdefault(rejection.kind is RejectionKind.TOO_LONG, describe_rejection(rejection))
 
-    def facts(self) -> dict[str, Any]:
-        """The counts as plain values."""
-        return {
-            "read": self.read,
-            "rejected": self.rejected,
-            "too_long": self.too_long,
-            "kinds": dict(self.kinds.most_common()),
-            "first": self.first.get(False, ""),
-            "first_too_long": self.first.get(True, ""),
-        }
+    def summarize(self) -> RejectionSummary:
+        """Return the counts."""
+        return RejectionSummary(
+            read=self.read,
+            rejected=sum(self.kinds.values()),
+            too_long=self.kinds[RejectionKind.TOO_LONG],
+            reasons=dict(self.reasons.most_common()),
+            first=self.first.get(False, ""),
+            first_too_long=self.first.get(True, ""),
+        )
 
 
-def kind_of(reason: str) -> str:
-    """A reason with what differs from record to record left out: places, quotations and numbers."""
-    reason = re.sub(r"'.*'|\".*\"", "...", reason.partition(": ")[2] if PLACE.match(reason) else reason)
+def generalize(reason: str) -> str:
+    """Return a reason without what differs from record to record: places, quotations and numbers."""
+    reason = re.sub(r"'.*'|\".*\"", "...", reason.partition(": ")[2] if MESSAGE_INDEX.match(reason) else reason)
     return textwrap.shorten(re.sub(r"(?<![-\w])\d+", "N", reason), 80, placeholder=" ...")
 
 
-def describe(rejection: Rejection) -> str:
-    """A rejection for people: where, and why."""
+def describe_rejection(rejection: Rejection) -> str:
+    """Return the source of a rejected record and the reason, for people."""
     identity = f" (id {rejection.source.id})" if rejection.source.id is not None else ""
     return f"{rejection.source.file}:{rejection.source.line}{identity}: {rejection.reason}"
 
 
-def batches(records: Iterable[RawRecord]) -> Iterator[Numbered]:
-    """Number the records and group them by count and size."""
-    batch: Numbered = []
+def make_batches(records: Iterable[RawRecord]) -> Iterator[NumberedRecords]:
+    """Number records and group them by count and size."""
+    batch: NumberedRecords = []
     size = 0
     for number, record in enumerate(records):
         batch.append((number, record))
@@ -165,7 +183,9 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, flag: str) -> Iterator[Finished]:
+def _run(
+    source: Iterator[NumberedRecords], preprocessor: Preprocessor, workers: int, flag: str
+) -> Iterator[PreprocessedBatch]:
     if workers < 2:
         yield from _run_here(source, preprocessor)
         return
@@ -182,7 +202,9 @@ def _run(source: Iterator[Numbered], preprocessor: Preprocessor, workers: int, f
             ) from error
 
 
-def _finish(numbered: Numbered, future: Future[Finished], preprocessor: Preprocessor) -> Finished:
+def _finish(
+    numbered: NumberedRecords, future: Future[PreprocessedBatch], preprocessor: Preprocessor
+) -> PreprocessedBatch:
     """What a worker has made of a batch."""
     try:
         return future.result()
@@ -190,10 +212,10 @@ def _finish(numbered: Numbered, future: Future[Finished], preprocessor: Preproce
         return preprocessor(numbered)
 
 
-def _run_here(source: Iterator[Numbered], preprocessor: Preprocessor) -> Iterator[Finished]:
+def _run_here(source: Iterator[NumberedRecords], preprocessor: Preprocessor) -> Iterator[PreprocessedBatch]:
     """Tokenise in a thread, which needs no Python, while this one prepares the next batch and finishes the last."""
 
-    def submit(numbered: Numbered) -> Future[Any]:
+    def submit(numbered: NumberedRecords) -> Future[Any]:
         batch = preprocessor.prepare(numbered)
         return pool.submit(lambda: (batch, preprocessor.encode(batch)))
 
@@ -216,9 +238,9 @@ def _little_garbage() -> Iterator[None]:
 
 
 def _in_order(
-    source: Iterator[Numbered], submit: Callable[[Numbered], Future[Any]], window: int
-) -> Iterator[tuple[Numbered, Future[Any]]]:
-    waiting: deque[tuple[Numbered, Future[Any]]] = deque()
+    source: Iterator[NumberedRecords], submit: Callable[[NumberedRecords], Future[Any]], window: int
+) -> Iterator[tuple[NumberedRecords, Future[Any]]]:
+    waiting: deque[tuple[NumberedRecords, Future[Any]]] = deque()
     for numbered in source:
         waiting.append((numbered, submit(numbered)))
         if len(waiting) >= window:
@@ -235,5 +257,5 @@ def _start_worker(preprocessor: Preprocessor, threads: int) -> None:
     _worker[:] = [preprocessor]
 
 
-def _work(numbered: Sequence[tuple[int, RawRecord]]) -> Finished:
+def _work(numbered: Sequence[tuple[int, RawRecord]]) -> PreprocessedBatch:
     return _worker[0](numbered)

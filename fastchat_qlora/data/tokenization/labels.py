@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastchat_qlora.data.conversation import RejectedRecord, Segment
-from fastchat_qlora.data.templates.special_tokens import find_edges, get_token_bytes
-from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind, Segment
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.tokenization.token_bytes import find_safe_cuts, get_token_bytes
 
 IGNORE_INDEX = -100
 
-ACROSS = "a token lies across the edge of an answer, so the answer cannot be learnt exactly"
+EDGE_INSIDE_TOKEN = "a token lies across the edge of an answer, so the answer cannot be learnt exactly"
 BLANKS = re.compile(rb"\s*")
 
 Ids = NDArray[np.int32]
 
-CHARACTERS_PER_TOKEN = 5
+MAX_CHARACTERS_PER_TOKEN = 5
 """Somewhat more than prose has. Only speed hangs on it: of a text that will be cut so much is tokenised, and all of it
 where that turns out to be too little."""
 
@@ -40,7 +40,7 @@ class TokenizedConversation(NamedTuple):
     full_length: int
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """A tokenised text, or the beginning of one.
 
     Attributes:
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
     share: float = 1.0
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where in the bytes of a text its tokens stand.
 
     Attributes:
@@ -68,7 +68,7 @@ class Places(NamedTuple):
     has_gaps: bool
 
 
-class Turn(NamedTuple):
+class TokenSpan(NamedTuple):
     """The tokens of an assistant's turn: from `first` up to `last`, which is not its own any more."""
 
     first: int
@@ -88,13 +88,15 @@ class Encoder:
         tokenizer: a fast tokenizer.
         control: finds the tokens that no message may bring about.
         add_bos: put the BOS token in front of a text that does not start with it.
-        learn_all: learn every token, apart from turns of the assistant that a record sets aside.
+        supervise_all: learn every token, apart from turns of the assistant that a record sets aside.
     """
 
-    def __init__(self, tokenizer: Any, control: Marks, *, add_bos: bool, learn_all: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, control_tokens: StringMatcher, *, add_bos: bool, supervise_all: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
-        self.control = control
-        self.learn_all = learn_all
+        self.control_tokens = control_tokens
+        self.supervise_all = supervise_all
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -104,9 +106,9 @@ class Encoder:
         self.lengths = np.array([len(token) for token in self.vocabulary.tolist()], dtype=np.int64)
         self.added = dict(tokenizer.added_tokens_decoder)
         self.is_added = np.isin(np.arange(len(self.vocabulary)), list(self.added))
-        self.edges = find_edges(tokenizer)
+        self.safe_cuts = find_safe_cuts(tokenizer)
 
-    def encode(self, texts: Sequence[Sequence[Segment]], enough: int | None = None) -> list[Encoded]:
+    def encode(self, texts: Sequence[Sequence[Segment]], enough: int | None = None) -> list[EncodedText]:
         """Tokenise texts, on all cores and without holding Python up; label() takes the results.
 
         Args:
@@ -114,44 +116,44 @@ class Encoder:
             enough: tokenise only the beginning of a text with more tokens than this, up to the end of an assistant's
                 turn. It has the tokens that it has in the whole text: tokenizers split texts at special tokens first.
         """
-        beginnings = [self._begin(text, enough) if enough else Encoded(text, None) for text in texts]
+        beginnings = [self._begin(text, enough) if enough else EncodedText(text, None) for text in texts]
         encodings = self._encode(beginnings)
         encoded = [part._replace(encoding=encoding) for part, encoding in zip(beginnings, encodings, strict=True)]
         short = [i for i, part in enumerate(encoded) if part.share < 1 and len(part.encoding) <= (enough or 0)]
-        again = [Encoded(texts[i], None) for i in short]
+        again = [EncodedText(texts[i], None) for i in short]
         for i, part, encoding in zip(short, again, self._encode(again), strict=True):
             encoded[i] = part._replace(encoding=encoding)
         return encoded
 
-    def _begin(self, text: Sequence[Segment], enough: int) -> Encoded:
+    def _begin(self, text: Sequence[Segment], enough: int) -> EncodedText:
         """The beginning of a text that should have more tokens than enough; the whole text if it cannot be cut."""
         size = 0
         for count, segment in enumerate(text, 1):
             size += len(segment.text)
-            if size > enough * CHARACTERS_PER_TOKEN and segment.ends_turn and segment.text.endswith(self.edges):
+            if size > enough * MAX_CHARACTERS_PER_TOKEN and segment.ends_turn and segment.text.endswith(self.safe_cuts):
                 rest = sum(len(other.text) for other in text[count:])
-                return Encoded(text[:count], None, share=size / (size + rest))
-        return Encoded(text, None)
+                return EncodedText(text[:count], None, share=size / (size + rest))
+        return EncodedText(text, None)
 
-    def _encode(self, parts: Sequence[Encoded]) -> list[Any]:
+    def _encode(self, parts: Sequence[EncodedText]) -> list[Any]:
         texts = ["".join([segment.text for segment in part.segments]) for part in parts]
         return list(self.backend.encode_batch_fast(texts, add_special_tokens=False)) if texts else []
 
-    def label(self, encoded: Encoded) -> TokenizedConversation | RejectedRecord:
+    def label(self, encoded: EncodedText) -> TokenizedConversation | RejectedRecord:
         """The tokens of one conversation with their labels, or why these cannot be shown to be exact."""
         segments, encoding, share = encoded
         ids = encoding.ids
         if not ids:
-            return RejectedRecord("nothing to learn: the text has no tokens")
+            return RejectedRecord("nothing to learn: the text has no tokens", RejectionKind.NOTHING_SUPERVISED)
         array = np.frombuffer(struct.pack(f"{len(ids)}i", *ids), dtype=np.int32)  # twice as fast as from the list
         pieces = [segment.text.encode() for segment in segments]
         text = b"".join(pieces)
         try:
-            places = self._locate_tokens(array, text)
-            if places is None:
+            positions = self._locate_tokens(array, text)
+            if positions is None:
                 turns = self._find_by_offsets(array, segments)
             else:
-                turns = _find_by_bytes(places, segments, pieces)
+                turns = _find_by_bytes(positions, segments, pieces)
         except RejectedRecord as error:
             return error
         labels = self._make_labels(array, turns)
@@ -163,16 +165,16 @@ class Encoder:
         labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
         return TokenizedConversation(array, labels, ends, round(len(array) / share))
 
-    def _make_labels(self, ids: Ids, turns: Sequence[Turn]) -> Ids:
-        labels = ids.copy() if self.learn_all else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+    def _make_labels(self, ids: Ids, turns: Sequence[TokenSpan]) -> Ids:
+        labels = ids.copy() if self.supervise_all else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         for first, last, segment in turns:
             if segment.supervised:
                 labels[first:last] = ids[first:last]
-            elif segment.withheld:
+            elif segment.masked:
                 labels[first:last] = IGNORE_INDEX
         return labels
 
-    def _locate_tokens(self, ids: Ids, text: bytes) -> Places | None:
+    def _locate_tokens(self, ids: Ids, text: bytes) -> TokenPositions | None:
         """Where in the bytes of the text each token starts and ends; None if the tokens do not give the text."""
         if int(ids.max()) >= len(self.lengths):
             return None
@@ -180,12 +182,12 @@ class Encoder:
         tokens = self.vocabulary[ids].tolist()
         if b"".join(tokens) == text:
             ends = np.cumsum(lengths)
-            return Places(ends - lengths, ends, has_gaps=False)
+            return TokenPositions(ends - lengths, ends, has_gaps=False)
         return self._locate_between_added(ids, lengths, tokens, text)
 
     def _locate_between_added(
         self, ids: Ids, lengths: NDArray[np.int64], tokens: Sequence[bytes], text: bytes
-    ) -> Places | None:
+    ) -> TokenPositions | None:
         """The same for tokenizers that treat the blanks around added tokens in ways of their own.
 
         Llama's family puts a blank, which is no part of the text, in front of each piece between added tokens; the
@@ -216,9 +218,9 @@ class Encoder:
             position += behind
             start = end + 1
         ends = np.cumsum(lengths + gaps)
-        return Places(ends - lengths, ends, has_gaps=True) if position == len(text) else None
+        return TokenPositions(ends - lengths, ends, has_gaps=True) if position == len(text) else None
 
-    def _find_by_offsets(self, ids: Ids, segments: Sequence[Segment]) -> list[Turn]:
+    def _find_by_offsets(self, ids: Ids, segments: Sequence[Segment]) -> list[TokenSpan]:
         """The turns' tokens by the characters that the tokenizer says each token covers, proven by decoding.
 
         Raises:
@@ -242,16 +244,16 @@ class Encoder:
                 position += 1
             if segment.supervised:
                 if first == position or offsets[first][0] < start or offsets[position - 1][1] > end:
-                    raise RejectedRecord(ACROSS)
+                    raise RejectedRecord(EDGE_INSIDE_TOKEN)
                 _prove(ids[first:position].tolist(), segment.text, self.tokenizer)
-            turns.append(Turn(first, position, segment))
+            turns.append(TokenSpan(first, position, segment))
         return turns
 
     def _check_control_tokens(self, ids: Ids, text: str) -> None:
         """A tokenizer that rewrites text first (to NFKC, say) may make a control token of characters that are none."""
-        names = set(self.control.texts)
+        names = set(self.control_tokens.strings)
         made = [self.added[i].content for i in ids[self.is_added[ids]].tolist() if self.added[i].content in names]
-        if made != [match.group() for match in self.control.finditer(text)]:
+        if made != [match.group() for match in self.control_tokens.finditer(text)]:
             raise RejectedRecord("the tokenizer makes special tokens of text that holds none")
 
 
@@ -260,13 +262,13 @@ def _count_blanks(text: bytes, position: int) -> int:
     return len(found.group()) if found else 0
 
 
-def _find_by_bytes(places: Places, segments: Sequence[Segment], pieces: Sequence[bytes]) -> list[Turn]:
+def _find_by_bytes(positions: TokenPositions, segments: Sequence[Segment], pieces: Sequence[bytes]) -> list[TokenSpan]:
     """The turns' tokens by their bytes.
 
     Raises:
         RejectedRecord: a token lies across the edge of an answer, or some of the answer is in no token.
     """
-    starts, ends, has_gaps = places
+    starts, ends, has_gaps = positions
     sizes = np.cumsum([0, *map(len, pieces)])
     own = [i for i, segment in enumerate(segments) if segment.supervised or segment.ends_turn]
     if not own:
@@ -279,13 +281,13 @@ def _find_by_bytes(places: Places, segments: Sequence[Segment], pieces: Sequence
         exact &= covered[lasts] - covered[firsts] == stops - begins
     supervised = [segments[i].supervised for i in own]
     if not exact[supervised].all():
-        raise RejectedRecord(ACROSS)
+        raise RejectedRecord(EDGE_INSIDE_TOKEN)
     if not all(supervised):  # of other turns all tokens with a part in them
         firsts = np.where(supervised, firsts, np.searchsorted(ends, begins, side="right"))
-    return [Turn(*turn) for turn in zip(firsts.tolist(), lasts.tolist(), (segments[i] for i in own), strict=True)]
+    return [TokenSpan(*turn) for turn in zip(firsts.tolist(), lasts.tolist(), (segments[i] for i in own), strict=True)]
 
 
-def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
+def _prove(ids: list[int], answer: str, tokenizer: Any) -> None:
     """Show that the labels of a turn decode to what the assistant says in it.
 
     SentencePiece decoders leave out the blank at the start of a text, which belongs to the first token here.
@@ -294,5 +296,5 @@ def _prove(ids: list[int], spoken: str, tokenizer: Any) -> None:
         RejectedRecord: they decode to something else.
     """
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if decoded != spoken and " " + decoded != spoken:
-        raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {spoken[:60]!r}")
+    if decoded != answer and " " + decoded != answer:
+        raise RejectedRecord(f"the answer's tokens decode to {decoded[:60]!r}, the record says {answer[:60]!r}")

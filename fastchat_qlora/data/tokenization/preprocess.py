@@ -1,4 +1,4 @@
-"""Raw records -> rows of input_ids and labels: the steps of this room in order, for one batch of records at a time."""
+"""Raw records -> sequences of input_ids and labels: all steps in order, for one batch of records at a time."""
 
 import hashlib
 import json
@@ -9,54 +9,55 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind, Segment
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoded, Encoder, TokenizedConversation
-from fastchat_qlora.data.tokenization.schema import Row, assemble
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, EncodedText, Encoder, TokenizedConversation
+from fastchat_qlora.data.tokenization.schema import TokenizedSequence, build_table
 from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
 
-OVERLONG = "too long"
-NOTHING = "nothing to learn"
+NOT_TRAINED_ON = "nothing to learn: 'train' or 'weight' is 0 for every answer that would be"
+NOTHING_LEFT = "nothing to learn: no token of an answer is left"
 
 
 class Draft(NamedTuple):
-    """One text of a record, before it is tokenised: the record's place in the batch, and what it was written from."""
+    """One text of a record before it is tokenized: the record's place in the batch, its conversation and segments."""
 
     place: int
     conversation: Conversation
     segments: list[Segment]
 
 
-Labelled = tuple[Draft, TokenizedConversation | RejectedRecord]
+LabeledDraft = tuple[Draft, TokenizedConversation | RejectedRecord]
 
 
-class Batch(NamedTuple):
-    """Records with their texts; `problems` holds the reason at the place of each rejected record."""
+class DraftBatch(NamedTuple):
+    """Records with their texts; `rejected` holds the reason at the place of each rejected record."""
 
     records: list[tuple[int, Source]]
     drafts: list[Draft]
-    problems: dict[int, str]
+    rejected: dict[int, RejectedRecord]
 
 
-class Finished(NamedTuple):
-    """What became of a batch: rows with the columns of EAGER_FEATURES or LAZY_FEATURES, and what was rejected."""
+class PreprocessedBatch(NamedTuple):
+    """A table with the columns of EAGER_FEATURES or LAZY_FEATURES, the rejections, and the number of records read."""
 
-    rows: pa.Table
+    sequences: pa.Table
     rejections: list[Rejection]
     read: int
 
 
 class Preprocessor:
-    """Conversations -> rows for the model.
+    """Turns records into sequences for the model.
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
         conv_template: the name of a template, or auto.
-        max_length: the most tokens of a row.
+        max_length: most tokens of a sequence.
         overlong: truncate, drop, split or error.
         train_on: assistant, last or all.
         lazy: keep texts in place of tokens.
@@ -74,209 +75,204 @@ class Preprocessor:
         train_on: str = "assistant",
         lazy: bool = False,
     ) -> None:
-        use_own = conv_template == "auto" and tokenizer.chat_template is not None
-        self.template = None if use_own else get_template("vicuna" if conv_template == "auto" else conv_template)
-        name = "vicuna" if conv_template == "auto" else conv_template
-        self.name = "the tokenizer's chat template" if use_own else f"the {name} template"
-        if self.template is not None:
-            _check_tokens(self.template.tokens, name, tokenizer)
-        # A chat template writes its own BOS; in front of a named template stands what the tokenizer would put there.
-        first = tokenizer("a").input_ids[0]
-        add_bos = self.template is not None and first is not None and first == tokenizer.bos_token_id
-        if self.template is not None:  # what is saved beside the adapter is what it learnt
-            tokenizer.chat_template = self.template.to_jinja(add_bos=add_bos)
         self.tokenizer = tokenizer
-        self.control = find_control_tokens(tokenizer)
-        self.chat_template = None if self.template else ChatTemplate(tokenizer, self.control)
-        self.encoder = Encoder(tokenizer, self.control, add_bos=add_bos, learn_all=train_on == "all")
-        self.max_length = max_length
-        self.overlong = overlong
-        self.train_on = train_on
-        self.lazy = lazy
+        self.max_length, self.overlong, self.train_on, self.lazy = max_length, overlong, train_on, lazy
+        add_bos = self._set_template(conv_template)
+        self.control_tokens = find_control_tokens(tokenizer)
+        self.chat_template = None if self.template else ChatTemplate(tokenizer, self.control_tokens)
+        self.encoder = Encoder(tokenizer, self.control_tokens, add_bos=add_bos, supervise_all=train_on == "all")
+
+    def _set_template(self, conv_template: str) -> bool:
+        """Choose the template, and return whether the BOS token has to be put in front of its texts."""
+        name = "vicuna" if conv_template == "auto" else conv_template
+        if conv_template == "auto" and self.tokenizer.chat_template is not None:
+            self.template, self.name = None, "the tokenizer's chat template"
+            return False  # a chat template writes its own BOS
+        self.template, self.name = get_template(name), f"the {name} template"
+        _check_tokens(self.template.tokens, name, self.tokenizer)
+        first = self.tokenizer("a").input_ids[0]
+        add_bos = first is not None and first == self.tokenizer.bos_token_id
+        # What is saved beside the adapter is what it was trained with.
+        self.tokenizer.chat_template = self.template.to_jinja(add_bos=add_bos)
+        return bool(add_bos)
 
     def fingerprint(self) -> str:
-        """Everything beside the data that decides what the rows are: tokenizer, template, policy, and this code."""
+        """Return a digest of everything beside the data that decides the sequences: tokenizer, settings, this code."""
         import jinja2
         import tokenizers
         import transformers
 
         code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
         settings = [
-            [
-                transformers.__version__,
-                tokenizers.__version__,
-                jinja2.__version__,
-                self.tokenizer.backend_tokenizer.to_str(),
-            ],
-            [self.tokenizer.chat_template, self.control.texts, self.tokenizer.special_tokens_map],
+            [transformers.__version__, tokenizers.__version__, jinja2.__version__],
+            [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template],
+            [self.control_tokens.strings, self.tokenizer.special_tokens_map],
             [self.name, self.encoder.bos_token, self.max_length, self.overlong, self.train_on, self.lazy],
         ]
         digest = hashlib.sha256(b"\0".join(code))
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def __call__(self, records: Sequence[tuple[int, RawRecord]]) -> Finished:
-        """All steps for a batch of numbered records."""
+    def __call__(self, records: Sequence[tuple[int, RawRecord]]) -> PreprocessedBatch:
+        """Do all steps for a batch of numbered records."""
         batch = self.prepare(records)
         return self.finish(batch, self.encode(batch))
 
-    def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> Batch:
-        """Parse, understand and render; in Python, one thread."""
-        batch = Batch([], [], {})
-        understood = []
+    def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> DraftBatch:
+        """Parse and render a batch of numbered records; in Python, one thread."""
+        batch = DraftBatch([], [], {})
         for place, (number, record) in enumerate(records):
             source = record.source
             try:
                 parsed = parse_record(record.value)
                 source = source._replace(id=get_id(parsed))
                 conversation = to_conversation(parsed)
-                check_plain(conversation, self.control)
-                understood.append((place, conversation))
+                check_plain(conversation, self.control_tokens)
+                batch.drafts.extend(Draft(place, conversation, segments) for segments in self.render(conversation))
             except RejectedRecord as error:
-                batch.problems[place] = str(error)
+                batch.rejected[place] = error
             batch.records.append((number, source))
-        rendered = self.render([conversation for _, conversation in understood])
-        for (place, conversation), texts in zip(understood, rendered, strict=True):
-            if isinstance(texts, RejectedRecord):
-                batch.problems[place] = str(texts)
-            else:
-                batch.drafts.extend(Draft(place, conversation, segments) for segments in texts)
         return batch
 
-    def encode(self, batch: Batch) -> list[Encoded]:
-        """Tokenise the texts of a batch, on all cores and outside of Python."""
-        return self.encode_texts([draft.segments for draft in batch.drafts])
+    def encode(self, batch: DraftBatch) -> list[EncodedText]:
+        """Tokenize the texts of a batch, on all cores and outside of Python."""
+        return self._encode_texts([draft.segments for draft in batch.drafts])
 
-    def encode_texts(self, texts: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Tokenise texts as far as their rows need it."""
+    def _encode_texts(self, texts: Sequence[Sequence[Segment]]) -> list[EncodedText]:
         return self.encoder.encode(texts, enough=self.max_length if self.overlong == "truncate" else None)
 
-    def finish(self, batch: Batch, encoded: Sequence[Encoded]) -> Finished:
+    def finish(self, batch: DraftBatch, encoded: Sequence[EncodedText]) -> PreprocessedBatch:
         """Label, prove and cut to length. A record is rejected as a whole or not at all."""
-        labelled: dict[int, list[Labelled]] = {}
-        for draft, part in zip(batch.drafts, encoded, strict=True):
-            labelled.setdefault(draft.place, []).append((draft, self.encoder.label(part)))
-        rows: list[tuple[int, Source, Row]] = []
-        for place, texts in sorted(labelled.items()):
+        labeled: dict[int, list[LabeledDraft]] = {}
+        for draft, text in zip(batch.drafts, encoded, strict=True):
+            labeled.setdefault(draft.place, []).append((draft, self.encoder.label(text)))
+        sequences: list[tuple[int, Source, TokenizedSequence]] = []
+        for place, drafts in sorted(labeled.items()):
             try:
-                rows += [(*batch.records[place], row) for row in self._fit(texts)]
+                sequences += [(*batch.records[place], sequence) for sequence in self._fit(drafts)]
             except RejectedRecord as error:
-                batch.problems[place] = str(error)
-        rejections = [Rejection(batch.records[place][1], problem) for place, problem in sorted(batch.problems.items())]
-        return Finished(assemble(rows, lazy=self.lazy), rejections, len(batch.records))
+                batch.rejected[place] = error
+        rejections = [
+            Rejection(batch.records[place][1], str(error), error.kind)
+            for place, error in sorted(batch.rejected.items())
+        ]
+        return PreprocessedBatch(build_table(sequences, lazy=self.lazy), rejections, len(batch.records))
 
-    def render(self, conversations: Sequence[Conversation]) -> list[list[list[Segment]] | RejectedRecord]:
-        """Write each conversation as one or several texts with what is to be learnt marked, or say why it cannot be."""
-        results: list[list[list[Segment]] | RejectedRecord] = []
-        chosen = [(conversation, self.choose(conversation)) for conversation in conversations]
-        useful = [(conversation, learnt) for conversation, learnt in chosen if learnt]
-        rendered = iter(self.chat_template.render_batch(useful) if self.chat_template else map(self._by_name, useful))
-        for _, learnt in chosen:
-            nothing = RejectedRecord(f"{NOTHING}: 'train' or 'weight' is 0 for every answer that would be")
-            texts = next(rendered) if learnt else nothing
-            if self.train_on == "all" and not isinstance(texts, RejectedRecord):
-                texts = texts[-1:]  # the whole conversation, as the template writes it when all has been said
-            results.append(texts)
-        return results
-
-    def choose(self, conversation: Conversation) -> list[int]:
-        """Indices of the messages to learn; with `train_on all` also of those set aside, so that all is rendered."""
-        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-        answers = answers[-1:] if self.train_on == "last" else answers
-        learnt = [i for i in answers if conversation.messages[i].learn]
-        return answers if learnt and self.train_on == "all" else learnt
-
-    def _by_name(self, chosen: tuple[Conversation, Sequence[int]]) -> list[list[Segment]] | RejectedRecord:
-        conversation, learnt = chosen
-        assert self.template is not None
-        if conversation.tools:
-            return RejectedRecord("the template has no words for 'tools'")
-        messages = _withhold_others(conversation.messages, learnt)
-        try:
-            return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
-        except RejectedRecord as error:
-            return error
-
-    def _fit(self, texts: Sequence[Labelled]) -> list[Row]:
-        """The rows of one record.
+    def render(self, conversation: Conversation) -> list[list[Segment]]:
+        """Render a conversation as one or several texts in segments that know whether they are supervised.
 
         Raises:
-            RejectedRecord: one of its texts is rejected, or nothing that is to be learnt fits.
+            RejectedRecord: it cannot be rendered, or no message in it is to be supervised.
         """
-        rows = [Row(draft.segments, _accepted(tokens)) for draft, tokens in texts]
-        longest = max(len(row.tokens.input_ids) for row in rows)
+        supervised = self.choose(conversation)
+        if not supervised:
+            raise RejectedRecord(NOT_TRAINED_ON, RejectionKind.NOTHING_SUPERVISED)
+        if self.chat_template is None:
+            return [self._render_by_name(conversation, supervised)]
+        texts = self.chat_template.render(conversation, supervised)
+        # The last one is the whole conversation, as the template writes it when all has been said.
+        return texts[-1:] if self.train_on == "all" else texts
+
+    def choose(self, conversation: Conversation) -> list[int]:
+        """Return the indices of the messages to supervise; with `train_on all` also of masked ones, to render all."""
+        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        answers = answers[-1:] if self.train_on == "last" else answers
+        supervised = [i for i in answers if conversation.messages[i].train]
+        return answers if supervised and self.train_on == "all" else supervised
+
+    def _render_by_name(self, conversation: Conversation, supervised: Sequence[int]) -> list[Segment]:
+        assert self.template is not None
+        if conversation.tools:
+            raise RejectedRecord("the template has no words for 'tools'")
+        messages = _mask_others(conversation.messages, supervised)
+        return self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
+
+    def _fit(self, drafts: Sequence[LabeledDraft]) -> list[TokenizedSequence]:
+        """Return the sequences of one record.
+
+        Raises:
+            RejectedRecord: one of its texts is rejected, or no supervised token fits.
+        """
+        sequences = [TokenizedSequence(draft.segments, _require_accepted(tokens)) for draft, tokens in drafts]
+        longest = max(len(sequence.tokens.input_ids) for sequence in sequences)
         if longest > self.max_length and self.overlong in ("drop", "error"):
-            raise RejectedRecord(f"{OVERLONG} ({longest} tokens, --model_max_length {self.max_length})")
+            reason = f"too long ({longest} tokens, --model_max_length {self.max_length})"
+            raise RejectedRecord(reason, RejectionKind.TOO_LONG)
         if longest > self.max_length and self.overlong == "split":
-            parts = self._split(texts[0][0].conversation, [row.tokens for row in rows])
+            parts = self._split(drafts[0][0].conversation, [sequence.tokens for sequence in sequences])
             if parts:
                 return parts
+        return self._truncate(sequences)
+
+    def _truncate(self, sequences: Sequence[TokenizedSequence]) -> list[TokenizedSequence]:
+        """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
         kept, lost = [], 0
-        problem = RejectedRecord(f"{NOTHING}: no token of an answer is left")
-        for segments, tokens in rows:
+        reason = RejectedRecord(NOTHING_LEFT, RejectionKind.NOTHING_SUPERVISED)
+        for segments, tokens in sequences:
             try:
                 cut = truncate(tokens, self.max_length)
-            except RejectedRecord as error:  # its answer starts too late; the record's other texts may do
-                problem = error
+            except RejectedRecord as error:
+                reason = error
                 lost += tokens.full_length
                 continue
             if (cut.labels != IGNORE_INDEX).any():
-                kept.append(Row(segments, cut))
+                kept.append(TokenizedSequence(segments, cut))
         if not kept:
-            raise problem
-        return _with_lost(kept, lost)
+            raise reason
+        return _add_lost_tokens(kept, lost)
 
-    def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[Row]:
-        """The rows of the parts of a conversation that is too long; none if it cannot be split."""
+    def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[TokenizedSequence]:
+        """Return the sequences of the parts of a conversation that is too long; none if it cannot be split."""
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
-        learnt = self.choose(conversation)
-        messages = _withhold_others(conversation.messages, learnt)
+        messages = _mask_others(conversation.messages, self.choose(conversation))
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
         kept = [part for part in parts if self.choose(part)]
-        said = _count_characters(parts)
-        share = (said - _count_characters(kept)) / said
+        characters = _count_characters(parts)
+        share = (characters - _count_characters(kept)) / characters
         lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))
-        rows: list[Row] = []
-        for part, texts in zip(kept, self.render(kept), strict=True):
-            if isinstance(texts, RejectedRecord):
-                raise texts
-            labelled = [
-                (Draft(0, part, segments), self.encoder.label(encoded))
-                for segments, encoded in zip(texts, self.encode_texts(texts), strict=True)
-            ]
+        sequences: list[TokenizedSequence] = []
+        for part in kept:
+            drafts = self._label_part(part)
             try:
-                rows += self._fit(labelled)
+                sequences += self._fit(drafts)
             except RejectedRecord as error:
-                if not str(error).startswith(NOTHING):
+                if error.kind is not RejectionKind.NOTHING_SUPERVISED:
                     raise
-                lost += sum(_accepted(tokens).full_length for _, tokens in labelled)
-        return _with_lost(rows, lost)
+                lost += sum(_require_accepted(tokens).full_length for _, tokens in drafts)
+        return _add_lost_tokens(sequences, lost)
+
+    def _label_part(self, part: Conversation) -> list[LabeledDraft]:
+        texts = self.render(part)
+        return [
+            (Draft(0, part, segments), self.encoder.label(encoded))
+            for segments, encoded in zip(texts, self._encode_texts(texts), strict=True)
+        ]
 
 
-def _withhold_others(messages: Sequence[Message], learnt: Sequence[int]) -> list[Message]:
-    """The messages, of which only those at these indices may be learnt."""
-    return [message._replace(learn=message.learn and i in learnt) for i, message in enumerate(messages)]
+def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list[Message]:
+    """Return the messages, of which only those at these indices may be supervised."""
+    return [message._replace(train=message.train and i in supervised) for i, message in enumerate(messages)]
 
 
 def _count_characters(parts: Sequence[Conversation]) -> int:
     return sum(len(message.content) + 1 for part in parts for message in part.messages)
 
 
-def _accepted(tokens: TokenizedConversation | RejectedRecord) -> TokenizedConversation:
+def _require_accepted(tokens: TokenizedConversation | RejectedRecord) -> TokenizedConversation:
     if isinstance(tokens, RejectedRecord):
         raise tokens
     return tokens
 
 
-def _with_lost(rows: list[Row], lost: int) -> list[Row]:
-    """Rows of a record of which so many tokens are in no row: it counts as shortened."""
-    if rows and lost:
-        first = rows[0].tokens
-        rows[0] = rows[0]._replace(tokens=first._replace(full_length=first.full_length + lost))
-    return rows
+def _add_lost_tokens(sequences: list[TokenizedSequence], lost: int) -> list[TokenizedSequence]:
+    """Count tokens of a record that are in no sequence into its first one's full length: it counts as shortened."""
+    if sequences and lost:
+        first = sequences[0].tokens
+        sequences[0] = sequences[0]._replace(tokens=first._replace(full_length=first.full_length + lost))
+    return sequences
 
 
 def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:

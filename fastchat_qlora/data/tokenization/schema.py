@@ -1,4 +1,4 @@
-"""Rows of a record -> a table with where they come from; and back to tokens, where the table keeps texts."""
+"""Sequences of a record -> a table with their sources; and back to tokens, where the table keeps texts."""
 
 import json
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from datasets import Features, List, Value
 
 from fastchat_qlora.data.conversation import RejectedRecord, Segment
 from fastchat_qlora.data.sources.readers import Source
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, Ids, TokenizedConversation
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, EncodedText, Encoder, Ids, TokenizedConversation
 from fastchat_qlora.data.tokenization.truncation import truncate
 
-COMMON = {
+COMMON_COLUMNS = {
     "file": Value("string"),
     "line": Value("int64"),
     "id": Value("string"),
@@ -23,60 +23,60 @@ COMMON = {
     "full_length": Value("int32"),
     "turns": Value("int32"),
 }
-"""Where a row comes from (see Source; `record` counts through all files), its tokens, those of them that are learnt,
-the tokens of the whole conversation, and the assistant's turns in the row."""
+"""A sequence's source (see Source; `record` counts through all files), its tokens, the supervised ones among them, the
+tokens of the whole conversation, and the assistant's turns in the sequence."""
 
-EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON})
-LAZY_FEATURES = Features({"segments": Value("string"), **COMMON})
+EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON_COLUMNS})
+LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
-class Row(NamedTuple):
-    """One row to train on: the text that it was made from, and its tokens, which may be fewer than the text's."""
+class TokenizedSequence(NamedTuple):
+    """One sequence to train on: the text that it was made from, and its tokens, which may be fewer than the text's."""
 
     segments: Sequence[Segment]
     tokens: TokenizedConversation
 
 
-def assemble(rows: Sequence[tuple[int, Source, Row]], *, lazy: bool) -> pa.Table:
-    """A table of rows, with the number and the place of the record that each comes from.
+def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, lazy: bool) -> pa.Table:
+    """Return a table of sequences, each with the number and the source of its record.
 
     Args:
-        rows: the rows.
+        sequences: the sequences.
         lazy: keep their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
-    sources = [source for _, source, _ in rows]
-    tokens = [row.tokens for _, _, row in rows]
+    sources = [source for _, source, _ in sequences]
+    tokens = [sequence.tokens for _, _, sequence in sequences]
     offsets = np.cumsum([0, *(len(one.input_ids) for one in tokens)], dtype=np.int32)
-    labels = _join([one.labels for one in tokens])
-    learnt = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)]).astype(np.int32)
+    labels = _concatenate([one.labels for one in tokens])
+    supervised = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)]).astype(np.int32)
     columns = {
         "file": [source.file for source in sources],
         "line": [source.line for source in sources],
         "id": [source.id for source in sources],
-        "record": [number for number, _, _ in rows],
+        "record": [number for number, _, _ in sequences],
         "length": np.diff(offsets),
-        "supervised": np.diff(learnt[offsets]),
+        "supervised": np.diff(supervised[offsets]),
         "full_length": [one.full_length for one in tokens],
         "turns": [len(one.turn_ends) for one in tokens],
     }
     if lazy:
-        columns["segments"] = [json.dumps(row.segments) for _, _, row in rows]
+        columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]
     else:
-        columns["input_ids"] = pa.ListArray.from_arrays(offsets, _join([one.input_ids for one in tokens]))
+        columns["input_ids"] = pa.ListArray.from_arrays(offsets, _concatenate([one.input_ids for one in tokens]))
         columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
     return pa.table(columns, schema=(LAZY_FEATURES if lazy else EAGER_FEATURES).arrow_schema)
 
 
-def _join(arrays: Sequence[Ids]) -> Ids:
+def _concatenate(arrays: Sequence[Ids]) -> Ids:
     return np.concatenate([*arrays, np.empty(0, dtype=np.int32)], dtype=np.int32)
 
 
 class TokenizeOnAccess:
-    """Tokenises rows on access, to what they were found to be when they were checked.
+    """Tokenizes sequences on access, with the same result as when they were checked.
 
     Args:
-        encoder: what they were checked with.
-        max_length: the most tokens of a row.
+        encoder: the one that they were checked with.
+        max_length: most tokens of a sequence.
     """
 
     def __init__(self, encoder: Encoder, max_length: int) -> None:
@@ -84,14 +84,14 @@ class TokenizeOnAccess:
         self.max_length = max_length
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Turn the column `segments` into `input_ids` and `labels`."""
+        """Replace the column `segments` by `input_ids` and `labels`."""
         texts = [[Segment(*part) for part in json.loads(text)] for text in batch["segments"]]
-        rows = [self._label(encoded) for encoded in self.encoder.encode(texts, enough=self.max_length)]
-        tokens = {name: [getattr(row, name).tolist() for row in rows] for name in ("input_ids", "labels")}
+        labeled = [self._label(encoded) for encoded in self.encoder.encode(texts, enough=self.max_length)]
+        tokens = {name: [getattr(one, name).tolist() for one in labeled] for name in ("input_ids", "labels")}
         return {**tokens, **{name: values for name, values in batch.items() if name != "segments"}}
 
-    def _label(self, encoded: Any) -> TokenizedConversation:
+    def _label(self, encoded: EncodedText) -> TokenizedConversation:
         tokens = self.encoder.label(encoded)
-        if isinstance(tokens, RejectedRecord):  # the tokenizer has changed since: no row of these
+        if isinstance(tokens, RejectedRecord):  # the tokenizer has changed since
             raise tokens
         return truncate(tokens, self.max_length)

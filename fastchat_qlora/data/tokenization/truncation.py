@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.conversation import Message, RejectedRecord, RejectionKind
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConversation
 
 
@@ -25,7 +25,9 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
     cut = whole_turns[-1] if whole_turns else max_length
     labels = tokens.labels[:cut]
     if not (labels != IGNORE_INDEX).any():
-        raise RejectedRecord(f"nothing to learn stands within the first {max_length} tokens")
+        raise RejectedRecord(
+            f"nothing to learn stands within the first {max_length} tokens", RejectionKind.NOTHING_SUPERVISED
+        )
     return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
 
 

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.estimates.optimizer_state import state_bytes_on_device
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
+from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.chunked_loss import (
     LossHead,
     explain_plain_loss,
@@ -34,13 +35,6 @@ TRACED_TOKENS = (64, 128)
 
 KEPT_BY_ATTENTION = ("inputs", "inputs and output", "inputs and output, which is copied")
 """What attention keeps: recomputing all, as in blocks on a CPU; a fused kernel; one called for each conversation."""
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of one weight in 4 bits with double quantisation: half a byte; one byte for the scale of each block of 64; the scale
-of 256 such scales in fp32 (QLoRA, arXiv 2305.14314, section 3)."""
-
-NF4_SINGLE_BYTES = 0.5 + 4 / 64
-"""Of one weight in 4 bits whose scales stay in fp32."""
 
 
 class TokenBytes(NamedTuple):
@@ -173,14 +167,14 @@ for name in KEPT_BY_ATTENTION:
 
 
 def measure_model_cost(
-    model: Any, *, supervised_share: float, quantized: str = "", device_type: str = "cpu"
+    model: Any, *, supervised_share: float, quantization: BaseQuantization = NOT_QUANTIZED, device_type: str = "cpu"
 ) -> ModelCost:
     """Count what a model needs.
 
     Args:
         model: a PeftModel on the meta device, in the compute dtype of the run; it is used up.
         supervised_share: targets for each token.
-        quantised: how linear layers will be loaded: "" as they are, "double" or "single" for 4 bits, "int8".
+        quantization: how linear layers will be loaded.
         device_type: of the run's device, which decides on the size of a chunk of logits.
 
     Raises:
@@ -192,7 +186,7 @@ def measure_model_cost(
         raise ValueError("attention whose scores are capped keeps them all, so that a token has no price of its own")
     head = base.get_output_embeddings()
     size = base.dtype.itemsize
-    weights, largest = _weigh(base, quantized)
+    weights, largest = _weigh(base, quantization)
     chunked = not explain_plain_loss(model)
     vocabulary = head.weight.shape[0]
     on_cpu = KEPT_BY_ATTENTION[0 if base.dtype == torch.bfloat16 else 2]
@@ -209,7 +203,7 @@ def measure_model_cost(
         chunk=get_chunk_length(vocabulary, device_type) if chunked else None,
         softmax_work=4.0 * vocabulary if chunked and size < 4 else 0.0,
         piece=softmax_length(vocabulary, device_type),
-        dequantized=float(largest * size if quantized else 0),
+        dequantized=float(largest * size if quantization.is_quantized else 0),
     )
 
 
@@ -293,19 +287,18 @@ def count_layers_to_checkpoint(model: ModelCost, tokens: int, available: float, 
     )
 
 
-def _weigh(base: PreTrainedModel, quantized: str) -> tuple[WeightBytes, int]:
+def _weigh(base: PreTrainedModel, quantization: BaseQuantization) -> tuple[WeightBytes, int]:
     """Bytes of the frozen base as it will be loaded, and the numbers in its largest quantised weight."""
-    per_weight = {"": 0.0, "double": NF4_BYTES, "single": NF4_SINGLE_BYTES, "int8": 1.0}[quantized]
     ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
     linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear)} - ends
     frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
-    packed = {key: p.numel() for key, p in frozen.items() if quantized and key in linear}
+    packed = {key: p.numel() for key, p in frozen.items() if quantization.is_quantized and key in linear}
     sizes = {
-        key: math.ceil(packed[key] * per_weight) if key in packed else p.numel() * p.element_size()
+        key: math.ceil(packed[key] * quantization.bytes_per_weight) if key in packed else p.numel() * p.element_size()
         for key, p in frozen.items()
     }
     layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in get_repeated_layers(base)]
-    scales = sum(packed.values()) * (per_weight - 0.5) if quantized in ("double", "single") else 0.0
+    scales = sum(packed.values()) * (quantization.bytes_per_weight - 0.5) if quantization.is_4bit else 0.0
     total = sum(sizes.values())
     weights = WeightBytes(total, max(layers, default=0), total - sum(layers), scales)
     return weights, max(packed.values(), default=0)

@@ -1,4 +1,6 @@
-"""Arguments -> how bitsandbytes quantises the base model."""
+"""How the frozen base model is quantized: one description for loading, estimates, checkpoints and merging."""
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -7,34 +9,96 @@ from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology, get_quant_storage
 from fastchat_qlora.errors import UserError
 
+QuantizationKind = Literal["none", "nf4", "fp4", "int8"]
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of one weight in 4 bits with double quantization: half a byte; one byte for the scale of each block of 64; the scale
+of 256 such scales in fp32 (QLoRA, arXiv 2305.14314, section 3)."""
+
+NF4_SINGLE_BYTES = 0.5 + 4 / 64
+"""Of one weight in 4 bits whose scales stay in fp32."""
+
+
+class BaseQuantization(NamedTuple):
+    """How the weights of linear layers are stored.
+
+    Attributes:
+        kind: none, nf4, fp4 or int8 (LLM.int8).
+        double_quant: whether the scales of 4-bit weights are quantized too; False for other kinds.
+    """
+
+    kind: QuantizationKind = "none"
+    double_quant: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are quantized at all."""
+        return self.kind != "none"
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether a weight takes four bits."""
+        return self.kind in ("nf4", "fp4")
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a quantized weight with its share of the scales."""
+        if not self.is_4bit:
+            return 1.0 if self.is_quantized else 0.0
+        return NF4_BYTES if self.double_quant else NF4_SINGLE_BYTES
+
+    def __str__(self) -> str:
+        return f"{self.kind}, quantised twice" if self.double_quant else self.kind
+
+
+NOT_QUANTIZED = BaseQuantization()
+
+
+def get_base_quantization(lora_args: LoraArguments) -> BaseQuantization:
+    """Return the quantization that the flags ask for."""
+    if lora_args.load_in_8bit:
+        return BaseQuantization("int8")
+    if not lora_args.q_lora:
+        return NOT_QUANTIZED
+    return BaseQuantization(lora_args.bnb_4bit_quant_type, lora_args.bnb_4bit_use_double_quant)
+
 
 def build_quantization_config(
+    quantization: BaseQuantization, compute_dtype: torch.dtype, storage: torch.dtype | None = None
+) -> BitsAndBytesConfig | None:
+    """Return the bitsandbytes configuration, or None where weights are not quantized.
+
+    Args:
+        quantization: how weights are stored.
+        compute_dtype: the dtype that 4-bit layers compute in.
+        storage: the dtype that packed 4-bit weights are stored as; bitsandbytes' default if None.
+    """
+    if not quantization.is_quantized:
+        return None
+    if not quantization.is_4bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    stored: dict[str, Any] = {} if storage is None else {"bnb_4bit_quant_storage": storage}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.kind,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        **stored,
+    )
+
+
+def build_run_quantization_config(
     lora_args: LoraArguments, compute_dtype: torch.dtype, topology: Topology
 ) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration of the run; None for plain LoRA.
+    """Return the bitsandbytes configuration of a run; None for plain LoRA.
 
     Raises:
         UserError: 8-bit weights under a strategy that shards parameters.
     """
-    if lora_args.load_in_8bit:
-        if topology.shards_parameters:
-            raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if not lora_args.q_lora:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=lora_args.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=lora_args.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=get_quant_storage(lora_args.bnb_4bit_quant_storage, compute_dtype, topology),
-    )
-
-
-def stored_as(lora_args: LoraArguments) -> str:
-    """How `memory.profile` is told what becomes of linear layers: "", "double", "single" or "int8"."""
-    if lora_args.load_in_8bit:
-        return "int8"
-    if not lora_args.q_lora:
-        return ""
-    return "double" if lora_args.bnb_4bit_use_double_quant else "single"
+    quantization = get_base_quantization(lora_args)
+    if quantization.kind == "int8" and topology.shards_parameters:
+        raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")
+    storage = None
+    if quantization.is_4bit:
+        storage = get_quant_storage(lora_args.bnb_4bit_quant_storage, compute_dtype, topology)
+    return build_quantization_config(quantization, compute_dtype, storage)

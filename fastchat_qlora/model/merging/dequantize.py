@@ -16,26 +16,6 @@ RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 """A weight -> the same after it was quantised and dequantised again, in fp32."""
 
 
-def make_quantization_config(kind: str, *, twice: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration of that name, as `quantization.build_quantization_config` makes it for a run.
-
-    Args:
-        kind: none, nf4, fp4 or int8.
-        twice: whether the constants of 4-bit weights are quantised too.
-        dtype: what 4-bit layers compute in.
-    """
-    if kind == "none":
-        return None
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=twice,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 class _FirstCast(logging.Filter):
     """Lets the first message on casts through, and all others."""
 

@@ -61,7 +61,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     Args:
         trainer: set up, without checkpointing.
-        model: from profile_model.
+        model: from estimate_model_cost.
     """
 
     def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast, reduce
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.data.templates.renderer import Asked, TemplateRefusal, apply_template
+from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import one_line
@@ -116,13 +116,14 @@ def encode_prompts(
         UserError: the template refuses a question, or the model has no room for it and an answer.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    asked = [Asked([{"role": "user", "content": prompt}], (), [(1, True, ())]) for prompt in prompts]
     encoded = {}
-    texts = apply_template(tokenizer, asked) if asked else []
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+    for number, prompt in enumerate(prompts, 1):
         shown = f"--sample_prompts {one_line(prompt, SHOWN)!r} (number {number})"
-        if isinstance(text, TemplateRefusal):
-            raise UserError(f"{shown}: the chat template refuses it ({one_line(text, 200)}); ask something else")
+        try:
+            text = render_chat_template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        except TemplateRefusal as refusal:
+            reason = one_line(refusal, 200)
+            raise UserError(f"{shown}: the chat template refuses it ({reason}); ask something else") from refusal
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) + MOST_TOKENS > positions:
             raise UserError(

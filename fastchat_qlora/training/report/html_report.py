@@ -23,6 +23,7 @@ from fastchat_qlora.data.analysis.statistics import (
     summarize_rejections,
 )
 from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
 from fastchat_qlora.training.callbacks.sample_generations import MOST_TOKENS, SampleGenerations
 from fastchat_qlora.training.callbacks.startup_timer import seconds_since_start
@@ -92,7 +93,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     ) -> None:
         self._trainer, self._args, self._prepared = trainer, args, prepared
         self._effective, self._answers = effective, answers
-        self._accounts = {flag: summarize_rejections(data) for flag, data in prepared.data.items()}
+        self._rejections = {data.flag: summarize_rejections(data) for data in prepared.data.loaded.named().values()}
         self._path = Path(args.training.output_dir) / REPORT
         self._due = float("inf")
         self._has_failed = False
@@ -161,7 +162,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def _content(self, outcome: Outcome) -> dict[str, Any]:
         """The template's variables."""
         state, training = self._trainer.state, self._args.training
-        charts = get_charts(state.log_history, self._measures["train"], self._restarts)
+        charts = get_charts(state.log_history, self._statistics["train"], self._restarts)
         return {
             "model": self._args.model.model_name_or_path,
             "method": "QLoRA" if self._args.lora.q_lora else "LoRA",
@@ -190,24 +191,24 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         }
 
     @cached_property
-    def _sets(self) -> dict[str, Dataset]:
-        rows, eval_rows = self._prepared.rows, self._prepared.eval_rows
-        sets = {"train": rows.conversations if isinstance(rows, PackedDataset) else rows}
-        return sets | ({} if eval_rows is None else {"eval": eval_rows})
+    def _splits(self) -> dict[str, Dataset]:
+        train = self._prepared.train_dataset
+        sequences = train.conversations if isinstance(train, PackedDataset) else train
+        return Splits(sequences, self._prepared.eval_dataset).named()
 
     @cached_property
-    def _measures(self) -> dict[str, DatasetStatistics]:
-        return {name: compute_statistics(rows) for name, rows in self._sets.items()}
+    def _statistics(self) -> dict[str, DatasetStatistics]:
+        return {name: compute_statistics(rows) for name, rows in self._splits.items()}
 
     @cached_property
     def _lasting(self) -> dict[str, Any]:
         """What is the same on every page. Rows of the data are not shown to the public."""
-        accounts = {flag: (account, format_rejections(account)) for flag, account in self._accounts.items()}
+        rejections = {flag: (one, format_rejections(one.summary)) for flag, one in self._rejections.items()}
         count = 0 if self._args.training.push_to_hub else ROWS
-        examples = get_examples("train", self._sets["train"], self._prepared.tokenizer, count) if count else ()
+        examples = get_examples("train", self._splits["train"], self._prepared.data.tokenizer, count) if count else ()
         return {
-            "accounts": accounts,
-            "measures": {name: format_statistics(found) for name, found in self._measures.items()},
+            "rejections": rejections,
+            "statistics": {name: format_statistics(found) for name, found in self._statistics.items()},
             "examples": list(examples),
             "flags": get_flags(self._args),
             "versions": {"Python": platform.python_version(), **get_versions()},

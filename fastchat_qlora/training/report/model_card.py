@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,12 +116,16 @@ def build_model_card(
         quantized=_quantisation(args.lora, dtype_name(get_compute_dtype(args.training))),
         dtype=dtype_name(get_compute_dtype(args.training)),
         sets=_describe_sets(args, prepared),
-        template=next(iter(prepared.data.values())).template,
-        turn_ends=", ".join(f"`{prepared.tokenizer.convert_ids_to_tokens(token)}`" for token in prepared.turn_ends),
-        settings={label: _cell(value) for label, value in _settings(args, prepared.lora_config, effective).items()},
+        template=prepared.data.loaded.train.template,
+        turn_ends=", ".join(
+            f"`{prepared.data.tokenizer.convert_ids_to_tokens(token)}`" for token in prepared.stop_tokens
+        ),
+        settings={
+            label: _cell(value) for label, value in _settings(args, prepared.base.lora_config, effective).items()
+        },
         results={label: _number(metrics[key]) for key, label in RESULTS.items() if key in shown},
-        refused=why_vllm_refuses(prepared.lora_config),
-        max_rank=next((rank for rank in RANKS if rank >= prepared.lora_config.r), prepared.lora_config.r),
+        refused=why_vllm_refuses(prepared.base.lora_config),
+        max_rank=next((rank for rank in RANKS if rank >= prepared.base.lora_config.r), prepared.base.lora_config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",
     )
     head = _head("" if is_local else base, quantized=args.lora.q_lora).to_yaml()
@@ -161,28 +165,27 @@ def _quantisation(lora: LoraArguments, dtype: str) -> str:
 
 def _describe_sets(args: RunArguments, prepared: PreparedRun) -> list[DataSet]:
     """What was trained on and what was evaluated on; with --eval_split both come of the same records."""
-    rows = prepared.rows.conversations if isinstance(prepared.rows, PackedDataset) else prepared.rows
-    found = [_describe_set(flag, data, data.rows, args) for flag, data in prepared.data.items()]
-    if args.data.eval_split and prepared.eval_rows is not None:
-        [(flag, data)] = prepared.data.items()
-        held_out = _describe_set(flag, data, prepared.eval_rows, args)
+    train, loaded = prepared.train_dataset, prepared.data.loaded
+    sequences = train.conversations if isinstance(train, PackedDataset) else train
+    found = [_describe_set(data, data.sequences) for data in loaded.named().values()]
+    if args.data.eval_split and prepared.eval_dataset is not None:
+        held_out = _describe_set(loaded.train, prepared.eval_dataset)
         found = [
-            _describe_set(flag, data, rows, args),
+            _describe_set(loaded.train, sequences),
             held_out._replace(name="evaluation, held out", files="of these", read="", rejected=""),
         ]
     return found
 
 
-def _describe_set(flag: str, data: LoadedData, rows: Dataset, args: RunArguments) -> DataSet:
-    names: Sequence[str] = getattr(args.data, flag.removeprefix("--"))
-    files = [Path(name).resolve().name if os.path.exists(name) else name for name in names]
+def _describe_set(data: LoadedData, rows: Dataset) -> DataSet:
+    files = [Path(name).resolve().name if os.path.exists(name) else name for name in data.paths]
     tokens, learnt = (int(get_column(rows, name).sum()) if len(rows) else 0 for name in ("length", "supervised"))
     share = f"{learnt / tokens:.0%}" if tokens else "-"
     return DataSet(
-        SET_NAMES[flag],
+        SET_NAMES[data.flag],
         ", ".join(map(_code, files)),
-        _number(data.account["read"]),
-        _number(data.account["rejected"]),
+        _number(data.summary.read),
+        _number(data.summary.rejected),
         _number(len(rows)),
         _number(tokens),
         share,

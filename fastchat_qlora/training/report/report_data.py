@@ -38,7 +38,7 @@ def get_charts(
         measures: of the training data.
         restarts: steps at which the run went on from a checkpoint.
     """
-    rows = [(bin.first, bin.rows) for bin in measures.histogram]
+    rows = [(bin.first, bin.sequences) for bin in measures.histogram]
     charts = [
         Chart(
             "loss",
