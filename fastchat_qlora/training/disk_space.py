@@ -1,12 +1,10 @@
-"""Whether what a run will write fits on the disk."""
+"""Size of what a run writes, and the check that it fits on the disk."""
 
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from fastchat_qlora.errors import UserError
@@ -14,87 +12,85 @@ from fastchat_qlora.model.estimates.optimizer_state import state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
 FP32_BYTES = 4
-BESIDES = 32 * 2**20
-"""Bytes for a tokenizer, random states and logs; the tokenizers of large vocabularies are of some 20 MiB."""
+OTHER_FILES_BYTES = 32 * 2**20
+"""For a tokenizer, random states and logs; tokenizers with a large vocabulary take some 20 MiB."""
 
 
-def checkpoint_bytes(parameters: int, optimizer: str, *, has_masters: bool, only_model: bool = False) -> int:
-    """How large a checkpoint is: the adapter in fp32 and the optimizer's state.
+class CheckpointSize(NamedTuple):
+    """Size of an adapter and of a checkpoint with it.
 
-    Args:
-        parameters: what is trained.
-        optimizer: its name.
-        has_masters: whether fp32 copies of the parameters, and the parameters beside them, are in it: DeepSpeed's.
-        only_model: whether it is the adapter alone (--save_only_model).
+    Attributes:
+        parameters: number of trained parameters.
+        optimizer: name of the optimizer.
+        has_masters: whether fp32 copies of the parameters, and the parameters beside them, are saved: DeepSpeed's.
+        only_model: whether a checkpoint is the adapter alone (--save_only_model).
     """
-    if only_model:
-        return parameters * FP32_BYTES
-    return round(parameters * (FP32_BYTES * (1 + 2 * has_masters) + state_bytes(optimizer)))
+
+    parameters: int
+    optimizer: str
+    has_masters: bool = False
+    only_model: bool = False
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter, in fp32."""
+        return self.parameters * FP32_BYTES
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: the adapter and the optimizer's state."""
+        if self.only_model:
+            return self.adapter_bytes
+        copies = 3 if self.has_masters else 1
+        return round(self.parameters * (FP32_BYTES * copies + state_bytes(self.optimizer)))
 
 
-def count_checkpoints(args: Any, rows: int, processes: int) -> int:
-    """How many checkpoints lie in output_dir at the end of a run at the most.
+def count_checkpoints(args: Any, sequences: int, processes: int) -> int:
+    """Return the number of checkpoints that output_dir holds at most when a run ends.
 
     Args:
         args: the training arguments.
-        rows: of the training data, over all processes.
-        processes: that train.
+        sequences: number of sequences to train on, packed or not.
+        processes: number of processes that train.
     """
     if args.save_strategy == "no":
         return 0
-    in_an_epoch, steps, _ = count_steps(args, rows, processes)
+    steps_per_epoch, steps, _ = count_steps(args, sequences, processes)
     if args.save_strategy == IntervalStrategy.STEPS:
         every = args.save_steps
     elif args.save_strategy == "best" and args.eval_strategy == IntervalStrategy.STEPS:
         every = args.eval_steps
     else:
-        every = in_an_epoch
+        every = steps_per_epoch
     if every < 1:  # a share of the run
         every = max(1, math.ceil(steps * every))
     planned = math.ceil(steps / every)
-    limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else planned
-    return int(min(planned, limit))
+    limit = args.save_total_limit
+    return int(min(planned, limit if limit and limit > 0 else planned))
 
 
-def check_room(
-    output_dir: Path,
-    shapes: Mapping[str, torch.Size] | None,
-    checkpoints: int,
-    optimizer: str,
-    *,
-    has_masters: bool,
-    only_model: bool,
-    goes_on: bool,
-) -> None:
-    """Require that the adapter and the checkpoints of a run fit on the disk, before it begins.
+def check_disk_space(output_dir: Path, size: CheckpointSize, checkpoints: int, *, resumes: bool) -> None:
+    """Check that the adapter and the checkpoints of a run fit on the disk.
 
     Args:
         output_dir: the folder of the run.
-        shapes: name -> shape of the adapter's tensors; nothing is checked where they are not known.
-        checkpoints: how many are kept at the most, from `count_checkpoints`.
-        optimizer: its name.
-        has_masters: see `checkpoint_bytes`.
-        only_model: see `checkpoint_bytes`.
-        goes_on: whether the checkpoints that are there are this run's, so that they count as room.
+        size: size of one checkpoint.
+        checkpoints: number of checkpoints kept at most.
+        resumes: whether the checkpoints in the folder belong to this run, so that they count as free.
 
     Raises:
-        UserError: saying what is needed, for what, and what is free.
+        UserError: the disk is too small.
     """
-    if shapes is None:
-        return
-    parameters = sum(shape.numel() for shape in shapes.values())
-    adapter = parameters * FP32_BYTES
-    one = checkpoint_bytes(parameters, optimizer, has_masters=has_masters, only_model=only_model)
-    # one more of each: what is being written is there beside what it will take the place of
-    need = 2 * adapter + (checkpoints + 1) * one + BESIDES
-    files = output_dir.glob("checkpoint-*/**/*") if goes_on else ()
-    there = sum(path.stat().st_size for path in files if path.is_file())
+    # One more of each: a new file lies beside the one that it replaces.
+    needed = 2 * size.adapter_bytes + (checkpoints + 1) * size.checkpoint_bytes + OTHER_FILES_BYTES
+    files = output_dir.glob("checkpoint-*/**/*") if resumes else ()
+    needed -= sum(path.stat().st_size for path in files if path.is_file())
     free = shutil.disk_usage(output_dir).free
-    if free + there < need:
+    if free < needed:
         raise UserError(
-            f"--output_dir {output_dir}: {_mib(free)} are free and this run needs {_mib(need - there)}: adapters of "
-            f"{_mib(adapter)} and {checkpoints} checkpoints of {_mib(one)}; make room, or give another folder, or a "
-            "lower --save_total_limit"
+            f"--output_dir {output_dir}: {_mib(free)} are free and this run needs {_mib(needed)}: adapters of "
+            f"{_mib(size.adapter_bytes)} and {checkpoints} checkpoints of {_mib(size.checkpoint_bytes)}; make room, "
+            "or give another folder, or a lower --save_total_limit"
         )
 
 

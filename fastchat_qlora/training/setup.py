@@ -47,7 +47,7 @@ from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import describe_data, describe_settings
-from fastchat_qlora.training.disk_space import check_room, count_checkpoints
+from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.preflight import run_preflight
 
 logger = logging.getLogger(__name__)
@@ -277,17 +277,19 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
 
 
 def _check_disk(
-    args: RunArguments, topology: Topology, shapes: AdapterShapes, rows: int, optimizer: str, *, resumes: bool
+    args: RunArguments, topology: Topology, shapes: AdapterShapes, sequences: int, optimizer: str, *, resumes: bool
 ) -> None:
-    check_room(
-        Path(args.training.output_dir),
-        shapes,
-        count_checkpoints(args.training, rows, topology.world_size),
+    """Check that the run fits on the disk, if the adapter's shapes are known."""
+    if shapes is None:
+        return
+    size = CheckpointSize(
+        sum(shape.numel() for shape in shapes.values()),
         optimizer,
         has_masters=bool(topology.zero_stage),
         only_model=args.training.save_only_model,
-        goes_on=resumes,
     )
+    count = count_checkpoints(args.training, sequences, topology.world_size)
+    check_disk_space(Path(args.training.output_dir), size, count, resumes=resumes)
 
 
 def _estimate_cost(

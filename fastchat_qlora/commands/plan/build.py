@@ -56,7 +56,7 @@ from fastchat_qlora.training.callbacks.activation_checkpointing import (
     estimate_model_cost,
     get_device_memory_gib,
 )
-from fastchat_qlora.training.disk_space import FP32_BYTES, checkpoint_bytes, count_checkpoints
+from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
 from fastchat_qlora.training.schedule import count_steps
 from fastchat_qlora.training.setup import (
     AdapterShapes,
@@ -306,8 +306,8 @@ def _optimizer(args: RunArguments) -> str:
 def _disk(args: RunArguments, given: ParallelStrategy, rows: int, trained: int) -> Disk:
     kept = count_checkpoints(args.training, rows, given.devices)
     has_masters, only_model = bool(given.zero_stage), args.training.save_only_model
-    one = checkpoint_bytes(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
-    return Disk(kept, one, trained * FP32_BYTES)
+    size = CheckpointSize(trained, _optimizer(args), has_masters=has_masters, only_model=only_model)
+    return Disk(kept, size.checkpoint_bytes, size.adapter_bytes)
 
 
 def _measure(

@@ -1,7 +1,6 @@
 """What a run says of itself."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from fastchat_qlora.config.arguments import parse_args
 from fastchat_qlora.distributed.topology import get_topology
 from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.training.checkpoints.run_fingerprint import describe_settings, find_changes
-from fastchat_qlora.training.disk_space import checkpoint_bytes, count_checkpoints
 
 
 def describe(model_folder: Path, data_file: Path, tmp_path: Path, flags: str = "") -> dict[str, str]:
@@ -50,40 +48,3 @@ def test_bearable_changes() -> None:
     assert names(one | {"seed": "1"}, two | {"seed": "2"}) == {"strategy": True, "processes": True, "seed": True}
     assert names(two, {"strategy": "ZeRO-2", "processes": "4"}) == {"strategy": False, "processes": False}
     assert names({"lora_r": "8", "old": "x"}, {"lora_r": "4", "new": "y"}) == {"lora_r": False}
-
-
-def test_the_size_of_a_checkpoint() -> None:
-    """In numbers of 4 bytes for each parameter: itself, Adam's two moments; DeepSpeed's two more."""
-    assert checkpoint_bytes(100, "adamw_torch", has_masters=False) == 1200
-    assert checkpoint_bytes(100, "AdamW", has_masters=True) == 2000
-    assert checkpoint_bytes(100, "sgd", has_masters=False) == 400
-    assert checkpoint_bytes(100, "lion_32bit", has_masters=False) == 800
-    assert checkpoint_bytes(100, "adamw_torch", has_masters=True, only_model=True) == 400
-
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        ({"save_strategy": "no"}, 0),
-        ({}, 3),  # 100 rows in 25 steps an epoch: after 10, 20 and at the end
-        ({"save_total_limit": 2}, 2),
-        ({"num_train_epochs": 4.0, "save_strategy": "epoch"}, 4),
-        ({"max_steps": 7}, 1),
-        ({"save_steps": 0.1}, 9),  # a share: every 3 of 25
-        ({"processes": 4}, 1),
-    ],
-)
-def test_how_many_checkpoints_there_will_be(settings: dict[str, object], count: int) -> None:
-    defaults = {
-        "save_strategy": "steps",
-        "save_steps": 10,
-        "save_total_limit": None,
-        "max_steps": -1,
-        "num_train_epochs": 1.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "dataloader_drop_last": False,
-        "processes": 1,
-    }
-    args = SimpleNamespace(**defaults | settings)
-    assert count_checkpoints(args, 100, args.processes) == count
