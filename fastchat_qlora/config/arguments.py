@@ -153,6 +153,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         default=False,
         metadata={"help": "Start anew though output_dir has checkpoints; they are set aside in a folder there."},
     )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume without auditing the files that DeepSpeed and DCP unpickle; they may run code."},
+    )
     model_max_length: int = field(default=512, metadata={"help": "Longest row of tokens to train on."})
     flash_attn: bool = field(
         default=False, metadata={"help": "Use FlashAttention 2; the same as --attn_implementation flash_attention_2."}

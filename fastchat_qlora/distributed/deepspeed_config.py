@@ -6,7 +6,6 @@ of 1.0 whatever `--max_grad_norm` says.
 """
 
 import copy
-import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -92,15 +91,14 @@ def get_optimizer_name(config: Mapping[str, Any], optim: str) -> str:
     return str(config.get("optimizer", {}).get("type") or optim)
 
 
-def describe_state_layout(config: Mapping[str, Any]) -> str:
-    """The settings that decide how the optimizer's state is cut up in a checkpoint, as they are written down."""
-    found = {
-        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def describe_state_layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide how the optimizer's state is laid out in a checkpoint, but for defaults."""
+    return {
+        name: value
         for section, defaults in LAYOUT.items()
         for name, value in config.get(section, {}).items()
         if name in defaults and value != defaults[name]
     }
-    return json.dumps(found, sort_keys=True) if found else "its defaults"
 
 
 def find_deepspeed_contradictions(

@@ -21,7 +21,7 @@ from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sani
 from fastchat_qlora.training.callbacks.startup_timer import FirstStepClock
 from fastchat_qlora.training.callbacks.step_monitor import StepMonitor
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
-from fastchat_qlora.training.checkpoints.checkpoint import RESULTS, ClearTheWay, saving
+from fastchat_qlora.training.checkpoints.checkpoint_writer import RESULTS_FILE, PrepareOutputDir, saving
 from fastchat_qlora.training.checkpoints.output_lock import lock_output_dir
 from fastchat_qlora.training.report.html_report import RunReport
 from fastchat_qlora.training.report.model_card import write_model_card
@@ -91,7 +91,7 @@ def train(args: RunArguments) -> Path:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.model_cost))
         answers = SampleGenerations(trainer, prompts)
         report = RunReport(trainer, args, prepared, effective, answers)
-        for callback in (effective, watch, ClearTheWay(trainer, checkpoint), answers, report):
+        for callback in (effective, watch, PrepareOutputDir(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
         show_progress(trainer)
         with report:
@@ -113,7 +113,7 @@ def _write_results(
     """Evaluate once more if there is something to evaluate on, and write the account of the run."""
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
-    real, supervised = trainer.tokens_seen()
+    real, supervised = trainer.count_tokens()
     total = trainer.throughput.total
     metrics |= {
         "tokens": real,
@@ -125,7 +125,7 @@ def _write_results(
     if not trainer.args.should_save:
         return
     output_dir = Path(trainer.args.output_dir)
-    path = output_dir / RESULTS
+    path = output_dir / RESULTS_FILE
     if not real and path.exists():
         logger.warning("The run had finished before: nothing was left to train, its results stay as they are.")
         return

@@ -46,7 +46,7 @@ from fastchat_qlora.model.ops.attention_checks import check_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
-from fastchat_qlora.training.checkpoints.run_fingerprint import describe_data, describe_settings
+from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.preflight import run_preflight
 
@@ -180,10 +180,13 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     """
     training_args, output_dir = args.training, Path(args.training.output_dir)
     checkpoint = choose_checkpoint(
-        output_dir, training_args.resume_from_checkpoint or "", restart=training_args.restart
+        output_dir,
+        training_args.resume_from_checkpoint or "",
+        restart=training_args.restart,
+        trusted=training_args.trust_checkpoint,
     )
     lora_config = build_lora_config(args.lora)
-    settings = describe_settings(args, lora_config, topology, dtype)
+    settings = fingerprint_settings(args, lora_config, topology, dtype)
     if checkpoint:
         checkpoint.check(settings)
     base = prepare_base(args, lora_config)
@@ -242,10 +245,10 @@ def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
     return found
 
 
-def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, str]:
+def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, Any]:
     """Return digests of the data, the tokenizer and the base model."""
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
-    return describe_data(data.tokenizer, data.loaded.train.contents, base_files)
+    return fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:

@@ -1,4 +1,4 @@
-"""transformers' Trainer where an adapter on conversations differs from a model on anything."""
+"""The Trainer of an adapter: token-weighted loss, packed sequences, and saving that is verified."""
 
 import inspect
 import logging
@@ -34,29 +34,37 @@ from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
 from fastchat_qlora.training.callbacks.throughput import Throughput
 from fastchat_qlora.training.checkpoints.adapter_export import (
-    CARD,
+    CARD_FILE,
     gather_adapter,
-    put_in_place,
+    replace_adapter_files,
     save_adapter,
     verify_saved_adapter,
 )
-from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE, UNFINISHED, publish, remove_old, saving
+from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
+from fastchat_qlora.training.checkpoints.checkpoint_writer import (
+    UNFINISHED_FOLDER,
+    publish,
+    remove_old,
+    require_all_states,
+    saving,
+)
 from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("supervised", "labels")
+TARGET_NAMES = ("supervised", "labels")
+"""Tensors of a batch that the loss is computed from: indices of supervised positions, and their labels."""
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Learns from supervised positions only; weighs by tokens; saves the adapter only, whole under every strategy.
+    """A Trainer whose loss covers supervised tokens only, weighted by tokens, and that saves the adapter only.
 
     Args:
-        fingerprint: of the run, kept with its checkpoints; see run_fingerprint.py.
-        shapes: of the adapter's tensors in its file, where they are known.
-        stop_tokens: ids of the tokens that end a turn, for the generation configuration beside the adapter.
-        kwargs: as for Trainer; batches come from a data.collation.Collator.
+        fingerprint: of the run, saved with its checkpoints; see run_fingerprint.py.
+        shapes: of the adapter's tensors in its file, if they are known.
+        stop_tokens: ids of the tokens that end a turn, for generation_config.json.
+        kwargs: as for Trainer; batches come from a data.batching.collator.Collator.
     """
 
     def __init__(
@@ -77,7 +85,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self.throughput = Throughput()
-        self.largest_batch = 0  # tokens of the largest micro-batch so far, padding included
+        self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
         self.loss_head: LossHead | None = None
         if reason := explain_plain_loss(self.adapter):
@@ -90,14 +98,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def use_plain_loss(self, reason: str) -> None:
-        """Do without a LossHead, and say why."""
+        """Compute the loss without a LossHead, and log why."""
         logger.warning(f"The loss is computed from the logits of all supervised positions at once: {reason}.")
         self.loss_head = None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """No autocast around a model that computes in bf16 by itself: it would look at the dtypes of every operation.
+        """Build the accelerator's arguments, without autocast around a model that computes in bf16 by itself.
 
-        DeepSpeed has its own way with precision. fp16 keeps autocast, which comes with the scaling of the loss.
+        Autocast looks at the dtypes of every operation. DeepSpeed handles precision itself, and fp16 needs autocast for
+        the scaling of the loss.
         """
         settings: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         if not self._autocasts and not self.args.deepspeed:
@@ -105,10 +114,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return settings
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator; shard by FSDP2 where it was asked for, on the CPU too.
+        """Create the accelerator, with FSDP2 on the CPU too.
 
-        accelerate 1.15 overlooks an FSDP plugin on the CPU and goes on with DDP, without a word
-        (`AcceleratorState.__init__` in state.py lists the kinds of accelerators). Can go once that list has MULTI_CPU.
+        accelerate 1.15 silently replaces FSDP by DDP on the CPU: `AcceleratorState.__init__` in state.py lists the
+        accelerators that may shard. This can go once that list has MULTI_CPU.
         """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is None:
@@ -116,48 +125,49 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         state = self.accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU:
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            # Both are singletons, and a later AcceleratorState() takes what PartialState says.
+            # Both are singletons, and a later AcceleratorState() reads PartialState.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
         state.fsdp_plugin.mixed_precision_policy = get_mixed_precision_policy(get_compute_dtype(self.args))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Rows that are packed come in the order of their own sampler."""
+        """Return the sampler; packed sequences come in the order of their own one."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return dataset.sampler if isinstance(dataset, PackedDataset) else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """The micro-batches of one optimizer step and the number of targets in all of them, over all processes.
+        """Return the micro-batches of one optimizer step and the number of targets in them, over all processes.
 
-        Counted are plain integers that the collator has written down, so that nothing waits for the device.
+        The numbers are plain integers from the collator, so that nothing waits for the device.
         """
         if self.state.global_step >= self.state.max_steps:
-            # A run that had finished in the middle of an epoch would take one more step when started again.
+            # A run that finished in the middle of an epoch would take one more step when it is started again.
             self.control.should_training_stop = True
             return [], None
         self.throughput.begin()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        accounts = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
-        supervised = sum(account["num_supervised"] for account in accounts)
-        self.throughput.count(sum(account["num_tokens"] for account in accounts), supervised)
-        self.step = Step([account["sources"] for account in accounts], supervised)
-        self.largest_batch = max([self.largest_batch, *(batch["input_ids"].numel() for batch in batches)])
-        # Filled by the device: a copy from the host's memory would wait until the step before is done.
+        infos = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
+        supervised = sum(info["num_supervised"] for info in infos)
+        self.throughput.count(sum(info["num_tokens"] for info in infos), supervised)
+        self.step = Step([info["sources"] for info in infos], supervised)
+        sizes = [batch["input_ids"].numel() for batch in batches]
+        self.largest_batch_tokens = max([self.largest_batch_tokens, *sizes])
+        # Filled by the device: a copy from the host would wait until the previous step is done.
         targets = torch.full((), supervised, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
         return batches, targets
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of a micro-batch; its loss is kept for the end of the step."""
+        """Run forward and backward of a micro-batch, and keep its loss for the end of the step."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.step.losses.append(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        """The gradient norm, whole under FSDP2 too, and kept for the end of the step."""
+        """Return the gradient norm over all shards, and keep it for the end of the step."""
         norm = super()._get_grad_norm(*args, **kwargs)
         self.step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self.step.grad_norm
@@ -169,7 +179,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """A micro-batch's share of the mean over all targets of the optimizer step."""
+        """Return a micro-batch's share of the mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
         loss = mean_loss(losses, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -177,47 +187,47 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _token_losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each target, and the index of the conversation it belongs to; both of shape (targets,)."""
+        """Return the loss of each target and the index of its conversation, both of shape (targets,)."""
         inputs = self.model_inputs(batch)
-        targets = {name: batch[name] for name in TARGETS}
+        targets = {name: batch[name] for name in TARGET_NAMES}
         smoothing = self.args.label_smoothing_factor
         if self.loss_head is not None:
             with self.loss_head.expecting(**targets, label_smoothing=smoothing):
                 losses = model(**inputs).logits.flatten()
         else:
-            if self._chooses_logits and "position_ids" in inputs:  # a single row
+            if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]
             losses = token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
         return losses, batch["conversation"]
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What of a batch the model is given."""
-        others = {*TARGETS, *BATCH_INFO, "conversation"}
+        """Return the part of a batch that the model takes."""
+        others = {*TARGET_NAMES, *BATCH_INFO, "conversation"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
-            # To compiled code every new tuple of integers is another program.
+            # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        # With a cache transformers makes no mask between conversations, whatever their positions say.
+        # With a cache transformers builds no mask between conversations, whatever their positions are.
         return inputs | ({"use_cache": False} if self.data_collator.padding_free else {})
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Evaluate one batch; its logits are not kept."""
+        """Evaluate one batch without keeping its logits."""
         inputs = dict(self._prepare_inputs(inputs))
         conversations = inputs["num_conversations"]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, owners = self._token_losses(model, inputs)
         sums = torch.zeros(conversations, device=losses.device).index_add_(0, owners, losses)
         counts = torch.bincount(owners, minlength=conversations).float()
-        # By conversation, since this drops those that were repeated to give every process as many.
+        # By conversation: this drops those that were repeated to give every process as many.
         gathered = self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1))
         self._evaluated += gathered.cpu().double().sum(0)  # not every device has fp64
         return sums.sum() / counts.sum().clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over supervised tokens, not over batches."""
+        """Evaluate with the mean loss over supervised tokens, not over batches."""
         self._evaluated.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self._evaluated.tolist()
@@ -225,56 +235,57 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; what is drawn at random meanwhile is not missing in training."""
-        with self.aside():
+        """Evaluate without advancing the training RNG."""
+        with self.paused_training():
             return dict(super().evaluate(*args, **kwargs))
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """While this is entered, neither time nor random numbers are taken from training."""
+    def paused_training(self) -> Iterator[None]:
+        """Stop the throughput clock, and restore the training RNG afterwards."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.throughput.paused(), torch.random.fork_rng(devices=devices):
             yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; beside a loss stands how fast it was come by."""
+        """Add throughput to log entries with a loss."""
         if "loss" in logs:
             logs |= self.throughput.read(self.accelerator, self.args.device)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, the tokenizer and where answers end; every process must call this, one writes.
+        """Save and verify the adapter, the tokenizer and generation_config.json; every process must call this.
 
-        In the run's own folder they take the place of earlier ones once they are whole and checked.
+        In the run's own folder they replace earlier ones when they are complete and verified.
         """
         if self.frozen_base is not None:
             self.frozen_base.check(self.state.global_step)
         tensors = gather_adapter(self.adapter)
-        if self.args.should_save:
-            final = Path(self.args.output_dir)
-            folder = Path(output_dir) if output_dir else final / UNFINISHED / "adapter"
-            with saving(f"the adapter in {output_dir or final}", final):
-                save_adapter(self.adapter, tensors, str(folder))
-                self.processing_class.save_pretrained(str(folder))
-                write_generation_config(folder, self.generation_config)
-            verify_saved_adapter(folder, self.adapter, tensors, self._shapes, must_have_learnt=not _internal_call)
-            if not output_dir:
-                (folder / CARD).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
-                with saving(f"the adapter in {final}", final):
-                    put_in_place(folder, final)
-                shutil.rmtree(folder.parent, ignore_errors=True)
+        if not self.args.should_save:
+            return
+        final = Path(self.args.output_dir)
+        folder = Path(output_dir) if output_dir else final / UNFINISHED_FOLDER / "adapter"
+        with saving(f"the adapter in {output_dir or final}", final):
+            save_adapter(self.adapter, tensors, str(folder))
+            self.processing_class.save_pretrained(str(folder))
+            write_generation_config(folder, self.generation_config)
+        verify_saved_adapter(folder, self.adapter, tensors, self._shapes, allow_zero=_internal_call)
+        if not output_dir:
+            (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
+            with saving(f"the adapter in {final}", final):
+                replace_adapter_files(folder, final)
+            shutil.rmtree(folder.parent, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card beside the adapter as it is; Trainer would write one of its own before a push."""
+        """Keep the card beside the adapter; Trainer would write one of its own before a push."""
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes checkpoints, and looks for old ones to remove: beside the place where they appear."""
-        return str(Path(self.args.output_dir) / UNFINISHED)
+        """Return the folder in which Trainer writes checkpoints and looks for old ones to remove."""
+        return str(Path(self.args.output_dir) / UNFINISHED_FOLDER)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint that appears under its name when all of it is on the disk, in all processes.
+        """Save a checkpoint that appears under its name when it is complete, in all processes.
 
-        One that fails in writing ends its process, and with it the run: nothing has appeared then.
+        An error while writing ends the run, and nothing has appeared.
         """
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{step}"
@@ -283,30 +294,21 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         staged = Path(self._get_output_dir(trial)) / folder.name
         with self.throughput.paused(), saving(str(folder), output_dir):
             super()._save_checkpoint(model, trial)
-            self._note_best(staged, output_dir)
+            self._record_best(staged, output_dir)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._require_all_states(staged)
+                if self.args.world_size > 1 and not (self.args.save_only_model or self.args.save_on_each_node):
+                    require_all_states(staged, output_dir, self.args.world_size)
                 publish(staged, folder, step, self._fingerprint)
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
                 shutil.rmtree(staged.parent, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # who leaves now would have the others ended
+        self.accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
         self.last_checkpoint = str(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint once it is known to run no code: a resumed run has its place from a file."""
-        best = Path(self.state.best_model_checkpoint)
-        if unsafe := find_unsafe(best):
-            raise RunError(f"{best}: {'; '.join(unsafe)}: it would run code, and is not loaded")
-        super()._load_best_model()
-        if self.state.best_global_step != self.state.global_step:
-            self.best_step = self.state.best_global_step
-            logger.info(f"The adapter is that of step {self.best_step}, with the best evaluation.")
-
-    def _note_best(self, staged: Path, output_dir: Path) -> None:
-        """Name the best checkpoint by the place where it is or will be; Trainer looked where this one is written."""
+    def _record_best(self, staged: Path, output_dir: Path) -> None:
+        """Record the best checkpoint by its final folder; Trainer recorded the one in which it is written."""
         step = self.state.best_global_step
         if step:
             best = output_dir / f"checkpoint-{step}"
@@ -315,58 +317,54 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             if self.args.should_save:
                 self.state.save_to_json(str(staged / STATE_FILE))
 
-    def _require_all_states(self, staged: Path) -> None:
-        """Every process has written its part, and to one and the same folder."""
-        if self.args.save_only_model or self.args.save_on_each_node or self.args.world_size == 1:
-            return
-        missing = [rank for rank in range(self.args.world_size) if not (staged / f"rng_state_{rank}.pth").exists()]
-        if missing:
-            raise RunError(
-                f"--output_dir {self.args.output_dir}: what rank {missing[0]} has saved is not there; put it on "
-                "storage that all machines share"
-            )
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint after auditing it: a resumed run has its folder from a file."""
+        best = Path(self.state.best_model_checkpoint)
+        if not self.args.trust_checkpoint and (unsafe := find_unsafe(best)):
+            raise RunError(f"{best}: {'; '.join(unsafe)}; the best checkpoint is not loaded")
+        super()._load_best_model()
+        if self.state.best_global_step != self.state.global_step:
+            self.best_step = self.state.best_global_step
+            logger.info(f"The adapter is that of step {self.best_step}, with the best evaluation.")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint that is whole; Trainer would push it while it is written."""
-        if Path(checkpoint_folder).parent.name != UNFINISHED:
+        """Push a checkpoint when it is complete; Trainer would push it while it is written."""
+        if Path(checkpoint_folder).parent.name != UNFINISHED_FOLDER:
             super()._push_from_checkpoint(checkpoint_folder)
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How the trained model is to generate, and where it stops."""
+        """The trained model's generation settings, with its stop tokens."""
         return build_generation_config(self.adapter.get_base_model(), self.processing_class, self._stop_tokens)
 
     @property
     def adapter(self) -> PeftModel:
-        """The model without what a strategy has wrapped around it."""
-        if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages at each call: 2 ms
+        """The model without a strategy's wrappers."""
+        if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages in each call: 2 ms
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
 
     def find_max_batch_tokens(self) -> int:
-        """The most tokens that a micro-batch of this run can have, padding included."""
+        """Return the most tokens that a micro-batch of this run can have, padding included."""
         batch_size = self._train_batch_size  # --auto_find_batch_size changes it
         return find_max_batch_tokens(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
 
     def last_figures(self) -> dict[str, Any]:
-        """Steps done, the loss that was logged last, and the step of the adapter where it is an earlier one."""
+        """Return the steps done, the last logged loss, and the step of the adapter if it is an earlier one."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         figures = {"steps": self.state.global_step} | ({"loss": losses[-1]} if losses else {})
         return figures | ({"best_step": self.best_step} if self.best_step else {})
 
-    def tokens_seen(self) -> tuple[int, int]:
-        """Real and supervised tokens trained on since the start of this process, over all processes."""
+    def count_tokens(self) -> tuple[int, int]:
+        """Return the real and supervised tokens since the start of this process, over all processes."""
         seen = torch.tensor(self.throughput.seen, device=self.args.device)
         real, supervised = self.accelerator.reduce(seen, reduction="sum").tolist()
         return int(real), int(supervised)
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """Have each repeated layer compiled by itself when it is first called: the code of one serves all of them.
-
-    Names of modules and tensors stay as they are.
-    """
+    """Compile each repeated layer by itself on its first call, so that the code of one serves all of them."""
     layers = get_repeated_layers(model)
     for layer in layers:
         layer.compile()
-    logger.info(f"{len(layers)} layers are compiled with the first batches, which takes some minutes.")
+    logger.info(f"Compiling {len(layers)} layers with the first batches, which takes some minutes.")

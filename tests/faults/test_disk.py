@@ -11,7 +11,8 @@ import pytest
 from forked import Run, command, train
 from kill_sweep import SHARDED, digest
 
-from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import list_checkpoints, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -53,7 +54,7 @@ def assert_the_second_is_kept(said: str, output: Path) -> None:
     assert errors and "Traceback" not in said, said
     told = r"checkpoint-4 could not be written: .*earlier checkpoints are whole: make room"
     assert all(re.search(told, error) for error in errors)
-    [(step, folder)] = checkpoints_in(output)
+    [(step, folder)] = list_checkpoints(output)
     assert (step, open_checkpoint(folder).step) == (2, 2)
 
 
@@ -77,8 +78,8 @@ def test_a_save_that_fails(
     assert 1 in ended.codes and re.search(says, ended.said), ended.said
     assert_the_second_is_kept(ended.said, failed / "out")
     ended = train(given, failed, processes=processes)
-    assert not any(ended.codes) and "Going on from" in ended.said
-    assert digest(failed / "out") == digest(alone / "out") and not (failed / "out" / UNFINISHED).exists()
+    assert not any(ended.codes) and "Resuming from" in ended.said
+    assert digest(failed / "out") == digest(alone / "out") and not (failed / "out" / UNFINISHED_FOLDER).exists()
     tally(f"a save that fails: {fault.replace('_', ' ')} {flags.partition(' --fsdp_config')[0]}".strip(), 1, 1)
 
 

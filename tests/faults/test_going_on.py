@@ -1,4 +1,4 @@
-"""Going on from a checkpoint otherwise than the last run would have: anew, from an earlier one, in other processes."""
+"""Resuming from a checkpoint otherwise than the last run would have: anew, from an earlier one, in other processes."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def test_anew_and_from_an_earlier_one(model_folder: Path, data: Path, tmp_path: 
     expected = digest(output)
     ended = train([*given, "--restart", "True"], tmp_path)
     assert ended.codes == [0] and "checkpoint-2, checkpoint-4, checkpoint-6, checkpoint-8 were set aside" in ended.said
-    assert "Going on" not in ended.said and digest(output) == expected
+    assert "Resuming" not in ended.said and digest(output) == expected
     named = output / "checkpoint-4"
     ended = train([*given, "--resume_from_checkpoint", str(named)], tmp_path)
     assert ended.codes == [0] and digest(output) == expected and len(losses(output)) == 8
@@ -91,7 +91,7 @@ def test_deepspeeds_own_schedule_goes_on(model_folder: Path, data: Path, tmp_pat
         given = arguments(model_folder, data, parts, f"--deepspeed {path} --warmup_steps 6 --max_steps {steps}")
         ended = train(given, parts.parent, processes=2)
         assert ended.codes == [0, 0], ended.said
-    assert "Going on from" in ended.said and digest(parts) == digest(whole)
+    assert "Resuming from" in ended.said and digest(parts) == digest(whole)
 
 
 BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eval_loss --greater_is_better True"

@@ -12,7 +12,8 @@ from kill_sweep import DEEPSPEED
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import list_checkpoints, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -33,7 +34,7 @@ def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *,
     assert set(ended.codes) <= {code, -9} and code in ended.codes, ended.said
     assert errors and all(re.search(reason, error) for error in errors), ended.said
     assert "Traceback" not in ended.said
-    found = checkpoints_in(output)
+    found = list_checkpoints(output)
     assert sorted(step for step, _ in found) == steps
     assert all(open_checkpoint(folder).step == step for step, folder in found)
     assert not (output / "adapter_model.safetensors").exists()
@@ -113,7 +114,7 @@ def test_a_poisoned_row_is_named(
 def test_a_rate_of_a_million(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
     more = "--learning_rate 1e6 --lora_target_modules all-linear --max_grad_norm 0 --bf16 True --max_steps 40"
     ended = train(arguments(model_folder, data, tmp_path / "out", more), tmp_path)
-    steps = sorted(step for step, _ in checkpoints_in(tmp_path / "out"))
+    steps = sorted(step for step, _ in list_checkpoints(tmp_path / "out"))
     assert_stopped(ended, tmp_path / "out", "(is not finite|norm is (nan|inf)|is exactly 0 in all)", steps)
     assert len(steps) < 3
     tally("guard: a learning rate of 1e6", 1, 1)
@@ -134,5 +135,5 @@ def test_a_wrong_template(template: str, model_folder: Path, data: Path, tmp_pat
     tokenizer.save_pretrained(folder)
     ended = train(arguments(folder, data, tmp_path / "out"), tmp_path)
     assert_stopped(ended, tmp_path / "out", "--data_path: 30 of 30 records were rejected", [], code=2)
-    assert not (tmp_path / "out" / UNFINISHED).exists()
+    assert not (tmp_path / "out" / UNFINISHED_FOLDER).exists()
     tally("guard: a chat template that does not show the answers as they are", 1, 1)

@@ -13,7 +13,8 @@ from forked import Run, command, train
 from kill_sweep import DEEPSPEED, digest
 from launching import ENVIRONMENT, ROOT, free_port
 
-from fastchat_qlora.training.checkpoints.checkpoint import UNFINISHED, checkpoints_in, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint import list_checkpoints, open_checkpoint
+from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER
 from fastchat_qlora.utils.signals import ONE_SIGNAL
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
@@ -32,9 +33,9 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 
 def assert_saved(output: Path) -> int:
     """One whole checkpoint in the middle of the run, and no final adapter; its step."""
-    [(step, folder)] = checkpoints_in(output)
+    [(step, folder)] = list_checkpoints(output)
     assert open_checkpoint(folder).step == step and 0 < step < 12
-    assert not (output / UNFINISHED).exists() and not (output / "adapter_model.safetensors").exists()
+    assert not (output / UNFINISHED_FOLDER).exists() and not (output / "adapter_model.safetensors").exists()
     return step
 
 
@@ -71,7 +72,7 @@ def test_once(
     assert ended.said.count(f"{NAMES[signum]}: stopped; start again") == 1 and "Traceback" not in ended.said
     step = assert_saved(stopped / "out")
     ended = train(given, stopped, processes=processes)
-    assert not any(ended.codes) and f"Going on from {stopped / 'out'}/checkpoint-{step}." in ended.said
+    assert not any(ended.codes) and f"Resuming from {stopped / 'out'}/checkpoint-{step}." in ended.said
     assert digest(stopped / "out") == digest(alone / "out")
     tally(f"{NAMES[signum]} in a step, {processes} processes {flags}".strip(), 1, 1)
 
@@ -92,7 +93,7 @@ def test_twice(
     run.send(signum)
     assert run.wait(20).codes == [128 + signum]
     assert time.monotonic() - sent < 2
-    assert checkpoints_in(tmp_path / "out") == []
+    assert list_checkpoints(tmp_path / "out") == []
     tally(f"{NAMES[signum]} twice in a step that does not end", 1, 1)
 
 

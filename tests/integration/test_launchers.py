@@ -142,7 +142,7 @@ def test_resume_under_zero2(model_folder: Path, data: Path, tmp_path: Path, port
     forked.succeed(f"{command} --output_dir {tmp_path / 'straight'} --max_steps 4")
     forked.succeed(f"{command} --output_dir {tmp_path / 'stopped'} --max_steps 2")
     said = succeed(f"{command} --output_dir {tmp_path / 'stopped'} --max_steps 4")
-    assert said.count("Going on from") == 1
+    assert said.count("Resuming from") == 1
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert_same_adapter(tmp_path / "stopped", tmp_path / "straight")
     assert [*Path("/dev/shm").glob(f"*{port}*")] == [], "memory is left for ever"

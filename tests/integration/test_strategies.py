@@ -256,7 +256,7 @@ def test_a_killed_process_ends_the_run(
     left = [process for process in psutil.process_iter(["cmdline"]) if str(output) in (process.info["cmdline"] or [])]
     assert left == []
     said = succeed(f"{launch_line(strategy, port, TRAIN)} {flags}")
-    assert f"Going on from {output / 'checkpoint-2'}" in said
+    assert f"Resuming from {output / 'checkpoint-2'}" in said
     succeed(f"{launch_line(strategy, port, TRAIN)} {flags} --output_dir {tmp_path / 'straight'}")
     assert losses(output) == losses(tmp_path / "straight")
     assert_same_adapter(output, tmp_path / "straight")

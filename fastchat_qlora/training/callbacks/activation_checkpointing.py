@@ -92,7 +92,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._measured = True
         scale, peak = 1.0, peak_memory_mib(args.device)
         if peak > self._peak_before:  # else loading took more, and the step may have needed anything less
-            foreseen = self._need(self._trainer.largest_batch, self._checkpointed)
+            foreseen = self._need(self._trainer.largest_batch_tokens, self._checkpointed)
             unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
             # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if

@@ -91,7 +91,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
     def _answer(self) -> dict[str, str]:
         trainer = self._trainer
         logger.info(f"The model is asked {len(self._prompts)} --sample_prompts.")
-        with trainer.aside():
+        with trainer.paused_training():
             answers = continue_greedily(
                 trainer, list(self._prompts.values()), set(trainer.generation_config.eos_token_id)
             )

@@ -14,7 +14,7 @@ from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import get_default_attention, measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import token_losses
-from fastchat_qlora.training.trainer import TARGETS, LoraTrainer
+from fastchat_qlora.training.trainer import TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _test_rows(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int],
 def _test_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
     assert trainer.loss_head is not None
     batch = _batch(trainer, conversations)
-    targets = {name: batch[name] for name in TARGETS}
+    targets = {name: batch[name] for name in TARGET_NAMES}
     try:
         with trainer.loss_head.expecting(**targets):
             losses = forward(**trainer.model_inputs(batch)).logits.flatten()

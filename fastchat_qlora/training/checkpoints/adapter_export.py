@@ -1,4 +1,4 @@
-"""The trained adapter: collected from every strategy, written as PEFT writes it, and opened again before it counts."""
+"""The trained adapter: gathered under every strategy, written by PEFT, and verified on the disk."""
 
 import os
 from collections.abc import Mapping
@@ -15,28 +15,27 @@ from fastchat_qlora.model.adapter.lora import ADAPTER_FILE, get_trainable_parame
 from fastchat_qlora.model.merging.safetensors_files import copy_permissions
 from fastchat_qlora.training.checkpoints.manifest import sync
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 
 SAVED_DTYPE = torch.float32
-"""Of every tensor in an adapter's file, whatever the strategy."""
+"""Dtype of every tensor in an adapter's file, whatever the strategy."""
+
+Shapes = Mapping[str, torch.Size]
 
 
 def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Collect what was trained, on the CPU in `SAVED_DTYPE`, whole even where each process holds only a part.
+    """Return the trained parameters on the CPU in `SAVED_DTYPE`, in full shape under every strategy.
 
-    One parameter is gathered at a time and the base never is. Every process must call this.
-
-    Returns:
-        Name -> tensor of the parameter's full shape.
+    One parameter is gathered at a time, and the base model never. Every process must call this.
     """
-    return {name: _whole(parameter).to(SAVED_DTYPE) for name, parameter in get_trainable_parameters(model).items()}
+    return {name: _gather(parameter).to(SAVED_DTYPE) for name, parameter in get_trainable_parameters(model).items()}
 
 
-def _whole(parameter: Any) -> torch.Tensor:
+def _gather(parameter: Any) -> torch.Tensor:
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # DeepSpeed has taken it over
         import deepspeed
 
-        # What is live is rounded to the compute dtype; the optimizer holds the fp32 value behind it.
+        # The parameter itself is rounded to the compute dtype; the optimizer holds the fp32 value behind it.
         master = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if master is not None:
             return master.detach().cpu().clone()  # type: ignore[no-any-return]
@@ -48,7 +47,7 @@ def _whole(parameter: Any) -> torch.Tensor:
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """Write an adapter as PEFT does. Embeddings are saved if they were trained; the hub is not asked about them."""
+    """Write an adapter as PEFT does, with embeddings only if they were trained and without asking the hub about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     copy_permissions(Path(folder), like=CONFIG_NAME)
 
@@ -57,22 +56,22 @@ def verify_saved_adapter(
     folder: Path,
     model: PeftModel,
     trained: dict[str, torch.Tensor],
-    shapes: Mapping[str, torch.Size] | None = None,
+    shapes: Shapes | None = None,
     *,
-    must_have_learnt: bool = True,
+    allow_zero: bool = False,
 ) -> None:
-    """Open a saved adapter again and compare it with what was trained, and with what it should be by its configuration.
+    """Read a saved adapter and compare it with the trained tensors and with the shapes of its configuration.
 
     Args:
         folder: where the adapter was saved.
         model: the model it was saved from, which knows PEFT's names for the tensors in the file.
-        trained: the tensors that were to be saved, from `gather_adapter`.
-        shapes: name in the file -> shape, from `adapter.expected_shapes`; None where they cannot be known.
-        must_have_learnt: refuse an adapter whose every lora_B is zero; a checkpoint within the warm-up may be one.
+        trained: the tensors from `gather_adapter`.
+        shapes: name in the file -> shape, from `compute_adapter_shapes`; None if they cannot be known.
+        allow_zero: accept an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
 
     Raises:
-        RunError: the file is missing or torn, a tensor in it is missing, misshapen, not finite or another one, or no
-            lora_B has moved from zero.
+        RunError: the file is missing or corrupt, a tensor in it is missing, of another shape, not finite or different,
+            or every lora_B is zero.
     """
     path = folder / ADAPTER_FILE
     try:
@@ -82,7 +81,7 @@ def verify_saved_adapter(
         raise RunError(f"{path}: the saved adapter cannot be opened: {error}") from error
     expected = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     if saved.keys() != expected.keys() or len(saved) != len(trained):
-        raise RunError(f"{path}: holds {len(saved)} tensors, {len(trained)} were trained; some are missing or too many")
+        raise RunError(f"{path}: holds {len(saved)} tensors, {len(trained)} were trained")
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise RunError(f"{path}: {name} is not finite; lower --learning_rate")
@@ -90,29 +89,29 @@ def verify_saved_adapter(
             raise RunError(f"{path}: {name} differs from the trained tensor")
     if shapes is not None and (reason := _find_difference({n: t.shape for n, t in saved.items()}, shapes)):
         raise RunError(f"{path}: {reason}")
-    moved = [bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name]
-    if must_have_learnt and moved and not any(moved):
-        raise RunError(f"{path}: every lora_B is zero: the adapter has learnt nothing")
+    is_nonzero = [bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name]
+    if is_nonzero and not any(is_nonzero) and not allow_zero:
+        raise RunError(f"{path}: every lora_B is zero, so the adapter was not trained")
 
 
-def _find_difference(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> str:
-    """How the tensors of a file differ from what the adapter's configuration asks for; empty where they do not."""
+def _find_difference(found: Shapes, shapes: Shapes) -> str:
+    """Return how a file's tensors differ from those of the adapter's configuration; empty if they do not."""
     if missing := shapes.keys() - found.keys():
-        return f"{len(missing)} tensors of the adapter's configuration are not in it, such as {min(missing)}"
+        return f"{len(missing)} tensors of the adapter's configuration are missing, such as {min(missing)}"
     if added := found.keys() - shapes.keys():
-        return f"{len(added)} tensors are none of the adapter's configuration, such as {min(added)}"
+        return f"{len(added)} tensors are not in the adapter's configuration, such as {min(added)}"
     for name, shape in shapes.items():
         if found[name] != shape:
             return f"{name} has the shape {tuple(found[name])}, the adapter's configuration asks for {tuple(shape)}"
     return ""
 
 
-def put_in_place(source: Path, target: Path) -> None:
-    """Move an adapter's files to where an earlier one may lie, each whole; the weights last.
+def replace_adapter_files(source: Path, target: Path) -> None:
+    """Move an adapter's files over those of an earlier one, each atomically, the weights last.
 
     Args:
-        source: a folder on the same file system, which is empty and gone afterwards.
-        target: a folder that is there.
+        source: a folder on the same file system; it is empty afterwards.
+        target: an existing folder.
 
     Raises:
         OSError: they cannot be written.

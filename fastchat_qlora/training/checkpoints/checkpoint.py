@@ -1,130 +1,111 @@
-"""Checkpoints: which one a run goes on from, and how new ones appear whole or not at all."""
+"""Choice of the checkpoint that a run resumes from."""
 
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from transformers import TrainerCallback, TrainerControl, TrainerState
-
-from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import ADAPTER_FILE
 from fastchat_qlora.training.checkpoints.manifest import (
+    FORMAT,
     MANIFEST,
     IncompleteCheckpoint,
+    check_files,
     get_versions,
     read_manifest,
-    sync,
-    verify,
-    write_manifest,
 )
-from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
+from fastchat_qlora.training.checkpoints.pickle_audit import find_refused, find_unsafe
 from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes
-from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE, SCHEDULE_FILE = "trainer_state.json", "scheduler.pt"
-NEEDED = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
-"""What every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
+REQUIRED_FILES = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
+"""Files that every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
 
-DEEPSPEED_STATE = "latest"
-"""The file that says which of DeepSpeed's states beside it is the last one."""
-
-UNFINISHED = ".saving"
-"""Where a checkpoint is written, below output_dir; whatever lies there was never finished."""
-
-SET_ASIDE = "_set_aside"
-"""Where checkpoints go, below output_dir, that the run does not go on from and would write over. Names that begin with
-`_` are not pushed to the hub."""
-
-RESULTS = "training_args.json"
-"""What a run writes last: one without it has not finished."""
-
-ANEW = (
-    "set the run up as before, or start anew: with --restart True, or in another --output_dir, where "
-    "--lora_weight_path goes on from what was learnt"
-)
+DEEPSPEED_TAG = "latest"
+"""DeepSpeed's file that names the newest of its states in the folder."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is whole.
+    """A complete checkpoint.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         step: optimizer steps done.
-        run: what its run was; empty where it does not say.
+        run: fingerprint of its run; empty if there is no manifest.
         is_chosen: whether the user named it.
     """
 
     folder: Path
     step: int
-    run: dict[str, str]
+    run: dict[str, Any]
     is_chosen: bool = False
 
-    def check(self, run: Mapping[str, str]) -> None:
-        """Require that the checkpoint is of the run that is to go on.
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Check that the checkpoint fits the run that resumes from it.
 
         Args:
-            run: name -> value of what must be as it was; other names are not looked at.
+            run: fingerprint of the run, or a part of it.
 
         Raises:
             UserError: naming what differs.
         """
         changes = find_changes(self.run, run)
-        refused = changes if not self.is_chosen else [change for change in changes if not change.is_bearable]
+        refused = [change for change in changes if not (self.is_chosen and change.is_tolerable)]
         if refused:
-            said = "; ".join(str(change) for change in refused)
-            raise UserError(f"{self.folder}: this run is set up otherwise ({said}); {ANEW}")
+            raise UserError(
+                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, refused))}); restore "
+                "them, or use --restart True, or train in another --output_dir, where --lora_weight_path starts from "
+                "the adapter in this folder"
+            )
         if changes:
-            said = "; ".join(str(change) for change in changes)
             logger.warning(
-                f"{self.folder}: chosen by --resume_from_checkpoint, so the run goes on though it is set up otherwise "
-                f"({said}): it is another run than one that was never interrupted."
+                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, changes))}); the run "
+                "continues because --resume_from_checkpoint names it, with other results than an uninterrupted run."
             )
 
 
-def choose_checkpoint(output_dir: Path, wanted: str, *, restart: bool) -> Checkpoint | None:
-    """The checkpoint to go on from: the one that was named, else the newest whole one in output_dir.
+def choose_checkpoint(
+    output_dir: Path, wanted: str, *, restart: bool = False, trusted: bool = False
+) -> Checkpoint | None:
+    """Return the checkpoint to resume from: the one that the user named, or the newest complete one in output_dir.
 
     Args:
         output_dir: the folder of the run.
         wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
-        restart: whether to start anew whatever is there.
+        restart: --restart.
+        trusted: --trust_checkpoint.
 
     Raises:
-        UserError: the one that was named is not whole, or there is none where there must be one.
+        UserError: the named one cannot be used, or there is none where one is required, or the newest is of another
+            version of this program.
     """
     if restart or wanted.lower() == "false":
         return None
     if wanted.lower() not in ("", "true"):
-        return _open_chosen(Path(wanted).expanduser())
-    for step, folder in checkpoints_in(output_dir):
+        return _open_chosen(Path(wanted).expanduser(), trusted=trusted)
+    for step, folder in list_checkpoints(output_dir):
         try:
-            found = open_checkpoint(folder)
+            found = open_checkpoint(folder, trusted=trusted)
             if found.step != step:
                 raise IncompleteCheckpoint(f"its manifest is of step {found.step}")
         except IncompleteCheckpoint as error:
-            logger.warning(f"{folder}: skipped, for {error}.")
+            logger.warning(f"{folder}: skipped: {error}.")
             continue
-        logger.info(f"Going on from {folder}.")
+        logger.info(f"Resuming from {folder}.")
         return found
     if wanted:
-        raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} has no whole checkpoint; drop the flag")
+        raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint in {output_dir}; drop the flag")
     return None
 
 
-def _open_chosen(folder: Path) -> Checkpoint:
+def _open_chosen(folder: Path, *, trusted: bool) -> Checkpoint:
     try:
-        found = open_checkpoint(folder)
+        return open_checkpoint(folder, trusted=trusted)._replace(is_chosen=True)
     except IncompleteCheckpoint as error:
         if (folder / MANIFEST).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
@@ -133,60 +114,70 @@ def _open_chosen(folder: Path) -> Checkpoint:
                 f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
             ) from error
         logger.warning(
-            f"{folder}: {error}, so it may be damaged, and of another run; it is taken to be whole and of this one."
+            f"{folder}: {error}; it may be damaged, or from another run, and is taken as complete and as of this run."
         )
-        found = Checkpoint(folder, _read_step(folder), {})
-        _refuse_code(folder)
-    return found._replace(is_chosen=True)
+    found = Checkpoint(folder, _read_step(folder), {}, is_chosen=True)
+    _check_pickles(folder, trusted=trusted)
+    return found
 
 
 def _read_step(folder: Path) -> int:
-    """The step by the trainer's state, for a checkpoint without manifest."""
+    """Read the step from the trainer's state, for a checkpoint without manifest."""
     path = folder / STATE_FILE
     try:
         return int(json.loads(path.read_text("utf-8"))["global_step"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: no trainer state can be read from it ({error!r}); choose another one") from error
+        raise UserError(f"{path}: the trainer's state cannot be read ({error!r}); choose another one") from error
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint through and require that it is whole and can be gone on from.
+def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
+    """Read a checkpoint and check that a run can resume from it.
+
+    Args:
+        folder: its folder.
+        trusted: whether its pickles are not audited.
 
     Raises:
-        Torn: it is not.
-        UserError: a file in it would run code when it is loaded.
+        IncompleteCheckpoint: it is incomplete or corrupt.
+        UserError: it is of another version of this program, or a file in it would run code.
     """
-    manifest = verify(folder)
+    manifest = read_manifest(folder)
+    if manifest.format != FORMAT:
+        version = "an older" if manifest.format < FORMAT else "a newer"
+        raise UserError(
+            f"{folder}: saved by {version} version of fastchat-qlora (manifest format {manifest.format}, this version "
+            f"reads format {FORMAT}); finish the run with that version, or start over with --restart True"
+        )
+    check_files(folder, manifest)
     if missing := _find_missing(manifest.files):
         raise IncompleteCheckpoint(f"it was saved without {' and '.join(missing)}")
-    _refuse_code(folder)
+    _check_pickles(folder, trusted=trusted)
     now = get_versions()
     changed = [
         f"{name} {old} then, {now.get(name)} now" for name, old in manifest.versions.items() if now.get(name) != old
     ]
     if changed:
-        logger.warning(f"{folder}: made with other libraries ({', '.join(changed)}); what follows may differ a little.")
+        logger.warning(f"{folder}: saved with other library versions ({', '.join(changed)}); results may differ a bit.")
     return Checkpoint(folder, manifest.step, manifest.run)
 
 
 def _find_missing(files: Collection[str]) -> list[str]:
-    """What of NEEDED is not among the files of a checkpoint."""
-    missing = [name for name in NEEDED if name not in files]
-    if DEEPSPEED_STATE in files:  # which has its own schedule in it
-        return [name for name in missing if name != SCHEDULE_FILE]
-    return missing
+    """Return the required files that a checkpoint lacks."""
+    required = [name for name in REQUIRED_FILES if name != SCHEDULE_FILE or DEEPSPEED_TAG not in files]
+    return [name for name in required if name not in files]  # DeepSpeed may keep the schedule in its own state
 
 
-def _refuse_code(folder: Path) -> None:
-    if unsafe := find_unsafe(folder):
+def _check_pickles(folder: Path, *, trusted: bool) -> None:
+    problems = find_refused(folder) + ([] if trusted else find_unsafe(folder))
+    if problems:
         raise UserError(
-            f"{folder}: {'; '.join(unsafe)}: loading it would run code that no checkpoint of this program has; do not "
-            "use it, or start anew with --restart True"
+            f"{folder}: {'; '.join(problems)}; do not use it, or start over with --restart True; --trust_checkpoint "
+            "True skips the audit of DeepSpeed's and DCP's files"
         )
 
 
-def checkpoints_in(output_dir: Path) -> list[tuple[int, Path]]:
-    """The checkpoint folders of a run with their steps, the newest first, whole or not."""
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Return the steps and folders of a run's checkpoints, complete or not, the newest first."""
     steps = {}
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", folder.name)
@@ -197,112 +188,3 @@ def checkpoints_in(output_dir: Path) -> list[tuple[int, Path]]:
 
 def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
-
-
-def clear_the_way(output_dir: Path, checkpoint: Checkpoint | None) -> None:
-    """Remove what was never finished, and set aside the checkpoints that come after the one the run goes on from.
-
-    They are torn or of another run, and this run will write its own under their names.
-    """
-    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
-    step = checkpoint.step if checkpoint else -1
-    chosen = checkpoint.folder.resolve() if checkpoint else None
-    found = checkpoints_in(output_dir)
-    later = [folder for number, folder in found if number > step and folder.resolve() != chosen]
-    if not later:
-        return
-    place = output_dir / SET_ASIDE
-    place.mkdir(exist_ok=True)
-    for folder in later:
-        target = next(t for n in range(len(os.listdir(place)) + 1) if not (t := place / f"{folder.name}.{n}").exists())
-        folder.rename(target)
-    names = ", ".join(folder.name for folder in reversed(later))
-    logger.warning(f"{place}: {names} were set aside, since the run does not go on from there; remove them at will.")
-
-
-class ClearTheWay(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Clear the way whenever training begins: with --auto_find_batch_size it may do so several times.
-
-    Args:
-        trainer: is told which checkpoint is the last one.
-        checkpoint: the one that the run goes on from.
-    """
-
-    def __init__(self, trainer: Any, checkpoint: Checkpoint | None) -> None:
-        self._trainer, self._checkpoint = trainer, checkpoint
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See clear_the_way; by the process that writes checkpoints. Results of an earlier, shorter run go too."""
-        self._trainer.last_checkpoint = self._checkpoint and str(self._checkpoint.folder)
-        output_dir = Path(args.output_dir)
-        best = output_dir / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.is_dir():  # the folder of the run may have moved
-            state.best_model_checkpoint = str(best)
-        if args.should_save:
-            with saving(str(output_dir), output_dir):
-                clear_the_way(output_dir, self._checkpoint)
-                if state.global_step < state.max_steps:
-                    (output_dir / RESULTS).unlink(missing_ok=True)
-
-
-def publish(unfinished: Path, target: Path, step: int, run: Mapping[str, str]) -> None:
-    """Have a checkpoint appear under its name, with its manifest, once all of it is on the disk.
-
-    Raises:
-        OSError: the disk is full, or has lost something; nothing has appeared.
-    """
-    write_manifest(unfinished, step, run)
-    unfinished.rename(target)
-    sync(target.parent)
-
-
-def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Keep so many checkpoints at the most; the newest whole one and the best one stay in any case.
-
-    Args:
-        output_dir: the folder of the run.
-        limit: --save_total_limit; None or 0: all are kept.
-        best: the folder of the best one so far, if it is to be kept.
-    """
-    if not limit or limit < 0:
-        return
-    whole, torn = [], []
-    for _, folder in checkpoints_in(output_dir):
-        try:
-            read_manifest(folder)
-            whole.append(folder)
-        except IncompleteCheckpoint:
-            torn.append(folder)
-    protected = {*whole[:1], *([Path(best)] if best else [])}
-    removable = [folder for folder in [*reversed(torn), *reversed(whole)] if folder not in protected]
-    surplus = len(whole) + len(torn) - max(limit, len(protected))
-    for folder in removable[: max(surplus, 0)]:
-        # Gone under its name at once, so that a kill leaves none that is half removed.
-        going = output_dir / UNFINISHED / f"removed-{folder.name}"
-        going.parent.mkdir(exist_ok=True)
-        folder.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
-
-
-@contextmanager
-def saving(what: str, output_dir: Path) -> Iterator[None]:
-    """Turn what goes wrong with a disk into one sentence.
-
-    Raises:
-        RunError: in place of the libraries' errors; torch and safetensors have their own for a full disk.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        # torch's distributed checkpoints have an error of no usual kind, with those of each process in it
-        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        # torch's writer of zip files says where in its source it was, and not always what the system has said.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        free = shutil.disk_usage(output_dir).free / 2**20
-        raise RunError(
-            f"{what} could not be written: {one_line(inner, 300)}; {free:,.1f} MiB are free there; earlier checkpoints "
-            "are whole: make room, and start the run again to go on from the last one"
-        ) from error

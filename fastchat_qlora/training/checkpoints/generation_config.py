@@ -1,4 +1,4 @@
-"""generation_config.json beside an adapter, so that whoever loads it stops where it was taught to."""
+"""generation_config.json beside an adapter, so that generation stops where training ended the turns."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -7,24 +7,24 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-NAME = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 
 
-def build_generation_config(base: PreTrainedModel, tokenizer: Any, turn_ends: Sequence[int]) -> GenerationConfig:
-    """How the base generates, stopping at every token that ends a turn as trained, and where the base itself stops.
+def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: Sequence[int]) -> GenerationConfig:
+    """Return the base model's generation settings, with every token that ends a turn in training as a stop token.
 
     Args:
-        base: the base model, whose own settings are kept.
+        base: the base model, whose own stop tokens and settings are kept.
         tokenizer: as saved beside the adapter.
-        turn_ends: ids of the tokens that learnt answers end with.
+        stop_tokens: ids of the tokens that supervised answers end with.
     """
     config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
     own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
-    config.eos_token_id = list(dict.fromkeys([*turn_ends, *(token for ids in own for token in _as_list(ids))]))
+    config.eos_token_id = list(dict.fromkeys([*stop_tokens, *(token for ids in own for token in _as_list(ids))]))
     config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
-    config._from_model_config = False  # else transformers may make it anew from the base's configuration
+    config._from_model_config = False  # else transformers may rebuild it from the base model's configuration
     return config
 
 
@@ -35,9 +35,9 @@ def _as_list(ids: int | Iterable[int] | None) -> list[int]:
 
 
 def write_generation_config(folder: Path, config: GenerationConfig) -> None:
-    """Write it as it is: transformers' own way refuses what some bases bring, such as a temperature without sampling.
+    """Write the settings unchecked: transformers refuses what some bases bring, such as a temperature without sampling.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: they cannot be written.
     """
-    (folder / NAME).write_text(config.to_json_string(), encoding="utf-8")
+    (folder / GENERATION_FILE).write_text(config.to_json_string(), encoding="utf-8")

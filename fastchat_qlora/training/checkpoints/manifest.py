@@ -1,7 +1,7 @@
-"""A checkpoint's account of itself: the run it is of, and the size and SHA-256 of each of its files.
+"""Manifest of a checkpoint: the run's fingerprint, and the size and SHA-256 of each file.
 
-A checkpoint is whole if it has a manifest and all of it is true: the manifest is written last, when every other byte is
-on the disk. It tells of accidents, not of forgery: who may write a checkpoint may write its manifest too.
+The manifest is written last, when every other byte is on the disk, so a checkpoint is complete if its manifest is true.
+It proves accidents, not forgery: whoever may write a checkpoint may write its manifest too.
 """
 
 import hashlib
@@ -9,58 +9,68 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had sentences as the values of its fingerprint."""
+
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets", "tokenizers")
-"""Whose versions may change what a run computes."""
+"""Libraries whose versions may change what a run computes; deepspeed may be missing."""
 
 
 class IncompleteCheckpoint(Exception):
-    """A checkpoint that is not whole; the message says what is wrong with it, as the end of a sentence."""
+    """A checkpoint that is incomplete or corrupt; the message is the end of a sentence."""
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint says of itself.
+    """Content of a manifest.
 
     Attributes:
         step: optimizer steps done.
-        run: what its run was: name -> value, see run_fingerprint.py.
+        run: fingerprint of the run, see run_fingerprint.py.
         versions: library -> version.
         files: path below the checkpoint's folder -> size in bytes and SHA-256.
+        format: format of the manifest.
     """
 
     step: int
-    run: dict[str, str]
+    run: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, tuple[int, str]]
+    format: int = FORMAT
 
 
 @cache  # looking them up takes 2 ms each, and every save asks
 def get_versions() -> dict[str, str]:
-    """The versions of the libraries that decide what a run computes."""
-    return {name: version(name) for name in LIBRARIES}
+    """Return the versions of the installed libraries that decide what a run computes."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
-def write_manifest(folder: Path, step: int, run: Mapping[str, str]) -> None:
-    """Bring every file of a folder to the disk and write down what they are.
+def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
+    """Flush every file of a folder to the disk and write their manifest.
 
     Raises:
         OSError: the disk is full, or has lost something.
     """
     files = {}
     (folder / MANIFEST).unlink(missing_ok=True)
-    for path in sorted(_files(folder)):
+    for path in sorted(_find_files(folder)):
         sync(path)
         files[path.relative_to(folder).as_posix()] = (path.stat().st_size, hash_file(path))
     for path in folder.rglob("*"):
         if path.is_dir():
             sync(path)
     manifest = {"format": FORMAT, "step": step, "run": dict(run), "versions": get_versions(), "files": files}
-    text = json.dumps({"manifest": manifest, "sha256": _digest(manifest)}, indent=1, ensure_ascii=False)
+    text = json.dumps({"manifest": manifest, "sha256": _hash_manifest(manifest)}, indent=1, ensure_ascii=False)
     path = folder / MANIFEST
     path.write_text(text + "\n", encoding="utf-8")
     sync(path)
@@ -68,36 +78,37 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, str]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint says of itself; its files are not looked at.
+    """Read a checkpoint's manifest, of any format; its files are not compared with it.
 
     Raises:
-        Torn: it has no manifest, or one that was damaged.
+        IncompleteCheckpoint: there is no manifest, or it is damaged.
     """
     try:
         outer = json.loads((folder / MANIFEST).read_text("utf-8"))
         inner = outer["manifest"]
-        is_whole = outer["sha256"] == _digest(inner) and inner["format"] == FORMAT
+        is_intact = outer["sha256"] == _hash_manifest(inner)
         files = {name: (int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
-        manifest = Manifest(int(inner["step"]), dict(inner["run"]), dict(inner["versions"]), files)
+        manifest = Manifest(
+            int(inner["step"]), dict(inner["run"]), dict(inner["versions"]), files, int(inner["format"])
+        )
     except FileNotFoundError:
         raise IncompleteCheckpoint(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise IncompleteCheckpoint(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
-    if not is_whole:
-        raise IncompleteCheckpoint(f"its {MANIFEST} was damaged, or is of another version")
     outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if not is_intact:
+        raise IncompleteCheckpoint(f"its {MANIFEST} is damaged")
     if outside or manifest.step < 0:
-        raise IncompleteCheckpoint(f"its {MANIFEST} is none of this program")
+        raise IncompleteCheckpoint(f"its {MANIFEST} is not a manifest of this program")
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest.
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every byte of a checkpoint with its manifest.
 
     Raises:
-        Torn: naming the first file that is missing, was added, or is another one.
+        IncompleteCheckpoint: naming the first file that is missing, was added, or differs.
     """
-    manifest = read_manifest(folder)
     for name, (size, digest) in manifest.files.items():
         path = folder / name
         try:
@@ -109,15 +120,14 @@ def verify(folder: Path) -> Manifest:
         except OSError as error:
             raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
-            raise IncompleteCheckpoint(f"{name} is not what was saved: its SHA-256 differs")
-    added = {path.relative_to(folder).as_posix() for path in _files(folder)} - manifest.files.keys() - {MANIFEST}
+            raise IncompleteCheckpoint(f"{name} has changed: its SHA-256 differs")
+    added = {path.relative_to(folder).as_posix() for path in _find_files(folder)} - manifest.files.keys() - {MANIFEST}
     if added:
-        raise IncompleteCheckpoint(f"{min(added)} was put into it later")
-    return manifest
+        raise IncompleteCheckpoint(f"{min(added)} was added later")
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
@@ -142,10 +152,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file below a folder, but not what file managers leave there under a name with a dot in front."""
+def _find_files(folder: Path) -> list[Path]:
+    """Return every file below a folder, without what file managers leave there (.DS_Store)."""
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".DS_")]
 
 
-def _digest(manifest: Any) -> str:
+def _hash_manifest(manifest: Any) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,55 +1,46 @@
-"""What the pickles of a checkpoint would make Python import, told without unpickling them.
+"""Audit of a checkpoint's pickles: which of them could run code, found without running it.
 
-transformers reads its files of a checkpoint with torch's `weights_only`. DeepSpeed 0.19 reads its own without it, and
-torch's distributed checkpoints (FSDP's sharded state dict) have a plain pickle, `.metadata`, which says where in the
-`.distcp` files other pickles lie; such a file is a program. So before anything of a checkpoint is read, every pickle in
-it may only name what those libraries themselves write: each by its exact name, for what lies beside it in the same
-module may do anything. A file of which it cannot be told is not safe.
+transformers 5.23, accelerate 1.15 and PEFT 0.21 read their files (optimizer.pt, scheduler.pt, rng_state.pth ...) by
+`torch.load(weights_only=True)`, which runs no code; here they are only tried out, so that a refusal is an error message
+and not a traceback. DeepSpeed 0.19 reads its `*.pt` files without `weights_only`, and torch 2.13's distributed
+checkpoints (DCP, for FSDP's sharded state dict) have a plain pickle, `.metadata`, which says where in the `.distcp`
+files more pickles lie. These may name only what the libraries themselves write, each by its exact name: what lies
+beside it in the same module may do anything.
 """
 
 import io
-import os
+import pickle
 import pickletools
-import zipfile
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
+from transformers.trainer_pt_utils import safe_globals
 
-UNPICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
-"""Endings of files that transformers, accelerate or DeepSpeed hand to torch.load."""
+from fastchat_qlora.utils.text import one_line
 
-SHARDS = ".distcp"
-METADATA = ".metadata"
-LATEST = "latest"
-"""DeepSpeed's: the name of the folder that it goes on from."""
+WEIGHTS_ONLY = ("*.pt", "*.pth", "*.bin", "*/*.bin")
+"""Files of a checkpoint that transformers, accelerate or PEFT may read, with `weights_only`."""
 
-NEVER_READ = ("training_args.bin",)
-"""Written by transformers' own Trainer, full of its classes, and read by nothing that resumes."""
+NEVER_READ = "training_args.bin"
+"""Written by transformers' Trainer, with its own classes in it, and read by nothing."""
 
-PICKLE, ZIP = b"\x80", b"PK\x03\x04"
-"""How pickles and torch's files begin."""
+SHARDS, METADATA = ".distcp", ".metadata"
+TAG_FILES = ("latest", "latest_universal")
+"""DeepSpeed's files with the name of the folder to load."""
 
-IN_TORCH_FILES = frozenset(
+DEEPSPEED_GLOBALS = frozenset(
     {
-        # The random states of NumPy, which transformers allows as well.
-        "numpy._core.multiarray._reconstruct",
-        "numpy.dtype",
-        "numpy.dtypes.UInt32DType",
-        "numpy.ndarray",
-        # DeepSpeed's state of ZeRO-2 and ZeRO-3.
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address",
     }
 )
-"""What files of torch.save may name beside what torch's `weights_only` always allows."""
+"""Names in the files of ZeRO-2 and ZeRO-3 beside those that torch's `weights_only` allows."""
 
 DCP = "torch.distributed.checkpoint.metadata"
-IN_METADATA = frozenset(
+METADATA_GLOBALS = frozenset(
     {
         *((DCP, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
         *((DCP, name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
@@ -61,171 +52,107 @@ IN_METADATA = frozenset(
         *(("torch", name) for name in ("bfloat16", "float16", "float32", "float64", "int64", "uint8")),
     }
 )
-"""Module and name of what `.metadata` may name."""
-
-PLAIN_OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
-    "BINFLOAT", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "TUPLE",
-    "TUPLE1", "TUPLE2", "TUPLE3", "NEWOBJ", "REDUCE", "BUILD", "STACK_GLOBAL", "SHORT_BINUNICODE", "BINUNICODE",
-    "MEMOIZE", "BINGET", "LONG_BINGET",
-}  # fmt: skip
-"""All that Python's pickler writes of such objects; among others are GLOBAL, INST, EXT and persistent ids."""
-
-TEXTS = ("SHORT_BINUNICODE", "BINUNICODE")
+"""Modules and names in `.metadata`."""
 
 
-class _Undecided(Exception):
-    """Why it cannot be told what a file would do."""
-
-
-def find_unsafe(folder: Path) -> list[str]:
-    """What of a checkpoint's files could run code, or have files read that lie elsewhere, if the checkpoint were read.
-
-    Args:
-        folder: the checkpoint; nothing in it is unpickled, except for a `.metadata` that has been found safe.
-
-    Returns:
-        Sentences that begin with a file's name in the folder; none if all files are safe.
-    """
+def find_refused(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that `weights_only` refuses to load, each with the reason."""
     problems = []
-    for path in _walk(folder):
-        name = path.relative_to(folder)
+    for path in sorted(path for pattern in WEIGHTS_ONLY for path in folder.glob(pattern) if path.is_file()):
+        if path.name == NEVER_READ:
+            continue
         try:
-            problems += [f"{name}: {problem}" for problem in _examine(path, is_top=path.parent == folder)]
-        except _Undecided as error:
-            problems.append(f"{name}: it cannot be told what it would run: {error}")
-        except OSError as error:
-            problems.append(f"{name}: cannot be read: {error.strerror or error}")
+            with safe_globals():  # of NumPy, whose random state is in rng_state.pth
+                torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # torch's reader of zip files is C++ and fails in its own ways
+            reason = _audit_safely(path) or type(error).__name__  # torch's text explains how to load it all the same
+            problems.append(f"{path.relative_to(folder)}: torch.load refuses it: {reason}")
     return problems
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files, and the links to folders, which are not followed."""
-    for parent, subfolders, names in os.walk(folder):
-        here = Path(parent)
-        yield from (here / name for name in sorted(subfolders) if (here / name).is_symlink())
-        yield from (here / name for name in sorted(names))
+def find_unsafe(folder: Path) -> list[str]:
+    """Return what could run code, or read files elsewhere, when DeepSpeed or DCP load a checkpoint.
 
-
-def _examine(path: Path, *, is_top: bool) -> list[str]:
-    if path.is_dir():
-        return ["is a link to a folder elsewhere"]
-    is_unpickled = path.name in (METADATA, LATEST) or path.suffix in (*UNPICKLED, SHARDS)
-    if not path.is_file():
-        return ["is no regular file"] if is_unpickled else []
-    if path.name in NEVER_READ or path.suffix == ".safetensors":  # whose first byte may be any
-        return []
-    if path.name == LATEST:
-        return _examine_latest(path)
-    if path.name == METADATA:
-        return _examine_distributed(path)
-    if path.suffix == SHARDS:
-        return [] if (path.parent / METADATA).exists() else [f"has no {METADATA} beside it, which says what it holds"]
-    with path.open("rb") as file:
-        beginning = file.read(len(ZIP))
-        if not is_unpickled and beginning != ZIP and not beginning.startswith(PICKLE):
-            return []
-        return _describe(_torch_names(file))
-
-
-def _describe(names: set[str]) -> list[str]:
-    if not names:
-        return []
-    shown = ", ".join(name[:80] for name in sorted(names)[:5]) + ", ..." * (len(names) > 5)
-    return [f"would run {shown}, which no checkpoint needs"]
-
-
-def _torch_names(file: IO[bytes]) -> set[str]:
-    """What a file of torch.save names and no checkpoint needs, as torch's own reader of such files finds it.
-
-    torch knows the opcodes that torch.save writes and refuses all others. It names things by GLOBAL only, so that none
-    is put together while it runs.
+    Returns:
+        Problems that begin with a file's path in the folder; none if the checkpoint is safe.
     """
-    file.seek(0)
-    if file.read(len(ZIP)) != ZIP:
-        raise _Undecided("it is no zip file as torch.save writes them")
-    try:
-        entries = zipfile.ZipFile(file).infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise _Undecided(str(error)) from error
-    if len({entry.filename for entry in entries}) != len(entries):
-        raise _Undecided("it holds two entries of one name")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _Undecided("it is compressed, which torch.save never does")
-    file.seek(0)
-    try:
-        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception as error:  # a file of strangers; torch's reader of zip files is C++ and fails in its own ways
-        raise _Undecided(" ".join(str(error).split())[:150]) from error
-    return found - IN_TORCH_FILES
+    problems = []
+    for path in sorted(folder.rglob("*")):  # links to folders are not followed
+        is_link = path.is_dir() and path.is_symlink()
+        is_state = path.suffix == ".pt" and path.parent != folder
+        if is_state or is_link or path.name in (METADATA, *TAG_FILES):
+            reason = "is a link to another folder" if is_link else _audit_safely(path)
+            problems += [f"{path.relative_to(folder)}: {reason}"] if reason else []
+    return problems
 
 
-def _examine_latest(path: Path) -> list[str]:
+def _audit_safely(path: Path) -> str:
+    """Return what is wrong with a file that is unpickled; empty if nothing is."""
+    if not path.is_file():
+        return "is not a regular file"
+    try:
+        if path.name in TAG_FILES:
+            return _audit_tag(path)
+        with path.open("rb") as file:
+            return _audit_metadata(path.parent, file) if path.name == METADATA else _audit_torch_file(file)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # an untrusted file may break its reader in any way
+        return f"cannot be audited: {one_line(error, 150) or type(error).__name__}"
+
+
+def _audit_tag(path: Path) -> str:
     with path.open("rb") as file:
-        named = file.read(1000).decode("utf-8", "replace").strip()
-    is_inside = named and named == Path(named).name and named not in (".", "..")
-    return [] if is_inside else [f"names {named[:100]!r}, which is no folder of this checkpoint"]
+        tag = file.read(1000).decode("utf-8", "replace").strip()
+    is_inside = tag and tag == Path(tag).name and tag not in (".", "..")
+    return "" if is_inside else f"names {tag[:100]!r}, which is not a folder of this checkpoint"
 
 
-def _examine_distributed(path: Path) -> list[str]:
-    """A distributed checkpoint's pickle, and if that is safe the pickles in the files beside it."""
-    problems = _describe(_plain_names(path) - {f"{module}.{name}" for module, name in IN_METADATA})
-    if problems:
-        return problems
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+def _audit_torch_file(file: IO[bytes]) -> str:
+    """Audit a file of torch.save by torch's own reader, which refuses all opcodes that torch.save does not write."""
+    names = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - DEEPSPEED_GLOBALS)
+    shown = ", ".join(name[:80] for name in names[:5])
+    return f"would run {shown}{', ...' if len(names) > 5 else ''}, which no checkpoint needs" if names else ""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """An unpickler of METADATA_GLOBALS only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of DCP's metadata."""
+        if (module, name) not in METADATA_GLOBALS:
+            raise pickle.UnpicklingError(f"it would run {module[:80]}.{name[:80]}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def _audit_metadata(folder: Path, file: IO[bytes]) -> str:
+    """Audit the metadata of a distributed checkpoint, and the pickles in the files that it names."""
+    content = file.read()
+    if any(opcode.name.startswith("EXT") for opcode, _, _ in pickletools.genops(content)):
+        raise pickle.UnpicklingError("it names things by extension codes")  # which may pass by find_class
+    metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    bytes_names = {name for name, kind in metadata.state_dict_metadata.items() if _is_pickled(kind)}
+    places = [(index.fqn, place) for index, place in metadata.storage_data.items()]
+    found = ((name, _audit_place(folder, place, is_pickled=name in bytes_names)) for name, place in places)
+    return next((f"{name}: {reason}" for name, reason in found if reason), "")
+
+
+def _is_pickled(kind: object) -> bool:
+    """Return whether a value is no tensor; DCP reads tensors with `weights_only`."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    try:
-        metadata = FileSystemReader(path.parent).read_metadata()
-        are_bytes = {
-            name for name, stored in metadata.state_dict_metadata.items() if isinstance(stored, BytesStorageMetadata)
-        }
-        places = [(index.fqn, place) for index, place in metadata.storage_data.items()]
-        return [
-            f"{name} at {place.offset} in {place.relative_path}: {problem}"
-            for name, place in places
-            for problem in _examine_place(path.parent, place, is_unpickled=name in are_bytes)
-        ]
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise _Undecided(f"it is no metadata of a distributed checkpoint ({error!r})") from error
+    return isinstance(kind, BytesStorageMetadata)
 
 
-def _examine_place(folder: Path, place: object, *, is_unpickled: bool) -> list[str]:
-    """One piece of a `.distcp` file. Tensors are read with `weights_only`, all else without."""
-    name, offset, length = place.relative_path, place.offset, place.length  # type: ignore[attr-defined]
+def _audit_place(folder: Path, place: Any, *, is_pickled: bool) -> str:
+    """Audit one piece of a `.distcp` file."""
+    name = place.relative_path
     if name != Path(name).name or not name.endswith(SHARDS):
-        return ["lies outside"]
-    if place.transform_descriptors:  # type: ignore[attr-defined]
-        return ["is packed in a way that is not looked into"]
-    if not is_unpickled:
-        return []
+        return f"lies outside, in {name[:100]!r}"
+    if place.transform_descriptors:
+        return "is packed in a way that cannot be audited"
+    if not is_pickled:
+        return ""
     with (folder / name).open("rb") as file:
-        file.seek(offset)
-        return _describe(_torch_names(io.BytesIO(file.read(length))))
-
-
-def _plain_names(path: Path) -> set[str]:
-    """What a plain pickle names."""
-    names: set[str] = set()
-    memo: list[str | None] = []
-    pushed: deque[str | None] = deque(maxlen=2)  # by the last two opcodes that change the stack; None for no text
-    try:
-        with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name not in PLAIN_OPCODES:
-                    raise _Undecided(f"it holds {opcode.name}")
-                if opcode.name == "MEMOIZE":
-                    memo.append(pushed[-1])
-                elif opcode.name == "STACK_GLOBAL":
-                    module, name = pushed
-                    if module is None or name is None:
-                        raise _Undecided("it puts a name together while it runs")
-                    names.add(f"{module}.{name}")
-                    pushed.append(None)
-                elif opcode.name in ("BINGET", "LONG_BINGET"):
-                    pushed.append(memo[int(argument)])  # type: ignore[arg-type]  # of these opcodes always one
-                elif opcode.name not in ("PROTO", "FRAME"):
-                    pushed.append(argument if opcode.name in TEXTS else None)
-    except (ValueError, IndexError, TypeError) as error:
-        raise _Undecided(f"it is no pickle: {error}") from error
-    return names
+        file.seek(place.offset)
+        return _audit_torch_file(io.BytesIO(file.read(place.length)))

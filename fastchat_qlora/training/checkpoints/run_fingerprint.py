@@ -1,4 +1,4 @@
-"""What a run is, in words: kept with each checkpoint, and compared when a run goes on from one."""
+"""Fingerprint of a run: settings and digests, saved with each checkpoint and compared on resume."""
 
 import hashlib
 import json
@@ -9,116 +9,137 @@ import torch
 from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
-from fastchat_qlora.config.arguments import LoraArguments, RunArguments
+from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import dtype_name
+from fastchat_qlora.model.loading.quantization import get_base_quantization
 
-REPLICATED = ("one process", "DDP")
+NO_STRATEGY = "none"
+REPLICATED = (NO_STRATEGY, "DDP")
 """Strategies under which every process has all of the adapter and of the optimizer's state."""
 
-IN_THE_STATE = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
-"""Flags that a checkpoint's optimizer brings along: another value on the command line would have no effect."""
+OPTIMIZER_FLAGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+"""Flags whose values a checkpoint's optimizer brings along: another value would have no effect."""
 
-FROM_NOW_ON = (
+STEP_FLAGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
 )
-"""Flags that decide which conversations a step has and what it makes of them. Not among them are `max_steps` and
-`num_train_epochs`: a run may be made longer."""
+"""Flags that decide what a step is. `max_steps` and `num_train_epochs` are missing: a run may be made longer."""
 
-BEARABLE = (*FROM_NOW_ON, "data", "template", "tokenizer", "model_max_length", "overlong", "train_on", "eval_split")
-"""What may change where the user names the checkpoint to go on from. All else, no optimizer's state would fit."""
+DATA_FLAGS = ("overlong", "train_on", "eval_split")
+
+TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, "model_max_length", "data", "chat_template", "tokenizer")
+"""What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
+
+LABELS = {
+    "strategy": "strategy",
+    "processes": "processes",
+    "optimizer": "--optim",
+    "optimizer_offload": "--deepspeed, device of offload_optimizer",
+    "deepspeed_state_layout": "--deepspeed, layout of the state",
+    "compute_dtype": "compute dtype (--bf16, --fp16)",
+    "base_quantization": "quantization of the base model (--q_lora, --load_in_8bit, --bnb_4bit_*)",
+    "packing_capacity": "--packing, tokens of a sequence",
+    "fsdp_state_dict_type": "--fsdp_config, state_dict_type",
+    "data": "--data_path, content",
+    "chat_template": "chat template (--conv_template)",
+    "tokenizer": "tokenizer",
+    "base_model": "--model_name_or_path, content",
+}
+"""Name in a fingerprint -> what a user knows it by; all others are flags."""
 
 
 class Change(NamedTuple):
-    """Something that is not as it was."""
+    """A setting that differs from the checkpoint's."""
 
     name: str
-    then: str
-    now: str
-    is_bearable: bool
+    then: Any
+    now: Any
+    is_tolerable: bool
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.then} then, {self.now} now"
+        label = LABELS.get(self.name, f"--{self.name}")
+        return f"{label}: {_format(self.then)} then, {_format(self.now)} now"
 
 
-def find_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """What both runs say and say otherwise; one may be of a version that did not say it yet."""
+def _format(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "defaults"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return settings present in both runs whose values differ."""
     replicated = all(run.get("strategy") in REPLICATED for run in (then, now))
-    bearable = (*BEARABLE, *(("strategy", "processes") if replicated else ()))
+    tolerable = (*TOLERABLE, "strategy", "processes") if replicated else TOLERABLE
     return [
-        Change(name, then[name], value, name in bearable)
+        Change(name, then[name], value, name in tolerable)
         for name, value in now.items()
-        if then.get(name, value) != value
+        if name in then and then[name] != value
     ]
 
 
-def describe_settings(
+def fingerprint_settings(
     args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype
-) -> dict[str, str]:
-    """What the flags decide: how a checkpoint is laid out, what its state is the state of, what a step is."""
+) -> dict[str, Any]:
+    """Return as JSON values what the flags decide: the layout of a checkpoint, and what a step is."""
     training, data = args.training, args.data
     deepspeed = training.deepspeed or {}
+    is_alone = topology.world_size == 1 and not topology.zero_stage and not topology.fsdp
     optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
-    flags = {name: getattr(training, name) for name in (*IN_THE_STATE, *FROM_NOW_ON)}
-    flags |= {name: getattr(data, name) for name in ("overlong", "train_on", "eval_split")}
+    flags = {name: getattr(training, name) for name in (*OPTIMIZER_FLAGS, *STEP_FLAGS, "model_max_length")}
+    flags |= {name: getattr(data, name) for name in DATA_FLAGS}
     return {
-        "strategy": topology.strategy,
-        "processes": str(topology.world_size),
+        "strategy": NO_STRATEGY if is_alone else topology.strategy,
+        "processes": topology.world_size,
         "optimizer": optimizer.lower().removesuffix("_fused"),
-        "optimizer offloaded to": get_offload_device(deepspeed, "offload_optimizer"),
-        "layout of DeepSpeed's state": describe_state_layout(deepspeed),
-        "compute dtype": dtype_name(dtype),
-        "base weights": _base_weights(args.lora, dtype),
-        "rows of a batch": f"packed up to {training.model_max_length}" if data.packing else "conversations",
-        "state dict of FSDP": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
-        "model_max_length": str(training.model_max_length),
-        **{name: str(getattr(value, "value", value)) for name, value in flags.items()},
-        **_describe_adapter(lora_config),
+        "optimizer_offload": get_offload_device(deepspeed, "offload_optimizer"),
+        "deepspeed_state_layout": describe_state_layout(deepspeed),
+        "compute_dtype": dtype_name(dtype),
+        "base_quantization": get_base_quantization(args.lora)._asdict(),
+        "packing_capacity": training.model_max_length if data.packing else None,
+        "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
+        **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
+        **_fingerprint_adapter(lora_config),
     }
 
 
-def _base_weights(lora_args: LoraArguments, dtype: torch.dtype) -> str:
-    if lora_args.load_in_8bit:
-        return "8 bits"
-    if not lora_args.q_lora:
-        return dtype_name(dtype)
-    return lora_args.bnb_4bit_quant_type + ", quantised twice" * lora_args.bnb_4bit_use_double_quant
-
-
-def _describe_adapter(config: LoraConfig) -> dict[str, str]:
-    """The adapter's shape, by the flags' names."""
+def _fingerprint_adapter(config: LoraConfig) -> dict[str, Any]:
+    """Return the adapter's shape by the names of the flags."""
     targets = config.target_modules
     return {
-        "lora_r": str(config.r),
-        "lora_alpha": str(config.lora_alpha),
-        "lora_dropout": str(config.lora_dropout),
-        "lora_target_modules": targets if isinstance(targets, str) else " ".join(sorted(targets or ())),
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
         "lora_bias": config.bias,
-        "use_rslora": str(config.use_rslora),
-        "use_dora": str(config.use_dora),
-        "modules_to_save": " ".join(sorted(config.modules_to_save or ())),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "modules_to_save": sorted(config.modules_to_save or ()),
     }
 
 
-def describe_data(tokenizer: Any, contents: Sequence[str], base: str) -> dict[str, str]:
-    """What the data, the tokenizer and the base model are, as short digests.
+def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -> dict[str, Any]:
+    """Return short digests of the data, the chat template, the tokenizer and the base model.
 
     Args:
         tokenizer: with the chat template that was used.
-        contents: hashes of the files of the training data.
-        base: what the files of the base model are.
+        contents: hashes of the training data's files.
+        base_files: fingerprint of the base model's files.
     """
     return {
-        "data": digest(" ".join(contents)),
-        "template": digest(str(tokenizer.chat_template)),
-        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
-        "base model": digest(base),
+        "data": _digest(" ".join(contents)),
+        "chat_template": _digest(str(tokenizer.chat_template)),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+        "base_model": _digest(base_files),
     }
 
 
-def digest(text: str) -> str:
-    """Twelve hexadecimal digits by which two people can see that they have the same."""
+def _digest(text: str) -> str:
+    """Return twelve hexadecimal digits, enough for two people to compare."""
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12]

@@ -23,7 +23,7 @@ from fastchat_qlora.config.arguments import LoraArguments, RunArguments
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.model.loading.base_model import dtype_name, get_compute_dtype
-from fastchat_qlora.training.checkpoints.adapter_export import CARD
+from fastchat_qlora.training.checkpoints.adapter_export import CARD_FILE
 from fastchat_qlora.training.checkpoints.manifest import sync
 from fastchat_qlora.training.setup import PreparedRun
 from fastchat_qlora.utils.text import mask_secrets, one_line
@@ -82,13 +82,13 @@ def write_model_card(
         metrics: its results; those named in RESULTS are taken.
         effective: what was in effect, see effective.read_back.
     """
-    part = folder / f"{CARD}.unfinished"
+    part = folder / f"{CARD_FILE}.unfinished"
     try:
         part.write_text(build_model_card(folder.resolve().name, args, prepared, metrics, effective), encoding="utf-8")
         sync(part)
-        part.replace(folder / CARD)
+        part.replace(folder / CARD_FILE)
     except Exception as error:  # of a disk, a template, or the hub's library
-        logger.warning(f"{folder / CARD}: the model card could not be written ({one_line(error, 200)}).")
+        logger.warning(f"{folder / CARD_FILE}: the model card could not be written ({one_line(error, 200)}).")
         with suppress(OSError):
             part.unlink(missing_ok=True)
 

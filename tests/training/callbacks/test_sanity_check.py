@@ -75,7 +75,7 @@ def test_nothing_is_drawn_or_counted(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run_sanity_check(trainer)
     assert torch.equal(torch.get_rng_state(), before)
-    assert trainer.tokens_seen() == (0, 0)
+    assert trainer.count_tokens() == (0, 0)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
