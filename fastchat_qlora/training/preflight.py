@@ -1,4 +1,4 @@
-"""What is built or asked only when the weights have been loaded, tried out before: a failure costs seconds then."""
+"""Preflight of what Trainer builds only after the weights are loaded: optimizer, schedule, compiler, hub."""
 
 import inspect
 import math
@@ -14,27 +14,27 @@ from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
-STEPS = 100
-"""Of a rehearsed schedule, where the number of steps follows from the data."""
+TRIAL_STEPS = 100
+"""Steps of a schedule that is tried out, if their number follows from the data."""
 
-GIVEN_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""Parameters of a schedule that are no setting of it."""
+RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""Parameters of a schedule that the run gives."""
 
-WITH_A_MODEL = ("params", "model", "optimizer_dict")
-"""What optimizers get of a whole model; those that do cannot be rehearsed on one parameter."""
+MODEL_PARAMETERS = ("params", "model", "optimizer_dict")
+"""Parameters of optimizers that need the whole model, and so cannot be tried out on one parameter."""
 
 
 def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> None:
-    """Require that the optimizer, the schedule, the compiler and the hub are there, as far as they are asked for.
+    """Build the optimizer, the schedule and the compiler on one parameter, and ask the hub who the user is.
 
-    Not the first two under DeepSpeed, for its configuration may name others.
+    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built.
 
     Args:
         args: as parsed.
         model: without weights, for optimizers that look at its layers' names.
 
     Raises:
-        UserError: naming the flags, and what the libraries say.
+        UserError: one of them cannot be used.
     """
     if args.push_to_hub and args.process_index == 0:
         _check_hub(args)
@@ -45,21 +45,21 @@ def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> Non
     optimizer = _build_optimizer(args, model)
     allowed = _check_schedule_settings(args)
     kind, settings = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs or {}
-    steps = args.max_steps if args.max_steps > 0 else STEPS
+    steps = args.max_steps if args.max_steps > 0 else TRIAL_STEPS
     warmup = args.get_warmup_steps(steps)
     try:
         schedule = get_scheduler(kind, optimizer, warmup, steps, scheduler_specific_kwargs=dict(settings))
         for rate_of in getattr(schedule, "lr_lambdas", ()):
             if not all(math.isfinite(rate_of(step)) for step in {0, warmup, warmup + 1, steps // 2, steps - 1, steps}):
                 raise ValueError("it gives learning rates that are not finite")
-    except Exception as error:  # settings go through to torch and to closures that look at them late
+    except Exception as error:  # torch and closures take the settings unchecked, and look at them late
         given = f" with --lr_scheduler_kwargs {settings}" if settings else ""
         takes = f"; --lr_scheduler_kwargs may set {', '.join(allowed)}" if allowed else ""
         raise UserError(f"--lr_scheduler_type {kind}{given}: cannot be used: {one_line(error, 200)}{takes}") from error
 
 
 def _check_hub(args: TrainingArguments) -> None:
-    """The Trainer makes the repository when it is built, and by then the weights are there."""
+    """Check the repository's name and the login; Trainer creates the repository after the weights are loaded."""
     from huggingface_hub import whoami
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented as public
 
@@ -70,7 +70,7 @@ def _check_hub(args: TrainingArguments) -> None:
             raise UserError(f"--hub_model_id {args.hub_model_id}: {one_line(error, 200)}") from error
     try:
         whoami(args.hub_token)
-    except Exception as error:  # of the network, of the hub, of a token that is none
+    except Exception as error:  # of the network, of the hub, of an invalid token
         reason = one_line(error, 200)
         raise UserError(
             f"--push_to_hub True: the hub does not know you: {reason}; log in with `hf auth login` or drop the flag"
@@ -87,34 +87,34 @@ def _check_compilation(args: TrainingArguments) -> None:
     except Exception as error:  # backends are packages of their own
         given = f" with --torch_compile_mode {mode}" if mode is not None else ""
         raise UserError(
-            f"--torch_compile_backend {backend}{given}: cannot be used: {one_line(error, 200)}; mend or drop"
+            f"--torch_compile_backend {backend}{given}: cannot be used: {one_line(error, 200)}; correct or drop it"
         ) from error
 
 
 def _check_schedule_settings(args: TrainingArguments) -> list[str]:
-    """The settings that the schedule has, after requiring that no others are given."""
+    """Return the settings that the schedule has, and check that no others are given."""
     kind = SchedulerType(args.lr_scheduler_type)
     names = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
-    allowed = [name for name in names if name not in GIVEN_BY_THE_RUN and name != "kwargs"]
+    allowed = [name for name in names if name not in RUN_PARAMETERS and name != "kwargs"]
     if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
-        allowed = []  # transformers gives them nothing
+        allowed = []  # transformers passes them nothing
     unknown = [name for name in args.lr_scheduler_kwargs or {} if name not in allowed]
-    if unknown and (not takes_any or {*unknown} & {*GIVEN_BY_THE_RUN}):
-        hint = f"it has {', '.join(allowed)}" if allowed else "it has none, drop the flag"
+    if unknown and (not takes_any or {*unknown} & {*RUN_PARAMETERS}):
+        hint = f"use {', '.join(allowed)}" if allowed else "it has none, drop the flag"
         raise UserError(
-            f"--lr_scheduler_kwargs {', '.join(unknown)}: no setting of --lr_scheduler_type {kind.value}; {hint}"
+            f"--lr_scheduler_kwargs {', '.join(unknown)}: not a setting of --lr_scheduler_type {kind.value}; {hint}"
         )
     return allowed
 
 
 def _build_optimizer(args: TrainingArguments, model: torch.nn.Module | None) -> torch.optim.Optimizer:
-    """The optimizer asked for, over one parameter; torch's SGD in place of one that needs the model."""
+    """Return the optimizer of the run on one parameter; torch's SGD in place of one that needs the model."""
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     name = OptimizerNames(args.optim).value
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if not any(key in settings for key in WITH_A_MODEL):
+        if not any(key in settings for key in MODEL_PARAMETERS):
             built: torch.optim.Optimizer = kind([parameter], **settings)
             return built
     except Exception as error:  # --optim_args goes through to whatever package has the optimizer

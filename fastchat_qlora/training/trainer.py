@@ -246,6 +246,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         with self.throughput.paused(), torch.random.fork_rng(devices=devices):
             yield
 
+    def autocast(self) -> torch.autocast:
+        """Return the autocast of training, for a forward pass outside of it."""
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=self.accelerator.native_amp)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""
         if "loss" in logs:
@@ -348,12 +353,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Return the most tokens that a micro-batch of this run can have, padding included."""
         batch_size = self._train_batch_size  # --auto_find_batch_size changes it
         return find_max_batch_tokens(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
-
-    def last_figures(self) -> dict[str, Any]:
-        """Return the steps done, the last logged loss, and the step of the adapter if it is an earlier one."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        figures = {"steps": self.state.global_step} | ({"loss": losses[-1]} if losses else {})
-        return figures | ({"best_step": self.best_step} if self.best_step else {})
 
     def count_tokens(self) -> tuple[int, int]:
         """Return the real and supervised tokens since the start of this process, over all processes."""

@@ -1,4 +1,4 @@
-"""--activation_checkpointing auto: recompute no more than memory asks for."""
+"""--activation_checkpointing auto: checkpoint as few layers as the memory allows."""
 
 import copy
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 from peft import LoraConfig
-from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState
+from transformers import PretrainedConfig, TrainerCallback
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.model.adapter.lora import attach_adapter
@@ -23,21 +23,21 @@ from fastchat_qlora.utils.text import one_line
 logger = logging.getLogger(__name__)
 
 USABLE_MEMORY_SHARE = {"cpu": 0.8}
-"""How much of the free memory a step may be planned to take; on a CPU others want some too."""
+"""Share of the free memory that a step may take; on a CPU other programs want some too."""
 USABLE_ACCELERATOR_SHARE = 0.92
-GIB = 2**30
+BYTES_PER_GIB = 2**30
 
 
 def estimate_model_cost(
-    config: PretrainedConfig, lora_config: LoraConfig, dtype: torch.dtype, **how: Any
+    config: PretrainedConfig, lora_config: LoraConfig, dtype: torch.dtype, **options: Any
 ) -> memory.ModelCost | str:
-    """What the model of a run will need, before any of its weights is loaded; or why that cannot be told.
+    """Return what the model of a run will need, before its weights are loaded, or why that cannot be known.
 
     Args:
         config: of the base model.
         lora_config: of the adapter.
-        dtype: that the base computes in.
-        how: further arguments of memory.profile.
+        dtype: that the base model computes in.
+        options: further arguments of measure_model_cost.
     """
     meta_model = build_meta_model(copy.deepcopy(config))
     if meta_model is None:
@@ -45,19 +45,19 @@ def estimate_model_cost(
     shallow = make_shallow_configs(config, meta_model, lora_config)
     try:
         if shallow is None:
-            return _profile(meta_model, lora_config, dtype, **how)
-        few, more = (_profile(build_meta_model(of), lora_config, dtype, **how) for of in shallow)
+            return _measure(meta_model, lora_config, dtype, **options)
+        few, more = (_measure(build_meta_model(of), lora_config, dtype, **options) for of in shallow)
         return extrapolate_layers(few, more, len(get_repeated_layers(meta_model)))
     except Exception as error:  # models fail in as many ways as there are authors
-        return f"the model cannot be run without weights: {one_line(error, 200)}"
+        return f"the model cannot run without weights: {one_line(error, 200)}"
 
 
-def _profile(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **how: Any) -> memory.ModelCost:
-    return memory.measure_model_cost(attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config)), **how)
+def _measure(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **options: Any) -> memory.ModelCost:
+    return memory.measure_model_cost(attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config)), **options)
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Checkpoint the fewest layers with which a step fits, say why, and look again after the first step.
+    """Checkpoints the fewest layers with which a step fits, and corrects that after the first step.
 
     Args:
         trainer: set up, without checkpointing.
@@ -68,16 +68,15 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._trainer, self._model = trainer, model
         self._tokens = self._checkpointed = 0
         self._available = self._held = self._peak_before = 0.0
-        self._measured = False
+        self._is_corrected = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Decide by what is free now that weights and adapter are where they stay; a collective operation."""
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Choose the layers by the memory that is free beside weights and adapter; a collective operation."""
         if isinstance(self._model, str):
-            count = len(get_repeated_layers(self._trainer.adapter))
-            logger.warning(f"Activation checkpointing: on, for what the run needs cannot be told: {self._model}.")
-            checkpoint_layers(self._trainer, count)
+            logger.warning(
+                f"Activation checkpointing: all layers, because the memory needed is unknown: {self._model}."
+            )
+            checkpoint_layers(self._trainer, len(get_repeated_layers(self._trainer.adapter)))
             return
         device = args.device
         self._tokens = self._trainer.find_max_batch_tokens()
@@ -85,60 +84,60 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
         self._apply(self._choose(scale=1.0), "")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Correct the estimate by what the first step has needed; a collective operation."""
-        if self._measured or isinstance(self._model, str):
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Choose again by the peak memory of the first step; a collective operation."""
+        if self._is_corrected or isinstance(self._model, str):
             return
-        self._measured = True
+        self._is_corrected = True
         scale, peak = 1.0, peak_memory_mib(args.device)
-        if peak > self._peak_before:  # else loading took more, and the step may have needed anything less
-            foreseen = self._need(self._trainer.largest_batch_tokens, self._checkpointed)
+        if peak > self._peak_before:  # else loading took more, and what the step needed is unknown
+            estimate = self._estimate(self._trainer.largest_batch_tokens, self._checkpointed)
             unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
             # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
-            # it is more than the state. Of a step as small as that there is nothing to learn.
-            learning = foreseen.gradients + foreseen.optimizer
-            if in_backward > learning:
-                scale = max(0.5, in_backward / (foreseen.of_a_step - learning - unpacked))
+            # it is larger than the state. From a smaller step nothing can be concluded.
+            state = estimate.gradients + estimate.optimizer
+            if in_backward > state:
+                scale = max(0.5, in_backward / (estimate.of_a_step - state - unpacked))
         count = self._choose(scale)
         if count != self._checkpointed:
-            self._apply(count, f" (the first step needed {scale:.2f} times what was foreseen)")
+            self._apply(count, f" (the first step needed {scale:.2f} times the estimate)")
 
-    def _need(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.MemoryNeed:
+    def _estimate(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.MemoryNeed:
         assert not isinstance(self._model, str)
-        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._how())
+        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._get_options())
 
-    def _how(self) -> dict[str, Any]:
+    def _get_options(self) -> dict[str, Any]:
         sharded = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
         shards = self._trainer.args.world_size if sharded else 1
         return {"optimizer": str(self._trainer.args.optim.value), "shards": shards}
 
     def _choose(self, scale: float) -> int:
-        """The same in all processes: layers that are recomputed are gathered again by all that share their weights."""
+        """Return the number of layers, the same in all processes: recomputed layers are gathered again by all."""
         assert not isinstance(self._model, str)
         count = memory.count_layers_to_checkpoint(
-            self._model, self._tokens, self._available, scale=scale, **self._how()
+            self._model, self._tokens, self._available, scale=scale, **self._get_options()
         )
         chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
-        self._fits = count is not None
-        self._scale = scale
+        self._fits, self._scale = count is not None, scale
         return int(self._trainer.accelerator.gather(chosen).max())
 
     def _apply(self, count: int, because: str) -> None:
         assert not isinstance(self._model, str)
         self._checkpointed = count
         checkpoint_layers(self._trainer, count)
-        need = self._need(self._tokens, count, self._scale)
+        need = self._estimate(self._tokens, count, self._scale)
         line = (
             f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
-            f"{self._tokens:,} tokens needs {need.of_a_step / GIB:.2f} GiB (activations "
-            f"{need.activations / GIB:.2f}, work {need.work / GIB:.2f}, gradients and optimizer "
-            f"{(need.gradients + need.optimizer) / GIB:.2f}) of the {self._available / GIB:.2f} GiB that it may take."
+            f"{self._tokens:,} tokens needs {need.of_a_step / BYTES_PER_GIB:.2f} GiB (activations "
+            f"{need.activations / BYTES_PER_GIB:.2f}, work {need.work / BYTES_PER_GIB:.2f}, gradients and optimizer "
+            f"{(need.gradients + need.optimizer) / BYTES_PER_GIB:.2f}) of {self._available / BYTES_PER_GIB:.2f} GiB "
+            "available."
         )
         if self._fits:
             logger.info(line)
         else:
-            logger.warning(f"{line} It may run out of memory: lower --per_device_train_batch_size.")
+            logger.warning(f"{line} It may run out of memory; lower --per_device_train_batch_size.")
 
 
 def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
@@ -158,26 +157,28 @@ def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that this process may still take: of its device, or its share of what the machine has left."""
+    """Return the bytes that this process may still take: of its device, or its share of the machine's free memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
-    # DeepSpeed's launcher tells the number of processes of a machine under the first name, torch's under the second.
-    neighbours = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    limit, used = _container()
-    return float(min(psutil.virtual_memory().available, limit - used) / neighbours)
+    # The number of processes on this machine: by DeepSpeed's launcher, and by torch's.
+    processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    limit, used = _read_container_bytes()
+    return float(min(psutil.virtual_memory().available, limit - used) / processes)
 
 
 def get_device_memory_gib(kind: str) -> float | None:
-    """GiB of this machine's device of a kind, whatever is in use of it; None if it has none."""
+    """Return the GiB of this machine's device of a kind, used or not; None if it has none."""
     if kind == "cpu":
-        limit, _ = _container()
-        return float(min(psutil.virtual_memory().total, limit) / GIB)
-    return float(torch.cuda.get_device_properties(0).total_memory / GIB) if torch.cuda.is_available() else None
+        limit, _ = _read_container_bytes()
+        return float(min(psutil.virtual_memory().total, limit) / BYTES_PER_GIB)
+    return (
+        float(torch.cuda.get_device_properties(0).total_memory / BYTES_PER_GIB) if torch.cuda.is_available() else None
+    )
 
 
-def _container() -> tuple[float, float]:
-    """Bytes that this process's control group may have, and has; no limit where there is none (Linux, cgroup v2)."""
+def _read_container_bytes() -> tuple[float, float]:
+    """Return the limit of this process's control group and what it uses; no limit if there is none (cgroup v2)."""
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -187,7 +188,7 @@ def _container() -> tuple[float, float]:
 
 
 def held_bytes(device: torch.device) -> float:
-    """Memory that this process holds now: on the device, or resident on the CPU."""
+    """Return the bytes that this process holds now: on the device, or resident on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))
     return float(psutil.Process().memory_info().rss)

@@ -1,9 +1,8 @@
-"""The silent failures that stop a run."""
+"""Guards against silent failures: no gradient, a loss that is not finite or 0, changed base weights."""
 
-import logging
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,27 +14,26 @@ from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 
-logger = logging.getLogger(__name__)
+LISTED_RECORDS = 10
+"""Records of a bad step that an error names."""
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stop when the adapter gets no gradient in the first step, whatever the cause; the loss would stay where it is.
+    """Stops the run if tensors of the adapter get no gradient in the first step.
 
-    With `--ddp_find_unused_parameters True` some of it may get none, such as an expert without tokens.
+    With `--ddp_find_unused_parameters True` some may get none, such as those of an expert without tokens.
     """
 
     def __init__(self) -> None:
         self._silent: set[str] = set()
         self._hooks: list[Any] = []
-        self._has_looked = False
+        self._has_checked = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """DeepSpeed keeps gradients to itself: there each tensor tells, in the first step, when its gradient comes."""
+    def on_train_begin(self, args: TrainingArguments, *_: Any, model: Any = None, **__: Any) -> None:
+        """Watch the gradients of the first step by hooks under DeepSpeed, which keeps them to itself."""
         if not args.deepspeed:
             return
-        parameters = get_trainable_parameters(kwargs["model"])
+        parameters = get_trainable_parameters(model)
         self._silent = set(parameters)
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._silent.discard(name))
@@ -43,13 +41,13 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
         ]
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
-        """Look at what backward has left, without waiting for the device."""
-        if self._has_looked:
+        """Check the gradients of the first step, without waiting for the device."""
+        if self._has_checked:
             return
-        self._has_looked = True
-        parameters = get_trainable_parameters(kwargs["model"])
+        self._has_checked = True
+        parameters = get_trainable_parameters(model)
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if args.deepspeed:
             without = sorted(self._silent)
@@ -59,28 +57,29 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
         if without and not some_may:
             raise RunError(
                 f"step {state.global_step + 1}: {len(without)} of {len(parameters)} adapter tensors got no gradient, "
-                f"such as {without[0]}; the adapter does not take part in the loss"
+                f"such as {without[0]}; the loss does not depend on them"
             )
 
 
 class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stop at an evaluation that is not finite, and at a loss of nothing; looked at whenever they are logged."""
+    """Stops the run if a logged evaluation is not finite, or a logged loss is 0."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any
+    ) -> None:
         """Check the values of one log entry."""
-        logs = kwargs.get("logs") or {}
-        value = logs.get("eval_loss")
+        value = (logs or {}).get("eval_loss")
         if value is not None and not torch.isfinite(torch.tensor(float(value))):
             raise AgreedError(f"step {state.global_step}: eval_loss is {value}; lower --learning_rate")
-        if logs.get("loss") == 0:
+        if (logs or {}).get("loss") == 0:
             raise AgreedError(
-                f"step {state.global_step}: the loss is exactly 0: there is nothing left to learn, or nothing is "
-                "learnt from; look at the data with fastchat-qlora inspect, or lower --learning_rate"
+                f"step {state.global_step}: the loss is exactly 0, so nothing is trained; check the data with "
+                "fastchat-qlora inspect, or lower --learning_rate"
             )
 
 
 class LastStepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Log the last step: what was not logged enters `train_loss` as the first process's share only."""
+    """Logs the last step: without a log entry, `train_loss` would hold the first process's share of it only."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log entry at the end of the run."""
@@ -89,13 +88,13 @@ class LastStepLog(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 
 class FrozenBase:
-    """The base weights, which nothing may change.
+    """Checksums of the base weights, which training must not change.
 
-    They are added up as integers, bit patterns and not values, where they lie: a pass over them at the speed of
-    memory. A change of any one value changes the sum; several would have to cancel out exactly.
+    Weights are summed as integers, bit patterns and not values, in place: one pass at the speed of memory. A change of
+    one value changes the sum; changes of several would have to cancel out exactly.
 
     Args:
-        model: as it is trained; of weights that are shared out, each process looks at its own part.
+        model: as it is trained; of sharded weights, each process looks at its own part.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -103,7 +102,7 @@ class FrozenBase:
         self._sums = self._add_up()
 
     def check(self, step: int) -> None:
-        """Require that nothing has changed.
+        """Check that no weight has changed.
 
         Raises:
             RunError: naming a tensor that has.
@@ -113,34 +112,34 @@ class FrozenBase:
         if changed:
             raise RunError(
                 f"step {step}: {len(changed)} of {len(sums)} base weights have changed, such as {changed[0]}; the "
-                "adapter would not fit the base that it is used with"
+                "adapter would not fit the base model that it is used with"
             )
 
     def _add_up(self) -> dict[str, int]:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # after an evaluation some are still whole
-        named = dict(self._tensors())
-        sums = [_sum_of_bits(tensor) for tensor in named.values()]
+                module.reshard()  # after an evaluation some are still unsharded
+        named = dict(self._find_tensors())
+        sums = [_sum_bits(tensor) for tensor in named.values()]
         if not sums:
             return {}
         return dict(zip(named, torch.stack([value.to(sums[0].device) for value in sums]).tolist(), strict=True))
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _find_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
                 continue
             tensor: Any = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's part of it
             tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if tensor.numel():  # ZeRO-3 may have sent it to a disk
+            if tensor.numel():  # ZeRO-3 may have offloaded it to NVMe
                 yield name, tensor.detach()
 
 
-def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Eight bytes at a time as one integer, which overflows as it likes: other integers would be copied to int64."""
+def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's bytes, eight at a time as one int64 that may overflow, without a copy."""
     content = tensor.contiguous().view(-1).view(torch.uint8)
     whole = content.numel() // 8 * 8
-    if content.storage_offset() % 8:  # cannot be seen as such
+    if content.storage_offset() % 8:  # cannot be viewed as int64
         return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(content, 1 << 22)]).sum()
     return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
 
@@ -182,28 +181,42 @@ def host_group(seconds: int) -> Any:
         ) from error
 
 
-def tell_bad_step(step: int, said: list[dict[str, Any]], checkpoint: str | None) -> AgreedError:
-    """The error for a step whose loss is not finite, or whose gradient is not or is nothing.
+class StepReport(NamedTuple):
+    """An optimizer step of one process in plain numbers.
+
+    Attributes:
+        losses: of each micro-batch.
+        grad_norm: before clipping, over all processes.
+        sources: the records of each micro-batch as (file, line, id).
+    """
+
+    losses: list[float]
+    grad_norm: float | None
+    sources: list[list[tuple[Any, Any, Any]]]
+
+
+def build_bad_step_error(step: int, reports: list[StepReport], checkpoint: str | None) -> AgreedError:
+    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0.
 
     Args:
         step: its number.
-        said: by each process: its `losses` by micro-batch, the `grad_norm`, and the `sources` by micro-batch.
+        reports: one of each process.
         checkpoint: the last one saved.
     """
-    pairs = [pair for one in said for pair in zip(one["losses"], one["sources"], strict=True)]
+    pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
     guilty = [sources for loss, sources in pairs if not torch.isfinite(torch.tensor(loss))]
-    norm = next((one["grad_norm"] for one in said if one["grad_norm"] is not None), None)
-    kept = f"{checkpoint} is the last good checkpoint" if checkpoint else "no checkpoint had been saved yet"
+    norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
     if not guilty and norm == 0:
         return AgreedError(
-            f"step {step}: the gradient is exactly 0 in all of the adapter, so that it learns nothing any more; "
-            f"{kept}: lower --learning_rate, and look at the data with fastchat-qlora inspect"
+            f"step {step}: the gradient is exactly 0 in all of the adapter, so nothing is trained any more; {last}: "
+            "lower --learning_rate, and check the data with fastchat-qlora inspect"
         )
     suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
-    rows = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
-    what = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
-    shown = ", ".join(rows[:10]) + f" and {len(rows) - 10} more" * (len(rows) > 10)
+    records = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
+    problem = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
+    more = f" and {len(records) - LISTED_RECORDS} more" if len(records) > LISTED_RECORDS else ""
     return AgreedError(
-        f"step {step}: {what}; its rows: {shown}; {kept}: look at the rows, lower --learning_rate, or prefer --bf16 "
-        "to --fp16"
+        f"step {step}: {problem}; its records: {', '.join(records[:LISTED_RECORDS])}{more}; {last}: check the "
+        "records, lower --learning_rate, or use --bf16 instead of --fp16"
     )

@@ -1,4 +1,4 @@
-"""Before the first step: are conversations kept apart, and is the loss the loss? Asked of the run's model and data."""
+"""Check before the first step, on the run's model and data, of attention between conversations and of the loss head."""
 
 import logging
 from typing import Any, NamedTuple
@@ -7,9 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
-from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import get_default_attention, measure_leakage
@@ -19,39 +18,37 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 128
-"""Of each conversation, unless the model attends to a window: then as many as show that it does, up to LONGEST."""
-LONGEST = 1024
+CHECKED_TOKENS = 128
+"""Tokens of each conversation; for a model with sliding windows as many as exceed a window, up to the next constant."""
+MAX_CHECKED_TOKENS = 1024
 
 
 class Failures(NamedTuple):
-    """What is wrong with rows without padding, and with the loss head; empty where nothing is."""
+    """What is wrong with padding-free batches, and with the loss head; empty if nothing is."""
 
-    rows: str
+    padding_free: str
     loss: str
 
 
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Under DeepSpeed and FSDP weights are where they can be computed with once training begins: the test is then."""
+    """Runs the check when training begins under DeepSpeed and FSDP, whose models cannot run earlier."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop if the test fails, since the batches are laid out by now; every process takes part."""
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Stop if padding-free batches fail, which cannot be changed any more; every process takes part."""
         trainer = self._trainer
         if not _is_wrapped_late(trainer):
             return
         failures = find_failures(trainer, trainer.model_wrapped)
-        if failures.rows:
-            raise RunError(f"{failures.rows}; start again with --padding_free False")
+        if failures.padding_free:
+            raise RunError(f"{failures.padding_free}; start again with --padding_free False")
         _fall_back(trainer, failures)
 
 
 def run_sanity_check(trainer: LoraTrainer) -> None:
-    """Test, and go on with padded batches or the plain loss where that fails, and say so."""
+    """Run the check, and fall back to padded batches or the plain loss if it fails."""
     if not _is_wrapped_late(trainer):
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
             # With these flags Trainer leaves the model where it was loaded until training begins.
@@ -64,11 +61,11 @@ def _is_wrapped_late(trainer: LoraTrainer) -> bool:
 
 
 def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
-    if failures.rows:
+    if failures.padding_free:
         packing = isinstance(trainer.train_dataset, PackedDataset)
         logger.warning(
-            f"Batches are padded{' and rows not packed' if packing else ''}, slower and larger than they could be: "
-            f"{failures.rows}."
+            f"Batches are padded{' and sequences not packed' if packing else ''}, slower and larger than they could "
+            f"be: {failures.padding_free}."
         )
         trainer.data_collator.padding_free = False
         if packing:
@@ -80,54 +77,56 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
 
 
 def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
-    """Run the model on two conversations of the data.
+    """Run the model on two conversations of the data, and return what is wrong.
 
     Args:
-        trainer: set up; its model on its device.
-        forward: the model, or what a strategy has wrapped around it.
+        trainer: set up, with its model on its device.
+        forward: the model, or a strategy's wrapper around it.
     """
-    first, second = _two_conversations(trainer)
+    conversations = _choose_conversations(trainer)
     was_training = forward.training
     forward.eval()
-    device, dtype = trainer.args.device.type, torch.float16 if trainer.args.fp16 else torch.bfloat16
     try:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=trainer.accelerator.native_amp):
-            rows = _test_rows(trainer, forward, first, second) if trainer.data_collator.padding_free else ""
-            loss = _test_loss(trainer, forward, [first, second]) if trainer.loss_head else ""
-        return _agreed(Failures(rows, loss))
+        with torch.no_grad(), trainer.autocast():
+            padding_free = trainer.data_collator.padding_free
+            leak = _check_padding_free(trainer, forward, *conversations) if padding_free else ""
+            loss = _check_loss(trainer, forward, conversations) if trainer.loss_head else ""
+        return _agree_on_failures(Failures(leak, loss))
     finally:
         forward.train(was_training)
 
 
-def _agreed(found: Failures) -> Failures:
-    """The first reason that any process has found: they must all go on in the same way."""
+def _agree_on_failures(found: Failures) -> Failures:
+    """Return the first reason that any process has found: all must fall back alike."""
     everyone = gather_object([found]) if dist.is_initialized() else [found]
     return Failures(*(next((reason for reason in reasons if reason), "") for reasons in zip(*everyone, strict=True)))
 
 
-def _two_conversations(trainer: LoraTrainer) -> list[list[int]]:
-    """The first conversation and the longest one, cut short."""
+def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
+    """Return the first conversation and the longest one, cut short."""
     data = trainer.train_dataset
     conversations = data.conversations if isinstance(data, PackedDataset) else data
     longest = int(np.argmax(get_column(conversations, "length")))
     window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
-    most = window + 32 if window + 32 <= LONGEST else TOKENS
-    return [list(conversations[index]["input_ids"])[: max(most, TOKENS)] for index in (0, longest)]
+    tokens = window + 32 if window + 32 <= MAX_CHECKED_TOKENS else CHECKED_TOKENS
+    return [list(conversations[index]["input_ids"])[: max(tokens, CHECKED_TOKENS)] for index in (0, longest)]
 
 
-def _batch(trainer: LoraTrainer, conversations: list[list[int]]) -> dict[str, Any]:
-    rows = [{"input_ids": ids, "labels": ids} for ids in conversations]
-    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(rows))
+def _build_batch(trainer: LoraTrainer, conversations: list[list[int]]) -> dict[str, Any]:
+    examples = [{"input_ids": ids, "labels": ids} for ids in conversations]
+    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(examples))
     return batch
 
 
-def _test_rows(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
+def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
+    """Return whether the second conversation's logits change with the one before it in its row."""
     model = trainer.adapter.get_base_model()
-    shared, changed = (trainer.model_inputs(_batch(trainer, [neighbour, second])) for neighbour in (first, first[::-1]))
+    neighbors = (first, first[::-1])
+    shared, changed = (trainer.model_inputs(_build_batch(trainer, [neighbor, second])) for neighbor in neighbors)
     try:
         leak = measure_leakage(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
     except Exception as error:  # models fail in as many ways as there are authors
-        return f"the model cannot be asked for rows without padding: {one_line(error, 300)}"
+        return f"the model cannot run on padding-free batches: {one_line(error, 300)}"
     if leak.is_tight(model.dtype):
         return ""
     return (
@@ -136,9 +135,10 @@ def _test_rows(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int],
     )
 
 
-def _test_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
+def _check_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
+    """Return whether the losses of the loss head differ from those of the model's logits."""
     assert trainer.loss_head is not None
-    batch = _batch(trainer, conversations)
+    batch = _build_batch(trainer, conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}
     try:
         with trainer.loss_head.expecting(**targets):
@@ -146,8 +146,8 @@ def _test_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: li
         plain = token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:
-        return f"the model cannot be asked for losses: {one_line(error, 300)}"
+        return f"the model cannot compute losses with the loss head: {one_line(error, 300)}"
     rounding = torch.finfo(trainer.adapter.get_base_model().dtype).eps
     if difference <= max(4 * rounding, 1e-5):
         return ""
-    return f"the model changes its logits behind the head, losses differ by {difference:.1e}"
+    return f"the model changes its logits after the head, losses differ by {difference:.1e}"

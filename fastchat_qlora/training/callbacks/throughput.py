@@ -1,4 +1,4 @@
-"""How many tokens a second training goes through, and what memory it holds."""
+"""Throughput: tokens per second of training alone, and the memory that a process holds."""
 
 import resource
 import sys
@@ -11,13 +11,13 @@ import psutil
 import torch
 
 
-class Total(NamedTuple):
-    """What all processes have trained on since they began.
+class TokenTotal(NamedTuple):
+    """Tokens that all processes have trained on.
 
     Attributes:
-        tokens: real ones.
-        supervised: those of them that are learnt.
-        seconds: in which nothing but training was done.
+        tokens: without padding.
+        supervised: the supervised ones of them.
+        seconds: spent on nothing but training.
     """
 
     tokens: int = 0
@@ -31,23 +31,23 @@ class Total(NamedTuple):
 
     @property
     def supervised_rate(self) -> float:
-        """Learnt tokens per second."""
+        """Supervised tokens per second."""
         return self.supervised / self.seconds if self.seconds else 0.0
 
 
 class Throughput:
-    """Counts the tokens of this process, and the time in which it trained on them.
+    """Counts the tokens of this process and the time in which it trained on them.
 
-    Evaluations, saves and whatever else is done in between do not count: within `paused` the clock stands. A device may
-    still be at work on the last step by then, which counts as part of the pause.
+    Within `paused` the clock stands: evaluations, saves and the like do not count. A device may still be at work on the
+    last step then, which counts as part of the pause.
 
     Attributes:
-        seen: real and supervised tokens of this process since its start.
+        seen: tokens and supervised tokens of this process since its start.
         total: of all processes, as far as rates have been read.
     """
 
     def __init__(self) -> None:
-        self.total = Total()
+        self.total = TokenTotal()
         self.seen = [0, 0]
         self._logged = [0, 0]
         self._since: float | None = None
@@ -55,18 +55,18 @@ class Throughput:
         self._pauses = 0
 
     def begin(self) -> None:
-        """Start the clock, at the first step."""
+        """Start the clock at the first step."""
         if self._since is None:
             self._since = time.perf_counter()
 
-    def count(self, real: int, supervised: int) -> None:
-        """Note the tokens of one optimizer step."""
-        self.seen[0] += real
+    def count(self, tokens: int, supervised: int) -> None:
+        """Add the tokens of one optimizer step."""
+        self.seen[0] += tokens
         self.seen[1] += supervised
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While this is entered, the time is not training's. It may be entered again within itself."""
+        """Stop the clock; pauses may be nested."""
         began = time.perf_counter()
         self._pauses += 1
         try:
@@ -77,12 +77,9 @@ class Throughput:
                 self._paused += time.perf_counter() - began
 
     def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:
-        """The rates since the last reading, over all processes, and the memory of the one that holds most.
+        """Return the rates since the last reading, over all processes, and the largest memory of one in GiB.
 
-        A collective, to be called where the device has just been waited for, as it is for a loss that is logged.
-
-        Returns:
-            Real and supervised tokens per second, and GiB.
+        A collective operation, for moments at which the device is waited for anyway, as it is for a logged loss.
         """
         now = time.perf_counter()
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
@@ -90,25 +87,25 @@ class Throughput:
         self._since, self._paused, self._logged = now, 0.0, list(self.seen)
         own = torch.tensor([[*new, round(memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
         everyone = accelerator.gather(own)
-        real, supervised, _ = everyone.sum(0).tolist()
-        new_total, before = Total(real, supervised, seconds), self.total
-        self.total = Total(before.tokens + real, before.supervised + supervised, before.seconds + seconds)
+        tokens, supervised, _ = everyone.sum(0).tolist()
+        added, before = TokenTotal(tokens, supervised, seconds), self.total
+        self.total = TokenTotal(*(old + more for old, more in zip(before, added, strict=True)))
         return {
-            "tokens_per_second": round(new_total.rate, 1),
-            "supervised_tokens_per_second": round(new_total.supervised_rate, 1),
+            "tokens_per_second": round(added.rate, 1),
+            "supervised_tokens_per_second": round(added.supervised_rate, 1),
             "memory_gib": round(int(everyone[:, 2].max()) / 2**30, 3),
         }
 
 
 def memory_gib(device: torch.device) -> float:
-    """What this process holds now, in GiB: of the device, with what its allocator keeps; or resident on the CPU."""
+    """Return the GiB that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory this process has held, in MiB: on the device, or resident on the CPU."""
+    """Return the most MiB that this process has held: on the device, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB

@@ -1,4 +1,4 @@
-"""What report.html tells, as plain texts and charts; how it looks is the template's business."""
+"""Numbers and texts of a run, for report.html and the model card."""
 
 import os
 import platform
@@ -7,17 +7,78 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
+from datasets import Dataset
+from transformers import TrainerState
 
-from fastchat_qlora.data.analysis.statistics import DatasetStatistics
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.data.analysis.statistics import DatasetStatistics, compute_statistics, summarize_rejections
+from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import USE_REENTRANT
-from fastchat_qlora.training.callbacks.throughput import Total
-from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, short, thinned, whole
+from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
+from fastchat_qlora.training.callbacks.throughput import TokenTotal
+from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, show_short, show_whole, thin_out
+from fastchat_qlora.training.setup import PreparedRun
+from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import mask_secrets
+
+
+class RunSummary:
+    """Numbers and texts of a run, as far as it has come.
+
+    Args:
+        trainer: of the run.
+        args: of the run.
+        prepared: what was known before the weights were loaded.
+        effective: the settings read back from the live objects.
+
+    Attributes:
+        rejections: counts of each flag's records, read at once: the cache may be removed while the run goes on.
+    """
+
+    def __init__(
+        self, trainer: LoraTrainer, args: RunArguments, prepared: PreparedRun, effective: EffectiveSettings
+    ) -> None:
+        self.trainer, self.args, self.prepared, self._effective = trainer, args, prepared, effective
+        self.model = args.model.model_name_or_path
+        self.method = "QLoRA" if args.lora.q_lora else "LoRA"
+        self.rejections = {data.flag: summarize_rejections(data) for data in prepared.data.loaded.named().values()}
+
+    @property
+    def effective(self) -> dict[str, str]:
+        """The effective settings, once training has begun."""
+        return self._effective.settings
+
+    @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        """The sequences of each split, unpacked."""
+        train = self.prepared.train_dataset
+        sequences = train.conversations if isinstance(train, PackedDataset) else train
+        return Splits(sequences, self.prepared.eval_dataset).named()
+
+    @cached_property
+    def statistics(self) -> dict[str, DatasetStatistics]:
+        """The statistics of each split."""
+        return {name: compute_statistics(sequences) for name, sequences in self.splits.items()}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the adapter, if it is not the last one."""
+        step: int | None = self.trainer.best_step
+        return step
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The steps done, the loss that was logged last, and the best step, as far as there are any."""
+        losses = get_curve(self.trainer.state.log_history, "loss", "", "").values
+        figures = {"steps": self.trainer.state.global_step, "loss": losses[-1] if losses else None}
+        return {name: value for name, value in (figures | {"best_step": self.best_step}).items() if value is not None}
 
 
 class Tile(NamedTuple):
@@ -29,91 +90,60 @@ class Tile(NamedTuple):
 
 
 def get_charts(
-    history: Sequence[Mapping[str, Any]], measures: DatasetStatistics, restarts: Sequence[int] = ()
+    history: Sequence[Mapping[str, Any]], statistics: DatasetStatistics, restarts: Sequence[int] = ()
 ) -> list[Chart]:
-    """The charts that have something to show, the loss first.
+    """Return the charts that have values, the loss first.
 
     Args:
         history: TrainerState.log_history.
-        measures: of the training data.
-        restarts: steps at which the run went on from a checkpoint.
+        statistics: of the training data.
+        restarts: steps at which the run was resumed.
     """
-    rows = [(bin.first, bin.sequences) for bin in measures.histogram]
+    loss = get_curve(history, "loss", "training", "c1", is_noisy=True)
+    evaluation = get_curve(history, "eval_loss", "evaluation", "c2")
+    tokens = get_curve(history, "tokens_per_second", "all", "c1")
+    supervised = get_curve(history, "supervised_tokens_per_second", "supervised", "c3")
+    gradient = get_curve(history, "grad_norm", "norm", "c4", is_noisy=True)
+    bins = [(float(bin.first), float(bin.sequences)) for bin in statistics.histogram]
+    lengths = Curve("sequences", "bar", [first for first, _ in bins], [count for _, count in bins])
     charts = [
-        Chart(
-            "loss",
-            "Loss (nats per learnt token)",
-            [
-                get_curve(history, "loss", "training", "c1", is_noisy=True),
-                get_curve(history, "eval_loss", "evaluation", "c2"),
-            ],
-            short,
-        ),
-        Chart(
-            "throughput",
-            "Tokens per second",
-            [
-                get_curve(history, "tokens_per_second", "all", "c1"),
-                get_curve(history, "supervised_tokens_per_second", "learnt", "c3"),
-            ],
-            whole,
-        ),
-        Chart("gradient", "Gradient norm", [get_curve(history, "grad_norm", "norm", "c4", is_noisy=True)], short),
-        Chart("rate", "Learning rate", [get_curve(history, "learning_rate", "rate", "c1")], short),
-        Chart("memory", "Memory (GiB)", [get_curve(history, "memory_gib", "held", "c4")], short),
-        Chart(
-            "lengths",
-            "Rows by their tokens",
-            [Curve("rows", "c3", [float(first) for first, _ in rows], [float(count) for _, count in rows])],
-            whole,
-            is_bars=True,
-            axis="tokens",
-        ),
+        Chart("loss", "Loss (nats per supervised token)", [loss, evaluation], show_short),
+        Chart("throughput", "Throughput (tokens/s)", [tokens, supervised], show_whole),
+        Chart("gradient", "Gradient norm", [gradient], show_short),
+        Chart("rate", "Learning rate", [get_curve(history, "learning_rate", "rate", "c1")], show_short),
+        Chart("memory", "Memory (GiB)", [get_curve(history, "memory_gib", "held", "c4")], show_short),
     ]
-    kept = [chart._replace(curves=[thinned(curve) for curve in chart.curves if curve.steps]) for chart in charts]
-    return [
-        chart if chart.is_bars else chart._replace(marks=[float(step) for step in restarts])
-        for chart in kept
-        if chart.curves
-    ]
+    charts = [chart._replace(marks=[float(step) for step in restarts]) for chart in charts]
+    charts.append(Chart("lengths", "Sequences by length (tokens)", [lengths], show_whole, is_bars=True, axis="tokens"))
+    kept = [chart._replace(curves=[thin_out(curve) for curve in chart.curves if curve.steps]) for chart in charts]
+    return [chart for chart in kept if chart.curves]
 
 
-def get_tiles(
-    history: Sequence[Mapping[str, Any]],
-    total: Total,
-    step: int,
-    max_steps: int,
-    epoch: float | None,
-    seconds: float,
-) -> list[Tile]:
-    """The numbers at the top.
+def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[Tile]:
+    """Return the numbers at the top of the page.
 
     Args:
-        history: TrainerState.log_history.
-        total: what this process has trained on; see Throughput.
-        step: optimizer steps done, of `max_steps`.
-        max_steps: optimizer steps of the run.
-        epoch: how often the data has been seen.
+        state: of the trainer.
+        total: tokens that this process has trained on.
         seconds: since the process began.
     """
-    passes = f"{epoch:.2f} times through the data" if epoch else ""
-    tiles = [Tile("steps", f"{step:,} of {max_steps:,}", passes)]
+    passes = f"{state.epoch:.2f} times through the data" if state.epoch else ""
+    tiles = [Tile("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
-        values = get_curve(history, key, name, "").values
+        values = get_curve(state.log_history, key, name, "").values
         if values:
-            began = f"{values[0]:.3g} at first" if len(values) > 1 else ""
+            first = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
-            tiles.append(Tile(name, f"{values[-1]:.3g}", began + best))
+            tiles.append(Tile(name, f"{values[-1]:.3g}", first + best))
     if total.tokens:
-        note = f"{total.supervised_rate:,.0f} of them learnt"
-        tiles.append(Tile("tokens per second", f"{total.rate:,.0f}", note))
-    if memory := get_curve(history, "memory_gib", "", "").values:
-        tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "of a process, when it was logged"))
+        tiles.append(Tile("tokens/s", f"{total.rate:,.0f}", f"{total.supervised_rate:,.0f} of them supervised"))
+    if memory := get_curve(state.log_history, "memory_gib", "", "").values:
+        tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "highest logged value of a process"))
     return [*tiles, Tile("time", str(timedelta(seconds=round(seconds))), "since the process began")]
 
 
 def get_flags(groups: Iterable[Any]) -> dict[str, str]:
-    """The flags that are not at their defaults, as the run has them; secrets are masked.
+    """Return the flags that are not at their defaults, with secrets masked.
 
     Args:
         groups: dataclasses of arguments.
@@ -122,34 +152,34 @@ def get_flags(groups: Iterable[Any]) -> dict[str, str]:
     for group in groups:
         for field in fields(group):
             default = field.default_factory() if field.default_factory is not MISSING else field.default
-            value, default = _plain(getattr(group, field.name)), _plain(default)
+            value, default = _as_flag(getattr(group, field.name)), _as_flag(default)
             if value is not None and value != default and (value or default):
-                found[f"--{field.name}"] = _shown(mask_secrets(value, field.name))
+                found[f"--{field.name}"] = _show_flag(mask_secrets(value, field.name))
     return found
 
 
-def _plain(value: Any) -> Any:
-    """A flag's value as a command line has it; None where nothing was given."""
+def _as_flag(value: Any) -> Any:
+    """Return a value as a command line has it; None if it cannot have been given there."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value] or None
+        return [_as_flag(item) for item in value] or None
     if hasattr(value, "to_dict") or value == {"use_reentrant": USE_REENTRANT}:
-        return None  # made by transformers and by TrainingArguments, also where nothing was given
+        return None  # made by transformers and by TrainingArguments
     return value
 
 
-def _shown(value: Any) -> str:
+def _show_flag(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(shlex.quote(_shown(item)) for item in value)
+        return " ".join(shlex.quote(_show_flag(item)) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def get_hardware(device: torch.device) -> dict[str, str]:
-    """What the first process runs on."""
+    """Return a description of the first process's machine."""
     memory = psutil.virtual_memory().total / 2**30
     facts = {
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "processor": f"{_get_processor()}, {os.cpu_count()} logical cores",
         "main memory": f"{memory:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
     }
@@ -159,8 +189,7 @@ def get_hardware(device: torch.device) -> dict[str, str]:
     return facts
 
 
-def _processor() -> str:
-    """Its name, where the system tells one."""
+def _get_processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,0 +1,65 @@
+"""Results of a run: train_results.json, the model card, and training_args.json as the last file."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
+from fastchat_qlora.training.checkpoints.checkpoint_writer import RESULTS_FILE, saving
+from fastchat_qlora.training.report.model_card import write_model_card
+from fastchat_qlora.training.report.report_data import RunSummary
+from fastchat_qlora.utils.atomic import write_atomically
+from fastchat_qlora.utils.text import mask_secrets
+
+logger = logging.getLogger(__name__)
+
+TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")
+"""How the names of metrics begin that only a process which has trained knows."""
+
+
+def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
+    """Evaluate once more if there is an evaluation set, and write the results; every process must call this.
+
+    Args:
+        summary: of the run.
+        metrics: of Trainer.train.
+
+    Raises:
+        RunError: the results cannot be written.
+    """
+    trainer, output_dir = summary.trainer, Path(summary.args.training.output_dir)
+    if trainer.eval_dataset is not None:
+        metrics = metrics | trainer.evaluate()
+    tokens, supervised = trainer.count_tokens()
+    total = trainer.throughput.total
+    metrics |= {
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "tokens_per_second": round(total.rate, 1),
+        "supervised_tokens_per_second": round(total.supervised_rate, 1),
+        "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
+    }
+    if not trainer.args.should_save:
+        return
+    if not tokens and (output_dir / RESULTS_FILE).exists():
+        logger.warning("The run had finished before: nothing was left to train, and its results are kept.")
+        return
+    if not tokens:  # an earlier process was killed between its last step and its results
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(TRAINING_METRICS)}
+    with saving("the results", output_dir):
+        trainer.save_state()
+        trainer.save_metrics("train", metrics, combined=False)
+        write_model_card(output_dir, summary, metrics)
+        with write_atomically(output_dir / RESULTS_FILE) as target:  # last: a run without it has not finished
+            target.write(json.dumps(mask_secrets(_get_arguments(summary)), indent=2, default=str) + "\n")
+
+
+def _get_arguments(summary: RunSummary) -> dict[str, Any]:
+    """Return the groups of arguments, the effective settings and the number of processes."""
+    groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
+    return groups | {
+        "training": summary.args.training.to_dict(),
+        "effective": summary.effective,
+        "processes": summary.trainer.args.world_size,
+    }
