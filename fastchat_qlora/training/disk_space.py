@@ -12,24 +12,18 @@ from fastchat_qlora.model.estimates.optimizer_state import state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
 FP32_BYTES = 4
-OTHER_FILES_BYTES = 32 * 2**20
+MIB = 2**20
+OTHER_FILES_BYTES = 32 * MIB
 """For a tokenizer, random states and logs; tokenizers with a large vocabulary take some 20 MiB."""
 
 
 class CheckpointSize(NamedTuple):
-    """Size of an adapter and of a checkpoint with it.
+    """Size of an adapter and of a checkpoint with it."""
 
-    Attributes:
-        parameters: number of trained parameters.
-        optimizer: name of the optimizer.
-        has_masters: whether fp32 copies of the parameters, and the parameters beside them, are saved: DeepSpeed's.
-        only_model: whether a checkpoint is the adapter alone (--save_only_model).
-    """
-
-    parameters: int
+    parameters: int  # trained ones
     optimizer: str
-    has_masters: bool = False
-    only_model: bool = False
+    has_masters: bool = False  # fp32 copies of the parameters, and the parameters beside them, are saved: DeepSpeed's
+    only_model: bool = False  # a checkpoint is the adapter alone
 
     @property
     def adapter_bytes(self) -> int:
@@ -46,13 +40,7 @@ class CheckpointSize(NamedTuple):
 
 
 def count_checkpoints(args: Any, sequences: int, processes: int) -> int:
-    """Return the number of checkpoints that output_dir holds at most when a run ends.
-
-    Args:
-        args: the training arguments.
-        sequences: number of sequences to train on, packed or not.
-        processes: number of processes that train.
-    """
+    """Return the number of checkpoints that output_dir holds at most when a run ends."""
     if args.save_strategy == "no":
         return 0
     steps_per_epoch, steps, _ = count_steps(args, sequences, processes)
@@ -74,8 +62,8 @@ def check_disk_space(output_dir: Path, size: CheckpointSize, checkpoints: int, *
 
     Args:
         output_dir: the folder of the run.
-        size: size of one checkpoint.
-        checkpoints: number of checkpoints kept at most.
+        size: of each checkpoint.
+        checkpoints: how many are kept at most.
         resumes: whether the checkpoints in the folder belong to this run, so that they count as free.
 
     Raises:
@@ -88,11 +76,7 @@ def check_disk_space(output_dir: Path, size: CheckpointSize, checkpoints: int, *
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
-            f"--output_dir {output_dir}: {_mib(free)} are free and this run needs {_mib(needed)}: adapters of "
-            f"{_mib(size.adapter_bytes)} and {checkpoints} checkpoints of {_mib(size.checkpoint_bytes)}; make room, "
-            "or give another folder, or a lower --save_total_limit"
+            f"--output_dir {output_dir}: {free / MIB:,.0f} MiB are free and this run needs {needed / MIB:,.0f} MiB: "
+            f"adapters of {size.adapter_bytes / MIB:,.0f} MiB and {checkpoints} checkpoints of "
+            f"{size.checkpoint_bytes / MIB:,.0f} MiB; make room, or give another folder, or a lower --save_total_limit"
         )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

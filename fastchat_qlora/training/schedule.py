@@ -5,13 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Schedule(NamedTuple):
-    """The steps of a run.
-
-    Attributes:
-        steps_per_epoch: optimizer steps of one pass over the data.
-        steps: of the whole run.
-        epochs: passes over the data; the last one may be incomplete.
-    """
+    """The optimizer steps of a run."""
 
     steps_per_epoch: int
     steps: int
@@ -23,11 +17,6 @@ def count_steps(args: Any, sequences: int, processes: int) -> Schedule:
 
     Every process gets as many micro-batches as the others (accelerate's `BatchSamplerShard` with even batches); those
     left after the last full step of an epoch make one more step.
-
-    Args:
-        args: the training arguments.
-        sequences: number of sequences, packed or not.
-        processes: number of processes that train.
     """
     rounded = math.floor if args.dataloader_drop_last else math.ceil
     micro_batches = rounded(rounded(sequences / args.per_device_train_batch_size) / processes)

@@ -70,70 +70,39 @@ class PreparedData(NamedTuple):
 
 
 class PreparedBase(NamedTuple):
-    """The base model as far as its configuration tells.
-
-    Attributes:
-        config: its configuration.
-        lora_config: the adapter's configuration.
-        quantization: how its weights are to be stored.
-        meta_model: without memory for its weights; None where the model's code lies outside transformers.
-    """
+    """The base model as far as its configuration tells."""
 
     config: PretrainedConfig
     lora_config: LoraConfig
     quantization: BaseQuantization
-    meta_model: PreTrainedModel | None
+    meta_model: PreTrainedModel | None  # without weights; None if the model's code lies outside transformers
 
 
 class LoadingSettings(NamedTuple):
-    """How the base model is loaded.
-
-    Attributes:
-        quantization_config: for bitsandbytes; None for plain LoRA.
-        attention: the attention backend; None leaves it to transformers.
-        sharded_classes: names of the layers that FSDP2 was told to shard one by one.
-    """
+    """How the base model is loaded."""
 
     quantization_config: BitsAndBytesConfig | None
-    attention: str | None
-    sharded_classes: tuple[str, ...]
+    attention: str | None  # backend; None leaves it to transformers
+    sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 was told to shard one by one
 
 
 class PreparedRun(NamedTuple):
-    """All that is known of a run before its weights are loaded.
+    """All that is known of a run before its weights are loaded."""
 
-    Attributes:
-        checkpoint: the one that it resumes from.
-        base: the base model.
-        loading: how it is loaded.
-        shapes: of the adapter's tensors.
-        data: the tokenizer and the data of each flag.
-        train_dataset: sequences, or packed sequences.
-        eval_dataset: sequences to evaluate on, if there are any.
-        fingerprint: settings and digests that checkpoints are compared by; see run_fingerprint.py.
-        model_cost: for deciding on activation checkpointing, if that is to be decided; or why it cannot be known.
-        stop_tokens: ids of the tokens that supervised answers end with.
-    """
-
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None  # that it resumes from
     base: PreparedBase
     loading: LoadingSettings
     shapes: AdapterShapes
     data: PreparedData
     train_dataset: Dataset | PackedDataset
     eval_dataset: Dataset | None
-    fingerprint: dict[str, Any]
-    model_cost: ModelCost | str | None
-    stop_tokens: list[int]
+    fingerprint: dict[str, Any]  # see run_fingerprint.py
+    model_cost: ModelCost | str | None  # for activation checkpointing if it is automatic; or why it is unknown
+    stop_tokens: list[int]  # ids of the tokens that supervised answers end with
 
 
 def prepare_data(args: RunArguments, *, output_dir: Path | None, mode: LoadMode) -> PreparedData:
-    """Load the tokenizer, and read, check and tokenize the data.
-
-    Args:
-        args: of the run.
-        output_dir: the folder of the run, if there is one; files in it are not read as data.
-        mode: what this process does beside it.
+    """Load the tokenizer, and read, check and tokenize the data, but for files in output_dir.
 
     Raises:
         UserError: the tokenizer or the data cannot be used.
@@ -252,12 +221,7 @@ def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dic
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
-    """Return the dataset that batches are made of: sequences, or sequences packed together.
-
-    Args:
-        sequences: to train on.
-        args: of the run.
-        processes: that train.
+    """Return the dataset that batches are made of: sequences, or packed sequences.
 
     Raises:
         UserError: there is no full batch, and incomplete ones are to be dropped.
@@ -268,13 +232,15 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
         lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
         dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, seed))
         share = lengths.sum() / (len(dataset) * capacity)
-        logger.info(f"{len(sequences)} conversations in {len(dataset)} rows of {capacity} tokens, {share:.1%} full.")
+        logger.info(
+            f"{len(sequences)} conversations in {len(dataset)} packed sequences of {capacity} tokens, {share:.1%} full."
+        )
     at_once = args.training.per_device_train_batch_size * processes
     if args.training.dataloader_drop_last and len(dataset) < at_once:
-        what = "rows of --packing True" if args.data.packing else "conversations"
+        unit = "packed sequences" if args.data.packing else "conversations"
         raise UserError(
-            f"--dataloader_drop_last True: {len(dataset)} {what} do not fill one batch of {at_once} (of {processes} "
-            "processes), so that nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
+            f"--dataloader_drop_last True: {len(dataset)} {unit} do not fill one batch of {at_once} (of {processes} "
+            "processes), so nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
         )
     return dataset
 
@@ -312,13 +278,13 @@ def _estimate_cost(
 
 
 def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, sequences: Dataset) -> None:
-    """Tell the CPU's kernel caches the most conversations of a micro-batch: a row may be packed with the shortest."""
+    """Limit the CPU's kernel caches by the longest conversation and the most conversations of a micro-batch."""
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        return  # each expert is given another number of tokens, and so has kernels of its own
+        return  # each expert gets another number of tokens, and so has kernels of its own
     lengths = get_column(sequences, "length")
-    per_row = args.training.model_max_length // lengths.min() if args.data.packing else 1
-    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * per_row))
+    packed = args.training.model_max_length // lengths.min() if args.data.packing else 1
+    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * packed))
 
 
 def _get_shared_settings(
@@ -335,6 +301,6 @@ def _get_shared_settings(
         if field.name not in MAY_DIFFER_BY_PROCESS
     }
     lengths = {
-        f"{name} rows": (len(rows), crc32(get_column(rows, "length"))) for name, rows in datasets.named().items()
+        f"{name} sequences": (len(rows), crc32(get_column(rows, "length"))) for name, rows in datasets.named().items()
     }
-    return {**flags, **lengths, "the checkpoint to go on from": checkpoint and checkpoint.folder.name}
+    return {**flags, **lengths, "the checkpoint to resume from": checkpoint and checkpoint.folder.name}

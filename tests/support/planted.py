@@ -148,16 +148,16 @@ def torn_writer() -> None:
 
 def no_answers_after_on_rank_1() -> None:
     """The second process has no memory for questions once a step has been done."""
-    from fastchat_qlora.training.callbacks import sample_generations as sample_answers
+    from fastchat_qlora.training.callbacks import sample_generations
 
-    ask = sample_answers._last_logits
+    ask = sample_generations._compute_last_logits
 
     def fail(trainer: Any, *args: Any) -> torch.Tensor:
         if os.environ["RANK"] == "1" and trainer.state.global_step:
             raise torch.OutOfMemoryError("out of memory")
         return ask(trainer, *args)
 
-    sample_answers._last_logits = fail
+    sample_generations._compute_last_logits = fail
 
 
 def _change_model(change: Any) -> None:

@@ -10,6 +10,7 @@ import psutil
 import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.model.adapter.lora import attach_adapter
@@ -33,11 +34,7 @@ def estimate_model_cost(
 ) -> memory.ModelCost | str:
     """Return what the model of a run will need, before its weights are loaded, or why that cannot be known.
 
-    Args:
-        config: of the base model.
-        lora_config: of the adapter.
-        dtype: that the base model computes in.
-        options: further arguments of measure_model_cost.
+    `options` are further arguments of measure_model_cost.
     """
     meta_model = build_meta_model(copy.deepcopy(config))
     if meta_model is None:
@@ -57,15 +54,11 @@ def _measure(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **opt
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Checkpoints the fewest layers with which a step fits, and corrects that after the first step.
-
-    Args:
-        trainer: set up, without checkpointing.
-        model: from estimate_model_cost.
-    """
+    """Checkpoints the fewest layers with which a step fits, and corrects that after the first step."""
 
     def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:
-        self._trainer, self._model = trainer, model
+        self._trainer = trainer
+        self._model: Any = model  # a text is why the cost is unknown
         self._tokens = self._checkpointed = 0
         self._available = self._held = self._peak_before = 0.0
         self._is_corrected = False
@@ -82,6 +75,8 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._tokens = self._trainer.find_max_batch_tokens()
         self._available = free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
         self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
+        shards = args.world_size if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled else 1
+        self._options: dict[str, Any] = {"optimizer": OptimizerNames(args.optim).value, "shards": shards}
         self._apply(self._choose(scale=1.0), "")
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
@@ -104,26 +99,17 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             self._apply(count, f" (the first step needed {scale:.2f} times the estimate)")
 
     def _estimate(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.MemoryNeed:
-        assert not isinstance(self._model, str)
-        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._get_options())
-
-    def _get_options(self) -> dict[str, Any]:
-        sharded = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
-        shards = self._trainer.args.world_size if sharded else 1
-        return {"optimizer": str(self._trainer.args.optim.value), "shards": shards}
+        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._options)
 
     def _choose(self, scale: float) -> int:
         """Return the number of layers, the same in all processes: recomputed layers are gathered again by all."""
-        assert not isinstance(self._model, str)
-        count = memory.count_layers_to_checkpoint(
-            self._model, self._tokens, self._available, scale=scale, **self._get_options()
-        )
+        options = {"scale": scale, **self._options}
+        count = memory.count_layers_to_checkpoint(self._model, self._tokens, self._available, **options)
         chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
         self._fits, self._scale = count is not None, scale
         return int(self._trainer.accelerator.gather(chosen).max())
 
     def _apply(self, count: int, because: str) -> None:
-        assert not isinstance(self._model, str)
         self._checkpointed = count
         checkpoint_layers(self._trainer, count)
         need = self._estimate(self._tokens, count, self._scale)

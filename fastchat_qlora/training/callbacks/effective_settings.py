@@ -53,11 +53,7 @@ class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers 
 
 
 def read_back(trainer: LoraTrainer) -> dict[str, str]:
-    """Return the settings as the live objects have them; every process of the run must call this.
-
-    Args:
-        trainer: set up as far as `on_train_begin`: wrapped model, optimizer and scheduler exist.
-    """
+    """Return the settings as the live objects have them when training begins; every process must call this."""
     args, model = trainer.args, trainer.adapter
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size

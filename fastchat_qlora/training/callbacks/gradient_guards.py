@@ -102,11 +102,7 @@ class FrozenBase:
         self._sums = self._add_up()
 
     def check(self, step: int) -> None:
-        """Check that no weight has changed.
-
-        Raises:
-            RunError: naming a tensor that has.
-        """
+        """Check that no weight has changed, or raise a RunError that names one."""
         sums = self._add_up()
         changed = [name for name, value in self._sums.items() if sums[name] != value]
         if changed:
@@ -182,13 +178,7 @@ def host_group(seconds: int) -> Any:
 
 
 class StepReport(NamedTuple):
-    """An optimizer step of one process in plain numbers.
-
-    Attributes:
-        losses: of each micro-batch.
-        grad_norm: before clipping, over all processes.
-        sources: the records of each micro-batch as (file, line, id).
-    """
+    """A Step of one process in plain numbers."""
 
     losses: list[float]
     grad_norm: float | None
@@ -200,7 +190,7 @@ def build_bad_step_error(step: int, reports: list[StepReport], checkpoint: str |
 
     Args:
         step: its number.
-        reports: one of each process.
+        reports: of all processes.
         checkpoint: the last one saved.
     """
     pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]

@@ -31,15 +31,9 @@ class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyp
         """Start the clock, and the bar at the step that the run resumes from."""
         self._began_at, self._first_step = time.monotonic(), state.global_step
         self.current_step = state.global_step
-        if _shows_bars(args, state):
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        hidden = not _shows_bars(args, state)
+        self.training_bar = tqdm(**steps, desc="Training", dynamic_ncols=True, disable=hidden)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,13 +56,6 @@ class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyp
         if self.training_bar is not None and "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar as it is."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
 
     def _seconds_left(self, state: TrainerState) -> float:
         """Return the time of the remaining steps, if they take as long as those of this process."""

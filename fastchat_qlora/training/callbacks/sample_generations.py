@@ -27,30 +27,16 @@ STATE_KEY = "sample_answers"
 
 
 class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Generates answers before the first step and after the last one, in all processes: the model may be sharded.
-
-    Args:
-        trainer: of the model.
-        prompts: prompt -> its tokens, from encode_prompts.
-
-    Attributes:
-        before: prompt -> answer, as far as there are any.
-        after: the same.
-        failure: why there are no answers after training; empty if nothing has failed.
-    """
+    """Generates answers before the first step and after the last one, in all processes: the model may be sharded."""
 
     def __init__(self, trainer: LoraTrainer, prompts: dict[str, list[int]]) -> None:
-        self._trainer, self._prompts = trainer, prompts
-        self.before: dict[str, str] = {}
+        self._trainer, self._prompts = trainer, prompts  # from encode_prompts
+        self.before: dict[str, str] = {}  # prompt -> answer
         self.after: dict[str, str] = {}
-        self.failure = ""
+        self.failure = ""  # why there are no answers after training
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Generate the answers, unless training began in an earlier process.
-
-        Raises:
-            RunError: the model cannot generate; no training is lost.
-        """
+        """Generate the answers, unless training began in an earlier process."""
         saved = (state.stateful_callbacks.get(STATE_KEY) or {}).get("attributes", {})
         self.before = self.before or dict(saved)
         if state.global_step:
@@ -70,11 +56,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
         state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": self.before}
 
     def generate_after(self, is_shown: bool) -> None:
-        """Generate the answers again, when everything is saved; failures are logged and ignored.
-
-        Args:
-            is_shown: whether the first process will show the answers; what the others pass does not count.
-        """
+        """Generate the answers again if the first process will show them; failures are logged and ignored."""
         if not self._prompts or not int(broadcast(torch.tensor(int(is_shown), device=self._trainer.args.device))):
             return
         try:
@@ -105,11 +87,6 @@ def encode_prompts(
 ) -> dict[str, list[int]]:
     """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it.
 
-    Args:
-        prompts: messages of a user.
-        tokenizer: with the chat template of the training.
-        config: of the base model, which limits the number of positions.
-
     Raises:
         UserError: the template refuses a prompt, or the model has too few positions for it and an answer.
     """
@@ -139,12 +116,6 @@ def generate_greedily(
 
     Batches are those of training, and each token takes a forward pass over the whole sequence without a cache. So every
     strategy and every attention backend does what it does in training.
-
-    Args:
-        trainer: set up for training.
-        prompts: tokens, at least one each.
-        stop_tokens: ids of the tokens that end an answer.
-        max_new_tokens: most tokens of an answer.
     """
     wrapped_late = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     forward = trainer.model_wrapped if wrapped_late else trainer.model

@@ -77,12 +77,7 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
 
 
 def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
-    """Run the model on two conversations of the data, and return what is wrong.
-
-    Args:
-        trainer: set up, with its model on its device.
-        forward: the model, or a strategy's wrapper around it.
-    """
+    """Run the model, or a strategy's wrapper around it, on two conversations of the data, and return what is wrong."""
     conversations = _choose_conversations(trainer)
     was_training = forward.training
     forward.eval()

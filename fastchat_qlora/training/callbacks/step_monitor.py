@@ -24,31 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 MAX_OVERFLOWS = 50
-"""Consecutive steps whose gradient may overflow in fp16: the scale of the loss begins at 2^16 and is halved each time."""
+"""Consecutive steps whose gradient may overflow in fp16: the loss is scaled by 2^16 at first, and by half each time."""
 
 
 @dataclass
 class Step:
-    """An optimizer step of this process.
+    """An optimizer step of this process."""
 
-    Attributes:
-        sources: the records of each micro-batch as (file, line, id).
-        supervised: number of supervised tokens.
-        losses: of each micro-batch, on the device.
-        grad_norm: before clipping, over all processes.
-    """
-
-    sources: list[list[tuple[Any, Any, Any]]]
-    supervised: int
-    losses: list[torch.Tensor] = field(default_factory=list)
-    grad_norm: torch.Tensor | float | None = None
+    sources: list[list[tuple[Any, Any, Any]]]  # the records of each micro-batch as (file, line, id)
+    supervised: int  # tokens
+    losses: list[torch.Tensor] = field(default_factory=list)  # of each micro-batch, on the device
+    grad_norm: torch.Tensor | float | None = None  # before clipping, over all processes
 
     def is_bad(self, *, may_overflow: bool) -> torch.Tensor:
         """Return on the device whether a loss or the gradient norm is not finite, or the norm is exactly 0.
 
-        Args:
-            may_overflow: ignore the norm: in fp16 the loss is scaled up until a gradient overflows, and that step is
-                skipped.
+        In fp16 the norm may overflow: the loss is scaled up until a gradient does, and that step is skipped.
         """
         losses = torch.stack([loss.detach().float().reshape(()) for loss in self.losses])
         if self.grad_norm is None or may_overflow:
@@ -80,15 +71,7 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     """Stops the run at a bad step, or after a signal, in all processes at the same step.
 
     Processes agree by one small sum on the host at the end of a step. The device's verdict is read one step later, so
-    that the device never waits, but at once before anything is saved.
-
-    Args:
-        signals: of this process.
-        group: a process group on the host; None for one process.
-
-    Attributes:
-        trainer: whose `step` is checked; to be set.
-        stopped_by: the signal that the run was stopped by.
+    that the device never waits, but at once before anything is saved. `trainer` is to be set before training.
     """
 
     def __init__(self, signals: StopSignals, group: Any = None) -> None:
@@ -154,11 +137,7 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._settle()
 
     def raise_if_stopped(self) -> None:
-        """Raise an exception that says how to resume, if training has ended by a signal.
-
-        Raises:
-            Stopped: it has.
-        """
+        """Raise Stopped, which says how to resume, if training has ended by a signal."""
         if not self.stopped_by:
             return
         args, checkpoint = self.trainer.args, self.trainer.last_checkpoint

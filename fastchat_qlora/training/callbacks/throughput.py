@@ -12,13 +12,7 @@ import torch
 
 
 class TokenTotal(NamedTuple):
-    """Tokens that all processes have trained on.
-
-    Attributes:
-        tokens: without padding.
-        supervised: the supervised ones of them.
-        seconds: spent on nothing but training.
-    """
+    """Tokens without padding that all processes have trained on, and the seconds of training alone."""
 
     tokens: int = 0
     supervised: int = 0
@@ -40,15 +34,11 @@ class Throughput:
 
     Within `paused` the clock stands: evaluations, saves and the like do not count. A device may still be at work on the
     last step then, which counts as part of the pause.
-
-    Attributes:
-        seen: tokens and supervised tokens of this process since its start.
-        total: of all processes, as far as rates have been read.
     """
 
     def __init__(self) -> None:
-        self.total = TokenTotal()
-        self.seen = [0, 0]
+        self.total = TokenTotal()  # of all processes, as far as rates have been read
+        self.seen = [0, 0]  # tokens and supervised tokens of this process
         self._logged = [0, 0]
         self._since: float | None = None
         self._paused = 0.0
@@ -89,7 +79,7 @@ class Throughput:
         everyone = accelerator.gather(own)
         tokens, supervised, _ = everyone.sum(0).tolist()
         added, before = TokenTotal(tokens, supervised, seconds), self.total
-        self.total = TokenTotal(*(old + more for old, more in zip(before, added, strict=True)))
+        self.total = TokenTotal(before.tokens + tokens, before.supervised + supervised, before.seconds + seconds)
         return {
             "tokens_per_second": round(added.rate, 1),
             "supervised_tokens_per_second": round(added.supervised_rate, 1),

@@ -47,7 +47,7 @@ def _gather(parameter: Any) -> torch.Tensor:
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """Write an adapter as PEFT does, with embeddings only if they were trained and without asking the hub about them."""
+    """Write an adapter as PEFT does; embeddings only if they were trained, without asking the hub about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     copy_permissions(Path(folder), like=CONFIG_NAME)
 
@@ -110,11 +110,8 @@ def replace_adapter_files(source: Path, target: Path) -> None:
     """Move an adapter's files over those of an earlier one, each atomically, the weights last.
 
     Args:
-        source: a folder on the same file system; it is empty afterwards.
+        source: a folder on the same file system.
         target: an existing folder.
-
-    Raises:
-        OSError: they cannot be written.
     """
     files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == ADAPTER_FILE)
     for path in files:

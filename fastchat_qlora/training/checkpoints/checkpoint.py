@@ -31,25 +31,15 @@ DEEPSPEED_TAG = "latest"
 
 
 class Checkpoint(NamedTuple):
-    """A complete checkpoint.
-
-    Attributes:
-        folder: its folder.
-        step: optimizer steps done.
-        run: fingerprint of its run; empty if there is no manifest.
-        is_chosen: whether the user named it.
-    """
+    """A complete checkpoint."""
 
     folder: Path
     step: int
-    run: dict[str, Any]
-    is_chosen: bool = False
+    run: dict[str, Any]  # fingerprint; empty without a manifest
+    is_chosen: bool = False  # the user named it
 
     def check(self, run: Mapping[str, Any]) -> None:
-        """Check that the checkpoint fits the run that resumes from it.
-
-        Args:
-            run: fingerprint of the run, or a part of it.
+        """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it.
 
         Raises:
             UserError: naming what differs.
@@ -77,8 +67,8 @@ def choose_checkpoint(
     Args:
         output_dir: the folder of the run.
         wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
-        restart: --restart.
-        trusted: --trust_checkpoint.
+        restart: whether to begin from nothing.
+        trusted: whether pickles are not audited.
 
     Raises:
         UserError: the named one cannot be used, or there is none where one is required, or the newest is of another
@@ -131,11 +121,7 @@ def _read_step(folder: Path) -> int:
 
 
 def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
-    """Read a checkpoint and check that a run can resume from it.
-
-    Args:
-        folder: its folder.
-        trusted: whether its pickles are not audited.
+    """Read a checkpoint and check that a run can resume from it; the pickles of a trusted one are not audited.
 
     Raises:
         IncompleteCheckpoint: it is incomplete or corrupt.

@@ -32,12 +32,7 @@ RESULTS_FILE = "training_args.json"
 
 
 class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Make way for a run's checkpoints when training begins.
-
-    Args:
-        trainer: learns which checkpoint is the last one.
-        checkpoint: the one that the run resumes from.
-    """
+    """Makes way for a run's checkpoints when training begins, and tells the trainer the one it resumes from."""
 
     def __init__(self, trainer: Any, checkpoint: Checkpoint | None) -> None:
         self._trainer, self._checkpoint = trainer, checkpoint
@@ -103,11 +98,11 @@ def require_all_states(folder: Path, output_dir: Path, processes: int) -> None:
 
 
 def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints, but neither the newest complete one nor the best one.
+    """Remove the oldest checkpoints beyond a limit, but neither the newest complete one nor the best one.
 
     Args:
         output_dir: the folder of the run.
-        limit: --save_total_limit; None or 0 keeps all.
+        limit: None or 0 keeps all.
         best: the folder of the best one so far, if it is to be kept.
     """
     if not limit or limit < 0:
@@ -132,12 +127,7 @@ def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
 
 @contextmanager
 def saving(what: str, output_dir: Path) -> Iterator[None]:
-    """Raise one RunError in place of the libraries' errors for a disk that is full or fails.
-
-    Args:
-        what: subject of the sentence, such as a path.
-        output_dir: the folder of the run.
-    """
+    """Raise one RunError with that subject in place of the libraries' errors for a disk that is full or fails."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:

@@ -9,7 +9,8 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,33 +27,19 @@ class IncompleteCheckpoint(Exception):
 
 
 class Manifest(NamedTuple):
-    """Content of a manifest.
-
-    Attributes:
-        step: optimizer steps done.
-        run: fingerprint of the run, see run_fingerprint.py.
-        versions: library -> version.
-        files: path below the checkpoint's folder -> size in bytes and SHA-256.
-        format: format of the manifest.
-    """
+    """Content of a manifest."""
 
     step: int
-    run: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, tuple[int, str]]
-    format: int = FORMAT
+    run: dict[str, Any]  # fingerprint, see run_fingerprint.py
+    versions: dict[str, str]  # of libraries
+    files: dict[str, tuple[int, str]]  # path below the checkpoint's folder -> size in bytes and SHA-256
+    format: int
 
 
 @cache  # looking them up takes 2 ms each, and every save asks
 def get_versions() -> dict[str, str]:
     """Return the versions of the installed libraries that decide what a run computes."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: version(name) for name in LIBRARIES if find_spec(name)}
 
 
 def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
@@ -127,11 +114,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -140,11 +123,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk.
-
-    Raises:
-        OSError: they never will be.
-    """
+    """Wait until a file or the entries of a folder are on the disk, or raise the OSError of a disk that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

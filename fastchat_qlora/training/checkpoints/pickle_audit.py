@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.trainer_pt_utils import safe_globals
 
 from fastchat_qlora.utils.text import one_line
 
 WEIGHTS_ONLY = ("*.pt", "*.pth", "*.bin", "*/*.bin")
-"""Files of a checkpoint that transformers, accelerate or PEFT may read, with `weights_only`."""
+"""Files of a checkpoint that may be read with `weights_only`."""
 
 NEVER_READ = "training_args.bin"
 """Written by transformers' Trainer, with its own classes in it, and read by nothing."""
 
-SHARDS, METADATA = ".distcp", ".metadata"
+METADATA = ".metadata"
 TAG_FILES = ("latest", "latest_universal")
 """DeepSpeed's files with the name of the folder to load."""
 
@@ -39,33 +40,31 @@ DEEPSPEED_GLOBALS = frozenset(
 )
 """Names in the files of ZeRO-2 and ZeRO-3 beside those that torch's `weights_only` allows."""
 
-DCP = "torch.distributed.checkpoint.metadata"
-METADATA_GLOBALS = frozenset(
-    {
-        *((DCP, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
-        *((DCP, name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # from Python 3.13 on
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        *(("torch", name) for name in ("bfloat16", "float16", "float32", "float64", "int64", "uint8")),
-    }
-)
-"""Modules and names in `.metadata`."""
+METADATA_GLOBALS = {
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),  # from Python 3.13 on
+    "torch": ("Size", "bfloat16", "float16", "float32", "float64", "int64", "uint8"),
+    "torch.serialization": ("_get_layout",),
+}
+"""Module -> names in `.metadata`."""
 
 
 def find_refused(folder: Path) -> list[str]:
     """Return the files of a checkpoint that `weights_only` refuses to load, each with the reason."""
     problems = []
-    for path in sorted(path for pattern in WEIGHTS_ONLY for path in folder.glob(pattern) if path.is_file()):
-        if path.name == NEVER_READ:
+    for path in sorted(path for pattern in WEIGHTS_ONLY for path in folder.glob(pattern)):
+        if path.name == NEVER_READ or not path.is_file():
             continue
         try:
             with safe_globals():  # of NumPy, whose random state is in rng_state.pth
                 torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # torch's reader of zip files is C++ and fails in its own ways
-            reason = _audit_safely(path) or type(error).__name__  # torch's text explains how to load it all the same
+            reason = _audit_file(path) or type(error).__name__  # torch's text explains how to load it all the same
             problems.append(f"{path.relative_to(folder)}: torch.load refuses it: {reason}")
     return problems
 
@@ -81,29 +80,27 @@ def find_unsafe(folder: Path) -> list[str]:
         is_link = path.is_dir() and path.is_symlink()
         is_state = path.suffix == ".pt" and path.parent != folder
         if is_state or is_link or path.name in (METADATA, *TAG_FILES):
-            reason = "is a link to another folder" if is_link else _audit_safely(path)
+            reason = "is a link to another folder" if is_link else _audit_file(path)
             problems += [f"{path.relative_to(folder)}: {reason}"] if reason else []
     return problems
 
 
-def _audit_safely(path: Path) -> str:
+def _audit_file(path: Path) -> str:
     """Return what is wrong with a file that is unpickled; empty if nothing is."""
     if not path.is_file():
         return "is not a regular file"
     try:
-        if path.name in TAG_FILES:
-            return _audit_tag(path)
         with path.open("rb") as file:
-            return _audit_metadata(path.parent, file) if path.name == METADATA else _audit_torch_file(file)
+            if path.name in TAG_FILES:
+                return _audit_tag(file.read(1000).decode("utf-8", "replace").strip())
+            return _audit_metadata(path.parent, file.read()) if path.name == METADATA else _audit_torch_file(file)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     except Exception as error:  # an untrusted file may break its reader in any way
         return f"cannot be audited: {one_line(error, 150) or type(error).__name__}"
 
 
-def _audit_tag(path: Path) -> str:
-    with path.open("rb") as file:
-        tag = file.read(1000).decode("utf-8", "replace").strip()
+def _audit_tag(tag: str) -> str:
     is_inside = tag and tag == Path(tag).name and tag not in (".", "..")
     return "" if is_inside else f"names {tag[:100]!r}, which is not a folder of this checkpoint"
 
@@ -120,34 +117,27 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class of DCP's metadata."""
-        if (module, name) not in METADATA_GLOBALS:
+        if name not in METADATA_GLOBALS.get(module, ()):
             raise pickle.UnpicklingError(f"it would run {module[:80]}.{name[:80]}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
-def _audit_metadata(folder: Path, file: IO[bytes]) -> str:
+def _audit_metadata(folder: Path, content: bytes) -> str:
     """Audit the metadata of a distributed checkpoint, and the pickles in the files that it names."""
-    content = file.read()
     if any(opcode.name.startswith("EXT") for opcode, _, _ in pickletools.genops(content)):
-        raise pickle.UnpicklingError("it names things by extension codes")  # which may pass by find_class
+        raise pickle.UnpicklingError("it names things by extension codes")  # which may bypass find_class
     metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    bytes_names = {name for name, kind in metadata.state_dict_metadata.items() if _is_pickled(kind)}
-    places = [(index.fqn, place) for index, place in metadata.storage_data.items()]
-    found = ((name, _audit_place(folder, place, is_pickled=name in bytes_names)) for name, place in places)
-    return next((f"{name}: {reason}" for name, reason in found if reason), "")
-
-
-def _is_pickled(kind: object) -> bool:
-    """Return whether a value is no tensor; DCP reads tensors with `weights_only`."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    return isinstance(kind, BytesStorageMetadata)
+    for index, place in metadata.storage_data.items():
+        is_pickled = isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+        if reason := _audit_place(folder, place, is_pickled=is_pickled):
+            return f"{index.fqn}: {reason}"
+    return ""
 
 
 def _audit_place(folder: Path, place: Any, *, is_pickled: bool) -> str:
-    """Audit one piece of a `.distcp` file."""
+    """Audit one value in a `.distcp` file; DCP reads tensors with `weights_only`, all others without."""
     name = place.relative_path
-    if name != Path(name).name or not name.endswith(SHARDS):
+    if name != Path(name).name or not name.endswith(".distcp"):
         return f"lies outside, in {name[:100]!r}"
     if place.transform_descriptors:
         return "is packed in a way that cannot be audited"

@@ -88,7 +88,7 @@ def fingerprint_settings(
     args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return as JSON values what the flags decide: the layout of a checkpoint, and what a step is."""
-    training, data = args.training, args.data
+    training, data, targets = args.training, args.data, lora_config.target_modules
     deepspeed = training.deepspeed or {}
     is_alone = topology.world_size == 1 and not topology.zero_stage and not topology.fsdp
     optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
@@ -105,22 +105,14 @@ def fingerprint_settings(
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
-        **_fingerprint_adapter(lora_config),
-    }
-
-
-def _fingerprint_adapter(config: LoraConfig) -> dict[str, Any]:
-    """Return the adapter's shape by the names of the flags."""
-    targets = config.target_modules
-    return {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
+        "lora_r": lora_config.r,
+        "lora_alpha": lora_config.lora_alpha,
+        "lora_dropout": lora_config.lora_dropout,
         "lora_target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
-        "lora_bias": config.bias,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "modules_to_save": sorted(config.modules_to_save or ()),
+        "lora_bias": lora_config.bias,
+        "use_rslora": lora_config.use_rslora,
+        "use_dora": lora_config.use_dora,
+        "modules_to_save": sorted(lora_config.modules_to_save or ()),
     }
 
 

@@ -1,8 +1,8 @@
-"""Charts of a run as SVG, drawn by matplotlib in colors that the page decides about."""
+"""Charts of a run as SVG, drawn by matplotlib in the colors of the page."""
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -25,64 +25,34 @@ COLORS = {name: f"#0000c{number}" for number, name in enumerate(("c1", "c2", "c3
 """CSS variable of the page -> the color that matplotlib draws in its place."""
 
 TRANSPARENT = "#0000cf"
-
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Curve(NamedTuple):
-    """Values over steps.
-
-    Attributes:
-        name: in the legend and at each point.
-        color: a name in COLORS.
-        steps: optimizer steps.
-        values: one finite value for each step.
-        is_noisy: whether a smoothed curve helps to see it.
-        mean_of: how many values a point is the mean of.
-    """
+    """Finite values over optimizer steps."""
 
     name: str
-    color: str
+    color: str  # in COLORS
     steps: list[float]
     values: list[float]
-    is_noisy: bool = False
-    mean_of: int = 1
+    is_noisy: bool = False  # a smoothed curve helps to see it
+    mean_of: int = 1  # values that each point is the mean of
 
 
 class Chart(NamedTuple):
-    """One chart.
-
-    Attributes:
-        name: id on the page.
-        title: text above it, with the unit.
-        curves: curves that have values.
-        show: formats a value.
-        is_bars: whether values are counts in bins of equal width, which begin at `steps`.
-        axis: name of the horizontal axis.
-        marks: steps of vertical lines, at which the run was resumed.
-    """
+    """One chart."""
 
     name: str
-    title: str
+    title: str  # with the unit
     curves: list[Curve]
-    show: Callable[[float], str]
-    is_bars: bool = False
+    form: str = ".4g"  # format of a value
+    is_bars: bool = False  # values are counts in bins of equal width that begin at `steps`
     axis: str = "step"
-    marks: Sequence[float] = ()
-
-
-def show_short(value: float) -> str:
-    """Return a value in four digits at most."""
-    return f"{value:.4g}"
-
-
-def show_whole(value: float) -> str:
-    """Return a count or a large rate without decimals."""
-    return f"{value:,.0f}"
+    marks: Sequence[float] = ()  # steps at which the run was resumed
 
 
 def get_curve(
-    history: Sequence[Mapping[str, Any]], key: str, name: str, color: str, *, is_noisy: bool = False
+    history: Sequence[Mapping[str, Any]], key: str, name: str = "", color: str = "", *, is_noisy: bool = False
 ) -> Curve:
     """Return the finite values that a log has under a key, the first one of each step.
 
@@ -121,72 +91,56 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(chart: Chart, width: int, height: int) -> str:
-    """Draw a chart as an `svg` element in CSS colors (`var(--c1)` ...), whose points and bars tell their values.
-
-    Args:
-        chart: values that no axis has room for are left out.
-        width: pixels.
-        height: pixels.
-    """
+    """Return a chart as an `svg` element of that many pixels, whose points and bars have their values as titles."""
     from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    chart = chart._replace(curves=[_keep_drawable(curve) for curve in chart.curves])
     with rc_context():
         rcdefaults()  # a user's matplotlibrc is for the user's pictures
         salt = f"{chart.name} {width}"  # ids of markers must not be those of another chart on the page
-        rcParams.update(
-            {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "font.sans-serif": ["DejaVu Sans"]}
-        )
+        rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "font.family": "DejaVu Sans"})
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")  # 72 units of SVG are an inch
         axes = figure.add_subplot()
         titles = [title for curve in chart.curves for title in _plot(axes, curve, chart)]
         _format_axes(axes, chart, width)
         written = io.BytesIO()
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _finish(written.getvalue(), titles, chart.title)
-
-
-def _keep_drawable(curve: Curve) -> Curve:
-    pairs = [pair for pair in zip(curve.steps, curve.values, strict=True) if all(abs(x) <= MAX_VALUE for x in pair)]
-    return curve._replace(steps=[step for step, _ in pairs], values=[value for _, value in pairs])
+    return _add_titles(written.getvalue(), titles, chart.title)
 
 
 def _plot(axes: Any, curve: Curve, chart: Chart) -> list[str]:
-    """Plot a curve, and return what its points or bars tell."""
-    steps, values, color = curve.steps, curve.values, COLORS[curve.color]
+    """Plot the values that matplotlib can draw, and return the titles of their points or bars."""
+    pairs = [pair for pair in zip(curve.steps, curve.values, strict=True) if all(abs(x) <= MAX_VALUE for x in pair)]
+    steps, values, color = [x for x, _ in pairs], [y for _, y in pairs], COLORS[curve.color]
     if chart.is_bars:
         width = steps[1] - steps[0] if len(steps) > 1 else 1
-        for bar in axes.bar(steps, values, width * 0.88, align="edge", color=COLORS["bar"], clip_on=False):
+        for bar in axes.bar(steps, values, width * 0.88, align="edge", color=color):
             bar.set_gid("bar")
-        pairs = zip(steps, values, strict=True)
-        return [f"{x:,.0f} to {x + width - 1:,.0f} {chart.axis}: {chart.show(y)} {curve.name}" for x, y in pairs]
+        return [f"{x:,.0f} to {x + width - 1:,.0f} {chart.axis}: {y:{chart.form}} {curve.name}" for x, y in pairs]
     is_smoothed = curve.is_noisy and len(steps) >= MIN_SMOOTHED_POINTS
     if is_smoothed:
         axes.plot(steps, values, color=color, alpha=0.35, linewidth=1, clip_on=False)
-    line = smooth(values) if is_smoothed else values
-    axes.plot(steps, line, color=color, linewidth=2, clip_on=False)
-    classes = "points many" if len(steps) > MAX_VISIBLE_POINTS else "points"
-    edge = {"markeredgewidth": 8, "markeredgecolor": TRANSPARENT}  # where a pointer finds the point
-    alpha = 0.5 if is_smoothed else 1
+    axes.plot(steps, smooth(values) if is_smoothed else values, color=color, linewidth=2, clip_on=False)
+    classes, alpha = "points many" if len(steps) > MAX_VISIBLE_POINTS else "points", 0.5 if is_smoothed else 1
+    edge = {"markeredgewidth": 8, "markeredgecolor": TRANSPARENT}  # widens the area of the pointer
     axes.plot(steps, values, "o", color=color, markersize=5, alpha=alpha, gid=classes, clip_on=False, **edge)
-    return [f"{chart.axis} {x:,.0f}: {curve.name} {chart.show(y)}" for x, y in zip(steps, values, strict=True)]
+    return [f"{chart.axis} {x:,.0f}: {curve.name} {y:{chart.form}}" for x, y in pairs]
 
 
 def _format_axes(axes: Any, chart: Chart, width: int) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     for patch in (axes.patch, axes.figure.patch, *(axes.spines[side] for side in ("left", "right", "top"))):
         patch.set_visible(False)
     axes.spines["bottom"].set_color(COLORS["quiet"])
     axes.tick_params(length=0, pad=6, labelcolor=COLORS["quiet"])
-    axes.grid(axis="y", color=COLORS["line"])
     axes.set_axisbelow(True)
+    axes.grid(axis="y", color=COLORS["line"])
     bins = max(3, width // 60)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=chart.is_bars, min_n_ticks=3))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_whole(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_tick(value)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: format_tick(value))
     axes.set_xlabel(chart.axis, labelpad=4, loc="right", color=COLORS["quiet"])
     axes.margins(x=0.02, y=0.08)
     low, high = axes.get_ylim()
@@ -195,10 +149,10 @@ def _format_axes(axes: Any, chart: Chart, width: int) -> None:
     if chart.is_bars:
         axes.set_ylim(bottom=0)
     for step in chart.marks:
-        axes.axvline(step, gid="mark", color=COLORS["quiet"], linestyle=(0, (4, 4)), linewidth=1, zorder=1)
+        axes.axvline(step, gid="mark", color=COLORS["quiet"], linestyle="--", linewidth=1, zorder=1)
 
 
-def show_tick(value: float) -> str:
+def format_tick(value: float) -> str:
     """Return a value short enough for the left margin."""
     value = float(f"{value:.6g}") + 0.0  # drops rounding errors, and the sign of a zero
     if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
@@ -207,23 +161,20 @@ def show_tick(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _finish(written: bytes, titles: list[str], label: str) -> str:
-    """Return matplotlib's picture with titles at its points, and with classes and CSS colors for the page."""
+def _add_titles(written: bytes, titles: list[str], label: str) -> str:
+    """Return matplotlib's picture with titles, and with classes and CSS colors in place of ids and colors."""
     ElementTree.register_namespace("", SVG[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(written)
     root.attrib |= {"role": "img", "aria-label": label}
-    root.remove(root[0])  # a style sheet that would be one of the whole page
-    groups = list(root.iter(f"{SVG}g"))
-    shapes = [
-        shape for group in groups if group.get("id", "").startswith("points") for shape in group.iter(f"{SVG}use")
-    ]
-    shapes += [group for group in groups if group.get("id") == "bar"]
-    for shape, title in zip(shapes, titles, strict=True):
+    root.remove(root[0])  # a style sheet, which would be one of the whole page
+    groups = [group for group in root.iter(f"{SVG}g") if "id" in group.attrib]
+    points = [point for group in groups if group.attrib["id"].startswith("points") for point in group.iter(f"{SVG}use")]
+    bars = [group for group in groups if group.attrib["id"] == "bar"]
+    for shape, title in zip(points + bars, titles, strict=True):
         ElementTree.SubElement(shape, f"{SVG}title").text = title
     for group in groups:
-        if "id" in group.attrib:  # there are several charts on a page
-            group.set("class", group.attrib.pop("id"))
+        group.set("class", group.attrib.pop("id"))  # other charts on the page have the same ids
     text = ElementTree.tostring(root, encoding="unicode").replace(TRANSPARENT, "transparent")
     for name, drawn in COLORS.items():
         text = text.replace(drawn, f"var(--{name})")

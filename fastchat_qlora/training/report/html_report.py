@@ -5,7 +5,6 @@ import platform
 import time
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerState
@@ -30,7 +29,7 @@ SHOWN_SEQUENCES = 3
 DONE = 'class="status done"'
 """Text on the page of a run that has ended well, and on no other: values on it are escaped."""
 
-RESTARTS = "restarts"
+RESTARTS_KEY = "restarts"
 """Key in the trainer's state: the steps at which the run was resumed."""
 
 MIN_SECONDS_BETWEEN_PAGES = 30.0
@@ -42,24 +41,17 @@ WIDE, NARROW = (770, 536), (370, 238)
 
 
 class Outcome(NamedTuple):
-    """State of a run: a class of the page, and a sentence."""
+    """State of a run."""
 
-    kind: str
+    kind: str  # a class of the page
     said: str
 
 
 class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Writes the page at checkpoints, now and then when something is logged, and at the end.
+    """Writes the page at checkpoints, now and then when something is logged, and at the end, by the first process.
 
     As a context manager it encloses all that may end a run, and reports how it ended. An error in making the page is
-    logged once and ignored. Only the first process writes.
-
-    Args:
-        summary: of the run.
-        answers: to the sample prompts.
-
-    Attributes:
-        is_written: whether this process writes the page; known when training begins.
+    logged once and ignored.
     """
 
     def __init__(self, summary: RunSummary, answers: SampleGenerations) -> None:
@@ -73,9 +65,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def __enter__(self) -> "RunReport":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self.is_written:
             self._write(_describe_outcome(error, self._summary.trainer.state))
 
@@ -83,20 +73,11 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """Start the clock; a run that had finished before keeps its page."""
         had_finished = state.global_step >= state.max_steps
         self.is_written = state.is_world_process_zero and not (had_finished and self._says_done())
-        self._restarts = list((state.stateful_callbacks.get(RESTARTS) or {}).get("attributes", {}).get("steps", []))
+        self._restarts = list((state.stateful_callbacks.get(RESTARTS_KEY) or {}).get("attributes", {}).get("steps", []))
         if state.global_step and not had_finished and state.global_step not in self._restarts:
             self._restarts.append(state.global_step)
-        state.stateful_callbacks[RESTARTS] = {"args": {}, "attributes": {"steps": self._restarts}}
+        state.stateful_callbacks[RESTARTS_KEY] = {"args": {}, "attributes": {"steps": self._restarts}}
         self._due_at = time.monotonic() + MIN_SECONDS_BETWEEN_PAGES
-
-    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
-        """Write the page if it is due, but not for the last entry, which the end follows."""
-        if time.monotonic() >= self._due_at and "train_runtime" not in (logs or {}):
-            self._write_while_running()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        """Write the page after a checkpoint."""
-        self._write_while_running()
 
     def _says_done(self) -> bool:
         try:
@@ -104,7 +85,13 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         except (OSError, ValueError):
             return False
 
-    def _write_while_running(self) -> None:
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the page if it is due, but not for the last entry, which the end follows."""
+        if time.monotonic() >= self._due_at and "train_runtime" not in (logs or {}):
+            self.on_save()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Write the page of a run that goes on."""
         if self.is_written:
             with self._summary.trainer.throughput.paused():
                 began = time.monotonic()
@@ -146,11 +133,11 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def _lasting(self) -> dict[str, Any]:
         """The variables that are the same on every page, without sequences of the data on a public page."""
         summary, training = self._summary, self._summary.args.training
-        tokenizer, train = summary.prepared.data.tokenizer, summary.splits["train"]
+        examples = get_examples("train", summary.splits["train"], summary.prepared.data.tokenizer, SHOWN_SEQUENCES)
         return {
             "rejections": {flag: (one, format_rejections(one.summary)) for flag, one in summary.rejections.items()},
             "statistics": {name: format_statistics(found) for name, found in summary.statistics.items()},
-            "examples": [] if training.push_to_hub else list(get_examples("train", train, tokenizer, SHOWN_SEQUENCES)),
+            "examples": [] if training.push_to_hub else list(examples),
             "flags": get_flags(summary.args),
             "versions": {"Python": platform.python_version(), **get_versions()},
             "hardware": get_hardware(training.device),

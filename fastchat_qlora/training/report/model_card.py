@@ -50,13 +50,7 @@ PROCESS_METRICS = ("train_loss", "tokens", "supervised_tokens", "train_runtime")
 
 
 def write_model_card(folder: Path, summary: RunSummary, metrics: Mapping[str, Any]) -> None:
-    """Write the card atomically; failures are logged and ignored.
-
-    Args:
-        folder: of the adapter.
-        summary: of the run.
-        metrics: results of the run; those in RESULT_NAMES are shown.
-    """
+    """Write the card with the metrics in RESULT_NAMES atomically; failures are logged and ignored."""
     try:
         text = build_model_card(folder.resolve().name, summary, metrics)
         with write_atomically(folder / CARD_FILE, durable=True) as target:

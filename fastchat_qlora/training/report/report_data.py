@@ -23,24 +23,14 @@ from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
 from fastchat_qlora.training.callbacks.throughput import TokenTotal
-from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, show_short, show_whole, thin_out
+from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, thin_out
 from fastchat_qlora.training.setup import PreparedRun
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import mask_secrets
 
 
 class RunSummary:
-    """Numbers and texts of a run, as far as it has come.
-
-    Args:
-        trainer: of the run.
-        args: of the run.
-        prepared: what was known before the weights were loaded.
-        effective: the settings read back from the live objects.
-
-    Attributes:
-        rejections: counts of each flag's records, read at once: the cache may be removed while the run goes on.
-    """
+    """Numbers and texts of a run, as far as it has come."""
 
     def __init__(
         self, trainer: LoraTrainer, args: RunArguments, prepared: PreparedRun, effective: EffectiveSettings
@@ -48,6 +38,7 @@ class RunSummary:
         self.trainer, self.args, self.prepared, self._effective = trainer, args, prepared, effective
         self.model = args.model.model_name_or_path
         self.method = "QLoRA" if args.lora.q_lora else "LoRA"
+        # Read at once: the cache may be removed while the run goes on.
         self.rejections = {data.flag: summarize_rejections(data) for data in prepared.data.loaded.named().values()}
 
     @property
@@ -68,17 +59,12 @@ class RunSummary:
         return {name: compute_statistics(sequences) for name, sequences in self.splits.items()}
 
     @property
-    def best_step(self) -> int | None:
-        """The step of the adapter, if it is not the last one."""
-        step: int | None = self.trainer.best_step
-        return step
-
-    @property
     def figures(self) -> dict[str, Any]:
-        """The steps done, the loss that was logged last, and the best step, as far as there are any."""
-        losses = get_curve(self.trainer.state.log_history, "loss", "", "").values
-        figures = {"steps": self.trainer.state.global_step, "loss": losses[-1] if losses else None}
-        return {name: value for name, value in (figures | {"best_step": self.best_step}).items() if value is not None}
+        """The steps done, the last logged loss, and the step of the adapter if it is an earlier one."""
+        state, best_step = self.trainer.state, self.trainer.best_step
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        figures = {"steps": state.global_step} | ({"loss": losses[-1]} if losses else {})
+        return figures | ({"best_step": best_step} if best_step else {})
 
 
 class Tile(NamedTuple):
@@ -107,14 +93,14 @@ def get_charts(
     bins = [(float(bin.first), float(bin.sequences)) for bin in statistics.histogram]
     lengths = Curve("sequences", "bar", [first for first, _ in bins], [count for _, count in bins])
     charts = [
-        Chart("loss", "Loss (nats per supervised token)", [loss, evaluation], show_short),
-        Chart("throughput", "Throughput (tokens/s)", [tokens, supervised], show_whole),
-        Chart("gradient", "Gradient norm", [gradient], show_short),
-        Chart("rate", "Learning rate", [get_curve(history, "learning_rate", "rate", "c1")], show_short),
-        Chart("memory", "Memory (GiB)", [get_curve(history, "memory_gib", "held", "c4")], show_short),
+        Chart("loss", "Loss (nats per supervised token)", [loss, evaluation]),
+        Chart("throughput", "Throughput (tokens/s)", [tokens, supervised], ",.0f"),
+        Chart("gradient", "Gradient norm", [gradient]),
+        Chart("rate", "Learning rate", [get_curve(history, "learning_rate", "rate", "c1")]),
+        Chart("memory", "Memory (GiB)", [get_curve(history, "memory_gib", "held", "c4")]),
     ]
     charts = [chart._replace(marks=[float(step) for step in restarts]) for chart in charts]
-    charts.append(Chart("lengths", "Sequences by length (tokens)", [lengths], show_whole, is_bars=True, axis="tokens"))
+    charts.append(Chart("lengths", "Sequences by length (tokens)", [lengths], ",.0f", is_bars=True, axis="tokens"))
     kept = [chart._replace(curves=[thin_out(curve) for curve in chart.curves if curve.steps]) for chart in charts]
     return [chart for chart in kept if chart.curves]
 
@@ -130,24 +116,19 @@ def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[Ti
     passes = f"{state.epoch:.2f} times through the data" if state.epoch else ""
     tiles = [Tile("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
-        values = get_curve(state.log_history, key, name, "").values
-        if values:
+        if values := get_curve(state.log_history, key).values:
             first = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
             tiles.append(Tile(name, f"{values[-1]:.3g}", first + best))
     if total.tokens:
         tiles.append(Tile("tokens/s", f"{total.rate:,.0f}", f"{total.supervised_rate:,.0f} of them supervised"))
-    if memory := get_curve(state.log_history, "memory_gib", "", "").values:
+    if memory := get_curve(state.log_history, "memory_gib").values:
         tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "highest logged value of a process"))
     return [*tiles, Tile("time", str(timedelta(seconds=round(seconds))), "since the process began")]
 
 
 def get_flags(groups: Iterable[Any]) -> dict[str, str]:
-    """Return the flags that are not at their defaults, with secrets masked.
-
-    Args:
-        groups: dataclasses of arguments.
-    """
+    """Return the flags of dataclasses of arguments that are not at their defaults, with secrets masked."""
     found: dict[str, str] = {}
     for group in groups:
         for field in fields(group):
@@ -177,22 +158,19 @@ def _show_flag(value: Any) -> str:
 
 def get_hardware(device: torch.device) -> dict[str, str]:
     """Return a description of the first process's machine."""
-    memory = psutil.virtual_memory().total / 2**30
-    facts = {
-        "processor": f"{_get_processor()}, {os.cpu_count()} logical cores",
-        "main memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}",
-    }
+    facts = {}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts = {"accelerator": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"} | facts
-    return facts
+        facts["accelerator"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return facts | {
+        "processor": f"{_get_processor()}, {os.cpu_count()} logical cores",
+        "main memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def _get_processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -21,10 +21,6 @@ TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
     """Evaluate once more if there is an evaluation set, and write the results; every process must call this.
 
-    Args:
-        summary: of the run.
-        metrics: of Trainer.train.
-
     Raises:
         RunError: the results cannot be written.
     """
@@ -51,15 +47,8 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         trainer.save_state()
         trainer.save_metrics("train", metrics, combined=False)
         write_model_card(output_dir, summary, metrics)
+        groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
+        groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective}
+        groups["processes"] = trainer.args.world_size
         with write_atomically(output_dir / RESULTS_FILE) as target:  # last: a run without it has not finished
-            target.write(json.dumps(mask_secrets(_get_arguments(summary)), indent=2, default=str) + "\n")
-
-
-def _get_arguments(summary: RunSummary) -> dict[str, Any]:
-    """Return the groups of arguments, the effective settings and the number of processes."""
-    groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
-    return groups | {
-        "training": summary.args.training.to_dict(),
-        "effective": summary.effective,
-        "processes": summary.trainer.args.world_size,
-    }
+            target.write(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n")

@@ -24,7 +24,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return memory
 
 
-def test_nothing_is_recomputed_where_all_fits(
+def test_no_layer_is_checkpointed_if_all_fits(
     model_folder: Path,
     data_file: Path,
     tmp_path: Path,
@@ -37,7 +37,7 @@ def test_nothing_is_recomputed_where_all_fits(
     assert "Activation checkpointing: 0 of 2 layers. A batch of up to" in notices.text
 
 
-def test_layers_are_recomputed_where_memory_is_short_and_nothing_else_changes(
+def test_checkpointing_changes_memory_only(
     model_folder: Path,
     data_file: Path,
     tmp_path: Path,
@@ -50,13 +50,13 @@ def test_layers_are_recomputed_where_memory_is_short_and_nothing_else_changes(
     free["bytes"] = 1.0
     tight = train(command(model_folder, data_file, tmp_path / "tight", **FLAGS))
     assert checkpointed(seen["trainer"]) == 2
-    assert "It may run out of memory: lower --per_device_train_batch_size" in notices.text
+    assert "It may run out of memory; lower --per_device_train_batch_size" in notices.text
     assert losses(tight) == losses(plain)
     adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (plain, tight)]
     assert adapters[0] == adapters[1]
 
 
-def test_the_first_step_corrects_the_estimate(
+def test_first_step_corrects_the_estimate(
     model_folder: Path,
     data_file: Path,
     tmp_path: Path,
@@ -77,7 +77,7 @@ def test_the_first_step_corrects_the_estimate(
     assert checkpointed(seen["trainer"]) == 2
 
 
-def test_a_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, seen: dict, free: dict) -> None:  # noqa: F811
+def test_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, seen: dict, free: dict) -> None:  # noqa: F811
     free["bytes"] = 1.0
     train(command(model_folder, data_file, tmp_path / "off", **FLAGS, gradient_checkpointing=False))
     assert checkpointed(seen["trainer"]) == 0
@@ -98,7 +98,7 @@ def test_a_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, see
         (["--activation_checkpointing", "False"], False, False),
     ],
 )
-def test_how_it_is_asked_for(
+def test_flag_values_of_checkpointing(
     given: list[str], automatic: bool, on: bool, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     needed = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", str(tmp_path)]
@@ -107,7 +107,7 @@ def test_how_it_is_asked_for(
     assert training.activation_checkpointing is training.gradient_checkpointing is on
 
 
-def test_a_model_that_cannot_be_foreseen_is_checkpointed_whole(
+def test_model_of_unknown_cost_is_checkpointed_in_full(
     model_folder: Path,
     data_file: Path,
     tmp_path: Path,
@@ -118,4 +118,6 @@ def test_a_model_that_cannot_be_foreseen_is_checkpointed_whole(
     monkeypatch.setattr(activation_checkpointing, "build_meta_model", lambda config: None)
     train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
     assert checkpointed(seen["trainer"]) == 2
-    assert "on, for what the run needs cannot be told: the model's code lies outside transformers" in notices.text
+    assert (
+        "all layers, because the memory needed is unknown: the model's code lies outside transformers" in notices.text
+    )

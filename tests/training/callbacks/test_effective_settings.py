@@ -1,4 +1,4 @@
-"""What a run says of itself is what is live."""
+"""Effective settings are those of the live objects."""
 
 import json
 from pathlib import Path
@@ -15,52 +15,52 @@ def effective(output: Path) -> dict[str, str]:
     return json.loads((output / "training_args.json").read_text())["effective"]
 
 
-def test_one_process(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_settings_of_one_process(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"max_steps": 1, "max_grad_norm": 0.7, "gradient_accumulation_steps": 3, "lr_scheduler_type": "cosine"}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
     assert (settings["strategy"], settings["compute dtype"]) == ("one process", "float32")
     assert settings["gradient clipping"] == "0.7"
     assert settings["optimizer"] == "AdamW, cosine schedule"
     assert settings["batch"] == "2 x 3 accumulated x 1 processes = 6 conversations a step"
-    assert (settings["rows"], settings["attention"]) == ("conversations end to end", "per_conversation")
+    assert (settings["sequences"], settings["attention"]) == ("padding-free", "per_conversation")
     assert settings["loss"].endswith("supervised positions at a time, with the gradient in the same pass")
-    assert (settings["quantised layers"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
+    assert (settings["quantized layers"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
 
 
-def test_packed_rows_and_a_trained_head(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_settings_with_packing_and_a_trained_head(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"max_steps": 1, "packing": True, "model_max_length": 128, "modules_to_save": "lm_head", "bf16": True}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
-    assert settings["rows"] == "packed up to 128 tokens, conversations end to end"
-    assert settings["batch"] == "2 x 1 accumulated x 1 processes = 2 rows a step"
+    assert settings["sequences"] == "packed up to 128 tokens, padding-free"
+    assert settings["batch"] == "2 x 1 accumulated x 1 processes = 2 packed sequences a step"
     assert settings["loss"] == "from the logits of all supervised positions"
     assert settings["compute dtype"] == "bfloat16, by autocast"
 
 
-def test_qlora_with_checkpointing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_settings_of_qlora_with_checkpointing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"max_steps": 1, "q_lora": True, "bf16": True, "gradient_checkpointing": True}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
     assert settings["compute dtype"] == "bfloat16"
-    assert settings["quantised layers"].startswith("14 of 15 linear layers: nf4 with double quantisation")
+    assert settings["quantized layers"].startswith("14 of 15 linear layers: nf4 with double quantization")
     assert settings["checkpointing"] == "2 of 2 layers, not reentrant"
 
 
-def test_bytes_of_the_base(model_folder: Path, data_file: Path, tmp_path: Path, seen: dict) -> None:  # noqa: F811
+def test_one_process_holds_the_whole_base(model_folder: Path, data_file: Path, tmp_path: Path, seen: dict) -> None:  # noqa: F811
     train(command(model_folder, data_file, tmp_path / "out", max_steps=1))
     model = seen["trainer"].adapter
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     assert base_bytes(model) == (frozen, frozen)
 
 
-def test_another_strategy_than_the_one_asked_for_stops_the_run(
+def test_another_strategy_than_asked_for_stops_the_run(
     model_folder: Path,
     data_file: Path,
     tmp_path: Path,
     seen: dict,  # noqa: F811
 ) -> None:
-    """As when a library falls back to another without a word."""
+    """As when a library silently falls back to another."""
     train(command(model_folder, data_file, tmp_path / "out", max_steps=1))
     trainer = seen["trainer"]
     asked = Topology(local_rank=0, rank=0, world_size=2, accelerator=None, zero_stage=0, fsdp=True)
-    with pytest.raises(RunError, match="FSDP2 was asked for and one process is live"):
+    with pytest.raises(RunError, match="the strategy is one process, and FSDP2 was asked for"):
         EffectiveSettings(trainer, asked).on_train_begin(trainer.args, trainer.state, trainer.control)
     assert read_back(trainer)["strategy"] == "one process"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastchat_qlora.errors import AgreedError, RunError
-from fastchat_qlora.training.callbacks import step_monitor as step_watch
+from fastchat_qlora.training.callbacks import step_monitor
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase, GradientGuard, LossGuard
 from fastchat_qlora.training.callbacks.step_monitor import Step, StepMonitor, Verdict
 from fastchat_qlora.utils.signals import StopSignals
@@ -25,13 +25,13 @@ def check(model: torch.nn.Module, deepspeed: str | None = None, unused: bool = F
     GradientGuard().on_pre_optimizer_step(arguments, STATE, None, model=model)
 
 
-def test_gradient_guard() -> None:
+def test_tensors_without_gradient_stop_the_run() -> None:
     check(model_after_backward(connected=True))
     with pytest.raises(RunError, match=r"step 7: 2 of 4 adapter tensors got no gradient, such as 0\.weight"):
         check(model_after_backward(connected=False))
 
 
-def test_experts_may_have_no_token() -> None:
+def test_experts_may_have_no_gradient() -> None:
     check(model_after_backward(connected=False), unused=True)
     with pytest.raises(RunError, match="4 of 4"):
         check(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), unused=True)
@@ -44,21 +44,21 @@ def test_frozen_parameters_need_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_evaluation_that_is_not_finite(value: float) -> None:
+def test_evaluation_that_is_not_finite_stops_the_run(value: float) -> None:
     guard = LossGuard()
     guard.on_log(FP32, STATE, None, logs={"eval_loss": 1.0, "epoch": 1})
     with pytest.raises(RunError, match="step 6: eval_loss is"):
         guard.on_log(FP32, STATE, None, logs={"eval_loss": value})
 
 
-def test_a_loss_of_nothing() -> None:
+def test_loss_of_zero_stops_the_run() -> None:
     LossGuard().on_log(FP32, STATE, None, logs={"loss": 1e-30})
     with pytest.raises(RunError, match="step 6: the loss is exactly 0"):
         LossGuard().on_log(FP32, STATE, None, logs={"loss": 0.0})
 
 
-def test_deepspeed_is_asked_in_another_way() -> None:
-    """It keeps gradients to itself; the tensors tell when theirs comes."""
+def test_deepspeed_gradients_are_seen_by_hooks() -> None:
+    """It keeps gradients to itself; hooks on the tensors see them."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     arguments = SimpleNamespace(deepspeed="configuration", ddp_find_unused_parameters=False)
     guard = GradientGuard()
@@ -72,7 +72,7 @@ def test_deepspeed_is_asked_in_another_way() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_one_changed_value_of_the_base_is_seen(offset: int, dtype: torch.dtype) -> None:
+def test_one_changed_base_value_is_found(offset: int, dtype: torch.dtype) -> None:
     """Also in the last bytes, and where the tensor begins in the middle of eight of them."""
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(1), False) for name in "ab"})
     for parameter in model.values():
@@ -89,71 +89,71 @@ def test_one_changed_value_of_the_base_is_seen(offset: int, dtype: torch.dtype) 
         base.check(4)
 
 
-def watch(norm: float, losses: list[float], *, fp16: bool = False, supervised: int = 5, times: int = 1) -> None:
+def check_step(norm: float, losses: list[float], *, fp16: bool = False, supervised: int = 5, times: int = 1) -> None:
     rows = [[("a.json", 3, "c3"), ("a.json", 9, "c9")], [("b.json", 1, "x")]]
     step = Step(rows, supervised, [torch.tensor(loss) for loss in losses], torch.tensor(norm))
     trainer = SimpleNamespace(step=step, last_checkpoint="out/checkpoint-4")
     control = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
     state = SimpleNamespace(global_step=6, max_steps=9)
-    looking = StepMonitor(StopSignals())
-    looking.trainer = trainer
+    monitor = StepMonitor(StopSignals())
+    monitor.trainer = trainer
     arguments = SimpleNamespace(fp16=fp16, save_strategy="steps")
     for _ in range(times):
-        looking.on_step_end(arguments, state, control)
+        monitor.on_step_end(arguments, state, control)
     assert not control.should_training_stop
 
 
-def test_a_step_that_is_sound() -> None:
-    watch(0.5, [1.0, 2.0])
-    watch(float("inf"), [1.0, 2.0], fp16=True, times=50)  # the scaled loss overflows, and that step is skipped
+def test_sound_step_passes() -> None:
+    check_step(0.5, [1.0, 2.0])
+    check_step(float("inf"), [1.0, 2.0], fp16=True, times=50)  # the scaled loss overflows, and that step is skipped
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_names_its_rows(value: float) -> None:
+def test_bad_step_names_its_records(value: float) -> None:
     with pytest.raises(AgreedError) as error:
-        watch(0.5, [1.0, value])
-    said = "step 6: the loss is not finite; its rows: b.json:1 (id x); out/checkpoint-4 is the last good checkpoint"
+        check_step(0.5, [1.0, value])
+    said = "step 6: the loss is not finite; its records: b.json:1 (id x); the last good checkpoint is out/checkpoint-4"
     assert str(error.value).startswith(said)
-    with pytest.raises(AgreedError, match=r"gradient norm is (nan|inf); its rows: a.json:3 \(id c3\), .*, b.json:1"):
-        watch(value, [1.0, 2.0])
+    with pytest.raises(AgreedError, match=r"gradient norm is (nan|inf); its records: a.json:3 \(id c3\), .*, b.json:1"):
+        check_step(value, [1.0, 2.0])
     with pytest.raises(AgreedError, match="the loss is not finite"):
-        watch(0.5, [value, 1.0], fp16=True)
+        check_step(0.5, [value, 1.0], fp16=True)
 
 
-def test_a_scale_that_never_fits() -> None:
-    """With fp16 each of these steps is skipped, so that nothing would be learnt to the end."""
+def test_fp16_scale_that_never_fits_stops_the_run() -> None:
+    """With fp16 each of these steps is skipped, so nothing would be trained to the end."""
     with pytest.raises(AgreedError, match="gradient norm is nan"):
-        watch(float("nan"), [1.0, 2.0], fp16=True, times=51)
+        check_step(float("nan"), [1.0, 2.0], fp16=True, times=51)
 
 
-def test_a_gradient_of_nothing() -> None:
+def test_gradient_of_zero_stops_the_run() -> None:
     with pytest.raises(AgreedError, match="step 6: the gradient is exactly 0 in all of the adapter"):
-        watch(0.0, [1.0, 2.0])
-    watch(0.0, [1.0, 2.0], fp16=True)  # it underflows before the scale is right
+        check_step(0.0, [1.0, 2.0])
+    check_step(0.0, [1.0, 2.0], fp16=True)  # it underflows before the scale is right
 
 
-def test_a_step_without_targets() -> None:
-    with pytest.raises(AgreedError, match="step 6: no token of it is learnt"):
-        watch(0.5, [1.0, 1.0], supervised=0)
+def test_step_without_supervised_tokens_stops_the_run() -> None:
+    with pytest.raises(AgreedError, match="step 6: no supervised token"):
+        check_step(0.5, [1.0, 1.0], supervised=0)
 
 
-def test_a_device_is_read_one_step_later_and_before_anything_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accelerator in miniature: what it has found out is there when one has waited for it."""
+def test_device_is_read_one_step_later_and_before_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small accelerator, whose verdict is there after waiting for it."""
     waited: list[int] = []
 
     def send(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
         return Verdict(number, step, is_bad, SimpleNamespace(synchronize=lambda: waited.append(number)))
 
-    monkeypatch.setattr(step_watch, "send", send)
+    monkeypatch.setattr(step_monitor, "send_verdict", send)
     rows = [[("a.json", 3, "c3")]]
     trainer = SimpleNamespace(step=None, last_checkpoint=None)
-    watch = StepMonitor(StopSignals())
-    watch.trainer = trainer
+    monitor = StepMonitor(StopSignals())
+    monitor.trainer = trainer
 
     def end(number: int, loss: float, *, save: bool = False) -> None:
         trainer.step = Step(rows, 5, [torch.tensor(loss)], torch.tensor(0.5))
         control = SimpleNamespace(should_save=save, should_evaluate=False, should_training_stop=False)
-        watch.on_step_end(
+        monitor.on_step_end(
             SimpleNamespace(fp16=False, save_strategy="steps"),
             SimpleNamespace(global_step=number, max_steps=9),
             control,
@@ -164,7 +164,7 @@ def test_a_device_is_read_one_step_later_and_before_anything_is_saved(monkeypatc
     end(2, 1.0)
     assert waited == [1]
     end(3, float("nan"))
-    with pytest.raises(AgreedError, match=r"step 3: the loss is not finite; its rows: a\.json:3"):
+    with pytest.raises(AgreedError, match=r"step 3: the loss is not finite; its records: a\.json:3"):
         end(4, 1.0)
     end(5, 1.0)
     with pytest.raises(AgreedError, match="step 6: the loss is not finite"):

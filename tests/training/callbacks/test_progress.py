@@ -1,4 +1,4 @@
-"""What is said of a run while it goes on: bars in a terminal, plain lines in a file."""
+"""Progress of a run: bars in a terminal, plain lines in a file."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ import pytest
 from quick_runs import command, losses
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.training.callbacks.progress import describe
+from fastchat_qlora.training.callbacks.progress import format_log_entry
 
 RATES = {"tokens_per_second": 1234.5, "supervised_tokens_per_second": 456.7}
 
@@ -24,7 +24,7 @@ RATES = {"tokens_per_second": 1234.5, "supervised_tokens_per_second": 456.7}
     [
         (
             {"loss": 0.81234, "learning_rate": 4.2e-4, "grad_norm": 1.0, **RATES},
-            "step 30 of 1,045 (3%): loss 0.8123, learning rate 0.00042, 1,234 tokens/s, 457 of them learnt, "
+            "step 30 of 1,045 (3%): loss 0.8123, learning rate 0.00042, 1,234 tokens/s, 457 of them supervised, "
             "0:02:05 left",
         ),
         ({"loss": 1.0}, "step 30 of 1,045 (3%): loss 1, 0:02:05 left"),
@@ -37,16 +37,16 @@ RATES = {"tokens_per_second": 1234.5, "supervised_tokens_per_second": 456.7}
         ({"epoch": 0.5}, ""),
     ],
 )
-def test_a_log_entry_is_a_line(logs: dict[str, float], line: str) -> None:
-    assert describe(logs, 30, 1045, 125.4) == line
+def test_log_entry_is_one_line(logs: dict[str, float], line: str) -> None:
+    assert format_log_entry(logs, 30, 1045, 125.4) == line
 
 
-def test_the_last_step_leaves_no_time() -> None:
-    assert describe({"loss": 1.0}, 7, 7, 0.0) == "step 7 of 7 (100%): loss 1"
+def test_last_step_leaves_no_time() -> None:
+    assert format_log_entry({"loss": 1.0}, 7, 7, 0.0) == "step 7 of 7 (100%): loss 1"
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_a_file_gets_one_line_for_each_log_entry(
+def test_file_gets_one_line_for_each_log_entry(
     hidden: bool, model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither carriage returns nor dictionaries, whether bars are asked for or not."""
@@ -85,16 +85,16 @@ def in_a_terminal(arguments: list[str]) -> str:
     return b"".join(written).decode()
 
 
-def test_a_terminal_gets_a_bar(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_terminal_gets_a_bar(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """With the loss, the rate and the time left; lines stand above it, whole."""
     flags = {"max_steps": 3, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3, "disable_tqdm": False}
     shown = in_a_terminal(command(model_folder, data_file, tmp_path / "out", **flags))
     bar = r"\rTraining: +\d+%\|[^\r]*\| (\d)/3 \[[\d:]+<([\d:?]+), [^\r]*, loss [\d.]+, [\d,]+ tokens/s\]"
     assert [step for step, _ in re.findall(bar, shown)][-1] == "3"
-    lines = re.findall(r"[\r\n](step (\d) of 3 \(\d+%\): loss [\d.]+, [^\r\n]* learnt[^\r\n]*)\r\n", shown)
+    lines = re.findall(r"[\r\n](step (\d) of 3 \(\d+%\): loss [\d.]+, [^\r\n]* supervised[^\r\n]*)\r\n", shown)
     assert [step for _, step in lines] == ["1", "2", "3"]
 
 
-def test_no_bar_where_none_is_wanted(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_disable_tqdm_hides_the_bar(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     shown = in_a_terminal(command(model_folder, data_file, tmp_path / "out", max_steps=2, disable_tqdm=True))
     assert "step 2 of 2 (100%): loss" in shown and "Training:" not in shown

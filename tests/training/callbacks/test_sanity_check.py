@@ -1,4 +1,4 @@
-"""A model that mixes conversations, or changes logits behind its head, is found out before the first step."""
+"""A model that mixes conversations, or changes logits after its head, is found before the first step."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
-from fastchat_qlora.training.callbacks import sanity_check as self_test
+from fastchat_qlora.training.callbacks import sanity_check
 from fastchat_qlora.training.callbacks.sanity_check import Failures, SanityCheck, find_failures, run_sanity_check
 
 ROWS = [conversation(length, seed, learnt=1.0) for seed, length in enumerate((30, 9, 44))]
@@ -68,8 +68,8 @@ def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
 
 
-def test_nothing_is_drawn_or_counted(tmp_path: Path) -> None:
-    """A run starts from where it would without the test."""
+def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
+    """A run starts where it would without the check."""
     trainer = trainer_of("llama", tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -79,10 +79,10 @@ def test_nothing_is_drawn_or_counted(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_a_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of("llama", tmp_path, "leaky")
     failures = find_failures(trainer, trainer.model)
-    assert "not kept apart" in failures.rows and not failures.loss
+    assert "not kept apart" in failures.padding_free and not failures.loss
     run_sanity_check(trainer)
     assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
     assert not trainer.data_collator.padding_free and trainer.loss_head is not None
@@ -90,30 +90,30 @@ def test_a_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> N
     assert find_failures(trainer, trainer.model) == Failures("", "")
 
 
-def test_a_model_that_cannot_be_asked_is_not(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_model_that_fails_falls_back(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("no such\ncache")
 
     AttentionInterface.register("broken", broken)
     trainer = trainer_of("llama", tmp_path, "broken")
     run_sanity_check(trainer)
-    assert "cannot be asked for rows without padding: 'no such" in notices.text
+    assert "cannot run on padding-free batches: 'no such" in notices.text
     assert not trainer.data_collator.padding_free
     assert trainer.adapter.config._attn_implementation == "sdpa"
 
 
-def test_logits_changed_behind_the_head_are_found(
+def test_logits_changed_after_the_head_are_found(
     scaled: None, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_of("llama", tmp_path)
-    assert "changes its logits behind the head" in find_failures(trainer, trainer.model).loss
+    assert "changes its logits after the head" in find_failures(trainer, trainer.model).loss
     run_sanity_check(trainer)
     assert "The loss is computed from the logits" in notices.text
     assert trainer.loss_head is None and trainer.data_collator.padding_free
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
-def test_a_run_that_leaks_learns_as_a_padded_one(
+def test_leaking_run_trains_as_a_padded_one(
     packing: bool,
     model_folder: Path,
     data_file: Path,
@@ -121,20 +121,20 @@ def test_a_run_that_leaks_learns_as_a_padded_one(
     monkeypatch: pytest.MonkeyPatch,
     notices: pytest.LogCaptureFixture,
 ) -> None:
-    """To the last bit, with dropout: the test has taken nothing from the run's random numbers."""
+    """To the last bit, with dropout: the check has taken nothing from the run's random numbers."""
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
     monkeypatch.setitem(AttentionInterface._global_mapping, PER_CONVERSATION, leaky)
     output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
-    assert f"Batches are padded{' and rows not packed' if packing else ''}, slower" in notices.text
+    assert f"Batches are padded{' and sequences not packed' if packing else ''}, slower" in notices.text
     assert losses(output) == losses(padded) and len(losses(output)) == 3
     expected = load_file(padded / "adapter_model.safetensors")
     for name, tensor in load_file(output / "adapter_model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_run_whose_logits_are_scaled_learns_from_them(
+def test_run_with_scaled_logits_uses_the_plain_loss(
     scaled: None,
     model_folder: Path,
     data_file: Path,
@@ -144,8 +144,8 @@ def test_a_run_whose_logits_are_scaled_learns_from_them(
 ) -> None:
     flags = {"max_steps": 3, "lora_dropout": 0}
     found = train(command(model_folder, data_file, tmp_path / "found", **flags))
-    assert "changes its logits behind the head" in notices.text
-    monkeypatch.setattr("fastchat_qlora.training.trainer.why_plain", lambda model: "the test says so")
+    assert "changes its logits after the head" in notices.text
+    monkeypatch.setattr("fastchat_qlora.training.trainer.explain_plain_loss", lambda model: "the test says so")
     plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
     assert losses(found) == losses(plain) and len(losses(found)) == 3
 
@@ -163,21 +163,21 @@ class TestWrappedLate:
     def begin(trainer: Any) -> None:
         SanityCheck(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
-    def test_stops_where_batches_are_laid_out_already(self, tmp_path: Path) -> None:
+    def test_stops_if_batches_are_built_already(self, tmp_path: Path) -> None:
         trainer = self.late(tmp_path, "leaky")
         run_sanity_check(trainer)
-        assert trainer.data_collator.padding_free, "not asked yet"
+        assert trainer.data_collator.padding_free, "not checked yet"
         with pytest.raises(RunError, match=r"not kept apart.*; start again with --padding_free False"):
             self.begin(trainer)
 
-    def test_goes_on_with_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
+    def test_falls_back_to_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
         trainer = self.late(tmp_path, PER_CONVERSATION)
         run_sanity_check(trainer)
         assert trainer.loss_head is not None
         self.begin(trainer)
         assert trainer.loss_head is None
 
-    def test_asks_what_the_strategy_has_wrapped(self, tmp_path: Path) -> None:
+    def test_runs_the_strategys_wrapper(self, tmp_path: Path) -> None:
         trainer = self.late(tmp_path, PER_CONVERSATION)
         asked = []
 
@@ -190,14 +190,14 @@ class TestWrappedLate:
         self.begin(trainer)
         assert asked and trainer.loss_head is not None
 
-    def test_is_asked_once_in_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_runs_once_in_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trainer = trainer_of("llama", tmp_path)
         monkeypatch.setattr(trainer, "model_wrapped", SimpleNamespace())  # not to be touched
         self.begin(trainer)
         assert trainer.data_collator.padding_free
 
 
-def test_a_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """With a cache transformers would make no mask between the conversations of a row."""
     flags = {"max_steps": 3, "attn_implementation": "sdpa", "lora_dropout": 0}
     plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
@@ -205,7 +205,7 @@ def test_a_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path)
     assert losses(cached) == losses(plain)
 
 
-def test_dora_in_fp32_is_tested_in_fp32(
+def test_dora_in_fp32_is_checked_in_fp32(
     model_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     train(command(model_folder, data_file, tmp_path / "out", max_steps=1, use_dora=True))
@@ -215,6 +215,6 @@ def test_dora_in_fp32_is_tested_in_fp32(
 def test_all_processes_take_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fell back alone would have other batches than the others, and wait for them for ever."""
     everyone = [Failures("", ""), Failures("a leak", ""), Failures("another", "scaled")]
-    monkeypatch.setattr(self_test.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(self_test, "gather_object", lambda mine: everyone)
-    assert self_test._agreed(everyone[0]) == ("a leak", "scaled")
+    monkeypatch.setattr(sanity_check.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(sanity_check, "gather_object", lambda mine: everyone)
+    assert sanity_check._agree_on_failures(everyone[0]) == ("a leak", "scaled")

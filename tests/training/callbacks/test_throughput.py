@@ -1,4 +1,4 @@
-"""Tokens per second: of training, and of nothing else."""
+"""Tokens/s of training, and of nothing else."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_rates_are_of_the_time_since_the_last_ones(clock: list[float]) -> None:
+def test_rates_cover_the_time_since_the_last_reading(clock: list[float]) -> None:
     counter = Throughput()
     with counter.paused():  # before the first step: nobody's time
         clock[0] += 50
@@ -58,7 +58,7 @@ def test_rates_are_of_the_time_since_the_last_ones(clock: list[float]) -> None:
     assert first["memory_gib"] == pytest.approx(memory_gib(CPU), rel=0.1)
 
 
-def test_a_pause_that_an_error_ends_is_one(clock: list[float]) -> None:
+def test_pause_ended_by_an_error_counts(clock: list[float]) -> None:
     counter = Throughput()
     counter.begin()
     with pytest.raises(MemoryError), counter.paused():
@@ -77,7 +77,7 @@ class WithAnother:
         return torch.cat([tensor, torch.tensor([[1000, 10, 2**60]])])
 
 
-def test_rates_and_totals_are_of_all_processes(clock: list[float]) -> None:
+def test_rates_and_totals_cover_all_processes(clock: list[float]) -> None:
     """Also of more tokens than a float counts one by one."""
     counter = Throughput()
     counter.begin()
@@ -94,7 +94,7 @@ def test_rates_and_totals_are_of_all_processes(clock: list[float]) -> None:
     assert (Throughput().total.rate, Throughput().total.supervised_rate) == (0, 0)
 
 
-def test_every_loss_in_the_log_has_its_rates(
+def test_every_logged_loss_has_rates(
     clock: list[float], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing else has: the tokens of the log add up to those of the results, over steps of two seconds each."""
@@ -122,8 +122,8 @@ def test_every_loss_in_the_log_has_its_rates(
         assert results[f"{kind}_per_second"] == round(results[kind] / 12, 1)
 
 
-def test_processes_are_added_up(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """Two processes with half of the data each: the tokens are those of all rows, by the page that counts them."""
+def test_tokens_of_processes_are_added_up(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Two processes with half of the data each: the tokens are those of all sequences, by the page that counts them."""
     flags = "--max_steps 1 --logging_steps 1 --per_device_train_batch_size 15 --save_strategy no --use_cpu True"
     given = " ".join(command(model_folder, data, tmp_path / "out", flags))
     succeed(f"torchrun --nproc_per_node 2 train_lora.py {given}")
