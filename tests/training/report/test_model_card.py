@@ -1,4 +1,4 @@
-"""README.md beside the adapter: what the hub reads, what it tells, and that its code runs."""
+"""README.md beside the adapter: its head, its content, and that its code runs."""
 
 import contextlib
 import io
@@ -6,19 +6,25 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
+from transformers import TrainerState
 
 from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.data.dataset import LoadedData
+from fastchat_qlora.data.dataset import LoadedData, Splits
+from fastchat_qlora.data.tokenization.build import RejectionSummary
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
-from fastchat_qlora.training.report.model_card import RANKS, _number, build_model_card, why_vllm_refuses
-from fastchat_qlora.training.setup import PreparedRun
+from fastchat_qlora.training.report.model_card import VLLM_RANKS, _number, build_model_card, explain_vllm_refusal
+from fastchat_qlora.training.report.report_data import RunSummary
+from fastchat_qlora.training.setup import PreparedBase, PreparedData, PreparedRun
 
 
 def train(model: Path, data: Path, output: Path, *flags: str) -> str:
@@ -50,7 +56,7 @@ def table(card: str) -> dict[str, str]:
         ["--load_in_8bit", "True", "--bf16", "True"],
     ],
 )
-def test_it_tells_of_the_run_and_its_code_runs(
+def test_card_describes_the_run_and_its_code_runs(
     flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "private" / "base model"
@@ -60,11 +66,13 @@ def test_it_tells_of_the_run_and_its_code_runs(
     card = train(Path("-"), Path("-"), tmp_path / "my-adapter", *arguments)
     output = tmp_path / "my-adapter"
     quantized = "--q_lora" in flags
-    tags = ["lora", "transformers", "fastchat-qlora", *["qlora"] * quantized]
+    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantized else [])]
     assert head(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     assert ModelCardData(**head(card)).to_dict() == head(card)
     assert str(tmp_path) not in card, "no folder of this machine"
-    assert f"# my-adapter\n\nA {'Q' * quantized}LoRA adapter for the model in the folder `base model`" in card
+    assert (
+        f"# my-adapter\n\nA {'QLoRA' if quantized else 'LoRA'} adapter for the model in the folder `base model`" in card
+    )
     assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 10 \| ", card, re.MULTILINE)
     assert re.search(r"^\| evaluation, held out \| of these \|  \|  \| 2 \| ", card, re.MULTILINE)
     assert "A turn of the assistant ends with `<|im_end|>`" in card and "the tokenizer's chat template" in card
@@ -84,17 +92,25 @@ def test_it_tells_of_the_run_and_its_code_runs(
 
 
 def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
-    """The card of a run that was not made: of a base on the hub, of nothing but settings."""
-    data = tmp_path / "data.json"
+    """Return the card of a run that was not made: of a base model on the hub, and of nothing but settings."""
+    data, rejected = tmp_path / "data.json", tmp_path / "rejected.jsonl"
     data.write_text("[{}]")
+    rejected.write_text("")
     args = parse_args(f"--model_name_or_path {name} --data_path {data} --output_dir {tmp_path / 'out'}".split())
-    nothing = LoadedData([], {"read": 5, "rejected": 5}, tmp_path, [], "the vicuna template")  # type: ignore[arg-type]
-    known = dict.fromkeys(PreparedRun._fields) | {"lora_config": LoraConfig(**lora), "tokenizer": tokenizer}
-    prepared = PreparedRun(**known | {"turn_ends": [], "data": {"--data_path": nothing}})
-    return build_model_card("my adapter|`x", args, prepared, {"steps": 1}, {"devices": "8 x cuda on my-host"})
+    empty = Dataset.from_dict({key: [] for key in ("length", "supervised", "full_length", "turns", "record")})
+    counts = {"read": 5, "rejected": 5, "reasons": {}}
+    summary = RejectionSummary(**dict.fromkeys(RejectionSummary._fields) | counts)  # type: ignore[arg-type]
+    loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template")
+    base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None)  # type: ignore[arg-type]
+    known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
+    prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
+    trainer = SimpleNamespace(state=TrainerState(), best_step=None)
+    effective = SimpleNamespace(settings={"devices": "8 x cuda on my-host"})
+    run_summary = RunSummary(trainer, args, prepared, effective)  # type: ignore[arg-type]
+    return build_model_card("my adapter|`x", run_summary, {"steps": 1})
 
 
-def test_a_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) -> None:
+def test_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) -> None:
     card = card_of("org/base", tokenizer, tmp_path)
     found = head(card)
     assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
@@ -107,30 +123,30 @@ def test_a_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) 
     ("settings", "reason"),
     [
         ({"use_dora": True}, "it is a DoRA adapter"),
-        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "it trains embed_tokens and lm_head whole"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "it trains embed_tokens and lm_head in full"),
         ({"bias": "lora_only", "r": 600}, "it trains biases, and its rank is above 512"),
     ],
 )
-def test_what_vllm_does_not_take_is_to_be_merged(
+def test_adapter_that_vllm_refuses_is_to_be_merged(
     settings: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    assert why_vllm_refuses(LoraConfig(**settings)) == reason
+    assert explain_vllm_refusal(LoraConfig(**settings)) == reason
     card = card_of("org/base", tokenizer, tmp_path, **settings)
-    assert f"does not take this adapter beside its base, for {reason}." in card
+    assert f"does not take this adapter beside its base model, because {reason}." in card
     assert "--enable-lora" not in card and "vllm serve merged" in card
 
 
 @pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
-def test_the_rank_is_one_that_vllm_knows(rank: int, most: int, tokenizer: Any, tmp_path: Path) -> None:
-    assert f"--max-lora-rank {most} " in card_of("org/base", tokenizer, tmp_path, r=rank) and most in RANKS
+def test_rank_is_one_that_vllm_knows(rank: int, most: int, tokenizer: Any, tmp_path: Path) -> None:
+    assert f"--max-lora-rank {most} " in card_of("org/base", tokenizer, tmp_path, r=rank) and most in VLLM_RANKS
 
 
-def test_secrets_stay_out(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_masked(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secretbase1")
     assert "secretbase1" not in card_of("org/secretbase1", tokenizer, tmp_path)
 
 
-def test_the_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """Where the last state is not the best, the adapter is an earlier one; the log keeps what it has measured."""
     output = tmp_path / "out"
     best = "--eval_strategy steps --save_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end True"
@@ -146,7 +162,7 @@ def test_the_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: P
     assert curve.steps == [1, 2, 3, 4] and curve.values == measured[:4]
 
 
-def test_what_only_the_last_process_has_counted_is_left_out(
+def test_metrics_of_the_last_process_are_left_out_after_resume(
     model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -156,20 +172,20 @@ def test_what_only_the_last_process_has_counted_is_left_out(
     for name in ("training_args.json", "train_results.json"):
         (output / name).unlink()
     went_on = table(train(model_folder, data_file, output, *saves))
-    assert {*whole} - {*went_on} == {"mean loss", "tokens", "learnt tokens", "seconds"}
+    assert {*whole} - {*went_on} == {"mean loss", "tokens", "supervised tokens", "seconds"}
     assert whole["steps"] == went_on["steps"] == "4"
 
 
-def test_a_card_that_cannot_be_written_loses_nothing_else(
+def test_failure_to_write_the_card_loses_nothing_else(
     model_folder: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     with contextlib.suppress(IsADirectoryError):
         train(model_folder, data_file, tmp_path / "out")
-    assert "the model card could not be written" in caplog.text
+    assert "the model card cannot be written" in caplog.text
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"training_args.json", "train_results.json", "adapter_model.safetensors"} <= files
-    assert "README.md.unfinished" not in files
+    assert not [name for name in files if name.endswith(".part")]
 
 
 def test_large_numbers_are_written_out() -> None:
@@ -181,15 +197,13 @@ def test_large_numbers_are_written_out() -> None:
     ]
 
 
-def test_others_may_read_the_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_adapter_files_have_equal_permissions(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     train(model_folder, data_file, tmp_path / "out")
     modes = {(tmp_path / "out" / name).stat().st_mode for name in ("adapter_model.safetensors", "adapter_config.json")}
     assert len(modes) == 1
 
 
-def test_a_finished_run_that_is_started_again_keeps_its_card(
-    model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_finished_run_started_again_keeps_its_card(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     first = train(model_folder, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
     again = train(model_folder, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
     assert first == again
