@@ -215,7 +215,9 @@ def test_onto_other_weights(
     _assert_exact(load_live(base, adapter, quantization=asked), weights(tmp_path / "out"))
 
 
-FP4_RUN = json.dumps({"manifest": {"run": {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}}})
+FP4 = {"base_quantization": {"kind": "fp4", "double_quant": True}, "compute_dtype": "bfloat16"}
+FP4_RUN = json.dumps({"manifest": {"format": 2, "run": FP4}})
+OLD_RUN = json.dumps({"manifest": {"format": 1, "run": {"base weights": "fp4", "compute dtype": "bfloat16"}}})
 NF4_RUN = json.dumps({"lora": {"q_lora": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
                       "bnb_4bit_use_double_quant": True}, "training": {"bf16": True, "fp16": False}})  # fmt: skip
 NF4_SAID = "Merged onto the dequantised nf4 weights, which differ from the original ones by "
@@ -228,6 +230,7 @@ FP4_SAID = NF4_SAID.replace("nf4", "fp4")
         ("checkpoint-7", {}, "has no training_args.json, so how its training had the base is not known"),
         ("checkpoint-7", {"manifest.json": FP4_RUN, "training_args.json": NF4_RUN}, FP4_SAID),
         ("checkpoint-7", {"manifest.json": "{}", "training_args.json": NF4_RUN}, NF4_SAID),
+        ("checkpoint-7", {"manifest.json": OLD_RUN, "../training_args.json": NF4_RUN}, NF4_SAID),
         ("checkpoint-7", {"../training_args.json": NF4_RUN}, NF4_SAID),
         ("best", {"training_args.json": NF4_RUN}, NF4_SAID),
         ("best", {"../training_args.json": NF4_RUN}, "best: has no training_args.json, so how "),

@@ -1,4 +1,4 @@
-"""However conversations are laid out, each is learnt as if it were alone."""
+"""In every layout, each conversation is trained on as if it were alone."""
 
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ CHECKPOINTING = {
     "kept": None,
     "checkpointed": {"use_reentrant": False},
 }
-Learnt = tuple[torch.Tensor, dict[str, torch.Tensor]]
+LossAndGradients = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def truth(model: PeftModel) -> Learnt:
+def truth(model: PeftModel) -> LossAndGradients:
     """Loss and gradients of transformers and PEFT, conversation by conversation."""
     losses = []
     for row in CONVERSATIONS:
@@ -55,7 +55,7 @@ def truth(model: PeftModel) -> Learnt:
 
 
 @pytest.fixture(scope="module")
-def truths() -> dict[str, Learnt]:
+def truths() -> dict[str, LossAndGradients]:
     return {family: truth(plain_peft(make_base(family)).train()) for family in FAMILIES}
 
 
@@ -69,7 +69,7 @@ def batch_of(trainer: LoraTrainer, layout: str) -> dict[str, Any]:
     return trainer.data_collator(PackedDataset(CONVERSATIONS, sampler).__getitems__(rows))
 
 
-def learn(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> Learnt:
+def train_step(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> LossAndGradients:
     trainer = make_trainer(model.train(), folder, LAYOUTS[layout][1])
     if settings := CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(settings)
@@ -80,11 +80,11 @@ def learn(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> Le
     return loss.detach(), gradients(model)
 
 
-def require_equal(learnt: Learnt, expected: Learnt) -> None:
+def require_equal(found: LossAndGradients, expected: LossAndGradients) -> None:
     """Up to rounding in fp32: of the loss, and of each gradient as a whole."""
-    torch.testing.assert_close(learnt[0], expected[0], rtol=1e-5, atol=0)
-    assert learnt[1].keys() == expected[1].keys() and learnt[1]
-    for name, gradient in learnt[1].items():
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    assert found[1].keys() == expected[1].keys() and found[1]
+    for name, gradient in found[1].items():
         assert (gradient - expected[1][name]).norm() <= 1e-5 * expected[1][name].norm(), name
         assert gradient.any(), name
 
@@ -93,10 +93,10 @@ def require_equal(learnt: Learnt, expected: Learnt) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_each_conversation_alone(
-    family: str, layout: str, checkpointing: str, truths: dict[str, Learnt], tmp_path: Path
+    family: str, layout: str, checkpointing: str, truths: dict[str, LossAndGradients], tmp_path: Path
 ) -> None:
     model = our_peft(make_base(family, LAYOUTS[layout][0]))
-    require_equal(learn(model, tmp_path, layout, checkpointing), truths[family])
+    require_equal(train_step(model, tmp_path, layout, checkpointing), truths[family])
     assert isinstance(model.get_output_embeddings(), LossHead) == (family != "gemma2")
 
 
@@ -105,10 +105,10 @@ def test_with_4_bit_weights(tmp_path: Path) -> None:
     for layout, (attention, _) in LAYOUTS.items():
         for checkpointing in CHECKPOINTING:
             model = our_peft(make_quantised_base(tmp_path, attention))
-            require_equal(learn(model, tmp_path, layout, checkpointing), expected)
+            require_equal(train_step(model, tmp_path, layout, checkpointing), expected)
 
 
-def test_the_models_of_these_tests_can_tell() -> None:
+def test_models_of_these_tests_depend_on_their_layout() -> None:
     """Their windows, caps and positions matter to these conversations: without them the loss is another."""
     without = {
         "mistral": {"sliding_window": None},
@@ -132,7 +132,7 @@ def losses_by_conversation(trainer: LoraTrainer, rows: list[dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversation_knows_nothing_of_its_neighbours(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_conversation_is_independent_of_its_neighbors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit, whichever of them changes; in bf16 the CPU attends in blocks."""
     trainer = make_trainer(our_peft(make_base(family, PER_CONVERSATION, dtype)).eval(), tmp_path)
     before = losses_by_conversation(trainer, CONVERSATIONS)

@@ -1,4 +1,4 @@
-"""Runs on packed rows: what an epoch sees, and that a resumed run sees what it would have seen."""
+"""Runs on packed sequences: what an epoch contains, and that a resumed run continues with the same sequences."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run
 
-Row = tuple[tuple[int, ...], ...]
+Sequences = tuple[tuple[int, ...], ...]
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    """What batches are made of, in order; accelerate makes one ahead, but none beyond the end of an epoch."""
-    made: list[Row] = []
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Sequences]:
+    """Record the batches in order; accelerate makes one ahead, but none beyond the end of an epoch."""
+    made: list[Sequences] = []
 
     class Watched(Collator):
         def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -32,14 +32,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
         watching = False
 
-    def test_first(trainer: Any) -> None:
+    def check_first(trainer: Any) -> None:
         Watched.watching = False
-        run_self_test(trainer)
+        run_sanity_check(trainer)
         Watched.watching = True
 
-    run_self_test = run.run_self_test
+    run_sanity_check = run.run_sanity_check
     monkeypatch.setattr(run, "Collator", Watched)
-    monkeypatch.setattr(run, "run_sanity_check", test_first)
+    monkeypatch.setattr(run, "run_sanity_check", check_first)
     return made
 
 
@@ -52,15 +52,15 @@ def alphabet(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_resumed_run_goes_on_with_the_rows_it_would_have_had(
-    model_folder: Path, alphabet: Path, tmp_path: Path, rows: list[Row]
+def test_resumed_run_continues_with_the_same_sequences(
+    model_folder: Path, alphabet: Path, tmp_path: Path, batches: list[Sequences]
 ) -> None:
     """In the first epoch and in the second, bit for bit, with dropout."""
     flags = {"packing": True, "model_max_length": 75, "per_device_train_batch_size": 1, "max_steps": -1}
     flags |= {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1}
     straight = tmp_path / "straight"
     assert main(["train", *command(model_folder, alphabet, straight, **flags)]) == 0
-    expected = list(rows)
+    expected = list(batches)
     per_epoch = len(expected) // 2
     assert per_epoch >= 5 and len(losses(straight)) == 2 * per_epoch
     epochs = [expected[:per_epoch], expected[per_epoch:]]
@@ -75,15 +75,15 @@ def test_a_resumed_run_goes_on_with_the_rows_it_would_have_had(
         assert step % per_epoch
         stopped = tmp_path / f"stopped-{step}"
         shutil.copytree(straight / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
-        rows.clear()
+        batches.clear()
         assert main(["train", *command(model_folder, alphabet, stopped, **flags)]) == 0
-        assert rows == expected[step:]
+        assert batches == expected[step:]
         assert losses(stopped) == losses(straight)
         resumed = load_file(stopped / "adapter_model.safetensors")
         assert all((resumed[name] == tensor).all() for name, tensor in tensors.items())
 
 
-def test_packed_rows_are_fewer_steps_over_the_same_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_packing_takes_fewer_steps_over_the_same_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     results = {}
     for packing in (False, True):
         output = tmp_path / str(packing)
@@ -96,15 +96,7 @@ def test_packed_rows_are_fewer_steps_over_the_same_tokens(model_folder: Path, da
         assert results[True][name] == results[False][name]
 
 
-def test_packing_is_not_switched_on_in_the_middle(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """Batches that were seen would be counted in another unit."""
-    flags = {"save_strategy": "steps", "save_steps": 2}
-    train(command(model_folder, data_file, tmp_path / "out", max_steps=2, **flags))
-    with pytest.raises(UserError, match="rows of a batch"):
-        train(command(model_folder, data_file, tmp_path / "out", max_steps=4, packing=True, **flags))
-
-
-def test_fewer_rows_than_a_batch_are_not_all_dropped(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_fewer_sequences_than_a_batch_are_an_error(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"packing": True, "dataloader_drop_last": True, "per_device_train_batch_size": 50}
     with pytest.raises(UserError, match="do not fill one batch of 50"):
         train(command(model_folder, data_file, tmp_path / "out", **flags))

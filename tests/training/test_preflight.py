@@ -1,4 +1,4 @@
-"""What is built after the weights are loaded is refused before."""
+"""What Trainer builds after the weights are loaded is refused before."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("given", "expected"), [*SCHEDULES.values(), *OTHERS.values()], ids=[*SCHEDULES, *OTHERS])
-def test_what_would_fail_later_fails_now(required: list[str], given: list[str], expected: list[str]) -> None:
+def test_unusable_settings_fail_early(required: list[str], given: list[str], expected: list[str]) -> None:
     args = parse_args([*required, *given]).training
     with pytest.raises(UserError) as caught:
         run_preflight(args, None)
@@ -69,8 +69,8 @@ def test_what_would_fail_later_fails_now(required: list[str], given: list[str], 
     ],
     ids=lambda given: " ".join(given),
 )
-def test_what_is_right_passes(required: list[str], given: list[str]) -> None:
-    """And nothing random is drawn."""
+def test_usable_settings_pass(required: list[str], given: list[str]) -> None:
+    """And draw nothing random."""
     before = torch.random.get_rng_state()
     run_preflight(parse_args([*required, *given]).training, None)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONVERSATIONS, sharegpt
 from peft import PeftModel
 from quick_runs import command, losses, train
 from quick_runs import seen as seen
@@ -137,27 +138,29 @@ def test_evaluation_is_a_mean_over_tokens(model_folder: Path, data_file: Path, t
         train(command(model_folder, data_file, output, q_lora=True, **flags))
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        assert len(evaluated) == 3 and evaluated[-1] < evaluated[0], "two in training, one at the end, and it learns on"
+        assert len(evaluated) == 3 and evaluated[-1] < evaluated[0], (
+            "two in training, one at the end, and the loss falls on"
+        )
         assert json.loads((output / "train_results.json").read_text())["eval_loss"] == evaluated[-1]
         results.append(evaluated)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
-def test_a_run_goes_on_from_its_last_checkpoint(
+def test_run_resumes_from_its_last_checkpoint(
     model_folder: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "lr_scheduler_type": "constant"}
     straight = train(command(model_folder, data_file, tmp_path / "straight", **flags))
     stopped = tmp_path / "stopped"
     train(command(model_folder, data_file, stopped, **flags | {"max_steps": 4}))
-    (stopped / "checkpoint-9").mkdir()  # torn: a later number with nothing in it
+    (stopped / "checkpoint-9").mkdir()  # incomplete: a later number with nothing in it
     train(command(model_folder, data_file, stopped, **flags))
     assert len(losses(stopped)) == 8 and losses(stopped) == losses(straight)
     name = "adapter_model.safetensors"
     assert (stopped / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_finished_run_started_again_changes_nothing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, data_file, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=2)
     output = train(arguments)
     names = ("adapter_model.safetensors", "train_results.json", "trainer_state.json")
@@ -167,31 +170,46 @@ def test_a_finished_run_started_again_stays_as_it_is(model_folder: Path, data_fi
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
+ONE_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def one_step(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train one step with a checkpoint; the data is beside the folder of the run."""
+    folder = tmp_path_factory.mktemp("one_step")
+    records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 3)]
+    (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return train(command(model_folder, folder / "data.json", folder / "out", **ONE_STEP))
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"q_lora": True}, "base weights: float32 then, nf4, quantised twice now"),
-        ({"bf16": True}, "compute dtype: float32 then, bfloat16 now"),
-        ({"optim": "sgd"}, "optimizer: adamw_torch then, sgd now"),
-        ({"lora_r": 4, "lora_dropout": 0}, "lora_r: 8 then, 4 now; lora_dropout: 0.05 then, 0.0 now"),
-        ({"learning_rate": 1e-3}, "learning_rate: 0.01 then, 0.001 now"),
-        ({"gradient_accumulation_steps": 2, "seed": 7}, "gradient_accumulation_steps: 1 then, 2 now; seed: 42 then, 7"),
-        ({"conv_template": "vicuna"}, "template: "),
-        ({"model_max_length": 64}, "model_max_length: 512 then, 64 now"),
+        ({"q_lora": True}, r"quantization of the base model .*: kind none, .* then, kind nf4, double_quant True now"),
+        ({"bf16": True}, r"compute dtype \(--bf16, --fp16\): float32 then, bfloat16 now"),
+        ({"optim": "sgd"}, "--optim: adamw_torch then, sgd now"),
+        ({"lora_r": 4, "lora_dropout": 0}, "--lora_r: 8 then, 4 now; --lora_dropout: 0.05 then, 0.0 now"),
+        ({"learning_rate": 1e-3}, "--learning_rate: 0.01 then, 0.001 now"),
+        (
+            {"gradient_accumulation_steps": 2, "seed": 7},
+            "--gradient_accumulation_steps: 1 then, 2 now; --seed: 42 then",
+        ),
+        ({"conv_template": "vicuna"}, r"chat template \(--conv_template\): "),
+        ({"model_max_length": 64}, "--model_max_length: 512 then, 64 now"),
+        ({"packing": True}, "--packing, tokens of a sequence: none then, 512 now"),
     ],
 )
-def test_a_checkpoint_of_another_kind_of_run_is_refused(
-    changed: dict[str, Any], said: str, model_folder: Path, data_file: Path, tmp_path: Path
+def test_checkpoint_of_other_settings_is_refused(
+    changed: dict[str, Any], said: str, one_step: Path, model_folder: Path
 ) -> None:
-    flags = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    output = train(command(model_folder, data_file, tmp_path / "out", **flags))
-    before = (output / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=f"checkpoint-1: this run is set up otherwise .*{said}"):
-        train(command(model_folder, data_file, output, **flags | changed | {"max_steps": 2}))
-    assert (output / "adapter_model.safetensors").read_bytes() == before
+    before = (one_step / "adapter_model.safetensors").read_bytes()
+    given = command(model_folder, one_step.parent / "data.json", one_step, **ONE_STEP | changed | {"max_steps": 2})
+    with pytest.raises(UserError, match=f"checkpoint-1: settings changed since this checkpoint .*{said}"):
+        train(given)
+    assert (one_step / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_quantised_biases_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_biases_of_quantized_layers_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """bitsandbytes keeps them in the compute dtype, whatever they are turned to."""
     flags = {"lora_bias": "all", "bf16": True, "q_lora": True, "save_strategy": "steps", "save_steps": 2}
     train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=2))
@@ -199,7 +217,7 @@ def test_quantised_biases_resume(model_folder: Path, data_file: Path, tmp_path: 
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
 
-def test_an_adapter_that_lacks_tensors_is_refused(
+def test_adapter_that_lacks_tensors_is_refused(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """PEFT would only warn, and train the missing ones from random values."""
@@ -210,7 +228,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(
     assert code == 2 and "4 tensors are not in it" in capsys.readouterr().err
 
 
-def test_label_smoothing_counts(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_label_smoothing_changes_the_loss(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     first = [
         losses(
             train(command(model_folder, data_file, tmp_path / f"{share}", label_smoothing_factor=share, max_steps=1))
@@ -220,18 +238,18 @@ def test_label_smoothing_counts(model_folder: Path, data_file: Path, tmp_path: P
     assert first[0] != first[1]
 
 
-def test_an_unlogged_end_is_logged(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_last_step_is_logged(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     output = train(command(model_folder, data_file, tmp_path / "out", logging_steps=500, max_steps=3))
     results = json.loads((output / "train_results.json").read_text())
     assert losses(output) == pytest.approx([results["train_loss"]])
 
 
-def test_a_checkpoint_asked_for_must_be_there(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_checkpoint_asked_for_must_exist(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume_from_checkpoint"):
         train(command(model_folder, data_file, tmp_path / "out", resume_from_checkpoint=True))
 
 
-def test_exit_code_of_a_run_that_cannot_learn(
+def test_untrained_adapter_ends_with_exit_code_1(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate next to zero trains nothing: the saved adapter fails its check."""
@@ -240,7 +258,7 @@ def test_exit_code_of_a_run_that_cannot_learn(
     assert "error:" in capsys.readouterr().err
 
 
-def test_vicuna_template_is_saved_and_serves_as_it_was_trained(
+def test_vicuna_template_is_saved_and_renders_the_training_prompt(
     model_folder: Path, data_file: Path, tmp_path: Path, seen: dict[str, object]
 ) -> None:
     output = train(command(model_folder, data_file, tmp_path / "out", conv_template="vicuna", max_steps=1))
@@ -252,7 +270,7 @@ def test_vicuna_template_is_saved_and_serves_as_it_was_trained(
     assert trained[: len(prompt)] == prompt
 
 
-def test_a_dry_run_checks_and_loads_no_weights(
+def test_dry_run_checks_and_loads_no_weights(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model's folder has everything but the weights, and that is enough."""

@@ -31,7 +31,7 @@ class Sized:
     max_steps=st.sampled_from([-1, 1, 7, 500]),
     drop_last=st.booleans(),
 )
-def test_the_steps_of_trainer(
+def test_steps_are_those_of_trainer(
     rows: int, batch: int, accumulation: int, processes: int, epochs: float, max_steps: int, drop_last: bool
 ) -> None:
     args: Any = SimpleNamespace(
@@ -44,7 +44,7 @@ def test_the_steps_of_trainer(
     )
     batches = BatchSampler(range(rows), batch, drop_last)
     dealt = Sized(len(BatchSamplerShard(batches, processes, 0)))
-    assert bool(len(dealt)) == (not drop_last or rows >= batch * processes), "what make_rows refuses"
+    assert bool(len(dealt)) == (not drop_last or rows >= batch * processes), "what make_training_dataset refuses"
     if not len(dealt):
         return
     trainer: Any = SimpleNamespace(

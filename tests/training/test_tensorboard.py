@@ -1,4 +1,4 @@
-"""`--report_to`: what TensorBoard shows, and a package that is not there."""
+"""`--report_to`: TensorBoard's event files, and a package that is not installed."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastchat_qlora.cli import main
 TAGS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_tokens_per_second", "memory_gib")
 
 
-def test_the_event_file_has_the_log(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_event_file_has_the_log(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """Every entry, at its step and with its value; the evaluation of the end is in a second file beside the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,7 +37,7 @@ def test_the_event_file_has_the_log(model_folder: Path, data_file: Path, tmp_pat
         ("paper", "--report_to paper: unknown; choose from none, all"),
     ],
 )
-def test_a_package_that_is_not_there_is_named(
+def test_missing_package_is_named(
     given: str, said: str, model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything is loaded or written."""

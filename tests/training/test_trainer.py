@@ -1,4 +1,4 @@
-"""What the trainer counts, learns from and evaluates, without a run around it."""
+"""Counts, losses and evaluations of the trainer, without a run around it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.trainer import LoraTrainer
 
 CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 30, 12))]
-UNTAUGHT = conversation(11, seed=9, learnt=0.0)
+UNSUPERVISED = conversation(11, seed=9, learnt=0.0)
 CPU = torch.device("cpu")
 
 
@@ -39,9 +39,9 @@ LAYOUTS = ["end to end", "padded on the right"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accumulation_is_the_same_as_a_larger_batch(layout: str, tmp_path: Path) -> None:
-    """Also where one micro-batch teaches nothing at all."""
+    """Also if one micro-batch has no supervised token."""
     trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
-    rows = [*CONVERSATIONS[:3], UNTAUGHT]
+    rows = [*CONVERSATIONS[:3], UNSUPERVISED]
     loss_of_one, gradients = step(trainer, rows)
     loss_of_four, summed = step(trainer, *([row] for row in rows))
     assert loss_of_four == pytest.approx(loss_of_one, rel=1e-6)
@@ -51,22 +51,22 @@ def test_accumulation_is_the_same_as_a_larger_batch(layout: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_seen_are_those_of_the_data(layout: str, tmp_path: Path) -> None:
-    """Padding does not count, nor does what is not a target."""
+def test_token_counts_are_those_of_the_data(layout: str, tmp_path: Path) -> None:
+    """Padding does not count, nor do unsupervised tokens as supervised ones."""
     trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
-    batches = [CONVERSATIONS[:2], CONVERSATIONS[2:5], [CONVERSATIONS[5], UNTAUGHT]]
+    batches = [CONVERSATIONS[:2], CONVERSATIONS[2:5], [CONVERSATIONS[5], UNSUPERVISED]]
     loader = iter([trainer.data_collator(rows) for rows in batches])
     for taken in (2, 1, 0):  # two micro-batches a step are asked for, and the data ends in the middle of one
         micro_batches, count = trainer.get_batch_samples(loader, 2, CPU)
         assert len(micro_batches) == taken
         assert count == sum(len(batch["labels"]) for batch in micro_batches)
         assert not any(isinstance(value, int) and "num_" in name for b in micro_batches for name, value in b.items())
-    rows = [*CONVERSATIONS, UNTAUGHT]
+    rows = [*CONVERSATIONS, UNSUPERVISED]
     supervised = sum(label != -100 for row in rows for label in row["labels"])
     assert trainer.count_tokens() == (sum(len(row["input_ids"]) for row in rows), supervised)
 
 
-def test_a_finished_run_takes_no_batch(tmp_path: Path) -> None:
+def test_finished_run_takes_no_batch(tmp_path: Path) -> None:
     trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
     trainer.state.global_step = trainer.state.max_steps
     assert trainer.get_batch_samples(iter([trainer.data_collator(CONVERSATIONS)]), 1, CPU) == ([], None)
@@ -74,7 +74,7 @@ def test_a_finished_run_takes_no_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_evaluation_is_the_same_however_batches_are_laid_out(family: str, tmp_path: Path) -> None:
+def test_evaluation_is_the_same_in_every_layout(family: str, tmp_path: Path) -> None:
     """A mean over tokens, of the head's losses (Llama) and of the plain ones (Gemma-2)."""
     data = Dataset.from_list(CONVERSATIONS)
     evaluated = []
@@ -117,7 +117,7 @@ def test_evaluation_keeps_no_logits(
     assert seen.numel == max((rows_of_logits or supervised) * vocabulary, largest_activation)
 
 
-def test_label_smoothing_is_that_of_the_flag(tmp_path: Path) -> None:
+def test_label_smoothing_follows_the_flag(tmp_path: Path) -> None:
     """With the head and without it."""
     losses = {}
     for share in (0.0, 0.3):

@@ -1,4 +1,4 @@
-"""What lies beside the adapter has a model stop where its answers were trained to end."""
+"""generation_config.json beside the adapter stops the model where its answers ended in training."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_it_is_the_bases_with_the_ends_of_turns(model: Path, data_file: Path, tmp_path: Path) -> None:
+def test_stop_tokens_are_added_to_the_bases_settings(model: Path, data_file: Path, tmp_path: Path) -> None:
     """A base that stops at <|endoftext|> only, and samples."""
     edit(model / NAME, eos_token_id=0, do_sample=True, temperature=0.6, top_p=0.9)
     edit(model / "config.json", eos_token_id=0)
@@ -44,7 +44,7 @@ def test_it_is_the_bases_with_the_ends_of_turns(model: Path, data_file: Path, tm
     assert files[0] == files[1]
 
 
-def test_a_server_that_looks_at_the_eos_token_alone(
+def test_other_stop_tokens_than_eos_are_logged(
     model: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     edit(model / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token="<|im_start|>", unk_token=None)
@@ -64,7 +64,7 @@ def test_a_server_that_looks_at_the_eos_token_alone(
     ]
 
 
-def test_answers_that_are_all_cut_short_are_told_of(
+def test_answers_that_are_all_cut_short_are_logged(
     model: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     config = train(model, data_file, tmp_path / "out", "--model_max_length", "20", "--max_rejected", "1.0")
@@ -79,7 +79,9 @@ def test_answers_that_are_all_cut_short_are_told_of(
     ("own", "ends", "stops"),
     [(2, [5], [5, 2]), ([7, 2, 5], [5], [5, 7, 2]), (None, [5, 6], [5, 6, 2]), ([], [], [2]), (9, [2], [2, 9])],
 )
-def test_families(family: str, own: Any, ends: list[int], stops: list[int], tmp_path: Path) -> None:
+def test_stop_tokens_come_first_in_every_family(
+    family: str, own: Any, ends: list[int], stops: list[int], tmp_path: Path
+) -> None:
     base = make_base(family)
     base.generation_config.eos_token_id = own
     write_generation_config(tmp_path, build_generation_config(base, Tokens(), ends))
@@ -89,14 +91,14 @@ def test_families(family: str, own: Any, ends: list[int], stops: list[int], tmp_
 
 
 class Tokens:
-    """All that is asked of a tokenizer: one without a BOS, whose end is the base's own."""
+    """The part of a tokenizer that is used: without a BOS, and with the base's own end."""
 
     eos_token_id = 2
     pad_token_id = 3
     bos_token_id = None
 
 
-def test_a_base_whose_settings_contradict_each_other(tmp_path: Path) -> None:
+def test_contradictory_base_settings_are_written(tmp_path: Path) -> None:
     """transformers refuses to save a temperature without sampling, which some published models have."""
     base = make_base("llama")
     base.generation_config.temperature, base.generation_config.do_sample = 0.1, False
@@ -104,5 +106,5 @@ def test_a_base_whose_settings_contradict_each_other(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.1
 
 
-def test_nothing_is_said_where_the_tokenizer_says_it_all(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_eos_token_as_stop_token_needs_no_notice(tokenizer: PreTrainedTokenizerBase) -> None:
     assert describe_stop_tokens([2], tokenizer) == ""
