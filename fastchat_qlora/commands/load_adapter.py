@@ -29,20 +29,14 @@ from fastchat_qlora.model.adapter.adapter_files import (
     read_lora_config,
 )
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    check_vocabulary,
-    dtype_name,
-    load_config,
-    load_model,
-    load_raw_tokenizer,
-)
+from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, load_config, load_model
 from fastchat_qlora.model.loading.quantization import (
     NOT_QUANTIZED,
     BaseQuantization,
     QuantizationKind,
     build_quantization_config,
 )
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST

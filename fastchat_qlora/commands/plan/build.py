@@ -43,13 +43,9 @@ from fastchat_qlora.model.estimates.parallelism import (
     ONE_PROCESS,
     ParallelStrategy,
 )
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    check_vocabulary,
-    dtype_name,
-    get_compute_dtype,
-)
+from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, get_compute_dtype
 from fastchat_qlora.model.loading.quantization import get_base_quantization
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     USABLE_ACCELERATOR_SHARE,
     USABLE_MEMORY_SHARE,

@@ -11,8 +11,9 @@ from fastchat_qlora.config.arguments import LoraArguments, ModelArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
-from fastchat_qlora.model.loading.base_model import choose_pad_token, load_config, load_model, load_tokenizer
+from fastchat_qlora.model.loading.base_model import load_config, load_model
 from fastchat_qlora.model.loading.quantization import build_quantization_config
+from fastchat_qlora.model.loading.tokenizer import choose_pad_token, load_tokenizer
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
 
