@@ -32,7 +32,8 @@ from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding
+from fastchat_qlora.model.adapter.compatibility import check_sharding
+from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import (

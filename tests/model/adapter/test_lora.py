@@ -18,13 +18,8 @@ from transformers import (
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import (
-    attach_adapter,
-    build_lora_config,
-    check_sharding,
-    check_targets,
-    get_trainable_parameters,
-)
+from fastchat_qlora.model.adapter.compatibility import check_sharding, check_targets
+from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
 from fastchat_qlora.model.loading.base_model import build_meta_model
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
