@@ -19,12 +19,11 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops import attention
 from fastchat_qlora.model.ops.attention import (
     PER_CONVERSATION,
-    Leakage,
     attend_per_conversation,
     choose_attention,
     get_default_attention,
-    measure_leakage,
 )
+from fastchat_qlora.model.ops.attention_checks import Leakage, measure_leakage
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LLAMA = LlamaConfig(num_hidden_layers=1)
