@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE as ADAPTER_FILE
-from fastchat_qlora.model.adapter.adapter_files import read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
