@@ -27,6 +27,7 @@ from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
+from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     AutoCheckpointing,
@@ -40,6 +41,7 @@ from fastchat_qlora.training.trainer import LoraTrainer
 RANK, ALPHA = 16, 32
 PEER_DROPOUT, PEER_ROWS = 0.05, 2
 OPTIMIZER = "adamw_torch_fused"
+NF4 = BaseQuantization("nf4", double_quant=True)
 
 
 class Setup(NamedTuple):
@@ -223,7 +225,7 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
         lora_config(),
         DTYPE,
         supervised_share=conversations.supervised_share,
-        quantized="double" if setup.quantized else "",
+        quantization=NF4 if setup.quantized else NOT_QUANTIZED,
         device_type=plan.device.type,
     )
     attention = choose_attention(

@@ -13,6 +13,7 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
 from fastchat_qlora.training.callbacks.effective_settings import base_bytes
@@ -21,11 +22,13 @@ LENGTHS = (500, 300, 200)
 TOKENS = sum(LENGTHS)
 
 
-def profile(config: PretrainedConfig, dtype: torch.dtype, quantized: str = "", **lora: Any) -> memory.ModelCost:
+def profile(
+    config: PretrainedConfig, dtype: torch.dtype, quantization: BaseQuantization = NOT_QUANTIZED, **lora: Any
+) -> memory.ModelCost:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
     model = attach_adapter(meta_model.to(dtype), lora_config(**lora))
-    return memory.measure_model_cost(model, supervised_share=0.6, quantized=quantized)
+    return memory.measure_model_cost(model, supervised_share=0.6, quantization=quantization)
 
 
 def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
@@ -58,6 +61,7 @@ def make_batch() -> dict[str, Any]:
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
+NF4 = BaseQuantization("nf4", double_quant=True)
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
@@ -88,9 +92,7 @@ def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], chec
 def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Path) -> None:
     model = our_peft(make_quantised_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
     held = base_bytes(model).held
-    needed = memory.compute_peak_memory(
-        profile(FAMILIES["llama"], FP32, "double", lora_dropout=0.05), TOKENS, checkpointed
-    )
+    needed = memory.compute_peak_memory(profile(FAMILIES["llama"], FP32, NF4, lora_dropout=0.05), TOKENS, checkpointed)
     if checkpointed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)

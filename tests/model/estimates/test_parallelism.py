@@ -25,6 +25,7 @@ from fastchat_qlora.model.estimates.parallelism import (
     compute_device_memory,
 )
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def model() -> ModelCost:
     meta_model = build_meta_model(copy.deepcopy(FAMILIES["llama"]))
     assert meta_model is not None
     return measure_model_cost(
-        attach_adapter(meta_model.to(torch.bfloat16), lora_config()), supervised_share=0.5, quantized="double"
+        attach_adapter(meta_model.to(torch.bfloat16), lora_config()),
+        supervised_share=0.5,
+        quantization=BaseQuantization("nf4", double_quant=True),
     )
 
 

@@ -12,7 +12,7 @@ from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
 from fastchat_qlora.model.loading.base_model import load_config, load_model
-from fastchat_qlora.model.loading.quantization import build_quantization_config
+from fastchat_qlora.model.loading.quantization import build_run_quantization_config
 from fastchat_qlora.model.loading.tokenizer import choose_pad_token, load_tokenizer
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
@@ -22,7 +22,7 @@ def load(folder: Path, dtype: torch.dtype, **lora: object) -> torch.nn.Module:
     return load_model(
         ModelArguments(str(folder)),
         dtype=dtype,
-        quantization_config=build_quantization_config(LoraArguments(**lora), dtype, ALONE),
+        quantization_config=build_run_quantization_config(LoraArguments(**lora), dtype, ALONE),
         device_map={"": "cpu"} if lora else None,
         attn_implementation=None,
         cache_dir=None,

@@ -248,7 +248,7 @@ class TestWhyPlain:
         ("family", "lora", "reason"),
         [
             ("llama", {"modules_to_save": ["lm_head"]}, "the head is a ModulesToSaveWrapper"),
-            ("llama", {"target_modules": ["q_proj", "lm_head"]}, "the head is a LeanLinear"),
+            ("llama", {"target_modules": ["q_proj", "lm_head"]}, "the head is a EfficientLoraLinear"),
             ("gemma2", {}, "the model changes its logits (final_logit_softcapping)"),
         ],
     )

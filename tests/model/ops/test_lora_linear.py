@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
-from fastchat_qlora.model.ops.lora_linear import _drop, needs_autocast, register_efficient_lora
+from fastchat_qlora.model.ops.lora_linear import _drop, _EfficientLora, needs_autocast, register_efficient_lora
 
 IDS = torch.tensor([conversation(20, seed)["input_ids"] for seed in (0, 1)])
 BASES = ["plain", "4 bits"]
@@ -36,7 +36,7 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def lean_layers(model: torch.nn.Module) -> list[Any]:
-    return [layer for layer in lora_layers(model) if type(layer).__name__.startswith("Lean")]
+    return [layer for layer in lora_layers(model) if isinstance(layer, _EfficientLora)]
 
 
 def outcome(model: PeftModel, **options: Any) -> dict[str, torch.Tensor]:
