@@ -22,12 +22,8 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import (
-    check_adapter_finite,
-    check_adapter_tensors,
-    check_module_patterns,
-    read_lora_config,
-)
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
+from fastchat_qlora.model.adapter.compatibility import check_module_patterns
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
 from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, load_config, load_model
 from fastchat_qlora.model.loading.quantization import (

@@ -18,7 +18,8 @@ from transformers.integrations.hub_kernels import is_kernel
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_module_patterns, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, read_lora_config
+from fastchat_qlora.model.adapter.compatibility import check_module_patterns
 
 Plant = Callable[[Path, Path], None]
 
@@ -204,10 +205,10 @@ ENDLESS = "(([a-z._0-9]+)+)+!"
         (settings(lora_ga_config={}), "has lora_ga_config"),
         (settings(layer_replication=[[0, 2]] * 100_000), "has layer_replication"),
         (settings(target_modules=[1, 2]), "has target_modules"),
-        (settings(target_modules="(" * 5000), "is no regular expression"),
+        (settings(target_modules="(" * 5000), "is not a regular expression"),
         (settings(target_modules=ENDLESS), "take more than"),
         (settings(rank_pattern={ENDLESS: 4}), "take more than"),
-        (settings(modules_to_save=["../../x"]), "--modules_to_save ../../x: matches nothing"),
+        (settings(modules_to_save=["../../x"]), "--modules_to_save ../../x: matches no module"),
         (settings(peft_type="IA3"), "holds a"),
         (settings(peft_type="../x"), "adapter_config.json cannot be read"),
         (lambda folder, _: (folder / "adapter_config.json").write_text("[1]") and None, "cannot be read"),
@@ -223,7 +224,7 @@ def test_an_adapter_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastchat_qlora.model.adapter.adapter_files.PATTERN_SECONDS", 0.3)
+    monkeypatch.setattr("fastchat_qlora.model.adapter.compatibility.PATTERN_SECONDS", 0.3)
     folder = copy(adapter, marker.parent / "adapter")
     plant(folder, marker)
     assert_refused(start(model_folder, data_file, marker.parent / "out", lora_weight_path=folder), capsys, reason)

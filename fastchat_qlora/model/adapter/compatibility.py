@@ -1,7 +1,12 @@
 """Checks that an adapter's configuration fits a base model, before any weight is loaded."""
 
 import re
-from collections.abc import Collection
+import signal
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -10,49 +15,82 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_module_patterns
+from fastchat_qlora.model.adapter.adapter_files import get_module_patterns
 
-USUAL_NAME = "model.layers.0.self_attn.q_proj"
+PATTERN_SECONDS = 5.0
+"""Time for matching all regular expressions of an adapter with the names of all modules."""
+
+TYPICAL_MODULE_NAME = "model.layers.0.self_attn.q_proj"
+
+ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 
 
 def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
-    """Require that every module the adapter names exists, before any weight is loaded.
+    """Require that every module that the adapter names exists.
 
-    PEFT raises only if no name matches at all. A model without skeleton is left to PEFT's own check.
-
-    Args:
-        skeleton: from `loading.build_skeleton`.
+    PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
 
     Raises:
-        UserError: naming what matches nothing and what there is to match.
+        UserError: naming what matches no module, and the names of the model's modules.
     """
     if meta_model is None:
-        check_module_patterns(lora_config, [USUAL_NAME])
+        check_module_patterns(lora_config, [TYPICAL_MODULE_NAME])
         return
     modules = dict(meta_model.named_modules())
     check_module_patterns(lora_config, modules)
-    adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
-    linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
+    adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE_MODULES)}
     if not isinstance(lora_config.target_modules, str):
-        _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
-    # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
-    whole = {name for name in modules if not quantized or name not in linear or _is_kept(name)}
-    whole -= _around_attention(meta_model)
-    _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
+        _check_module_names("--lora_target_modules", lora_config.target_modules or (), adaptable)
+    # A quantized weight cannot be trained; the head and the embeddings are never quantized.
+    trainable = {name for name in modules if not quantized or name not in adaptable or _is_head_or_embedding(name)}
+    trainable -= _find_attention_and_parents(meta_model)
+    _check_module_names("--modules_to_save", lora_config.modules_to_save or (), trainable)
 
 
-def _around_attention(meta_model: PreTrainedModel) -> set[str]:
-    """Names of the modules that hold attention: PEFT's copy would not hear of it when the attention is set."""
+def _check_module_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
+    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
+    if unmatched:
+        last_names = {name.rpartition(".")[2] for name in offered}
+        known = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
+        raise UserError(f"{flag} {' '.join(unmatched)}: matches no module to train; the model has {known}")
+
+
+def _find_attention_and_parents(meta_model: PreTrainedModel) -> set[str]:
+    """Return the names of modules whose copy by PEFT would miss a change of the attention backend."""
     names = [name for name, module in meta_model.named_modules() if "attention" in type(module).__name__.lower()]
     return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
 
 
-def _check_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
-    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
-    if unmatched:
-        last_names = {name.rpartition(".")[2] for name in offered}
-        there = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
-        raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing there is to adapt; the model has {there}")
+def check_module_patterns(config: LoraConfig, names: Collection[str]) -> None:
+    """Require that an adapter's regular expressions can be matched with names of modules in little time.
+
+    Raises:
+        UserError: they take too long, as `(a+)+b` does with many names.
+    """
+    patterns = [re.compile(pattern) for pattern in get_module_patterns(config)]
+    if not patterns or threading.current_thread() is not threading.main_thread():  # others receive no signals
+        return
+    with _limit_pattern_time():
+        for pattern, name in product(patterns, names):
+            pattern.match(name)
+            pattern.fullmatch(name)
+
+
+@contextmanager
+def _limit_pattern_time() -> Iterator[None]:
+    def stop(*_: Any) -> None:  # `re` handles signals while it matches
+        raise UserError(
+            f"the regular expressions of the adapter's configuration take more than {PATTERN_SECONDS:g} seconds to "
+            "match the names of the model's modules; write target_modules as a list of names"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_sharding(
@@ -63,40 +101,46 @@ def check_sharding(
     *,
     quantized: bool = False,
 ) -> None:
-    """Require that what is trained can be trained where parameters are sharded, before any weight is loaded.
+    """Require that the parallel strategy can train what the adapter trains.
 
     Raises:
         UserError: naming the flag, and the strategies that can do it.
     """
     if quantized and lora_config.use_dora and topology.zero_stage == 3:
-        # Its norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU puts another
-        # parameter in its place at every step (0.21.2, `dequantize_module_weight`).
-        raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
+        # DoRA's norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU replaces the
+        # parameter at every step (0.21.2, `dequantize_module_weight`).
+        raise UserError(
+            "--use_dora True with --q_lora True: not supported by PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP"
+        )
     if not topology.fsdp:
         return
     if quantized and _trains_biases(meta_model, lora_config):
-        # With 4-bit weights biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
+        # The biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
         raise UserError(
-            f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are no fp32 and cannot be "
-            "trained beside the adapter under FSDP2; choose ZeRO or DDP, or --lora_bias none"
+            f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are not in fp32 as the "
+            "adapter is, which FSDP2 needs; choose ZeRO or DDP, or --lora_bias none"
         )
-    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
-        return
-    for flag, names in (
-        ("--modules_to_save", lora_config.modules_to_save or ()),
-        ("--lora_target_modules", lora_config.target_modules or ()),
-    ):
-        given = names if isinstance(names, str) else " ".join(sorted(names))
-        if any(_matches(tied, names) for tied in _ends(meta_model, names)):
-            # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
+    if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
+        _check_tied_weights(meta_model, lora_config)
+
+
+def _check_tied_weights(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> None:
+    """Require that neither the head nor the embeddings are trained.
+
+    accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
+    """
+    trained = {"--modules_to_save": lora_config.modules_to_save, "--lora_target_modules": lora_config.target_modules}
+    for flag, names in trained.items():
+        if any(_matches(tied, names or ()) for tied in _find_head_and_embeddings(meta_model, names or ())):
+            given = names if isinstance(names, str) else " ".join(sorted(names))
             raise UserError(
-                f"{flag} {given}: the head and the embeddings of this model are one weight, which accelerate ties "
+                f"{flag} {given}: the head and the embeddings of this model share one weight, which accelerate ties "
                 "wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
             )
 
 
 def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
-    """Whether there are biases to train; taken for granted where the model's code lies outside transformers."""
+    """Return whether there are biases to train; without a meta model, assume that there are."""
     if lora_config.bias == "none":
         return False
     if meta_model is None:
@@ -109,37 +153,36 @@ def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) 
     return any(_matches(name, lora_config.target_modules or ()) for name in biased)
 
 
-def _ends(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
-    """Names of the embeddings and the head; those that sound like it where the model's code lies elsewhere."""
+def _find_head_and_embeddings(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
+    """Return the names of these modules; without a meta model, those of `names` that sound like it."""
     if meta_model is None:
-        return [] if isinstance(names, str) else [name for name in names if _is_kept(name)]
+        return [] if isinstance(names, str) else [name for name in names if _is_head_or_embedding(name)]
     ends = (meta_model.get_input_embeddings(), meta_model.get_output_embeddings())
     return [name for name, module in meta_model.named_modules() if module in ends]
 
 
+def _is_head_or_embedding(name: str) -> bool:
+    return "head" in name or "embed" in name
+
+
 def _matches(name: str, wanted: str | Collection[str]) -> bool:
-    """Whether PEFT takes a module: by a regular expression, or by one of the ends that its name may have."""
+    """Return whether PEFT selects a module: by a regular expression, or by the end of its name."""
     if isinstance(wanted, str):
         return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:
-    """Require that the layers FSDP2 is to shard one by one exist, before any weight is loaded.
+    """Require that the model has the layers that FSDP2 is to shard one by one.
 
     Raises:
-        UserError: naming the classes that there are not, and those of the model's repeated layers.
+        UserError: naming the missing classes, and those of the model's repeated layers.
     """
     if meta_model is None:
         return
     classes = {type(module).__name__ for module in meta_model.modules()}
-    unmatched = sorted(set(names) - classes)
-    if unmatched:
+    if missing := sorted(set(names) - classes):
         layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
         raise UserError(
-            f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(unmatched)}: no such module; the model has {layers}"
+            f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(missing)}: not found; the model has {layers}"
         )
-
-
-def _is_kept(name: str) -> bool:
-    return "head" in name or "embed" in name

@@ -249,7 +249,7 @@ def test_tied_embeddings_go_by_many_names(
     """GPT-2's are called wte; an adapter to start from may name its targets by a regular expression."""
     lora_config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
     if refused:
-        with pytest.raises(UserError, match="the head and the embeddings of this model are one"):
+        with pytest.raises(UserError, match="the head and the embeddings of this model share one"):
             check_sharding(GPT2, build_meta_model(GPT2), lora_config, FSDP)
     else:
         check_sharding(GPT2, build_meta_model(GPT2), lora_config, FSDP)
