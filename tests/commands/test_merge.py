@@ -504,7 +504,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
     "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
-    "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors have no place on this model"),
+    "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors do not fit this model"),
     "more tokens": (
         lambda base, adapter: [_add_tokens(adapter)],
         "the tokenizer has 605 tokens and the model embeddings "

@@ -1,4 +1,4 @@
-"""A model path -> configuration, base model."""
+"""A model path -> the base model's configuration and weights."""
 
 import hashlib
 from itertools import product
@@ -22,19 +22,18 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.utils.text import one_line
 
-SAMPLE = 1 << 20
-"""Bytes at each place of a file that tell it from another."""
+SAMPLE_BYTES = 1 << 20
 
 
 def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """The number format that the base model computes in."""
+    """Return the dtype that the base model computes in."""
     if training_args.fp16:
         return torch.float16
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as it is written: float32, not torch.float32."""
+    """Return a dtype's name without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -42,30 +41,29 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     """Read the configuration of the base model.
 
     Raises:
-        UserError: there is none to be had, or the model is not a causal language model.
+        UserError: it cannot be read, or the model is not a causal language model.
     """
     name = model_args.model_name_or_path
     check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
-    except Exception as error:  # a config.json may be wrong in as many ways as there are libraries reading it
+    except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
         reason = one_line(error, 300)
         raise UserError(
             f"--model_name_or_path {name}: neither a model's folder nor a hub id that can be reached: {reason}"
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
-        config, "auto_map", {}
-    ):
+    is_remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_remote:
         raise UserError(
             f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
         )
     if not model_args.trust_remote_code:
-        _refuse_kernels(config, name)
+        _check_kernels(config, name)
     return config
 
 
-def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
-    """A model may not have code from the hub run in it, by the name of a kernel either."""
+def _check_kernels(config: PretrainedConfig, name: str) -> None:
+    """Require that no part of a configuration names a kernel on the hub, which is remote code too."""
     parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
     for part, kind in product(parts, ("_attn_implementation", "_experts_implementation")):
         chosen = getattr(part, kind, None)
@@ -77,9 +75,9 @@ def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
 
 
 def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
-    """Which base model it is: the commit of a hub id, or the beginning, middle and end of each file of weights.
+    """Return the commit of a hub id, or a hash of the start, middle and end of each file of weights.
 
-    A checkpoint goes on with the base it was made with. To read all of it would take as long as to load it; another
+    A checkpoint resumes only with the same base model. Reading all of it would take as long as loading it, and another
     training of the same model differs everywhere.
     """
     if commit := getattr(config, "_commit_hash", None):
@@ -89,33 +87,33 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for start in (0, size // 2, max(size - SAMPLE, 0)):
+            for start in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
                 file.seek(start)
-                digest.update(file.read(SAMPLE))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model without memory for its weights; None where its code lies outside transformers.
+    """Return the model without memory for its weights; None where its code lies outside transformers.
 
     Raises:
-        UserError: no model is as the configuration says.
+        UserError: the configuration describes no valid model.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     try:
         with torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except Exception as error:  # numbers of strangers, in the code of as many authors
+    except Exception as error:  # untrusted sizes fail in as many ways as there are models
         name = config.name_or_path or config.model_type
         raise UserError(
             f"--model_name_or_path {name}: no model can be made of its config.json: {type(error).__name__}: "
-            f"{one_line(error, 200)}; mend it, or download it again"
+            f"{one_line(error, 200)}; fix it, or download it again"
         ) from error
 
 
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that a model consists of, in their order: those whose activations can be computed again."""
+    """Return the model's layers in their order: those whose activations can be recomputed."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -128,12 +126,12 @@ def load_model(
     attn_implementation: str | None,
     cache_dir: str | None,
 ) -> PreTrainedModel:
-    """Load the base model, quantised if asked for, from safetensors.
+    """Load the base model from safetensors, quantized if asked for.
 
     Raises:
-        UserError: the attention backend is not there, or the weights are not safetensors, not all there, or of other
-            shapes.
+        UserError: the attention backend is missing, or the weights are not safetensors, incomplete or of other shapes.
     """
+    flag = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
@@ -150,27 +148,24 @@ def load_model(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files hold tensors of other shapes than its "
-            "config.json says; get it again"
+            f"{flag}: its files hold tensors of other shapes than its config.json says; download it again"
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
-        reason = one_line(error, 400)
-        raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(missing)} of its tensors, such "
-            f"as {missing[0]}; get it again"
+            f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
         )
     keep_cpu_weights_trainable(model)
     return model
 
 
 def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first evaluation.
+    """Prevent bitsandbytes from repacking 4-bit weights on the CPU at the first evaluation.
 
     `Linear4bit.forward` in eval mode repacks its weight for a kernel that has no gradient and never packs it back, so
-    every later training step is silent and learns nothing (bitsandbytes 0.50.2, `nn/modules.py`). The switch is the
-    module's own. It can go once bitsandbytes packs back, or refuses to train, after an evaluation.
+    that later training steps train nothing and raise nothing (bitsandbytes 0.50.2, `nn/modules.py`). The switch is the
+    module's own. This can go once bitsandbytes packs back, or refuses to train, after an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

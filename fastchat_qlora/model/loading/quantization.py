@@ -48,7 +48,7 @@ class BaseQuantization(NamedTuple):
         return NF4_BYTES if self.double_quant else NF4_SINGLE_BYTES
 
     def __str__(self) -> str:
-        return f"{self.kind}, quantised twice" if self.double_quant else self.kind
+        return f"{self.kind} with double quantization" if self.double_quant else self.kind
 
 
 NOT_QUANTIZED = BaseQuantization()

@@ -1,4 +1,4 @@
-"""A model path -> its tokenizer."""
+"""A model path -> its fast tokenizer, with a padding token that ends no turn."""
 
 import logging
 import re
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 def load_tokenizer(
     model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of the base model and see to its padding token.
+    """Load the fast tokenizer of the base model, and set its padding token.
 
     Raises:
-        UserError: the model has no fast tokenizer, or no token to pad with or to end a turn with.
+        UserError: the model has no fast tokenizer, or none of its tokens can pad or end a turn.
     """
     tokenizer = load_raw_tokenizer(
         model_args.model_name_or_path,
@@ -34,32 +34,36 @@ def load_tokenizer(
 
 
 def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer as it is.
+    """Load a fast tokenizer as it was saved.
 
     Args:
         name: hub id or local folder.
-        flag: how it was given, for the messages.
+        flag: the flag that named it, for errors.
         settings: for `AutoTokenizer.from_pretrained`.
 
     Raises:
-        UserError: there is no fast tokenizer, or it has no token to end a turn with.
+        UserError: there is no fast tokenizer, or it has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **settings)
         tokenizer("a")  # some load and cannot be used
-    except Exception as error:  # the files of strangers fail in as many ways as there are libraries reading them
+    except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
         reason = one_line(error, 300)
-        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {reason}; download it again") from error
     if not tokenizer.is_fast:
         raise UserError(f"{flag} {name}: has no fast tokenizer, which exact labels need; add tokenizer.json")
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if odd := [template for template in named if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:  # each is a file's
-        raise UserError(f"{flag} {name}: its tokenizer has a chat template of the name {odd[0][:80]!r}; rename it")
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    # Each template is saved in a file of its name.
+    if unsafe := [template for template in templates if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:
+        raise UserError(
+            f"{flag} {name}: its tokenizer has a chat template of the name {unsafe[0][:80]!r}, which is not a file "
+            "name; rename it"
+        )
     if tokenizer.eos_token is None:
-        raise UserError(f"{flag} {name}: its tokenizer has no eos_token, so no turn could end; set one")
+        raise UserError(f"{flag} {name}: its tokenizer has no eos_token to end a turn with; set one")
     if hasattr(tokenizer, "legacy"):
         # `save_pretrained` loses this switch of Llama tokenizers, and the saved one then splits text after special
-        # tokens in another way (transformers 5.17 to 5.23). Can go once the reloaded tokenizer keeps `legacy`.
+        # tokens differently (transformers 5.17 to 5.23). This can go once the reloaded tokenizer keeps `legacy`.
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
@@ -70,43 +74,45 @@ def check_vocabulary(
     name: str,
     remedy: str = "give the tokenizer that belongs to the model, or resize its embeddings",
 ) -> None:
-    """Require that the model has embeddings for all tokens of its tokenizer; but for padding, which it never sees.
+    """Require that the model has embeddings for all tokens but the padding token, which it never sees.
 
     Args:
         tokenizer: of the model.
         config: of the model.
-        name: the model's, for the error.
+        name: of the model, for the error.
         remedy: what to do, for the error.
 
     Raises:
-        UserError: naming a token that has none.
+        UserError: naming a token without an embedding.
     """
-    rows = config.get_text_config().vocab_size
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token != tokenizer.pad_token}
+    embeddings = config.get_text_config().vocab_size
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = {token: i for token, i in vocabulary if i >= embeddings and token != tokenizer.pad_token}
     if beyond:
         token = min(beyond, key=lambda text: beyond[text])
         raise UserError(
             f"--model_name_or_path {name}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for "
-            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; {remedy}"
+            f"{embeddings:,}: {token[:40]!r} (id {beyond[token]}) has none; {remedy}"
         )
 
 
 def choose_pad_token(tokenizer: Any) -> str:
-    """A token to pad with that ends no turn: else a serving program might never see one end.
+    """Return a padding token that ends no turn: with one that does, a model may never learn where an answer ends.
 
-    In this order: the tokenizer's own, its unknown token as in FastChat, a special token made for padding, any other
-    special token. Excluded are the end of the sequence and the special tokens that the chat template writes.
+    Tried in this order: the tokenizer's own, its unknown token as in FastChat, special tokens made for padding, other
+    special tokens. The end-of-sequence token and the special tokens in the chat template are excluded.
 
     Raises:
-        UserError: every special token has another duty.
+        UserError: every special token is used by the chat template.
     """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    busy = {tokenizer.eos_token} | {token for token in special if token in template}
+    in_use = {tokenizer.eos_token} | {token for token in special if token in template}
     for_padding = [token for token in special if "pad" in token.lower()]
     for token in [tokenizer.pad_token, tokenizer.unk_token, *for_padding, *reversed(special), tokenizer.bos_token]:
-        if token is not None and token not in busy:
+        if token is not None and token not in in_use:
             return str(token)
     raise UserError(
-        "the tokenizer has no special token to pad with that does not end a turn; add one to its vocabulary"
+        "--model_name_or_path: its tokenizer has no special token to pad with that ends no turn; add one to its "
+        "vocabulary"
     )

@@ -1,67 +1,66 @@
-"""A base model as a training has it in memory: which of its weights are quantised, and what they are then."""
+"""A base model's weights as training had them: quantized by bitsandbytes and dequantized again."""
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from fastchat_qlora.model.loading.base_model import build_meta_model
 
-CASTS = "MatMul8bitLt: inputs will be cast"
-"""How the message begins that bitsandbytes logs at each call of each 8-bit layer."""
-
-RoundTrip = Callable[[torch.Tensor], torch.Tensor]
-"""A weight -> the same after it was quantised and dequantised again, in fp32."""
+CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"
+"""The beginning of the message that bitsandbytes logs at each call of each 8-bit layer."""
 
 
-class _FirstCast(logging.Filter):
-    """Lets the first message on casts through, and all others."""
+class _FirstCastOnly(logging.Filter):
+    """A filter that drops messages on casts but the first."""
 
-    passed = False
+    was_logged = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is to be seen."""
-        if not str(record.msg).startswith(CASTS):
+        """Return whether to log a message."""
+        if not str(record.msg).startswith(CAST_MESSAGE):
             return True
-        first, self.passed = not self.passed, True
-        return first
+        is_first, self.was_logged = not self.was_logged, True
+        return is_first
 
 
-_first_cast = _FirstCast()
+_first_cast_only = _FirstCastOnly()
 
 
 def log_casts_once() -> None:
-    """Have bitsandbytes tell of its 8-bit layers' casts once in the program's life, not hundreds of times an answer."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_cast)
+    """Make bitsandbytes log the casts of its 8-bit layers once, not hundreds of times for each answer."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_cast_only)
 
 
-def find_quantized_modules(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
-    """Names of the modules that transformers quantises when it loads the model, asked of its own quantiser."""
-    import bitsandbytes
-    from transformers.quantizers import AutoHfQuantizer
+class WeightRounding(NamedTuple):
+    """What quantization does to a model's weights.
 
-    meta_model = build_meta_model(config)
-    if meta_model is None:
-        return set()
-    quantiser = AutoHfQuantizer.from_config(copy.deepcopy(quantization_config))
-    quantiser.preprocess_model(model=meta_model, device_map=None)
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return {name for name, module in meta_model.named_modules() if isinstance(module, kinds)}
+    Attributes:
+        modules: names of the modules whose weights are quantized.
+        apply: quantizes and dequantizes a weight; the result is in fp32 on the CPU.
+    """
+
+    modules: Collection[str]
+    apply: Callable[[torch.Tensor], torch.Tensor]
 
 
-def make_round_trip(quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device) -> RoundTrip:
-    """What quantisation makes of a weight: bitsandbytes quantises and dequantises it as in a layer of its own.
+def make_weight_rounding(
+    config: PretrainedConfig, quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
+) -> WeightRounding:
+    """Return what loading a model with this quantization does to its weights.
 
     Args:
-        quantization_config: of the run.
-        dtype: the number format that weights are loaded in.
-        device: where they are loaded to: kernels of another kind may round in another way.
+        config: of the model.
+        quantization_config: of the training.
+        dtype: that weights are loaded in.
+        device: that they are loaded to; kernels of another device may round differently.
     """
     import bitsandbytes
 
-    def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
+    def round_to_4bit(weight: torch.Tensor) -> torch.Tensor:
         quantized = bitsandbytes.nn.Params4bit(
             weight.to(device, dtype).contiguous(),
             requires_grad=False,
@@ -71,10 +70,25 @@ def make_round_trip(quantization_config: BitsAndBytesConfig, dtype: torch.dtype,
         rounded: torch.Tensor = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state)
         return rounded.float().cpu()
 
-    def in_eight_bits(weight: torch.Tensor) -> torch.Tensor:
-        on_cpu = weight.to("cpu", dtype)  # from where moving them quantises them
+    def round_to_8bit(weight: torch.Tensor) -> torch.Tensor:
+        on_cpu = weight.to("cpu", dtype)  # moving it from there quantizes it
         quantized = bitsandbytes.nn.Int8Params(on_cpu, requires_grad=False, has_fp16_weights=False).to(device)
         rounded: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(quantized.data, quantized.SCB)
         return rounded.float().cpu()
 
-    return in_four_bits if quantization_config.load_in_4bit else in_eight_bits
+    modules = _find_quantized_modules(config, quantization_config)
+    return WeightRounding(modules, round_to_4bit if quantization_config.load_in_4bit else round_to_8bit)
+
+
+def _find_quantized_modules(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
+    """Return the names of the modules that transformers' quantizer replaces when it loads the model."""
+    import bitsandbytes
+    from transformers.quantizers import AutoHfQuantizer
+
+    meta_model = build_meta_model(config)
+    if meta_model is None:
+        return set()
+    quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization_config))
+    quantizer.preprocess_model(model=meta_model, device_map=None)
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name for name, module in meta_model.named_modules() if isinstance(module, kinds)}

@@ -1,4 +1,4 @@
-"""An adapter merged by PEFT into a model that is all in memory, where a layer at a time will not do."""
+"""An adapter merged by PEFT into a model in memory, where layerwise merging is not possible."""
 
 import torch
 from peft import PeftModel
@@ -19,8 +19,7 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
         dtype: of the merged weights.
 
     Raises:
-        RunError: the adapter is on weights that are one, where one of them would change the other, or what comes out
-            is not finite, or would not be in that dtype.
+        RunError: the adapter changes only one of two tied weights, or a merged weight is not finite in that dtype.
     """
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -28,8 +27,8 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
         isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
     ):
         raise RunError(
-            "the adapter changes the embeddings or the head, which are one weight in this model, and its files have "
-            "other names than the model: such a merge is not supported"
+            "the adapter changes the embeddings or the head, which share one weight in this model, and its files have "
+            "other names than the model: merging is not supported with both"
         )
     try:
         merged: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)
