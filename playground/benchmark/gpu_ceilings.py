@@ -116,7 +116,7 @@ def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str
         repeated = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         F.scaled_dot_product_attention(query, *repeated, attn_mask=mask).backward(upper)
 
-    fits = attention._fits_varlen(query, value, len(lengths))
+    fits = attention._supports_varlen(query, value, len(lengths))
     return {
         "tokens": tokens,
         "conversations": len(lengths),
@@ -154,7 +154,7 @@ def _loss_head(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
 
     found: dict[str, Any] = {"tokens": tokens, "targets": len(supervised)}
     for size_in_bytes in CHUNK_BYTES:
-        with patch.object(loss, "LOGITS_BYTES_ELSEWHERE", size_in_bytes):
+        with patch.object(loss, "LOGITS_BYTES_ON_ACCELERATOR", size_in_bytes):
             found |= _timed(f"chunks of {size_in_bytes // 2**20} MiB", in_chunks, hidden, device)
     return found | _timed("plain cross entropy", plain, hidden, device)
 

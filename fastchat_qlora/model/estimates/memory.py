@@ -26,8 +26,8 @@ from fastchat_qlora.model.ops.chunked_loss import (
     LossHead,
     explain_plain_loss,
     get_chunk_length,
+    get_softmax_length,
     install_loss_head,
-    softmax_length,
 )
 
 TRACED_TOKENS = (64, 128)
@@ -202,7 +202,7 @@ def measure_model_cost(
         target_work=float(vocabulary * (size if chunked else 12 + 2 * size)),
         chunk=get_chunk_length(vocabulary, device_type) if chunked else None,
         softmax_work=4.0 * vocabulary if chunked and size < 4 else 0.0,
-        piece=softmax_length(vocabulary, device_type),
+        piece=get_softmax_length(vocabulary, device_type),
         dequantized=float(largest * size if quantization.is_quantized else 0),
     )
 

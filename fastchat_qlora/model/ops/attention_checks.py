@@ -1,4 +1,4 @@
-"""Whether the attention asked for is there, before any weight is loaded."""
+"""Checks that an attention backend is available, and that it separates the conversations of a row."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from fastchat_qlora.utils.text import one_line
 
 
 def check_attention(meta_model: PreTrainedModel | None, attention: str | None, accelerator: str | None) -> None:
-    """Require that a model can be given this attention and be trained with it.
+    """Require that a model can be trained with an attention backend, before its weights are loaded.
 
     Args:
-        skeleton: from `loading.build_skeleton`; without it there is nobody to ask.
+        meta_model: from `base_model.build_meta_model`; without one the backend is not tried.
         attention: from `attention.choose_attention`.
-        accelerator: type of the device trained on, or None on the CPU.
+        accelerator: type of the device to train on, or None on the CPU.
 
     Raises:
         UserError: naming what is missing.
@@ -38,10 +38,10 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
 
 
 class Leakage(NamedTuple):
-    """How far logits of a conversation move, as a share of their size (root mean square).
+    """Relative changes of a conversation's logits (norm of the difference / norm of the logits).
 
     Attributes:
-        by_neighbour: when the conversation before it in the row is another one.
+        by_neighbour: between two rows that differ in the conversation before it.
         by_row: between a row that it shares and transformers' own attention on it alone.
     """
 
@@ -49,10 +49,10 @@ class Leakage(NamedTuple):
     by_row: float
 
     def is_tight(self, dtype: torch.dtype) -> bool:
-        """Whether that is no more than rounding.
+        """Return whether the changes are no more than rounding.
 
-        A row that differs in its neighbour only is computed by the same kernels in the same order, so nothing may
-        move but what mixtures of experts regroup. Another attention function rounds otherwise at every layer.
+        Rows that differ in the neighbor only are computed by the same kernels in the same order, so that only mixtures
+        of experts may regroup. Another attention function rounds differently at every layer.
         """
         rounding = torch.finfo(dtype).eps
         return self.by_neighbour <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
@@ -66,33 +66,33 @@ def measure_leakage(
     alone: torch.Tensor,
     forward: Callable[..., Any],
 ) -> Leakage:
-    """Compare the logits of a conversation in a row with another one, with yet another one, and alone.
+    """Compare the logits of a conversation behind one conversation, behind another one, and alone.
 
     Args:
         model: the base model, in evaluation mode, on its device.
-        shared: inputs of two conversations in one row, on that device, just as training gives them.
-        changed: the same with other tokens in the first of them.
-        alone: the second one, input_ids of shape (1, tokens).
-        forward: the model, or what a strategy has wrapped around it.
+        shared: inputs of two conversations in one row, on that device, exactly as in training.
+        changed: the same with other tokens in the first conversation.
+        alone: the second conversation, input_ids of shape (1, tokens).
+        forward: the model, or the strategy's wrapper around it.
 
     Raises:
-        Exception: whatever a model raises that cannot be asked in this way.
+        Exception: any error of a model that does not support such inputs.
     """
-    tail = alone.shape[1]
-    in_row, in_changed_row = (_tail(forward(**inputs), tail) for inputs in (shared, changed))
+    tokens = alone.shape[1]
+    in_row, in_changed_row = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
     in_use = model.config._attn_implementation
     model.set_attn_implementation(get_default_attention(model))
     try:
-        by_itself = _tail(forward(input_ids=alone, use_cache=False), tail)
+        by_itself = _get_last_logits(forward(input_ids=alone, use_cache=False), tokens)
     finally:
         model.set_attn_implementation(in_use)
-    return Leakage(_distance(in_changed_row, in_row), _distance(in_row, by_itself))
+    return Leakage(_compute_relative_distance(in_changed_row, in_row), _compute_relative_distance(in_row, by_itself))
 
 
-def _tail(outputs: Any, count: int) -> torch.Tensor:
+def _get_last_logits(outputs: Any, count: int) -> torch.Tensor:
     logits: torch.Tensor = outputs.logits[0, -count:].float()
     return logits
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def _compute_relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())

@@ -123,7 +123,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
         ({"cu_seq_lens_q": None}, "one row without padding"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one row without padding"),
         ({"query": torch.ones(2, 1, 4, 8)}, "one row without padding"),
-        ({"s_aux": torch.ones(1)}, "no attention sinks"),
+        ({"s_aux": torch.ones(1)}, "does not support attention sinks"),
     ],
 )
 def test_what_it_cannot_do_it_refuses(changes: dict[str, Any], said: str) -> None:
@@ -191,10 +191,10 @@ class TestVarlen:
 
         varlen_attn.__signature__ = inspect.signature(stand_in)  # type: ignore[attr-defined]
         monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-        monkeypatch.setattr(attention, "_fits_varlen", lambda *_: True)
-        attention._varlen_attn.cache_clear()
+        monkeypatch.setattr(attention, "_supports_varlen", lambda *_: True)
+        attention._load_varlen_attn.cache_clear()
         yield calls
-        attention._varlen_attn.cache_clear()
+        attention._load_varlen_attn.cache_clear()
 
     def test_is_asked_for_what_it_takes(self, calls: list[int]) -> None:
         @settings(max_examples=40, deadline=None)
@@ -216,7 +216,7 @@ class TestVarlen:
 
 def test_torchs_own_varlen_attention_takes_what_it_is_given() -> None:
     """The stand-ins have the names that torch's function has."""
-    found, takes_groups = attention._varlen_attn()
+    found, takes_groups = attention._load_varlen_attn()
     given = inspect.signature(TestVarlen.older).parameters
     assert list(given)[:7] == list(inspect.signature(found).parameters)[:7]
     assert {*given, *(["enable_gqa"] if takes_groups else [])} <= inspect.signature(found).parameters.keys()
@@ -250,7 +250,7 @@ def test_when_flash_attention_can_be_had(changes: dict[str, Any], fits: bool, mo
         shape=(1, case["heads"], case["tokens"], case["width"]),
     )
     value = SimpleNamespace(shape=(1, 1, case["tokens"], case.get("value_width", case["width"])))
-    assert attention._fits_varlen(query, value, case["conversations"]) is fits
+    assert attention._supports_varlen(query, value, case["conversations"]) is fits
 
 
 class Elsewhere(PretrainedConfig):
@@ -298,9 +298,9 @@ class TestChoice:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-        monkeypatch.setattr(attention, "_is_ampere", lambda: True)
+        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: True)
         assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == chosen
-        monkeypatch.setattr(attention, "_is_ampere", lambda: False)
+        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: False)
         assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == PER_CONVERSATION
 
     @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastchat_qlora.model.ops.cpu_kernel_cache import KEPT_BY_TORCH, limit_kernel_caches
+from fastchat_qlora.model.ops.cpu_kernel_cache import TORCH_KERNELS, limit_kernel_caches
 
 NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -20,7 +20,7 @@ def test_it_grows_with_the_batch(longest: int, conversations: int, kept: int, mo
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     limit_kernel_caches(longest, conversations)
-    assert [os.environ[name] for name in NAMES] == [str(kept), str(KEPT_BY_TORCH)]
+    assert [os.environ[name] for name in NAMES] == [str(kept), str(TORCH_KERNELS)]
 
 
 def test_the_users_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:

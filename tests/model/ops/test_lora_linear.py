@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
-from fastchat_qlora.model.ops.lora_linear import _drop, _EfficientLora, needs_autocast, register_efficient_lora
+from fastchat_qlora.model.ops.lora_linear import _apply_dropout, _EfficientLora, needs_autocast, register_efficient_lora
 
 IDS = torch.tensor([conversation(20, seed)["input_ids"] for seed in (0, 1)])
 BASES = ["plain", "4 bits"]
@@ -83,7 +83,7 @@ def test_dropout_is_dropout(p: float, dtype: torch.dtype) -> None:
     """Each number goes with that probability, whatever its neighbours do, and the rest makes up for it."""
     torch.manual_seed(0)
     x = torch.ones(1000, 250, dtype=dtype, requires_grad=True)
-    dropped, factor = _drop(x, torch.nn.Dropout(p).train())
+    dropped, factor = _apply_dropout(x, torch.nn.Dropout(p).train())
     assert dropped.shape == x.shape and dropped.dtype == dtype
     kept = (dropped.detach() != 0).float()
     assert factor == pytest.approx(1 / (1 - p), rel=1e-3)
@@ -101,10 +101,10 @@ def test_dropout_is_dropout(p: float, dtype: torch.dtype) -> None:
 
 def test_dropout_of_an_odd_count_and_of_nothing() -> None:
     x = torch.ones(3, 5)
-    assert _drop(x, torch.nn.Dropout(0.5).train())[0].shape == (3, 5)
-    assert _drop(x, torch.nn.Dropout(0.999999).train())[1] <= 2**16
+    assert _apply_dropout(x, torch.nn.Dropout(0.5).train())[0].shape == (3, 5)
+    assert _apply_dropout(x, torch.nn.Dropout(0.999999).train())[1] <= 2**16
     for module in (torch.nn.Dropout(0.5).eval(), torch.nn.Identity()):
-        assert _drop(x, module) == (x, 1.0)
+        assert _apply_dropout(x, module) == (x, 1.0)
 
 
 def disabled(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -171,7 +171,7 @@ def test_what_is_not_usual_is_left_to_peft(
 def test_other_kinds_of_lora(changes: dict[str, Any]) -> None:
     ours, theirs = our_peft(make_base("qwen2"), **changes), plain_peft(make_base("qwen2"), **changes)
     require_equal(outcome(ours), outcome(theirs))
-    assert all(layer.is_usual() for layer in lean_layers(ours)) == (changes.keys() <= {"use_rslora", "bias"})
+    assert all(layer.is_plain_lora() for layer in lean_layers(ours)) == (changes.keys() <= {"use_rslora", "bias"})
 
 
 def test_layers_that_are_not_linear_stay_pefts() -> None:
