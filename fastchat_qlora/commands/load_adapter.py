@@ -23,7 +23,6 @@ from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
-from fastchat_qlora.model.adapter.compatibility import check_module_patterns
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
 from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, load_config, load_model
 from fastchat_qlora.model.loading.quantization import (
@@ -117,8 +116,6 @@ def open_adapter(
     config = load_config(model_args, cache_dir)
     meta_model = build_meta_model(config)
     settings, trained_on = _choose_settings(folder, quantization, config)
-    if meta_model is not None:
-        check_module_patterns(lora_config, dict(meta_model.named_modules()))
     check_adapter_tensors(
         str(folder), compute_adapter_shapes(meta_model, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG
     )

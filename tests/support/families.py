@@ -27,7 +27,10 @@ from fastchat_qlora.config.arguments import parse_args
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.ops.attention import register_attention
 from fastchat_qlora.training.trainer import LoraTrainer
+
+register_attention()  # as choose_attention does in a run
 
 VOCABULARY = 89
 WINDOW = 8  # shorter than most conversations of the tests

@@ -1,4 +1,4 @@
-"""A folder with an untrusted adapter -> its LoRA configuration, checked with its tensors."""
+"""An untrusted adapter's folder -> its LoRA configuration, checked with its tensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +17,6 @@ from fastchat_qlora.utils.text import one_line
 ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME
 
 START_FLAG = "--lora_weight_path"
-"""The flag of train that names an adapter to start from."""
-
 MAX_RANK = 65_536
 
 SUPPORTED_TYPES: dict[str, tuple[type, ...]] = {
@@ -29,10 +27,8 @@ SUPPORTED_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("layers_pattern", "bias"), (str,)),
     "init_lora_weights": (bool, str),
 }
-"""Fields that may be set, and the types of their values or of the items in them.
-
-PEFT's other fields import modules, read files or change the base model.
-"""
+"""Types of the values, or of the items in them, by field. PEFT's other fields import modules, read files or change the
+base model."""
 
 SUPPORTED_VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("r", "rank_pattern"), lambda value: 0 < value <= MAX_RANK),
@@ -50,11 +46,7 @@ IGNORED_FIELDS = {
 
 
 def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
-    """Read the configuration of an adapter, for further training or for use.
-
-    Args:
-        path: of the folder.
-        flag: the flag that named the folder, for errors.
+    """Read the configuration of an adapter in a folder that `flag` named.
 
     Raises:
         UserError: it is not the configuration of a plain LoRA adapter, or the file of tensors cannot be read.
@@ -70,7 +62,7 @@ def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
     unsupported = [f"{name} {str(value)[:80]!r}" for name, value in values.items() if not _is_supported(name, value)]
     if unsupported:
         raise UserError(f"{where} has {', '.join(unsupported)}, which is not supported; save a plain LoRA adapter")
-    for pattern in get_module_patterns(config):
+    for pattern in _get_module_patterns(config):
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -102,7 +94,7 @@ def _get_items(value: Any) -> list[Any]:
     return [item for part in value for item in _get_items(part)] if isinstance(value, list | set) else [value]
 
 
-def get_module_patterns(config: LoraConfig) -> list[str]:
+def _get_module_patterns(config: LoraConfig) -> list[str]:
     """Return the regular expressions that PEFT matches names of modules with."""
     patterns = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
     layers = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
@@ -111,15 +103,12 @@ def get_module_patterns(config: LoraConfig) -> list[str]:
 
 
 def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:
-    """Require that an adapter's file holds the expected tensors, by its header alone.
+    """Require that an adapter's file holds the expected tensors and no other LoRA matrices, by its header alone.
 
     Args:
         path: of the folder; nothing is checked without one.
         expected: name in the file -> shape, from `lora.compute_adapter_shapes`; None where that cannot be known.
         flag: the flag that named the folder, for errors.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or belongs to a layer that the model does not have.
     """
     if not path or expected is None:
         return
@@ -139,23 +128,16 @@ def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, 
 
 
 def check_adapter_finite(path: str, *, flag: str = START_FLAG) -> None:
-    """Require that all values of an adapter are finite floating-point numbers.
-
-    Raises:
-        UserError: naming a tensor that holds infinities, NaN or integers.
-    """
+    """Require that all values of an adapter are finite floating-point numbers."""
     with safe_open(Path(path).expanduser() / ADAPTER_FILE, framework="pt") as tensors:
         names = list(tensors.keys())
-        bad = [name for name in names if not _is_finite_float(tensors.get_tensor(name))]
+        values = ((name, tensors.get_tensor(name)) for name in names)
+        bad = [name for name, tensor in values if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
     if bad:
         raise UserError(
             f"{flag} {path}: {len(bad)} of its {len(names)} tensors are not finite floating-point numbers, such as "
             f"{min(bad)}; take an earlier checkpoint, or train it again with a lower --learning_rate"
         )
-
-
-def _is_finite_float(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def _read_shapes(path: str, flag: str) -> dict[str, tuple[int, ...]]:

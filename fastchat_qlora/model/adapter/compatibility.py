@@ -1,12 +1,7 @@
-"""Checks that an adapter's configuration fits a base model, before any weight is loaded."""
+"""Checks that an adapter fits a base model, before any weight is loaded."""
 
 import re
-import signal
-import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from itertools import product
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from peft import LoraConfig
@@ -15,12 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import get_module_patterns
-
-PATTERN_SECONDS = 5.0
-"""Time for matching all regular expressions of an adapter with the names of all modules."""
-
-TYPICAL_MODULE_NAME = "model.layers.0.self_attn.q_proj"
 
 ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 
@@ -29,15 +18,10 @@ def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *
     """Require that every module that the adapter names exists.
 
     PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
-
-    Raises:
-        UserError: naming what matches no module, and the names of the model's modules.
     """
     if meta_model is None:
-        check_module_patterns(lora_config, [TYPICAL_MODULE_NAME])
         return
     modules = dict(meta_model.named_modules())
-    check_module_patterns(lora_config, modules)
     adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE_MODULES)}
     if not isinstance(lora_config.target_modules, str):
         _check_module_names("--lora_target_modules", lora_config.target_modules or (), adaptable)
@@ -61,38 +45,6 @@ def _find_attention_and_parents(meta_model: PreTrainedModel) -> set[str]:
     return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
 
 
-def check_module_patterns(config: LoraConfig, names: Collection[str]) -> None:
-    """Require that an adapter's regular expressions can be matched with names of modules in little time.
-
-    Raises:
-        UserError: they take too long, as `(a+)+b` does with many names.
-    """
-    patterns = [re.compile(pattern) for pattern in get_module_patterns(config)]
-    if not patterns or threading.current_thread() is not threading.main_thread():  # others receive no signals
-        return
-    with _limit_pattern_time():
-        for pattern, name in product(patterns, names):
-            pattern.match(name)
-            pattern.fullmatch(name)
-
-
-@contextmanager
-def _limit_pattern_time() -> Iterator[None]:
-    def stop(*_: Any) -> None:  # `re` handles signals while it matches
-        raise UserError(
-            f"the regular expressions of the adapter's configuration take more than {PATTERN_SECONDS:g} seconds to "
-            "match the names of the model's modules; write target_modules as a list of names"
-        )
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def check_sharding(
     config: PretrainedConfig,
     meta_model: PreTrainedModel | None,
@@ -101,11 +53,7 @@ def check_sharding(
     *,
     quantized: bool = False,
 ) -> None:
-    """Require that the parallel strategy can train what the adapter trains.
-
-    Raises:
-        UserError: naming the flag, and the strategies that can do it.
-    """
+    """Require that the parallel strategy can train what the adapter trains."""
     if quantized and lora_config.use_dora and topology.zero_stage == 3:
         # DoRA's norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU replaces the
         # parameter at every step (0.21.2, `dequantize_module_weight`).
@@ -173,11 +121,7 @@ def _matches(name: str, wanted: str | Collection[str]) -> bool:
 
 
 def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:
-    """Require that the model has the layers that FSDP2 is to shard one by one.
-
-    Raises:
-        UserError: naming the missing classes, and those of the model's repeated layers.
-    """
+    """Require that the model has the layers that FSDP2 is to shard one by one."""
     if meta_model is None:
         return
     classes = {type(module).__name__ for module in meta_model.modules()}

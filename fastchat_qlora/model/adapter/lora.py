@@ -24,11 +24,7 @@ PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, Im
 
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
-    """Return the PEFT configuration that the flags describe, or that of the adapter to start from.
-
-    Raises:
-        UserError: the adapter to start from is not a LoRA adapter.
-    """
+    """Return the PEFT configuration that the flags describe, or that of the adapter to start from."""
     if lora_args.lora_weight_path:
         return _read_start_config(lora_args.lora_weight_path)
     targets = lora_args.lora_target_modules
@@ -60,17 +56,12 @@ def _read_start_config(path: str) -> LoraConfig:
 def attach_adapter(
     model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "", *, leave: Collection[str] = ()
 ) -> PeftModel:
-    """Attach an adapter to a base model.
+    """Attach a new adapter, or that of a folder, to a base model.
 
     The base model stays in the dtype that it was loaded in: nothing is copied to fp32 as by PEFT's
     `prepare_model_for_kbit_training` (embeddings and head: 2 GB on an 8B model). Trained parameters are in fp32, except
-    for the biases of quantized layers and under ZeRO-3.
-
-    Args:
-        model: the base model.
-        lora_config: the adapter's configuration.
-        weight_path: a folder with an adapter to start from.
-        leave: names of classes whose modules are not replaced by memory-efficient ones: FSDP2 was told to shard these.
+    for the biases of quantized layers and under ZeRO-3. Modules of the classes in `leave`, which FSDP2 was told to
+    shard, are not replaced by memory-efficient ones.
 
     Raises:
         RunError: the adapter trains nothing, lacks tensors in its file or does not fit the model.
@@ -118,15 +109,10 @@ def compute_adapter_shapes(
     *,
     flag: str = "--lora_target_modules, --modules_to_save",
 ) -> dict[str, torch.Size] | None:
-    """Return name -> shape of the tensors in an adapter's file, from the shapes of the base model alone.
-
-    Args:
-        meta_model: from `base_model.build_meta_model`; it is used up. None gives None.
-        lora_config: the adapter's configuration; it is not changed.
-        flag: where the configuration comes from, for the error.
+    """Return name -> shape of the tensors in an adapter's file, or None without a meta model, which is used up.
 
     Raises:
-        UserError: the adapter cannot be attached to such a model.
+        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model.
     """
     if meta_model is None:
         return None
@@ -136,8 +122,7 @@ def compute_adapter_shapes(
     try:
         model = get_peft_model(meta_model, lora_config, low_cpu_mem_usage=True)
     except PEFT_ERRORS as error:
-        reason = one_line(error, 300)
-        raise UserError(f"{flag}: the adapter cannot be attached to this model: {reason}") from error
+        raise UserError(f"{flag}: the adapter cannot be attached to this model: {one_line(error, 300)}") from error
     trained = {name: parameter.detach() for name, parameter in get_trainable_parameters(model).items()}
     saved = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     return {name: tensor.shape for name, tensor in saved.items()}

@@ -38,47 +38,39 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def load_config(model_args: ModelArguments, cache_dir: str | None) -> PretrainedConfig:
-    """Read the configuration of the base model.
-
-    Raises:
-        UserError: it cannot be read, or the model is not a causal language model.
-    """
+    """Read the configuration of the base model, which must be a causal language model."""
     name = model_args.model_name_or_path
+    flag = f"--model_name_or_path {name}"
     check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
     except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
         reason = one_line(error, 300)
-        raise UserError(
-            f"--model_name_or_path {name}: neither a model's folder nor a hub id that can be reached: {reason}"
-        ) from error
-    is_remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_remote:
-        raise UserError(
-            f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
-        )
+        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
+    has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        raise UserError(f"{flag}: {config.model_type} is not a causal language model; choose a chat model")
     if not model_args.trust_remote_code:
-        _check_kernels(config, name)
+        _check_kernels(config, flag)
     return config
 
 
-def _check_kernels(config: PretrainedConfig, name: str) -> None:
+def _check_kernels(config: PretrainedConfig, flag: str) -> None:
     """Require that no part of a configuration names a kernel on the hub, which is remote code too."""
     parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
     for part, kind in product(parts, ("_attn_implementation", "_experts_implementation")):
-        chosen = getattr(part, kind, None)
-        if chosen is not None and "/" in str(chosen):
+        kernel = str(getattr(part, kind, None))
+        if "/" in kernel:
             raise UserError(
-                f"--model_name_or_path {name}: its config.json has the kernel {str(chosen)[:100]} run, which is code "
-                "from the hub; remove it there, or give --trust_remote_code True if you trust it"
+                f"{flag}: its config.json requests the kernel {kernel[:100]}, which is code from the hub; remove it "
+                "there, or give --trust_remote_code True if you trust it"
             )
 
 
 def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
     """Return the commit of a hub id, or a hash of the start, middle and end of each file of weights.
 
-    A checkpoint resumes only with the same base model. Reading all of it would take as long as loading it, and another
-    training of the same model differs everywhere.
+    Hashing all of it would take as long as loading it, and another training of the same model differs everywhere.
     """
     if commit := getattr(config, "_commit_hash", None):
         return str(commit)
@@ -94,11 +86,7 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """Return the model without memory for its weights; None where its code lies outside transformers.
-
-    Raises:
-        UserError: the configuration describes no valid model.
-    """
+    """Return the model without memory for its weights; None where its code lies outside transformers."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     try:
@@ -126,11 +114,7 @@ def load_model(
     attn_implementation: str | None,
     cache_dir: str | None,
 ) -> PreTrainedModel:
-    """Load the base model from safetensors, quantized if asked for.
-
-    Raises:
-        UserError: the attention backend is missing, or the weights are not safetensors, incomplete or of other shapes.
-    """
+    """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
     flag = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -148,7 +132,7 @@ def load_model(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"{flag}: its files hold tensors of other shapes than its config.json says; download it again"
+            f"{flag}: its files and its config.json differ in shapes of tensors; download it again"
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error

@@ -16,9 +16,6 @@ def check_model_folder(name: str) -> None:
 
     transformers reads with `torch.load` whatever file a model's index names that is not safetensors. A name that is no
     folder is left to transformers, which looks for it on the hub.
-
-    Raises:
-        UserError: naming the file.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -46,11 +43,7 @@ def check_model_folder(name: str) -> None:
 
 
 def read_weight_index(index: Path, flag: str) -> list[str]:
-    """Return the files that a model's index names, or none where there is no index.
-
-    Raises:
-        UserError: it cannot be read, or names anything but a safetensors file beside it.
-    """
+    """Return the files that a model's index names, which must be safetensors files beside it; none without an index."""
     if not index.exists():
         return []
     try:

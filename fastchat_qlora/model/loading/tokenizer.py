@@ -16,11 +16,7 @@ logger = logging.getLogger(__name__)
 def load_tokenizer(
     model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of the base model, and set its padding token.
-
-    Raises:
-        UserError: the model has no fast tokenizer, or none of its tokens can pad or end a turn.
-    """
+    """Load the fast tokenizer of the base model, and set its padding token."""
     tokenizer = load_raw_tokenizer(
         model_args.model_name_or_path,
         cache_dir=cache_dir,
@@ -34,31 +30,20 @@ def load_tokenizer(
 
 
 def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer as it was saved.
-
-    Args:
-        name: hub id or local folder.
-        flag: the flag that named it, for errors.
-        settings: for `AutoTokenizer.from_pretrained`.
-
-    Raises:
-        UserError: there is no fast tokenizer, or it has no end-of-sequence token.
-    """
+    """Load the fast tokenizer of a hub id or folder, which `flag` named, with settings for `from_pretrained`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **settings)
         tokenizer("a")  # some load and cannot be used
     except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
-        reason = one_line(error, 300)
-        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {reason}; download it again") from error
+        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {one_line(error, 300)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{flag} {name}: has no fast tokenizer, which exact labels need; add tokenizer.json")
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    # Each template is saved in a file of its name.
-    if unsafe := [template for template in templates if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:
-        raise UserError(
-            f"{flag} {name}: its tokenizer has a chat template of the name {unsafe[0][:80]!r}, which is not a file "
-            "name; rename it"
-        )
+    for template in templates:  # each is saved in a file of its name
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template):
+            raise UserError(
+                f"{flag} {name}: its tokenizer has a chat template of the name {template[:80]!r}; rename it"
+            )
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no eos_token to end a turn with; set one")
     if hasattr(tokenizer, "legacy"):
@@ -74,17 +59,7 @@ def check_vocabulary(
     name: str,
     remedy: str = "give the tokenizer that belongs to the model, or resize its embeddings",
 ) -> None:
-    """Require that the model has embeddings for all tokens but the padding token, which it never sees.
-
-    Args:
-        tokenizer: of the model.
-        config: of the model.
-        name: of the model, for the error.
-        remedy: what to do, for the error.
-
-    Raises:
-        UserError: naming a token without an embedding.
-    """
+    """Require that the model has embeddings for all tokens but the padding token, which it never sees."""
     embeddings = config.get_text_config().vocab_size
     vocabulary = tokenizer.get_vocab().items()
     beyond = {token: i for token, i in vocabulary if i >= embeddings and token != tokenizer.pad_token}
@@ -97,13 +72,10 @@ def check_vocabulary(
 
 
 def choose_pad_token(tokenizer: Any) -> str:
-    """Return a padding token that ends no turn: with one that does, a model may never learn where an answer ends.
+    """Return a padding token that ends no turn: else a serving program might never see one end.
 
     Tried in this order: the tokenizer's own, its unknown token as in FastChat, special tokens made for padding, other
-    special tokens. The end-of-sequence token and the special tokens in the chat template are excluded.
-
-    Raises:
-        UserError: every special token is used by the chat template.
+    special tokens. Excluded are the end-of-sequence token and special tokens in the chat template.
     """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
@@ -112,7 +84,4 @@ def choose_pad_token(tokenizer: Any) -> str:
     for token in [tokenizer.pad_token, tokenizer.unk_token, *for_padding, *reversed(special), tokenizer.bos_token]:
         if token is not None and token not in in_use:
             return str(token)
-    raise UserError(
-        "--model_name_or_path: its tokenizer has no special token to pad with that ends no turn; add one to its "
-        "vocabulary"
-    )
+    raise UserError("--model_name_or_path: its tokenizer has no special token to pad with that ends no turn; add one")

@@ -1,6 +1,8 @@
-"""A base model's weights as training had them: quantized by bitsandbytes and dequantized again."""
+"""A base model's weights as in training: quantized and dequantized again."""
 
 import copy
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -10,53 +12,33 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from fastchat_qlora.model.loading.base_model import build_meta_model
 
-CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"
-"""The beginning of the message that bitsandbytes logs at each call of each 8-bit layer."""
+CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"  # what bitsandbytes logs at each call of each 8-bit layer
 
 
-class _FirstCastOnly(logging.Filter):
-    """A filter that drops messages on casts but the first."""
-
-    was_logged = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to log a message."""
-        if not str(record.msg).startswith(CAST_MESSAGE):
-            return True
-        is_first, self.was_logged = not self.was_logged, True
-        return is_first
-
-
-_first_cast_only = _FirstCastOnly()
-
-
+@functools.cache
 def log_casts_once() -> None:
     """Make bitsandbytes log the casts of its 8-bit layers once, not hundreds of times for each answer."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_cast_only)
+    casts = itertools.count()
+
+    def keep_first(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(CAST_MESSAGE) or next(casts) == 0
+
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(keep_first)
 
 
 class WeightRounding(NamedTuple):
-    """What quantization does to a model's weights.
+    """What quantization does to a model's weights."""
 
-    Attributes:
-        modules: names of the modules whose weights are quantized.
-        apply: quantizes and dequantizes a weight; the result is in fp32 on the CPU.
-    """
-
-    modules: Collection[str]
-    apply: Callable[[torch.Tensor], torch.Tensor]
+    modules: Collection[str]  # names of those with quantized weights
+    apply: Callable[[torch.Tensor], torch.Tensor]  # quantizes and dequantizes; the result is in fp32 on the CPU
 
 
 def make_weight_rounding(
     config: PretrainedConfig, quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
 ) -> WeightRounding:
-    """Return what loading a model with this quantization does to its weights.
+    """Return what loading a model with this quantization, in this dtype and to this device, does to its weights.
 
-    Args:
-        config: of the model.
-        quantization_config: of the training.
-        dtype: that weights are loaded in.
-        device: that they are loaded to; kernels of another device may round differently.
+    The device matters, since kernels of another one may round differently.
     """
     import bitsandbytes
 

@@ -1,4 +1,4 @@
-"""An adapter merged by PEFT into a model in memory, where layerwise merging is not possible."""
+"""An adapter merged by PEFT into a whole model, where layer by layer is impossible."""
 
 import torch
 from peft import PeftModel
@@ -12,14 +12,10 @@ from fastchat_qlora.utils.text import one_line
 
 
 def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Merge in fp32, which takes four bytes a parameter, and round once.
-
-    Args:
-        model: base and adapter; it is used up.
-        dtype: of the merged weights.
+    """Merge base and adapter, which are used up, in fp32 (four bytes a parameter), and round once.
 
     Raises:
-        RunError: the adapter changes only one of two tied weights, or a merged weight is not finite in that dtype.
+        RunError: the adapter changes one of two tied weights, or a merged weight is not finite in that dtype.
     """
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())

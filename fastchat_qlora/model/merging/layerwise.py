@@ -29,9 +29,7 @@ from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_fi
 from fastchat_qlora.utils.text import one_line
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is loaded with
-
-INITIALIZATIONS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
-"""Values of init_lora_weights that leave the base's weights unchanged."""
+BASE_KEEPING_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights
 
 
 class NeedsFullModel(Exception):
@@ -43,8 +41,7 @@ class LayerwiseMerge:
 
     Args:
         meta_model: the base, from `base_model.build_meta_model`; it is used up.
-        lora_config: of the adapter.
-        folder: of the adapter.
+        lora_config, folder: of the adapter.
         files: of the base.
         rounding: what the training's quantization did to the base's weights; None takes them as they are.
         dtype: of the merged weights; None keeps each tensor's own.
@@ -77,10 +74,12 @@ class LayerwiseMerge:
         self._layers = dict(_find_lora_layers(model))
         self._replaced = dict(_find_replaced_parameters(model))
         self._with_bias = {name for name, layer in self._layers.items() if layer.lora_bias.get(ADAPTER)}
-        changed = {*_get_weight_names(self._layers), *(f"{name}.bias" for name in self._with_bias), *self._replaced}
+        merged = {*(f"{name}.weight" for name in self._layers), *(f"{name}.bias" for name in self._with_bias)}
+        changed = merged | self._replaced.keys()
         untied = sorted({name for pair in tied.items() if changed & set(pair) for name in pair})
         self.untied = bool(untied)
-        needed = [*changed, *(_get_weight_names(rounding.modules) if rounding else ()), *untied]
+        rounded = [f"{name}.weight" for name in rounding.modules] if rounding else []
+        needed = [*changed, *rounded, *untied]
         self._source = _find_sources(meta_model, files, needed, tied)
         self._check_sources(shapes)
         self._name = {source: name for name, source in self._source.items() if name.endswith(source)}
@@ -106,11 +105,7 @@ class LayerwiseMerge:
         return (self._squared_change / self._squared_norm) ** 0.5 if self._squared_norm else None
 
     def get(self, written: str) -> torch.Tensor:
-        """Return one tensor of the merged model, by its name in the file.
-
-        Raises:
-            RunError: it is not finite, or would not be in the dtype of the file.
-        """
+        """Return one tensor of the merged model, by its name in the file; raise RunError if it is not finite."""
         name = self._name.get(written, written)
         module, _, kind = name.rpartition(".")
         is_merged = module in self._layers and (kind == "weight" or module in self._with_bias)
@@ -149,10 +144,6 @@ class LayerwiseMerge:
                 setattr(base, name, parameter)
 
 
-def _get_weight_names(modules: Collection[str]) -> set[str]:
-    return {f"{name}.weight" for name in modules}
-
-
 def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, folder: str) -> PeftModel:
     """Attach an adapter with its values, in fp32, to a model without memory.
 
@@ -161,7 +152,7 @@ def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, f
         UserError: PEFT cannot attach it.
     """
     meta_model.requires_grad_(False)
-    if lora_config.init_lora_weights not in INITIALIZATIONS_THAT_KEEP_THE_BASE:
+    if lora_config.init_lora_weights not in BASE_KEEPING_INITIALIZATIONS:
         raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base's weights too")
     config = copy.deepcopy(lora_config)
     config.init_lora_weights = False  # the values come from the file
@@ -214,13 +205,10 @@ def _find_replaced_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Ten
 def _find_sources(
     meta_model: PreTrainedModel, files: WeightFiles, names: Collection[str], tied: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return name of a parameter -> its name in the files.
+    """Return name of a parameter -> its name in the files; raise NeedsFullModel if it is converted when it is loaded.
 
     Files may omit the model's name in front, as GPT-2's do ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight"), and
     hold one of several tied weights.
-
-    Raises:
-        NeedsFullModel: a parameter is not there, or is converted when it is loaded.
     """
     prefix = f"{meta_model.base_model_prefix}."
     patterns = [pattern for change in get_model_conversion_mapping(meta_model) for pattern in change.source_patterns]

@@ -18,21 +18,11 @@ from fastchat_qlora.utils.text import one_line
 
 
 class WeightFiles:
-    """The tensors of a model, by their names in its files.
-
-    Args:
-        paths: of the files.
-
-    Attributes:
-        headers: name -> a tensor of that shape and dtype without memory.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """The tensors of a model, by their names in its files."""
 
     def __init__(self, paths: Collection[Path]) -> None:
         self._file_of: dict[str, Path] = {}
-        self.headers: dict[str, torch.Tensor] = {}
+        self.headers: dict[str, torch.Tensor] = {}  # of the tensors' shapes and dtypes, without memory
         for path in paths:
             try:
                 with safe_open(path, framework="pt") as file:
@@ -50,11 +40,7 @@ class WeightFiles:
 
 
 def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
-    """Return a base model's safetensors files, downloaded if the model is on the hub.
-
-    Raises:
-        UserError: there are none, or they cannot be downloaded.
-    """
+    """Return a base model's safetensors files, downloaded if the model is on the hub; raise UserError without them."""
     flag = f"--model_name_or_path {name}"
     try:
         single = fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir)
@@ -70,11 +56,7 @@ def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
 
 
 def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
-    """Return a file of a model, downloaded if the model is on the hub; None if the model has no such file.
-
-    Raises:
-        OSError: the hub cannot be reached, and the file is not in the cache.
-    """
+    """Return a file of a model, downloaded if the model is on the hub; None if the model has no such file."""
     folder = Path(name).expanduser()
     model = str(folder) if folder.is_dir() else name
     found = cached_file(model, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
@@ -82,10 +64,10 @@ def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
 
 
 def copy_permissions(folder: Path, like: str) -> None:
-    """Give a folder's safetensors files the permissions of another file in it, which follow the process's umask.
+    """Give a folder's safetensors files the permissions of another file in it.
 
     safetensors 0.8 writes files that only their owner may read, so that a server of another user could not. This can go
-    once they follow the umask again.
+    once they follow the process's umask again.
     """
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / like, path)
@@ -101,9 +83,6 @@ def write_weight_files(
         headers: name -> a tensor of its shape and dtype, in the order to write.
         get: returns the tensor of a name.
         max_shard_size: most bytes of a file; a larger tensor has a file of its own.
-
-    Raises:
-        OSError, SafetensorError: they cannot be written.
     """
     plan = split_torch_state_dict_into_shards(
         dict(headers), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -116,11 +95,7 @@ def write_weight_files(
 
 
 def round_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Return a tensor in the dtype of its file.
-
-    Raises:
-        RunError: it holds infinities or NaN, or would in that dtype.
-    """
+    """Return a tensor in another dtype; raise RunError if it holds infinities or NaN, or would in that dtype."""
     rounded = tensor.to(dtype)
     if rounded.is_floating_point() and not _is_finite(rounded):
         if not _is_finite(tensor):

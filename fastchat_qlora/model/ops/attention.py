@@ -8,43 +8,26 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 
 logger = logging.getLogger(__name__)
 
-PER_CONVERSATION = "per_conversation"
-"""The name of `attend_per_conversation` among transformers' attention functions."""
-
+PER_CONVERSATION = "per_conversation"  # the name of `attend_per_conversation` among transformers' attention functions
 HALF_PRECISION_DTYPES = (torch.float16, torch.bfloat16)
-
-MAX_VARLEN_ELEMENTS = 2**31
-"""FlashAttention 2 indexes a tensor with 32 bits, padded by up to 128 tokens for each conversation."""
-
+MAX_VARLEN_ELEMENTS = 2**31  # which FlashAttention 2 can index, with up to 128 tokens of padding for each conversation
 MAX_VARLEN_HEAD_SIZE = 256
 
 
 class AttentionSettings(NamedTuple):
-    """What an attention layer asks for.
+    """The settings of an attention layer."""
 
-    Attributes:
-        scaling: of the scores; 1 / sqrt(head size) if None.
-        dropout: probability of dropping an attention weight.
-        window: tokens that a token attends to, itself included; all before it if None.
-        softcap: scores are capped to +-softcap by its tanh; not at all if None.
-    """
-
-    scaling: float | None
-    dropout: float
-    window: int | None
-    softcap: float | None
+    scaling: float | None  # of the scores; 1 / sqrt(head size) if None
+    dropout: float  # probability of dropping an attention weight
+    window: int | None  # tokens that a token attends to, itself included; all before it if None
+    softcap: float | None  # scores are capped to +-softcap by its tanh; not at all if None
 
 
 def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the signature
@@ -64,20 +47,17 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     conversation_lengths: Sequence[int] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention within each conversation of one row; registered with transformers' AttentionInterface.
+    """Return causal attention within each conversation of one row, shape (1, tokens, heads, head size), and no weights.
 
     Args:
         query: shape (1, heads, tokens, head size).
         key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
-        attention_mask: must be None; transformers makes no mask for a function that registers no mask function.
+        attention_mask: None; transformers makes no mask for a function that registers no mask function.
         scaling, dropout, sliding_window, softcap: see AttentionSettings.
         s_aux: attention sinks, which are not supported.
         cu_seq_lens_q: start of each conversation and end of the last one, int32, shape (conversations + 1,).
         max_length_q: tokens of the longest conversation.
         conversation_lengths: tokens of each conversation.
-
-    Returns:
-        The output, shape (1, tokens, heads, head size), and no attention weights.
 
     Raises:
         ValueError: the batch has no boundaries of conversations, or the layer needs what is not supported.
@@ -98,7 +78,10 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     return torch.cat([attend(q, k, v, settings).transpose(1, 2) for q, k, v in parts], dim=1), None
 
 
-AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
+@functools.cache
+def register_attention() -> None:
+    """Register `attend_per_conversation` with transformers."""
+    AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
 
 
 def _attend_sdpa(
@@ -114,16 +97,8 @@ def _attend_sdpa(
     if groups > 1 and query.is_cuda and (mask is not None or query.dtype not in HALF_PRECISION_DTYPES):
         # On CUDA only FlashAttention takes grouped heads; any other kernel would write out all scores.
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=settings.dropout,
-        is_causal=mask is None,
-        scale=settings.scaling,
-        enable_gqa=groups > 1,
-    )
+    options: dict[str, Any] = {"dropout_p": settings.dropout, "scale": settings.scaling, "enable_gqa": groups > 1}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, **options)
 
 
 def _attend_softcapped(
@@ -151,9 +126,8 @@ def _make_window_mask(length: int, window: int, device: torch.device) -> torch.T
 def _load_varlen_attn() -> tuple[Any, bool] | None:
     """Return torch's FlashAttention for packed sequences, and whether it needs `enable_gqa` for grouped heads.
 
-    `window_size` came with torch 2.11, the oldest supported here, and `enable_gqa` with 2.12. The flag disables a check
-    that 2.11 does not make: the kernel takes grouped heads in all of them (`mha_varlen_fwd` and `mha_varlen_bwd` in
-    aten's flash_api.cpp).
+    That flag came with torch 2.12 and disables a check that 2.11, the oldest supported here, does not make: the kernel
+    takes grouped heads in both (`mha_varlen_fwd` and `mha_varlen_bwd` in aten's flash_api.cpp).
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -179,10 +153,7 @@ def _supports_varlen(query: torch.Tensor, value: torch.Tensor, conversations: in
 
 
 def _attend_varlen(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    boundaries: torch.Tensor,
-    longest: int,
-    settings: AttentionSettings,
+    inputs: tuple[torch.Tensor, ...], boundaries: torch.Tensor, longest: int, settings: AttentionSettings
 ) -> torch.Tensor:
     """Return attention of all conversations at once, shape (tokens, heads, head size)."""
     found = _load_varlen_attn()
@@ -190,11 +161,9 @@ def _attend_varlen(
     varlen_attn, needs_enable_gqa = found
     query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
     window = (-1 if settings.window is None else settings.window - 1, 0)
-    options = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
-    ends, lengths = (boundaries, boundaries), (longest, longest)
-    attended: torch.Tensor = varlen_attn(
-        query, key, value, *ends, *lengths, scale=settings.scaling, window_size=window, **options
-    )
+    options: dict[str, Any] = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
+    options |= {"scale": settings.scaling, "window_size": window}
+    attended: torch.Tensor = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     return attended
 
 
@@ -211,12 +180,10 @@ def choose_attention(
 
     With `auto`, a padding-free run uses FlashAttention where the package is installed and the model and its dtype
     support it, and `attend_per_conversation` elsewhere.
-
-    Raises:
-        UserError: `--flash_attn True` on a machine with an accelerator, but without the package.
     """
     from transformers.utils import is_flash_attn_2_available
 
+    register_attention()
     has_flash = accelerator == "cuda" and is_flash_attn_2_available()
     if flash_attn and accelerator is None:
         logger.warning("--flash_attn True: ignored, FlashAttention needs an accelerator.")

@@ -1,4 +1,4 @@
-"""Checks that an attention backend is available, and that it separates the conversations of a row."""
+"""Checks that an attention backend works, and separates the conversations of a row."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,7 @@ from fastchat_qlora.utils.text import one_line
 def check_attention(meta_model: PreTrainedModel | None, attention: str | None, accelerator: str | None) -> None:
     """Require that a model can be trained with an attention backend, before its weights are loaded.
 
-    Args:
-        meta_model: from `base_model.build_meta_model`; without one the backend is not tried.
-        attention: from `attention.choose_attention`.
-        accelerator: type of the device to train on, or None on the CPU.
-
-    Raises:
-        UserError: naming what is missing.
+    Without a meta model the backend is not tried. The accelerator is None on the CPU.
     """
     if attention is None:
         return
@@ -38,15 +32,10 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
 
 
 class Leakage(NamedTuple):
-    """Relative changes of a conversation's logits (norm of the difference / norm of the logits).
+    """Relative changes of a conversation's logits (norm of the difference / norm of the logits)."""
 
-    Attributes:
-        by_neighbour: between two rows that differ in the conversation before it.
-        by_row: between a row that it shares and transformers' own attention on it alone.
-    """
-
-    by_neighbour: float
-    by_row: float
+    by_neighbour: float  # between two rows that differ in the conversation before it
+    by_row: float  # between a row that it shares and transformers' own attention on it alone
 
     def is_tight(self, dtype: torch.dtype) -> bool:
         """Return whether the changes are no more than rounding.
@@ -73,10 +62,7 @@ def measure_leakage(
         shared: inputs of two conversations in one row, on that device, exactly as in training.
         changed: the same with other tokens in the first conversation.
         alone: the second conversation, input_ids of shape (1, tokens).
-        forward: the model, or the strategy's wrapper around it.
-
-    Raises:
-        Exception: any error of a model that does not support such inputs.
+        forward: the model, or the strategy's wrapper around it; it may raise any error for such inputs.
     """
     tokens = alone.shape[1]
     in_row, in_changed_row = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))

@@ -1,4 +1,4 @@
-"""The loss and its gradient, computed at supervised positions only, a chunk of logits at a time."""
+"""The loss and its gradient at supervised positions, a chunk of logits at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,21 +7,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-LOGITS_BYTES = {"cpu": 2**26}
-"""Size of a chunk's logits in fp32 by type of device. On the CPU the head's weight is to be read for many positions at
-once: for 410 targets of SmolLM2 in bf16 two cores with AMX took 59 ms with 48 MiB, 62 with 32, 76 with 16, of which 35,
-46 and 59 were the two matrix products."""
+LOGITS_BYTES, LOGITS_BYTES_ON_ACCELERATOR = {"cpu": 2**26}, 2**29
+"""Size of a chunk's logits in fp32. On the CPU the head's weight is to be read for many positions at once: 410 targets
+of SmolLM2 in bf16 took two cores with AMX 59 ms with 48 MiB, 76 with 16. An accelerator is to be kept busy: at a
+vocabulary of 128k by 1,000 tokens."""
 
-LOGITS_BYTES_ON_ACCELERATOR = 2**29
-"""So that a chunk keeps it busy: 1,000 tokens at a vocabulary of 128k."""
-
-SOFTMAX_BYTES = {"cpu": 2**22}
+SOFTMAX_BYTES, SOFTMAX_BYTES_ON_ACCELERATOR = {"cpu": 2**22}, 2**27
 """Size of the part of a chunk that is cast to fp32 at once; on the CPU it is to stay in the caches."""
 
-SOFTMAX_BYTES_ON_ACCELERATOR = 2**27
-
-TILE_POSITIONS = 128
-"""Rows that an accelerator's matrix products take at once; chunks consist of whole tiles."""
+TILE_POSITIONS = 128  # that an accelerator's matrix products take at once; chunks consist of whole tiles
 
 
 def get_chunk_length(vocabulary: int, device_type: str) -> int:
@@ -40,12 +34,8 @@ def get_softmax_length(vocabulary: int, device_type: str) -> int:
 def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """Return a micro-batch's share of the mean loss over the whole optimizer step.
 
-    Dividing by the targets of the step, not of the micro-batch, makes it a mean over tokens: the same for 1 x 4 as for
-    4 x 1 conversations.
-
-    Args:
-        losses: of each target, shape (targets,).
-        num_items_in_batch: targets in all micro-batches of all processes; those of this micro-batch if None.
+    Dividing by the targets in all micro-batches of all processes (`num_items_in_batch`) makes it a mean over tokens:
+    the same for 1 x 4 as for 4 x 1 conversations. None stands for the targets of this micro-batch.
     """
     count = losses.numel() if num_items_in_batch is None else num_items_in_batch
     return losses.sum() / torch.clamp(torch.as_tensor(count, device=losses.device), min=1)
@@ -76,11 +66,8 @@ class LossHead(torch.nn.Linear):
     gradient is all that backward needs. Logits never exist as a whole, and nothing is computed twice. Losses have the
     shape (1, targets, 1), so that the model treats them as logits.
 
-    It replaces the head (`set_output_embeddings`) rather than stand beside the model, because only the head's own
-    forward has the weight under every strategy: FSDP2 and ZeRO-3 gather it for as long as that runs.
-
-    Args:
-        head: the model's own; weight and bias are shared with it.
+    It replaces the head (`set_output_embeddings`), because only the head's own forward has the weight under every
+    strategy: FSDP2 and ZeRO-3 gather it for as long as that runs.
     """
 
     def __init__(self, head: torch.nn.Linear) -> None:
@@ -109,19 +96,12 @@ class LossHead(torch.nn.Linear):
 
 
 class _Chunk(NamedTuple):
-    """Some positions of a batch, and where to write their results.
+    """Some positions of a batch, and where to write their results."""
 
-    Attributes:
-        hidden: hidden states, shape (positions, hidden size).
-        targets: shape (positions, 1).
-        losses: written, shape (positions,).
-        gradient: of the hidden states, written in their shape; None where it is not needed.
-    """
-
-    hidden: torch.Tensor
-    targets: torch.Tensor
-    losses: torch.Tensor
-    gradient: torch.Tensor | None
+    hidden: torch.Tensor  # shape (positions, hidden size)
+    targets: torch.Tensor  # shape (positions, 1)
+    losses: torch.Tensor  # written, shape (positions,)
+    gradient: torch.Tensor | None  # of `hidden`, written; None where it is not needed
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -133,12 +113,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        smoothing: float,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, labels: torch.Tensor, smoothing: float
     ) -> torch.Tensor:
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -183,10 +158,10 @@ def _compute_losses(
     """Return the losses of some positions, computed in fp32, shape (positions,).
 
     Args:
-        logits: shape (positions, vocabulary); overwritten, with softmax minus target if that is asked for.
+        logits: shape (positions, vocabulary); overwritten.
         targets: shape (positions, 1).
         smoothing: share of each target spread evenly over the vocabulary.
-        write_gradient: whether to write the gradient of the logits, which is softmax minus target, in their place.
+        write_gradient: overwrite the logits with their gradient, which is softmax minus target.
     """
     exact = logits.float()
     exact -= exact.amax(-1, keepdim=True)

@@ -1,9 +1,8 @@
-"""Causal attention in bf16 on a CPU, with backward at the speed of its matrix products.
+"""Causal attention in bf16 on a CPU, with backward as fast as its products.
 
-Backward of torch's CPU kernel of FlashAttention is slowed by many small products. Measured with torch 2.13 on two
-AVX512 cores with AMX (9 heads and 3 key heads of 64): 18.6 ms against 13.1 for 1,024 tokens, 13.3 against 8.0 for 700,
-3.9 against 3.0 for 300; with AMX switched off 34.7 against 28.6, 19.1 against 15.2, 5.5 against 4.4. Forward of torch's
-kernel is the faster one, so it is used. This can go once its backward keeps up.
+Backward of torch's CPU kernel of FlashAttention is slowed by many small products: 18.6 ms against 13.1 here for 1,024
+tokens, 3.9 against 3.0 for 300 (torch 2.13, two AVX512 cores with AMX, 9 heads and 3 key heads of 64). Its forward is
+the faster one, so it is used. This can go once its backward keeps up.
 """
 
 import functools
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-BLOCK_QUERIES = 256
-"""Queries per block: their scores for 1,024 keys and 9 heads take 4.5 MiB, so that most stay in the caches."""
+BLOCK_QUERIES = 256  # whose scores for 1,024 keys and 9 heads take 4.5 MiB, so that most stay in the caches
 
 
 def attend_in_blocks(
@@ -27,13 +25,10 @@ def attend_in_blocks(
     kernel keeps them in fp32.
 
     Args:
-        query: shape (1, heads, tokens, head size).
+        query: shape (1, heads, tokens, head size), which the result has too.
         key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
         scale: of the scores.
         window: tokens that a token attends to, itself included; all before it if None.
-
-    Returns:
-        Shape (1, heads, tokens, head size).
     """
     attended: torch.Tensor = _BlockAttention.apply(query, key, value, scale, window)  # type: ignore[no-untyped-call]
     return attended

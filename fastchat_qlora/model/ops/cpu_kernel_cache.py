@@ -1,21 +1,14 @@
-"""Limits of the caches of kernels that torch and oneDNN keep in memory for a CPU run."""
+"""Limits of the caches of kernels that torch and oneDNN keep in CPU memory."""
 
 import os
 
 from fastchat_qlora.model.ops.cpu_attention import BLOCK_QUERIES
 
-LINEAR_KERNELS = 80
-"""For the linear layers of a model, their adapters and the head, forward and backward: about 40, doubled. The caches
-drop the least recently used kernel first, so one too few would drop every kernel in every pass."""
-
-KERNELS_PER_ATTENTION_BLOCK = 8
-"""Five, and some to spare."""
-
-TORCH_KERNELS = 32
-"""torch finds kernels that it dropped in oneDNN's cache, at no measurable cost."""
-
-MAX_KERNELS = 1024
-"""oneDNN's default."""
+# About 40 kernels for the linear layers of a model, their adapters and the head, forward and backward, and five for an
+# attention block. The caches drop the least recently used one, so one too few would drop every kernel in every pass.
+LINEAR_KERNELS, KERNELS_PER_ATTENTION_BLOCK = 80, 8
+TORCH_KERNELS = 32  # torch finds those that it dropped in oneDNN's cache, at no measurable cost
+MAX_KERNELS = 1024  # oneDNN's default
 
 
 def limit_kernel_caches(longest: int, conversations: int) -> None:

@@ -18,13 +18,7 @@ class _EfficientLora(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the base layer's output plus the adapter's, shape (..., out_features).
-
-        Args:
-            x: shape (..., in_features).
-            args: further arguments of PEFT's layers; with any of them PEFT's own forward is used.
-            kwargs: as args.
-        """
+        """Return the base layer's output plus the adapter's, shape (..., out_features)."""
         if args or kwargs or not self.is_plain_lora():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
@@ -40,20 +34,17 @@ class _EfficientLora(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def is_plain_lora(self) -> bool:
-        """Return whether this layer computes plain LoRA now.
+        """Return whether this layer has one active adapter without DoRA or other variants, bias or merging now.
 
-        That is one active adapter without DoRA or other variants and without a bias of its own, and weights that are
-        present: ZeRO-3 gathers them only for the forward of the two matrices' own modules.
+        ZeRO-3 gathers its weights only for the forward of the two matrices' own modules, so it is excluded.
         """
         names = self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
             return False
-        return (
-            names[0] not in self.lora_variant
-            and self.lora_B[names[0]].bias is None
-            and not self.fan_in_fan_out
-            and not hasattr(self.lora_A[names[0]].weight, "ds_id")
-        )
+        (name,) = names
+        is_partitioned = hasattr(self.lora_A[name].weight, "ds_id")
+        is_variant = name in self.lora_variant or self.lora_B[name].bias is not None
+        return not (is_variant or self.fan_in_fan_out or is_partitioned)
 
 
 def _apply_dropout(x: torch.Tensor, dropout: torch.nn.Module) -> tuple[torch.Tensor, float]:

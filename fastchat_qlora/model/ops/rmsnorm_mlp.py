@@ -17,9 +17,6 @@ class MemoryEfficientRMSNorm(torch.nn.Module):
     """The norm of Llama and most later models (arXiv 1910.07467), with a frozen weight.
 
     Values equal those of transformers bit for bit; gradients up to the order of rounding in fp32.
-
-    Args:
-        norm: the model's own; its weight is shared.
     """
 
     def __init__(self, norm: LlamaRMSNorm) -> None:
@@ -28,15 +25,11 @@ class MemoryEfficientRMSNorm(torch.nn.Module):
         self.variance_epsilon = float(norm.variance_epsilon)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the normalized hidden states, shape (..., hidden size) as the input."""
+        """Return the normalized hidden states, in their shape."""
         if self.weight.requires_grad:  # a copy that --modules_to_save trains
             return self.weight * _divide_by_rms(hidden_states, self.variance_epsilon)[0]
         normed: torch.Tensor = _Normalize.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
         return normed
-
-    def extra_repr(self) -> str:
-        """Return what torch prints between the parentheses."""
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class _Normalize(torch.autograd.Function):
@@ -69,9 +62,6 @@ class MemoryEfficientMLP(torch.nn.Module):
     """The gated MLP with SiLU of Llama and most later models (SwiGLU, arXiv 2002.05202).
 
     Values and gradients equal those of transformers bit for bit, as long as gate and up have one dtype.
-
-    Args:
-        mlp: the model's own; its three layers are shared.
     """
 
     def __init__(self, mlp: LlamaMLP) -> None:
@@ -79,7 +69,7 @@ class MemoryEfficientMLP(torch.nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output, shape (..., hidden size) as the input."""
+        """Return the output, in the shape of x."""
         product = _GatedProduct.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
         down: torch.Tensor = self.down_proj(product)
         return down
@@ -101,17 +91,10 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def use_memory_efficient_modules(model: torch.nn.Module, leave: Collection[str] = ()) -> int:
-    """Replace a frozen model's norms and MLPs that compute the same as Llama's.
+    """Replace a frozen model's norms and MLPs that compute the same as Llama's, and return how many there were.
 
     These are found by the bytecode of their forward: 140 norms and 134 MLPs of transformers 5.23 have that of Llama's.
-    Modules with hooks or with a forward of their own stay.
-
-    Args:
-        model: frozen, without an adapter.
-        leave: names of classes that stay.
-
-    Returns:
-        The number of modules replaced.
+    Modules with hooks, with a forward of their own or of a class in `leave` stay.
     """
     made: dict[int, torch.nn.Module] = {}  # a module with two names keeps both
     replaced = 0

@@ -108,7 +108,7 @@ def test_a_llama_by_hand() -> None:
     sizes = {"hidden_size": h, "intermediate_size": f, "num_attention_heads": 8, "num_key_value_heads": 2}
     token = profile(LlamaConfig(**SIZES | sizes), BF16).token
     assert token.layer == pytest.approx(12 * h + 4 * k + 6 * f + 14 * r, rel=0.05)
-    assert (token.carried, token.widest) == (2 * h, 2 * f)
+    assert (token.checkpointed_layer, token.widest) == (2 * h, 2 * f)
 
 
 def test_what_is_counted_does_not_depend_on_the_number_of_layers() -> None:
@@ -146,7 +146,7 @@ def test_optimizers(optimizer: str, shards: int, state: int) -> None:
 
 def test_a_head_that_is_trained_has_all_its_logits() -> None:
     chunked, whole = (profile(FAMILIES["llama"], BF16, modules_to_save=saved) for saved in (None, ["lm_head"]))
-    assert (chunked.chunk is None, whole.chunk is None) == (False, True)
+    assert (chunked.chunk_length is None, whole.chunk_length is None) == (False, True)
     work = [memory.compute_peak_memory(model, 10**6, 0).work for model in (chunked, whole)]
     assert work[1] > work[0]
 

@@ -70,7 +70,7 @@ def test_what_is_divided(model: ModelCost) -> None:
         strategy: compute_device_memory(model, 100, 0, ParallelStrategy(strategy, 4))
         for strategy in MULTI_DEVICE_STRATEGIES
     }
-    scales = model.weights.constants
+    scales = model.weights.scales
     weights = model.weights.total
     assert 0 < scales < weights / 10
     assert [of[s].weights for s in (DDP, ZERO_2, ZERO_3)] == [weights, weights, weights / 4]
@@ -107,7 +107,7 @@ def test_what_is_offloaded_is_not_on_the_device(model: ModelCost) -> None:
     fsdp = compute_device_memory(
         model, 100, 0, ParallelStrategy(FSDP2, 2, offloads_optimizer=True, offloads_weights=True)
     )
-    assert (fsdp.weights, fsdp.adapter, fsdp.optimizer) == (model.weights.constants, 0, 0)
+    assert (fsdp.weights, fsdp.adapter, fsdp.optimizer) == (model.weights.scales, 0, 0)
 
 
 def test_layers_that_are_kept_gathered(model: ModelCost) -> None:
