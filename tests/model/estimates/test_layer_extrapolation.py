@@ -29,7 +29,7 @@ def deep(family: str, layers: int = 7, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     "lora", [{"lora_dropout": 0.05}, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}]
 )
-def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
+def test_extrapolation_equals_the_deep_model(family: str, lora: dict[str, Any]) -> None:
     if family == "phi3" and "target_modules" in lora:
         lora = lora | {"target_modules": ["qkv_proj"]}
     config = deep(family)
@@ -70,7 +70,7 @@ def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
     ],
     ids=["kinds of attention", "not deep", "some layers", "another rank", "a layer's number", "a pattern", "one other"],
 )
-def test_layers_that_are_not_alike(config: Any, lora: dict[str, Any]) -> None:
+def test_models_with_unlike_layers_are_not_extrapolated(config: Any, lora: dict[str, Any]) -> None:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
     assert make_shallow_configs(config, meta_model, lora_config(**lora)) is None

@@ -18,12 +18,12 @@ def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(logging.getLogger("fastchat_qlora"), "propagate", True)
 
 
-def test_plain_lora_is_no_quantisation() -> None:
+def test_plain_lora_is_not_quantized() -> None:
     assert build_run_quantization_config(LoraArguments(), torch.bfloat16, ALONE) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_qlora_is_nf4_with_double_quantisation(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_qlora_is_nf4_with_double_quantization(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     config = build_run_quantization_config(LoraArguments(q_lora=True), dtype, ALONE)
     assert config is not None
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
@@ -32,7 +32,7 @@ def test_qlora_is_nf4_with_double_quantisation(dtype: torch.dtype, caplog: pytes
     assert not caplog.records
 
 
-def test_qlora_takes_its_flags() -> None:
+def test_qlora_flags_reach_the_configuration() -> None:
     lora_args = LoraArguments(q_lora=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
     config = build_run_quantization_config(lora_args, torch.bfloat16, ALONE)
     assert config is not None
@@ -40,7 +40,7 @@ def test_qlora_takes_its_flags() -> None:
 
 
 @pytest.mark.parametrize(("topology", "name"), [(ZERO3, "ZeRO-3"), (FSDP, "FSDP")])
-def test_sharded_weights_are_stored_as_what_they_compute_in(
+def test_sharded_weights_are_stored_in_the_compute_dtype(
     topology: Topology, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = build_run_quantization_config(LoraArguments(q_lora=True), torch.bfloat16, topology)
@@ -50,7 +50,7 @@ def test_sharded_weights_are_stored_as_what_they_compute_in(
 
 
 @pytest.mark.parametrize("topology", [ZERO3, FSDP])
-def test_another_storage_is_warned_of(topology: Topology, caplog: pytest.LogCaptureFixture) -> None:
+def test_incompatible_storage_is_warned_of(topology: Topology, caplog: pytest.LogCaptureFixture) -> None:
     lora_args = LoraArguments(q_lora=True, bnb_4bit_quant_storage="uint8")
     config = build_run_quantization_config(lora_args, torch.bfloat16, topology)
     assert config is not None
@@ -58,7 +58,7 @@ def test_another_storage_is_warned_of(topology: Topology, caplog: pytest.LogCapt
     assert "incompatible" in caplog.text and "--bnb_4bit_quant_storage uint8" in caplog.text
 
 
-def test_8_bit() -> None:
+def test_8_bit_is_refused_under_sharding() -> None:
     config = build_run_quantization_config(LoraArguments(load_in_8bit=True), torch.bfloat16, ALONE)
     assert config is not None
     assert config.load_in_8bit and not config.load_in_4bit

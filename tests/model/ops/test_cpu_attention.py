@@ -61,7 +61,7 @@ def test_equals_torchs_attention(
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("length", [5, BLOCK_QUERIES + 3])
-def test_bf16_is_as_near_to_fp64_as_torchs_own_kernel(length: int, window: int | None) -> None:
+def test_bf16_is_as_accurate_as_torchs_kernel(length: int, window: int | None) -> None:
     inputs = random_inputs(4, 2, length, torch.bfloat16, width=32)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = with_gradients(sdpa(exact, 0.2, window), exact)
@@ -73,7 +73,7 @@ def test_bf16_is_as_near_to_fp64_as_torchs_own_kernel(length: int, window: int |
         assert error < max(1.5 * usual, 2**-8), name
 
 
-def test_a_gradient_that_is_not_contiguous() -> None:
+def test_backward_takes_a_noncontiguous_gradient() -> None:
     """The output is transposed before it goes on, and so comes its gradient."""
     inputs = random_inputs(4, 2, BLOCK_QUERIES + 3, torch.float64)
     weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, BLOCK_QUERIES + 3, 4, 8)
@@ -85,7 +85,7 @@ def test_a_gradient_that_is_not_contiguous() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_inputs_that_are_views_of_one_projection() -> None:
+def test_inputs_may_be_views_of_one_projection() -> None:
     """Heads lie side by side in memory, as a model's projection leaves them."""
     base = torch.randn(1, BLOCK_QUERIES + 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     views = [tensor.transpose(1, 2) for tensor in base.unbind(2)]
@@ -95,7 +95,7 @@ def test_inputs_that_are_views_of_one_projection() -> None:
     torch.testing.assert_close(gradient, of, rtol=1e-5, atol=1e-4)
 
 
-def test_nothing_but_the_inputs_is_kept_for_backward() -> None:
+def test_only_the_inputs_are_saved_for_backward() -> None:
     inputs = random_inputs(4, 2, BLOCK_QUERIES + 3, torch.bfloat16)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -111,7 +111,9 @@ def test_nothing_but_the_inputs_is_kept_for_backward() -> None:
         (torch.float32, 0.0, False),
     ],
 )
-def test_when_it_is_used(dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_used_for_bf16_without_dropout_only(
+    dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bf16 on a CPU; it has no dropout."""
     calls: list[float] = []
     monkeypatch.setattr(
