@@ -494,11 +494,11 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     ),
     "a missing tensor": (
         lambda base, adapter: [_change_base(base, lambda tensors: tensors.pop("model.norm.weight"))],
-        "its files lack 1 of its tensors, such as model.norm.weight; get it again",
+        "its files lack 1 of its tensors, such as model.norm.weight; download it again",
     ),
     "other shapes": (
         lambda base, adapter: [_set(base / "config.json", vocab_size=700)],
-        "its files hold tensors of other shapes than its config.json says; get it again",
+        "its files and its config.json differ in shapes of tensors; download it again",
     ),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),

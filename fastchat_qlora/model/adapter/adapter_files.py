@@ -15,7 +15,6 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
 ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME
-
 START_FLAG = "--lora_weight_path"
 MAX_RANK = 65_536
 
@@ -88,10 +87,9 @@ def _is_supported(name: str, value: Any) -> bool:
 
 
 def _get_items(value: Any) -> list[Any]:
-    """Return the values in nested lists and dictionaries, such as 2 and 5 of {"embed_tokens": [2, 5]}."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [item for part in value for item in _get_items(part)] if isinstance(value, list | set) else [value]
+    """Return a value, or the values in a list, a set, or a dictionary: 2 and 5 of {"embed_tokens": [2, 5]}."""
+    parts = value.values() if isinstance(value, dict) else [value]
+    return [item for part in parts for item in (part if isinstance(part, list | set) else [part])]
 
 
 def _get_module_patterns(config: LoraConfig) -> list[str]:

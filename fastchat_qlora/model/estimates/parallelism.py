@@ -67,7 +67,7 @@ def _shard_by_zero(
     model: ModelCost, computing: MemoryNeed, stepping: MemoryNeed, parallel: ParallelStrategy
 ) -> tuple[MemoryNeed, MemoryNeed]:
     share, shards_weights = 1 / parallel.devices, parallel.zero_stage == 3
-    weight_share = share if shards_weights else 1.0
+    weight_share = share if shards_weights else 1
     optimizer_share = 0.0 if parallel.offloads_optimizer else share
     in_compute_dtype, masters = model.itemsize * model.trained, optimizer_share * 4 * model.trained
     sharded = {
@@ -87,7 +87,7 @@ def _shard_by_zero(
 def _shard_by_fsdp(
     model: ModelCost, computing: MemoryNeed, stepping: MemoryNeed, parallel: ParallelStrategy
 ) -> tuple[MemoryNeed, MemoryNeed]:
-    share = 0.0 if parallel.offloads_weights else 1 / parallel.devices
+    share = 0 if parallel.offloads_weights else 1 / parallel.devices
     weights, layers = model.weights, model.layers
     layer = weights.largest_layer + model.itemsize * model.trained / max(1, layers)
     gathered = weights.outside + (min(2, layers) if parallel.reshards else layers) * layer

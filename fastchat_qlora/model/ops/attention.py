@@ -87,7 +87,7 @@ def register_attention() -> None:
 def _attend_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Return attention of one conversation by torch's best kernel, or in bf16 on a CPU by a faster way."""
+    """Return attention of one conversation by torch's kernels, or in bf16 on a CPU by a faster one."""
     length, window = query.shape[2], settings.window
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not settings.dropout:
         scale = query.shape[3] ** -0.5 if settings.scaling is None else settings.scaling

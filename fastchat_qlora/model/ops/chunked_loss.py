@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 LOGITS_BYTES, LOGITS_BYTES_ON_ACCELERATOR = {"cpu": 2**26}, 2**29
-"""Size of a chunk's logits in fp32. On the CPU the head's weight is to be read for many positions at once: 410 targets
-of SmolLM2 in bf16 took two cores with AMX 59 ms with 48 MiB, 76 with 16. An accelerator is to be kept busy: at a
-vocabulary of 128k by 1,000 tokens."""
+"""Size of a chunk's logits in fp32: enough to read the head's weight rarely (410 targets of SmolLM2 in bf16 took two
+cores with AMX 59 ms with 48 MiB, 76 with 16), and to keep an accelerator busy (1,000 tokens of 128k logits)."""
 
 SOFTMAX_BYTES, SOFTMAX_BYTES_ON_ACCELERATOR = {"cpu": 2**22}, 2**27
 """Size of the part of a chunk that is cast to fp32 at once; on the CPU it is to stay in the caches."""
