@@ -306,7 +306,7 @@ def test_what_is_too_large_for_the_format_is_refused(
     assert cli.main([*command, "float16"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"error: {name}: holds numbers up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
+        f"error: {name}: holds values up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
     )
     assert not (tmp_path / "out").exists()
     assert cli.main([*command, "float32"]) == 0

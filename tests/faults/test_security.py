@@ -105,8 +105,8 @@ def templates(folder: Path, marker: Path) -> None:
     ("plant", "reason"),
     [
         (only_pickled, "has no model.safetensors but pytorch_model.bin, which may run code"),
-        (index("weights.bin"), "names 'weights.bin', which is no safetensors file of that folder"),
-        (index("../weights.bin"), "names '../weights.bin', which is no safetensors file"),
+        (index("weights.bin"), "names 'weights.bin', which is not a safetensors file of that folder"),
+        (index("../weights.bin"), "names '../weights.bin', which is not a safetensors file"),
         (pickled_under_the_safe_name, "model.safetensors cannot be read as safetensors"),
         (code(model_type="evil"), "contains custom code"),
         (code(model_type="evil", trust_remote_code=True), "contains custom code"),
