@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import ADAPTER_FILE
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.training.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
