@@ -34,7 +34,7 @@ from fastchat_qlora.model.loading.quantization import (
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
-from fastchat_qlora.training.checkpoints.manifest import MANIFEST
+from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def read_base_settings(folder: Path) -> BaseSettings:
     if not account.is_file() and CHECKPOINT.fullmatch(folder.absolute().name):
         account = folder.absolute().parent / ACCOUNT  # of another folder's parent nobody knows whose it is
     broken = []
-    for path, read in ((folder / MANIFEST, _from_manifest), (account, _from_account)):
+    for path, read in ((folder / MANIFEST_FILE, _from_manifest), (account, _from_account)):
         if not path.is_file():
             continue
         try:

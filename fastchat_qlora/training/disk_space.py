@@ -12,8 +12,8 @@ from fastchat_qlora.model.estimates.optimizer_state import state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
 FP32_BYTES = 4
-MIB = 2**20
-OTHER_FILES_BYTES = 32 * MIB
+BYTES_PER_MIB = 2**20
+OTHER_FILES_BYTES = 32 * BYTES_PER_MIB
 """For a tokenizer, random states and logs; tokenizers with a large vocabulary take some 20 MiB."""
 
 
@@ -75,8 +75,11 @@ def check_disk_space(output_dir: Path, size: CheckpointSize, checkpoints: int, *
     needed -= sum(path.stat().st_size for path in files if path.is_file())
     free = shutil.disk_usage(output_dir).free
     if free < needed:
+        adapter, checkpoint, required, available = (
+            f"{count / BYTES_PER_MIB:,.0f} MiB" for count in (size.adapter_bytes, size.checkpoint_bytes, needed, free)
+        )
         raise UserError(
-            f"--output_dir {output_dir}: {free / MIB:,.0f} MiB are free and this run needs {needed / MIB:,.0f} MiB: "
-            f"adapters of {size.adapter_bytes / MIB:,.0f} MiB and {checkpoints} checkpoints of "
-            f"{size.checkpoint_bytes / MIB:,.0f} MiB; make room, or give another folder, or a lower --save_total_limit"
+            f"--output_dir {output_dir}: {available} are free and this run needs {required}: adapters of {adapter} and "
+            f"{checkpoints} checkpoints of {checkpoint}; make room, or give another folder, or a lower "
+            "--save_total_limit"
         )

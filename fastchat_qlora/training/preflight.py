@@ -1,4 +1,4 @@
-"""Preflight of what Trainer builds only after the weights are loaded: optimizer, schedule, compiler, hub."""
+"""Trial of optimizer, schedule, compiler and hub before the weights are loaded."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Preparation of a run in stages, before its weights are loaded; what can fail fast and cheap comes first.
+"""Preparation of a run in stages, before its weights are loaded.
 
 `inspect` needs the data only, `plan` the base model as well, `train` all of it.
 """

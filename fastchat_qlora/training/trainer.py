@@ -1,4 +1,4 @@
-"""The Trainer of an adapter: token-weighted loss, packed sequences, and saving that is verified."""
+"""Trainer of an adapter: token-weighted loss, packing, and verified saving."""
 
 import inspect
 import logging

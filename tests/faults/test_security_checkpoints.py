@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.training.checkpoints.manifest import read_manifest, write_manifest
-from fastchat_qlora.training.checkpoints.pickle_audit import find_refused, find_unsafe
+from fastchat_qlora.training.checkpoints.pickle_audit import find_unloadable, find_unsafe
 
 FLAGS: dict[str, object] = {"save_strategy": "steps", "save_steps": 1}
 RESUMED = FLAGS | {"max_steps": 2}
@@ -47,7 +47,7 @@ def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def find_problems(folder: Path) -> list[str]:
-    return find_refused(folder) + find_unsafe(folder)
+    return find_unloadable(folder) + find_unsafe(folder)
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
@@ -80,7 +80,7 @@ def test_transformers_would_not_run_it_either(
     finished: Path, marker: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without our trial a run ends in a traceback, but runs nothing."""
-    monkeypatch.setattr("fastchat_qlora.training.checkpoints.checkpoint.find_refused", lambda folder: [])
+    monkeypatch.setattr("fastchat_qlora.training.checkpoints.checkpoint.find_unloadable", lambda folder: [])
     root = copy(finished, marker.parent / "run")
     torch.save({"state": {}, "x": Malice(marker)}, root / "out" / "checkpoint-1" / "optimizer.pt")
     rewrite_manifest(root / "out" / "checkpoint-1")

@@ -42,14 +42,14 @@ def estimate_model_cost(
     shallow = make_shallow_configs(config, meta_model, lora_config)
     try:
         if shallow is None:
-            return _measure(meta_model, lora_config, dtype, **options)
-        few, more = (_measure(build_meta_model(of), lora_config, dtype, **options) for of in shallow)
+            return _measure_cost(meta_model, lora_config, dtype, **options)
+        few, more = (_measure_cost(build_meta_model(of), lora_config, dtype, **options) for of in shallow)
         return extrapolate_layers(few, more, len(get_repeated_layers(meta_model)))
     except Exception as error:  # models fail in as many ways as there are authors
         return f"the model cannot run without weights: {one_line(error, 200)}"
 
 
-def _measure(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **options: Any) -> memory.ModelCost:
+def _measure_cost(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **options: Any) -> memory.ModelCost:
     return memory.measure_model_cost(attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config)), **options)
 
 

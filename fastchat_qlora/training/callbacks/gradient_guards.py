@@ -1,4 +1,4 @@
-"""Guards against silent failures: no gradient, a loss that is not finite or 0, changed base weights."""
+"""Guards against silent failures: no gradient, a bad loss, changed base weights."""
 
 from collections.abc import Iterator
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar in a terminal, and a plain line for each log entry."""
+"""ProgressLog of a run: a bar in a terminal, and a plain line for each log entry."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ from fastchat_qlora.config.arguments import TrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class Progress(ProgressCallback):  # type: ignore[misc]  # transformers is untyped
+class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is untyped
     """Bars in a terminal and lines for a log file, by the first process of the run.
 
     There are no bars with `--disable_tqdm True`, or if standard error is not a terminal.
@@ -73,7 +73,7 @@ def show_progress(trainer: Trainer) -> None:
     """Replace transformers' own progress callbacks, which write dictionaries."""
     for standard in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(standard)
-    trainer.add_callback(Progress())
+    trainer.add_callback(ProgressLog())
 
 
 def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, seconds_left: float) -> str:

@@ -1,4 +1,4 @@
-"""Check before the first step, on the run's model and data, of attention between conversations and of the loss head."""
+"""Check of attention and loss head before the first step, on the run's data."""
 
 import logging
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Checks at the end of each optimizer step: whether the step is sound, and whether the run is to stop."""
+"""Checks after each step: whether it is sound, and whether the run is to stop."""
 
 import logging
 import signal

@@ -1,4 +1,4 @@
-"""Throughput: tokens per second of training alone, and the memory that a process holds."""
+"""Throughput: tokens/s of training alone, and the memory of a process."""
 
 import resource
 import sys

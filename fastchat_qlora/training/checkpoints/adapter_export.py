@@ -1,4 +1,4 @@
-"""The trained adapter: gathered under every strategy, written by PEFT, and verified on the disk."""
+"""The trained adapter: gathered, written by PEFT, and verified on the disk."""
 
 import os
 from collections.abc import Mapping

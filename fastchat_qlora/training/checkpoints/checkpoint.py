@@ -11,13 +11,13 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.training.checkpoints.manifest import (
     FORMAT,
-    MANIFEST,
+    MANIFEST_FILE,
     IncompleteCheckpoint,
     check_files,
     get_versions,
     read_manifest,
 )
-from fastchat_qlora.training.checkpoints.pickle_audit import find_refused, find_unsafe
+from fastchat_qlora.training.checkpoints.pickle_audit import find_unloadable, find_unsafe
 from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _open_chosen(folder: Path, *, trusted: bool) -> Checkpoint:
     try:
         return open_checkpoint(folder, trusted=trusted)._replace(is_chosen=True)
     except IncompleteCheckpoint as error:
-        if (folder / MANIFEST).exists():
+        if (folder / MANIFEST_FILE).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
         if missing := _find_missing([path.name for path in folder.glob("*") if _has_content(path)]):
             raise UserError(
@@ -154,7 +154,7 @@ def _find_missing(files: Collection[str]) -> list[str]:
 
 
 def _check_pickles(folder: Path, *, trusted: bool) -> None:
-    problems = find_refused(folder) + ([] if trusted else find_unsafe(folder))
+    problems = find_unloadable(folder) + ([] if trusted else find_unsafe(folder))
     if problems:
         raise UserError(
             f"{folder}: {'; '.join(problems)}; do not use it, or start over with --restart True; --trust_checkpoint "

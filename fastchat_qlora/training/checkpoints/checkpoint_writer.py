@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: they appear complete or not at all, and old ones make way."""
+"""Checkpoints that appear complete or not at all, and old ones that make way."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""generation_config.json beside an adapter, so that generation stops where training ended the turns."""
+"""generation_config.json beside an adapter, with the stop tokens of the training."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: 
     """
     config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
     own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
-    config.eos_token_id = list(dict.fromkeys([*stop_tokens, *(token for ids in own for token in _as_list(ids))]))
+    config.eos_token_id = list(dict.fromkeys([*stop_tokens, *(token for ids in own for token in _list_ids(ids))]))
     config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
@@ -28,7 +28,7 @@ def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: 
     return config
 
 
-def _as_list(ids: int | Iterable[int] | None) -> list[int]:
+def _list_ids(ids: int | Iterable[int] | None) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else [int(token) for token in ids]

@@ -1,4 +1,4 @@
-"""Manifest of a checkpoint: the run's fingerprint, and the size and SHA-256 of each file.
+"""Manifest of a checkpoint: the run's fingerprint, and a SHA-256 of each file.
 
 The manifest is written last, when every other byte is on the disk, so a checkpoint is complete if its manifest is true.
 It proves accidents, not forgery: whoever may write a checkpoint may write its manifest too.
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = 2
 """Format 1 had sentences as the values of its fingerprint."""
 
@@ -49,7 +49,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
         OSError: the disk is full, or has lost something.
     """
     files = {}
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     for path in sorted(_find_files(folder)):
         sync(path)
         files[path.relative_to(folder).as_posix()] = (path.stat().st_size, hash_file(path))
@@ -58,7 +58,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
             sync(path)
     manifest = {"format": FORMAT, "step": step, "run": dict(run), "versions": get_versions(), "files": files}
     text = json.dumps({"manifest": manifest, "sha256": _hash_manifest(manifest)}, indent=1, ensure_ascii=False)
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     path.write_text(text + "\n", encoding="utf-8")
     sync(path)
     sync(folder)
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
         IncompleteCheckpoint: there is no manifest, or it is damaged.
     """
     try:
-        outer = json.loads((folder / MANIFEST).read_text("utf-8"))
+        outer = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
         inner = outer["manifest"]
         is_intact = outer["sha256"] == _hash_manifest(inner)
         files = {name: (int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
@@ -79,14 +79,14 @@ def read_manifest(folder: Path) -> Manifest:
             int(inner["step"]), dict(inner["run"]), dict(inner["versions"]), files, int(inner["format"])
         )
     except FileNotFoundError:
-        raise IncompleteCheckpoint(f"it has no {MANIFEST}") from None
+        raise IncompleteCheckpoint(f"it has no {MANIFEST_FILE}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise IncompleteCheckpoint(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
+        raise IncompleteCheckpoint(f"its {MANIFEST_FILE} cannot be read ({type(error).__name__})") from error
     outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     if not is_intact:
-        raise IncompleteCheckpoint(f"its {MANIFEST} is damaged")
+        raise IncompleteCheckpoint(f"its {MANIFEST_FILE} is damaged")
     if outside or manifest.step < 0:
-        raise IncompleteCheckpoint(f"its {MANIFEST} is not a manifest of this program")
+        raise IncompleteCheckpoint(f"its {MANIFEST_FILE} is not a manifest of this program")
     return manifest
 
 
@@ -108,7 +108,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
             raise IncompleteCheckpoint(f"{name} has changed: its SHA-256 differs")
-    added = {path.relative_to(folder).as_posix() for path in _find_files(folder)} - manifest.files.keys() - {MANIFEST}
+    added = (
+        {path.relative_to(folder).as_posix() for path in _find_files(folder)} - manifest.files.keys() - {MANIFEST_FILE}
+    )
     if added:
         raise IncompleteCheckpoint(f"{min(added)} was added later")
 

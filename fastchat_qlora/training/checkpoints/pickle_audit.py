@@ -1,4 +1,4 @@
-"""Audit of a checkpoint's pickles: which of them could run code, found without running it.
+"""Audit of a checkpoint's pickles: finds those that could run code, unread.
 
 transformers 5.23, accelerate 1.15 and PEFT 0.21 read their files (optimizer.pt, scheduler.pt, rng_state.pth ...) by
 `torch.load(weights_only=True)`, which runs no code; here they are only tried out, so that a refusal is an error message
@@ -54,7 +54,7 @@ METADATA_GLOBALS = {
 """Module -> names in `.metadata`."""
 
 
-def find_refused(folder: Path) -> list[str]:
+def find_unloadable(folder: Path) -> list[str]:
     """Return the files of a checkpoint that `weights_only` refuses to load, each with the reason."""
     problems = []
     for path in sorted(path for pattern in WEIGHTS_ONLY for path in folder.glob(pattern)):

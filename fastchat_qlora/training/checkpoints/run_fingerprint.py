@@ -1,4 +1,4 @@
-"""Fingerprint of a run: settings and digests, saved with each checkpoint and compared on resume."""
+"""Fingerprint of a run: settings and digests that are compared on resume."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ LABELS = {
 """Name in a fingerprint -> what a user knows it by; all others are flags."""
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """A setting that differs from the checkpoint's."""
 
     name: str
@@ -73,12 +73,12 @@ def _format(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:
     """Return settings present in both runs whose values differ."""
     replicated = all(run.get("strategy") in REPLICATED for run in (then, now))
     tolerable = (*TOLERABLE, "strategy", "processes") if replicated else TOLERABLE
     return [
-        Change(name, then[name], value, name in tolerable)
+        SettingChange(name, then[name], value, name in tolerable)
         for name, value in now.items()
         if name in then and then[name] != value
     ]
@@ -125,13 +125,13 @@ def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -
         base_files: fingerprint of the base model's files.
     """
     return {
-        "data": _digest(" ".join(contents)),
-        "chat_template": _digest(str(tokenizer.chat_template)),
-        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "base_model": _digest(base_files),
+        "data": _short_digest(" ".join(contents)),
+        "chat_template": _short_digest(str(tokenizer.chat_template)),
+        "tokenizer": _short_digest(tokenizer.backend_tokenizer.to_str()),
+        "base_model": _short_digest(base_files),
     }
 
 
-def _digest(text: str) -> str:
+def _short_digest(text: str) -> str:
     """Return twelve hexadecimal digits, enough for two people to compare."""
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12]

@@ -36,7 +36,7 @@ MIN_SECONDS_BETWEEN_PAGES = 30.0
 MAX_SHARE_OF_TIME = 0.02
 """Share of a run's time that its pages may take, except for those of checkpoints."""
 
-WIDE, NARROW = (770, 536), (370, 238)
+WIDE_CHART, NARROW_CHART = (770, 536), (370, 238)
 """Width and height in pixels of the first chart on a large screen, and of all others."""
 
 
@@ -119,8 +119,8 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             "outcome": outcome,
             "tiles": get_tiles(trainer.state, trainer.throughput.total, seconds_since_start()),
             "restarts": self._restarts,
-            "charts": [(chart, draw(chart, *NARROW)) for chart in charts],
-            "wide": draw(charts[0], *WIDE) if charts and charts[0].name == "loss" else "",
+            "charts": [(chart, draw(chart, *NARROW_CHART)) for chart in charts],
+            "wide": draw(charts[0], *WIDE_CHART) if charts and charts[0].name == "loss" else "",
             "answers": [(prompt, answers.before.get(prompt), answers.after.get(prompt)) for prompt in prompts],
             "max_new_tokens": MAX_NEW_TOKENS,
             "failure": mask_secrets(answers.failure),

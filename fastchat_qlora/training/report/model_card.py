@@ -1,4 +1,4 @@
-"""README.md beside an adapter: its base model, data, settings and results, and how to use it.
+"""README.md beside an adapter: base model, data, settings, results, and use.
 
 The head is what the hub reads (https://huggingface.co/docs/hub/model-cards). The card has counts and file names of the
 data, never its content, and nothing about this machine.
@@ -69,7 +69,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "number": _number, "code": _code, "plain": _plain, "shell": shlex.quote}
+    environment.filters |= {"cell": _cell, "number": _number, "code": _code, "plain": _plain_name, "shell": shlex.quote}
     text = environment.get_template("model_card.md.jinja").render(
         summary=summary,
         name=name,
@@ -114,7 +114,7 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{float(value):.4g}"
 
 
-def _plain(text: str) -> str:
+def _plain_name(text: str) -> str:
     """Return a name without what would end the Markdown around it."""
     return re.sub(r"[`|<>]", "_", one_line(text))
 

@@ -1,4 +1,4 @@
-"""Results of a run: train_results.json, the model card, and training_args.json as the last file."""
+"""Result files of a run: train_results.json, the card, training_args.json last."""
 
 import json
 import logging

@@ -39,7 +39,7 @@ def edit_manifest(folder: Path, **change: Any) -> None:
 @pytest.fixture(autouse=True)
 def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not look for pickles: the files here are none, and pickles have tests of their own."""
-    for name in ("find_refused", "find_unsafe"):
+    for name in ("find_unloadable", "find_unsafe"):
         monkeypatch.setattr(f"fastchat_qlora.training.checkpoints.checkpoint.{name}", lambda folder: [])
 
 
