@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,24 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def assert_the_second_is_kept(said: str, output: Path) -> None:
-    """An error in one line; checkpoint-2 is whole and there is no other."""
+@pytest.fixture(scope="module")
+def expected_digest(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Train undisturbed runs, each once, and return the digests of their adapters."""
+
+    @cache
+    def train_undisturbed(flags: str = "", processes: int = 1) -> str:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        train(arguments(model_folder, data, folder / "out", flags), folder, processes=processes)
+        return digest(folder / "out")
+
+    return train_undisturbed
+
+
+def assert_second_checkpoint_is_kept(said: str, output: Path) -> None:
+    """An error in one line; checkpoint-2 is complete and there is no other."""
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors and "Traceback" not in said, said
-    told = r"checkpoint-4 could not be written: .*earlier checkpoints are whole: make room"
+    told = r"checkpoint-4 could not be written: .*earlier checkpoints are complete: make room"
     assert all(re.search(told, error) for error in errors)
     [(step, folder)] = list_checkpoints(output)
     assert (step, open_checkpoint(folder).step) == (2, 2)
@@ -68,22 +82,34 @@ def assert_the_second_is_kept(said: str, output: Path) -> None:
     ],
     ids=["file size limit", "EIO", "on rank 1", "on rank 1, FSDP2"],
 )
-def test_a_save_that_fails(
-    fault: str, processes: int, flags: str, says: str, model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+def test_failed_save_keeps_earlier_checkpoints(
+    fault: str,
+    processes: int,
+    flags: str,
+    says: str,
+    expected_digest: Callable[..., str],
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    tally: Tally,
 ) -> None:
-    alone, failed = tmp_path / "alone", tmp_path / "failed"
-    train(arguments(model_folder, data, alone / "out", flags), alone, processes=processes)
+    failed = tmp_path / "failed"
     given = arguments(model_folder, data, failed / "out", flags)
     ended = train(given, failed, processes=processes, PREPARE=f"planted:{fault}")
     assert 1 in ended.codes and re.search(says, ended.said), ended.said
-    assert_the_second_is_kept(ended.said, failed / "out")
+    assert_second_checkpoint_is_kept(ended.said, failed / "out")
     ended = train(given, failed, processes=processes)
     assert not any(ended.codes) and "Resuming from" in ended.said
-    assert digest(failed / "out") == digest(alone / "out") and not (failed / "out" / UNFINISHED_FOLDER).exists()
+    assert (
+        digest(failed / "out") == expected_digest(flags, processes)
+        and not (failed / "out" / UNFINISHED_FOLDER).exists()
+    )
     tally(f"a save that fails: {fault.replace('_', ' ')} {flags.partition(' --fsdp_config')[0]}".strip(), 1, 1)
 
 
-def test_results_that_cannot_be_written(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+def test_results_that_cannot_be_written_are_an_error(
+    model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
     """Those of an earlier, shorter run are not left for those of this one."""
     given = arguments(model_folder, data, tmp_path / "out")
     assert train([*given, "--max_steps", "4"], tmp_path).codes == [0]
@@ -97,36 +123,40 @@ def test_results_that_cannot_be_written(model_folder: Path, data: Path, tmp_path
     tally("results that cannot be written, after those of a shorter run", 1, 1)
 
 
-def test_a_disk_that_is_full(
-    small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+def test_full_disk_ends_the_run_and_it_resumes(
+    small_disk: Callable[[str], Path],
+    expected_digest: Callable[..., str],
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    tally: Tally,
 ) -> None:
-    alone, disk = tmp_path / "alone", small_disk("64m")
-    train(arguments(model_folder, data, alone / "out"), alone)
+    disk = small_disk("64m")
     given = arguments(model_folder, data, disk / "out")
     ballast = disk / "ballast"
     ended = train(given, tmp_path, PREPARE="planted:full_disk", BALLAST=str(ballast))
     assert ended.codes == [1], ended.said
     assert " 0.0 MiB are free there" in ended.said
-    assert_the_second_is_kept(ended.said, disk / "out")
+    assert_second_checkpoint_is_kept(ended.said, disk / "out")
     ended = train(given, tmp_path)
-    assert ended.codes == [2] and "are free and this run needs" in ended.said, "said before the weights are loaded"
+    assert ended.codes == [2] and "are free and this run needs" in ended.said, "reported before the weights are loaded"
     ballast.unlink()
     assert train(given, tmp_path).codes == [0]
-    assert digest(disk / "out") == digest(alone / "out")
+    assert digest(disk / "out") == expected_digest()
     tally("a full disk (tmpfs) while a checkpoint is saved; then room is made", 1, 1)
 
 
-def test_too_small_a_disk_is_seen_before_the_first_step(
+def test_disk_that_is_too_small_is_refused(
     small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
 ) -> None:
     disk = small_disk("20m")
     ended = train(arguments(model_folder, data, disk / "out"), tmp_path)
-    assert ended.codes == [2] and "In effect" not in ended.said
+    assert ended.codes == [2] and "Effective settings" not in ended.said
     assert re.search(r"error: --output_dir \S+: 20 MiB are free and this run needs 3\d MiB", ended.said), ended.said
     tally("a disk that is too small from the beginning", 1, 1)
 
 
-def test_a_folder_that_may_not_be_written(
+def test_read_only_folder_is_refused(
     small_disk: Callable[[str], Path], model_folder: Path, data: Path, tmp_path: Path, tally: Tally
 ) -> None:
     disk = small_disk("64m")
@@ -137,7 +167,7 @@ def test_a_folder_that_may_not_be_written(
     tally("an output folder on a disk that may only be read", 1, 1)
 
 
-def test_data_that_vanishes(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+def test_data_may_vanish_during_the_run(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
     """The run has read it; what it has made of it stays with it until its end."""
     for flags in ("", "--lazy_preprocess True"):
         folder = tmp_path / (flags.split()[0].strip("-") if flags else "eager")
@@ -152,8 +182,8 @@ def test_data_that_vanishes(model_folder: Path, data: Path, tmp_path: Path, tall
     tally("the data file and its cache removed in mid-run", 2, 2)
 
 
-def test_two_runs_in_one_folder(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
-    """The second is told who is there; one whose holder was killed is taken over."""
+def test_second_run_in_a_folder_is_refused(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+    """The error names the first run; a lock whose holder was killed is taken over."""
     output = tmp_path / "out"
     given = arguments(model_folder, data, output)
     first = Run(given, tmp_path / "first.txt", PREPARE="planted:slow")
@@ -161,14 +191,14 @@ def test_two_runs_in_one_folder(model_folder: Path, data: Path, tmp_path: Path, 
     pid = first.processes[0].pid
     second = train(given, tmp_path / "second")
     assert second.codes == [2]
-    told = rf"another run is at work there \(process {pid} on {os.uname().nodename}, since 20\d\d-.*\)"
+    told = rf"another run uses this folder \(process {pid} on {os.uname().nodename}, since 20\d\d-.*\)"
     assert re.search(told, second.said), second.said
     assert first.is_alive()
     first.send(9)
     assert first.wait().codes == [-9]
     third = train(given, tmp_path / "third")
     assert third.codes == [0]
-    assert re.search(rf"ended without a word \(process {pid} on .*this one takes over", third.said)
+    assert re.search(rf"taken over from a run that was killed \(process {pid} on ", third.said)
     fourth = train(given, tmp_path / "fourth")
-    assert fourth.codes == [0] and "takes over" not in fourth.said
+    assert fourth.codes == [0] and "taken over" not in fourth.said
     tally("two runs in one output folder; a lock whose holder was killed", 2, 2)

@@ -1,4 +1,4 @@
-"""A run may be killed at any moment, as often as one likes."""
+"""A run may be killed at any moment, any number of times."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_quick or LONG], ids=lambda case: case.name)
-def test_the_adapter_is_that_of_a_run_left_alone(
+def test_killed_run_ends_with_the_same_adapter(
     case: Case,
     model_folder: Path,
     data: Path,

@@ -1,4 +1,4 @@
-"""Each guard fires on a fault planted in a real run; what was saved before stays as it was."""
+"""Each guard stops a real run with a planted fault; what was saved before stays as it was."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 
 
 def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *, code: int = 1) -> None:
-    """Error lines with that reason; the checkpoints of those steps are whole, and there is nothing else."""
+    """Error lines with that reason; the checkpoints of those steps are complete, and there is nothing else."""
     errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     assert set(ended.codes) <= {code, -9} and code in ended.codes, ended.said
     assert errors and all(re.search(reason, error) for error in errors), ended.said
@@ -45,14 +45,14 @@ def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *,
     [
         ("detached_adapter", 1, "", "step 1: 4 of 8 adapter tensors got no gradient, such as .*layers.0", []),
         ("detached_adapter", 2, DEEPSPEED, "step 1: 4 of 8 adapter tensors got no gradient", []),
-        ("zeroed_lora_b", 1, "", "every lora_B is zero: the adapter has learnt nothing", [2, 4, 6]),
+        ("zeroed_lora_b", 1, "", "every lora_B is zero, so the adapter was not trained", [2, 4, 6]),
         ("changed_base", 1, "", "step 4: 1 of .* base weights have changed, such as .*embed_tokens", [2]),
         ("changed_base", 1, "--q_lora True", "step 4: 1 of .* base weights have changed", [2]),
-        ("torn_writer", 1, "", "checkpoint-4/adapter_model.safetensors: .* differs from the trained tensor", [2]),
+        ("corrupt_writer", 1, "", "checkpoint-4/adapter_model.safetensors: .* differs from the trained tensor", [2]),
     ],
-    ids=["detached", "detached, ZeRO-2", "lora_B is zero", "base", "base, QLoRA", "torn"],
+    ids=["detached", "detached, ZeRO-2", "lora_B is zero", "base", "base, QLoRA", "corrupt"],
 )
-def test_a_fault_in_the_model(
+def test_fault_in_the_model_stops_the_run(
     fault: str,
     processes: int,
     flags: str,
@@ -93,25 +93,26 @@ def poisoned(model_folder: Path, data: Path, tmp_path: Path) -> tuple[Path, int]
     [(1, ""), (2, ""), (2, DEEPSPEED)],
     ids=["one", "DDP", "ZeRO-2"],
 )
-def test_a_poisoned_row_is_named(
+def test_record_that_gives_nan_is_named(
     processes: int, flags: str, poisoned: tuple[Path, int], data: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    """Whichever process has it, and no other row than those of its micro-batch."""
+    """Whichever process has it, and no record outside its micro-batch."""
     model, line = poisoned
     given = arguments(model, data, tmp_path / "out", f"--max_steps 20 --save_steps 1 --padding_free False {flags}")
     ended = train(given, tmp_path, processes=processes)
     [error] = [line for line in ended.said.splitlines() if line.startswith("error: ")]
-    found = re.search(r"step (\d+): the loss is not finite; its rows: (.*?); (.*)", error)
+    found = re.search(r"step (\d+): the loss is not finite; its records: (.*?); (.*)", error)
     assert found, error
     step, rows = int(found.group(1)), found.group(2).split(", ")
     assert any(f"conversations.json:{line} (id " in row for row in rows) and len(rows) == 2, error
     steps = [*range(1, step)]
     assert_stopped(ended, tmp_path / "out", f"step {step}", steps)
-    assert (f"checkpoint-{step - 1} is the last good" if steps else "no checkpoint had been saved yet") in error
-    tally(f"guard: a row that gives NaN, {processes} processes {flags}".strip(), 1, 1)
+    assert ("the last good checkpoint is " if steps else "no checkpoint was saved yet") in error
+    assert not steps or f"checkpoint-{step - 1}: check" in error
+    tally(f"guard: a record that gives NaN, {processes} processes {flags}".strip(), 1, 1)
 
 
-def test_a_rate_of_a_million(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+def test_learning_rate_of_a_million_stops_the_run(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
     more = "--learning_rate 1e6 --lora_target_modules all-linear --max_grad_norm 0 --bf16 True --max_steps 40"
     ended = train(arguments(model_folder, data, tmp_path / "out", more), tmp_path)
     steps = sorted(step for step, _ in list_checkpoints(tmp_path / "out"))
@@ -125,7 +126,9 @@ def test_a_rate_of_a_million(model_folder: Path, data: Path, tmp_path: Path, tal
     ["{{ messages[0]['content'] }}", "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"],
     ids=["without answers", "answers changed"],
 )
-def test_a_wrong_template(template: str, model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
+def test_wrong_chat_template_rejects_all_records(
+    template: str, model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.chat_template = template

@@ -32,7 +32,7 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 
 
 def assert_saved(output: Path) -> int:
-    """One whole checkpoint in the middle of the run, and no final adapter; its step."""
+    """Return the step of the only checkpoint, a complete one in the middle of the run without a final adapter."""
     [(step, folder)] = list_checkpoints(output)
     assert open_checkpoint(folder).step == step and 0 < step < 12
     assert not (output / UNFINISHED_FOLDER).exists() and not (output / "adapter_model.safetensors").exists()
@@ -49,7 +49,7 @@ def assert_saved(output: Path) -> int:
     ],
     ids=["SIGTERM", "SIGINT", "one of two processes", "ZeRO-2"],
 )
-def test_once(
+def test_signal_saves_a_checkpoint_and_the_run_resumes(
     signum: int,
     processes: int,
     ranks: list[int] | None,
@@ -59,7 +59,7 @@ def test_once(
     tmp_path: Path,
     tally: Callable[[str, int, int], None],
 ) -> None:
-    """A checkpoint after the step at work, in all processes; started again, the run ends as if nothing had been."""
+    """A checkpoint after the current step, in all processes; started again, the run ends with the same adapter."""
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     ended = train(arguments(model_folder, data, alone / "out", flags), alone, processes=processes)
     assert not any(ended.codes), ended.said
@@ -78,10 +78,10 @@ def test_once(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_twice(
+def test_second_signal_ends_the_run_at_once(
     signum: int, model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]
 ) -> None:
-    """Out at once, in the middle of a long step; nothing torn is left."""
+    """In the middle of a long step, and nothing incomplete is left."""
     given = arguments(model_folder, data, tmp_path / "out")
     run = Run(given, tmp_path / "log.txt", PREPARE="planted:endless_third_step")
     run.wait_for("third step")
@@ -98,7 +98,7 @@ def test_twice(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_before_the_first_step(signum: int, model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_signal_before_the_first_step_ends_the_run(signum: int, model_folder: Path, data: Path, tmp_path: Path) -> None:
     run = Run(arguments(model_folder, data, tmp_path / "out"), tmp_path / "log.txt")
     run.wait_for("Conversations are written")
     run.send(signum)
@@ -108,7 +108,9 @@ def test_before_the_first_step(signum: int, model_folder: Path, data: Path, tmp_
     assert not (tmp_path / "out" / ".holder.json").exists()
 
 
-def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]) -> None:
+def test_ctrl_c_in_a_terminal_saves_a_checkpoint(
+    model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]
+) -> None:
     """A Ctrl-C reaches every process in the foreground; those that make batches are needed until the step is done."""
     given = " ".join(arguments(model_folder, data, tmp_path / "out", "--dataloader_num_workers 2"))
     with (tmp_path / "log.txt").open("w") as log:
@@ -136,7 +138,7 @@ def test_a_terminal(model_folder: Path, data: Path, tmp_path: Path, tally: Calla
     ["torchrun --nproc_per_node 2 --master_port {port}", "deepspeed --num_accelerators 2 --master_port {port}"],
     ids=["torchrun", "deepspeed"],
 )
-def test_through_a_launcher(
+def test_signal_to_a_launcher_reaches_all_processes(
     launcher: str, model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]
 ) -> None:
     """As a scheduler does: the signal goes to the launcher's process group, and reaches every rank through it."""

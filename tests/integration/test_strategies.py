@@ -25,7 +25,7 @@ CORE = [
     *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
     Case("ZeRO-3", "LoRA bf16", False),
 ]
-"""What every CI run proves; `pytest -m matrix` proves the rest."""
+"""Cases of every CI run; `pytest -m matrix` runs the rest."""
 
 FASTCHAT_S2 = {
     "zero_optimization": {
@@ -83,7 +83,7 @@ def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in CORE else pytest.mark.matrix, id=str(case)) for case in CASES]
 )
-def test_a_strategy_is_as_one_process(
+def test_strategy_trains_as_one_process(
     case: Case, alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     reference = alone.outcome(case.precision, case.checkpointing)
@@ -94,17 +94,17 @@ def test_a_strategy_is_as_one_process(
 
 
 def assert_settings(settings: dict[str, str], case: Case) -> None:
-    """What was read back from the live objects is what was asked for."""
+    """Check the settings read back from the live objects."""
     assert settings["compute dtype"] == ("float32" if case.precision == "LoRA fp32" else "bfloat16")
     assert settings["checkpointing"] == ("2 of 2 layers, not reentrant" if case.checkpointing else "off")
     assert settings["batch"] == "1 x 2 accumulated x 2 processes = 4 conversations a step"
-    assert (settings["rows"], settings["attention"]) == ("conversations end to end", "per_conversation")
+    assert (settings["sequences"], settings["attention"]) == ("padding-free", "per_conversation")
     assert settings["devices"].startswith("2 x cpu on ")
     offload = "optimizer on cpu, parameters on cpu"
     assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
     stored = "bfloat16" if case.strategy in SHARDED else "uint8"
-    quantized = f"14 of 15 linear layers: nf4 with double quantisation, stored as {stored}"
-    assert settings["quantised layers"] == (quantized if case.precision.startswith("QLoRA") else "none")
+    quantized = f"14 of 15 linear layers: nf4 with double quantization, stored as {stored}"
+    assert settings["quantized layers"] == (quantized if case.precision.startswith("QLoRA") else "none")
 
 
 @pytest.mark.parametrize(
@@ -116,23 +116,23 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
         pytest.param("ZeRO-3", "--gradient_checkpointing True", marks=pytest.mark.matrix),
     ],
 )
-def test_rows_without_padding_are_as_a_padded_batch(
+def test_padding_free_batches_train_as_padded_ones(
     strategy: str, flags: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """In fp32: two conversations end to end in each of two processes, and four padded ones in one."""
+    """In fp32: two conversations, padding-free, in each of two processes, and four padded ones in one."""
     paths = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} {flags}"
     padded, laid = tmp_path / "padded", tmp_path / "laid"
     succeed(f"python {TRAIN} {paths} --output_dir {padded} --padding_free False --per_device_train_batch_size 4")
     line = launch_line(strategy, port, TRAIN)
     said = succeed(f"{line} {paths} --output_dir {laid} --per_device_train_batch_size 2")
-    assert "conversations end to end" in said
+    assert "padding-free" in said
     for name in ("loss", "grad_norm"):
         expected, found = ([entry[name] for entry in step_logs(output)] for output in (padded, laid))
         assert found == pytest.approx(expected, rel=1e-5 if name == "loss" else 1e-4)
 
 
-def test_the_matrix_would_notice(alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """A run with another seed is a run with other rows: it must not pass for the same."""
+def test_comparison_finds_another_run(alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A run with another seed has other batches: it must not pass for the same."""
     case = Case(None, "LoRA fp32", False)
     reference = alone.outcome(case.precision, case.checkpointing)
     other = run(case, model_folder, data, tmp_path / "other", more="--data_seed 5")
@@ -155,7 +155,7 @@ def test_the_matrix_would_notice(alone: OneProcess, model_folder: Path, data: Pa
         pytest.param("ZeRO-3 offload", marks=pytest.mark.matrix),
     ],
 )
-def test_clipping_is_what_the_command_line_says(
+def test_clipping_follows_the_command_line(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
     """One step of SGD at a rate of 1 moves the adapter by the clipped gradient; lora_A has none while lora_B is 0."""
@@ -181,7 +181,9 @@ def test_clipping_is_what_the_command_line_says(
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("DDP", marks=pytest.mark.matrix), "ZeRO-3"])
-def test_dora_with_rslora(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+def test_dora_with_rslora_trains_as_one_process(
+    strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
+) -> None:
     """The same losses as one process, and magnitudes that are saved whole."""
     flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --use_dora True --use_rslora True"
     succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
@@ -214,7 +216,7 @@ def test_zero_3_trains_more_than_the_adapter(
 
 
 @pytest.mark.parametrize("strategy", ["ZeRO-3", pytest.param("FSDP2", marks=pytest.mark.matrix)])
-def test_the_best_checkpoint_is_loaded_at_the_end(
+def test_best_checkpoint_is_loaded_at_the_end(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
     """Where the highest loss is the best, that is an earlier checkpoint, and it becomes the adapter."""
@@ -241,10 +243,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(
 @pytest.mark.parametrize(
     "strategy", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("DDP", "FSDP2")), "ZeRO-3"]
 )
-def test_a_killed_process_ends_the_run(
-    strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
-) -> None:
-    """SIGKILL of one process at its third step: all end, and what was saved after the second goes on."""
+def test_killed_process_ends_the_run(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """SIGKILL of one process at its third step: all end, and the run resumes from the checkpoint after the second."""
     output = tmp_path / "out"
     flags = (
         f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output} {QUICK} --save_strategy steps "
@@ -265,7 +265,7 @@ def test_a_killed_process_ends_the_run(
 @pytest.mark.parametrize(
     ("fault", "line"), [("raise", "MemoryError: planted fault"), ("stop", "error: local rank 1: ")]
 )
-def test_the_process_that_failed_is_heard(
+def test_error_of_the_failed_process_is_shown(
     fault: str, line: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
     """Not the ones whose connections it took down."""
@@ -301,13 +301,15 @@ def nodes(launcher: str, port: int, tmp_path: Path, model_folder: Path, data: Pa
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_nodes_are_one_with_two_processes(
+def test_two_nodes_train_as_two_processes(
     launcher: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
     flags = f"{QUICK} --model_max_length 512"
     done = on_two_nodes(nodes(launcher, port, tmp_path, model_folder, data), flags)
     assert [node.returncode for node in done] == [0, 0], "".join(node.stderr[-3000:] for node in done)
-    assert sum(node.stderr.count("In effect:") for node in done) == 1, "world rank 0 speaks, not one of each node"
+    assert sum(node.stderr.count("Effective settings:") for node in done) == 1, (
+        "world rank 0 speaks, not one of each node"
+    )
     strategy = {"torchrun": "DDP", "deepspeed": "ZeRO-2"}[launcher]
     succeed(
         f"{launch_line(strategy, port, TRAIN)} --model_name_or_path {model_folder} --data_path {data} {flags} "
@@ -328,4 +330,4 @@ def test_nodes_that_differ_are_refused(model_folder: Path, data: Path, tmp_path:
     assert all(node.returncode != 0 for node in done)
     assert not (tmp_path / "nodes" / "adapter_model.safetensors").exists()
     errors = [line for node in done for line in node.stderr.splitlines() if line.startswith("error:")]
-    assert errors and all("train rows" in line and "start every machine alike" in line for line in errors)
+    assert errors and all("train sequences" in line and "start every machine alike" in line for line in errors)

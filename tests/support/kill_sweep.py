@@ -1,7 +1,7 @@
-"""SIGKILL at random moments, again and again, until the run is done: its adapter must be the one of a run left alone.
+"""SIGKILL at random moments, again and again, until the run is done: its adapter must be that of an undisturbed run.
 
-Moments are drawn over the whole of a run, in the writing of checkpoints, and in tokenising. A run that has come to its
-end in spite of them is compared and another one begun, until there were enough kills.
+Moments are drawn over the whole run, while checkpoints are written, and while data is tokenized. A run that ends in
+spite of the kills is compared and another one begun, until there were enough kills.
 """
 
 import hashlib
@@ -26,48 +26,41 @@ SHARDED = '--fsdp True --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"}'
 DEEPSPEED = "--deepspeed playground/deepspeed_config_s2.json"
 
 
-AIMS = ("starting", "tokenising", "stepping", "saving")
-"""Where a kill is to come; it comes some time later, which may be somewhere else."""
+AIMS = ("starting", "tokenizing", "stepping", "saving")
+"""Phases a kill is aimed at; it comes some time later, maybe in another phase."""
 
 
 class Case(NamedTuple):
-    """A kind of run: its flags beside FLAGS, its processes, and whether every CI run tries it."""
+    """A kind of run: its flags beside FLAGS, its processes, and whether every CI run tries it or only the long form."""
 
     name: str
     flags: str
     processes: int = 1
-    is_quick: bool = True
+    is_quick: bool = False
 
 
 CASES = (
-    Case("LoRA", ""),
-    Case("LoRA, packed rows", "--packing True --model_max_length 256", is_quick=False),
+    Case("LoRA", "", is_quick=True),
+    Case("LoRA, packed sequences", "--packing True --model_max_length 256"),
     Case("QLoRA", "--q_lora True --bf16 True"),
     Case("LoRA, DDP", "", 2),
     Case("LoRA, ZeRO-2", DEEPSPEED, 2),
-    Case("QLoRA, ZeRO-3", "--q_lora True --bf16 True --deepspeed playground/deepspeed_config_s3.json", 2, False),
-    Case("QLoRA, FSDP2", "--q_lora True --bf16 True --fsdp True", 2, False),
+    Case("QLoRA, ZeRO-3", "--q_lora True --bf16 True --deepspeed playground/deepspeed_config_s3.json", 2),
+    Case("QLoRA, FSDP2", "--q_lora True --bf16 True --fsdp True", 2),
 )
 
 
 class Outcome(NamedTuple):
-    """What a sweep has seen.
+    """Result of a sweep."""
 
-    Attributes:
-        kills: by where the run was: starting, tokenising, stepping, saving, finishing.
-        completed: runs that came to their end.
-        equal: those of them with the adapter of the run that was left alone, byte for byte.
-        problems: sentences; empty where all is as it should be.
-    """
-
-    kills: Counter[str]
-    completed: int
-    equal: int
+    kills: Counter[str]  # by phase: starting, tokenizing, stepping, saving, finishing
+    completed: int  # runs that came to their end
+    equal: int  # those of them with the adapter of the undisturbed run, byte for byte
     problems: list[str]
 
 
 def command(model: Path, data: Path, output: Path, flags: str) -> list[str]:
-    """The arguments of a run."""
+    """Return the arguments of a run."""
     paths = (
         f"--model_name_or_path {model} --data_path {data} --output_dir {output} --cache_dir {output.parent / 'cache'}"
     )
@@ -75,7 +68,7 @@ def command(model: Path, data: Path, output: Path, flags: str) -> list[str]:
 
 
 def sweep(case: Case, kills: int, model: Path, data: Path, folder: Path, seed: int = 0) -> Outcome:
-    """Kill runs so often, and compare those that come to their end with one left alone."""
+    """Kill runs that many times, and compare those that come to their end with an undisturbed one."""
     draw = random.Random(seed)
     alone = folder / "alone"
     arguments = command(model, data, alone / "out", case.flags)
@@ -83,7 +76,7 @@ def sweep(case: Case, kills: int, model: Path, data: Path, folder: Path, seed: i
     began = time.monotonic()
     ended = train(arguments, alone, processes=case.processes)
     if any(ended.codes):
-        return Outcome(Counter(), 0, 0, [f"the run left alone ended with {ended.codes}: {ended.said[-2000:]}"])
+        return Outcome(Counter(), 0, 0, [f"the undisturbed run ended with {ended.codes}: {ended.said[-2000:]}"])
     seconds, expected = time.monotonic() - began, digest(alone / "out")
     seen, completed, equal, problems = Counter[str](), 0, 0, list[str]()
     while not problems and (seen.total() < kills or not completed):
@@ -99,22 +92,22 @@ def sweep(case: Case, kills: int, model: Path, data: Path, folder: Path, seed: i
             break
         equal += digest(attempt / "out") == expected
         if equal < completed:
-            problems.append(f"{attempt}: another adapter than that of the run left alone")
+            problems.append(f"{attempt}: another adapter than that of the undisturbed run")
         problems += [f"{attempt}: {name} was left" for name in leftovers(attempt / "out")]
     return Outcome(seen, completed, equal, problems)
 
 
 def _kill_once(case: Case, arguments: list[str], attempt: Path, seconds: float, draw: random.Random) -> str:
-    """Start the run and kill it at a moment drawn; where it was then, or nothing if it was done before."""
+    """Kill a run at a random moment, and return its phase then; empty if it had ended before."""
     cache, saving, log = attempt / "cache", attempt / "out" / ".saving", attempt / "log.txt"
-    if (aim := draw.choice(AIMS)) == "tokenising":
+    if (aim := draw.choice(AIMS)) == "tokenizing":
         shutil.rmtree(cache, ignore_errors=True)
     ranks = None if case.processes == 1 else draw.choice((None, [0], [1]))
     run = Run(arguments, log, processes=case.processes)
     begun = {
         "starting": lambda: True,
-        "tokenising": lambda: is_tokenising(cache),
-        "stepping": lambda: "In effect:" in run.said(),
+        "tokenizing": lambda: is_tokenizing(cache),
+        "stepping": lambda: "Effective settings:" in run.said(),
         "saving": lambda: saving.exists() and draw.random() < 0.3,  # not always the first one
     }[aim]
     later = draw.uniform(0, {"starting": seconds, "stepping": seconds / 2}.get(aim, 0.03))
@@ -125,27 +118,27 @@ def _kill_once(case: Case, arguments: list[str], attempt: Path, seconds: float, 
 
 
 def phase(attempt: Path, said: str) -> str:
-    """Where a run that was killed has been."""
+    """Return the phase in which a run was killed."""
     if (attempt / "out" / ".saving").exists():
         return "saving"
-    if is_tokenising(attempt / "cache"):
-        return "tokenising"
-    if "In effect:" not in said:
+    if is_tokenizing(attempt / "cache"):
+        return "tokenizing"
+    if "Effective settings:" not in said:
         return "starting"
     return "finishing" if "of this process, mean loss" in said else "stepping"
 
 
-def is_tokenising(cache: Path) -> bool:
-    """Whether tokenised data is being made."""
+def is_tokenizing(cache: Path) -> bool:
+    """Return whether data is being tokenized."""
     return any((cache / "fastchat_qlora").glob("*.building"))
 
 
 def digest(output: Path) -> str:
-    """Of the final adapter's bytes."""
+    """Return the SHA-256 of the final adapter."""
     return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def leftovers(output: Path) -> list[str]:
-    """What a finished run must not leave."""
+    """Return what a finished run must not leave."""
     found = [name for name in (".saving", ".holder.json", "_set_aside") if (output / name).exists()]
-    return found + ["a third checkpoint"] * (len(list(output.glob("checkpoint-*"))) > 2)
+    return found + (["a third checkpoint"] if len(list(output.glob("checkpoint-*"))) > 2 else [])

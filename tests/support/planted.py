@@ -19,12 +19,12 @@ SLOW_STEP = 0.15  # seconds
 
 
 def slow() -> None:
-    """Steps that last long enough to be met."""
+    """Have steps last long enough for a signal."""
     _at_step(0, lambda model: None)
 
 
 def endless_third_step() -> None:
-    """A step that ends when the process does, and says when it begins."""
+    """Have a third step that ends when the process does, and writes when it begins."""
 
     def stay(model: Any) -> None:
         sys.stderr.write("third step\n")
@@ -34,7 +34,7 @@ def endless_third_step() -> None:
 
 
 def _wait_in_c() -> None:
-    """Wait as a process waits for a device or for another process: outside of Python, without its lock."""
+    """Wait as for a device or for another process: outside of Python, without its lock."""
     import ctypes
 
     libc = ctypes.CDLL(None)
@@ -43,18 +43,18 @@ def _wait_in_c() -> None:
 
 
 def small_files() -> None:
-    """From the third step on no file may be larger than 4 KiB: a real error of the operating system."""
+    """Allow no file larger than 4 KiB from the third step on: a real error of the operating system."""
     _at_step(2, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)), slow=False)
 
 
 def small_files_on_rank_1() -> None:
-    """The same in the second process only."""
+    """Do the same in the second process only."""
     if os.environ["RANK"] == "1":
         small_files()
 
 
 def full_disk() -> None:
-    """In the third step another program fills the disk."""
+    """Have another program fill the disk in the third step."""
 
     def fill(model: Any) -> None:
         ballast = os.open(os.environ["BALLAST"], os.O_WRONLY | os.O_CREAT)
@@ -68,7 +68,7 @@ def full_disk() -> None:
 
 
 def lost_writes() -> None:
-    """From the third step on the disk loses what it has taken, and says so when it is asked to make sure."""
+    """Have the disk lose what it has taken from the third step on, and report it on fsync."""
 
     def lose(model: Any) -> None:
         def fsync(descriptor: int) -> None:
@@ -80,12 +80,12 @@ def lost_writes() -> None:
 
 
 def stop_at_the_best() -> None:
-    """SIGTERM in the fifth step, the last of the first epoch of 15 rows in batches of 3, if it is not accumulated."""
+    """Send SIGTERM in the fifth step, the last of the first epoch of 15 sequences in batches of 3."""
     _at_step(4, lambda model: os.kill(os.getpid(), signal.SIGTERM), slow=False)
 
 
 def no_results() -> None:
-    """The disk is full when a run is done."""
+    """Have a full disk when a run is done."""
 
     def fail(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -94,7 +94,7 @@ def no_results() -> None:
 
 
 def detached_adapter() -> None:
-    """Gradients end at the second layer, so that the first one's adapter gets none."""
+    """End gradients at the second layer, so that the first one's adapter gets none."""
     _change_model(lambda model: model.model.layers[0].register_forward_hook(lambda m, given, out: _detached(out)))
 
 
@@ -103,7 +103,7 @@ def _detached(out: Any) -> Any:
 
 
 def zeroed_lora_b() -> None:
-    """Whatever has been learnt is forgotten at the end."""
+    """Set the adapter back to zero at the end."""
 
     def forget(model: Any) -> None:
         for name, parameter in get_trainable_parameters(model).items():
@@ -118,7 +118,7 @@ def zeroed_lora_b() -> None:
 
 
 def changed_base() -> None:
-    """Somebody writes to a base weight in the third step."""
+    """Write to a base weight in the third step."""
 
     def change(model: Any) -> None:
         next(parameter for parameter in model.parameters() if not parameter.requires_grad).data.view(-1)[5] += 1
@@ -126,28 +126,28 @@ def changed_base() -> None:
     _at_step(2, change, slow=False)
 
 
-def torn_writer() -> None:
-    """safetensors writes a file of which a tensor differs."""
+def corrupt_writer() -> None:
+    """Have safetensors write a file of which a tensor differs."""
     save = run.LoraTrainer.save_model
 
-    class Torn(run.LoraTrainer):
+    class CorruptWriter(run.LoraTrainer):
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             from fastchat_qlora.training import trainer
 
             write = trainer.save_adapter
 
-            def tear(model: Any, tensors: dict[str, torch.Tensor], folder: str) -> None:
+            def corrupt(model: Any, tensors: dict[str, torch.Tensor], folder: str) -> None:
                 wrong = {name: tensor + 1e-3 * (self.state.global_step > 2) for name, tensor in tensors.items()}
                 write(model, wrong, folder)
 
-            trainer.save_adapter = tear
+            trainer.save_adapter = corrupt
             save(self, output_dir, _internal_call)
 
-    run.LoraTrainer = Torn
+    run.LoraTrainer = CorruptWriter
 
 
 def no_answers_after_on_rank_1() -> None:
-    """The second process has no memory for questions once a step has been done."""
+    """Have no memory for prompts in the second process after the first step."""
     from fastchat_qlora.training.callbacks import sample_generations
 
     ask = sample_generations._compute_last_logits

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint otherwise than the last run would have: anew, from an earlier one, in other processes."""
+"""Resuming otherwise than the last run: from nothing, from an earlier checkpoint, in other processes."""
 
 import json
 from collections.abc import Callable
@@ -26,14 +26,19 @@ def steps_in(output: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*"))
 
 
-def test_anew_and_from_an_earlier_one(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
-    """Nothing is removed, and the same adapter comes of it."""
+def test_run_restarts_and_resumes_from_an_earlier_checkpoint(
+    model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """Nothing is removed, and the adapter is the same."""
     output = tmp_path / "out"
     given = arguments(model_folder, data, output)
     assert train(given, tmp_path).codes == [0]
     expected = digest(output)
     ended = train([*given, "--restart", "True"], tmp_path)
-    assert ended.codes == [0] and "checkpoint-2, checkpoint-4, checkpoint-6, checkpoint-8 were set aside" in ended.said
+    assert (
+        ended.codes == [0]
+        and "does not resume from checkpoint-2, checkpoint-4, checkpoint-6, checkpoint-8: moved to " in ended.said
+    )
     assert "Resuming" not in ended.said and digest(output) == expected
     named = output / "checkpoint-4"
     ended = train([*given, "--resume_from_checkpoint", str(named)], tmp_path)
@@ -44,30 +49,30 @@ def test_anew_and_from_an_earlier_one(model_folder: Path, data: Path, tmp_path: 
         *(f"checkpoint-{step}.0" for step in (2, 4)),
         *(f"checkpoint-{s}.{n}" for s in (6, 8) for n in (0, 1)),
     ]
-    tally("started anew, and from an earlier checkpoint by name", 2, 2)
+    tally("restarted, and resumed from an earlier checkpoint by name", 2, 2)
 
 
-def test_in_another_number_of_processes(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
-    """Refused; and where the checkpoint is named, on with the same rows in each step."""
+def test_resume_with_other_processes_must_be_named(
+    model_folder: Path, data: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """Refused; if the checkpoint is named, resumed with the same sequences in each step."""
     alone, moved = tmp_path / "alone" / "out", tmp_path / "moved" / "out"
     assert train(arguments(model_folder, data, alone), alone.parent, processes=2).codes == [0, 0]
     stop = "--max_steps 4 --lr_scheduler_type constant"
     assert train(arguments(model_folder, data, moved, stop), moved.parent, processes=2).codes == [0, 0]
     more = "--lr_scheduler_type constant --gradient_accumulation_steps 4"
     ended = train(arguments(model_folder, data, moved, more), moved.parent)
-    assert ended.codes == [2] and "strategy: DDP then, one process now; processes: 2 then, 1 now" in ended.said
+    assert ended.codes == [2] and "strategy: DDP then, none now; processes: 2 then, 1 now" in ended.said
     named = f"{more} --resume_from_checkpoint {moved / 'checkpoint-4'}"
     ended = train(arguments(model_folder, data, moved, named), moved.parent)
-    assert ended.codes == [0] and "it is another run than one that was never interrupted" in ended.said
+    assert ended.codes == [0] and "with other results than an uninterrupted run" in ended.said
     constant = tmp_path / "constant" / "out"
     train(arguments(model_folder, data, constant, "--lr_scheduler_type constant"), constant.parent, processes=2)
     assert losses(moved) == pytest.approx(losses(constant), rel=1e-3)
-    tally("two processes, then one: refused, and gone on with by name", 2, 2)
+    tally("two processes, then one: refused, and resumed by name", 2, 2)
 
 
-def test_zero_2_in_another_number_of_processes_is_refused(
-    model_folder: Path, data: Path, tmp_path: Path, port: int
-) -> None:
+def test_zero_2_with_other_processes_is_refused(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
     output = tmp_path / "out"
     given = arguments(model_folder, data, output, f"--max_steps 2 {DEEPSPEED}")
     assert train(given, tmp_path, processes=2).codes == [0, 0]
@@ -77,7 +82,7 @@ def test_zero_2_in_another_number_of_processes_is_refused(
     assert ended.codes == [2] and "(processes: 2 then, 1 now)" in ended.said, ended.said
 
 
-def test_deepspeeds_own_schedule_goes_on(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_deepspeeds_own_schedule_resumes(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """It is in DeepSpeed's state, and there is no scheduler.pt."""
     configuration = json.loads((ROOT / "playground" / "deepspeed_config_s2.json").read_text())
     configuration["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
@@ -100,8 +105,8 @@ BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eva
 @pytest.mark.parametrize(
     "strategy", ["--eval_strategy steps --eval_steps 1 --save_steps 1", "--eval_strategy epoch --save_strategy epoch"]
 )
-def test_a_stop_takes_no_best_checkpoint_away(strategy: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """The evaluation of the step that was stopped at decides, and so it is made."""
+def test_stop_keeps_the_best_checkpoint(strategy: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """The evaluation of the step that was stopped at decides, so it is done."""
     flags = f"{BEST} {strategy} --max_steps 10 --per_device_train_batch_size 3"
     whole, parts = tmp_path / "whole" / "out", tmp_path / "parts" / "out"
     assert train(arguments(model_folder, data, whole, flags), whole.parent).codes == [0]
@@ -111,7 +116,7 @@ def test_a_stop_takes_no_best_checkpoint_away(strategy: str, model_folder: Path,
     assert train(given, tmp_path).codes == [0] and digest(parts) == digest(whole)
 
 
-def test_the_best_one_moves_with_its_folder(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_best_checkpoint_moves_with_its_folder(model_folder: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = f"{BEST} --eval_strategy steps --eval_steps 2"
     assert train(arguments(model_folder, data, output, flags), tmp_path).codes == [0]
@@ -121,7 +126,7 @@ def test_the_best_one_moves_with_its_folder(model_folder: Path, data: Path, tmp_
     assert digest(moved) == expected != digest(moved / "checkpoint-8")
 
 
-def test_the_best_one_is_kept_and_found(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_and_found(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """Written beside its place, it is still known by the place where it appears."""
     output = tmp_path / "out"
     more = "--eval_split 4 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True --save_total_limit 1"
