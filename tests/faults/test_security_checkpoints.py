@@ -51,7 +51,7 @@ def find_problems(folder: Path) -> list[str]:
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
-    """Write the manifest anew, as whoever plants a file can."""
+    """Write the manifest again, as whoever plants a file can."""
     run = read_manifest(checkpoint).run
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, 1, run)

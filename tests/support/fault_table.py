@@ -1,4 +1,4 @@
-"""What the tests of faults share: how much is tried, and a table of what was.
+"""Shared parts of the fault tests: how much is tried, and the table of results.
 
 bash scripts/faults.sh        # the long form of all of them, which writes docs/reliability.md
 """
@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
 from machine import cores, describe_versions, make_table, name_processor
 
 LONG = os.environ.get("FAULTS") == "long"
-"""Whether to try as much as is promised, rather than what fits into every CI run."""
+"""Whether to try all that is promised, rather than what fits into every CI run."""
 
 PAGE = ROOT / "docs" / "reliability.md"
 MARK = "<!-- the table below is written by scripts/faults.sh -->"
 
 
 class Tried(NamedTuple):
-    """A fault, how often it was tried and how often the program did what it should, and the test that tries it."""
+    """A fault, how often it was tried, how often the program did as promised, and the test that tries it."""
 
     fault: str
     tried: int
@@ -39,12 +39,12 @@ _tried: list[Tried] = []
 _counted: dict[str, list[bool]] = {}
 
 COUNTED = ("test_command_lines.py", "test_security")
-"""How the names of files begin of which each test is one fault, or FAULTS_EXAMPLES of them."""
+"""Beginnings of the names of files whose tests are one fault each, or FAULTS_EXAMPLES of them."""
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Callable[[str, int, int], None]:
-    """Write down what was tried, for the table."""
+    """Return a function that records a fault for the table."""
 
     def note(fault: str, tried: int, survived: int) -> None:
         name = request.node.nodeid.removeprefix("tests/faults/").partition("[")[0]
@@ -55,13 +55,13 @@ def tally(request: pytest.FixtureRequest) -> Callable[[str, int, int], None]:
 
 @pytest.fixture
 def how_many() -> Callable[[int, int], int]:
-    """The first number in a CI run, the second in the long form."""
+    """Return a function of two numbers: the first for a CI run, the second for the long form."""
     return lambda quick, long: long if LONG else quick
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take what one of several pytest processes has written down."""
+    """Collect what one of several pytest processes has recorded."""
     _tried.extend(Tried(*row) for row in getattr(node, "workeroutput", {}).get("tried", ()))
 
 
@@ -74,7 +74,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
-    """Those of this session, and what the page has of other tests."""
+    """Yield the rows of this session, and those of other tests on the page."""
     for file, passed in _counted.items():
         summary = (ast.get_docstring(ast.parse((ROOT / file).read_text("utf-8"))) or "").partition("\n")[0]
         yield summary.rstrip("."), str(len(passed)), str(sum(passed)), f"`{Path(file).name}`"
@@ -89,7 +89,7 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table, in the long form; one of several processes hands over its part of it."""
+    """Write the table, in the long form; one of several processes hands over its part."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tried"] = [list(row) for row in _tried]
         return
@@ -112,6 +112,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def in_the_project(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Paths such as playground/deepspeed_config_s2.json are found."""
+    """Change to the root, for paths such as playground/deepspeed_config_s2.json."""
     monkeypatch.chdir(ROOT)
     yield

@@ -1,7 +1,7 @@
 """Runs of train_lora.py as processes of their own that start in a fraction of a second.
 
-A server process has imported everything once and forks; what runs then is train_lora.py itself. Several processes find
-each other by the environment that torchrun gives them. Tests of the launchers start the real ones.
+A server process imports everything once and forks; the fork runs train_lora.py itself. Several processes find each
+other by the environment that torchrun sets. Tests of the launchers start the real ones.
 """
 
 import multiprocessing
@@ -26,14 +26,14 @@ PRELOAD = ["fastchat_qlora.training.run", "fastchat_qlora.config.arguments", "de
 
 
 def context() -> Any:
-    """Where processes come from; the server starts with the first one."""
+    """Return the context of the processes; its server starts with the first one."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOAD)
     return found
 
 
 def _work(program: str, arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """In the forked process: be that program."""
+    """Run the program in the forked process."""
     import torch
 
     torch.set_num_threads(1)
@@ -62,22 +62,14 @@ def _work(program: str, arguments: Sequence[str], environment: dict[str, str], l
 
 
 class Ended(NamedTuple):
-    """How a run ended: the exit code of each process, negative for a signal, and what was said."""
+    """End of a run: the exit code of each process, negative for a signal, and the output."""
 
     codes: list[int]
     said: str
 
 
 class Run:
-    """A command line at work in one process or in several.
-
-    Args:
-        arguments: of train_lora.py.
-        log: a file for what it says, to which it is added.
-        processes: how many.
-        program: in place of train_lora.py.
-        environment: more of it.
-    """
+    """A running command line in one process or in several, whose output is appended to a log."""
 
     def __init__(
         self,
@@ -105,7 +97,7 @@ class Run:
         self.started = time.monotonic()
 
     def is_alive(self) -> bool:
-        """Whether all of it is at work."""
+        """Return whether all processes are alive."""
         return all(process.is_alive() for process in self.processes)
 
     def send(self, signum: int, ranks: Sequence[int] | None = None) -> None:
@@ -117,12 +109,12 @@ class Run:
                     os.kill(pid, signum)
 
     def wait(self, seconds: float = 300) -> Ended:
-        """Wait for the end; like a launcher, end the others once one has failed."""
+        """Wait for the end; like a launcher, kill the others once one has failed."""
         until = time.monotonic() + seconds
         while any(process.exitcode is None for process in self.processes):
             failed = any(process.exitcode not in (None, 0) for process in self.processes)
             if failed or time.monotonic() > until:
-                time.sleep(2)  # for the last words of the others
+                time.sleep(2)  # for the last output of the others
                 self.send(signal.SIGKILL)
             time.sleep(0.002)
         codes = [int(process.exitcode or 0) for process in self.processes]
@@ -131,7 +123,7 @@ class Run:
         return Ended(codes, self.said())
 
     def kill_after(self, has_begun: Callable[[], bool], seconds: float, ranks: Sequence[int] | None = None) -> bool:
-        """SIGKILL so many seconds after something has begun; False if the run has ended before."""
+        """Send SIGKILL that many seconds after something has begun; return False if the run ended before."""
         until = None
         while self.is_alive():
             if until is None and has_begun():
@@ -144,7 +136,7 @@ class Run:
         return False
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Wait until it has said something."""
+        """Wait until a text is in the output."""
         until = time.monotonic() + seconds
         while text not in self.said():
             if not self.is_alive() or time.monotonic() > until:
@@ -152,25 +144,25 @@ class Run:
             time.sleep(0.005)
 
     def said(self) -> str:
-        """What it has said so far."""
+        """Return the output so far."""
         with self._log.open("rb") as file:
             file.seek(self._said_before)
             return file.read().decode(errors="replace")
 
 
 def command(model: Path, data: Path, output: Path, *flags: str) -> list[str]:
-    """The arguments of a run; later flags win."""
+    """Return the arguments of a run; later flags win."""
     paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output}"
     return " ".join([paths, *flags]).split()
 
 
 def train(arguments: Sequence[str], folder: Path, *, seconds: float = 300, **options: Any) -> Ended:
-    """One run from beginning to end; its log lies in `folder`."""
+    """Run from beginning to end, with the log in `folder`."""
     return Run(arguments, folder / "log.txt", **options).wait(seconds)
 
 
 def launch(command: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """As launching.launch: the program and the processes that the command line names, without its launcher."""
+    """Do as launching.launch with the program and processes of the command line, without its launcher."""
     words = shlex.split(command)
     at = next(index for index, word in enumerate(words) if word.endswith(".py"))
     counted = [index for index, word in enumerate(words[:at]) if word in ("--nproc_per_node", "--num_accelerators")]
@@ -184,7 +176,7 @@ def launch(command: str, timeout: float = 600, **environment: str) -> subprocess
 
 
 def succeed(command: str, timeout: float = 600, **environment: str) -> str:
-    """As launching.succeed."""
+    """Do as launching.succeed."""
     done = launch(command, timeout, **environment)
     if done.returncode:
         raise RuntimeError(f"{command}\nended with {done.returncode}:\n{done.stdout[-6000:]}")

@@ -1,4 +1,4 @@
-"""Artefacts that run code or write files when they are read carelessly, and the front door that must not let them."""
+"""Artifacts that run code or write files when they are read carelessly, and the entry point that must not let them."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ class T(PreTrainedTokenizerFast):
 
 
 class Malice:
-    """Whoever unpickles it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -36,7 +36,7 @@ class Malice:
 
 
 def is_live(read: Callable[[], object], marker: Path) -> bool:
-    """Whether a careless reader makes the file, which is taken away again."""
+    """Return whether a careless reader makes the file, which is removed again."""
     assert not marker.exists()
     with suppress(Exception):
         read()
@@ -63,7 +63,7 @@ def copy(folder: Path, target: Path) -> Path:
 
 
 def start(model: Path, data: Path, output: Path, **flags: object) -> list[str]:
-    """The command line of one step."""
+    """Return the command line of one step."""
     defaults: dict[str, object] = {
         "model_name_or_path": model,
         "data_path": data,
@@ -80,7 +80,7 @@ def start(model: Path, data: Path, output: Path, **flags: object) -> list[str]:
 def assert_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str], reason: str, codes: tuple[int, ...] = (2,)
 ) -> None:
-    """One line that says why, and no traceback: an exception would pass through `main`."""
+    """Check that there is one error line with the reason, and no traceback: an exception would pass through `main`."""
     capsys.readouterr()
     code = main(arguments)
     said = capsys.readouterr().err
@@ -90,5 +90,5 @@ def assert_refused(
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder with what is in them."""
+    """Return all files below a folder with their contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

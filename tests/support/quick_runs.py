@@ -1,4 +1,4 @@
-"""Runs of ten quick steps of a two-layer model through the front door, and what tests look at in them."""
+"""Runs of ten quick steps of a two-layer model through the entry point, and what tests look at in them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastchat_qlora.training.trainer import LoraTrainer
 
 
 def command(model: Path, data: Path, output: Path, **flags: object) -> list[str]:
-    """A command line of ten quick steps; `flags` win."""
+    """Return a command line of ten quick steps; `flags` win."""
     defaults: dict[str, object] = {
         "model_name_or_path": model,
         "data_path": data,
@@ -28,7 +28,7 @@ def command(model: Path, data: Path, output: Path, **flags: object) -> list[str]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """The live trainer of a run, and its model's tensors before the first step."""
+    """Keep the live trainer of a run, and its model's tensors before the first step."""
     kept: dict[str, object] = {}
 
     class Watched(LoraTrainer):

@@ -1,4 +1,4 @@
-"""train_lora.py with steps that last long enough to be met by a signal; for a launcher."""
+"""train_lora.py with steps that last long enough for a signal; for a launcher."""
 
 import sys
 from pathlib import Path

@@ -52,7 +52,7 @@ class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers i
 
 
 def clear_output_dir(output_dir: Path, checkpoint: Checkpoint | None) -> None:
-    """Remove unfinished files, and set aside checkpoints that come after the one the run resumes from.
+    """Remove unfinished files, and move away checkpoints that come after the one the run resumes from.
 
     Those are incomplete or of another run, and this run will write its own under their names.
     """

@@ -42,7 +42,7 @@ def test_rates_cover_the_time_since_the_last_reading(clock: list[float]) -> None
     counter.begin()
     counter.count(300, 100)
     clock[0] += 2
-    counter.begin()  # of the second step, which does not start the clock anew
+    counter.begin()  # of the second step, which does not restart the clock
     counter.count(100, 20)
     clock[0] += 2
     first = counter.read(Alone, CPU)
@@ -129,7 +129,7 @@ def test_tokens_of_processes_are_added_up(model_folder: Path, data: Path, tmp_pa
     succeed(f"torchrun --nproc_per_node 2 train_lora.py {given}")
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    [whole], [learnt] = (re.findall(rf">{name}</th><td>([\d,]+)", page) for name in ("tokens", "learnt tokens"))
-    assert (whole, learnt) == (f"{results['tokens']:,}", f"{results['supervised_tokens']:,}")
+    [whole], [supervised] = (re.findall(rf">{name}</th><td>([\d,]+)", page) for name in ("tokens", "learnt tokens"))
+    assert (whole, supervised) == (f"{results['tokens']:,}", f"{results['supervised_tokens']:,}")
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["tokens_per_second"] == results["tokens_per_second"]

@@ -105,7 +105,7 @@ def test_a_named_checkpoint_is_chosen(tmp_path: Path, notices: pytest.LogCapture
 def make_format_1(output: Path, step: int) -> Path:
     """Publish a checkpoint as version 0.1.0 did: with sentences as the values of its fingerprint."""
     folder = make(output, step)
-    edit_manifest(folder, format=1, run={"strategy": "DDP", "processes": "2", "base weights": "nf4, quantised twice"})
+    edit_manifest(folder, format=1, run={"strategy": "DDP", "processes": "2", "base weights": "nf4"})
     return folder
 
 
