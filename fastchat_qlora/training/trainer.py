@@ -60,19 +60,15 @@ TARGET_NAMES = ("supervised", "labels")
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """A Trainer whose loss covers supervised tokens only, weighted by tokens, and that saves the adapter only.
 
-    Args:
-        fingerprint: of the run, saved with its checkpoints; see run_fingerprint.py.
-        shapes: of the adapter's tensors in its file, if they are known.
-        stop_tokens: ids of the tokens that end a turn, for generation_config.json.
-        kwargs: as for Trainer; batches come from a data.batching.collator.Collator.
+    Batches come from a data.batching.collator.Collator.
     """
 
     def __init__(
         self,
         *,
-        fingerprint: Mapping[str, Any] | None = None,
-        shapes: Mapping[str, torch.Size] | None = None,
-        stop_tokens: Sequence[int] = (),
+        fingerprint: Mapping[str, Any] | None = None,  # see run_fingerprint.py
+        shapes: Mapping[str, torch.Size] | None = None,  # of the adapter's tensors in its file
+        stop_tokens: Sequence[int] = (),  # for generation_config.json
         **kwargs: Any,
     ) -> None:
         self._fingerprint, self._shapes, self._stop_tokens = dict(fingerprint or {}), shapes, stop_tokens

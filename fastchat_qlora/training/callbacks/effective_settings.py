@@ -58,13 +58,15 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
-    unit = "packed sequences" if isinstance(trainer.train_dataset, PackedDataset) else "conversations"
+    data, is_packed = trainer.train_dataset, isinstance(trainer.train_dataset, PackedDataset)
+    unit = "packed sequences" if is_packed else "conversations"
+    layout = "padding-free" if trainer.data_collator.padding_free else "padded to the longest conversation"
     return {
         "strategy": _get_strategy(trainer.model_wrapped, engine),
         "devices": _describe_devices(args.device),
         "compute dtype": _describe_dtype(trainer, engine),
         "attention": str(model.config._attn_implementation),
-        "sequences": _describe_sequences(trainer),
+        "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
         "loss": _describe_loss(trainer),
         "quantized layers": _describe_quantization(model),
         "base weights": _describe_base_weights(model),
@@ -108,13 +110,6 @@ def _describe_dtype(trainer: LoraTrainer, engine: Any) -> str:
         frozen = (parameter for parameter in trainer.adapter.parameters() if not parameter.requires_grad)
         dtype = next(parameter.dtype for parameter in frozen if parameter.is_floating_point())
     return dtype_name(dtype) + (", by autocast" if trainer.accelerator.native_amp else "")
-
-
-def _describe_sequences(trainer: LoraTrainer) -> str:
-    layout = "padding-free" if trainer.data_collator.padding_free else "padded to the longest conversation"
-    if isinstance(trainer.train_dataset, PackedDataset):
-        return f"packed up to {trainer.train_dataset.sampler.capacity} tokens, {layout}"
-    return layout
 
 
 def _describe_loss(trainer: LoraTrainer) -> str:
