@@ -1,0 +1,4 @@
+"""An adapter and its base model -> one plain model, verified.
+
+Start with command.merge.
+"""
