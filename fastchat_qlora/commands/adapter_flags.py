@@ -76,8 +76,15 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: after printing the help.
     """
     values, errors = _parse_adapter_flags(chat_parser(), argv)
-    errors += _find_message_errors(values.message or [], values.system or "")
-    temperature = values.temperature
+    messages, temperature = values.message or [], values.temperature
+    texts = [*(f"--message {text}" for text in messages), f"--system {values.system or ''}"]
+    errors += [f"{text}: must be UTF-8 text; write it in that encoding" for text in texts if not is_text(text)]
+    if not all(text.strip() for text in messages):
+        errors.append("--message: must not be empty; give it a text, or - to read standard input")
+    if messages.count(STDIN_MESSAGE) > 1:
+        errors.append(f"--message {STDIN_MESSAGE}: standard input can be read only once; give it once")
+    if sys.stdin is None and (STDIN_MESSAGE in messages or not messages):  # Python's sign of a closed descriptor
+        errors.append("standard input is closed, so nothing can be asked; give --message TEXT")
     if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         allowed = f"0, which is greedy decoding, or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
         errors.append(f"--temperature {temperature:g}: must be {allowed}")
@@ -117,18 +124,6 @@ def _parse_adapter_flags(parser: FlagParser, argv: Sequence[str]) -> tuple[argpa
     if values.model_name_or_path is not None:
         errors += check_model_path(values.model_name_or_path)
     return values, errors
-
-
-def _find_message_errors(messages: Sequence[str], system: str) -> list[str]:
-    texts = [f"--message {text}" for text in messages] + [f"--system {system}"]
-    errors = [f"{text}: must be UTF-8 text; write it in that encoding" for text in texts if not is_text(text)]
-    if not all(text.strip() for text in messages):
-        errors.append("--message: must not be empty; give it a text, or - to read standard input")
-    if messages.count(STDIN_MESSAGE) > 1:
-        errors.append(f"--message {STDIN_MESSAGE}: standard input can be read only once; give it once")
-    if sys.stdin is None and (STDIN_MESSAGE in messages or not messages):  # Python's sign of a closed descriptor
-        errors.append("standard input is closed, so nothing can be asked; give --message TEXT")
-    return errors
 
 
 def _find_adapter_errors(name: str) -> list[str]:

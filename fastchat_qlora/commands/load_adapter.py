@@ -103,21 +103,16 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
 
 def _choose_base(folder: Path, given: str | None) -> str:
     """Return the base model that is given, or else the one that the adapter names."""
-    path = folder / "adapter_config.json"
-    found = json.loads(path.read_text("utf-8")).get("base_model_name_or_path")
-    is_named = isinstance(found, str) and bool(found)
+    found = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    named = found if isinstance(found, str) else ""
     if given:
-        if is_named and Path(found) != Path(given):
-            logger.info(f"{folder}: its base model is {found[:200]}; {given}, which must be the same model, is used.")
+        if named and Path(named) != Path(given):
+            logger.info(f"{folder}: its base model is {named[:200]}; {given}, which must be the same model, is used.")
         return given
-    if not is_named:
-        raise UserError(f"{ADAPTER_FLAG} {folder}: its {path.name} names no base model; give --model_name_or_path")
-    if check_model_path(found):
-        raise UserError(
-            f"{ADAPTER_FLAG} {folder}: its base model, {found[:200]}, is neither a model's folder on this machine nor "
-            "a hub id; give --model_name_or_path"
-        )
-    return str(found)
+    if not named or check_model_path(named):
+        reason = f", {named[:200]}, is neither a local model's folder nor a hub id" if named else " has no name"
+        raise UserError(f"{ADAPTER_FLAG} {folder}: its base model{reason}; give --model_name_or_path")
+    return named
 
 
 def _choose_precision(

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +18,7 @@ from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.analysis.statistics import Example, split_by_label
+from fastchat_qlora.data.analysis.statistics import split_by_label
 from fastchat_qlora.data.dataset import load_dataset, split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.base_model import load_tokenizer
@@ -233,7 +232,7 @@ def test_failed_output_keeps_the_earlier_file(
     output = tmp_path / "sequences.jsonl"
     output.write_text("earlier\n", encoding="utf-8")
 
-    def fail(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    def fail(report: Report, target: IO[str]) -> None:
         target.write("half")
         raise OSError(28, "No space left on device")
 

@@ -13,7 +13,8 @@ from transformers.generation import BaseStreamer
 from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 
-ShowText = Callable[[str], None]  # takes each piece of an answer as soon as it is generated
+ShowText = Callable[[str], None]
+"""Takes each piece of an answer as soon as it is generated."""
 
 
 class Decoding(NamedTuple):
@@ -86,15 +87,7 @@ def _check_scores(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 class ChatModel:
-    """A base model with its adapter, ready to answer.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: with the chat template of the training.
-        stop_ids: tokens that end an answer.
-        decoding: how the others are chosen.
-        context_length: positions of the model; None if there is no limit.
-    """
+    """A model with its adapter, in evaluation mode, and the tokenizer with the chat template of the training."""
 
     def __init__(
         self, model: PeftModel, tokenizer: Any, stop_ids: Sequence[int], decoding: Decoding, context_length: int | None
@@ -126,16 +119,21 @@ class ChatModel:
         """Answer the last message, with the adapter or without; Ctrl-C stops the answer."""
         ids = torch.tensor([render_prompt(self.tokenizer, messages)], device=self._model.device)
         streamer, was_stopped = _AnswerStreamer(self.tokenizer, self._stop_ids, show), False
-        limit, longest = self.context_length, self._decoding.max_new_tokens
-        cut_off_by = f"--max_new_tokens {longest}"
+        temperature, top_p, longest = self._decoding
+        cut_off_by, limit = f"--max_new_tokens {longest}", self.context_length
         if limit is not None and ids.shape[1] + longest > limit:
             longest, cut_off_by = limit - ids.shape[1], f"the {limit:,} tokens that the model has positions for"
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        stop_ids, pad = self._stop_ids, self.tokenizer.pad_token_id or self._stop_ids[0]
+        config = GenerationConfig(
+            max_new_tokens=longest, eos_token_id=stop_ids, pad_token_id=pad, do_sample=bool(sampling), **sampling
+        )
         try:
             with nullcontext() if adapter else self._model.disable_adapter():
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    generation_config=self._build_config(longest),
+                    generation_config=config,
                     logits_processor=[_check_scores],
                     streamer=streamer,
                 )
@@ -143,13 +141,3 @@ class ChatModel:
             was_stopped = True
         text = self.tokenizer.decode(streamer.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Answer(str(text), was_stopped, "" if streamer.is_complete or was_stopped else cut_off_by)
-
-    def _build_config(self, max_new_tokens: int) -> GenerationConfig:
-        temperature, top_p, _ = self._decoding
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self._stop_ids,
-            pad_token_id=self.tokenizer.pad_token_id or self._stop_ids[0],
-            **(sampling if temperature else {"do_sample": False}),
-        )

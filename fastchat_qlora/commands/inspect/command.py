@@ -44,27 +44,24 @@ def inspect(argv: Sequence[str]) -> None:
         raise UserError(f"--output {own.output}: must end in .html (a page) or .jsonl (sequences); give such a name")
     if output:
         check_output(output, args, argv)
-    report = _prepare_report(args)
-    shown = chain.from_iterable(
-        get_examples(name, sequences, report.tokenizer, own.num_examples) for name, sequences in report.splits.items()
-    )
+    report = _prepare_report(args, own.num_examples)
     if not output:
-        _print_report(report, shown)
+        _print_to_stdout(report, report.examples)
         return
     with open_output(output) as target:
-        WRITERS[output.suffix.lower()](report, shown, target)
-    _print_report(report, [], f"{report.count_examples(own.num_examples)} sequences are in {output}\n")
+        WRITERS[output.suffix.lower()](report, target)
+    _print_to_stdout(report, [], f"{report.shown} sequences are in {output}\n")
 
 
-def _print_report(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
+def _print_to_stdout(report: Report, examples: Iterable[Example], last_line: str = "") -> None:
     with open_stdout() as target:
         print_report(report, examples, target)
         target.write(last_line)
 
 
-def write_json_lines(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+def write_json_lines(report: Report, target: IO[str]) -> None:
     """Write one JSON object a sequence, with the ids and labels of training."""
-    for example in examples:
+    for example in report.examples:
         record = {
             "id": example.id,
             "source": example.source,
@@ -72,7 +69,7 @@ def write_json_lines(report: Report, examples: Iterable[Example], target: IO[str
             "labels": example.labels,
             "truncated": example.is_shortened,
         }
-        if len(report.splits) > 1:
+        if len(report.statistics) > 1:
             record["set"] = example.set
         target.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -80,18 +77,18 @@ def write_json_lines(report: Report, examples: Iterable[Example], target: IO[str
 WRITERS = {".html": write_page, ".jsonl": write_json_lines}
 
 
-def _prepare_report(args: RunArguments) -> Report:
+def _prepare_report(args: RunArguments, limit: int) -> Report:
     tokenizer, loaded = prepare_data(args, output_dir=get_output_dir(args), mode="preview")
-    splits = Splits(loaded.train.sequences)
-    if len(splits.train):  # else nothing can be held out
-        splits = split_datasets(loaded, args.data.eval_split, args.training.seed)
+    splits = Splits(loaded.train.sequences).named()
+    if len(splits["train"]):  # else nothing can be held out
+        splits = split_datasets(loaded, args.data.eval_split, args.training.seed).named()
+    examples = (get_examples(name, sequences, tokenizer, limit) for name, sequences in splits.items())
+    rejections = {f"{data.flag} {' '.join(data.paths)}": summarize_rejections(data) for data in loaded.named().values()}
     return Report(
         model=args.model.model_name_or_path,
         max_length=args.training.model_max_length,
-        tokenizer=tokenizer,
-        rejections={
-            f"{data.flag} {' '.join(data.paths)}": summarize_rejections(data) for data in loaded.named().values()
-        },
-        splits=splits.named(),
-        statistics={name: compute_statistics(sequences) for name, sequences in splits.named().items()},
+        rejections=rejections,
+        statistics={name: compute_statistics(sequences) for name, sequences in splits.items()},
+        examples=chain.from_iterable(examples),
+        shown=sum(min(limit or len(sequences), len(sequences)) for sequences in splits.values()),
     )

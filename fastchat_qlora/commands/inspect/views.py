@@ -1,15 +1,13 @@
 """The sequences and statistics of a run -> text for a terminal, or an HTML page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from datasets import Dataset
 from rich.bar import Bar
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.commands.output import Screen
 from fastchat_qlora.data.analysis.statistics import (
@@ -29,18 +27,14 @@ BAR_COLUMNS = 30
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known before sequences are shown one by one; `max_length` is in tokens."""
+    """The counts of a run's data, and its first sequences, which can be read once."""
 
     model: str
     max_length: int
-    tokenizer: PreTrainedTokenizerBase
     rejections: dict[str, RejectionReport]
-    splits: dict[str, Dataset]
     statistics: dict[str, DatasetStatistics]
-
-    def count_examples(self, limit: int) -> int:
-        """Return the number of sequences shown with a limit for each split; 0 is no limit."""
-        return sum(min(limit or len(sequences), len(sequences)) for sequences in self.splits.values())
+    examples: Iterator[Example]
+    shown: int
 
 
 def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
@@ -69,13 +63,13 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
         console.print(_build_histogram(statistics))
 
 
-def write_page(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+def write_page(report: Report, target: IO[str]) -> None:
     """Write one HTML file that needs no other."""
     page = stream_page(
         __package__,
         "inspect",
         report=report,
-        examples=examples,
+        examples=report.examples,
         rejections={flag: (found, format_rejections(found.summary)) for flag, found in report.rejections.items()},
         statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastchat_qlora.commands.plan.estimate import RunSettings
-from fastchat_qlora.commands.plan.plan import Change
+from fastchat_qlora.commands.plan.plan import ProposedChange
 from fastchat_qlora.model.estimates.parallelism import DDP, FSDP2, ZERO_3, ParallelStrategy
 from fastchat_qlora.model.loading.quantization import BaseQuantization
 
@@ -33,13 +33,13 @@ class _Candidate:
         return _Candidate(replace(self.run, **settings), kinds, (*self.flags, flags), (*self.costs, cost))
 
 
-def propose_changes(run: RunSettings) -> list[Change]:
+def propose_changes(run: RunSettings) -> list[ProposedChange]:
     """Return changes with which a run fits; those that cost only time come before those that change the result.
 
     One change of each combination of kinds is enough. A combination is left out if some of its changes fit without
     the others, unless these need more devices: then the others may save devices.
     """
-    found: dict[frozenset[str], Change] = {}
+    found: dict[frozenset[str], ProposedChange] = {}
     for candidate in _list_candidates(_Candidate(run)):
         is_needless = any(kinds < candidate.kinds for kinds in found if kinds and MORE_DEVICES not in kinds)
         if candidate.kinds in found or is_needless or isinstance(candidate.run.cost, str):
@@ -51,7 +51,7 @@ def propose_changes(run: RunSettings) -> list[Change]:
     return [*found.values()]
 
 
-def _find_fitting(candidate: _Candidate, given: RunSettings) -> Change | None:
+def _find_fitting(candidate: _Candidate, given: RunSettings) -> ProposedChange | None:
     """Return the candidate, with smaller micro-batches if it needs them, or None if it does not fit."""
     for relaxed in _relax(candidate):
         run, estimate = relaxed.run, relaxed.run.estimate()
@@ -61,7 +61,7 @@ def _find_fitting(candidate: _Candidate, given: RunSettings) -> Change | None:
                 flags.append(f"--per_device_train_batch_size {run.batch_size}")
             if run.accumulation != given.accumulation:
                 flags.append(f"--gradient_accumulation_steps {run.accumulation}")
-            return Change(" ".join(flags), "; ".join(relaxed.costs), estimate)
+            return ProposedChange(" ".join(flags), "; ".join(relaxed.costs), estimate)
     return None
 
 

@@ -19,7 +19,7 @@ class DeviceEstimate(NamedTuple):
     largest_batch: int | None = None  # most sequences of a micro-batch that fits, of those for a device; 0 if none fits
 
 
-class Change(NamedTuple):
+class ProposedChange(NamedTuple):
     """Flags with which a run fits, what they cost, and what one device then needs."""
 
     flags: str
@@ -77,7 +77,7 @@ class Plan:
     available: float | None  # bytes of a device that a run may use
     given: ParallelStrategy
     devices: list[DeviceEstimate]  # for every strategy on one device up to those given
-    changes: list[Change]  # with which the run fits, the cheapest first; empty if it fits as it is
+    changes: list[ProposedChange]  # with which the run fits, the cheapest first; empty if it fits as it is
     disk: DiskUsage
     time: TrainingTime | None
 
