@@ -29,7 +29,12 @@ NEVER = (
 
 NEVER_SEVERAL = ("lean layers", "lean modules", "set aside", "goes on from", "go on from", "the house")
 
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *PACKAGE.rglob("*.jinja"), *(ROOT / "findings").glob("*.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *PACKAGE.rglob("*.jinja"),
+    *(ROOT / "findings").glob("*.md"),
+]
 
 MAX_FUNCTION_LINES = 50
 MAX_MODULES = 9

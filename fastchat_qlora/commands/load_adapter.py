@@ -19,16 +19,14 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter import adapter_files
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
-    check_vocabulary,
     dtype_name,
     get_compute_dtype,
     load_config,
     load_model,
-    load_raw_tokenizer,
 )
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
@@ -36,6 +34,7 @@ from fastchat_qlora.model.loading.quantization import (
     build_quantization_config,
     get_base_quantization,
 )
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST
@@ -81,17 +80,15 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
             adapter, base model and tokenizer do not fit together.
     """
     folder, cache_dir = Path(os.path.expanduser(flags.adapter)), flags.cache_dir
-    lora_config = adapter_files.read_lora_config(str(folder), flag=ADAPTER_FLAG)
+    lora_config = read_lora_config(str(folder), flag=ADAPTER_FLAG)
     base = _choose_base(folder, flags.model_name_or_path)
     model_args = ModelArguments(model_name_or_path=base, trust_remote_code=flags.trust_remote_code)
     config = load_config(model_args, cache_dir)
     meta_model = build_meta_model(config)
     precision, trained_on = _choose_precision(folder, flags.quantization, config)
-    if meta_model is not None:
-        adapter_files.check_module_patterns(lora_config, dict(meta_model.named_modules()))
     shapes = compute_adapter_shapes(meta_model, lora_config, flag=f"{ADAPTER_FLAG} {folder}")
-    adapter_files.check_adapter_tensors(str(folder), shapes, flag=ADAPTER_FLAG)
-    adapter_files.check_adapter_finite(str(folder), flag=ADAPTER_FLAG)
+    check_adapter_tensors(str(folder), shapes, flag=ADAPTER_FLAG)
+    check_adapter_finite(str(folder), flag=ADAPTER_FLAG)
     tokenizer = _load_adapter_tokenizer(folder, model_args, config, cache_dir)
     remedy = f"give the base model on which the adapter in {folder} was trained; the tokenizer is the adapter's"
     check_vocabulary(tokenizer, config, base, remedy)

@@ -38,7 +38,7 @@ def succeed(command: str) -> object:
     return None
 
 
-IN_THE_MATRIX = ("LoRA fp32 ", "every token learnt, SGD ", "head trained ", "QLoRA ZeRO-2", "LoRA FSDP2")
+IN_THE_MATRIX = ("LoRA fp32 ", "every token supervised, SGD ", "head trained ", "QLoRA ZeRO-2", "LoRA FSDP2")
 """Cases that CI leaves to `-m matrix`."""
 
 

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
-from fastchat_qlora.model.merging.dequantize import find_quantized_modules, make_round_trip
+from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.merging.full_model import merge_full_model
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
 from fastchat_qlora.training.checkpoints.generation_config import write_generation_config
@@ -62,7 +61,7 @@ def merge(argv: Sequence[str]) -> Path:
 
 
 def _write_model(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path) -> None:
-    moved = None
+    relative_change = None
     try:
         plan = _plan_layerwise(adapter, DTYPES.get(flags.dtype))
     except NeedsFullModel as reason:
@@ -70,8 +69,8 @@ def _write_model(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Pat
         _write_full(adapter, flags, folder)
     else:
         _write_layerwise(adapter, plan, flags, folder)
-        moved = math.sqrt(plan.moved / plan.norm) if plan.norm else None
-    _log_merged_weights(adapter, moved)
+        relative_change = plan.relative_change
+    _log_merged_weights(adapter, relative_change)
     safetensors_files.copy_permissions(folder, like=CONFIG_NAME)
     adapter.tokenizer.save_pretrained(folder)
     write_generation_config(folder, adapter.generation)
@@ -82,14 +81,16 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
     if meta_model is None:
         raise NeedsFullModel("the model's code lies outside transformers")
     weight_files = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir)
-    quantization, compute_dtype = build_quantization_config(*adapter.precision), adapter.precision.dtype
+    rounding = None
+    if quantization := build_quantization_config(*adapter.precision):
+        device = load_adapter.get_device()
+        rounding = make_weight_rounding(adapter.config, quantization, adapter.precision.dtype, device)
     return LayerwiseMerge(
         meta_model,
         copy.deepcopy(adapter.lora_config),
         str(adapter.folder),
         safetensors_files.WeightFiles(weight_files),
-        quantized=find_quantized_modules(adapter.config, quantization) if quantization else (),
-        rounding=make_round_trip(quantization, compute_dtype, load_adapter.get_device()) if quantization else None,
+        rounding=rounding,
         dtype=dtype,
     )
 
@@ -133,12 +134,12 @@ def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path
         )
 
 
-def _log_merged_weights(adapter: TrainedAdapter, moved: float | None) -> None:
+def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) -> None:
     """Log which weights the adapter was added to, on which it was trained, and what follows."""
     kind, trained_on = adapter.precision.quantization.kind, adapter.trained_on
     merged = f"Merged into {_describe_weights(kind)}"
-    if moved is not None:
-        merged += f", which differ from the original ones by {moved:.1%} of their norm"
+    if relative_change is not None:
+        merged += f", which differ from the original ones by {relative_change:.1%} of their norm"
     if trained_on is None:
         logger.info(f"{merged}; on which ones the adapter was trained is not known.")
     elif kind != trained_on:

@@ -23,7 +23,8 @@ from fastchat_qlora.model.estimates import parallelism
 from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
-from fastchat_qlora.model.loading.base_model import build_meta_model, check_vocabulary, dtype_name, get_compute_dtype
+from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, get_compute_dtype
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
 from fastchat_qlora.training.disk_space import FP32_BYTES, checkpoint_bytes, count_checkpoints

@@ -19,7 +19,7 @@ from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import check_sharding
+from fastchat_qlora.model.adapter.compatibility import check_sharding
 from fastchat_qlora.model.estimates import parallelism
 from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
