@@ -69,12 +69,7 @@ def _build_parser(command: str, *, description: str, quantization: str) -> FlagP
 
 
 def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line of `chat` and check it, together with the adapter's folder.
-
-    Raises:
-        UserError: listing all mistakes.
-        SystemExit: after printing the help.
-    """
+    """Read the command line of `chat`; UserError lists all mistakes in it and in the adapter's folder."""
     values, errors = _parse_adapter_flags(chat_parser(), argv)
     messages, temperature = values.message or [], values.temperature
     texts = [*(f"--message {text}" for text in messages), f"--system {values.system or ''}"]
@@ -99,12 +94,7 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line of `merge` and check it, together with the folders; `max_shard_size` becomes bytes.
-
-    Raises:
-        UserError: listing all mistakes.
-        SystemExit: after printing the help.
-    """
+    """Read the command line of `merge`; UserError lists all mistakes in it and in the folders."""
     values, errors = _parse_adapter_flags(merge_parser(), argv)
     raise_errors(errors)
     check_output_dir(values.output_dir, values.adapter, values.model_name_or_path or "")
@@ -137,11 +127,7 @@ def _find_adapter_errors(name: str) -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a text such as 5GB (powers of 1000) or 5GiB (powers of 1024).
-
-    Raises:
-        argparse.ArgumentTypeError: it is not the size of a file.
-    """
+    """Return the bytes of a text such as 5GB (powers of 1000) or 5GiB (powers of 1024)."""
     size, found = 0.0, SIZE_PATTERN.fullmatch(text.strip())
     if found:
         unit = (found[2] or "").upper()
@@ -152,11 +138,7 @@ def parse_size(text: str) -> int:
 
 
 def check_output_dir(output_dir: str, adapter: str, base: str) -> None:
-    """Check that a folder is empty or new, and not that of the adapter or the base model.
-
-    Raises:
-        UserError: a merged model cannot be written there.
-    """
+    """Check that a folder is empty or new, and not that of the adapter or the base model; else raise UserError."""
     try:
         error = _find_folder_error(output_dir, {"adapter": adapter, "base model": base})
     except OSError as refused:

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_qlora.commands.precision import DTYPES, Precision
 from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
@@ -45,6 +44,14 @@ logger = logging.getLogger(__name__)
 TRAINING_ARGS_FILE = "training_args.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-[0-9]+")
 ADAPTER_FLAG = "ADAPTER"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Precision(NamedTuple):
+    """How the weights of the base model are stored, and the dtype that it computes in."""
+
+    quantization: BaseQuantization
+    dtype: torch.dtype
 
 
 class TrainedAdapter(NamedTuple):
@@ -196,8 +203,8 @@ def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = No
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), config=copy.deepcopy(adapter.lora_config))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        reason = one_line(error, 300)
-        raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: cannot be attached to the model: {reason}") from error
+        reason = f"cannot be attached to the model: {one_line(error, 300)}"
+        raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
     return model.eval()
 
 

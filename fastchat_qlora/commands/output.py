@@ -24,15 +24,16 @@ class Screen(Console):
 
 
 def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
-    """Check that a file can be written, and that neither data nor another file of the command line is lost by it.
-
-    Raises:
-        UserError: it cannot or should not be written.
-    """
+    """Check that a file can be written, and that no data and no other file of the command line is lost by it."""
     if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
-    output = os.path.realpath(path)
-    if output in map(os.path.realpath, _find_data_files(args)):
+    output, run = os.path.realpath(path), get_output_dir(args)
+    names = [*args.data.data_path, *(args.data.eval_data_path or ())]
+    try:
+        data = {os.path.realpath(file) for name in names for file in find_files(name, run and run.resolve()).files}
+    except OSError:  # reading the data will report it
+        data = set()
+    if output in data:
         raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
     named = [os.path.realpath(os.path.expanduser(word.rpartition("=")[2])) for word in argv]
     if os.path.exists(path) and named.count(output) > 1:
@@ -47,18 +48,6 @@ def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
 def get_output_dir(args: RunArguments) -> Path | None:
     """Return the folder of the run; None where none is given."""
     return None if args.training.output_dir == "." else Path(args.training.output_dir)
-
-
-def _find_data_files(args: RunArguments) -> list[Path]:
-    run = get_output_dir(args)
-    try:
-        return [
-            file
-            for name in (*args.data.data_path, *(args.data.eval_data_path or ()))
-            for file in find_files(name, run and run.resolve()).files
-        ]
-    except OSError:  # reading the data will report it
-        return []
 
 
 @contextmanager

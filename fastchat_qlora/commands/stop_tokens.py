@@ -24,9 +24,6 @@ def load_generation_config(
 
     If there are no stop tokens beside the adapter, they are the tokenizer's end of sequence, the base model's stop
     tokens, and the token with which the chat template ends a turn. Ids outside the vocabulary are left out.
-
-    Raises:
-        UserError: a generation_config.json cannot be read.
     """
     vocabulary_size = model.get_text_config().vocab_size
     if (adapter / GENERATION_CONFIG_NAME).is_file():

@@ -200,7 +200,7 @@ class StandardInput(NamedTuple):
 
 
 INPUTS = {
-    "a line": StandardInput(b"H\xffi\nHi\n", [], 0, "Not asked: the line is not utf-8 text."),
+    "a line": StandardInput(b"H\xffi\nHi\n", [], 0, "Not possible: the line is not utf-8 text."),
     "a message": StandardInput(b"H\xffi", ["--message", "-"], 2, "standard input is not utf-8 text; write"),
     "nothing": StandardInput(b" \n", ["--message", "-"], 2, "standard input is empty; give it a text"),
     "no message": StandardInput(None, ["--message", "-"], 2, "standard input cannot be read (Bad file desc"),
@@ -264,7 +264,7 @@ def test_oldest_turns_are_left_out_when_the_context_is_full(
     code, out, err = chat(adapter, *flags, lines="Hi\nHi\n" + "word " * 60 + "\nHi\n")
     assert code == 0 and len(out.splitlines()) >= 3
     assert "The conversation no longer fits the 64 tokens of the model: its first 2 messages are left out." in err
-    assert "Not asked: it takes " in err and "tokens, and the model has positions for 64." in err
+    assert "Not possible: it takes " in err and "tokens, and the model has positions for 64." in err
     code, out, err = chat(adapter, *flags, "--message", "word " * 60)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: a message cannot be answered: it takes ")

@@ -37,10 +37,8 @@ def chat(argv: Sequence[str]) -> None:
     flags = parse_chat(argv)
     adapter = open_adapter(flags)
     if not adapter.tokenizer.chat_template:
-        raise UserError(
-            f"ADAPTER {adapter.folder}: neither it nor its base model has a chat template; add the chat_template.jinja "
-            "of its training"
-        )
+        reason = "neither it nor its base model has a chat template; add the chat_template.jinja of its training"
+        raise UserError(f"ADAPTER {adapter.folder}: {reason}")
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
     render_prompt(adapter.tokenizer, _start(flags.system, "Hi"))  # fails where the system message is refused
     with open_stdout():
@@ -97,7 +95,7 @@ class ChatSession:
                 if not self._take(line):
                     return
             except UserError as error:
-                logger.warning(f"Not asked: {error}.")
+                logger.warning(f"Not possible: {error}.")
             except KeyboardInterrupt:  # before the answer began
                 if not self._is_terminal:
                     raise
@@ -142,10 +140,8 @@ class ChatSession:
     def _answer(self, messages: list[TemplateMessage], *, adapter: bool) -> str:
         """Return the answer, or its beginning if Ctrl-C stopped it."""
         if removed := self._model.drop_oldest(messages):
-            logger.warning(
-                f"The conversation no longer fits the {self._model.context_length:,} tokens of the model: its first "
-                f"{removed} messages are left out."
-            )
+            limit = f"the {self._model.context_length:,} tokens of the model"
+            logger.warning(f"The conversation no longer fits {limit}: its first {removed} messages are left out.")
         answer = self._model.answer(messages, _write, adapter=adapter)
         _write("\n")
         if answer.was_stopped and not self._is_terminal:
@@ -157,11 +153,7 @@ class ChatSession:
         return answer.text
 
     def _set_system(self, system: str | None) -> None:
-        try:
-            render_prompt(self._model.tokenizer, _start(system, "Hi"))
-        except UserError as error:
-            logger.warning(f"Not set: {error}.")
-            return
+        render_prompt(self._model.tokenizer, _start(system, "Hi"))  # fails where the system message is refused
         self._system, self._messages = system, _start(system)
         start = "this system message" if system else "the chat template's own start"
         logger.info(f"A new conversation, with {start}.")

@@ -13,8 +13,7 @@ from transformers.generation import BaseStreamer
 from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 
-ShowText = Callable[[str], None]
-"""Takes each piece of an answer as soon as it is generated."""
+ShowText = Callable[[str], None]  # takes each piece of an answer as soon as it is generated
 
 
 class Decoding(NamedTuple):
@@ -67,11 +66,7 @@ class _AnswerStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is un
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[TemplateMessage]) -> list[int]:
-    """Return the tokens of a conversation up to the start of its next answer.
-
-    Raises:
-        UserError: the chat template refuses it.
-    """
+    """Return the tokens of a conversation up to its next answer; UserError if the chat template refuses it."""
     try:
         text = render_chat_template(tokenizer, messages, add_generation_prompt=True)
     except TemplateRefusal as refusal:
@@ -96,11 +91,7 @@ class ChatModel:
         self._model, self._stop_ids, self._decoding = model, list(stop_ids), decoding
 
     def drop_oldest(self, messages: list[TemplateMessage]) -> int:
-        """Remove the oldest turns until the rest and an answer fit the model; return the number of their messages.
-
-        Raises:
-            UserError: the last message alone leaves no room for an answer, or the chat template refuses it.
-        """
+        """Remove the oldest turns until the rest and an answer fit the model; return the number of their messages."""
         removed, limit = 0, self.context_length
         while limit is not None:
             length = len(render_prompt(self.tokenizer, messages))

@@ -16,17 +16,12 @@ PROMPT = "> "
 
 
 def read_stdin() -> str:
-    """Return all of standard input, the text of `--message -`.
-
-    Raises:
-        UserError: it cannot be read, or holds no text.
-    """
+    """Return all of standard input, for `--message -`; UserError if it cannot be read, or holds no text."""
     try:
         text = _open_stdin().read()
     except OSError as error:
-        raise UserError(
-            f"--message -: standard input cannot be read ({error.strerror}); see where it comes from"
-        ) from error
+        reason = f"standard input cannot be read ({error.strerror}); see where it comes from"
+        raise UserError(f"--message -: {reason}") from error
     if not is_text(text):
         raise UserError(f"--message -: standard input is not {sys.stdin.encoding} text; write it in that encoding")
     if not text.strip():
@@ -35,11 +30,7 @@ def read_stdin() -> str:
 
 
 def read_pipe() -> Iterator[str]:
-    """Yield the lines of standard input; bytes that are not text become halves of surrogate pairs.
-
-    Raises:
-        RunError: it cannot be read.
-    """
+    """Yield the lines of standard input; bytes that are not text become halves of surrogate pairs."""
     try:
         yield from _open_stdin()
     except OSError as error:

@@ -15,10 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from fastchat_qlora.commands import load_adapter
 from fastchat_qlora.commands.adapter_flags import check_output_dir, parse_merge
-from fastchat_qlora.commands.load_adapter import TrainedAdapter
+from fastchat_qlora.commands.load_adapter import DTYPES, TrainedAdapter
 from fastchat_qlora.commands.merge.staging import stage_folder
 from fastchat_qlora.commands.merge.verification import verify_merge
-from fastchat_qlora.commands.precision import DTYPES
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.quantization import build_quantization_config
@@ -45,10 +44,8 @@ def merge(argv: Sequence[str]) -> Path:
     adapter = load_adapter.open_adapter(flags)
     check_output_dir(flags.output_dir, flags.adapter, adapter.base)
     if getattr(adapter.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"--model_name_or_path {adapter.base}: its weights are quantized, which is not supported; give the model "
-            "that was quantized"
-        )
+        reason = "its weights are quantized, which is not supported; give the model that was quantized"
+        raise UserError(f"--model_name_or_path {adapter.base}: {reason}")
     output_dir = Path(os.path.expanduser(flags.output_dir))
     with stage_folder(output_dir) as folder:
         _write_model(adapter, flags, folder)
@@ -113,7 +110,6 @@ def _write_layerwise(adapter: TrainedAdapter, plan: LayerwiseMerge, flags: argpa
 
 
 def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path) -> None:
-    """Let PEFT merge and transformers write the whole model."""
     base = load_adapter.load_base(adapter)
     if adapter.precision.quantization.is_quantized:
         base = base.dequantize()
@@ -125,13 +121,10 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
 
 
 def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    need = safetensors_files.count_bytes(tensors) + TOKENIZER_BYTES
+    free, need = shutil.disk_usage(folder).free, safetensors_files.count_bytes(tensors) + TOKENIZER_BYTES
     if free < need:
-        raise UserError(
-            f"--output_dir {output_dir}: {free / 2**20:,.0f} MiB are free and the model needs {need / 2**20:,.0f} MiB; "
-            "free space, or give another folder"
-        )
+        sizes = f"{free / 2**20:,.0f} MiB are free and the model needs {need / 2**20:,.0f} MiB"
+        raise UserError(f"--output_dir {output_dir}: {sizes}; free space, or give another folder")
 
 
 def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) -> None:

@@ -36,10 +36,8 @@ def stage_folder(output_dir: Path) -> Iterator[Path]:
             staging.replace(target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in OCCUPIED_ERRORS:
-            raise RunError(
-                f"--output_dir {output_dir}: another program has written there meanwhile, and its files are kept; give "
-                "another folder"
-            ) from error
+            reason = "another program has written there meanwhile, and its files are kept; give another folder"
+            raise RunError(f"--output_dir {output_dir}: {reason}") from error
         raise RunError(f"--output_dir {output_dir}: cannot be written: {error}") from error
     except Stopped as stopped:
         raise Stopped(stopped.exit_code - 128, f"stopped; nothing was written to {output_dir}") from None
@@ -52,13 +50,9 @@ def _make_staging_folder(output_dir: Path, parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         own = tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise UserError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); give a folder you may write to"
-        ) from error
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}); give another one") from error
     with own as name:
         if others := sorted(path.name for path in parent.glob(f"{STAGING_PREFIX}*") if path.name != Path(name).name):
-            logger.warning(
-                f"{parent}: holds {len(others)} unfinished merges, such as {others[0]}; remove those that no running "
-                "merge is writing."
-            )
+            found = f"{len(others)} unfinished merges, such as {others[0]}"
+            logger.warning(f"{parent}: holds {found}; remove those that no running merge is writing.")
         yield Path(name)

@@ -44,11 +44,7 @@ class Difference(NamedTuple):
 
 
 def verify_merge(adapter: TrainedAdapter, folder: Path) -> None:
-    """Compare the logits of the merged model with those of the base model and its adapter, and log the difference.
-
-    Raises:
-        RunError: the merged model is another one.
-    """
+    """Compare the logits of the merged model and the base model with its adapter; RunError if they differ too much."""
     sequences = make_test_sequences(adapter.tokenizer, get_context_length(adapter.config))
     model = load_with_adapter(adapter)
     expected, base = get_logits(model, sequences), get_logits(model, sequences, adapter=False)

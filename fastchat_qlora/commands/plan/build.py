@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
+from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.changes import propose_changes
 from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_optimizer, list_strategies
 from fastchat_qlora.commands.plan.plan import DiskUsage, Plan, Speed, TrainingTime
-from fastchat_qlora.commands.precision import Precision
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.packing import find_max_batch_tokens, get_column
 from fastchat_qlora.data.dataset import split_datasets
@@ -40,11 +40,7 @@ def find_devices(args: RunArguments, number: int, kind: str, memory_gib: float) 
 
 
 def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) -> Plan:
-    """Plan a run; without the speed of a device, it is estimated where this machine has such a device.
-
-    Raises:
-        UserError: the model, the adapter or the data cannot be used, or the model cannot be built without weights.
-    """
+    """Plan a run; without the speed of a device, it is estimated where this machine has such a device."""
     base, parameters = _prepare_base_model(args)
     trainable = _count_trainable(setup.compute_shapes(args, base))
     base = base._replace(meta_model=build_meta_model(base.config))  # the first one has an adapter now
@@ -83,7 +79,6 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
 
 
 def _prepare_base_model(args: RunArguments) -> tuple[setup.PreparedBase, int]:
-    """Return the base model without weights, and the number of its parameters."""
     base = setup.prepare_base(args, build_lora_config(args.lora))
     if base.meta_model is None:
         raise UserError(
@@ -95,7 +90,6 @@ def _prepare_base_model(args: RunArguments) -> tuple[setup.PreparedBase, int]:
 
 
 def _count_trainable(shapes: setup.AdapterShapes) -> dict[str, int]:
-    """Return the number of trained parameters by kind of module."""
     trainable: Counter[str] = Counter()
     for name, shape in (shapes or {}).items():
         module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
@@ -104,7 +98,6 @@ def _count_trainable(shapes: setup.AdapterShapes) -> dict[str, int]:
 
 
 def _read_sequences(args: RunArguments, config: PretrainedConfig) -> Dataset:
-    """Return the sequences to train on, before they are packed."""
     tokenizer, loaded = setup.prepare_data(args, output_dir=None, mode="preview")
     check_vocabulary(tokenizer, config, args.model.model_name_or_path)
     if not len(loaded.train.sequences):

@@ -31,12 +31,10 @@ class PlanArguments:
     )
     device_type: Literal["auto", "cuda", "cpu"] = field(
         default="auto",
-        metadata={"help": "Kind of device; auto is this machine's, or cuda where --device_memory_gib is given."},
+        metadata={"help": "Kind of device; auto is this machine's, or cuda if --device_memory_gib is given."},
     )
-    tokens_per_second: float = field(default=0.0, metadata={"help": "Speed of one device in real tokens, if known."})
-    speed_from: str = field(
-        default="", metadata={"help": "Folder of an earlier run of this kind, whose measured speed is taken."}
-    )
+    tokens_per_second: float = field(default=0.0, metadata={"help": "Tokens/s of one device, padding not counted."})
+    speed_from: str = field(default="", metadata={"help": "Folder of an earlier run; its measured speed is used."})
     output: str = field(
         default="", metadata={"help": "Write the plan to this .json file, or as JSON to the terminal if it is -."}
     )
@@ -83,8 +81,7 @@ def _get_known_speed(own: PlanArguments) -> Speed | None:
         if processes < 1 or not TOKENS_PER_SECOND.holds(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens/s in {processes} processes")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"--speed_from {own.speed_from}: no results of a run found ({one_line(repr(error), 120)}); give the "
-            "output_dir of a run that has ended, or --tokens_per_second"
-        ) from error
+        reason = f"no results of a run found ({one_line(repr(error), 120)})"
+        remedy = "give the output_dir of a run that has ended, or --tokens_per_second"
+        raise UserError(f"--speed_from {own.speed_from}: {reason}; {remedy}") from error
     return Speed(measured / processes, f"measured in {own.speed_from}")

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.training_args import OptimizerNames
 
+from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
-from fastchat_qlora.commands.precision import Precision
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.flags import SHAPE_AWARE_OPTIMIZERS
 from fastchat_qlora.data.batching.collator import count_max_batch_tokens
@@ -133,7 +133,6 @@ class RunSettings:
         return compute(count), count
 
     def _count_batch_tokens(self, batch_size: int) -> int:
-        """Return the most tokens that a micro-batch can have."""
         if isinstance(self.dataset, PackedDataset):
             return min(batch_size, len(self.dataset)) * self.max_length
         lengths = np.minimum(self.lengths, self.max_length)

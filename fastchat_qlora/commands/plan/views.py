@@ -128,10 +128,8 @@ def _explain_table(plan: Plan) -> list[str]:
     if any(estimate.need and not estimate.need.activations for estimate in plan.devices):
         lines.append("A row without activations peaks in the optimizer's step; backward needs less.")
     if plan.available is not None and plan.device_gib:
-        lines.append(
-            f"A device has {plan.device_gib:.1f} GiB, of which a run may use {_format_gib(plan.available)}; the rest "
-            "is for libraries and memory fragmentation."
-        )
+        usable = f"A device has {plan.device_gib:.1f} GiB, of which a run may use {_format_gib(plan.available)}"
+        lines.append(f"{usable}; the rest is for libraries and memory fragmentation.")
     else:
         lines.append("Give the memory of a device with --device_memory_gib to see what fits.")
     refusals = (f"{each.strategy.strategy}: {_end_sentence(each.refused)}" for each in plan.devices if each.refused)
