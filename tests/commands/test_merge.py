@@ -164,7 +164,7 @@ def test_merge_logs_and_writes(folders: Folders, tmp_path: Path, capsys: pytest.
     assert captured.out == "" and "\r" not in captured.err, "no progress bars without a terminal"
     assert "Merged into the dequantized nf4 weights, which differ from the original ones by " in captured.err
     assert "of their norm; the adapter was trained on these and compensates for it. --quantization none" in captured.err
-    assert "Merged model compared at " in captured.err
+    assert "Merged model compared with base model and adapter at " in captured.err
     assert sorted(path.name for path in out.iterdir()) == [
         *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
@@ -460,7 +460,7 @@ def test_verification_uses_the_context_length(
     _, adapter = folders("lora")
     (adapter / "chat_template.jinja").write_text("{{ 'word ' * 2000 }}")
     assert cli.main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
-    assert "Merged model compared at 1024 positions" in capsys.readouterr().err
+    assert "Merged model compared with base model and adapter at 1024 positions" in capsys.readouterr().err
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {

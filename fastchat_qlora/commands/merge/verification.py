@@ -70,9 +70,9 @@ def _check_difference(difference: Difference, effect: float, rounding: float) ->
     """Log a difference, and check that it is explained by rounding and smaller than the adapter's effect, in nats."""
     limit = max(rounding, min(MAX_EFFECT_SHARE * effect, MAX_NATS))
     logger.info(
-        f"Merged model compared at {difference.positions} positions: logits differ by at most "
-        f"{difference.largest:.3g}, the most likely token is the same at {difference.agreement:.1%}, the divergence is "
-        f"{difference.divergence:.2g} nats (limit {limit:.2g}; without the adapter it would be {effect:.2g})."
+        f"Merged model compared with base model and adapter at {difference.positions} positions: logits differ by at "
+        f"most {difference.largest:.3g}, the most likely token is the same at {difference.agreement:.1%}, the divergence "
+        f"is {difference.divergence:.2g} nats (limit {limit:.2g}; without the adapter it would be {effect:.2g})."
     )
     has_adapter = difference.divergence < effect / 2  # is nearer to the model with the adapter than to the base model
     if not difference.divergence <= limit or (effect > rounding and not has_adapter):
