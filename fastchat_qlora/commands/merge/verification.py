@@ -71,8 +71,8 @@ def _check_difference(difference: Difference, effect: float, rounding: float) ->
     limit = max(rounding, min(MAX_EFFECT_SHARE * effect, MAX_NATS))
     logger.info(
         f"Merged model compared with base model and adapter at {difference.positions} positions: logits differ by at "
-        f"most {difference.largest:.3g}, the most likely token is the same at {difference.agreement:.1%}, the divergence "
-        f"is {difference.divergence:.2g} nats (limit {limit:.2g}; without the adapter it would be {effect:.2g})."
+        f"most {difference.largest:.3g}, the most likely token is the same at {difference.agreement:.1%}, the "
+        f"divergence is {difference.divergence:.2g} nats (limit {limit:.2g}; without the adapter {effect:.2g})."
     )
     has_adapter = difference.divergence < effect / 2  # is nearer to the model with the adapter than to the base model
     if not difference.divergence <= limit or (effect > rounding and not has_adapter):
