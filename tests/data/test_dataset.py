@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, CONVERSATIONS, sharegpt
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+from loaded_data import load_splits
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.conversation import get_template
-from fastchat_qlora.data.dataset import DataSource, build_dataset
+from fastchat_qlora.data.dataset import DataSource
+from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -27,16 +27,10 @@ def build(
     paths: Path | list[Path],
     tokenizer: PreTrainedTokenizerFast,
     output_dir: Path,
-    *,
-    max_length: int = 256,
-    seed: int = 1,
-    is_main: bool = True,
-    **data_args: Any,
-) -> DatasetDict:
-    """Build from files; any share of the records may be rejected unless a test says otherwise."""
-    files = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    args = DataArguments(data_path=files, **{"max_rejected": 1.0, **data_args})
-    return build_dataset(args, tokenizer, max_length=max_length, seed=seed, output_dir=str(output_dir), is_main=is_main)
+    **options: Any,
+) -> dict[str, Dataset]:
+    """Load files; any share of the records may be rejected unless a test says otherwise."""
+    return load_splits(paths, tokenizer, output_dir, **{"max_rejected": 1.0, **options})
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -137,7 +131,7 @@ class TestRecords:
     def test_other_processes_write_nothing(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
         (tmp_path / "rejected.jsonl").write_text("of the main process\n")
-        assert len(build(path, tokenizer, tmp_path, is_main=False)["train"]) == 1
+        assert len(build(path, tokenizer, tmp_path, mode="worker")["train"]) == 1
         assert (tmp_path / "rejected.jsonl").read_text() == "of the main process\n"
 
     def test_several_files(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -250,12 +244,14 @@ class TestPlaces:
         if linked:
             (tmp_path / "link.jsonl").symlink_to(path)
         before = path.read_bytes()
-        given = {"data_path": [str(data_file)], flag: [str(tmp_path / "link.jsonl" if linked else path)]}
-        args = DataArguments(max_rejected=1.0, **given)
+        given = tmp_path / "link.jsonl" if linked else path
         with pytest.raises(
             UserError, match=f"^--{flag} {path}: would be written by this run; give another --output_dir"
         ):
-            build_dataset(args, tokenizer, max_length=256, seed=1, output_dir=str(output))
+            if flag == "data_path":
+                build(given, tokenizer, output)
+            else:
+                build(data_file, tokenizer, output, eval_data_path=[str(given)])
         assert path.read_bytes() == before
 
     def test_rejected_list_that_is_a_folder(

@@ -12,10 +12,10 @@ from conftest import sharegpt
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.data.analysis import serving_parity as serve_parity
-from fastchat_qlora.data.analysis.serving_parity import Learnt, Mismatch, find_mismatch
+from fastchat_qlora.data.analysis import serving_parity
+from fastchat_qlora.data.analysis.serving_parity import Mismatch, SupervisedSpan, find_mismatch
 from fastchat_qlora.data.analysis.stop_tokens import find_stop_tokens
-from fastchat_qlora.data.dataset import load_data
+from fastchat_qlora.data.dataset import load_dataset
 
 ASSISTANT = "<|im_start|>assistant\n"
 
@@ -29,8 +29,8 @@ def load(tokenizer: Any, data: Path, tmp_path: Path, *flags: str, model_max_leng
     """The training rows as a run has them, with what was said about parity in the log."""
     argv = f"--model_name_or_path org/m --data_path {data} --output_dir {tmp_path / 'out'}"
     args = parse_args([*argv.split(), *flags])
-    loaded = load_data(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
-    return loaded["--data_path"].rows
+    loaded = load_dataset(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
+    return loaded.train.sequences
 
 
 def said(notices: pytest.LogCaptureFixture) -> list[str]:
@@ -108,14 +108,14 @@ def other_server(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server whose tokenizer has another template than the one that was trained with."""
 
     def install(change: Any) -> None:
-        real = serve_parity._reload
+        real = serving_parity._reload
 
         def reload(tokenizer: Any) -> Any:
             server = real(tokenizer)
             change(server)
             return server
 
-        monkeypatch.setattr(serve_parity, "_reload", reload)
+        monkeypatch.setattr(serving_parity, "_reload", reload)
 
     return install
 
@@ -207,17 +207,17 @@ def test_rows_are_spread_over_files_of_every_kind(
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n" + "\n\n".join(map(json.dumps, records * 30)) + "\n{}\n")
     seen: list[tuple[str, int]] = []
-    real = serve_parity._compare
+    real = serving_parity._compare
 
     def compare(row: dict[str, Any], *rest: Any, **more: Any) -> str:
         seen.append((row["file"], row["line"]))
         return real(row, *rest, **more)
 
-    monkeypatch.setattr(serve_parity, "_compare", compare)
+    monkeypatch.setattr(serving_parity, "_compare", compare)
     load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
     assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
     assert {file for file, _ in seen} == {str(data_file), str(lines)}
-    assert max(line for _, line in seen) == serve_parity.WITHIN
+    assert max(line for _, line in seen) == serving_parity.COMPARED_LINES
 
 
 def test_a_template_that_never_writes_the_header(
@@ -275,7 +275,7 @@ def test_cut_rows_that_differ_are_found(
 
 
 def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) -> Mismatch | Any:
-    return find_mismatch(ids, prompts, Learnt(start, len(ids), after))
+    return find_mismatch(ids, prompts, SupervisedSpan(start, len(ids), after))
 
 
 def test_the_nearest_prompt_is_compared() -> None:

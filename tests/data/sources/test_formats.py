@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CHATML
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
-from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.sources.formats import to_conversation
 from fastchat_qlora.errors import UserError
 
@@ -165,17 +164,9 @@ def test_number_as_the_name_of_a_tool_call(key: str, given: Any, kept: str) -> N
     assert to_conversation({"messages": turns}).messages[2] == Message("tool", "3", extra={key: kept})
 
 
-def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> DatasetDict:
-    arguments = DataArguments(data_path=[str(path)], **options)
-    return build_dataset(
-        arguments,
-        tokenizer,
-        max_length=options.pop("max_length", 300),
-        seed=1,
-        output_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "cache"),
-        is_main=False,
-    )
+def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> dict[str, Dataset]:
+    settings = {"max_length": 300, "cache_dir": tmp_path / "cache", "mode": "worker", **options}
+    return load_splits(path, tokenizer, tmp_path, **settings)
 
 
 def learnt(row: dict[str, Any], tokenizer: Any) -> str:
@@ -280,16 +271,7 @@ def test_split_keeps_every_answer_and_the_system_message(tokenizer: PreTrainedTo
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": turns}]))
-    arguments = DataArguments(data_path=[str(path)], overlong="split")
-    rows = build_dataset(
-        arguments,
-        tokenizer,
-        max_length=120,
-        seed=1,
-        output_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "c"),
-        is_main=False,
-    )["train"]
+    rows = build(path, tokenizer, tmp_path, max_length=120, overlong="split")["train"]
     assert len(rows) > 1
     assert "".join(learnt(row, tokenizer) for row in rows) == "".join(f"{answer}<|im_end|>" for _, answer in QUESTIONS)
     for row in rows:

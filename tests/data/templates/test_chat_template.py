@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
 from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 Turns = Sequence[tuple[str, str]]
 
@@ -43,7 +43,9 @@ def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast)
     return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
 
 
-def render_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: Marks) -> list[Segment]:
+def render_chat_template(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: StringMatcher
+) -> list[Segment]:
     """The only row."""
     [segments] = render_rows(messages, tokenizer)
     return segments

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.conversation import TEMPLATES, ConversationTemplate, Message, RejectedRecord, get_template
+from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.templates.named_templates import TEMPLATES, ConversationTemplate, get_template
 from fastchat_qlora.errors import UserError
 
 FASTCHAT_SYSTEM = (

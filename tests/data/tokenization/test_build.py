@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
-from fastchat_qlora.data.tokenization.build import BATCH_BYTES, BATCH_RECORDS, batches, choose_workers, kind_of
+from fastchat_qlora.data.tokenization.build import BATCH_BYTES, BATCH_RECORDS, choose_workers, generalize, make_batches
 
 GIB = 2**30
 
@@ -47,7 +47,7 @@ def test_workers_follow_cores_and_data(
     ],
 )
 def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
-    assert kind_of(reason) == kind
+    assert generalize(reason) == kind
 
 
 HALF = "x" * (BATCH_BYTES // 2)
@@ -55,7 +55,7 @@ HALF = "x" * (BATCH_BYTES // 2)
 
 def batch_sizes(values: list[Any]) -> list[int]:
     """How many of these records each batch holds."""
-    numbered = list(batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
+    numbered = list(make_batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
     assert [number for batch in numbered for number, _ in batch] == list(range(len(values)))
     return [len(batch) for batch in numbered]
 

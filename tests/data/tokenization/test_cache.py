@@ -14,10 +14,9 @@ import pytest
 from conftest import CONVERSATIONS, sharegpt
 from datasets import Dataset
 from filelock import FileLock
+from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization import build as building
 from fastchat_qlora.data.tokenization import cache
 from fastchat_qlora.errors import UserError
@@ -29,23 +28,18 @@ Build = Callable[..., Dataset]
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A line for every time that rows are really made."""
     calls: list[str] = []
-    make = building.build_rows
-    monkeypatch.setattr("fastchat_qlora.data.dataset.build_rows", lambda *args: calls.append(args[-1]) or make(*args))
+    make = building.build_sequences
+    monkeypatch.setattr(
+        "fastchat_qlora.data.dataset.build_sequences", lambda *args: calls.append(args[-1]) or make(*args)
+    )
     return calls
 
 
 @pytest.fixture
 def build(tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path) -> Build:
     def build_with(max_length: int = 300, **options: Any) -> Dataset:
-        return build_dataset(
-            DataArguments(**{"data_path": [str(data_file)], **options}),
-            tokenizer,
-            max_length=max_length,
-            seed=1,
-            output_dir=str(tmp_path),
-            cache_dir=str(tmp_path / "cache"),
-            is_main=True,
-        )["train"]
+        settings = {"max_length": max_length, "cache_dir": tmp_path / "cache", **options}
+        return load_splits(data_file, tokenizer, tmp_path, **settings)["train"]
 
     return build_with
 
@@ -151,14 +145,14 @@ def test_data_that_changes_while_it_is_read(
     build: Build, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows must not be found again under what it was before."""
-    make = building.build_rows
+    make = building.build_sequences
 
     def changing(*args: Any) -> Any:
         account = make(*args)
         data_file.write_text(data_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
         return account
 
-    monkeypatch.setattr("fastchat_qlora.data.dataset.build_rows", changing)
+    monkeypatch.setattr("fastchat_qlora.data.dataset.build_sequences", changing)
     with pytest.raises(UserError, match="--data_path: a file was changed while it was read; start again"):
         build()
     assert entries(tmp_path) == []
@@ -246,20 +240,21 @@ def test_cache_that_cannot_be_written(build: Build, tmp_path: Path) -> None:
 
 PROCESS = """
 import logging, sys, time
+from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data import dataset
-make = dataset.build_rows
+make = dataset.build_sequences
 def slowly(*args):
     print("BUILT", flush=True)
     time.sleep(1)
     return make(*args)
-dataset.build_rows = slowly
+dataset.build_sequences = slowly
 data, tokenizer, folder, rank = sys.argv[1:]
-rows = dataset.build_dataset(
-    DataArguments(data_path=[data]), PreTrainedTokenizerFast.from_pretrained(tokenizer), max_length=300, seed=1,
-    output_dir=folder, cache_dir=folder + "/cache", is_main=rank == "0")["train"]
+rows = dataset.load_dataset(
+    DataArguments(data_path=[data]), PreTrainedTokenizerFast.from_pretrained(tokenizer), max_length=300,
+    output_dir=Path(folder), cache_dir=folder + "/cache", mode="main" if rank == "0" else "worker").train.sequences
 print("ROWS", len(rows), sum(rows["length"]), flush=True)
 """
 

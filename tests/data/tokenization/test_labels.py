@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain as check_conversation
 from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
 
 END = "<|im_end|>"
@@ -28,11 +29,13 @@ def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
 
 
-def check_plain(messages: list[Message], special: Marks) -> None:
+def check_plain(messages: list[Message], special: StringMatcher) -> None:
     check_conversation(Conversation(messages), special)
 
 
-def render_chat_template(messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: Marks) -> list[Segment]:
+def render_chat_template(
+    messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: StringMatcher
+) -> list[Segment]:
     """One row with all answers."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
