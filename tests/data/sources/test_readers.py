@@ -1,7 +1,6 @@
 """Files become messages; a bad record is set aside with its line and the reason, and a bad file is an error."""
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -17,8 +16,8 @@ from conftest import CONVERSATIONS, sharegpt
 from datasets import Dataset
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
-from fastchat_qlora.data.sources.json_reader import HELD, _Watched
 from fastchat_qlora.data.sources.readers import (
     BATCH,
     RawRecord,
@@ -267,8 +266,17 @@ def test_lines_in_a_json_file(tmp_path: Path) -> None:
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
 
-def test_deep_record_in_an_array(tmp_path: Path) -> None:
-    deep = b"[" * DEEP + b"]" * DEEP
+@pytest.mark.parametrize(
+    "deep",
+    [
+        b"[" * DEEP + b"]" * DEEP,
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+        rb'["]\"[\\",' * DEEP + b"1" + b"]" * DEEP,
+    ],
+    ids=["lists", "deeper", "objects", "brackets in texts"],
+)
+def test_deep_record_in_an_array(deep: bytes, tmp_path: Path) -> None:
     records = read(tmp_path / "a.json", b"[" + line() + b"," + deep + b"," + line() + b"]")
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
@@ -302,7 +310,6 @@ ESCAPES = {
     rb"\\\ud83d\ude00": "\\\U0001f600",
     b"\\" * 30 + rb"ud83d": "\\" * 15 + "ud83d",
 }
-LIMIT = "fastchat_qlora.data.sources.json_reader.WHOLE_FILE_LIMIT"
 
 
 def array_with(escape: bytes, padding: int = 0) -> bytes:
@@ -311,10 +318,8 @@ def array_with(escape: bytes, padding: int = 0) -> bytes:
     return b"[" + b",".join([line(), bad, line()]) + b"]"
 
 
-@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
-    """yajl would make a question mark of it, or another character; the text was never that."""
-    records = read(tmp_path / "a.json", array_with(escape))
+def assert_means(records: list[Conversation | Rejection], meaning: str | None) -> None:
+    """Compare what became of array_with."""
     if meaning is None:
         assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert isinstance(records[1], Rejection)
@@ -326,52 +331,61 @@ def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, t
 
 
 @pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_half_a_surrogate_pair_in_an_array_too_large_to_read_whole(
+def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
+    assert_means(read(tmp_path / "a.json", array_with(escape)), meaning)
+
+
+@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
+def test_escape_across_the_edge_of_what_is_read_at_once(
     escape: bytes, meaning: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LIMIT, 100)
-    path = tmp_path / "a.json"
-    if meaning is not None:
-        assert outline(read(path, array_with(escape))) == [(i, "Conversation") for i in (1, 2, 3)]
-        return
-    reason = "surrogate pair|invalid continuation byte"  # the second half alone is no UTF-8
-    with pytest.raises(UserError, match=rf"--data_path {path}: not valid JSON in UTF-8 .*({reason}).*\.jsonl"):
-        read(path, array_with(escape))
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 64)
+    for padding in range(64):
+        assert_means(read(tmp_path / "a.json", array_with(escape, padding)), meaning)
 
 
-@pytest.mark.parametrize("escape", [rb"\ud83d.", rb"\ud83d\ude00", rb"\\ud83d"], ids=repr)
-def test_escape_across_the_edge_of_what_is_read_at_once(
-    escape: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ITEMS = [0, -1.5e-3, 12345678901234567890, "", 'a\\"\u00e9\U0001f600', None, True, [], [[1, 2], {"a": [3]}], {"b": {}}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_items_wherever_the_edges_are(
+    ensure_ascii: bool, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LIMIT, 100)
-    edge = 1 << 20
-    start = array_with(escape).index(escape)
-    for place in range(edge - 2 * HELD, edge + 2):
-        content = array_with(escape, padding=place - start)
-        assert content.index(escape) == place
-        if ESCAPES[escape] is None:
-            with pytest.raises(UserError, match="holds half of a surrogate pair"):
-                read(tmp_path / "a.json", content)
-        else:
-            assert outline(read(tmp_path / "a.json", content)) == [(i, "Conversation") for i in (1, 2, 3)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ITEMS, ensure_ascii=ensure_ascii, indent=indent), encoding="utf-8")
+    for size in range(1, 40):
+        monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+        records = list(read_file(path, "--data_path"))
+        assert [record.value for record in records] == ITEMS
+        assert [record.source.line for record in records] == list(range(1, len(ITEMS) + 1))
 
 
-@pytest.mark.parametrize(("escape", "meaning"), [item for item in ESCAPES.items() if item[0] != rb"\ude00"], ids=repr)
-def test_escape_wherever_the_edges_are(escape: bytes, meaning: str | None) -> None:
-    for size in range(HELD + 1, 3 * HELD):
-        for padding in range(3 * HELD):
-            content = b'["' + b"x" * padding + escape + b'", "and more"]'
-            if meaning is None:
-                with pytest.raises(ValueError, match="surrogate"):
-                    watched(content, size)
-            else:
-                assert watched(content, size) == content
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"[{}, {} {}]", "after record 2: .*: line 1 .char 8"),
+        (b"[{},\n {}\n,]", "after record 2: Expecting value: line 3 .char 10"),
+        (b'[{},\n {"a": x}]', "after record 1: Expecting value: line 2 .char 12"),
+        (b"[{}]\n\n{}", "after record 1: Extra data: line 3 .char 6"),
+        (b"[{}", "after record 1: .*: line 1 .char 3"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_error_names_the_place(
+    size: int, content: bytes, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+    with pytest.raises(UserError, match=f"not valid JSON {place}"):
+        read(tmp_path / "a.json", content)
 
 
-def watched(content: bytes, size: int) -> bytes:
-    """What the streaming parser gets to see, read in pieces of that size."""
-    file = _Watched(io.BufferedReader(io.BytesIO(content)))
-    return b"".join(iter(lambda: file.read(size), b""))
+def test_item_that_is_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 100)
+    monkeypatch.setattr(json_reader, "MAX_ITEM_CHARACTERS", 1 << 20)
+    content = line([GOOD, {**GOOD, "note": "x" * 3_000_000}])
+    with pytest.raises(UserError, match="after record 1: no record's end within 1 Mi characters"):
+        read(tmp_path / "a.json", content)
 
 
 BRACKETS = {
@@ -383,7 +397,6 @@ BRACKETS = {
     "lists with something before": b"[" + b"[1," * 100_000,
     "objects with something before": b"[" + b'{"b": "}]}]", "a":' * 100_000,
     "lists with brackets in texts": b"[" + rb'["]\"]\\",' * 100_000,
-    "lists that are closed": b"[" * 100_000 + b"]" * 100_000,
 }
 READ_IN_LITTLE_MEMORY = """
 import resource, sys
@@ -403,7 +416,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory in use")
 def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
-    """ijson would keep the whole path to each of them, which is gigabytes; half of one has to do here."""
+    """A parser that keeps the path to each of them would need gigabytes; half of one has to do here."""
     paths = [tmp_path / f"{name}.json" for name in BRACKETS]
     for path, content in zip(paths, BRACKETS.values(), strict=True):
         path.write_bytes(content)
@@ -419,10 +432,7 @@ def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
     [b'"' + b"[" * (3 << 20) + b'"', b'"' + rb"\"{[" * 500_000 + b'"', b"[[]],[{}]," * 30_000],
     ids=["in a text", "behind quotes", "side by side"],
 )
-def test_brackets_that_are_not_nested_do_no_harm(
-    inside: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LIMIT, 100)
+def test_brackets_that_are_not_nested_do_no_harm(inside: bytes, tmp_path: Path) -> None:
     note = b'"note": [' + inside.removesuffix(b",") + b"], "
     content = b"[" + line().replace(b"{", b"{" + note, 1) + b"]"
     assert outline(read(tmp_path / "a.json", content)) == [(1, "Conversation")]
