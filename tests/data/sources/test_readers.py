@@ -19,7 +19,7 @@ from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
 from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import (
-    BATCH,
+    BATCH_ROWS,
     RawRecord,
     Rejection,
     Source,
@@ -516,7 +516,7 @@ with_values_that_python_cannot_hold = pytest.mark.parametrize(
 
 
 @with_values_that_python_cannot_hold
-@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+@pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
 def test_parquet_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
 ) -> None:
@@ -593,7 +593,7 @@ def test_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.json.zst", "a.parquet"])
-@pytest.mark.parametrize("count", [1, BATCH, 3 * BATCH + 1])
+@pytest.mark.parametrize("count", [1, BATCH_ROWS, 3 * BATCH_ROWS + 1])
 def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "a.parquet":
@@ -606,7 +606,7 @@ def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Pa
 
 
 @with_values_that_python_cannot_hold
-@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+@pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
 def test_hub_dataset_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int
 ) -> None:
@@ -618,14 +618,14 @@ def test_hub_dataset_with_values_that_python_cannot_hold(
     assert all(isinstance(value, RejectedRecord) or set(value) <= {"id", "messages"} for value in values)
 
 
-@pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1, 3 * BATCH - 1])
+@pytest.mark.parametrize("count", [0, 1, BATCH_ROWS, BATCH_ROWS + 1, 3 * BATCH_ROWS - 1])
 def test_progress_of_a_hub_dataset_is_all_its_bytes(count: int) -> None:
     dataset = Dataset.from_list([{**GOOD, "id": "x" * (i % 13)} for i in range(count)])
     told: list[int] = []
     records = list(read_hub_dataset("org/name", dataset, told.append))
     assert [record.source for record in records] == [Source("org/name", i + 1) for i in range(count)]
     assert sum(told) == dataset.data.nbytes
-    assert len(told) == -(-count // BATCH)
+    assert len(told) == -(-count // BATCH_ROWS)
 
 
 @pytest.mark.parametrize("counts", [(168, 392), (399, 406), (574,)])
