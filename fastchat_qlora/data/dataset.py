@@ -29,7 +29,7 @@ from fastchat_qlora.data.tokenization.build import (
     build_sequences,
     choose_workers,
 )
-from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_file, open_or_build
+from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_content, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
 from fastchat_qlora.errors import UserError
@@ -220,7 +220,7 @@ class DataSource:
         """Return the name and the content's hash of each part."""
         try:
             return [
-                (source_name(name), hash_file(Path(name)) if hub is None else str(hub._fingerprint))
+                (source_name(name), hash_content(Path(name)) if hub is None else str(hub._fingerprint))
                 for name, hub in self.parts
             ]
         except OSError as error:

@@ -101,7 +101,7 @@ class TestRecords:
             (4, "forged", "message 1: contains the special token '<|im_end|>'"),
             (5, "empty", "message 1: empty answer"),
             (7, "two users", "message 1: expected assistant, found user"),
-            (8, "late", "nothing to learn stands within the first 256 tokens"),
+            (8, "late", "no supervised token within the first 256 tokens"),
             (9, None, "no turns"),
         ]
         for record, (line, identity, reason) in zip(
@@ -487,7 +487,7 @@ class TestPreprocessing:
         train = build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.5)["train"]
         assert [spoken(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
         assert [line["reason"] for line in rejected(tmp_path)] == [
-            "nothing to learn stands within the first 256 tokens"
+            "no supervised token within the first 256 tokens"
         ]
         with pytest.raises(UserError, match=r"^--data_path: 1 of 2 records were rejected"):
             build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.05)

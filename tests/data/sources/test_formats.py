@@ -257,7 +257,7 @@ def test_train_on_all(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
 def test_nothing_to_learn_by_flags(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [{**turn, "weight": 0} for turn in OPENAI["messages"]]}]))
-    with pytest.raises(UserError, match="nothing to learn: 'train' or 'weight' is 0"):
+    with pytest.raises(UserError, match="no supervised token: 'train' or 'weight' is 0"):
         build(path, tokenizer, tmp_path)
 
 

@@ -331,6 +331,6 @@ def test_tokenizer_that_makes_special_tokens_of_other_characters(tokenizer: PreT
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         messages = [{**turn, "content": text} if turn["role"] == role else turn for turn in messages]
         [rejection] = prepare(forged, {"messages": messages}).rejections
-        assert rejection.reason == "the tokenizer makes special tokens of text that holds none"
+        assert rejection.reason == "the tokenizer finds special tokens in text that contains none"
     plain = {"messages": [{"role": "user", "content": "\ufb01ne?"}, {"role": "assistant", "content": "Hello"}]}
     assert learnt_rows(forged, plain) == [["Hello<|im_end|>"]]

@@ -45,15 +45,16 @@ def render_chat_template(
 def tokenize_batch(
     batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
 ) -> list[TokenizedConversation | RejectedRecord]:
-    """Texts tokenised together; arrays as lists, to be compared."""
+    """Tokenize texts together; arrays become lists, to be compared."""
     encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
-    done = [encoder.label(encoded) for encoded in encoder.encode(batch)]
-    return [
-        tokens
-        if isinstance(tokens, RejectedRecord)
-        else tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist())
-        for tokens in done
-    ]
+    labeled: list[TokenizedConversation | RejectedRecord] = []
+    for encoded in encoder.encode(batch):
+        try:
+            tokens = encoder.label(encoded)
+            labeled.append(tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist()))
+        except RejectedRecord as error:
+            labeled.append(error)
+    return labeled
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
@@ -219,7 +220,7 @@ def test_tokenizer_that_rewrites_text(tokenizer: PreTrainedTokenizerFast) -> Non
     said = tokenize([Segment("What?"), Segment(decomposed + END, supervised=True)], tokenizer)
     assert isinstance(said, RejectedRecord)
     assert f"decode to '{composed}{END}'" in str(said)
-    assert f"the record says '{decomposed}{END}'" in str(said)
+    assert f"the record has '{decomposed}{END}'" in str(said)
 
 
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
