@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role
-from fastchat_qlora.data.templates.template_skeleton import SENTINEL, SENTINEL_END
+from fastchat_qlora.data.templates.sentinels import SENTINEL, SENTINEL_END
 
 ROLES: dict[str, Role] = {
     "system": "system",

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
-from fastchat_qlora.data.templates.template_skeleton import WRITTEN_SENTINELS, make_sentinel
+from fastchat_qlora.data.templates.sentinels import SENTINEL, make_sentinel
 
+WRITTEN_SENTINELS = re.compile(f"(?:{SENTINEL}|{re.escape(json.dumps(SENTINEL)[1:-1])})(\\d+)")  # as is, or as JSON
 TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 
 
@@ -19,11 +20,7 @@ def split_at_tags(text: str) -> list[list[str]]:
 def get_variants(content: str) -> Iterator[str]:
     """Yield the forms in which templates write a content: most leave it, many trim it."""
     yield content
-    yield content.strip()
-    yield content.strip("\n")
-    yield content.lstrip("\n")
-    yield content.lstrip()
-    yield content.rstrip()
+    yield from (content.strip(), content.strip("\n"), content.lstrip("\n"), content.lstrip(), content.rstrip())
 
 
 def count_common(first: str, second: str) -> int:
@@ -57,14 +54,13 @@ def _replace_leaves(value: Any, parts: list[str], *, names: bool = True) -> Any:
     return make_sentinel(len(parts) - 1)
 
 
-def check_structure(message: Message, supervised: str, render: Callable[[Message], str], index: int) -> None:
+def check_structure(message: Message, supervised: str, render: Callable[[Message], str]) -> None:
     """Require that reasoning, content, names and arguments are written by the template, inside the supervised text.
 
     Args:
         message: the assistant's message.
         supervised: its supervised text.
         render: renders the conversation up to it with another message in its place.
-        index: of the message.
 
     Raises:
         RejectedRecord: a part is missing.
@@ -77,9 +73,7 @@ def check_structure(message: Message, supervised: str, render: Callable[[Message
     written = {int(number) for number in WRITTEN_SENTINELS.findall(render(replaced))}
     missing += [leaf for number, leaf in enumerate(leaves) if number not in written]
     if missing:
-        raise RejectedRecord(
-            f"message {index}: the chat template does not write {missing[0][:40]!r}, which is said there"
-        )
+        raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
 
 
 def _get_leaves(value: Any) -> Iterator[str]:

@@ -111,7 +111,7 @@ def test_thoughts_are_learnt_where_a_server_would_see_them(name: str) -> None:
     [
         ("qwen2_5", {"messages": THOUGHTS}, "message 1: the chat template does not write 'First"),
         ("llama3", {"messages": TOOLS, "tools": [ADD]}, "message 1: the chat template does not write 'add'"),
-        ("phi3", {"messages": THOUGHTS[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template leaves the tool 'add' out"),
+        ("phi3", {"messages": THOUGHTS[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template omits the tool 'add'"),
         ("gemma", {"messages": TOOLS, "tools": [ADD]}, "the chat template refuses the conversation"),
     ],
     ids=["no words for thoughts", "none for calls", "none for tools", "refuses"],
@@ -215,10 +215,10 @@ def test_template_that_rewrites_is_rendered_a_few_times_for_each_answer(thoughts
 
 
 def test_too_much_text_of_one_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MAX_CHARACTERS", 2_000)
+    monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MAX_RENDERED_CHARACTERS", 2_000)
     messages = [{"role": role, "content": f"{role} {i}" * 5} for i, role in enumerate(("user", "assistant") * 20)]
     [rejection] = prepare(byte_level("qwen3"), {"messages": messages}).rejections
-    assert rejection.reason == "the chat template makes texts of more than 2000 characters of it"
+    assert rejection.reason == "the chat template renders more than 2000 characters for it"
 
 
 TALK = [
