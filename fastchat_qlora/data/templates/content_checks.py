@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from os.path import commonprefix
 from typing import Any
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
@@ -25,9 +26,7 @@ def get_variants(content: str) -> Iterator[str]:
 
 def count_common(first: str, second: str) -> int:
     """Return the length of the common beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    return len(commonprefix([first, second]))  # noqa: RUF071  # by characters, as wanted
 
 
 def replace_structure(message: Message) -> tuple[Message, list[str]]:
@@ -36,18 +35,16 @@ def replace_structure(message: Message) -> tuple[Message, list[str]]:
     The same words may stand in the content too, so finding them in a text would prove little.
     """
     parts: list[str] = []
-    calls = [{**call, "function": _replace_leaves(call["function"], parts, names=False)} for call in message.tool_calls]
+    calls = [{**call, "function": _replace_leaves(call["function"], parts, keys=False)} for call in message.tool_calls]
     reasoning = _replace_leaves(message.reasoning, parts) if message.reasoning else ""
     return message._replace(reasoning=reasoning, tool_calls=tuple(calls)), parts
 
 
-def _replace_leaves(value: Any, parts: list[str], *, names: bool = True) -> Any:
-    """Return a value with a sentinel for each leaf, which is added to `parts`; `names` replaces keys too."""
+def _replace_leaves(value: Any, parts: list[str], *, keys: bool = True) -> Any:
+    """Return a value with a sentinel for each leaf, and for each key unless `keys` is False; `parts` collects them."""
     if isinstance(value, dict):
-        return {
-            _replace_leaves(str(key), parts) if names else key: _replace_leaves(item, parts)
-            for key, item in value.items()
-        }
+        items = value.items()
+        return {_replace_leaves(str(key), parts) if keys else key: _replace_leaves(item, parts) for key, item in items}
     if isinstance(value, list):
         return [_replace_leaves(item, parts) for item in value]
     parts.append(str(value))

@@ -22,9 +22,9 @@ SAMPLE_ROLES: tuple[tuple[Role, ...], ...] = (
 def find_control_tokens(tokenizer: Any) -> StringMatcher:
     """Return a matcher for each token that could end or forge a turn.
 
-    These are the special tokens, and the bracketed ones that the chat template writes around messages: some tokenizers
-    have them among their added tokens without calling them special. Tags such as `<think>`, which assistants write in
-    their answers, are not among them.
+    These are the special tokens, and bracketed ones that the chat template writes around messages: some tokenizers have
+    them among their added tokens without marking them as special. Tags that assistants write, such as `<think>`, are
+    not among them.
     """
     added = tokenizer.added_tokens_decoder.values()
     bracketed = {token.content for token in added if not token.special and BRACKETED.fullmatch(token.content)}
@@ -45,7 +45,7 @@ def _render_samples(tokenizer: Any) -> str:
 
 
 def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> None:
-    """Require contents without control tokens: they could end or forge a turn.
+    """Require messages and tools without control tokens.
 
     Raises:
         RejectedRecord: naming the message and the token.
@@ -57,7 +57,6 @@ def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> No
             found = control_tokens.search(message.reasoning) or control_tokens.search(rest)
         if found:
             raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}")
-    if conversation.tools:
-        found = control_tokens.search(json.dumps(conversation.tools, ensure_ascii=False))
-        if found:
-            raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
+    found = control_tokens.search(json.dumps(conversation.tools, ensure_ascii=False)) if conversation.tools else None
+    if found:
+        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
