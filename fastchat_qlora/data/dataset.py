@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -256,7 +256,7 @@ def _load(
         summary = build_sequences(source.records(), preprocessor, workers, folder, source.flag)
         if source.contents() != contents:
             raise UserError(f"{source.flag}: a file was changed while it was read; start again when it is complete")
-        return summary._asdict()
+        return asdict(summary)
 
     key = get_key(preprocessor.fingerprint(), contents)
     entry, facts, built = open_or_build(get_cache_root(cache_dir), key, build)

@@ -7,13 +7,14 @@ import os
 import re
 import signal
 import textwrap
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
@@ -37,24 +38,38 @@ MESSAGE_INDEX = re.compile(r"message \d+: ")
 NumberedRecords = list[tuple[int, RawRecord]]
 
 
-class RejectionSummary(NamedTuple):
+@dataclass
+class RejectionSummary:
     """Counts of the records that were read and rejected.
 
     Attributes:
-        read: records read.
-        rejected: records rejected.
         too_long: rejected records that are too long, under `--overlong drop` and `error`.
         reasons: generalized reason -> count, the most frequent first.
-        first: the first invalid record with its source and reason; empty if there is none.
-        first_too_long: the same for a record that is too long.
+        first: the first other rejected record with its source and reason; empty if there is none.
+        first_too_long: the first record that is too long.
     """
 
-    read: int
-    rejected: int
-    too_long: int
-    reasons: dict[str, int]
-    first: str
-    first_too_long: str
+    read: int = 0
+    rejected: int = 0
+    too_long: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    first: str = ""
+    first_too_long: str = ""
+
+    def add(self, batch: PreprocessedBatch) -> None:
+        """Count a batch, with a bounded number of reasons."""
+        self.read += batch.read
+        self.rejected += len(batch.rejections)
+        for rejection in batch.rejections:
+            if rejection.kind is RejectionKind.TOO_LONG:
+                self.too_long += 1
+                self.first_too_long = self.first_too_long or describe_rejection(rejection)
+            else:
+                self.first = self.first or describe_rejection(rejection)
+            reason = generalize(rejection.reason)
+            is_counted = reason in self.reasons or len(self.reasons) < MAX_REASONS
+            reason = reason if is_counted else "other reasons"
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
 def build_sequences(
@@ -75,7 +90,7 @@ def build_sequences(
     else:
         preprocessed = _preprocess_in_processes(batches, preprocessor, workers, flag)
     features = LAZY_FEATURES if preprocessor.lazy else EAGER_FEATURES
-    counter = RejectionCounter()
+    summary = RejectionSummary()
     with (
         (folder / REJECTED_FILE).open("w", encoding="utf-8") as rejected,
         pa.OSFile(str(folder / SEQUENCES_FILE), "wb") as sink,
@@ -84,47 +99,16 @@ def build_sequences(
         for batch in preprocessed:
             if len(batch.sequences):
                 writer.write_table(batch.sequences)
-            counter.add(batch)
-            for rejection in batch.rejections:
-                rejected.write(to_json(rejection) + "\n")
-    return counter.summarize()
+            summary.add(batch)
+            rejected.writelines(to_json(rejection) + "\n" for rejection in batch.rejections)
+    summary.reasons = dict(sorted(summary.reasons.items(), key=lambda item: -item[1]))
+    return summary
 
 
 def to_json(rejection: Rejection) -> str:
     """Return a rejection as a line of rejected.jsonl."""
     line = json.dumps({**rejection.source._asdict(), "reason": rejection.reason}, ensure_ascii=False)
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-class RejectionCounter:
-    """Counter of rejections by reason, in bounded memory."""
-
-    def __init__(self) -> None:
-        self.read = 0
-        self.reasons: Counter[str] = Counter()
-        self.kinds: Counter[RejectionKind] = Counter()
-        self.first: dict[bool, str] = {}
-
-    def add(self, batch: PreprocessedBatch) -> None:
-        """Count one batch."""
-        self.read += batch.read
-        for rejection in batch.rejections:
-            self.kinds[rejection.kind] += 1
-            reason = generalize(rejection.reason)
-            is_counted = reason in self.reasons or len(self.reasons) < MAX_REASONS
-            self.reasons[reason if is_counted else "other reasons"] += 1
-            self.first.setdefault(rejection.kind is RejectionKind.TOO_LONG, describe_rejection(rejection))
-
-    def summarize(self) -> RejectionSummary:
-        """Return the counts."""
-        return RejectionSummary(
-            read=self.read,
-            rejected=sum(self.kinds.values()),
-            too_long=self.kinds[RejectionKind.TOO_LONG],
-            reasons=dict(self.reasons.most_common()),
-            first=self.first.get(False, ""),
-            first_too_long=self.first.get(True, ""),
-        )
 
 
 def generalize(reason: str) -> str:
