@@ -288,7 +288,7 @@ class TestPlaces:
         (folder / "b.json.bz2").write_bytes(b"")
         (folder / ".hidden.txt").write_bytes(b"")
         assert len(build(folder, tokenizer, tmp_path)["train"]) == 1
-        told = f"--data_path {folder}: 1 files are read; 3 others are not: b.json.bz2, gone.jsonl, linked"
+        told = f"--data_path {folder}: reading 1 files, not 3 others: b.json.bz2, gone.jsonl, linked"
         assert told in notices.messages
         for i in range(4):
             (folder / f"notes{i}.txt").write_bytes(b"")
@@ -385,7 +385,7 @@ class TestOverlong:
         whole = build(data_file, tokenizer, tmp_path, overlong="error")["train"]
         long = [row["id"] for row in whole if row["length"] > 40]
         assert 0 < len(long) < 12
-        with pytest.raises(UserError, match=rf"--overlong error: {len(long)} are too long.*{data_file}:2 \(id c1\)"):
+        with pytest.raises(UserError, match=rf"--overlong error: {len(long)} conversations are too long.*{data_file}:2 \(id c1\)"):
             build(data_file, tokenizer, tmp_path, overlong="error", max_length=40)
         assert [record["id"] for record in rejected(tmp_path)] == long
 
@@ -515,7 +515,7 @@ class TestPreprocessing:
         [summary] = [record.getMessage() for record in caplog.records if " read, " in record.getMessage()]
         assert summary.splitlines()[0] == (
             f"--data_path: 14 read, 2 rejected, {shortened} shortened; {tokens} tokens, "
-            f"{supervised / tokens:.0%} of them learnt; longest about {max(train['full_length'])} tokens."
+            f"{supervised / tokens:.0%} supervised; longest about {max(train['full_length'])} tokens."
         )
         assert "rejected 1: contains the special token" in summary
         assert "rejected 1: not a line of JSON" in summary

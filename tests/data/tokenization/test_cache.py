@@ -153,7 +153,7 @@ def test_data_that_changes_while_it_is_read(
         return account
 
     monkeypatch.setattr("fastchat_qlora.data.dataset.build_sequences", changing)
-    with pytest.raises(UserError, match="--data_path: a file was changed while it was read; start again"):
+    with pytest.raises(UserError, match="--data_path: a file changed while it was read; start again"):
         build()
     assert entries(tmp_path) == []
 
