@@ -31,9 +31,6 @@ COMPARED_SEQUENCES = 16
 COMPARED_LINES = 256
 """Lines of a file among which sequences are chosen: for later ones the file would have to be read up to there."""
 
-IDENTIFYING_CHARACTERS = 24
-"""Characters by which an answer is found in a sequence's supervised text."""
-
 Place = tuple[str, int]
 """The file and the line of a record."""
 
@@ -42,10 +39,9 @@ Prompt = list[int] | TemplateRefusal
 
 
 class ServedConversation(NamedTuple):
-    """A conversation with a server's prompts for its supervised answers, by message index."""
+    """A server's prompts for the supervised answers of a conversation, in order."""
 
-    conversation: Conversation
-    prompts: dict[int, Prompt]
+    prompts: list[Prompt]
     has_generation_prompt: bool
 
 
@@ -134,33 +130,27 @@ def _serve(tokenizer: Any, conversation: Conversation, answers: Sequence[int]) -
         except TemplateRefusal as refusal:
             return refusal
 
-    prompts: dict[int, Prompt] = {}
+    prompts: list[Prompt] = []
     has_generation_prompt = False
     for i in answers:
         text = render(i, prompt=True)
         has_generation_prompt |= text != render(i, prompt=False)
         if isinstance(text, str):  # verbose=False: no remark on its length
-            prompts[i] = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            prompts.append(list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
         else:
-            prompts[i] = text
-    return ServedConversation(conversation, prompts, has_generation_prompt)
+            prompts.append(text)
+    return ServedConversation(prompts, has_generation_prompt)
 
 
 def _compare(row: dict[str, Any], served: ServedConversation, tokenizer: Any, train_on: str) -> str:
     """Describe what differs before the answers of a sequence; empty if nothing does."""
-    ids, prompts = row["input_ids"], served.prompts
+    ids = row["input_ids"]
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
         return served.has_generation_prompt or not tokenizer.decode(tokens).strip()
 
     for number, span in enumerate(_find_supervised(row, train_on), 1):
-        if train_on == "all":
-            candidates = _choose_last_that_fits(list(prompts.values()), len(ids))
-        else:
-            text = tokenizer.decode(ids[span.start : span.end], skip_special_tokens=False)
-            messages = served.conversation.messages
-            known = [i for i in prompts if messages[i].content.strip()[:IDENTIFYING_CHARACTERS] in text]
-            candidates = [prompts[i] for i in known or prompts]
+        candidates = _choose_prompts(served.prompts, span, only_last=train_on == "all")
         if mismatch := find_mismatch(ids, candidates, span, may_precede_answer):
             ends = not served.has_generation_prompt and isinstance(mismatch, Mismatch) and mismatch.served is None
             hint = ": the chat template has no generation prompt" if ends else ""
@@ -168,11 +158,11 @@ def _compare(row: dict[str, Any], served: ServedConversation, tokenizer: Any, tr
     return ""
 
 
-def _choose_last_that_fits(prompts: Sequence[Prompt], length: int) -> Sequence[Prompt]:
-    """Return the prompt of the last answer that a sequence of that length reaches: others may have been cut off."""
+def _choose_prompts(prompts: Sequence[Prompt], span: SupervisedSpan, *, only_last: bool) -> Sequence[Prompt]:
+    """Return the prompts that may be the span's: those of later answers are longer than the text up to its end."""
     refused = [prompt for prompt in prompts if isinstance(prompt, TemplateRefusal)]
-    fitting = [prompt for prompt in prompts if not isinstance(prompt, TemplateRefusal) and len(prompt) < length]
-    return refused[:1] or fitting[-1:] or prompts[:1]
+    fitting = [prompt for prompt in prompts if not isinstance(prompt, TemplateRefusal) and len(prompt) < span.end]
+    return (refused[:1] or fitting[-1:] if only_last else refused + fitting) or prompts[:1]
 
 
 def _find_supervised(row: dict[str, Any], train_on: str) -> list[SupervisedSpan]:

@@ -7,28 +7,16 @@ from typing import Any
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role
 from fastchat_qlora.data.templates.sentinels import SENTINEL, SENTINEL_END
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
-}
-"""The names of roles in published data sets."""
-
 CALL_ROLES = ("function_call", "tool_call")  # whose text is the call, as JSON
+ROLE_NAMES: dict[Role, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "user": ("human", "user", "prompter"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bot", *CALL_ROLES),
+    "tool": ("tool", "function", "observation", "tool_response", "ipython"),
+}
+"""Role -> its names in published data sets."""
+
+ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names}
 TEXT_ROLES = {name: role for name, role in ROLES.items() if name not in CALL_ROLES}
 
 ID_FIELDS = ("id", "conversation_id", "prompt_id")

@@ -12,7 +12,7 @@ Anything unexpected is a reason to reject the conversation.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -47,12 +47,10 @@ class AssistantTurn:
     """An assistant's message in a text.
 
     Attributes:
-        index: of the message.
-        text: the text, up to `end` at least.
+        text: complete up to `end` at least.
         start: the position where the model begins to write.
-        end: the position behind the token that ends the turn.
+        end: the position after the token that ends the turn.
         ending: the text from the end of the content to `end`.
-        is_supervised: whether it is supervised in this text.
     """
 
     index: int
@@ -72,10 +70,8 @@ class RenderedText:
     """One text to train on.
 
     Attributes:
-        count: number of messages in it.
-        text: the text.
-        turns: the assistant's turns in it, supervised or not.
-        unplaced: indices of assistant messages that could not be located in it; none of them is supervised.
+        count: number of messages.
+        unplaced: indices of assistant messages that could not be located; none of them is supervised.
         closing: the token that ends the last turn, where the template writes it with the next message only.
     """
 
@@ -87,14 +83,7 @@ class RenderedText:
 
 
 class AnswerProbe(NamedTuple):
-    """What a template writes around one answer.
-
-    Attributes:
-        prompt: the messages before it, with the generation prompt.
-        before: the text before a sentinel in the answer's place.
-        answered: the text with the answer.
-        ending: the text behind the sentinel, or behind the content where a control token ends the turn later.
-    """
+    """The texts around one answer; see above. `before` and `ending` stand around the sentinel."""
 
     prompt: str
     before: str
@@ -332,21 +321,21 @@ def _find_content(probe: AnswerProbe, content: str, start: int) -> tuple[int, in
     )
 
 
-def cut_into_segments(rendered: RenderedText, messages: Sequence[Message]) -> Iterator[Segment]:
-    """Yield the segments of a text.
+def cut_into_segments(text: str, turns: Sequence[AssistantTurn], messages: Sequence[Message]) -> list[Segment]:
+    """Cut a text at the edges of its turns.
 
     Raises:
         RejectedRecord: its turns do not follow each other.
     """
+    segments = []
     position = 0
-    for turn in rendered.turns:
+    for turn in turns:
         if turn.start < position:
             raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
         if turn.start > position:
-            yield Segment(rendered.text[position : turn.start])
+            segments.append(Segment(text[position : turn.start]))
         train = messages[turn.index].train
-        answer = rendered.text[turn.start : turn.end]
-        yield Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train)
+        answer = text[turn.start : turn.end]
+        segments.append(Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train))
         position = turn.end
-    if position < len(rendered.text):
-        yield Segment(rendered.text[position:])
+    return [*segments, Segment(text[position:])] if position < len(text) else segments

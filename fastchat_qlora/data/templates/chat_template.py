@@ -94,7 +94,7 @@ class ChatTemplate:
             name = str(tool["function"].get("name", ""))
             if not all(name in rendered.text for rendered in texts):
                 raise RejectedRecord(f"the chat template omits the tool {name[:40]!r}")
-        return [list(cut_into_segments(rendered, conversation.messages)) for rendered in texts]
+        return [cut_into_segments(rendered.text, rendered.turns, conversation.messages) for rendered in texts]
 
     def _get_skeletons(self, conversation: Conversation, wanted: set[int]) -> list[TemplateSkeleton]:
         """Return the skeletons of this sequence of roles; none where contents may change what the template does."""

@@ -7,11 +7,12 @@ A conversation of sentinels is rendered and cut at them:
 With real contents in the slots this must equal what the template itself renders, or the skeleton does not apply.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fastchat_qlora.data.conversation import Message, Segment
-from fastchat_qlora.data.templates.assistant_spans import RenderedText
+from fastchat_qlora.data.templates.assistant_spans import AssistantTurn, RenderedText, cut_into_segments
 from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL
 
 
@@ -68,22 +69,15 @@ def fill_skeleton(skeleton: TemplateSkeleton, messages: Sequence[Message], text:
     """Return the segments of a text, or None if the skeleton with these messages is not that text."""
     if any(not messages[i].train for i in skeleton.unplaced):
         return None
+    text += skeleton.closing
     contents = [message.content for message in messages]
     for variant in (contents, [content.strip() for content in contents]):
         parts = [slot if isinstance(slot, str) else variant[slot] for slot in skeleton.slots]
-        if "".join(parts) == text + skeleton.closing:
-            return list(_join(parts, skeleton.turns, messages))
+        if "".join(parts) == text:
+            ends = [0, *accumulate(map(len, parts))]
+            turns = [
+                AssistantTurn(turn.index, text, ends[turn.first], ends[turn.stop], is_supervised=turn.is_supervised)
+                for turn in skeleton.turns
+            ]
+            return cut_into_segments(text, turns, messages)
     return None
-
-
-def _join(parts: Sequence[str], turns: Sequence[SkeletonTurn], messages: Sequence[Message]) -> Iterator[Segment]:
-    position = 0
-    for turn in turns:
-        if position < turn.first:
-            yield Segment("".join(parts[position : turn.first]))
-        train = messages[turn.index].train
-        answer = "".join(parts[turn.first : turn.stop])
-        yield Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train)
-        position = turn.stop
-    if position < len(parts):
-        yield Segment("".join(parts[position:]))
