@@ -59,13 +59,10 @@ class LoadedData(NamedTuple):
     """The data of one flag.
 
     Attributes:
-        flag: --data_path or --eval_data_path.
-        paths: the flag's values.
         sequences: of tokens, or of texts that become tokens on access.
-        summary: counts of its records.
         rejected: a file that lists the rejected records.
         contents: hashes of its files, in their order; their names are not in them.
-        template: the name of its prompt template.
+        template: the name of the prompt template.
     """
 
     flag: str
@@ -91,12 +88,9 @@ def load_dataset(
     Several processes on one machine may call this at once: one does the work, the others wait for its lock.
 
     Args:
-        data_args: of the run.
         tokenizer: a fast tokenizer; its chat template becomes the one that was used.
-        max_length: tokens of a sequence.
         output_dir: the folder of the run, if there is one; files in it are not read as data.
-        cache_dir: folder of the cache; beside Hugging Face's by default.
-        mode: see LoadMode.
+        cache_dir: of the cache and of downloads; beside Hugging Face's by default.
 
     Returns:
         The data of each flag; sequences have the columns of schema.EAGER_FEATURES.
@@ -104,14 +98,8 @@ def load_dataset(
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
     """
-    preprocessor = Preprocessor(
-        tokenizer,
-        data_args.conv_template,
-        max_length,
-        data_args.overlong,
-        data_args.train_on,
-        lazy=data_args.lazy_preprocess,
-    )
+    template, overlong, train_on = data_args.conv_template, data_args.overlong, data_args.train_on
+    preprocessor = Preprocessor(tokenizer, template, max_length, overlong, train_on, lazy=data_args.lazy_preprocess)
     logger.info(f"Conversations are written with {preprocessor.name}.")
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
     sources = [
@@ -159,7 +147,6 @@ def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> 
     """Return the sequences to train on and to evaluate on.
 
     Args:
-        loaded: from load_dataset.
         eval_split: share or number of conversations to move from the training data to evaluation.
         seed: chooses them.
     """
@@ -172,10 +159,7 @@ class DataSource:
     """The files and hub datasets of one flag, in order.
 
     Args:
-        paths: the flag's values.
-        flag: the flag, for errors.
         cache_dir: of downloads.
-        show_progress: whether reading shows a progress bar.
         exclude: a folder whose files are not read: the run's own output.
 
     Raises:

@@ -67,8 +67,6 @@ def report_parity(
     """Compare some sequences with a server's prompts, and log how many agree and where the first one differs.
 
     Args:
-        sequences: of the run.
-        preprocessor: the one that made them.
         read: reads the records at some places.
     """
     chosen = [sequences[i] for i in choose_sequences(sequences, preprocessor.overlong)]
@@ -184,9 +182,7 @@ def find_mismatch(
     """Return None if a prompt is the beginning of the sequence up to the answer; else where the nearest one differs.
 
     Args:
-        ids: the sequence's tokens.
-        prompts: of the answers that this may be.
-        span: the answer.
+        prompts: of the answers that the span may be.
         may_precede_answer: whether tokens may stand between a prompt and its answer.
     """
     nearest: Mismatch | TemplateRefusal | None = None

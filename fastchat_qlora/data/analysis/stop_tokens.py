@@ -19,8 +19,6 @@ def find_stop_tokens(sequences: Dataset, tokenizer: Any, max_length: int) -> lis
     after it.
 
     Args:
-        sequences: of the training data.
-        tokenizer: the one that made them.
         max_length: tokens of a sequence that was cut inside an answer.
     """
     chosen = np.linspace(0, len(sequences) - 1, min(MAX_SAMPLED_SEQUENCES, len(sequences))).astype(int)

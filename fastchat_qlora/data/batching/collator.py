@@ -44,7 +44,6 @@ class Collator:
 
     Args:
         tokenizer: has the padding token and side.
-        padding_free: whether conversations are laid end to end.
     """
 
     def __init__(self, tokenizer: Any, *, padding_free: bool) -> None:

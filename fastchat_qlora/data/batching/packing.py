@@ -60,7 +60,6 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     Args:
         lengths: tokens of each conversation.
         capacity: tokens of a packed sequence.
-        seed: of the order.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int, seed: int) -> None:
@@ -85,12 +84,7 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
 
 
 class PackedDataset(torch.utils.data.Dataset[list[Any]]):
-    """A dataset whose items are packed sequences: lists of conversations.
-
-    Args:
-        conversations: a dataset of single conversations.
-        sampler: chooses the conversations of each item.
-    """
+    """A dataset whose items are packed sequences: lists of conversations, as the sampler chooses them."""
 
     def __init__(self, conversations: Any, sampler: PackingSampler) -> None:
         self.conversations = conversations

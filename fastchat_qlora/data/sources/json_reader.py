@@ -30,15 +30,10 @@ NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[NumberedRecord]:
-    """Return the records of a JSON file, numbered by lines or items from 1.
+    """Return the records of an open JSON file, numbered by lines or items from 1.
 
-    Args:
-        path: the file; its suffixes tell the compression, and whether it holds lines.
-        raw: the open file.
-        flag: the flag to name in errors.
-
-    Returns:
-        Records: parsed, a line's bytes, or a RejectedRecord.
+    A record is parsed, a line's bytes, or a RejectedRecord. The file's suffixes tell the compression, and whether it
+    holds lines.
 
     Raises:
         UserError: it is not an array of valid JSON in UTF-8, and does not hold lines.
@@ -106,12 +101,7 @@ def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
 
 
 class JsonStream:
-    """Reader of JSON values one by one, which holds about as much of the file as one of them needs.
-
-    Args:
-        file: the file, decompressed.
-        name: of the flag and the file, for errors.
-    """
+    """Reader of JSON values one by one, which holds about as much of the file as one of them needs."""
 
     def __init__(self, file: io.BufferedReader, name: str) -> None:
         self.file = file

@@ -59,7 +59,6 @@ def find_files(path: str, without: Path | None = None) -> FoundFiles:
     """Return the file at a path, or the data files in a folder and its subfolders, sorted.
 
     Args:
-        path: of a file or a folder.
         without: a subfolder to leave out, such as the run's own output.
 
     Raises:
@@ -87,11 +86,6 @@ def _raise(error: OSError) -> None:
 
 def read_file(path: Path, flag: str, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
     """Yield the records of a file, whose suffixes tell the format: Parquet, JSON Lines or JSON, also in .gz and .zst.
-
-    Args:
-        path: the file.
-        flag: the flag to name in errors.
-        progress: called with bytes of the file on disk.
 
     Raises:
         UserError: the file cannot be read, or is not valid.

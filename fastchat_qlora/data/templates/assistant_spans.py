@@ -95,10 +95,9 @@ class AssistantSpanFinder:
     """Finds the assistant turns of one conversation.
 
     Args:
-        messages: the conversation.
         render: renders the first messages of it. One more than there is must be there, a user's: some templates write
             the end of a turn only where the next one begins.
-        control_tokens: finds the tokens that can end a turn or begin one.
+        control_tokens: that can end a turn or begin one.
     """
 
     def __init__(self, messages: Sequence[Message], render: Render, control_tokens: StringMatcher) -> None:

@@ -31,12 +31,7 @@ MAX_SKELETONS = 2_000
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        control_tokens: finds the tokens that can end a turn or begin one.
-    """
+    """A tokenizer's chat template; `control_tokens` can end a turn or begin one."""
 
     def __init__(self, tokenizer: Any, control_tokens: StringMatcher) -> None:
         self.tokenizer = tokenizer
@@ -48,7 +43,6 @@ class ChatTemplate:
         """Render a conversation as one or several texts in segments, each supervised answer in one of them.
 
         Args:
-            conversation: the messages.
             supervised: indices of the assistant's messages to supervise.
 
         Raises:

@@ -55,9 +55,7 @@ def check_structure(message: Message, supervised: str, render: Callable[[Message
     """Require that reasoning, content, names and arguments are written by the template, inside the supervised text.
 
     Args:
-        message: the assistant's message.
-        supervised: its supervised text.
-        render: renders the conversation up to it with another message in its place.
+        render: renders the conversation up to the message, with another one in its place.
 
     Raises:
         RejectedRecord: a part is missing.

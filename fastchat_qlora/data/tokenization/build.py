@@ -78,11 +78,8 @@ def build_sequences(
     """Preprocess records and write `rows.arrow` and `rejected.jsonl` into a folder.
 
     Args:
-        records: of one flag's data.
-        preprocessor: makes sequences of them.
         workers: processes; below 2 this one alone, which reads and renders while its threads tokenize.
-        folder: for the files.
-        flag: the flag to name in errors.
+        flag: of the data, for errors.
     """
     batches = make_batches(records)
     if workers < 2:

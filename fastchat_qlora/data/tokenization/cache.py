@@ -46,8 +46,6 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
     """Open an entry, or build it while every other process of the machine that needs it waits.
 
     Args:
-        root: the folder of all entries, which is created.
-        key: the entry's name.
         build: writes the entry's files into a folder and returns facts to store with them.
 
     Returns:

@@ -23,8 +23,7 @@ class TokenizedConversation(NamedTuple):
     """One conversation as the model sees it.
 
     Attributes:
-        input_ids: shape (tokens,).
-        labels: the ids of supervised tokens, IGNORE_INDEX elsewhere; shape (tokens,).
+        input_ids, labels: shape (tokens,); labels are the ids of supervised tokens, IGNORE_INDEX elsewhere.
         turn_ends: for each assistant turn, the number of tokens up to its end.
         full_length: tokens of the whole conversation; an estimate where only its beginning was tokenized.
     """
@@ -60,8 +59,7 @@ class Encoder:
     used, and the labels are proven by decoding them.
 
     Args:
-        tokenizer: a fast tokenizer.
-        control_tokens: finds the tokens that no message may contain.
+        control_tokens: that no message may contain.
         add_bos: put the BOS token in front of a text that does not start with it.
         supervise_all: supervise every token, except in assistant turns that a record masks.
     """
@@ -84,7 +82,6 @@ class Encoder:
         """Tokenize texts, on all cores and outside of Python's lock; label() takes the results.
 
         Args:
-            texts: each in segments.
             enough: tokens after which a text may be cut at the end of an assistant turn. Its beginning has the tokens
                 that it has in the whole text: tokenizers split texts at special tokens first.
         """

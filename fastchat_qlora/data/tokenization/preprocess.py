@@ -48,11 +48,7 @@ class Preprocessor:
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
-        conv_template: the name of a template, or auto.
-        max_length: tokens of a sequence.
-        overlong: truncate, drop, split or error.
-        train_on: assistant, last or all.
-        lazy: keep texts in place of tokens.
+        lazy: keep texts in place of tokens; for the others see the flags.
 
     Raises:
         UserError: there is no such template, or the tokenizer lacks a token that it writes.

@@ -41,9 +41,7 @@ class TokenizedSequence(NamedTuple):
 def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, lazy: bool) -> pa.Table:
     """Return a table of sequences, each with the number and the source of its record.
 
-    Args:
-        sequences: the sequences.
-        lazy: keep their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
+    If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
     sources = [source for _, source, _ in sequences]
     tokens = [sequence.tokens for _, _, sequence in sequences]
@@ -73,12 +71,7 @@ def _concatenate(arrays: Sequence[Ids]) -> Ids:
 
 
 class TokenizeOnAccess:
-    """A transform of lazy datasets: tokenizes sequences as when they were checked.
-
-    Args:
-        encoder: the one that they were checked with.
-        max_length: tokens of a sequence.
-    """
+    """A transform of lazy datasets; the encoder must be the one that checked them."""
 
     def __init__(self, encoder: Encoder, max_length: int) -> None:
         self.encoder = encoder

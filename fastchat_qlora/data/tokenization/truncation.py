@@ -33,9 +33,7 @@ def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_le
     long, since a template may write more around a part; then it can be split again.
 
     Args:
-        messages: the conversation.
         turn_ends: for each assistant turn, the number of tokens up to its end in the whole.
-        max_length: tokens of a part.
     """
     has_system = messages[0].role == "system"
     exchanges = _find_exchanges(messages, int(has_system))
