@@ -118,17 +118,11 @@ def load_dataset(
             if mode != "preview":
                 raise UserError(error)
             logger.warning(f"Training would stop here: {error}")
-    if mode != "worker":
-        _check_serving(preprocessor, sources[0], loaded[0].sequences)
-    return Splits(*loaded)
-
-
-def _check_serving(preprocessor: Preprocessor, source: "DataSource", sequences: Dataset) -> None:
-    """Log how training differs from the prompts of a server."""
-    if preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
+    if mode != "worker" and preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
         logger.warning(gap)
-    if len(sequences):
-        report_parity(sequences, preprocessor, source.records_at)
+    if mode != "worker" and len(loaded[0].sequences):
+        report_parity(loaded[0].sequences, preprocessor, sources[0].records_at)
+    return Splits(*loaded)
 
 
 def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -> None:
@@ -146,13 +140,25 @@ def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -
 def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> Splits[Dataset]:
     """Return the sequences to train on and to evaluate on.
 
+    Whole conversations are moved: one that became several sequences must not be trained on and then evaluated on.
+
     Args:
-        eval_split: share or number of conversations to move from the training data to evaluation.
-        seed: chooses them.
+        eval_split: share or number of training conversations to evaluate on, chosen by the seed.
     """
+    sequences = loaded.train.sequences
     if not eval_split:
-        return Splits(loaded.train.sequences, loaded.eval and loaded.eval.sequences)
-    return _hold_out(loaded.train.sequences, eval_split, seed)
+        return Splits(sequences, loaded.eval and loaded.eval.sequences)
+    records = get_column(sequences, "record")
+    conversations = np.unique(records)
+    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
+    if not 0 < size < len(conversations):
+        raise UserError(
+            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
+            "one side; give another share or count, or --eval_data_path"
+        )
+    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
+    is_held_out = np.isin(records, held_out)
+    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))
 
 
 class DataSource:
@@ -294,18 +300,3 @@ def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
         if len(sequences) > conversations:
             line += f" {conversations} conversations became {len(sequences)} sequences."
     return "\n".join([line, *reasons])
-
-
-def _hold_out(sequences: Dataset, eval_split: float, seed: int) -> Splits[Dataset]:
-    """Split by conversation: one that became several sequences must not be trained on and then evaluated on."""
-    records = get_column(sequences, "record")
-    conversations = np.unique(records)
-    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
-    if not 0 < size < len(conversations):
-        raise UserError(
-            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
-            "one side; give another share or count, or --eval_data_path"
-        )
-    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
-    is_held_out = np.isin(records, held_out)
-    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.dataset import LoadedData, load_dataset
-from fastchat_qlora.data.sources.formats import MAX_CHARACTERS
+from fastchat_qlora.data.sources.formats import MAX_RECORD_CHARACTERS
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
@@ -256,7 +256,7 @@ def test_text_of_a_hundred_megabytes(ending: str, load: Load, tmp_path: Path) ->
     loaded = load(path)
     assert [row["line"] for row in loaded.sequences] == [1, 3]
     [rejected] = rejected_lines(tmp_path)
-    assert str(MAX_CHARACTERS) in rejected["reason"] or "MiB" in rejected["reason"]
+    assert str(MAX_RECORD_CHARACTERS) in rejected["reason"] or "MiB" in rejected["reason"]
 
 
 def test_latin_1_file(load: Load, tmp_path: Path) -> None:

@@ -28,14 +28,10 @@ from fastchat_qlora.utils.text import one_line
 logger = logging.getLogger(__name__)
 
 COMPARED_SEQUENCES = 16
-COMPARED_LINES = 256
-"""Lines of a file among which sequences are chosen: for later ones the file would have to be read up to there."""
+COMPARED_LINES = 256  # of a file, among which sequences are chosen; later ones would take long to find again
 
-Place = tuple[str, int]
-"""The file and the line of a record."""
-
-Prompt = list[int] | TemplateRefusal
-"""The tokens with which a server asks for an answer."""
+Place = tuple[str, int]  # the file and the line of a record
+Prompt = list[int] | TemplateRefusal  # the tokens with which a server asks for an answer
 
 
 class ServedConversation(NamedTuple):

@@ -8,8 +8,7 @@ from datasets import Dataset
 
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
-MAX_SAMPLED_SEQUENCES = 500
-"""Sequences that are searched, spread over all of them."""
+MAX_SAMPLED_SEQUENCES = 500  # spread over all of them
 
 
 def find_stop_tokens(sequences: Dataset, tokenizer: Any, max_length: int) -> list[int]:

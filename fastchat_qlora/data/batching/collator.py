@@ -10,9 +10,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
-PADDING_MULTIPLE = 8
-"""Padded lengths are multiples of it, which suits matrix units."""
-
+PADDING_MULTIPLE = 8  # of padded lengths, which suits matrix units
 BATCH_INFO = ("num_tokens", "num_supervised", "num_conversations", "sources")
 """Facts about a batch in plain integers and names, known before anything is on a device."""
 

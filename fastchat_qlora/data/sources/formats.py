@@ -23,14 +23,9 @@ ID_FIELDS = ("id", "conversation_id", "prompt_id")
 TURN_FIELDS = ("messages", "conversations", "conversation")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 FIELDS = {*ID_FIELDS, *TURN_FIELDS, "system", "tools", "functions", "instruction", "input", "output", "history"}
-"""The fields of a record that are read."""
 
-MAX_CHARACTERS = 10_000_000
-"""Characters of a record; millions of tokens, more than any model attends to."""
-
-MAX_MESSAGES = 1_000
-"""Messages of a record; the work of checking a chat template grows with its square."""
-
+MAX_RECORD_CHARACTERS = 10_000_000  # millions of tokens, more than any model attends to
+MAX_MESSAGES = 1_000  # the work of checking a chat template grows with its square
 NO_TEXT = "must be an object with text in 'from' and 'value', or role and content"
 
 
@@ -87,8 +82,8 @@ def _check_size(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]])
         raise RejectedRecord(f"{len(messages)} messages, more than {MAX_MESSAGES}")
     size = sum(len(one.content) + len(one.reasoning) + len(str(one.tool_calls or "")) for one in messages)
     size += len(str(tools or ""))
-    if size > MAX_CHARACTERS:
-        raise RejectedRecord(f"{size} characters, more than {MAX_CHARACTERS}")
+    if size > MAX_RECORD_CHARACTERS:
+        raise RejectedRecord(f"{size} characters, more than {MAX_RECORD_CHARACTERS}")
 
 
 def _read_messages(record: dict[str, Any]) -> list[Message]:

@@ -20,8 +20,7 @@ NumberedRecord = tuple[int, Any]
 MIN_READ_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 MAX_ITEM_CHARACTERS = 128 << 20
-MAX_DIGITS = 4_000
-"""Digits of a whole number; Python refuses to parse much longer ones, a float takes any number."""
+MAX_DIGITS = 4_000  # of an integer; Python refuses to parse much longer ones, a float takes any number
 
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)

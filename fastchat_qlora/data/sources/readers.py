@@ -44,8 +44,7 @@ class RawRecord(NamedTuple):
     value: Any
 
 
-Progress = Callable[[int], object]
-"""Called with the number of bytes read since the last call."""
+Progress = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
 class FoundFiles(NamedTuple):

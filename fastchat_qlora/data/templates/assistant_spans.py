@@ -14,6 +14,7 @@ Anything unexpected is a reason to reject the conversation.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import NamedTuple
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
@@ -21,7 +22,6 @@ from fastchat_qlora.data.templates.content_checks import (
     TAG,
     check_structure,
     contains,
-    count_common,
     get_variants,
     split_at_tags,
 )
@@ -33,8 +33,7 @@ LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # one that stands for no numbe
 
 NO_END = "the chat template ends the turn with no special token to stop at"
 
-MAX_RENDERED_CHARACTERS = 20_000_000
-"""Characters of all texts that one conversation becomes; a template that rewrites earlier turns makes many."""
+MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
 
 Render = Callable[[int, bool, Mapping[int, Message]], str]
 """(number of messages, add the generation prompt, replacements by index) -> text."""
@@ -218,8 +217,9 @@ class AssistantSpanFinder:
         answered = probe.answered
         if message.reasoning or message.tool_calls:
             if message.reasoning or not answered.startswith(probe.before):
-                is_asked = answered.startswith(probe.prompt)
-                start = len(probe.prompt) if is_asked else count_common(answered, probe.before)
+                start = len(probe.prompt)
+                if not answered.startswith(probe.prompt):
+                    start = len(commonprefix([answered, probe.before]))  # noqa: RUF071  # by characters
             content_end, end = self._find_structured_end(probe, start)
             check_structure(message, answered[start:end], lambda other: self.render(index + 1, False, {index: other}))
         else:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-TemplateMessage = dict[str, Any]
-"""A message in the form that chat templates expect."""
-
+TemplateMessage = dict[str, Any]  # as chat templates expect a message
 MAX_REASON_CHARACTERS = 1000
 
 

@@ -16,9 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.files import hash_file
 
-MAX_ENTRIES = 10
-"""Entries that pruning leaves, the last used ones; those used within the last day are left in any case."""
-
+MAX_ENTRIES = 10  # that pruning leaves, the last used ones, beside those used within the last day
 ENTRY_MANIFEST = "manifest.json"
 DAY_SECONDS = 24 * 3600.0
 

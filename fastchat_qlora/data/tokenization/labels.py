@@ -150,23 +150,19 @@ class Encoder:
         """
         text = "".join(segment.text for segment in segments)
         self._check_control_tokens(ids, text)
-        offsets = self.backend.encode(text, add_special_tokens=False).offsets
+        starts, ends = np.array(self.backend.encode(text, add_special_tokens=False).offsets).T
         turns = []
-        token = end = 0
+        end = 0
         for segment in segments:
             start, end = end, end + len(segment.text)
             if not (segment.supervised or segment.ends_turn):
                 continue
-            while token < len(ids) and offsets[token][1] <= start:
-                token += 1
-            first = token
-            while token < len(ids) and offsets[token][0] < end:
-                token += 1
+            first, last = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(starts, end))
             if segment.supervised:
-                if first == token or offsets[first][0] < start or offsets[token - 1][1] > end:
+                if first >= last or starts[first] < start or ends[last - 1] > end:
                     raise RejectedRecord(EDGE_INSIDE_TOKEN)
-                self._check_decoded(ids[first:token].tolist(), segment.text)
-            turns.append(TokenSpan(first, token, segment))
+                self._check_decoded(ids[first:last].tolist(), segment.text)
+            turns.append(TokenSpan(first, last, segment))
         return turns
 
     def _check_decoded(self, ids: list[int], answer: str) -> None:
