@@ -89,28 +89,33 @@ def _check_size(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]])
 def _read_messages(record: dict[str, Any]) -> list[Message]:
     turns = next((record[key] for key in TURN_FIELDS if record.get(key)), None)
     if turns is None and "instruction" in record:
-        return _read_alpaca(record)
+        turns = _get_alpaca_turns(record)
     if not isinstance(turns, list) or not turns:
         raise RejectedRecord(
             "no turns: must have 'conversations' (a list of {from, value}), 'messages' (a list of {role, content}), or "
             "'instruction' and 'output'"
         )
-    messages = _read_turns(turns)
+    messages = []
+    for i, turn in enumerate(turns):
+        try:
+            messages.append(_read_message(turn))
+        except RejectedRecord as error:
+            raise RejectedRecord(f"message {i}: {error}") from error
     system = record.get("system") or ""
     if not isinstance(system, str):
         raise RejectedRecord("'system' must be text")
     if system and messages[0].role != "system":
-        messages.insert(0, Message("system", _text_of("system", system)))
+        messages.insert(0, Message("system", _text(system, "'system': ")))
     elif system and messages[0].content != system:
-        raise RejectedRecord("two system messages that differ: 'system' and the first message")
+        raise RejectedRecord("'system' and the first message are system messages that differ")
     return messages
 
 
-def _read_alpaca(record: dict[str, Any]) -> list[Message]:
-    """Return `system`, the pairs of `history`, `instruction` with `input` below it, and `output` as messages."""
+def _get_alpaca_turns(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the pairs of `history`, and `instruction` with `input` below it and `output`."""
     if "output" not in record:
         raise RejectedRecord("'instruction' without 'output': there is no answer under that name")
-    texts = {key: record.get(key) or "" for key in ("system", "instruction", "input", "output")}
+    texts = {key: record.get(key) or "" for key in ("instruction", "input", "output")}
     wrong = [key for key, text in texts.items() if not isinstance(text, str)]
     if wrong:
         raise RejectedRecord(f"{wrong[0]!r} must be text")
@@ -118,20 +123,11 @@ def _read_alpaca(record: dict[str, Any]) -> list[Message]:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise RejectedRecord("'history' must be a list of [question, answer]")
     question = "\n".join(filter(None, (texts["instruction"], texts["input"])))
-    turns = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
-    for asked, answered in [*pairs, (question, texts["output"])]:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return _read_turns(turns)
-
-
-def _read_turns(turns: Sequence[Any]) -> list[Message]:
-    messages = []
-    for i, turn in enumerate(turns):
-        try:
-            messages.append(_read_message(turn))
-        except RejectedRecord as error:
-            raise RejectedRecord(f"message {i}: {error}") from error
-    return messages
+    return [
+        {"role": role, "content": content}
+        for pair in [*pairs, (question, texts["output"])]
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _read_message(turn: Any) -> Message:
@@ -181,7 +177,7 @@ def _short(value: Any) -> str:
     return repr(value if isinstance(value, str | int | float | None) else type(value).__name__)[:42]
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, place: str = "") -> str:
     if isinstance(content, list):
         content = "".join(map(_read_part, content))
     if not isinstance(content, str):
@@ -190,17 +186,10 @@ def _text(content: Any) -> str:
         try:
             content.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RejectedRecord("holds half of a surrogate pair, which is no character") from error
+            raise RejectedRecord(f"{place}contains half of a surrogate pair, which is not a character") from error
         if SENTINEL in content or SENTINEL_END in content:
-            raise RejectedRecord("holds U+FDD0 or U+FDD1, which is no character")
+            raise RejectedRecord(f"{place}contains U+FDD0 or U+FDD1, which are not characters")
     return content
-
-
-def _text_of(field: str, content: str) -> str:
-    try:
-        return _text(content)
-    except RejectedRecord as error:
-        raise RejectedRecord(f"{field!r}: {error}") from error
 
 
 def _read_part(part: Any) -> str:
@@ -208,7 +197,7 @@ def _read_part(part: Any) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     if not isinstance(text, str) or not is_text:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise RejectedRecord(f"a content part is no text but {str(kind)[:40]!r}")
+        raise RejectedRecord(f"a content part must be text, not {str(kind)[:40]!r}")
     return text
 
 
@@ -225,13 +214,13 @@ def _get_calls(turn: dict[str, Any]) -> Any:
     calls = turn.get("tool_calls") or []
     call = turn.get("function_call")  # OpenAI's older name for one call
     if calls and call:
-        raise RejectedRecord("has 'tool_calls' and 'function_call'; one of them must go")
+        raise RejectedRecord("has both 'tool_calls' and 'function_call'; remove one of them")
     return [call] if call else calls
 
 
 def _read_calls(calls: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(calls, str):
-        calls = _parse_json(calls)
+        calls = _parse_json(calls, "a tool call")
     return tuple(_read_call(call) for call in (calls if isinstance(calls, list) else [calls]))
 
 
@@ -243,7 +232,7 @@ def _read_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     arguments = function.get("parameters", {}) if arguments is None else arguments
     if isinstance(arguments, str):
-        arguments = _parse_json(arguments or "{}")
+        arguments = _parse_json(arguments or "{}", "a tool call")
     if not isinstance(arguments, dict):
         raise RejectedRecord("a tool call's arguments must be an object")
     try:
@@ -255,25 +244,22 @@ def _read_call(call: Any) -> dict[str, Any]:
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _parse_json(text: Any) -> Any:
+def _parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise RejectedRecord(f"a tool call is not JSON: {error}") from error
+    except ValueError as error:
+        raise RejectedRecord(f"{name} is not JSON: {error}") from error
 
 
 def _read_tools(record: dict[str, Any]) -> list[Mapping[str, Any]]:
     tools = record.get("tools") or record.get("functions") or []
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RejectedRecord(f"'tools' is not JSON: {error}") from error
+        tools = _parse_json(tools, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRecord("'tools' must be a list of objects, or that as JSON")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     functions = [tool["function"] for tool in tools]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-        raise RejectedRecord("'tools' holds a function that is not an object with a name")
-    _text_of("tools", json.dumps(tools, ensure_ascii=False))
+        raise RejectedRecord("'tools': a function must be an object with a name")
+    _text(json.dumps(tools, ensure_ascii=False), "'tools': ")
     return tools

@@ -107,11 +107,11 @@ def test_tool_calls(said: dict[str, Any]) -> None:
         ({"train": "yes"}, "must be 0 or 1"),
         (
             {"content": [{"type": "image_url", "image_url": "x"}]},
-            "message 1: a content part is no text but 'image_url'",
+            "message 1: a content part must be text, not 'image_url'",
         ),
         ({"content": None}, "message 1: must be an object with text"),
         ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
-        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has 'tool_calls' and 'function_call'"),
+        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has both 'tool_calls' and 'function_call'"),
         ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),
@@ -145,7 +145,7 @@ def test_system_message_that_is_no_text(turns: dict[str, Any], system: Any) -> N
 @pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
 def test_two_system_messages_that_differ(first: Any) -> None:
     record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
-    with pytest.raises(RejectedRecord, match=r"^two system messages that differ: 'system' and the first message$"):
+    with pytest.raises(RejectedRecord, match=r"^'system' and the first message are system messages that differ$"):
         to_conversation(record)
 
 

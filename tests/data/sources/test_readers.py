@@ -104,7 +104,7 @@ def test_good_records(name: str, tmp_path: Path) -> None:
         ({"instruction": "Why?", "context": "", "response": "So"}, "'instruction' without 'output'"),
         ({"conversations": [*GOOD["conversations"], {"from": "human"}]}, "message 2: must be an object"),
         ({"conversations": [{"from": "human", "value": 5}]}, "message 0: must be an object with text"),
-        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part is no text but 'int'"),
+        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part must be text, not 'int'"),
         ({"conversations": [{"from": "human", "value": float("nan")}]}, "message 0: must be an object with text"),
         (sharegpt([("human", "Hi"), ("alien", "Hello")]), "message 1: unknown role 'alien'; known are .*human.*gpt"),
         ({"conversations": [{"value": "Hi"}]}, "message 0: unknown role None"),
@@ -323,7 +323,7 @@ def assert_means(records: list[Conversation | Rejection], meaning: str | None) -
     if meaning is None:
         assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert isinstance(records[1], Rejection)
-        assert records[1].reason == "message 1: holds half of a surrogate pair, which is no character"
+        assert records[1].reason == "message 1: contains half of a surrogate pair, which is not a character"
     else:
         assert isinstance(records[1], Conversation)
         assert records[1].messages[1].content == meaning

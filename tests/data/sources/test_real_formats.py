@@ -174,7 +174,7 @@ def test_characters_that_templates_are_watched_with(place: str, character: str) 
         answer[place] = f"x{character}"
     done = prepare(byte_level("glm4moe"), {"messages": [SAID[0], answer], "tools": [tool]})
     assert [rejection.reason.partition(": ")[2] for rejection in done.rejections] == [
-        "holds U+FDD0 or U+FDD1, which is no character"
+        "contains U+FDD0 or U+FDD1, which are not characters"
     ]
 
 
