@@ -385,7 +385,9 @@ class TestOverlong:
         whole = build(data_file, tokenizer, tmp_path, overlong="error")["train"]
         long = [row["id"] for row in whole if row["length"] > 40]
         assert 0 < len(long) < 12
-        with pytest.raises(UserError, match=rf"--overlong error: {len(long)} conversations are too long.*{data_file}:2 \(id c1\)"):
+        with pytest.raises(
+            UserError, match=rf"--overlong error: {len(long)} conversations are too long.*{data_file}:2 \(id c1\)"
+        ):
             build(data_file, tokenizer, tmp_path, overlong="error", max_length=40)
         assert [record["id"] for record in rejected(tmp_path)] == long
 
@@ -486,9 +488,7 @@ class TestPreprocessing:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(asked))
         train = build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.5)["train"]
         assert [spoken(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
-        assert [line["reason"] for line in rejected(tmp_path)] == [
-            "no supervised token within the first 256 tokens"
-        ]
+        assert [line["reason"] for line in rejected(tmp_path)] == ["no supervised token within the first 256 tokens"]
         with pytest.raises(UserError, match=r"^--data_path: 1 of 2 records were rejected"):
             build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.05)
 

@@ -48,21 +48,17 @@ class Example:
         return self.full_length > len(self.input_ids)
 
     @property
-    def supervised(self) -> int:
-        """Number of tokens in the loss."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
-    @property
     def title(self) -> str:
         """Source and size of the sequence."""
         identity = f", id {self.id}" if self.id is not None else ""
         cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
-        size = f"{len(self.input_ids):,} tokens, {self.supervised:,} supervised{cut}"
+        supervised = sum(label != IGNORE_INDEX for label in self.labels)
+        size = f"{len(self.input_ids):,} tokens, {supervised:,} supervised{cut}"
         return escape_control(f"{self.set} sequence {self.position}: {self.source}{identity}: {size}")
 
     @property
     def parts(self) -> list[Part]:
-        """The sequence's text, cut where supervision begins or ends."""
+        """Text of the sequence, cut where supervision begins or ends."""
         return split_by_label(self.input_ids, self.labels, self.tokenizer)
 
 

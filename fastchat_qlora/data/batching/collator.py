@@ -23,9 +23,9 @@ def count_max_batch_tokens(lengths: np.ndarray[Any, Any], batch_size: int, *, pa
 
 
 class Collator:
-    """Lays conversations end to end in one row, or pads them to the longest one.
+    """Lays conversations end to end in one sequence, or pads them to the longest one.
 
-    Beside the model's inputs a batch holds BATCH_INFO and:
+    Beside the model's inputs a batch contains BATCH_INFO and:
 
     - `supervised`: shape (targets,), the positions in the flattened batch whose next token is supervised;
     - `labels`: shape (targets,), those next tokens;

@@ -105,7 +105,7 @@ def _read_messages(record: dict[str, Any]) -> list[Message]:
     if not isinstance(system, str):
         raise RejectedRecord("'system' must be text")
     if system and messages[0].role != "system":
-        messages.insert(0, Message("system", _text(system, "'system': ")))
+        messages.insert(0, Message("system", _read_text(system, "'system': ")))
     elif system and messages[0].content != system:
         raise RejectedRecord("'system' and the first message are system messages that differ")
     return messages
@@ -137,7 +137,7 @@ def _read_message(turn: Any) -> Message:
         name, content = turn.get(names[0]), turn.get(names[1])
         role = TEXT_ROLES.get(name) if isinstance(name, str) else None
         if role is not None and isinstance(content, str) and content and not content.isspace():
-            return Message(role, _text(content))
+            return Message(role, _read_text(content))
     return _read_any_message(turn)
 
 
@@ -146,22 +146,22 @@ def _read_any_message(turn: Any) -> Message:
         raise RejectedRecord(NO_TEXT)
     name = turn["role"] if turn.get("role") is not None else turn.get("from")
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    speaker = name.lower() if isinstance(name, str) else ""
-    role = ROLES.get(speaker)
+    role_name = name.lower() if isinstance(name, str) else ""
+    role = ROLES.get(role_name)
     if role is None:
         raise RejectedRecord(f"unknown role {_short(name)}; known are {', '.join(ROLES)}")
-    tool_calls = _read_calls(content if speaker in CALL_ROLES else _get_calls(turn))
+    tool_calls = _read_calls(content if role_name in CALL_ROLES else _get_calls(turn))
     is_answer = role == "assistant"
-    if speaker in CALL_ROLES or (content is None and is_answer and tool_calls):
+    if role_name in CALL_ROLES or (content is None and is_answer and tool_calls):
         content = ""
-    text = _text(content)
+    text = _read_text(content)
     if is_answer and not text.strip() and not tool_calls:
         raise RejectedRecord("empty answer")
     reasoning = next((turn[key] for key in REASONING_FIELDS if turn.get(key)), "")
     return Message(
         role,
         text,
-        reasoning=_text(reasoning) if is_answer else "",
+        reasoning=_read_text(reasoning) if is_answer else "",
         tool_calls=tool_calls if is_answer else (),
         extra={} if is_answer else _read_extra(turn),
         train=_read_flag(turn),
@@ -170,14 +170,14 @@ def _read_any_message(turn: Any) -> Message:
 
 def _read_extra(turn: dict[str, Any]) -> dict[str, str]:
     given = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
-    return {key: _text(str(value) if isinstance(value, int) else value) for key, value in given.items()}
+    return {key: _read_text(str(value) if isinstance(value, int) else value) for key, value in given.items()}
 
 
 def _short(value: Any) -> str:
     return repr(value if isinstance(value, str | int | float | None) else type(value).__name__)[:42]
 
 
-def _text(content: Any, place: str = "") -> str:
+def _read_text(content: Any, place: str = "") -> str:
     if isinstance(content, list):
         content = "".join(map(_read_part, content))
     if not isinstance(content, str):
@@ -239,8 +239,8 @@ def _read_call(call: Any) -> dict[str, Any]:
         text = json.dumps([function["name"], arguments], ensure_ascii=False, allow_nan=False)
     except ValueError as error:  # NaN
         raise RejectedRecord(f"a tool call's arguments are not JSON: {error}") from error
-    _text(text)
-    identity = {"id": _text(call["id"])} if isinstance(call.get("id"), str) else {}
+    _read_text(text)
+    identity = {"id": _read_text(call["id"])} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -261,5 +261,5 @@ def _read_tools(record: dict[str, Any]) -> list[Mapping[str, Any]]:
     functions = [tool["function"] for tool in tools]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise RejectedRecord("'tools': a function must be an object with a name")
-    _text(json.dumps(tools, ensure_ascii=False), "'tools': ")
+    _read_text(json.dumps(tools, ensure_ascii=False), "'tools': ")
     return tools

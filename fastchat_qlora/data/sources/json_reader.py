@@ -28,14 +28,14 @@ NUMBER_GOES_ON = ("", ".", "e", "E")
 NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[NumberedRecord]:
+def read_json_records(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[NumberedRecord]:
     """Return the records of an open JSON file, numbered by lines or items from 1.
 
-    A record is parsed, a line's bytes, or a RejectedRecord. The file's suffixes tell the compression, and whether it
-    holds lines.
+    A record is parsed, a line's bytes, or a RejectedRecord. The file's suffixes give the compression, and whether it
+    contains lines.
 
     Raises:
-        UserError: it is not an array of valid JSON in UTF-8, and does not hold lines.
+        UserError: it is not an array of valid JSON in UTF-8, and does not contain lines.
     """
     file = _decompress(path.name.lower(), raw)
     if file.peek(3).startswith(codecs.BOM_UTF8):
@@ -88,7 +88,7 @@ def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
     if (first := stream.peek()) != "[":
         value = stream.read_value()
         kind = "an object" if first == "{" else f"a {type(value).__name__}"
-        raise UserError(f"{stream.name}: holds {kind}, must hold an array of records; JSON Lines end in .jsonl")
+        raise UserError(f"{stream.name}: must be an array of records, not {kind}; JSON Lines files end in .jsonl")
     stream.take("[")
     separator = stream.take("]") if stream.peek() == "]" else ","
     while separator == ",":
@@ -100,7 +100,7 @@ def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
 
 
 class JsonStream:
-    """Reader of JSON values one by one, which holds about as much of the file as one of them needs."""
+    """Reader of JSON values one by one, with about as much of the file in memory as one of them needs."""
 
     def __init__(self, file: io.BufferedReader, name: str) -> None:
         self.file = file
@@ -171,8 +171,7 @@ class JsonStream:
         line = self.lines + self.text.count("\n", 0, self.position) + 1
         return UserError(
             f"{self.name}: not valid JSON after record {self.values}: {reason}: line {line} (char "
-            f"{self.characters + self.position}); mend it, or write one record a line, where a broken one is left out; "
-            "JSON Lines files end in .jsonl"
+            f"{self.characters + self.position}); fix it, or write JSON Lines (.jsonl), where one bad line is rejected"
         )
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from fastchat_qlora.config.validation.paths import is_data_file, strip_compression_suffix
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind
 from fastchat_qlora.data.sources.formats import FIELDS
-from fastchat_qlora.data.sources.json_reader import read_json
+from fastchat_qlora.data.sources.json_reader import read_json_records
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
@@ -44,7 +44,7 @@ class RawRecord(NamedTuple):
     value: Any
 
 
-Progress = Callable[[int], object]  # called with the number of bytes read since the last call
+ReportBytes = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
 class FoundFiles(NamedTuple):
@@ -83,7 +83,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_file(path: Path, flag: str, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
+def read_file(path: Path, flag: str, progress: ReportBytes = lambda count: None) -> Iterator[RawRecord]:
     """Yield the records of a file, whose suffixes tell the format: Parquet, JSON Lines or JSON, also in .gz and .zst.
 
     Raises:
@@ -92,7 +92,7 @@ def read_file(path: Path, flag: str, progress: Progress = lambda count: None) ->
     is_parquet = strip_compression_suffix(path.name).endswith(".parquet")
     if is_parquet and not path.name.lower().endswith(".parquet"):
         raise UserError(f"{flag} {path}: Parquet is compressed inside; unpack the file")
-    records = _read_parquet if is_parquet else read_json
+    records = _read_parquet if is_parquet else read_json_records
     name = source_name(path)
     try:
         with path.open("rb") as raw:
@@ -171,7 +171,7 @@ def load_hub_dataset(name: str, flag: str, cache_dir: str | None) -> Any:
     return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
 
-def read_hub_dataset(name: str, dataset: Any, progress: Progress = lambda count: None) -> Iterator[RawRecord]:
+def read_hub_dataset(name: str, dataset: Any, progress: ReportBytes = lambda count: None) -> Iterator[RawRecord]:
     """Yield the rows of a loaded dataset; `progress` is called with each batch's share of its bytes."""
     columns = [column for column in dataset.column_names if column in FIELDS]
     selected = dataset.select_columns(columns)  # others may not even be readable: images without a library for them

@@ -3,10 +3,10 @@
 Every answer is rendered as a server would show it to the model, once as it is and once with a sentinel in its place,
 and the text that it is supervised in is compared with that:
 
-    prompt     <|user|>Hi<|end|><|assistant|>
-    probed     <|user|>Hi<|end|><|assistant|>SENTINEL<|end|>
-    answered   <|user|>Hi<|end|><|assistant|>Hello!<|end|>
-                                             ^ start      ^ end
+    prompt          <|user|>Hi<|end|><|assistant|>
+    with sentinel   <|user|>Hi<|end|><|assistant|>SENTINEL<|end|>
+    answered        <|user|>Hi<|end|><|assistant|>Hello!<|end|>
+                                                  ^ start      ^ end
 
 Anything unexpected is a reason to reject the conversation.
 """
@@ -29,9 +29,9 @@ from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
 from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 SENTINEL_ANSWER = Message("assistant", SENTINEL)
-LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # one that stands for no numbered message
+LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # of SENTINEL_ANSWER
 
-NO_END = "the chat template ends the turn with no special token to stop at"
+NO_END = "the chat template does not end the turn with a special token"
 
 MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
 
@@ -81,8 +81,8 @@ class RenderedText:
     closing: str = ""
 
 
-class AnswerProbe(NamedTuple):
-    """The texts around one answer; see above. `before` and `ending` stand around the sentinel."""
+class AnswerTexts(NamedTuple):
+    """The texts around one answer; see above. `before` and `ending` are the text around the sentinel."""
 
     prompt: str
     before: str
@@ -172,19 +172,19 @@ class AssistantSpanFinder:
         others = [i for i in range(rendered.count) if self.messages[i].role != "assistant"]
         sentinels = {i: replace_content(self.messages[i], i) for i in others}
         try:
-            probed = self.render(rendered.count, False, sentinels)
+            replaced = self.render(rendered.count, False, sentinels)
         except RejectedRecord:  # a template that looks into contents
-            probed = None
+            replaced = None
         for i, sentinel in sentinels.items():
             message = self.messages[i]
-            is_omitted = probed is not None and sentinel.content not in probed
+            is_omitted = replaced is not None and sentinel.content not in replaced
             if is_omitted or not contains(rendered.text, message.content.strip()):
                 raise RejectedRecord(f"message {i}: the chat template omits the {message.role}'s message")
 
     def _find_rewritten(self, turn: AssistantTurn, rendered: RenderedText) -> AssistantTurn | None:
         """Return an answer that the template writes otherwise once a later one follows, e.g. without its thoughts."""
         known = self.rewritten.get(turn.index)
-        if known is None or not known.is_prefix_of(rendered.text):  # nearly always it stands there as in a longer text
+        if known is None or not known.is_prefix_of(rendered.text):
             known = self._search_rewritten(turn, rendered)
             if known is not None:
                 self.rewritten[turn.index] = known
@@ -192,14 +192,13 @@ class AssistantSpanFinder:
 
     def _search_rewritten(self, turn: AssistantTurn, rendered: RenderedText) -> AssistantTurn | None:
         try:
-            probed = self.render(rendered.count, False, {turn.index: SENTINEL_ANSWER}) + rendered.closing
+            replaced = self.render(rendered.count, False, {turn.index: SENTINEL_ANSWER}) + rendered.closing
         except RejectedRecord:
             return None
-        text, place = rendered.text, LONE_SENTINEL.search(probed)
-        if place is None or not text.startswith(probed[: place.start()]):
-            return None
-        content_end = len(text) - (len(probed) - place.end())
-        if content_end < place.start() or text[content_end:] != probed[place.end() :]:
+        text, around = rendered.text, LONE_SENTINEL.split(replaced, maxsplit=1)
+        before, after = around[0], around[-1]
+        content_end = len(text) - len(after)
+        if len(around) < 2 or content_end < len(before) or not (text.startswith(before) and text.endswith(after)):
             return None
         if text.startswith(turn.ending, content_end):
             end = content_end + len(turn.ending)
@@ -208,26 +207,26 @@ class AssistantSpanFinder:
             if token is None or text[content_end : token.start()].strip():
                 return None
             end = token.end()
-        return AssistantTurn(turn.index, text, place.start(), end, text[content_end:end])
+        return AssistantTurn(turn.index, text, len(before), end, text[content_end:end])
 
     def _find_turn(self, index: int) -> AssistantTurn:
         message = self.messages[index]
-        probe = self._probe(index)
-        start = self._find_start(probe)
-        answered = probe.answered
+        texts = self._render_answer(index)
+        start = self._find_start(texts)
+        answered = texts.answered
         if message.reasoning or message.tool_calls:
-            if message.reasoning or not answered.startswith(probe.before):
-                start = len(probe.prompt)
-                if not answered.startswith(probe.prompt):
-                    start = len(commonprefix([answered, probe.before]))  # noqa: RUF071  # by characters
-            content_end, end = self._find_structured_end(probe, start)
+            if message.reasoning or not answered.startswith(texts.before):
+                start = len(texts.prompt)
+                if not answered.startswith(texts.prompt):
+                    start = len(commonprefix([answered, texts.before]))  # noqa: RUF071  # by characters
+            content_end, end = self._find_structured_end(texts, start)
             check_structure(message, answered[start:end], lambda other: self.render(index + 1, False, {index: other}))
         else:
-            start, content_end = _find_content(probe, message.content, start)
+            start, content_end = _find_content(texts, message.content, start)
             end = self._find_end(answered, content_end)
         return AssistantTurn(index, answered, start, end, answered[content_end:end])
 
-    def _probe(self, index: int) -> AnswerProbe:
+    def _render_answer(self, index: int) -> AnswerTexts:
         before, found, ending = self.render(index + 1, False, {index: SENTINEL_ANSWER}).rpartition(SENTINEL)
         if not found:
             raise RejectedRecord("the chat template omits the answer")
@@ -237,7 +236,7 @@ class AssistantSpanFinder:
             answered = answered.removesuffix(ending)
             ending = self._find_closing(index)
             answered += ending
-        return AnswerProbe(prompt, before, answered, ending)
+        return AnswerTexts(prompt, before, answered, ending)
 
     def _find_closing(self, index: int) -> str:
         """Return the text after an answer up to the token that begins the next message.
@@ -256,29 +255,29 @@ class AssistantSpanFinder:
                 return followed[place.end() : token.end()]
         raise RejectedRecord(NO_END)
 
-    def _find_start(self, probe: AnswerProbe) -> int:
+    def _find_start(self, texts: AnswerTexts) -> int:
         """Return where the model begins to write an answer.
 
         Text between the generation prompt and the content is not the assistant's, unless it is blank: a blank is often
         part of the first token.
         """
-        if not probe.before.startswith(probe.prompt):
-            return len(probe.before)
-        header = probe.before[len(probe.prompt) :]
+        if not texts.before.startswith(texts.prompt):
+            return len(texts.before)
+        header = texts.before[len(texts.prompt) :]
         if not header.strip():
-            return len(probe.prompt)
+            return len(texts.prompt)
         if not (self.control_tokens.search(header) or TAG.search(header)):
             raise RejectedRecord(f"the chat template inserts {header[:40]!r} before the answer")
-        return len(probe.before)
+        return len(texts.before)
 
-    def _find_structured_end(self, probe: AnswerProbe, start: int) -> tuple[int, int]:
+    def _find_structured_end(self, texts: AnswerTexts, start: int) -> tuple[int, int]:
         """Return where the content of an answer with thoughts or calls ends, and where its turn ends."""
-        content_end = len(probe.answered) - len(probe.ending)
-        if probe.answered.endswith(probe.ending) and content_end >= start:
-            return content_end, self._find_end(probe.answered, content_end)
-        tokens = self.control_tokens.finditer(probe.answered, start)
+        content_end = len(texts.answered) - len(texts.ending)
+        if texts.answered.endswith(texts.ending) and content_end >= start:
+            return content_end, self._find_end(texts.answered, content_end)
+        tokens = self.control_tokens.finditer(texts.answered, start)
         last = max(tokens, key=lambda token: token.start(), default=None)
-        if last is None or probe.answered[last.end() :].strip():
+        if last is None or texts.answered[last.end() :].strip():
             raise RejectedRecord(NO_END)
         return last.start(), last.end()
 
@@ -297,12 +296,12 @@ class AssistantSpanFinder:
         return first.end() if text[end:].strip() else end
 
 
-def _find_content(probe: AnswerProbe, content: str, start: int) -> tuple[int, int]:
+def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, int]:
     """Return where a plain answer starts, `start` in general, and where its content ends.
 
     In an answer with its reasoning in tags, blanks beside tags may differ from the record.
     """
-    prompt, before, answered, ending = probe
+    prompt, before, answered, ending = texts
     for variant in get_variants(content):
         if answered == before + variant + ending:
             return start, len(before) + len(variant)

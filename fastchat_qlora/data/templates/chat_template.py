@@ -2,7 +2,7 @@
 
 Before an answer, a server shows the model the messages before it, rendered with the generation prompt. So an answer may
 be supervised in a text only if that text, up to the answer, is what the server would show. Most templates only ever
-append, and one text holds all answers. Some rewrite earlier turns once a later one follows (they drop reasoning, move
+append, and one text has all answers. Some rewrite earlier turns once a later one follows (they drop reasoning, move
 the system message); then the conversation becomes several texts, as it would on a server.
 
 `{% generation %}` markers are not needed and change nothing: the assistant's text is found by rendering.
@@ -11,6 +11,7 @@ the system message); then the conversation becomes several texts, as it would on
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
@@ -58,7 +59,7 @@ class ChatTemplate:
     def describe_prompt_gap(self) -> str:
         """Return a sentence on text that the generation prompt adds before the place of an answer, if there is any.
 
-        DeepSeek's prompt opens a thought, for one, and answers without thoughts stand there without that.
+        For example, DeepSeek's prompt opens a thought, which answers without reasoning do not have.
         """
         question = [NEXT_QUESTION]
         try:
@@ -103,15 +104,11 @@ class ChatTemplate:
         if key not in self.skeletons:
             if len(self.skeletons) >= MAX_SKELETONS:
                 self.skeletons.clear()
-            self.skeletons[key] = self._build_skeletons(messages, wanted)
+            sentinels = Conversation([replace_content(message, i) for i, message in enumerate(messages)])
+            self.skeletons[key] = []
+            with suppress(RejectedRecord):  # the conversation itself shall give the reason
+                self.skeletons[key] = [build_skeleton(rendered) for rendered in self._find_texts(sentinels, wanted)]
         return self.skeletons[key]
-
-    def _build_skeletons(self, messages: Sequence[Message], wanted: set[int]) -> list[TemplateSkeleton]:
-        sentinels = [replace_content(message, i) for i, message in enumerate(messages)]
-        try:
-            return [build_skeleton(rendered) for rendered in self._find_texts(Conversation(sentinels), wanted)]
-        except RejectedRecord:  # the conversation itself shall say why
-            return []
 
     def _find_texts(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:
         messages, tools = conversation.messages, conversation.tools

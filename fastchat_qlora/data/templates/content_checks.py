@@ -1,4 +1,4 @@
-"""Checks that a rendered text says what an assistant's message says."""
+"""Checks that a rendered text contains an assistant's message in full."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def get_variants(content: str) -> Iterator[str]:
 
 
 def contains(text: str, part: str) -> bool:
-    """Return whether a part stands in a text, as it is or as JSON writes it."""
+    """Return whether a text contains a part, as it is or as JSON writes it."""
     forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
     return any(form in text for form in forms)
 
@@ -32,7 +32,7 @@ def contains(text: str, part: str) -> bool:
 def check_structure(message: Message, supervised: str, render: Callable[[Message], str]) -> None:
     """Require that reasoning, content, names and arguments are written by the template, inside the supervised text.
 
-    A part's words may stand in the content too, so it must also be written where a sentinel is in its place.
+    The same words may be in the content too, so each part must also appear when it is replaced by a sentinel.
 
     Args:
         render: renders the conversation up to the message, with another one in its place.
@@ -63,7 +63,7 @@ def _replace_leaves(value: Any, leaves: list[Any], *, keys: bool = True) -> Any:
 
 
 def _to_text(leaf: Any) -> str:
-    """Return a leaf as it must stand in a text; templates write true, false and null in many ways."""
+    """Return a leaf as a text must contain it; templates write true, false and null in many ways."""
     if isinstance(leaf, str):
         return leaf.strip()
     return "" if isinstance(leaf, bool | None) else json.dumps(leaf)

@@ -1,22 +1,18 @@
-"""Control tokens: those that end or begin a turn, and therefore may not stand in a message."""
+"""Control tokens: they end or begin a turn, so no message may contain them."""
 
 import json
 import re
 from contextlib import suppress
 from typing import Any
 
-from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Role
+from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 BRACKETED = re.compile(r"[<\[]\S+[>\]]")  # <|user|>, <start_of_turn>, [INST]
 WRITTEN_BY_ASSISTANTS = re.compile(r"</?(?:think|thought|reason|answer|tool|function)\w*>")
 
-SAMPLE_ROLES: tuple[tuple[Role, ...], ...] = (
-    ("user",),
-    ("user", "assistant", "user"),
-    ("system", "user", "assistant"),
-)
+SAMPLE_ROLES = ("user", "user assistant user", "system user assistant")
 
 
 def find_control_tokens(tokenizer: Any) -> StringMatcher:
@@ -38,7 +34,7 @@ def _render_samples(tokenizer: Any) -> str:
     """Return the chat template's source and its text of a few short conversations."""
     texts = [json.dumps(tokenizer.chat_template, ensure_ascii=False)]
     for roles in SAMPLE_ROLES:
-        messages = [{"role": role, "content": "-"} for role in roles]
+        messages = [{"role": role, "content": "-"} for role in roles.split()]
         with suppress(TemplateRefusal):
             texts.append(render_chat_template(tokenizer, messages, add_generation_prompt=True))
     return "\n".join(texts)

@@ -8,10 +8,9 @@ import numpy as np
 
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind, Segment
 from fastchat_qlora.data.templates.string_matcher import StringMatcher
-from fastchat_qlora.data.tokenization.token_bytes import Ids, TokenBytes, TokenPositions, find_safe_cuts
+from fastchat_qlora.data.tokenization.token_bytes import ByteVocabulary, Ids, TokenPositions, find_safe_cuts
 
 IGNORE_INDEX = -100
-
 EDGE_INSIDE_TOKEN = "a token lies across the edge of an answer, so the answer cannot be supervised exactly"
 
 MAX_CHARACTERS_PER_TOKEN = 5
@@ -75,7 +74,7 @@ class Encoder:
         self.backend.no_padding()
         self.bos_token = tokenizer.bos_token if add_bos else None
         self.bos_id = tokenizer.bos_token_id
-        self.token_bytes = TokenBytes(tokenizer)
+        self.token_bytes = ByteVocabulary(tokenizer)
         self.safe_cuts = find_safe_cuts(tokenizer)
 
     def encode(self, texts: Sequence[Sequence[Segment]], enough: int | None = None) -> list[EncodedText]:

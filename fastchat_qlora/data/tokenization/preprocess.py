@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -188,20 +187,20 @@ class Preprocessor:
 
     def _truncate(self, sequences: Sequence[TokenizedSequence]) -> list[TokenizedSequence]:
         """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
-        kept, lost = [], 0
+        kept, full_length = [], 0
         reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
         for segments, tokens in sequences:
             try:
                 cut = truncate(tokens, self.max_length)
             except RejectedRecord as error:
                 reason = error
-                lost += tokens.full_length
+                full_length += tokens.full_length
                 continue
             if (cut.labels != IGNORE_INDEX).any():
                 kept.append(TokenizedSequence(segments, cut))
         if not kept:
             raise reason
-        return _add_lost_tokens(kept, lost)
+        return _extend_full_length(kept, full_length and full_length + kept[0].tokens.full_length)
 
     def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[TokenizedSequence]:
         """Return the sequences of the parts of a conversation that is too long; none if it cannot be split."""
@@ -211,20 +210,16 @@ class Preprocessor:
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
-        kept = [part for part in parts if self.choose(part)]
-        characters = _count_characters(parts)
-        share = (characters - _count_characters(kept)) / characters
-        lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))
         sequences: list[TokenizedSequence] = []
-        for part in kept:
-            texts = self._encode_texts(self.render(part))
+        full_length = 0
+        for part in parts:
             try:
-                sequences += self._fit(part, texts)
+                sequences += self._fit(part, self._encode_texts(self.render(part)))
             except RejectedRecord as error:
                 if error.kind is not RejectionKind.NOTHING_SUPERVISED:
                     raise
-                lost += sum(self.encoder.label(text).full_length for text in texts)
-        return _add_lost_tokens(sequences, lost)
+                full_length = max(tokens.full_length for tokens in tokenized)
+        return _extend_full_length(sequences, full_length)
 
 
 def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list[Message]:
@@ -232,15 +227,10 @@ def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list
     return [message._replace(train=message.train and i in supervised) for i, message in enumerate(messages)]
 
 
-def _count_characters(parts: Sequence[Conversation]) -> int:
-    return sum(len(message.content) + 1 for part in parts for message in part.messages)
-
-
-def _add_lost_tokens(sequences: list[TokenizedSequence], lost: int) -> list[TokenizedSequence]:
-    """Add a record's tokens that are in no sequence to the first one's full length, so that it counts as shortened."""
-    if sequences and lost:
-        first = sequences[0].tokens
-        sequences[0] = sequences[0]._replace(tokens=first._replace(full_length=first.full_length + lost))
+def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
+    """Let the first sequence count tokens that are in none, so that the record counts as shortened."""
+    if sequences and full_length > sequences[0].tokens.full_length:
+        sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences
 
 

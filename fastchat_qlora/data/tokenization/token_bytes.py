@@ -33,7 +33,7 @@ class TokenPositions(NamedTuple):
     has_gaps: bool
 
 
-class TokenBytes:
+class ByteVocabulary:
     """The bytes of a fast tokenizer's tokens.
 
     Nothing depends on these being right for a tokenizer: they are compared with each text.

@@ -111,7 +111,10 @@ def test_tool_calls(said: dict[str, Any]) -> None:
         ),
         ({"content": None}, "message 1: must be an object with text"),
         ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
-        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has both 'tool_calls' and 'function_call'"),
+        (
+            {"tool_calls": [CALL], "function_call": CALL["function"]},
+            "message 1: has both 'tool_calls' and 'function_call'",
+        ),
         ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),

@@ -242,11 +242,11 @@ def test_contents_are_kept_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'"text"', "a str"),
-        (b"null", "a NoneType"),
+        (b'"text"', "must be an array of records, not a str"),
+        (b"null", "must be an array of records, not a NoneType"),
         (line([GOOD])[:-1], "not valid JSON"),
         (line([GOOD, GOOD])[:-30], "not valid JSON"),
-        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), "not valid JSON.*JSON Lines files end in .jsonl"),
+        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), r"not valid JSON.*write JSON Lines \(\.jsonl\)"),
         (b"", "not valid JSON"),
         (b'["' + b"a" * 6 + b"\xe9", "not UTF-8 at byte 8"),
     ],
@@ -467,7 +467,7 @@ def test_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
 def test_pretty_printed_object(before: bytes, name: str, tmp_path: Path) -> None:
     """Not one rejected line for each of its lines."""
     content = before + json.dumps({"data": [GOOD, GOOD]}, indent=2).encode()
-    with pytest.raises(UserError, match=r"holds an object, must hold an array of records; JSON Lines end in \.jsonl"):
+    with pytest.raises(UserError, match=r"must be an array of records, not an object; JSON Lines files end in \.jsonl"):
         read(tmp_path / name, pack(content, name))
 
 

@@ -169,7 +169,7 @@ def test_text_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
         "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + '\nA:' }}"
         "{% else %}{{ ' ' + message.content + '\n\n' }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RejectedRecord, match="no special token"):
+    with pytest.raises(RejectedRecord, match="with a special token"):
         spoken(tokenizer, template, TALK)
 
 
@@ -274,7 +274,9 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
             Segment(" three<|im_end|>", supervised=True, ends_turn=True),
         ]
     consecutive = [*TALK, ("assistant", "four")]
-    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+    with pytest.raises(
+        RejectedRecord, match=r"^message 3: the chat template does not end the turn with a special token"
+    ):
         render_rows(to_messages(consecutive), tokenizer)
 
 
@@ -285,7 +287,9 @@ def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrained
         "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
         "{% else %}{{ ' ' + message.content + ('\n' if loop.last else '') }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+    with pytest.raises(
+        RejectedRecord, match=r"^message 3: the chat template does not end the turn with a special token"
+    ):
         render_rows(to_messages(TALK), tokenizer)
 
 
