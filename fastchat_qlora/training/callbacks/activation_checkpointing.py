@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 USABLE_MEMORY_SHARE = {"cpu": 0.8}
 """Share of the free memory that a step may take; on a CPU other programs want some too."""
 USABLE_ACCELERATOR_SHARE = 0.92
-BYTES_PER_GIB = 2**30
+GIB = 2**30
 
 
 def estimate_model_cost(
@@ -115,9 +115,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         need = self._estimate(self._tokens, count, self._scale)
         line = (
             f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
-            f"{self._tokens:,} tokens needs {need.of_a_step / BYTES_PER_GIB:.2f} GiB (activations "
-            f"{need.activations / BYTES_PER_GIB:.2f}, work {need.work / BYTES_PER_GIB:.2f}, gradients and optimizer "
-            f"{(need.gradients + need.optimizer) / BYTES_PER_GIB:.2f}) of {self._available / BYTES_PER_GIB:.2f} GiB "
+            f"{self._tokens:,} tokens needs {need.of_a_step / GIB:.2f} GiB (activations "
+            f"{need.activations / GIB:.2f}, work {need.work / GIB:.2f}, gradients and optimizer "
+            f"{(need.gradients + need.optimizer) / GIB:.2f}) of {self._available / GIB:.2f} GiB "
             "available."
         )
         if self._fits:
@@ -157,10 +157,8 @@ def get_device_memory_gib(kind: str) -> float | None:
     """Return the GiB of this machine's device of a kind, used or not; None if it has none."""
     if kind == "cpu":
         limit, _ = _read_container_bytes()
-        return float(min(psutil.virtual_memory().total, limit) / BYTES_PER_GIB)
-    return (
-        float(torch.cuda.get_device_properties(0).total_memory / BYTES_PER_GIB) if torch.cuda.is_available() else None
-    )
+        return float(min(psutil.virtual_memory().total, limit) / GIB)
+    return float(torch.cuda.get_device_properties(0).total_memory / GIB) if torch.cuda.is_available() else None
 
 
 def _read_container_bytes() -> tuple[float, float]:
