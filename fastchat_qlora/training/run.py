@@ -80,7 +80,6 @@ def train(args: RunArguments) -> Path:
 
 
 def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, dtype: torch.dtype) -> Any:
-    """Load the base model and attach the adapter."""
     loading = prepared.loading
     logger.info(f"Loading the weights of {args.model.model_name_or_path}.")
     model = load_model(

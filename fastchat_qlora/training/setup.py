@@ -205,7 +205,6 @@ def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
 
 
 def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, Any]:
-    """Return digests of the data, the tokenizer and the base model."""
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
     return fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
 
@@ -238,7 +237,6 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
 def _check_disk(
     args: RunArguments, topology: Topology, shapes: AdapterShapes, sequences: int, optimizer: str, *, resumes: bool
 ) -> None:
-    """Check that the run fits on the disk, if the adapter's shapes are known."""
     if shapes is None:
         return
     size = CheckpointSize(

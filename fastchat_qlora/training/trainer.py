@@ -242,10 +242,29 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         with self.throughput.paused(), torch.random.fork_rng(devices=devices):
             yield
 
-    def autocast(self) -> torch.autocast:
-        """Return the autocast of training, for a forward pass outside of it."""
+    @property
+    def is_wrapped_late(self) -> bool:
+        """Whether the model can run only when training has begun: DeepSpeed and FSDP wrap it then."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    @contextmanager
+    def inference(self) -> Iterator[torch.nn.Module]:
+        """Yield the model, with a strategy's wrapper, for forward passes as in evaluation."""
+        model = self.model_wrapped if self.is_wrapped_late else self.model
+        was_training = model.training
         dtype = torch.float16 if self.args.fp16 else torch.bfloat16
-        return torch.autocast(self.args.device.type, dtype=dtype, enabled=self.accelerator.native_amp)
+        model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=self.accelerator.native_amp):
+                yield model
+        finally:
+            model.train(was_training)
+
+    def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
+        examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(examples))
+        return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""

@@ -91,12 +91,8 @@ def _get_strategy(wrapped: torch.nn.Module, engine: Any) -> str:
 
 
 def _describe_devices(device: torch.device) -> str:
-    """Return the devices of all processes by machine, such as `2 x cpu on a; cuda:0, cuda:1 on b`."""
-    places = [(socket.gethostname(), device.type if device.type == "cpu" else str(device))]
-    if dist.is_initialized():
-        places = gather_object(places)
-    hosts = dict.fromkeys(host for host, _ in places)
-    return "; ".join(f"{_count_names(place for at, place in places if at == host)} on {host}" for host in hosts)
+    own = [f"{'cpu' if device.type == 'cpu' else device} on {socket.gethostname()}"]
+    return _count_names(gather_object(own) if dist.is_initialized() else own)
 
 
 def _count_names(names: Iterable[str]) -> str:
@@ -156,7 +152,6 @@ def base_bytes(model: torch.nn.Module) -> HeldBytes:
 
 
 def _count_held(parameter: Any) -> int:
-    """Return the number of a parameter's elements in this process."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel()
     partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
@@ -164,7 +159,6 @@ def _count_held(parameter: Any) -> int:
 
 
 def _count_constant_bytes(state: Any) -> int:
-    """Return the bytes of the scales of one 4-bit layer."""
     if state is None:
         return 0
     nested = _count_constant_bytes(state.state2) if state.nested else 0

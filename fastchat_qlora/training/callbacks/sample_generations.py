@@ -117,27 +117,21 @@ def generate_greedily(
     Batches are those of training, and each token takes a forward pass over the whole sequence without a cache. So every
     strategy and every attention backend does what it does in training.
     """
-    wrapped_late = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    forward = trainer.model_wrapped if wrapped_late else trainer.model
-    was_training = forward.training
     sequences = [list(prompt) for prompt in prompts]
     unfinished = list(range(len(sequences)))
-    forward.eval()
-    try:
+    with trainer.inference() as model:
         for _ in range(max_new_tokens):
             if not unfinished:
                 break
-            chosen = _choose_next_tokens(trainer, forward, [sequences[index] for index in unfinished])
+            chosen = _choose_next_tokens(trainer, model, [sequences[index] for index in unfinished])
             for index, token in zip(unfinished, chosen, strict=True):
                 sequences[index].append(token)
             unfinished = [index for index in unfinished if sequences[index][-1] not in stop_tokens]
-    finally:
-        forward.train(was_training)
     answers = [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
     return [answer[:-1] if answer and answer[-1] in stop_tokens else answer for answer in answers]
 
 
-def _choose_next_tokens(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> list[int]:
+def _choose_next_tokens(trainer: LoraTrainer, model: torch.nn.Module, sequences: list[list[int]]) -> list[int]:
     """Return the likeliest next token of each sequence, as the first process computes it: others may round otherwise.
 
     Raises:
@@ -147,7 +141,7 @@ def _choose_next_tokens(trainer: LoraTrainer, forward: torch.nn.Module, sequence
     failure: Exception | None = None
     chosen = torch.zeros(len(sequences), dtype=torch.long, device=trainer.args.device)
     try:
-        chosen = _compute_last_logits(trainer, forward, sequences).argmax(-1)
+        chosen = _compute_last_logits(trainer, model, sequences).argmax(-1)
     except Exception as error:
         failure = error
     failed = int(reduce(torch.tensor(int(failure is not None), device=chosen.device), reduction="sum"))
@@ -156,12 +150,10 @@ def _choose_next_tokens(trainer: LoraTrainer, forward: torch.nn.Module, sequence
     return [int(token) for token in broadcast(chosen).tolist()]
 
 
-def _compute_last_logits(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
+def _compute_last_logits(trainer: LoraTrainer, model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
     """Return the logits after the last token of each sequence, of shape (sequences, vocabulary)."""
-    examples = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
-    batch = trainer._prepare_inputs(trainer.data_collator(examples))
-    with torch.no_grad(), trainer.autocast():
-        logits: torch.Tensor = forward(**trainer.model_inputs(batch)).logits
+    batch = trainer.build_batch(sequences)
+    logits: torch.Tensor = model(**trainer.model_inputs(batch)).logits
     if trainer.data_collator.padding_free:
         return logits[0, batch["cu_seq_lens_q"][1:].long() - 1]
     mask = batch["attention_mask"]

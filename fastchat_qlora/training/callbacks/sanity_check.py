@@ -40,9 +40,9 @@ class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Stop if padding-free batches fail, which cannot be changed any more; every process takes part."""
         trainer = self._trainer
-        if not _is_wrapped_late(trainer):
+        if not trainer.is_wrapped_late:
             return
-        failures = find_failures(trainer, trainer.model_wrapped)
+        failures = find_failures(trainer)
         if failures.padding_free:
             raise RunError(f"{failures.padding_free}; start again with --padding_free False")
         _fall_back(trainer, failures)
@@ -50,15 +50,11 @@ class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 def run_sanity_check(trainer: LoraTrainer) -> None:
     """Run the check, and fall back to padded batches or the plain loss if it fails."""
-    if not _is_wrapped_late(trainer):
+    if not trainer.is_wrapped_late:
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
             # With these flags Trainer leaves the model where it was loaded until training begins.
             trainer._move_model_to_device(trainer.model, trainer.args.device)
-        _fall_back(trainer, find_failures(trainer, trainer.model))
-
-
-def _is_wrapped_late(trainer: LoraTrainer) -> bool:
-    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        _fall_back(trainer, find_failures(trainer))
 
 
 def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
@@ -77,19 +73,13 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
         trainer.use_plain_loss(failures.loss)
 
 
-def find_failures(trainer: LoraTrainer, forward: torch.nn.Module) -> Failures:
-    """Run the model, or a strategy's wrapper around it, on two conversations of the data, and return what is wrong."""
+def find_failures(trainer: LoraTrainer) -> Failures:
+    """Run the model on two conversations of the data, and return what is wrong."""
     conversations = _choose_conversations(trainer)
-    was_training = forward.training
-    forward.eval()
-    try:
-        with torch.no_grad(), trainer.autocast():
-            padding_free = trainer.data_collator.padding_free
-            leak = _check_padding_free(trainer, forward, *conversations) if padding_free else ""
-            loss = _check_loss(trainer, forward, conversations) if trainer.loss_head else ""
-        return _agree_on_failures(Failures(leak, loss))
-    finally:
-        forward.train(was_training)
+    with trainer.inference() as model:
+        leak = _check_padding_free(trainer, model, *conversations) if trainer.data_collator.padding_free else ""
+        loss = _check_loss(trainer, model, conversations) if trainer.loss_head else ""
+    return _agree_on_failures(Failures(leak, loss))
 
 
 def _agree_on_failures(found: Failures) -> Failures:
@@ -108,17 +98,11 @@ def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
     return [list(conversations[index]["input_ids"])[: max(tokens, CHECKED_TOKENS)] for index in (0, longest)]
 
 
-def _build_batch(trainer: LoraTrainer, conversations: list[list[int]]) -> dict[str, Any]:
-    examples = [{"input_ids": ids, "labels": ids} for ids in conversations]
-    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(examples))
-    return batch
-
-
 def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
     """Return whether the second conversation's logits change with the one before it in its row."""
     model = trainer.adapter.get_base_model()
     neighbors = (first, first[::-1])
-    shared, changed = (trainer.model_inputs(_build_batch(trainer, [neighbor, second])) for neighbor in neighbors)
+    shared, changed = (trainer.model_inputs(trainer.build_batch([neighbor, second])) for neighbor in neighbors)
     try:
         leak = measure_leakage(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
     except Exception as error:  # models fail in as many ways as there are authors
@@ -134,7 +118,7 @@ def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: l
 def _check_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
     """Return whether the losses of the loss head differ from those of the model's logits."""
     assert trainer.loss_head is not None
-    batch = _build_batch(trainer, conversations)
+    batch = trainer.build_batch(conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}
     try:
         with trainer.loss_head.expecting(**targets):

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from fastchat_qlora.utils.files import hash_file
+
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
 """Format 1 had sentences as the values of its fingerprint."""
@@ -52,7 +54,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     for path in sorted(_find_files(folder)):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = (path.stat().st_size, hash_file(path))
+        files[path.relative_to(folder).as_posix()] = (path.stat().st_size, hash_file(path, hashlib.sha256()))
     for path in folder.rglob("*"):
         if path.is_dir():
             sync(path)
@@ -103,7 +105,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 raise IncompleteCheckpoint(f"{name} is missing")
             if path.stat().st_size != size:
                 raise IncompleteCheckpoint(f"{name} has {path.stat().st_size:,} bytes of {size:,}")
-            found = hash_file(path)
+            found = hash_file(path, hashlib.sha256())
         except OSError as error:
             raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
@@ -113,15 +115,6 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     )
     if added:
         raise IncompleteCheckpoint(f"{min(added)} was added later")
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

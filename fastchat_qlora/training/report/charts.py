@@ -15,9 +15,6 @@ MAX_VISIBLE_POINTS = 60
 MIN_SMOOTHED_POINTS = 24
 """Points of a noisy curve from which on a smoothed one is drawn over it."""
 
-MIN_SPAN = 0.01
-"""Share of the largest value that the value axis spans at least, so that four digits tell its ticks apart."""
-
 MAX_VALUE = 1e100
 """Largest value that matplotlib can do arithmetic with."""
 
@@ -140,25 +137,12 @@ def _format_axes(axes: Any, chart: Chart, width: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=chart.is_bars, min_n_ticks=3))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: format_tick(value))
     axes.set_xlabel(chart.axis, labelpad=4, loc="right", color=COLORS["quiet"])
     axes.margins(x=0.02, y=0.08)
-    low, high = axes.get_ylim()
-    if (missing := MIN_SPAN * max(abs(low), abs(high)) - (high - low)) > 0:
-        axes.set_ylim(low - missing / 2, high + missing / 2)
     if chart.is_bars:
         axes.set_ylim(bottom=0)
     for step in chart.marks:
         axes.axvline(step, gid="mark", color=COLORS["quiet"], linestyle="--", linewidth=1, zorder=1)
-
-
-def format_tick(value: float) -> str:
-    """Return a value short enough for the left margin."""
-    value = float(f"{value:.6g}") + 0.0  # drops rounding errors, and the sign of a zero
-    if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
 def _add_titles(written: bytes, titles: list[str], label: str) -> str:

@@ -110,7 +110,6 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             self._has_failed = True
 
     def _get_content(self, outcome: Outcome) -> dict[str, Any]:
-        """Return the template's variables."""
         summary, answers, trainer = self._summary, self._answers, self._summary.trainer
         charts = get_charts(trainer.state.log_history, summary.statistics["train"], self._restarts)
         prompts = summary.args.training.sample_prompts or ()
