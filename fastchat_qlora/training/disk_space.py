@@ -58,16 +58,9 @@ def count_checkpoints(args: Any, sequences: int, processes: int) -> int:
 
 
 def check_disk_space(output_dir: Path, size: CheckpointSize, checkpoints: int, *, resumes: bool) -> None:
-    """Check that the adapter and the checkpoints of a run fit on the disk.
+    """Check that the adapter and that many checkpoints of a run fit on the disk.
 
-    Args:
-        output_dir: the folder of the run.
-        size: of each checkpoint.
-        checkpoints: how many are kept at most.
-        resumes: whether the checkpoints in the folder belong to this run, so that they count as free.
-
-    Raises:
-        UserError: the disk is too small.
+    If the run resumes, the checkpoints in the folder are its own and count as free.
     """
     # One more of each: a new file lies beside the one that it replaces.
     needed = 2 * size.adapter_bytes + (checkpoints + 1) * size.checkpoint_bytes + OTHER_FILES_BYTES

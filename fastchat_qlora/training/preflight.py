@@ -14,9 +14,7 @@ from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
-TRIAL_STEPS = 100
-"""Steps of a schedule that is tried out, if their number follows from the data."""
-
+TRIAL_STEPS = 100  # steps of a schedule that is tried out, if their number follows from the data
 RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 """Parameters of a schedule that the run gives."""
 
@@ -27,14 +25,8 @@ MODEL_PARAMETERS = ("params", "model", "optimizer_dict")
 def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> None:
     """Build the optimizer, the schedule and the compiler on one parameter, and ask the hub who the user is.
 
-    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built.
-
-    Args:
-        args: as parsed.
-        model: without weights, for optimizers that look at its layers' names.
-
-    Raises:
-        UserError: one of them cannot be used.
+    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built. The model is for
+    optimizers that look at its layers' names.
     """
     if args.push_to_hub and args.process_index == 0:
         _check_hub(args)

@@ -92,11 +92,7 @@ class PreparedRun(NamedTuple):
 
 
 def prepare_data(args: RunArguments, *, output_dir: Path | None, mode: LoadMode) -> PreparedData:
-    """Load the tokenizer, and read, check and tokenize the data, but for files in output_dir.
-
-    Raises:
-        UserError: the tokenizer or the data cannot be used.
-    """
+    """Load the tokenizer, and read, check and tokenize the data, but for files in output_dir."""
     max_length, cache_dir = args.training.model_max_length, args.training.cache_dir
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=max_length)
     loaded = load_dataset(
@@ -106,11 +102,7 @@ def prepare_data(args: RunArguments, *, output_dir: Path | None, mode: LoadMode)
 
 
 def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
-    """Read the base model's configuration, and require that the adapter can be attached to such a model.
-
-    Raises:
-        UserError: there is no such model, or modules that the flags name are not in it.
-    """
+    """Read the base model's configuration, and check that the adapter can be attached to such a model."""
     quantization = get_base_quantization(args.lora)
     config = load_config(args.model, args.training.cache_dir)
     meta_model = build_meta_model(config)
@@ -119,12 +111,9 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:
-    """Return the shapes of the adapter's tensors, and require that an adapter to start from has them.
+    """Return the shapes of the adapter's tensors, and check that an adapter to start from has them.
 
     The base's meta model is used up by it.
-
-    Raises:
-        UserError: the adapter cannot be attached, or the one to start from does not fit.
     """
     shapes = compute_adapter_shapes(base.meta_model, base.lora_config)
     check_adapter_tensors(args.lora.lora_weight_path, shapes)
@@ -210,11 +199,7 @@ def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dic
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
-    """Return the dataset that batches are made of: sequences, or packed sequences.
-
-    Raises:
-        UserError: there is no full batch, and incomplete ones are to be dropped.
-    """
+    """Return the dataset that batches are made of: sequences, or packed sequences."""
     dataset: Dataset | PackedDataset = sequences
     if args.data.packing:
         seed = args.training.seed if args.training.data_seed is None else args.training.data_seed

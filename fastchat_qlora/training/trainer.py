@@ -21,33 +21,15 @@ from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_t
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
+from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
-from fastchat_qlora.model.ops.chunked_loss import (
-    LossHead,
-    explain_plain_loss,
-    install_loss_head,
-    mean_loss,
-    token_losses,
-)
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
 from fastchat_qlora.training.callbacks.throughput import Throughput
-from fastchat_qlora.training.checkpoints.adapter_export import (
-    CARD_FILE,
-    gather_adapter,
-    replace_adapter_files,
-    save_adapter,
-    verify_saved_adapter,
-)
+from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_writer
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
-from fastchat_qlora.training.checkpoints.checkpoint_writer import (
-    UNFINISHED_FOLDER,
-    publish,
-    remove_old,
-    require_all_states,
-    saving,
-)
+from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
@@ -83,11 +65,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.throughput = Throughput()
         self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
-        self.loss_head: LossHead | None = None
-        if reason := explain_plain_loss(self.adapter):
+        self.loss_head: chunked_loss.LossHead | None = None
+        if reason := chunked_loss.explain_plain_loss(self.adapter):
             self.use_plain_loss(reason)
         else:
-            self.loss_head = install_loss_head(self.adapter)
+            self.loss_head = chunked_loss.install_loss_head(self.adapter)
         base = self.adapter.get_base_model()
         if self.args.compile_layers:
             compile_layers(base)
@@ -177,7 +159,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> torch.Tensor:
         """Return a micro-batch's share of the mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
-        loss = mean_loss(losses, num_items_in_batch)
+        loss = chunked_loss.mean_loss(losses, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # strategies average gradients over processes
         return loss
@@ -193,7 +175,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]
-            losses = token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
+            losses = chunked_loss.token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
         return losses, batch["conversation"]
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -279,20 +261,20 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         if self.frozen_base is not None:
             self.frozen_base.check(self.state.global_step)
-        tensors = gather_adapter(self.adapter)
+        tensors = adapter_export.gather_adapter(self.adapter)
         if not self.args.should_save:
             return
         final = Path(self.args.output_dir)
         folder = Path(output_dir) if output_dir else final / UNFINISHED_FOLDER / "adapter"
         with saving(f"the adapter in {output_dir or final}", final):
-            save_adapter(self.adapter, tensors, str(folder))
+            adapter_export.save_adapter(self.adapter, tensors, str(folder))
             self.processing_class.save_pretrained(str(folder))
             write_generation_config(folder, self.generation_config)
-        verify_saved_adapter(folder, self.adapter, tensors, self._shapes, allow_zero=_internal_call)
+        adapter_export.verify_saved_adapter(folder, self.adapter, tensors, self._shapes, allow_zero=_internal_call)
         if not output_dir:
-            (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
+            (folder / adapter_export.CARD_FILE).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
             with saving(f"the adapter in {final}", final):
-                replace_adapter_files(folder, final)
+                adapter_export.replace_adapter_files(folder, final)
             shutil.rmtree(folder.parent, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -318,9 +300,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.args.world_size > 1 and not (self.args.save_only_model or self.args.save_on_each_node):
-                    require_all_states(staged, output_dir, self.args.world_size)
-                publish(staged, folder, step, self._fingerprint)
-                remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    checkpoint_writer.require_all_states(staged, output_dir, self.args.world_size)
+                checkpoint_writer.publish(staged, folder, step, self._fingerprint)
+                checkpoint_writer.remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
                 shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
         self.last_checkpoint = str(folder)

@@ -132,15 +132,15 @@ def corrupt_writer() -> None:
 
     class CorruptWriter(run.LoraTrainer):
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            from fastchat_qlora.training import trainer
+            from fastchat_qlora.training.checkpoints import adapter_export
 
-            write = trainer.save_adapter
+            write = adapter_export.save_adapter
 
             def corrupt(model: Any, tensors: dict[str, torch.Tensor], folder: str) -> None:
                 wrong = {name: tensor + 1e-3 * (self.state.global_step > 2) for name, tensor in tensors.items()}
                 write(model, wrong, folder)
 
-            trainer.save_adapter = corrupt
+            adapter_export.save_adapter = corrupt
             save(self, output_dir, _internal_call)
 
     run.LoraTrainer = CorruptWriter

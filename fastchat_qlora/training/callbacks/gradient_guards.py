@@ -14,8 +14,7 @@ from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 
-LISTED_RECORDS = 10
-"""Records of a bad step that an error names."""
+LISTED_RECORDS = 10  # records of a bad step that an error names
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -186,13 +185,7 @@ class StepReport(NamedTuple):
 
 
 def build_bad_step_error(step: int, reports: list[StepReport], checkpoint: str | None) -> AgreedError:
-    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0.
-
-    Args:
-        step: its number.
-        reports: of all processes.
-        checkpoint: the last one saved.
-    """
+    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0, in any process."""
     pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
     guilty = [sources for loss, sources in pairs if not torch.isfinite(torch.tensor(loss))]
     norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)

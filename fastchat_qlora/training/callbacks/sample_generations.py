@@ -19,11 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 48
 """Tokens of an answer, enough for who somebody is or a list's beginning; each is a pass over the whole model."""
 
-SHOWN_CHARACTERS = 60
-"""Characters of a prompt in an error."""
-
-STATE_KEY = "sample_answers"
-"""Key in the trainer's state, so that a resumed run knows the answers from before training."""
+SHOWN_CHARACTERS = 60  # characters of a prompt in an error
+STATE_KEY = "sample_answers"  # key in the trainer's state, so that a resumed run knows the answers from before training
 
 
 class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -85,11 +82,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
 def encode_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> dict[str, list[int]]:
-    """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it.
-
-    Raises:
-        UserError: the template refuses a prompt, or the model has too few positions for it and an answer.
-    """
+    """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     encoded = {}
     for number, prompt in enumerate(prompts, 1):
@@ -134,9 +127,7 @@ def generate_greedily(
 def _choose_next_tokens(trainer: LoraTrainer, model: torch.nn.Module, sequences: list[list[int]]) -> list[int]:
     """Return the likeliest next token of each sequence, as the first process computes it: others may round otherwise.
 
-    Raises:
-        RunError: another process has failed, or what has failed in this one. So all processes give up together, unless
-            one is missing in the middle of a sharded model.
+    If one process fails, all give up together, unless it is missing in the middle of a sharded model.
     """
     failure: Exception | None = None
     chosen = torch.zeros(len(sequences), dtype=torch.long, device=trainer.args.device)

@@ -18,9 +18,7 @@ from fastchat_qlora.training.checkpoints.manifest import sync
 
 CARD_FILE = "README.md"
 
-SAVED_DTYPE = torch.float32
-"""Dtype of every tensor in an adapter's file, whatever the strategy."""
-
+SAVED_DTYPE = torch.float32  # dtype of every tensor in an adapter's file, whatever the strategy
 Shapes = Mapping[str, torch.Size]
 
 
@@ -69,10 +67,6 @@ def verify_saved_adapter(
         trained: the tensors from `gather_adapter`.
         shapes: name in the file -> shape, from `compute_adapter_shapes`; None if they cannot be known.
         allow_zero: accept an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
-
-    Raises:
-        RunError: the file is missing or corrupt, a tensor in it is missing, of another shape, not finite or different,
-            or every lora_B is zero.
     """
     path = folder / ADAPTER_FILE
     try:
@@ -108,12 +102,7 @@ def _find_difference(found: Shapes, shapes: Shapes) -> str:
 
 
 def replace_adapter_files(source: Path, target: Path) -> None:
-    """Move an adapter's files over those of an earlier one, each atomically, the weights last.
-
-    Args:
-        source: a folder on the same file system.
-        target: an existing folder.
-    """
+    """Move an adapter's files over those of an earlier one on the same file system, atomically, the weights last."""
     files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == ADAPTER_FILE)
     for path in files:
         sync(path)

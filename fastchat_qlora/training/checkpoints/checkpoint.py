@@ -26,8 +26,7 @@ STATE_FILE, SCHEDULE_FILE = "trainer_state.json", "scheduler.pt"
 REQUIRED_FILES = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
 """Files that every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
 
-DEEPSPEED_TAG = "latest"
-"""DeepSpeed's file that names the newest of its states in the folder."""
+DEEPSPEED_TAG = "latest"  # DeepSpeed's file that names the newest of its states in the folder
 
 
 class Checkpoint(NamedTuple):
@@ -39,11 +38,7 @@ class Checkpoint(NamedTuple):
     is_chosen: bool = False  # the user named it
 
     def check(self, run: Mapping[str, Any]) -> None:
-        """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it.
-
-        Raises:
-            UserError: naming what differs.
-        """
+        """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it."""
         changes = find_changes(self.run, run)
         refused = [change for change in changes if not (self.is_chosen and change.is_tolerable)]
         if refused:
@@ -69,10 +64,6 @@ def choose_checkpoint(
         wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
         restart: whether to begin from nothing.
         trusted: whether pickles are not audited.
-
-    Raises:
-        UserError: the named one cannot be used, or there is none where one is required, or the newest is of another
-            version of this program.
     """
     if restart or wanted.lower() == "false":
         return None

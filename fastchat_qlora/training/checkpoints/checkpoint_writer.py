@@ -27,8 +27,7 @@ SET_ASIDE_FOLDER = "_set_aside"
 """Folder in output_dir for checkpoints that the run does not resume from and would overwrite. The hub gets no names
 that begin with `_`."""
 
-RESULTS_FILE = "training_args.json"
-"""The last file that a run writes: a run without it has not finished."""
+RESULTS_FILE = "training_args.json"  # the last file that a run writes: a run without it has not finished
 
 
 class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -73,22 +72,14 @@ def clear_output_dir(output_dir: Path, checkpoint: Checkpoint | None) -> None:
 
 
 def publish(unfinished: Path, target: Path, step: int, run: Mapping[str, Any]) -> None:
-    """Write a checkpoint's manifest and give the checkpoint its name, once all of it is on the disk.
-
-    Raises:
-        OSError: the disk is full, or has lost something; nothing has appeared.
-    """
+    """Write a checkpoint's manifest and give the checkpoint its name, once all of it is on the disk."""
     write_manifest(unfinished, step, run)
     unfinished.rename(target)
     sync(target.parent)
 
 
 def require_all_states(folder: Path, output_dir: Path, processes: int) -> None:
-    """Check that every process has written its part of a checkpoint into the same folder.
-
-    Raises:
-        RunError: naming a process whose part is missing.
-    """
+    """Check that every process has written its part of a checkpoint into the same folder."""
     missing = [rank for rank in range(processes) if not (folder / f"rng_state_{rank}.pth").exists()]
     if missing:
         raise RunError(
@@ -98,13 +89,7 @@ def require_all_states(folder: Path, output_dir: Path, processes: int) -> None:
 
 
 def remove_old(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond a limit, but neither the newest complete one nor the best one.
-
-    Args:
-        output_dir: the folder of the run.
-        limit: None or 0 keeps all.
-        best: the folder of the best one so far, if it is to be kept.
-    """
+    """Remove the oldest checkpoints beyond a limit, if there is one, but neither the newest complete nor the best."""
     if not limit or limit < 0:
         return
     complete, incomplete = [], []

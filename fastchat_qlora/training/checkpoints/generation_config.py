@@ -35,9 +35,5 @@ def _list_ids(ids: int | Iterable[int] | None) -> list[int]:
 
 
 def write_generation_config(folder: Path, config: GenerationConfig) -> None:
-    """Write the settings unchecked: transformers refuses what some bases bring, such as a temperature without sampling.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write settings unchecked: transformers refuses what some bases have, such as a temperature without sampling."""
     (folder / GENERATION_FILE).write_text(config.to_json_string(), encoding="utf-8")

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 from fastchat_qlora.utils.files import hash_file
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
-"""Format 1 had sentences as the values of its fingerprint."""
-
+FORMAT = 2  # format 1 had sentences as the values of its fingerprint
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets", "tokenizers")
 """Libraries whose versions may change what a run computes; deepspeed may be missing."""
 
@@ -45,11 +43,7 @@ def get_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
-    """Flush every file of a folder to the disk and write their manifest.
-
-    Raises:
-        OSError: the disk is full, or has lost something.
-    """
+    """Flush every file of a folder to the disk and write their manifest."""
     files = {}
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     for path in sorted(_find_files(folder)):
@@ -67,11 +61,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest, of any format; its files are not compared with it.
-
-    Raises:
-        IncompleteCheckpoint: there is no manifest, or it is damaged.
-    """
+    """Read a checkpoint's manifest, of any format, or raise IncompleteCheckpoint if it is missing or damaged."""
     try:
         outer = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
         inner = outer["manifest"]
@@ -93,11 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every byte of a checkpoint with its manifest.
-
-    Raises:
-        IncompleteCheckpoint: naming the first file that is missing, was added, or differs.
-    """
+    """Compare every byte with the manifest, or raise IncompleteCheckpoint for the first file that differs."""
     for name, (size, digest) in manifest.files.items():
         path = folder / name
         try:

@@ -25,9 +25,6 @@ def lock_output_dir(output_dir: Path, *, is_main: bool) -> Iterator[None]:
 
     The operating system releases the lock when the process ends, however it ends. The holder's file stays behind after
     a kill, and the next run logs it.
-
-    Raises:
-        UserError: another run holds the lock.
     """
     if not is_main:
         yield

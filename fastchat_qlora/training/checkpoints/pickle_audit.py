@@ -20,16 +20,10 @@ from transformers.trainer_pt_utils import safe_globals
 
 from fastchat_qlora.utils.text import one_line
 
-WEIGHTS_ONLY = ("*.pt", "*.pth", "*.bin", "*/*.bin")
-"""Files of a checkpoint that may be read with `weights_only`."""
-
-NEVER_READ = "training_args.bin"
-"""Written by transformers' Trainer, with its own classes in it, and read by nothing."""
-
+WEIGHTS_ONLY = ("*.pt", "*.pth", "*.bin", "*/*.bin")  # files of a checkpoint that may be read with `weights_only`
+NEVER_READ = "training_args.bin"  # written by transformers' Trainer, with its own classes in it, and read by nothing
 METADATA = ".metadata"
-TAG_FILES = ("latest", "latest_universal")
-"""DeepSpeed's files with the name of the folder to load."""
-
+TAG_FILES = ("latest", "latest_universal")  # DeepSpeed's files with the name of the folder to load
 DEEPSPEED_GLOBALS = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",

@@ -6,18 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-MAX_POINTS = 400
-"""Points of a curve; longer curves are drawn as means of neighbors."""
-
-MAX_VISIBLE_POINTS = 60
-"""Points of a curve that are all visible; of longer curves a point appears under the pointer."""
-
-MIN_SMOOTHED_POINTS = 24
-"""Points of a noisy curve from which on a smoothed one is drawn over it."""
-
-MAX_VALUE = 1e100
-"""Largest value that matplotlib can do arithmetic with."""
-
+MAX_POINTS = 400  # points of a curve; longer curves are drawn as means of neighbors
+MAX_VISIBLE_POINTS = 60  # points of a curve that are all visible; of longer curves a point appears under the pointer
+MIN_SMOOTHED_POINTS = 24  # points of a noisy curve from which on a smoothed one is drawn over it
+MAX_VALUE = 1e100  # largest value that matplotlib can do arithmetic with
 COLORS = {name: f"#0000c{number}" for number, name in enumerate(("c1", "c2", "c3", "c4", "bar", "line", "quiet"))}
 """CSS variable of the page -> the color that matplotlib draws in its place."""
 

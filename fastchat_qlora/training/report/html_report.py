@@ -26,16 +26,10 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 SHOWN_SEQUENCES = 3
 
-DONE = 'class="status done"'
-"""Text on the page of a run that has ended well, and on no other: values on it are escaped."""
-
-RESTARTS_KEY = "restarts"
-"""Key in the trainer's state: the steps at which the run was resumed."""
-
+DONE = 'class="status done"'  # text on the page of a run that has ended well, and on no other: values on it are escaped
+RESTARTS_KEY = "restarts"  # key in the trainer's state: the steps at which the run was resumed
 MIN_SECONDS_BETWEEN_PAGES = 30.0
-MAX_SHARE_OF_TIME = 0.02
-"""Share of a run's time that its pages may take, except for those of checkpoints."""
-
+MAX_SHARE_OF_TIME = 0.02  # share of a run's time that its pages may take, except for those of checkpoints
 WIDE_CHART, NARROW_CHART = (770, 536), (370, 238)
 """Width and height in pixels of the first chart on a large screen, and of all others."""
 

@@ -25,9 +25,7 @@ from fastchat_qlora.utils.text import mask_secrets, one_line
 
 logger = logging.getLogger(__name__)
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's `--max-lora-rank` may have."""
-
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's `--max-lora-rank` may have
 EFFECTIVE_NAMES = ("strategy", "batch", "compute dtype", "quantized layers", "attention", "sequences", "optimizer")
 """Effective settings on the card; `devices` has the machine's name in it."""
 

@@ -78,13 +78,7 @@ class Tile(NamedTuple):
 def get_charts(
     history: Sequence[Mapping[str, Any]], statistics: DatasetStatistics, restarts: Sequence[int] = ()
 ) -> list[Chart]:
-    """Return the charts that have values, the loss first.
-
-    Args:
-        history: TrainerState.log_history.
-        statistics: of the training data.
-        restarts: steps at which the run was resumed.
-    """
+    """Return the charts that have values, the loss first; `restarts` are steps at which the run was resumed."""
     loss = get_curve(history, "loss", "training", "c1", is_noisy=True)
     evaluation = get_curve(history, "eval_loss", "evaluation", "c2")
     tokens = get_curve(history, "tokens_per_second", "all", "c1")
@@ -106,13 +100,7 @@ def get_charts(
 
 
 def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[Tile]:
-    """Return the numbers at the top of the page.
-
-    Args:
-        state: of the trainer.
-        total: tokens that this process has trained on.
-        seconds: since the process began.
-    """
+    """Return the numbers at the top of the page; total and seconds are those of this process."""
     passes = f"{state.epoch:.2f} times through the data" if state.epoch else ""
     tiles = [Tile("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):

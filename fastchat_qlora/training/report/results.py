@@ -19,11 +19,7 @@ TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")
 
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
-    """Evaluate once more if there is an evaluation set, and write the results; every process must call this.
-
-    Raises:
-        RunError: the results cannot be written.
-    """
+    """Evaluate once more if there is an evaluation set, and write the results; every process must call this."""
     trainer, output_dir = summary.trainer, Path(summary.args.training.output_dir)
     if trainer.eval_dataset is not None:
         metrics = metrics | trainer.evaluate()

@@ -62,7 +62,7 @@ def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     if dtype == torch.bfloat16:
         trainer.args.bf16 = True
     run_sanity_check(trainer)
-    assert find_failures(trainer, trainer.model) == Failures("", "")
+    assert find_failures(trainer) == Failures("", "")
     assert trainer.data_collator.padding_free and trainer.model.training
     assert (trainer.loss_head is None) == (family == "gemma2")
     assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
@@ -81,13 +81,13 @@ def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
 
 def test_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of("llama", tmp_path, "leaky")
-    failures = find_failures(trainer, trainer.model)
+    failures = find_failures(trainer)
     assert "not kept apart" in failures.padding_free and not failures.loss
     run_sanity_check(trainer)
     assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
     assert not trainer.data_collator.padding_free and trainer.loss_head is not None
     assert trainer.adapter.config._attn_implementation == "sdpa"
-    assert find_failures(trainer, trainer.model) == Failures("", "")
+    assert find_failures(trainer) == Failures("", "")
 
 
 def test_model_that_fails_falls_back(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_logits_changed_after_the_head_are_found(
     scaled: None, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_of("llama", tmp_path)
-    assert "changes its logits after the head" in find_failures(trainer, trainer.model).loss
+    assert "changes its logits after the head" in find_failures(trainer).loss
     run_sanity_check(trainer)
     assert "The loss is computed from the logits" in notices.text
     assert trainer.loss_head is None and trainer.data_collator.padding_free
@@ -145,7 +145,7 @@ def test_run_with_scaled_logits_uses_the_plain_loss(
     flags = {"max_steps": 3, "lora_dropout": 0}
     found = train(command(model_folder, data_file, tmp_path / "found", **flags))
     assert "changes its logits after the head" in notices.text
-    monkeypatch.setattr("fastchat_qlora.training.trainer.explain_plain_loss", lambda model: "the test says so")
+    monkeypatch.setattr("fastchat_qlora.model.ops.chunked_loss.explain_plain_loss", lambda model: "the test says so")
     plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
     assert losses(found) == losses(plain) and len(losses(found)) == 3
 

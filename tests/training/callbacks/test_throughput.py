@@ -129,7 +129,7 @@ def test_tokens_of_processes_are_added_up(model_folder: Path, data: Path, tmp_pa
     succeed(f"torchrun --nproc_per_node 2 train_lora.py {given}")
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    [whole], [supervised] = (re.findall(rf">{name}</th><td>([\d,]+)", page) for name in ("tokens", "learnt tokens"))
+    [whole], [supervised] = (re.findall(rf">{name}</th><td>([\d,]+)", page) for name in ("tokens", "supervised tokens"))
     assert (whole, supervised) == (f"{results['tokens']:,}", f"{results['supervised_tokens']:,}")
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["tokens_per_second"] == results["tokens_per_second"]

@@ -31,7 +31,6 @@ from fastchat_qlora.training.report.charts import (
     Chart,
     Curve,
     draw,
-    format_tick,
     get_curve,
     smooth,
     thin_out,
@@ -82,7 +81,7 @@ def test_page_shows_the_whole_run(model_folder: Path, data_file: Path, tmp_path:
             "--sample_prompts": "'Who are you?' 'Hi </p>'",
         }.items()
     )
-    assert {"transformers", "torch", "Python", "processor", "main memory", "learnt tokens"} <= told.keys()
+    assert {"transformers", "torch", "Python", "processor", "main memory", "supervised tokens"} <= told.keys()
     assert "<h3>Hi &lt;/p&gt;</h3>" in page and page.count("<h4>after</h4>") == 2
     assert page.count("<mark>") > 3 and 'class="status done">done<' in page
     assert not re.search(r"""(src|href)="(?!#)|url\((?!#)|@import|<script""", page)
@@ -327,18 +326,6 @@ def test_smoothing_stays_within_the_values(values: list[float]) -> None:
     assert len(smoothed) == len(values) and smoothed[0] == pytest.approx(values[0])
     room = 1e-6 * max(map(abs, values)) + 1e-9
     assert all(min(values) - room <= value <= max(values) + room for value in smoothed)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        *[(0.0, "0"), (2e-4, "2e-4"), (1.25e-5, "1.25e-5"), (0.004, "4e-3"), (0.5, "0.5"), (1500.0, "1500")],
-        *[(0.0099999999999, "0.01"), (-0.0, "0"), (1234567.0, "1.235e6"), (1.025e-3, "1.025e-3")],
-        *[(20000.0, "20k"), (12500.0, "12.5k"), (3e6, "3e6"), (-2e-4, "-2e-4")],
-    ],
-)
-def test_ticks_are_short(value: float, text: str) -> None:
-    assert format_tick(value) == text
 
 
 @pytest.mark.parametrize("count", [1, 2, 23, 24, 400])
