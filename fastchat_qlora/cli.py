@@ -144,7 +144,7 @@ def _fail_among_several(error: Exception) -> int:
     When one process has failed, the others find their connections closed and would bury its error under theirs. They
     wait for the launcher to end them, and speak only where it does not: their launcher may be that of another machine.
     """
-    from fastchat_qlora.distributed.topology import is_lost_peer
+    from fastchat_qlora.distributed.process_group import is_lost_peer
 
     if is_lost_peer(error):
         if (

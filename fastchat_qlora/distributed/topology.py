@@ -2,19 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -137,68 +132,3 @@ def get_mixed_precision_policy(compute_dtype: torch.dtype) -> MixedPrecisionPoli
     Gradients are summed over the processes in fp32, as DDP sums them; accelerate would take the compute dtype.
     """
     return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error tells of another process that has gone, not of this one.
-
-    NCCL's and the store's errors have a type of their own; gloo's are RuntimeErrors that name its source file.
-    """
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
-def require_agreement(settings: Mapping[str, Any]) -> None:
-    """Stop if the processes of a run were not started alike; every process must call this.
-
-    Machines are started one by one, each with its own command line and its own view of the disk.
-
-    Args:
-        settings: name -> value, of what must be the same in every process.
-
-    Raises:
-        UserError: naming what differs, and both values, if they are no secrets, with their ranks.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: str(value) for name, value in settings.items()})
-    problems = []
-    for name, first in everyone[0].items():
-        other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
-        if other is not None:
-            shown, differing = (mask_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name)))
-            problems.append(f"{name} is {shown} in rank 0 and {differing} in rank {other}")
-    if problems:
-        raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")
-
-
-def _unlink_shared_buffer(topology: Topology) -> None:
-    """Let the memory that DeepSpeed's all-reduce shares on a CPU machine go when this process ends, however it ends.
-
-    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm for ever. Every process has
-    opened what it needs of it by now, so that the name can go. This can go once DeepSpeed unlinks it.
-    """
-    dist.barrier()
-    where = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}_{topology.rank}").unlink(missing_ok=True)
-
-
-@contextmanager
-def process_group(topology: Topology) -> Iterator[None]:
-    """Make ready what DeepSpeed needs before weights are loaded, and take the process group down after a good end.
-
-    After an error this process just leaves: taking the group down is for all to do together, and the others may be
-    waiting in it. The launcher ends them.
-
-    TrainingArguments has opened the process group by now. On the CPU it does so without DeepSpeed's knowledge, and
-    ZeRO-3 partitions weights while they load, before the Trainer would tell it.
-    """
-    if topology.zero_stage and topology.accelerator is None:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
-        _unlink_shared_buffer(topology)
-    yield
-    if dist.is_initialized():
-        dist.barrier()  # nobody hangs up while another still writes or talks
-        dist.destroy_process_group()

@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.distributed.process_group import is_lost_peer, process_group, require_agreement
 from fastchat_qlora.distributed.topology import (
     Topology,
     get_device_map,
     get_mixed_precision_policy,
     get_quant_storage,
     get_topology,
-    is_lost_peer,
-    process_group,
-    require_agreement,
 )
 from fastchat_qlora.errors import UserError
 

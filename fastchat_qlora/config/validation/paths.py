@@ -5,11 +5,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from fastchat_qlora.utils.file_types import is_data_file
 from fastchat_qlora.utils.text import is_text
 
-LINE_SUFFIXES = (".jsonl", ".ndjson")
-DATA_SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
-COMPRESSED = (".gz", ".zst")
 HUB_NAME_LIMIT = 200  # characters; the hub allows 96 for each half of org/model
 
 
@@ -63,19 +61,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name longer than the file system takes
         return False
-
-
-def strip_compression_suffix(name: str) -> str:
-    """A file's name in small letters, without .gz or .zst."""
-    name = name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def is_data_file(name: str) -> bool:
-    """Whether a file of that name is one of conversations."""
-    return strip_compression_suffix(name).endswith(DATA_SUFFIXES)
 
 
 def check_data_path(flag: str, name: str) -> list[str]:
