@@ -28,7 +28,7 @@ def _train(argv: Sequence[str]) -> None:
     from fastchat_qlora.config.fast_help import check_fast
 
     check_fast("train", argv)
-    from fastchat_qlora.config.arguments import parse_args
+    from fastchat_qlora.config.parser import parse_args
 
     args = parse_args(argv)
     from fastchat_qlora.training.run import train

@@ -24,9 +24,9 @@ from fastchat_qlora import cli
 from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
 from fastchat_qlora.commands.inspect import command as inspect
 from fastchat_qlora.commands.plan import command as plan
-from fastchat_qlora.config.arguments import build_command_parser, build_parser
 from fastchat_qlora.config.fast_help import read_flags
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
+from fastchat_qlora.config.parser import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -147,7 +147,7 @@ def run_here(argv: list[str]) -> None:
 def check_train(command: Command, *, processes: int = 1) -> None:
     """Run what trains the quickstart's model in one process, and read the rest as it is read where there are GPUs."""
     argv = command.words
-    parser = build_command_parser(plan.PROG, plan.PlanArguments)
+    parser = build_parser(plan.PROG, plan.PlanArguments)
     elsewhere = ["--devices", str(processes), "--device_type", "cuda"]
     asked = [word for word in argv if not word.endswith("full.yaml") and word != "--print_config"]
     reading = read_flags([*asked, *elsewhere], parser)
@@ -292,8 +292,8 @@ def test_flag_table_is_current() -> None:
 
 def _known_flags() -> set[str]:
     parsers: list[argparse.ArgumentParser] = [build_parser(), chat_parser(), merge_parser()]
-    parsers += [build_command_parser(inspect.PROG, inspect.InspectArguments)]
-    parsers += [build_command_parser(plan.PROG, plan.PlanArguments)]
+    parsers += [build_parser(inspect.PROG, inspect.InspectArguments)]
+    parsers += [build_parser(plan.PROG, plan.PlanArguments)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return known | {*LEGACY_FLAGS}
 

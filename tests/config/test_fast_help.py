@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect.command import PROG, InspectArguments
 from fastchat_qlora.config import fast_help as first_look
-from fastchat_qlora.config.arguments import build_command_parser, build_parser, parse_args, parse_command
 from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, check_fast, made_from
 from fastchat_qlora.config.flag_parsing import FlagParser
+from fastchat_qlora.config.parser import build_command_parser, build_parser, parse_args, parse_command
 from fastchat_qlora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS, translate_legacy_flags
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
 SPELLINGS: dict[str, Callable[[str, str], list[str]]] = {

@@ -21,10 +21,9 @@ from fastchat_qlora.config.arguments import (
     ModelArguments,
     RunArguments,
     TrainingArguments,
-    build_parser,
-    parse_args,
 )
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
+from fastchat_qlora.config.parser import build_parser, parse_args
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.errors import UserError
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from fastchat_qlora import cli
 from fastchat_qlora.config import fast_help as first_look
-from fastchat_qlora.config.arguments import build_parser, parse_args
 from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, read_flags
+from fastchat_qlora.config.parser import build_parser, parse_args
 from fastchat_qlora.config.print_config import NOT_OF_THE_RUN, describe, to_yaml
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run

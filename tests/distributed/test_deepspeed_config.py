@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastchat_qlora.config.arguments import RunArguments, parse_args
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.deepspeed_config import AUTO_KEYS, describe_state_layout, fill_auto_settings
 from fastchat_qlora.errors import UserError
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastchat_qlora.config.arguments import RunArguments, TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import RunArguments, TrainingArguments
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.process_group import is_lost_peer, process_group, require_agreement
 from fastchat_qlora.distributed.topology import (
     Topology,

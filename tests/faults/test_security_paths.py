@@ -13,7 +13,7 @@ import torch
 from malice import assert_refused, copy, edit, start, tree
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.sources import json_reader as json_files
 from fastchat_qlora.data.sources.readers import read_file
 from fastchat_qlora.distributed.process_group import require_agreement

@@ -20,9 +20,9 @@ from accelerate.state import AcceleratorState
 from hypothesis import strategies as st
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import build_parser
 from fastchat_qlora.config.flag_parsing import FALSE, TRUE
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
+from fastchat_qlora.config.parser import build_parser
 
 EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "0"))
 

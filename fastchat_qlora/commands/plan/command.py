@@ -11,7 +11,7 @@ from typing import Literal
 from fastchat_qlora.commands.output import check_output, written_whole
 from fastchat_qlora.commands.plan.build import Devices, Speed, make_plan
 from fastchat_qlora.commands.plan.views import as_json, print_plan
-from fastchat_qlora.config.arguments import parse_command
+from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.stdout import open_stdout

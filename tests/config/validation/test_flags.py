@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import build_parser
+from fastchat_qlora.config.parser import build_parser
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.config.validation.ranges import MOST_PROCESSES

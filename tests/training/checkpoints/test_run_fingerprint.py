@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.topology import get_topology
 from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.training.checkpoints.run_fingerprint import describe_settings, find_changes

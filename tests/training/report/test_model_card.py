@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
