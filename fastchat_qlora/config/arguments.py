@@ -8,6 +8,9 @@ import transformers
 
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 
+BARE_IS_TRUE: dict[str, Any] = {"nargs": "?", "const": True}
+"""Settings of a boolean flag with default None; HfArgumentParser alone would not accept the bare flag."""
+
 
 def flag(text: str, default: Any = MISSING, **settings: Any) -> Any:
     """Build a dataclass field that is read from a flag.
@@ -21,11 +24,6 @@ def flag(text: str, default: Any = MISSING, **settings: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def optional_bool_flag(text: str) -> Any:
-    """Build a boolean field with default None; HfArgumentParser alone would not accept the bare flag."""
-    return flag(text, None, nargs="?", const=True)
 
 
 @dataclass
@@ -92,11 +90,13 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     ddp_find_unused_parameters: bool | None = flag(
         "Search for adapter parameters without gradient in every step; needed for mixtures of experts.", False
     )
-    activation_checkpointing: bool | None = optional_bool_flag(
+    activation_checkpointing: bool | None = flag(
         "Recompute activations in the backward pass to save memory: True, False, or auto (the default), which does so "
-        "in as few layers as the device's memory requires."
+        "in as few layers as the device's memory requires.",
+        None,
+        **BARE_IS_TRUE,
     )
-    gradient_checkpointing: bool | None = optional_bool_flag("Older name of activation_checkpointing.")
+    gradient_checkpointing: bool | None = flag("Older name of activation_checkpointing.", None, **BARE_IS_TRUE)
     compile_layers: bool = flag(
         "Compile each repeated layer separately with torch.compile; pays on a GPU in runs of many steps.", False
     )

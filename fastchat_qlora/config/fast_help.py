@@ -1,10 +1,9 @@
 """First look at a command line: `--help` and mistakes are answered before any library is imported.
 
-Most flags are transformers', and importing it takes seconds. So `flags.json` holds what argparse has to know of each
-flag; `scripts/write_flags.py` writes it from the live parser. The table is used unless the sources that declare this
-program's flags have changed since. It describes one version of transformers. With another version installed, what that
-one may know better is left to the live parser: flags and choices that the table lacks. A command line without mistakes
-is parsed by the live parser in any case.
+Importing transformers, whose flags most are, takes seconds. So `flags.json` holds what argparse has to know of each
+flag; `scripts/write_flags.py` writes it from the live parser. It is used unless the sources that declare this program's
+flags have changed since. It describes one version of transformers: with another one installed, flags and choices that
+it lacks are left to the live parser. A command line without mistakes is parsed by the live parser in any case.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from fastchat_qlora.config.flag_parsing import (
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
 from fastchat_qlora.config.print_config import print_config
 from fastchat_qlora.config.validation.flags import find_flag_errors
-from fastchat_qlora.config.validation.json_settings import json_object
+from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,7 @@ class NotInTable(Exception):
 
 
 def leave_to_library(value: str) -> Any:
-    """Stop the first look at a value that the table does not describe.
-
-    Raises:
-        NotInTable: always.
-    """
+    """Raise NotInTable: the table does not describe the value."""
     raise NotInTable(value)
 
 
@@ -84,9 +79,8 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
     """Parse and check a command line, which may begin with a configuration file.
 
     Raises:
-        UserError: all mistakes that can be found by looking at the values; a value of the wrong type, a missing flag,
-            an old flag without a counterpart and a malformed file are reported alone.
-        SystemExit: after printing the help, or the settings if `--print_config` asks for them.
+        UserError: all mistakes that can be found by looking at the values; those of argparse are reported alone.
+        SystemExit: after printing the help or the settings.
     """
     arguments, warnings = translate_legacy_flags(expand_config_file(argv, parser))
     given = find_given(arguments)
@@ -102,11 +96,7 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
 def _parse(
     arguments: Sequence[str], given: Collection[str], parser: FlagParser
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values and what argparse leaves over.
-
-    Raises:
-        UserError: in argparse's words, with a hint if required flags may be in a file that does not come first.
-    """
+    """Return the values and what argparse leaves over; add to its error if missing flags may be in a later file."""
     try:
         return parser.parse_known_args(arguments)
     except UserError as error:
@@ -145,10 +135,7 @@ def get_transformers_version() -> str:
 
 
 def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
-    """Build the parser of a command from the table.
-
-    It raises NotInTable for values of kind "library", and for what another version of transformers may know better.
-    """
+    """Build the parser of a command from the table; it raises NotInTable for what the table does not describe."""
     entry = table["commands"][command]
     parser = FlagParser(prog=entry["prog"], description=table["description"])
     parser.own_flags = table["own_flags"] + entry["own_flags"]
@@ -172,11 +159,7 @@ def _allow_more_than(choices: Collection[str]) -> Callable[[str], str]:
 
 
 def _allow_other_flags(parser: FlagParser) -> None:
-    """Leave what the table does not describe to the live parser: other flags of transformers, and the list of all.
-
-    Raises:
-        NotInTable: the flags of the installed transformers cannot be read from its source.
-    """
+    """Leave other flags, found in the source of the installed transformers, and the list of all to the live parser."""
     package = importlib.util.find_spec("transformers")
     folders = package.submodule_search_locations if package else None
     source = Path(*(folders or [])[:1], "training_args.py")

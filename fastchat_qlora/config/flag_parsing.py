@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from fastchat_qlora.errors import UserError
 
-TRUE = ("yes", "true", "t", "y", "1")
-FALSE = ("no", "false", "f", "n", "0")
+TRUE = ("yes", "true", "t", "y", "1", "on")
+FALSE = ("no", "false", "f", "n", "0", "off")
 
 YAML_SUFFIXES = (".yaml", ".yml")
 CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")
@@ -29,7 +29,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **settings})
-        self.set_defaults(**NOT_PLANNED)
+        self._defaults = NOT_PLANNED | self._defaults  # set_defaults would change the flags of `plan` too
         self.own_flags: Sequence[str] = ()
         self.groups: Mapping[str, Sequence[str]] = {}
 
@@ -39,18 +39,16 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def string_to_bool(value: str) -> bool:
-    """Return a boolean as transformers' `string_to_bool` reads it.
+    """Return the boolean that a word means; YAML's on and off too, which transformers does not know.
 
     Raises:
-        argparse.ArgumentTypeError: it is none, in the words of transformers.
+        argparse.ArgumentTypeError: it is none.
     """
     if value.lower() in TRUE:
         return True
     if value.lower() in FALSE:
         return False
-    raise argparse.ArgumentTypeError(
-        f"Truthy value expected: got {value} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
-    )
+    raise argparse.ArgumentTypeError(f"must be true/false, yes/no, on/off, t/f, y/n or 1/0, not {value!r}")
 
 
 def normalize_flag(name: str) -> str:

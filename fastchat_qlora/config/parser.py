@@ -1,20 +1,19 @@
 """Command line -> RunArguments, checked before anything is loaded."""
 
-import argparse
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from transformers import HfArgumentParser
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.fast_help import ParsedFlags, read_flags
-from fastchat_qlora.config.flag_parsing import FlagParser, raise_errors
+from fastchat_qlora.config.flag_parsing import FlagParser, raise_errors, string_to_bool
 from fastchat_qlora.config.resolve import resolve_flags
 from fastchat_qlora.config.validation.deepspeed import find_deepspeed_errors
-from fastchat_qlora.config.validation.json_settings import json_object
+from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
@@ -41,7 +40,7 @@ def build_parser(prog: str = "train_lora.py", own: type | None = None) -> FlagPa
     groups = (*GROUPS, own) if own else GROUPS
     flags = HfArgumentParser(groups, add_help=False, allow_abbrev=False)
     parser = FlagParser(prog=prog, description=DESCRIPTION, parents=[flags])
-    types = {"dict": json_object, "ParallelismConfig": _refuse_text}  # no text can be converted to these
+    types = {"string_to_bool": string_to_bool, "dict": json_object}
     for action in parser._actions:
         action.type = types.get(getattr(action.type, "__name__", ""), action.type)
         action.required = action.required and not (own and action.dest == "output_dir")
@@ -53,10 +52,6 @@ def build_parser(prog: str = "train_lora.py", own: type | None = None) -> FlagPa
         for group in GROUPS
     }
     return parser
-
-
-def _refuse_text(value: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"{value}: is an object of a program, which no text can be; drop the flag")
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:

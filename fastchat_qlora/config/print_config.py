@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastchat_qlora.config.flag_parsing import YAML_SUFFIXES, FlagParser
 from fastchat_qlora.errors import UserError
@@ -22,30 +22,19 @@ from fastchat_qlora.utils.atomic import write_atomically
 from fastchat_qlora.utils.stdout import OutputClosed, open_stdout
 from fastchat_qlora.utils.text import mask_secrets, one_line
 
-TERMINAL = "-"
 LINE_WIDTH = 120
 
 NOT_SETTINGS = ("help", "local_rank", "print_config")
 """Flags that the launcher gives, or that only ask for something."""
 
-LEFT_OPEN = ("output_dir",)
-"""Settings that are null unless given: `inspect` and `plan` need none, `train` must be given it."""
-
 SET_BY_DEEPSPEED = ("optim", "lr_scheduler_type")
-"""The same with --deepspeed, whose configuration may set them."""
+"""Settings that the configuration of --deepspeed may decide: they stay null unless given."""
 
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 """Environment variable that the old flag `--logging_dir` sets; the file uses that name."""
 
 PLAIN_WORD = re.compile(r"[A-Za-z_/.][\w./+@-]*", re.ASCII)
 """Texts that need no quotes, unless YAML reads them as something else."""
-
-
-class ConfigText(NamedTuple):
-    """A configuration file, and the flags that it leaves out because they are secrets."""
-
-    text: str
-    secrets: list[str]
 
 
 def print_config(parser: FlagParser, values: argparse.Namespace, given: Collection[str]) -> list[str]:
@@ -63,13 +52,13 @@ def print_config(parser: FlagParser, values: argparse.Namespace, given: Collecti
         UserError: the file cannot be written, or has another suffix.
     """
     target = os.path.expanduser(values.print_config)
-    if target != TERMINAL and not target.lower().endswith(YAML_SUFFIXES):
+    if target != "-" and not target.lower().endswith(YAML_SUFFIXES):
         raise UserError(f"--print_config {values.print_config}: must end in .yaml, or be - for the terminal")
     if os.environ.get("RANK", "0") != "0":
         return []
     text, secrets = format_config(parser, values, given)
-    messages = [f"{flag} is left out because it holds a secret; give it on the command line." for flag in secrets]
-    if target == TERMINAL:
+    messages = [f"--{name} is left out because it holds a secret; give it on the command line." for name in secrets]
+    if target == "-":
         _write_to_terminal(text)
     else:
         _write_file(Path(target), text)
@@ -81,25 +70,23 @@ def print_config(parser: FlagParser, values: argparse.Namespace, given: Collecti
     return [f"--print_config: {message}" for message in messages]
 
 
-def format_config(parser: FlagParser, values: argparse.Namespace, given: Collection[str]) -> ConfigText:
-    """Return train's settings by groups, each below its help; arguments as for print_config."""
+def format_config(parser: FlagParser, values: argparse.Namespace, given: Collection[str]) -> tuple[str, list[str]]:
+    """Return train's settings by groups, each below its help, and the names left out because they hold secrets."""
     blocks, secrets = [], []
-    left_open = {*LEFT_OPEN, *(SET_BY_DEEPSPEED if values.deepspeed else ())}.difference(given)
+    left_open = {"output_dir", *(SET_BY_DEEPSPEED if values.deepspeed else ())}.difference(given)
     for title, names in parser.groups.items():
         wanted = set(names).difference(NOT_SETTINGS)
         lines = [f"# {title}"]
         for action in (action for action in parser._actions if action.dest in wanted and action.nargs != 0):
-            value = getattr(values, action.dest)
+            value = None if action.dest in left_open else getattr(values, action.dest)
             if value is not None and mask_secrets(value, action.dest) != value:
-                secrets.append(f"--{action.dest}")
-                value = None
-            if action.dest in left_open:
+                secrets.append(action.dest)
                 value = None
             lines += ["", *_format_help(action.help or ""), f"{action.dest}: {to_yaml(value)}"]
         blocks.append("\n".join(lines))
     if directory := os.environ.get(LOGGING_DIR):
         blocks.append(f"# For TensorBoard, also set by {LOGGING_DIR}.\nlogging_dir: {to_yaml(directory)}")
-    return ConfigText("\n\n\n".join(blocks) + "\n", secrets)
+    return "\n\n\n".join(blocks) + "\n", secrets
 
 
 def _format_help(text: str) -> Iterator[str]:

@@ -6,8 +6,7 @@ import os
 import torch
 
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
-from fastchat_qlora.config.validation.json_flags import JSON_FLAGS
-from fastchat_qlora.config.validation.json_settings import json_text, read_json
+from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, read_json
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
 

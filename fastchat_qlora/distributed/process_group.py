@@ -1,4 +1,4 @@
-"""Process group of a run: opening and closing it, and agreement between processes."""
+"""Process group of a run: opening and closing it, and agreement between its processes."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,59 +15,13 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.utils.text import mask_secrets
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error tells of another process that has gone, not of this one.
-
-    NCCL's and the store's errors have a type of their own; gloo's are RuntimeErrors that name its source file.
-    """
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
-def require_agreement(settings: Mapping[str, Any]) -> None:
-    """Stop if the processes of a run were not started alike; every process must call this.
-
-    Machines are started one by one, each with its own command line and its own view of the disk.
-
-    Args:
-        settings: name -> value, of what must be the same in every process.
-
-    Raises:
-        UserError: naming what differs, and both values, if they are no secrets, with their ranks.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: str(value) for name, value in settings.items()})
-    problems = []
-    for name, first in everyone[0].items():
-        other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
-        if other is not None:
-            shown, differing = (mask_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name)))
-            problems.append(f"{name} is {shown} in rank 0 and {differing} in rank {other}")
-    if problems:
-        raise UserError(f"the processes of this run differ: {'; '.join(problems)}; start every machine alike")
-
-
-def _unlink_shared_buffer(topology: Topology) -> None:
-    """Let the memory that DeepSpeed's all-reduce shares on a CPU machine go when this process ends, however it ends.
-
-    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm for ever. Every process has
-    opened what it needs of it by now, so that the name can go. This can go once DeepSpeed unlinks it.
-    """
-    dist.barrier()
-    where = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}_{topology.rank}").unlink(missing_ok=True)
-
-
 @contextmanager
 def process_group(topology: Topology) -> Iterator[None]:
-    """Make ready what DeepSpeed needs before weights are loaded, and take the process group down after a good end.
+    """Prepare the process group for DeepSpeed, and close it after a run without errors.
 
-    After an error this process just leaves: taking the group down is for all to do together, and the others may be
-    waiting in it. The launcher ends them.
-
-    TrainingArguments has opened the process group by now. On the CPU it does so without DeepSpeed's knowledge, and
-    ZeRO-3 partitions weights while they load, before the Trainer would tell it.
+    After an error this process just leaves: closing the group is collective, and the others may be waiting in it; the
+    launcher ends them. TrainingArguments has opened the group by now. On the CPU it does so without DeepSpeed's
+    knowledge, and ZeRO-3 partitions weights while they load, before the Trainer would initialize DeepSpeed.
     """
     if topology.zero_stage and topology.accelerator is None:
         import deepspeed
@@ -76,33 +30,59 @@ def process_group(topology: Topology) -> Iterator[None]:
         _unlink_shared_buffer(topology)
     yield
     if dist.is_initialized():
-        dist.barrier()  # nobody hangs up while another still writes or talks
+        dist.barrier()  # no process leaves while another still writes or communicates
         dist.destroy_process_group()
 
 
-def agree(values: list[float], group: Any) -> list[float]:
-    """The sum of each value over all processes; they stay on the host, so that no device is waited for."""
-    if group is None:
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=group)
-    return list(total.tolist())
+def _unlink_shared_buffer(topology: Topology) -> None:
+    """Unlink the shared memory of DeepSpeed's all-reduce on a CPU, so that it goes when this process ends.
+
+    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm. After the barrier every process
+    has opened what it needs of it. This can go once DeepSpeed unlinks it.
+    """
+    dist.barrier()
+    where = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}_{topology.rank}").unlink(missing_ok=True)
 
 
-def gather(value: Any, group: Any) -> list[Any]:
-    """What every process says, in the order of their ranks."""
-    if group is None:
-        return [value]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error means that another process is gone.
+
+    NCCL's and the store's errors have a type of their own; gloo's are RuntimeErrors that name its source file.
+    """
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def require_agreement(settings: Mapping[str, Any]) -> None:
+    """Require the same settings in every process; every process must call this.
+
+    Machines are started one by one, each with its own command line and its own disk.
+
+    Raises:
+        UserError: naming each setting that differs, both values unless they are secret, and their ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: str(value) for name, value in settings.items()})
+    errors = []
+    for name, first in everyone[0].items():
+        other = next((rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first), None)
+        if other is not None:
+            ours, theirs = (mask_secrets(value, name.lstrip("-")) for value in (first, everyone[other].get(name)))
+            errors.append(f"{name} is {ours} in rank 0 and {theirs} in rank {other}")
+    if errors:
+        raise UserError(f"the processes of this run differ: {'; '.join(errors)}; start every machine alike")
 
 
 def host_group(seconds: int) -> Any:
-    """A process group that talks on the host, and waits for so many seconds at the most; None in a single process.
+    """Return a process group that communicates on the host; None in a single process.
+
+    Args:
+        seconds: timeout of its operations.
 
     Raises:
-        RunError: the processes do not find each other in this way.
+        RunError: the processes cannot connect by gloo.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
@@ -112,6 +92,24 @@ def host_group(seconds: int) -> Any:
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
     except RuntimeError as error:
         raise RunError(
-            f"the processes do not find each other by gloo, with which they agree on the host: {error}; set "
-            "GLOO_SOCKET_IFNAME to the network interface between the machines"
+            f"the processes cannot connect by gloo, which they use on the host: {error}; set GLOO_SOCKET_IFNAME to the "
+            "network interface between the machines"
         ) from error
+
+
+def agree(values: list[float], group: Any) -> list[float]:
+    """Return the sum of each value over all processes, on the host, so that no device is waited for."""
+    if group is None:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return list(total.tolist())
+
+
+def gather(value: Any, group: Any) -> list[Any]:
+    """Return the value of every process, by rank."""
+    if group is None:
+        return [value]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone

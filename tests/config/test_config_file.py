@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastchat_qlora.config.config_file import MAX_VALUES
 
 from fastchat_qlora import cli
+from fastchat_qlora.config.config_file import MAX_VALUES
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
@@ -140,18 +140,25 @@ def test_flags_after_the_file_override_it(written: str, flags: str, name: str, v
         ("lora_r: 1\nlora-r:", "run.yaml: line 2: lora-r is there twice, first as lora_r in line 1; drop one"),
         ("lora_r: x", "run.yaml: line 1: lora_r: invalid int value: 'x'"),
         ("lora_r: true", "invalid int value: 'true'"),
-        ("lora_r: x\nmax_steps: y", "2 problems: (1) run.yaml: line 1: lora_r: invalid int value: 'x'; (2) run.yaml: line 2"),
-        ("q_lora: maybe", "line 1: q_lora: Truthy value expected: got maybe"),
+        (
+            "lora_r: x\nmax_steps: y",
+            "2 problems: (1) run.yaml: line 1: lora_r: invalid int value: 'x'; (2) run.yaml: line 2",
+        ),
+        ("q_lora: maybe", "line 1: q_lora: must be true/false, yes/no, on/off, t/f, y/n or 1/0, not 'maybe'"),
         ("padding_side: up", "line 1: padding_side: invalid choice: 'up'"),
         ("lora_r: [1, 2]", "lora_r takes one value, not a list of 2"),
         ("evaluation_strategy: [no]", "evaluation_strategy takes one value"),
         ("lora_r: {a: 1}", "lora_r: invalid int value"),
+        ("run_name: {a: 1}", "run_name takes no object; give a value"),
         ("data_path: []", "data_path is an empty list"),
         ("data_path: [a, [b]]", "line 1: data_path holds a list, an object or null in a list"),
         ("data_path: [a, null]", "data_path holds a list, an object or null"),
         ("data_path: [a, --q_lora]", "data_path holds '--q_lora', which looks like a flag"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "line 1: a is there twice"),
-        ("lora_r: !!python/object:os.system x", "line 1: the tag tag:yaml.org,2002:python/object:os.system is not supported"),
+        (
+            "lora_r: !!python/object:os.system x",
+            "line 1: the tag tag:yaml.org,2002:python/object:os.system is not supported",
+        ),
         ("lora_r: !mine 1", "the tag !mine is not supported"),
         ("? [a, b]\n: 1", "a name must be a word"),
         ("'': 1", "line 1: a name must be a word"),
@@ -203,7 +210,7 @@ def test_nested_anchors_are_refused_at_once() -> None:
 
 
 def test_missing_file_and_folder_are_refused() -> None:
-    for name, said in (("none.yaml", "no such file"), ("folder.yaml", "is a folder")):
+    for name, said in (("none.yaml", "no such file"), ("folder.yaml", "is a directory")):
         Path("folder.yaml").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f"^{name}: {said}"):
             parse_args([name])
@@ -217,7 +224,9 @@ def test_pipes_and_devices_are_not_opened() -> None:
         with pytest.raises(UserError, match=f"^{name}: is not a regular file; give a YAML or JSON file"):
             parse_args([name])
     Path("run.yaml").write_text(NEEDED + "accelerator_config: pipe.json")
-    with pytest.raises(UserError, match=r"--accelerator_config pipe.json: cannot be read as JSON: is not a regular file"):
+    with pytest.raises(
+        UserError, match=r"--accelerator_config pipe.json: cannot be read as JSON: is not a regular file"
+    ):
         parse_args(["run.yaml"])
 
 

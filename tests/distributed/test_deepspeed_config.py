@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration leaves out follows the command line; what contradicts it is an error naming both."""
+"""A DeepSpeed configuration is completed from the flags; a contradiction is an error that names both."""
 
 import copy
 import json
@@ -47,11 +47,11 @@ def value_of(config: dict[str, Any], name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", AUTO_KEYS)
-def test_what_is_left_out_follows(name: str) -> None:
+def test_missing_setting_becomes_auto(name: str) -> None:
     assert value_of(fill_auto_settings({}, "adamw_torch"), name) == "auto"
 
 
-def test_what_is_said_stays_and_the_original_too() -> None:
+def test_given_settings_and_the_original_stay_unchanged() -> None:
     config = {"gradient_clipping": 0.5, "bf16": {"enabled": True, "x": 1}, "zero_optimization": {"stage": 3}}
     before = copy.deepcopy(config)
     completed = fill_auto_settings(config, "adamw_torch")
@@ -59,7 +59,7 @@ def test_what_is_said_stays_and_the_original_too() -> None:
     assert {name: completed[name] for name in config} == config
 
 
-def test_the_flags_arrive(parse: Any) -> None:
+def test_flags_arrive_in_the_configuration(parse: Any) -> None:
     flags = "--max_grad_norm 0.3 --bf16 True --per_device_train_batch_size 3 --gradient_accumulation_steps 5"
     config = parse({"zero_optimization": {"stage": 2}}, *flags.split()).training.hf_deepspeed_config.config
     assert config["gradient_clipping"] == 0.3
@@ -68,7 +68,7 @@ def test_the_flags_arrive(parse: Any) -> None:
     assert (config["gradient_accumulation_steps"], config["train_batch_size"]) == (5, 15)
 
 
-def test_an_optimizer_and_a_schedule_follow_too(parse: Any) -> None:
+def test_optimizer_and_schedule_follow_the_flags(parse: Any) -> None:
     config = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupDecayLR"}}
     found = parse(config, "--learning_rate", "3e-4", "--weight_decay", "0.1").training.hf_deepspeed_config.config
     parameters = found["optimizer"]["params"]
@@ -127,7 +127,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize(("config", "flags", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_a_contradiction_names_both(parse: Any, config: dict[str, Any], flags: str, said: list[str]) -> None:
+def test_contradiction_names_setting_and_flag(parse: Any, config: dict[str, Any], flags: str, said: list[str]) -> None:
     with pytest.raises(UserError) as error:
         parse(config, *flags.split())
     message = str(error.value)
@@ -145,7 +145,7 @@ def test_a_contradiction_names_both(parse: Any, config: dict[str, Any], flags: s
         ({"scheduler": {"type": "WarmupLR"}}, ""),
     ],
 )
-def test_agreement_is_no_contradiction(parse: Any, config: dict[str, Any], flags: str) -> None:
+def test_equal_settings_are_accepted(parse: Any, config: dict[str, Any], flags: str) -> None:
     assert parse(config, *flags.split()).training.hf_deepspeed_config.mismatches == []
 
 
@@ -161,22 +161,25 @@ MALFORMED = [
     ({"zero_optimization": {"stage": "2"}}, "must be 1, 2 or 3, not '2'"),
     ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, '(give offload_optimizer {"device": "cpu"}); drop it'),
     ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param must be an object"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param means something at stage"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "offload_param is supported at stage 3 only",
+    ),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpuu"}}}, "must be cpu, nvme or none, not cpuu"),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
         "must be cpu, nvme or none, not auto",
     ),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "add its nvme_path"),
-    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "follows from the data; leave it out"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "depends on the data; leave it out"),
     ({"scheduler": {"type": "WarmupLR", "params": None}}, "scheduler.params must be an object, not None"),
-    ({"scheduler": {"type": "WarmupLR", "warmup_min_lr": 0}}, "it may belong into scheduler.params"),
+    ({"scheduler": {"type": "WarmupLR", "warmup_min_lr": 0}}, "it may belong in scheduler.params"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "needs stage 3"),
-    ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "the norm is what clipping and the log need"),
+    ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "clipping and the log need the norm"),
     ({"zero_optimization.cpu_offload": True}, "zero_optimization.cpu_offload is unknown"),
     ({"optimizer": {}}, "optimizer.type must be a name, not None"),
     ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params must be an object, not [1]"),
-    ({"optimizer": {"type": "AdamW", "lr": 0.5}}, "optimizer.lr is unknown; it may belong into optimizer.params"),
+    ({"optimizer": {"type": "AdamW", "lr": 0.5}}, "optimizer.lr is unknown; it may belong in optimizer.params"),
     (
         {"optimizer": {"type": "AdamW", "params": {"beta": 0.5}}},
         "optimizer.params.beta is unknown; did you mean betas?",
@@ -187,12 +190,12 @@ MALFORMED = [
     ({"train_batch_size": "8"}, "train_batch_size must be a number, not '8'"),
     ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown must be true or false, not 'yes'"),
     ({"gradient_cliping": 1.0}, "gradient_cliping is unknown; did you mean gradient_clipping?"),
-    ({"bfloat16": {"enabled": True}}, "bfloat16 has no place here (it is called bf16); drop it"),
+    ({"bfloat16": {"enabled": True}}, "bfloat16 is not supported here (it is called bf16); drop it"),
     ({"torch_autocast": {"enabled": True}}, "give --bf16 True or --fp16 True"),
     ({"activation_checkpointing": {}}, "give --gradient_checkpointing True"),
     ({"gradient_allreduce_op": "sum"}, "gradients are averaged"),
 ]
-"""What it would pass over, or what can be told without it."""
+"""Configurations that DeepSpeed would accept, or that can be refused without it."""
 
 REFUSED = [
     (
@@ -213,26 +216,28 @@ REFUSED = [
     ({"scheduler": {"type": "Linear"}}, "scheduler.type Linear must be one of LRRangeTest, OneCycle, WarmupLR"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_typ": "linear"}}}, "did you mean warmup_type?"),
     ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": "auto"}}}, "params.total_num_steps is unknown"),
-    ({"communication_data_type": "int3"}, "DeepSpeed does not take it: "),
+    ({"communication_data_type": "int3"}, "DeepSpeed refuses it: "),
 ]
-"""What its own configuration says."""
+"""Configurations that DeepSpeed's own models refuse."""
 
 
 @pytest.mark.parametrize(("config", "said"), [*MALFORMED, *REFUSED])
-def test_what_deepspeed_would_ignore_or_refuse_is_an_error(config: dict[str, Any], said: str, parse: Any) -> None:
-    """At the door, and not after the weights are loaded."""
+def test_setting_that_deepspeed_would_ignore_or_refuse_is_an_error(
+    config: dict[str, Any], said: str, parse: Any
+) -> None:
+    """Not only after the weights are loaded."""
     with pytest.raises(UserError, match="--deepspeed") as error:
         parse(config)
     assert said in str(error.value)
 
 
-def test_what_contradicts_and_what_is_refused_are_told_together(parse: Any) -> None:
+def test_contradiction_and_refusal_are_reported_together(parse: Any) -> None:
     with pytest.raises(UserError) as error:
         parse({"gradient_clipping": 7, "zero_optimization": {"stage": 2, "overlap_com": True}})
     assert "gradient_clipping is 7" in str(error.value) and "overlap_com is unknown" in str(error.value)
 
 
-ELSEWHERE_IN_USE = {
+PUBLISHED = {
     "LLaMA-Factory's ZeRO-3": {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -298,32 +303,32 @@ ELSEWHERE_IN_USE = {
 }
 
 
-@pytest.mark.parametrize("config", ELSEWHERE_IN_USE.values(), ids=ELSEWHERE_IN_USE)
-def test_configurations_in_use_pass(parse: Any, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configuration_is_accepted(parse: Any, config: dict[str, Any]) -> None:
     parse(config)
 
 
-def test_a_name_that_stands_twice(required: list[str]) -> None:
+def test_duplicate_name_is_refused(required: list[str]) -> None:
     text = '{"zero_optimization": {"stage": 2, "stage": 3}}'
     with pytest.raises(UserError, match="stage is there twice"):
         parse_args([*required, "--deepspeed", text])
 
 
 @pytest.mark.parametrize("depth", [51, 900, 100_000])
-def test_nested_beyond_all_measure(depth: int, required: list[str]) -> None:
+def test_deep_nesting_is_refused(depth: int, required: list[str]) -> None:
     text = '{"timers":' * depth + "1" + "}" * depth
     with pytest.raises(UserError, match="objects in more than 50 others"):
         parse_args([*required, "--deepspeed", text])
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "apollo_adamw", "lomo", "adalomo", "stable_adamw"])
-def test_an_optimizer_that_looks_at_shapes(parse: Any, optim: str) -> None:
-    """ZeRO gives it a row of numbers, and it would do something else than it says."""
-    with pytest.raises(UserError, match=f"--optim {optim}: looks at shapes, which ZeRO flattens"):
+def test_optimizer_that_needs_shapes_is_refused(parse: Any, optim: str) -> None:
+    """ZeRO gives it flattened parameters."""
+    with pytest.raises(UserError, match=f"--optim {optim}: needs the shapes that ZeRO flattens"):
         parse({}, "--optim", optim)
 
 
-def test_the_layout_of_the_state() -> None:
+def test_other_settings_do_not_change_the_state_layout() -> None:
     assert describe_state_layout({"zero_optimization": {"stage": 2, "overlap_comm": True}}) == describe_state_layout({})
     assert describe_state_layout(
         {"zero_optimization": {"sub_group_size": 1e9, "round_robin_gradients": False}}
@@ -342,17 +347,17 @@ def test_the_layout_of_the_state() -> None:
         {"data_types": {"grad_accum_dtype": "fp32"}},
     ],
 )
-def test_another_layout_of_the_state(config: dict[str, Any]) -> None:
+def test_setting_changes_the_state_layout(config: dict[str, Any]) -> None:
     assert describe_state_layout(config) != describe_state_layout({"bf16": {"enabled": True}})
 
 
 @pytest.mark.parametrize("name", ["s2", "s2_offload", "s3", "s3_offload"])
-def test_our_own_configurations_pass(parse: Any, name: str) -> None:
+def test_own_configuration_is_accepted(parse: Any, name: str) -> None:
     config = json.loads((PLAYGROUND / f"deepspeed_config_{name}.json").read_text())
     assert parse(config, "--bf16", "True").training.deepspeed
 
 
 @pytest.mark.parametrize(("optim", "forced"), [("adamw_torch", True), ("adamw_torch_fused", True), ("sgd", False)])
-def test_an_offloaded_optimizer_is_the_one_asked_for(optim: str, forced: bool) -> None:
-    """accelerate puts DeepSpeed's CPU Adam in place of any, unless told otherwise."""
+def test_offloaded_optimizer_is_not_replaced_by_cpu_adam(optim: str, forced: bool) -> None:
+    """accelerate would replace any."""
     assert fill_auto_settings({}, optim).get("zero_force_ds_cpu_optimizer", True) is forced

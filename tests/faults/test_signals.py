@@ -85,7 +85,7 @@ def test_twice(
     run = Run(given, tmp_path / "log.txt", PREPARE="planted:endless_third_step")
     run.wait_for("third step")
     run.send(signum)
-    run.wait_for("once more ends it at once")
+    run.wait_for("a second signal ends the run at once")
     time.sleep(2 * ONE_SIGNAL)
     assert run.is_alive()
     sent = time.monotonic()

@@ -3,10 +3,11 @@
 DeepSpeed ignores most names that it does not know, and checks values only after the weights are loaded.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fastchat_qlora.config.validation.json_settings import BOOL, NUMBER, OBJECT, WORD, Kind, find_invalid
+from fastchat_qlora.config.validation.json_schema import BOOL, NUMBER, OBJECT, WORD, Kind, find_invalid
 from fastchat_qlora.distributed.deepspeed_config import (
     ADAM_NAMES,
     DATA_DEPENDENT_KEYS,
@@ -64,8 +65,7 @@ OPTIMIZERS = {
 
 FILLED_LATER = (
     *("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),  # from the width
-    "stage3_gather_16bit_weights_on_model_save",
-    *DATA_DEPENDENT_KEYS,
+    *("stage3_gather_16bit_weights_on_model_save", *DATA_DEPENDENT_KEYS),
 )
 """Settings that may be "auto" until the model and the data are known."""
 
@@ -107,7 +107,9 @@ def _check_stage(config: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator
     if zero.get("compute_grad_norm") is False:
         yield "compute_grad_norm is false, but clipping and the log need the norm; drop it"
     for name, device in devices.items():
-        if device == "nvme" and not zero[name].get("nvme_path"):
+        if device not in ("cpu", "nvme", "none"):
+            yield f"{name}.device must be cpu, nvme or none, not {device}"
+        elif device == "nvme" and not zero[name].get("nvme_path"):
             yield f"{name}.device is nvme; add its nvme_path"
 
 
@@ -157,36 +159,14 @@ def find_deepspeed_errors(args: Any, given: Collection[str], *, has_processes: b
         given: names of the flags on the command line.
         has_processes: the processes of the run are there, so that the total batch size is known.
     """
-    config = args.hf_deepspeed_config.config
-    found = [*_find_contradictions(config, args, has_processes), *_find_other_optimizer(config, args, given)]
-    if has_processes and not found:  # whatever a newer transformers compares
-        found = [text.removeprefix("- ") for text in args.hf_deepspeed_config.mismatches]
+    config, found = args.hf_deepspeed_config.config, []
+    for mismatch in args.hf_deepspeed_config.mismatches:  # the flag is a name, a|b or a+b
+        key, theirs, flag, ours = re.findall(r"- ds (\S+?)=(.*) vs hf (.+?)=(.*)|$", mismatch)[0]
+        if key != "train_batch_size" or has_processes:
+            text = f"its {key} is {theirs}, --{flag.split('|')[0].replace('+', ', --')} is {ours}"
+            found.append(text if key else mismatch)
+    found += _find_other_optimizer(config, args, given)
     return [f"{text}; make them the same, or leave one out" for text in found] + _find_refused(config)
-
-
-def _find_contradictions(config: Mapping[str, Any], args: Any, has_processes: bool) -> Iterator[str]:
-    """Yield settings of the configuration that differ from the flags of the same meaning."""
-    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    counterparts = [
-        ("gradient_accumulation_steps", "gradient_accumulation_steps", accumulation),
-        ("gradient_clipping", "max_grad_norm", args.max_grad_norm),
-        ("bf16.enabled", "bf16", args.bf16 or args.bf16_full_eval),
-        ("fp16.enabled", "fp16", args.fp16 or args.fp16_full_eval),
-        ("optimizer.params.lr", "learning_rate", args.learning_rate),
-        ("optimizer.params.betas", "adam_beta1, --adam_beta2", [args.adam_beta1, args.adam_beta2]),
-        ("optimizer.params.eps", "adam_epsilon", args.adam_epsilon),
-        ("optimizer.params.weight_decay", "weight_decay", args.weight_decay),
-        ("scheduler.params.warmup_max_lr", "learning_rate", args.learning_rate),
-    ]
-    if not args.auto_find_batch_size:
-        counterparts.append(("train_micro_batch_size_per_gpu", "per_device_train_batch_size", micro_batch))
-        if has_processes:
-            total, flag = args.world_size * micro_batch * accumulation, "per_device_train_batch_size of all processes"
-            counterparts.append(("train_batch_size", flag, total))
-    for name, flag, value in counterparts:
-        theirs = get_setting(config, name)
-        if theirs is not None and theirs != value:
-            yield f"its {name} is {theirs}, --{flag} is {value}"
 
 
 def _find_other_optimizer(config: Mapping[str, Any], args: Any, given: Collection[str]) -> Iterator[str]:
@@ -204,19 +184,19 @@ def _find_other_optimizer(config: Mapping[str, Any], args: Any, given: Collectio
 
 
 def _find_refused(config: Mapping[str, Any]) -> list[str]:
-    """Return what DeepSpeed's own models refuse of a configuration that is filled in."""
+    """Return what DeepSpeed's own models refuse of a configuration that is filled in; they take "auto" as missing."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    filled = _drop_auto(config)
-    filled.pop("train_batch_size", None)  # of all processes, which DeepSpeed does not know of yet
     errors = [f"{name} is auto, which nothing fills in; give a value" for name in _list_auto(config)]
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, model in models.items():
-        errors += _validate(section, model, filled.get(section, {}))
+        errors += _validate(section, model, config.get(section, {}))
     errors += _validate_scheduler(config.get("scheduler", {}))
-    return errors or [*_validate("DeepSpeed refuses it", lambda **values: DeepSpeedConfig(values), filled)]
+    # The batch is that of all processes, which DeepSpeed does not know of yet.
+    one_process = {name: value for name, value in config.items() if name != "train_batch_size"}
+    return errors or [*_validate("DeepSpeed refuses it", lambda **values: DeepSpeedConfig(values), one_process)]
 
 
 def _list_auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -227,16 +207,8 @@ def _list_auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{name}"
 
 
-def _drop_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _drop_auto(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if value != "auto"
-    }
-
-
 def _validate(section: str, model: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield errors of the pydantic model of a section, by the names in the configuration."""
+    """Yield errors of a model of DeepSpeed, by the names in the configuration."""
     from pydantic import ValidationError
 
     try:
@@ -244,12 +216,11 @@ def _validate(section: str, model: Any, values: Mapping[str, Any]) -> Iterator[s
     except ValidationError as error:
         names = [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
         for found in error.errors():
-            place = [str(part) for part in found["loc"]]
-            path = ".".join([section, *place])
-            if found["type"] == "extra_forbidden":
-                yield f"{path} is unknown; {did_you_mean(place[0], names) if len(place) == 1 else 'drop it'}"
-            else:
-                yield f"{path} is {found['input']!r}: {found['msg']}" if place else f"{section}: {found['msg']}"
+            *_, name = path = [section, *map(str, found["loc"])]
+            is_unknown = found["type"] == "extra_forbidden"
+            shown = f" is {found['input']!r}" if len(path) > 1 else ""
+            problem = f" is unknown; {did_you_mean(name, names)}" if is_unknown else f"{shown}: {found['msg']}"
+            yield f"{'.'.join(path)}{problem}"
     except Exception as error:  # it checks by assertions, conversions and look-ups too
         yield f"{section}: {one_line(error) or type(error).__name__}"
 
@@ -264,6 +235,5 @@ def _validate_scheduler(scheduler: Mapping[str, Any]) -> Iterator[str]:
         yield f"scheduler.type {scheduler['type']} must be one of {', '.join(known)}; or give --lr_scheduler_type"
     elif scheduler:
         names = signature(getattr(lr_schedules, scheduler["type"])).parameters.keys() - {"optimizer"}
-        for name in scheduler.get("params", {}):
-            if name not in names:
-                yield f"scheduler.params.{name} is unknown; {did_you_mean(name, names)}"
+        unknown = [name for name in scheduler.get("params", {}) if name not in names]
+        yield from (f"scheduler.params.{name} is unknown; {did_you_mean(name, names)}" for name in unknown)

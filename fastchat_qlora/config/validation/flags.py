@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
-from fastchat_qlora.config.validation.json_flags import check_json_flags
-from fastchat_qlora.config.validation.json_settings import read_object
+from fastchat_qlora.config.validation.json_flags import check_json_flags, read_object
 from fastchat_qlora.config.validation.paths import check_data_path, check_folders
 from fastchat_qlora.config.validation.ranges import check_numbers
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag
@@ -105,10 +104,10 @@ def _check_devices(values: Values) -> Iterator[str]:
             "main memory, else drop --use_cpu"
         )
     workers = values.dataloader_num_workers
-    if not workers and (workers is not None or runs_on_cpu(values)):
-        for flag in WORKER_SETTINGS:
-            if value := getattr(values, flag):
-                yield f"--{flag} {value}: has no effect without --dataloader_num_workers; add that or drop this"
+    for flag in WORKER_SETTINGS:
+        value = getattr(values, flag)
+        if value and not workers and (workers is not None or runs_on_cpu(values)):
+            yield f"--{flag} {value}: has no effect without --dataloader_num_workers; add that or drop this"
 
 
 def _check_strategy(values: Values) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastchat_qlora.config.validation.json_settings import SWITCH, Kind, find_invalid, one_of
+from fastchat_qlora.config.validation.json_schema import SWITCH, Kind, find_invalid, one_of
 from fastchat_qlora.distributed.fsdp_config import (
     FSDP_CHOICES,
     FSDP_OPTIONS,

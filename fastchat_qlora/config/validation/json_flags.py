@@ -1,12 +1,19 @@
-"""Checks of the flags whose value is a JSON object, in place or in a file."""
+"""Flags whose value is a JSON object, in place or in a file: reading and checking it."""
 
 import argparse
+import json
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastchat_qlora.config.validation.deepspeed import find_malformed_config
 from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
-from fastchat_qlora.config.validation.json_settings import COUNT, OBJECT, SWITCH, find_invalid, one_of, read_json
+from fastchat_qlora.config.validation.json_schema import COUNT, OBJECT, SWITCH, find_invalid, one_of
+
+MAX_DEPTH = 50  # nested objects; no setting of any library is as deep
+MAX_FILE_BYTES = 1 << 20
 
 CHECKPOINTING = {
     **dict.fromkeys(("use_reentrant", "preserve_rng_state", "early_stop", "debug", "offload"), SWITCH),
@@ -26,6 +33,73 @@ UNSUPPORTED = {
     "num_steps": "give --gradient_accumulation_steps",
     "use_configured_state": "the run has no other state",
 }
+
+
+def read_json(given: str) -> Any:
+    """Parse JSON given in place, or in the file of that name.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no JSON, is nested too deeply, or has a name twice.
+    """
+    try:
+        settings = json.loads(json_text(given), object_pairs_hook=reject_duplicates)
+    except RecursionError as error:
+        raise ValueError(f"objects in more than {MAX_DEPTH} others") from error
+    level = [settings]
+    for _ in range(MAX_DEPTH):
+        level = [value for values in level if isinstance(values, dict) for value in values.values()]
+    if level:
+        raise ValueError(f"objects in more than {MAX_DEPTH} others")
+    return settings
+
+
+def read_object(given: Any) -> dict[str, Any]:
+    """Return the JSON object of a flag, or an empty one if it is malformed, which is reported elsewhere."""
+    try:
+        settings = read_json(given) if given else {}
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def json_object(given: str) -> dict[str, Any]:
+    """Parse a JSON object for argparse."""
+    try:
+        settings = read_json(given)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{given}: cannot be read as JSON: {error}; correct it") from error
+    if not isinstance(settings, dict):
+        raise argparse.ArgumentTypeError(f"{given}: must be a JSON object, not {type(settings).__name__}; correct it")
+    return settings
+
+
+def json_text(given: str) -> str:
+    """Return the text, or the content of the file it names; the libraries read a file for some flags only."""
+    return given if given.startswith("{") else read_small_file(Path(os.path.expanduser(given))).decode().strip()
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a file of settings; a pipe could be read only once, and a device may never end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of settings, as the end of a sentence.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("is not a regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise ValueError("is too large for settings")
+    return path.read_bytes()
+
+
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, or raise a ValueError if a name is there twice: Python would keep the last value."""
+    names = [name for name, _ in pairs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(repeated)} is there twice")
+    return dict(pairs)
 
 
 def _check_accelerator_config(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ def check_folders(values: argparse.Namespace) -> Iterator[str]:
     yield from check_model_path(values.model_name_or_path)
     output = _expand(values.output_dir)
     if not values.output_dir or (_exists(output) and not output.is_dir()):
-        yield f"--output_dir {values.output_dir}: must be a folder, not a file or empty; give a folder"
+        yield f"--output_dir {values.output_dir}: is a file or empty; give a folder"
     for flag in ("model_name_or_path", "output_dir", "cache_dir"):
         name = getattr(values, flag) or ""
         if not is_text(name):
