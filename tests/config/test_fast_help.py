@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect.command import PROG, InspectArguments
+from fastchat_qlora.commands.plan import command as plan
 from fastchat_qlora.config import fast_help
 from fastchat_qlora.config.fast_help import (
     NotInTable,
@@ -167,6 +168,7 @@ def outcome(parser: FlagParser, argv: list[str]) -> tuple[Any, ...]:
 PARSERS = {
     "train": (build_table_parser(TABLE, "train"), build_parser()),
     "inspect": (build_table_parser(TABLE, "inspect"), build_parser(PROG, InspectArguments)),
+    "plan": (build_table_parser(TABLE, "plan"), build_parser(plan.PROG, plan.PlanArguments)),
 }
 NAMES = sorted({name for _, live in PARSERS.values() for a in live._actions for name in a.option_strings})
 VALUES = ["True", "no", "0", "1e-3", "-2", "x", "", "steps", "epoch", "nf4", "{}", "None", "--", "a b", "é"]
@@ -179,7 +181,7 @@ WORDS = st.one_of(
 
 @same_version
 @pytest.mark.parametrize("command", PARSERS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(words=st.lists(WORDS, max_size=8))
 def test_any_command_line_is_parsed_alike(command: str, words: list[str]) -> None:
     """Values and their types, what is left over, and errors."""
