@@ -121,7 +121,7 @@ def make_clone(folder: Path, model: Path) -> None:
     for name in STAND_INS:
         (programs / name).write_text(STAND_IN)
         (programs / name).chmod(0o755)
-    for name in ("activate", "../installed-quickstart", "../installed-test"):
+    for name in ("activate", "../installed-quickstart,deepspeed", "../installed-test"):
         (programs / name).touch()
     shutil.copytree(model, folder / MODEL)
     for config in (ROOT / "tests" / "recipes_models").glob("Llama-*/config.json"):
@@ -150,9 +150,7 @@ def check_train(command: Command, *, processes: int = 1) -> None:
     parser = build_parser(plan.PROG, plan.PlanArguments)
     elsewhere = ["--devices", str(processes), "--device_type", "cuda"]
     asked = [word for word in argv if not word.endswith("full.yaml") and word != "--print_config"]
-    reading = read_flags([*asked, *elsewhere], parser)
-    assert reading.problems == []
-    values = reading.values
+    values = read_flags([*asked, *elsewhere], parser).values
     is_here = values.model_name_or_path == str(MODEL) and not values.push_to_hub
     if is_here and processes == 1 and command.stands_alone:
         run_here(["train", *argv])

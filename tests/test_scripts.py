@@ -30,3 +30,19 @@ def test_multinode_script_reports_missing_settings(environment: dict[str, str], 
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train_lora_zero3.sh", "train_qlora_multinode.sh"])
+def test_script_reports_a_missing_deepspeed(script: str, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$2" in *torch*) echo 0 ;; esac\n')  # an environment with this project
+    (tmp_path / "python").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "MODEL": "org/model",
+        "LAUNCHER": "deepspeed",
+        "HOSTFILE": __file__,
+    }
+    command = ["bash", str(SCRIPTS / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    error = "error: deepspeed: not found in this environment; pip install fastchat-qlora[deepspeed]\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)

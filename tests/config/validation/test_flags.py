@@ -498,6 +498,14 @@ def test_deepspeed_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors_with(deepspeed=inline) == []
 
 
+def test_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    inline = '{"zero_optimization": {"stage": 2}}'
+    install = "pip install fastchat-qlora[deepspeed], or drop the flag"
+    assert errors_with(deepspeed=inline) == [f"--deepspeed {inline}: the package deepspeed is not installed; {install}"]
+
+
 def test_output_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     assert check_writable(str(tmp_path / "a" / "b")) == []
     assert list((tmp_path / "a" / "b").iterdir()) == []
