@@ -17,11 +17,8 @@ from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
 from fastchat_qlora.utils.text import escape_control, mask_secrets, one_line
 
-FIRST_PROCESS_SECONDS = 30.0
-"""Time that the other processes of a node leave their first one to report a user's mistake."""
-
-LAUNCHER_SECONDS = 20.0
-"""Time that a process leaves its launcher to end it after another process has ended."""
+FIRST_PROCESS_SECONDS = 30.0  # for which processes leave a user's mistake to the first process of their node
+LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher after another one has ended
 
 
 def _check_fast(command: str, argv: Sequence[str]) -> None:
@@ -89,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; 2 a user's mistake found before weights are loaded; 1 a run that failed later; 143 and
-        130 a run stopped by SIGTERM and SIGINT; 141 standard output was closed by its reader. Other exceptions are not
-        caught: Python prints their traceback and exits with 1.
+        130 stopped by SIGTERM and SIGINT; 141 nobody reads standard output. Other exceptions pass through.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-V", "--version"):
         sys.stdout.write(f"fastchat-qlora {__version__}\n")
         return 0
     if name in ("-h", "--help"):
-        sys.stdout.write(_format_usage())
+        lines = [f"  {command:<8} {summary}" for command, (_, summary) in COMMANDS.items()]
+        text = ["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""]
+        sys.stdout.write("\n".join(text))
         return 0
     _set_up_logging()
     try:
@@ -122,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code.
 
-    One process among several leaves without Python's teardown: with everything saved and the process group closed, that
-    teardown now and then aborts in C++ ("terminate called without an active exception", seen with torch 2.13.0, gloo
-    and DeepSpeed 0.19.8), which turns a good run into a failed one. This can go once it no longer does.
+    One process among several skips Python's teardown, which now and then aborts in C++ ("terminate called without an
+    active exception", seen with torch 2.13.0, gloo and DeepSpeed 0.19.8) and turns a good run into a failed one. This
+    can go once it no longer does.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(main(argv))
@@ -139,10 +137,10 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail_among_several(error: Exception) -> int:
-    """Report an exception of this process, but leave a failure of another process to that one.
+    """Report an exception of this process, but leave the failure of another process to that one.
 
-    When a process has failed, the others lose their connections and would bury its error under theirs. They wait for
-    the launcher to end them, and report only if it does not: the failed process may be on another machine.
+    When a process fails, the others lose their connections and would bury its error under theirs. They report only if
+    the launcher does not end them: the failed process may be on another machine.
     """
     from fastchat_qlora.distributed.process_group import is_lost_peer
 
@@ -155,11 +153,6 @@ def _fail_among_several(error: Exception) -> int:
     reason = escape_control(one_line(error))[:300]
     sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
     return 1
-
-
-def _format_usage() -> str:
-    lines = [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""])
 
 
 class _Formatter(logging.Formatter):
@@ -182,9 +175,8 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generi
 
 def _set_up_logging() -> None:
     """Log once: in the first process of the run."""
-    handler = _Handler()
+    handler, package = _Handler(), logging.getLogger("fastchat_qlora")
     handler.setFormatter(_Formatter("%(message)s"))
-    package = logging.getLogger("fastchat_qlora")
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -213,10 +205,9 @@ def _is_first_process() -> bool:
 def _fail(message: str, code: int) -> int:
     """Print the one `error:` line.
 
-    Every process of a node finds the same user's mistake, so its first one reports it. The others wait until the
-    launcher ends them: it does so as soon as one ends, and the first may not have found the mistake yet. One that is
-    still there after FIRST_PROCESS_SECONDS reports it too. What stops a run later may be known to one process only,
-    which reports it at once.
+    Every process of a node finds the same user's mistake. The first one reports it; the others wait to be ended by the
+    launcher, which ends all as soon as one ends, and report it too if they are not. What stops a run later may be known
+    to one process only, which reports it at once.
     """
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if local_rank != "0" and code == 2:

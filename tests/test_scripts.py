@@ -34,7 +34,9 @@ def test_multinode_script_reports_missing_settings(environment: dict[str, str], 
 
 @pytest.mark.parametrize("script", ["train_lora_zero3.sh", "train_qlora_multinode.sh"])
 def test_script_reports_a_missing_deepspeed(script: str, tmp_path: Path) -> None:
-    (tmp_path / "python").write_text('#!/bin/sh\ncase "$2" in *torch*) echo 0 ;; esac\n')  # an environment with this project
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$2" in *torch*) echo 0 ;; esac\n'
+    )  # an environment with this project
     (tmp_path / "python").chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",

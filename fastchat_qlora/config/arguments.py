@@ -51,7 +51,7 @@ class DataArguments:
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
     lazy_preprocess: bool = flag(
-        "Check every conversation at the start, but tokenize it only when it is needed.", False
+        "Check every conversation at the start, keep its text, and tokenize it when it is needed.", False
     )
     conv_template: str = flag(
         "Prompt template by name; auto takes the tokenizer's chat template if it has one, else vicuna.", "auto"

@@ -45,28 +45,17 @@ NOT_IN_FILES = {
 
 
 class Setting(NamedTuple):
-    """A setting of a file.
-
-    Attributes:
-        flag: the flag with underscores; both spellings are accepted.
-        value: a text, a list of texts, a JSON object, or None if it is not given.
-        place: file and line, as the beginning of an error.
-    """
+    """A setting of a file."""
 
     name: str
-    flag: str
-    value: Any
-    place: str
+    flag: str  # with underscores; both spellings are accepted
+    value: Any  # a text, a list of texts, a JSON object, or None if it is not given
+    place: str  # file and line, as the beginning of an error
 
 
 def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
-    """Replace the configuration file that a command line begins with, if it does, by flags.
-
-    Raises:
-        UserError: the file cannot be read, or does not hold flags and their values.
-    """
-    # The deepspeed launcher puts the rank before all other arguments.
-    before = [text for text in argv[:1] if normalize_flag(text).startswith("--local_rank=")]
+    """Replace the configuration file that a command line begins with, if it does, by flags."""
+    before = [text for text in argv[:1] if normalize_flag(text).startswith("--local_rank=")]  # deepspeed puts it first
     words = list(argv[len(before) :])
     if not words or words[0].startswith("-") or not words[0].lower().endswith(CONFIG_SUFFIXES):
         return list(argv)
@@ -96,11 +85,7 @@ class ConfigFile:
         self.count = 0
 
     def read(self) -> list[Setting]:
-        """Return the settings in order.
-
-        Raises:
-            UserError: the file cannot be read, or is no mapping of names to values.
-        """
+        """Return the settings in order; a file that cannot be read, or is no mapping, is a UserError."""
         settings: dict[str, Setting] = {}
         load = self._load_json if self.name.lower().endswith(".json") else self._load_yaml
         try:
@@ -191,11 +176,7 @@ def _to_text(value: Any) -> Any:
 
 
 def _to_arguments(setting: Setting, parser: FlagParser) -> list[str]:
-    """Return the words of a command line that a setting stands for; none if it is not given.
-
-    Raises:
-        UserError: there is no such flag, or it takes no such value.
-    """
+    """Return the words of a command line that a setting stands for; none if it is not given."""
     name, flag, value, _ = setting
     known = {name: action for action in parser._actions if action.nargs != 0 for name in action.option_strings}
     known = {name: action for name, action in known.items() if normalize_flag(name) not in NOT_IN_FILES}

@@ -62,17 +62,11 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 class ParsedFlags(NamedTuple):
-    """A command line without mistakes.
-
-    Attributes:
-        values: of all flags, by name.
-        given: names of the flags that the command line or its configuration file sets, in order.
-        warnings: about old flags.
-    """
+    """A command line without mistakes."""
 
     values: argparse.Namespace
-    given: list[str]
-    warnings: list[str]
+    given: list[str]  # names of the flags that it or its configuration file sets, in order
+    warnings: list[str]  # about old flags
 
 
 def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
@@ -107,12 +101,7 @@ def _parse(
 
 
 def check_fast(command: str, argv: Sequence[str]) -> None:
-    """Answer `--help` or report the mistakes of a command line if the table can; else do nothing.
-
-    Raises:
-        UserError: mistakes, in the words of the live parser.
-        SystemExit: after printing the help or the settings.
-    """
+    """Answer `--help` or report mistakes in the words of the live parser, as read_flags does, if the table can."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if table["sources"] == hash_declarations():
         with suppress(NotInTable):

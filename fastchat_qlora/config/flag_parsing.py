@@ -19,19 +19,14 @@ NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_mem
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser that raises a UserError instead of printing two hundred lines of usage.
-
-    Attributes:
-        own_flags: flags that this program declares; preferred as the nearest name of an unknown flag.
-        groups: title of each group of a run's settings -> its flags without dashes.
-    """
+    """An argument parser that raises a UserError instead of printing two hundred lines of usage."""
 
     def __init__(self, **settings: Any) -> None:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **settings})
         self._defaults = NOT_PLANNED | self._defaults  # set_defaults would change the flags of `plan` too
-        self.own_flags: Sequence[str] = ()
-        self.groups: Mapping[str, Sequence[str]] = {}
+        self.own_flags: Sequence[str] = ()  # declared by this program; preferred as the nearest of an unknown flag
+        self.groups: Mapping[str, Sequence[str]] = {}  # title of a group of a run's settings -> flags without dashes
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError in argparse's words."""
@@ -39,11 +34,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def string_to_bool(value: str) -> bool:
-    """Return the boolean that a word means; YAML's on and off too, which transformers does not know.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
+    """Return the boolean that a word means, for argparse; on and off are YAML's."""
     if value.lower() in TRUE:
         return True
     if value.lower() in FALSE:

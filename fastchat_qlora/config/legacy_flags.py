@@ -18,7 +18,7 @@ class LegacyFlag(NamedTuple):
     """An old flag.
 
     Attributes:
-        translate: value -> today's arguments.
+        translate: value, True or False of a boolean -> today's arguments.
         new: the flag of the same meaning today, if there is one.
         is_boolean: the bare flag means True.
         note: what it means today, if there is no such flag.
@@ -40,21 +40,13 @@ def _translate_warmup_ratio(value: str) -> list[str]:
     return ["--warmup_steps", value]
 
 
-def _translate_group_by_length(value: str) -> list[str]:
-    return ["--train_sampling_strategy", "group_by_length" if string_to_bool(value) else "random"]
-
-
-def _translate_layers_to_wrap(value: str) -> list[str]:
-    return ["--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})]
-
-
 def _translate_logging_dir(value: str) -> list[str]:
     os.environ["TENSORBOARD_LOGGING_DIR"] = value
     return []
 
 
 def _translate_save_safetensors(value: str) -> list[str]:
-    if not string_to_bool(value):
+    if value == "False":
         raise UserError(f"--save_safetensors {value}: adapters are saved as safetensors only; drop the flag")
     return []
 
@@ -62,9 +54,16 @@ def _translate_save_safetensors(value: str) -> list[str]:
 LEGACY_FLAGS = {
     "--evaluation_strategy": LegacyFlag(lambda value: ["--eval_strategy", value], "--eval_strategy"),
     "--warmup_ratio": LegacyFlag(_translate_warmup_ratio, "--warmup_steps"),
-    "--group_by_length": LegacyFlag(_translate_group_by_length, "--train_sampling_strategy", is_boolean=True),
-    "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(_translate_layers_to_wrap, "--fsdp_config"),
-    "--no_cuda": LegacyFlag(lambda value: ["--use_cpu", str(string_to_bool(value))], "--use_cpu", is_boolean=True),
+    "--group_by_length": LegacyFlag(
+        lambda value: ["--train_sampling_strategy", "group_by_length" if value == "True" else "random"],
+        "--train_sampling_strategy",
+        is_boolean=True,
+    ),
+    "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(
+        lambda value: ["--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})],
+        "--fsdp_config",
+    ),
+    "--no_cuda": LegacyFlag(lambda value: ["--use_cpu", value], "--use_cpu", is_boolean=True),
     "--logging_dir": LegacyFlag(
         _translate_logging_dir, note="is the environment variable TENSORBOARD_LOGGING_DIR today"
     ),
@@ -93,11 +92,8 @@ def get_current_name(name: str) -> str:
 def translate_legacy_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return a command line with today's flags, and a warning for each old one.
 
-    Args:
-        argv: a command line; old flags are accepted as `--flag value`, `--flag=value` or, if boolean, `--flag`.
-
-    Raises:
-        UserError: an old flag's value has no counterpart today, or its new name is given as well.
+    Old flags are accepted as `--flag value`, `--flag=value` or, if boolean, `--flag`; one whose value has no
+    counterpart today, or whose new name is given as well, is a UserError.
     """
     arguments, warnings, waiting = [], [], list(argv)
     while waiting:

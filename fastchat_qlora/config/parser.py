@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Group = TypeVar("Group")
 
-GROUPS: tuple[type, ...] = tuple(RunArguments.__annotations__.values())
+GROUPS: tuple[Any, ...] = tuple(RunArguments.__annotations__.values())
 
 DESCRIPTION = (
     "Flags may also be given in a YAML or JSON file that comes first, as in `run.yaml --learning_rate 1e-4`; flags "
@@ -61,8 +61,7 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
         argv: arguments after the program's name; FastChat's old flag names are accepted.
 
     Raises:
-        UserError: all mistakes that can be found without loading the model or the data, except that a value of the
-            wrong type or an old flag without a counterpart is reported alone.
+        UserError: all mistakes that can be found without loading the model or the data.
     """
     flags = read_flags(argv, build_parser())
     raise_errors(check_writable(flags.values.output_dir))
@@ -75,15 +74,8 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
 def parse_command(argv: Sequence[str], prog: str, own: type[Group]) -> tuple[RunArguments, Group]:
     """Parse and check the command line of a command that takes train's flags and starts no run.
 
-    `output_dir` is optional and is not written to; nothing is logged about this machine.
-
-    Args:
-        argv: arguments after the command's name.
-        prog: name of the command in its help.
-        own: dataclass of the command's own flags.
-
-    Raises:
-        UserError: as for parse_args.
+    `output_dir` is optional and is not written to; nothing is logged about this machine. For the arguments and errors,
+    see build_parser and parse_args.
     """
     flags = read_flags(argv, build_parser(prog, own))
     args, _ = _build_run(flags)
@@ -105,16 +97,11 @@ def _build_run(flags: ParsedFlags) -> tuple[RunArguments, list[str]]:
 
 
 def _build_group(group: type[Group], flags: ParsedFlags) -> Group:
-    """Build an argument group.
-
-    Raises:
-        UserError: transformers or accelerate refuse a value; it names the flags that their error names, else all flags
-            given of this group.
-    """
+    """Build an argument group; an error names the flags that it is about, or else all that were given."""
     values = {field.name: getattr(flags.values, field.name) for field in fields(group) if field.init}  # type: ignore[arg-type]
     try:
         return group(**values)
-    except Exception as error:  # they check their arguments in many ways while building them
+    except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
         reason = one_line(error) or type(error).__name__
         given = [name for name in flags.given if name in values]
         named = [name for name in given if re.search(rf"\b{name}\b", reason)] or given

@@ -38,18 +38,15 @@ PLAIN_WORD = re.compile(r"[A-Za-z_/.][\w./+@-]*", re.ASCII)
 
 
 def print_config(parser: FlagParser, values: argparse.Namespace, given: Collection[str]) -> list[str]:
-    """Write the settings to standard output, or to the file that `--print_config` names, in the first process.
+    """Write the settings in the first process, and return messages about where they are and what is left out.
 
     Args:
         parser: of the command, with the groups of settings.
         values: as parsed.
         given: names of the flags on the command line.
 
-    Returns:
-        Messages about where they are, and about what is left out.
-
     Raises:
-        UserError: the file cannot be written, or has another suffix.
+        UserError: the file of `--print_config` cannot be written, or has another suffix.
     """
     target = os.path.expanduser(values.print_config)
     if target != "-" and not target.lower().endswith(YAML_SUFFIXES):
@@ -126,11 +123,6 @@ def _write_to_terminal(text: str) -> None:
 
 
 def _write_file(path: Path, text: str) -> None:
-    """Write the file atomically.
-
-    Raises:
-        UserError: it cannot be written, or its name belongs to something other than a file.
-    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"--print_config {path}: exists and is not a regular file; give another name")

@@ -15,14 +15,7 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_che
 
 
 def resolve_flags(values: argparse.Namespace) -> list[str]:
-    """Resolve flags in place.
-
-    Args:
-        values: as parsed, without errors.
-
-    Returns:
-        Warnings about what has changed.
-    """
+    """Resolve parsed flags without errors in place, and return warnings about what has changed."""
     warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(read_json(values.deepspeed), values.optim)

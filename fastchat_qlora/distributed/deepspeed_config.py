@@ -10,12 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 AUTO_KEYS = (
-    "gradient_clipping",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "bf16.enabled",
-    "fp16.enabled",
+    *("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("bf16.enabled", "fp16.enabled"),
 )
 """Settings that follow the flags unless the configuration has them."""
 
@@ -50,16 +46,17 @@ SCHEDULERS = {
 }
 """DeepSpeed's name -> transformers' for the same curve."""
 
+SCHEDULER_PARAMS = {
+    "WarmupLR": ("warmup_num_steps", "warmup_max_lr"),
+    "WarmupDecayLR": (*DATA_DEPENDENT_KEYS, "warmup_max_lr"),
+    "WarmupCosineLR": DATA_DEPENDENT_KEYS,
+}
+
 
 def fill_auto_settings(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
-    """Return a configuration in which everything that should follow the flags is "auto".
-
-    Args:
-        config: as read from the user's file, without errors.
-        optim: the optimizer of the flags, by its transformers name.
-    """
+    """Return a configuration without errors, in which everything that should follow the flags is "auto"."""
     completed: dict[str, Any] = copy.deepcopy(dict(config))
-    for name in (*AUTO_KEYS, *_list_optimizer_keys(completed), *_list_scheduler_keys(completed)):
+    for name in (*AUTO_KEYS, *_list_params(completed)):
         *sections, key = name.split(".")
         place = completed
         for section in sections:
@@ -71,19 +68,12 @@ def fill_auto_settings(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
     return completed
 
 
-def _list_optimizer_keys(config: Mapping[str, Any]) -> list[str]:
-    name = str(get_setting(config, "optimizer.type")).lower()
-    keys = ("lr", "weight_decay", "betas", "eps") if name in ADAM_NAMES else ("lr", "weight_decay")
-    return [f"optimizer.params.{key}" for key in keys if "optimizer" in config]
-
-
-def _list_scheduler_keys(config: Mapping[str, Any]) -> list[str]:
-    keys = {
-        "WarmupLR": ("warmup_num_steps", "warmup_max_lr"),
-        "WarmupDecayLR": (*DATA_DEPENDENT_KEYS, "warmup_max_lr"),
-        "WarmupCosineLR": DATA_DEPENDENT_KEYS,
-    }
-    return [f"scheduler.params.{key}" for key in keys.get(str(get_setting(config, "scheduler.type")), ())]
+def _list_params(config: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of the optimizer and the scheduler that follow the flags."""
+    optimizer, scheduler = (str(get_setting(config, f"{section}.type")) for section in ("optimizer", "scheduler"))
+    names = ("lr", "weight_decay", "betas", "eps") if optimizer.lower() in ADAM_NAMES else ("lr", "weight_decay")
+    keys = [f"optimizer.params.{name}" for name in names if "optimizer" in config]
+    return keys + [f"scheduler.params.{name}" for name in SCHEDULER_PARAMS.get(scheduler, ())]
 
 
 def get_setting(config: Mapping[str, Any], name: str) -> Any:

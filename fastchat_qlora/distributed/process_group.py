@@ -19,9 +19,9 @@ from fastchat_qlora.utils.text import mask_secrets
 def process_group(topology: Topology) -> Iterator[None]:
     """Prepare the process group for DeepSpeed, and close it after a run without errors.
 
-    After an error this process just leaves: closing the group is collective, and the others may be waiting in it; the
-    launcher ends them. TrainingArguments has opened the group by now. On the CPU it does so without DeepSpeed's
-    knowledge, and ZeRO-3 partitions weights while they load, before the Trainer would initialize DeepSpeed.
+    After an error this process just leaves: closing is collective, and the others may be waiting in the group.
+    TrainingArguments has opened it by now; on the CPU it does so without DeepSpeed, which ZeRO-3 needs before the
+    weights are loaded.
     """
     if topology.zero_stage and topology.accelerator is None:
         import deepspeed
@@ -37,8 +37,8 @@ def process_group(topology: Topology) -> Iterator[None]:
 def _unlink_shared_buffer(topology: Topology) -> None:
     """Unlink the shared memory of DeepSpeed's all-reduce on a CPU, so that it goes when this process ends.
 
-    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm. After the barrier every process
-    has opened what it needs of it. This can go once DeepSpeed unlinks it.
+    DeepSpeed 0.19.8 (`csrc/cpu/comm/shm.cpp`) leaves 66 MiB of each process in /dev/shm. After the barrier every
+    process has opened what it needs. This can go once DeepSpeed unlinks it.
     """
     dist.barrier()
     where = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
@@ -76,14 +76,7 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
 
 
 def host_group(seconds: int) -> Any:
-    """Return a process group that communicates on the host; None in a single process.
-
-    Args:
-        seconds: timeout of its operations.
-
-    Raises:
-        RunError: the processes cannot connect by gloo.
-    """
+    """Return a process group that communicates on the host, with a timeout; None in a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     if dist.get_backend() == "gloo":

@@ -84,14 +84,14 @@ def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topolog
     """Return the storage dtype of packed 4-bit weights.
 
     FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
-    sharded, the bytes are stored as the compute dtype. DeepSpeed converts other floating-point dtypes to it, and the
-    converted bytes would no longer be the weights. uint8 is not converted.
+    sharded, the bytes are stored as the compute dtype. DeepSpeed converts other floating-point dtypes to it, which
+    would destroy the packed weights; uint8 is not converted.
 
     Args:
         wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
 
     Raises:
-        UserError: another floating-point dtype than the compute dtype where parameters are sharded.
+        UserError: parameters are sharded, and it is another floating-point dtype.
     """
     storage: Any = None if wanted == "auto" else getattr(torch, wanted)
     if not topology.shards_parameters:
@@ -112,10 +112,9 @@ def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topolog
 USE_REENTRANT = False
 """Kind of activation checkpointing, unless `--gradient_checkpointing_kwargs` says otherwise.
 
-The reentrant kind, which runs backward in backward, drops the gradient where a layer's input needs none, as with a
-frozen base model (one process); calls DDP's gradient hooks from a nested backward, so that unused parameters cannot be
-found; hides from FSDP2 which layer comes next in backward. ZeRO-3 needed it up to DeepSpeed 0.19.7, which partitioned
-frozen weights again while they were recomputed (DeepSpeed#8130); 0.19.8 is the oldest supported version.
+The reentrant kind drops the gradient where a layer's input needs none, as with a frozen base model; calls DDP's hooks
+from a nested backward, so that unused parameters cannot be found; hides from FSDP2 which layer comes next in backward.
+ZeRO-3 needed it up to DeepSpeed 0.19.7 (DeepSpeed#8130); 0.19.8 is the oldest supported version.
 """
 
 

@@ -12,11 +12,8 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-ONE_SIGNAL = 0.05
-"""Seconds within which signals count as one: `timeout` sends two, one of them to the process group."""
-
-ONE_LAUNCHER_SIGNAL = 1.5
-"""The same under a launcher: DeepSpeed's sends two in a row, and a Ctrl-C reaches it and its processes alike."""
+ONE_SIGNAL = 0.05  # seconds within which signals count as one: `timeout` sends two, one of them to the process group
+ONE_LAUNCHER_SIGNAL = 1.5  # the same under DeepSpeed's launcher, which sends two; a Ctrl-C reaches it and its processes
 
 
 class Stopped(BaseException):
@@ -31,8 +28,8 @@ class StopSignals:
     """Context manager in which signals stop the run in an orderly way.
 
     The first signal raises Stopped in the main thread at once; within `deferred` it is only noted in `received`. The
-    second ends the process at once. A thread counts them: Python runs its own handlers between two instructions only,
-    and a process that waits for another one or for a device may not reach its next one.
+    second ends the process. A thread counts them, since Python's handlers run between two instructions only, and a
+    process that waits for another one or for a device may not reach its next instruction.
     """
 
     def __init__(self) -> None:
@@ -114,10 +111,7 @@ def get_unhandled_signal() -> int:
 
 
 def _reset_in_child() -> None:
-    """Leave signals and their pipe to the parent in a forked process.
-
-    A Ctrl-C reaches the processes that make batches too; the parent still needs them for the current step.
-    """
+    """Leave signals and their pipe to the parent, which needs processes that make batches until its step is done."""
     if _entered:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

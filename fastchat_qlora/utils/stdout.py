@@ -21,13 +21,8 @@ class OutputClosed(Exception):
 def open_stdout(failure: type[Exception] = UserError) -> Iterator[IO[str]]:
     """Open standard output, with escapes for characters that its encoding lacks, and flush it at the end.
 
-    Only what writes there belongs in the block: every OSError in it is taken for one of standard output.
-
-    Args:
-        failure: the error to raise; RunError once weights are loaded.
-
-    Raises:
-        OutputClosed: its reader has left.
+    Only what writes there belongs in the block: every OSError in it is raised as `failure`, which is RunError once
+    weights are loaded, or as OutputClosed if the reader has left.
     """
     if sys.stdout is None:  # as Python has it where the descriptor was closed
         raise failure("standard output is closed; see where it goes to")

@@ -8,8 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-VISIBLE_CONTROLS = "\n\t\u200c\u200d"
-"""Control characters that are not escaped; the last two join letters of Indic and Persian scripts, and emoji."""
+VISIBLE_CONTROLS = "\n\t\u200c\u200d"  # the last two join letters of Indic and Persian scripts, and emoji
 
 SECRET_NAME = re.compile(r"(?:token|secret|password|passwd|credentials?|(?:^|[_-])key)$", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")
@@ -21,15 +20,12 @@ MASK = "<hidden>"
 
 def escape_control(text: str) -> str:
     """Escape characters that control a terminal or reorder a line; line ends and tabs stay."""
-    return "".join(
-        character.encode("unicode_escape").decode("ascii") if _is_control(character) else character
-        for character in text
-    )
-
-
-def _is_control(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in VISIBLE_CONTROLS
+    controls = {
+        character: character.encode("unicode_escape").decode("ascii")
+        for character in {*text} - {*VISIBLE_CONTROLS}
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    }
+    return text.translate(str.maketrans(controls)) if controls else text
 
 
 def is_text(text: str) -> bool:

@@ -14,10 +14,7 @@ from fastchat_qlora.utils.text import is_text
 
 Values = argparse.Namespace
 
-ATTENTION = (
-    *("auto", "eager", "sdpa", "flex_attention"),
-    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
-)
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
 """Prefixes of optimizers that treat a matrix otherwise than its elements in a row."""
 
@@ -99,10 +96,8 @@ def _check_devices(values: Values) -> Iterator[str]:
     if values.use_cpu and values.device_type == "cuda":
         yield "--use_cpu True and --device_type cuda: two kinds of device; drop one"
     if values.use_cpu and values.device_type == "auto" and values.device_memory_gib:
-        yield (
-            f"--use_cpu True and --device_memory_gib {values.device_memory_gib}: give --device_type cpu too if that is "
-            "main memory, else drop --use_cpu"
-        )
+        memory = f"--device_memory_gib {values.device_memory_gib}"
+        yield f"--use_cpu True and {memory}: give --device_type cpu too if that is main memory, else drop --use_cpu"
     workers = values.dataloader_num_workers
     for flag in WORKER_SETTINGS:
         value = getattr(values, flag)
@@ -124,10 +119,8 @@ def _check_strategy(values: Values) -> Iterator[str]:
     if fsdp and is_launched(values) and values.optim not in FSDP_OPTIMIZERS:
         yield f"--optim {values.optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
-        yield (
-            "--save_only_model True and --load_best_model_at_end True: with --fsdp or --deepspeed only complete "
-            "checkpoints can be loaded; drop one"
-        )
+        pair = "--save_only_model True and --load_best_model_at_end True"
+        yield f"{pair}: with --fsdp or --deepspeed only complete checkpoints can be loaded; drop one"
 
 
 def _check_sequences(values: Values) -> Iterator[str]:
@@ -194,10 +187,8 @@ def _check_evaluation(values: Values) -> Iterator[str]:
         yield f"--metric_for_best_model {values.metric_for_best_model}: only the loss is measured; choose eval_loss"
     evaluates = values.eval_strategy != "no" and (values.eval_data_path or values.eval_split)
     if values.save_strategy == "best" and not (values.metric_for_best_model and evaluates):
-        yield (
-            "--save_strategy best: needs evaluations; give --metric_for_best_model eval_loss, --eval_strategy, and "
-            "--eval_data_path or --eval_split, or choose steps"
-        )
+        needed = "--metric_for_best_model eval_loss, --eval_strategy, and --eval_data_path or --eval_split"
+        yield f"--save_strategy best: needs evaluations; give {needed}, or choose steps"
 
 
 def _check_reporters(values: Values) -> list[str]:

@@ -36,12 +36,7 @@ UNSUPPORTED = {
 
 
 def read_json(given: str) -> Any:
-    """Parse JSON given in place, or in the file of that name.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it is no JSON, is nested too deeply, or has a name twice.
-    """
+    """Parse JSON given in place, or in the file of that name; raise an OSError or a ValueError if it cannot be read."""
     try:
         settings = json.loads(json_text(given), object_pairs_hook=reject_duplicates)
     except RecursionError as error:
@@ -80,12 +75,7 @@ def json_text(given: str) -> str:
 
 
 def read_small_file(path: Path) -> bytes:
-    """Read a file of settings; a pipe could be read only once, and a device may never end.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file of settings, as the end of a sentence.
-    """
+    """Read a file of settings, no pipe or device; a ValueError is the end of a sentence."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise ValueError("is not a regular file")

@@ -29,14 +29,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 def find_invalid(
     settings: Mapping[str, Any], schema: Mapping[str, Kind], unsupported: Mapping[str, str], path: str = ""
 ) -> Iterator[str]:
-    """Yield an error for each setting that is unknown, not supported, or of another kind.
-
-    Args:
-        settings: a JSON object.
-        schema: name -> what it may be.
-        unsupported: name of a setting that the libraries know and this program does not support -> what to do.
-        path: of the object in its file, with a dot at the end.
-    """
+    """Yield an error for each setting that is unknown, not supported (name -> what to do), or of another kind."""
     for name, value in settings.items():
         if name in unsupported:
             yield f"{path}{name} is not supported here ({unsupported[name]}); drop it"
