@@ -22,27 +22,16 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import (
-    check_adapter_finite,
-    check_adapter_tensors,
-    check_module_patterns,
-    read_lora_config,
-)
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    check_vocabulary,
-    dtype_name,
-    load_config,
-    load_model,
-    load_raw_tokenizer,
-)
+from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, load_config, load_model
 from fastchat_qlora.model.loading.quantization import (
     NOT_QUANTIZED,
     BaseQuantization,
     QuantizationKind,
     build_quantization_config,
 )
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST
@@ -127,8 +116,6 @@ def open_adapter(
     config = load_config(model_args, cache_dir)
     meta_model = build_meta_model(config)
     settings, trained_on = _choose_settings(folder, quantization, config)
-    if meta_model is not None:
-        check_module_patterns(lora_config, dict(meta_model.named_modules()))
     check_adapter_tensors(
         str(folder), compute_adapter_shapes(meta_model, lora_config, flag=f"{FLAG} {folder}"), flag=FLAG
     )

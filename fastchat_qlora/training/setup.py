@@ -22,26 +22,16 @@ from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
-from fastchat_qlora.model.adapter.lora import (
-    build_lora_config,
-    check_layer_classes,
-    check_sharding,
-    check_targets,
-    compute_adapter_shapes,
-)
+from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
+from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
 from fastchat_qlora.model.estimates.memory import ModelCost
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    check_vocabulary,
-    fingerprint_base_model,
-    load_config,
-    load_tokenizer,
-)
+from fastchat_qlora.model.loading.base_model import build_meta_model, fingerprint_base_model, load_config
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
     build_run_quantization_config,
     get_base_quantization,
 )
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.model.ops.attention_checks import check_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches

@@ -1,4 +1,4 @@
-"""What the device can do at best, and what single pieces of a step take, each for itself."""
+"""The best rates of the device, and the time of single pieces of a step."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastchat_qlora.model.ops import chunked_loss as loss
 from fastchat_qlora.model.ops.lora_linear import EfficientLoraLinear
 
 CHUNK_BYTES = (2**28, 2**29, 2**30)
-"""Sizes of a chunk's fp32 logits to compare; the second is what loss.py takes on an accelerator."""
+"""Sizes of a chunk's fp32 logits to compare; the second is the one that chunked_loss.py uses on an accelerator."""
 
 
 def measure_ceilings(
     size: Size, device: torch.device, *, max_length: int, scale: float, tiny: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All of them, one by one, with their names."""
+    """Yield the name and the measurement of each piece."""
     rows = draw_conversations(200, max_length, size.vocabulary, scale=scale).packed(4 * max_length)
     lengths = rows.conversations.lengths[next(iter(rows.sampler))].tolist()
     pieces: dict[str, Callable[[], dict[str, Any]]] = {
         "GEMM": lambda: _gemm(256 if tiny else 8192, device),
         "copy": lambda: _copy(2**20 if tiny else 2 * GIB, device),
-        "dequantisation": lambda: _dequantisation(size, device),
+        "dequantization": lambda: _dequantization(size, device),
         "adapter": lambda: _adapter(size, 4 * max_length, device),
         "attention": lambda: _attention(size, lengths, device),
         "loss head": lambda: _loss_head(size, 2 * max_length, device),
@@ -58,8 +58,8 @@ def _copy(count: int, device: torch.device) -> dict[str, Any]:
     return {"bytes": f"{count} read and as many written", "ms": ms, "terabytes_per_second": 2 * count / ms / 1e9}
 
 
-def _dequantisation(size: Size, device: torch.device) -> dict[str, Any]:
-    """Of all 4-bit weights of the model once: one layer's, times the layers."""
+def _dequantization(size: Size, device: torch.device) -> dict[str, Any]:
+    """Time the dequantization of all 4-bit weights: of one layer, times the layers."""
     import bitsandbytes
 
     model = make_base(size._replace(layers=1), device, quantized=True, attention=None)
@@ -69,7 +69,7 @@ def _dequantisation(size: Size, device: torch.device) -> dict[str, Any]:
 
 
 def _adapter(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Forward and backward of the widest linear layer, alone, with an adapter as here and as PEFT computes it."""
+    """Time forward and backward of the widest linear layer: alone, with our LoRA layer, and with PEFT's."""
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
@@ -78,7 +78,7 @@ def _adapter(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
     x = _random(1, tokens, size.hidden, device=device).requires_grad_()
     layers: dict[str, torch.nn.Module] = {"no adapter": base}
     layers |= {
-        name: cls(base, "default", config, r=16) for name, cls in (("lean", EfficientLoraLinear), ("PEFT", Linear))
+        name: cls(base, "default", config, r=16) for name, cls in (("ours", EfficientLoraLinear), ("PEFT", Linear))
     }
     upper = _random(1, tokens, size.intermediate, device=device)
     found = {"tokens": tokens}
@@ -96,7 +96,7 @@ def _adapter(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """Forward and backward of one layer's attention in one row: by conversation, and with a mask over the row."""
+    """Time forward and backward of one layer's attention in one row: by conversation, and with a mask over the row."""
     width, tokens = size.hidden // size.heads, sum(lengths)
     query, upper = (_random(1, size.heads, tokens, width, device=device) for _ in range(2))
     key, value = (_random(1, size.key_heads, tokens, width, device=device) for _ in range(2))
@@ -116,7 +116,7 @@ def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str
         repeated = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         F.scaled_dot_product_attention(query, *repeated, attn_mask=mask).backward(upper)
 
-    fits = attention._fits_varlen(query, value, len(lengths))
+    fits = attention._supports_varlen(query, value, len(lengths))
     return {
         "tokens": tokens,
         "conversations": len(lengths),
@@ -136,7 +136,7 @@ def _with_gradients(work: Callable[[], None], inputs: list[torch.Tensor], device
 
 
 def _loss_head(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Forward and backward from hidden states to the mean loss, for as many targets as ShareGPT has."""
+    """Time forward and backward from hidden states to the mean loss, for as many targets as ShareGPT has."""
     head = torch.nn.Linear(size.hidden, size.vocabulary, bias=False, device=device, dtype=DTYPE).requires_grad_(False)
     hidden = _random(1, tokens, size.hidden, device=device).requires_grad_()
     supervised = torch.arange(math.ceil(0.22 * tokens), tokens, device=device)
@@ -154,7 +154,7 @@ def _loss_head(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
 
     found: dict[str, Any] = {"tokens": tokens, "targets": len(supervised)}
     for size_in_bytes in CHUNK_BYTES:
-        with patch.object(loss, "LOGITS_BYTES_ELSEWHERE", size_in_bytes):
+        with patch.object(loss, "LOGITS_BYTES_ON_ACCELERATOR", size_in_bytes):
             found |= _timed(f"chunks of {size_in_bytes // 2**20} MiB", in_chunks, hidden, device)
     return found | _timed("plain cross entropy", plain, hidden, device)
 

@@ -1,4 +1,4 @@
-"""Time and memory on a device, without waiting for it more often than a reading needs."""
+"""Time and memory on a device, which is waited for only where a reading needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def mark(device: torch.device) -> Any:
-    """A point in the work of the device: an event in its queue, or the time of day where there is none."""
+    """Return a mark in the work of the device: an event in its queue, or the time where it has none."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -24,7 +24,7 @@ def mark(device: torch.device) -> Any:
 
 
 def milliseconds(marks: Sequence[Any], device: torch.device) -> list[float]:
-    """From each mark to the next; waits for the last one."""
+    """Return the time from each mark to the next; wait for the last one."""
     pairs = list(pairwise(marks))
     if device.type != "cuda":
         return [1000 * (end - start) for start, end in pairs]
@@ -33,7 +33,7 @@ def milliseconds(marks: Sequence[Any], device: torch.device) -> list[float]:
 
 
 def median_ms(work: Callable[[], Any], device: torch.device, *, warmup: int = 3, repeats: int = 10) -> float:
-    """How long some work takes: the median of several times, after some that do not count."""
+    """Return the median time of some work, after a warm-up."""
     for _ in range(warmup):
         work()
     marks = [mark(device)]
@@ -44,13 +44,13 @@ def median_ms(work: Callable[[], Any], device: torch.device, *, warmup: int = 3,
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the most memory from here on."""
+    """Restart the measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> dict[str, float | None]:
-    """The most memory since then: of tensors, and of what the allocator holds for them; unknown on a CPU."""
+    """Return the peak memory since then, of tensors and of the allocator; unknown on a CPU."""
     if device.type != "cuda":
         return {"allocated_gib": None, "reserved_gib": None}
     return {
@@ -60,12 +60,12 @@ def peak_gib(device: torch.device) -> dict[str, float | None]:
 
 
 def allocated_gib(device: torch.device) -> float | None:
-    """Memory of tensors now."""
+    """Return the memory of tensors now; unknown on a CPU."""
     return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def give_back(device: torch.device) -> None:
-    """Let go of what nobody holds."""
+    """Free memory that no tensor uses."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

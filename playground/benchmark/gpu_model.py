@@ -1,4 +1,4 @@
-"""What gpu_suite.py trains: a Llama with random weights, made where it stays, and conversations of random tokens."""
+"""The model and data of gpu_suite.py: a Llama with random weights, and conversations of random tokens."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastchat_qlora.data.tokenization.truncation import truncate
 from fastchat_qlora.model.loading.base_model import build_meta_model, keep_cpu_weights_trainable
 
 DTYPE = torch.bfloat16
-SPREAD = 0.02
-"""Of the weights, N(0, 0.02): a product of zeros would draw less power and run faster than one of weights."""
+WEIGHT_DEVIATION = 0.02
+"""A product of zeros would draw less power and run faster than one of weights."""
 
-AROUND_MESSAGE = 5
-"""Tokens that a template writes around a message; Llama 3's: the role between two marks, line ends, the end token."""
+TEMPLATE_TOKENS = 5
+"""Tokens that Llama 3's template adds to a message: the role between two special tokens, line ends, the end token."""
 
 
 class Size(NamedTuple):
-    """Of a Llama."""
+    """The sizes of a Llama."""
 
     layers: int
     hidden: int
@@ -36,11 +36,11 @@ class Size(NamedTuple):
 
     @property
     def key_width(self) -> int:
-        """Numbers of a token's keys in one layer."""
+        """Elements of a token's keys in one layer."""
         return self.hidden // self.heads * self.key_heads
 
     def config(self) -> LlamaConfig:
-        """As transformers has it."""
+        """Return the configuration of such a model."""
         return LlamaConfig(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -60,20 +60,20 @@ TINY = Size(layers=2, hidden=64, heads=4, key_heads=2, intermediate=128, vocabul
 
 
 def quantization() -> BitsAndBytesConfig:
-    """NF4, quantised twice."""
+    """Return the configuration of NF4 with double quantization."""
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
     )
 
 
 def make_base(size: Size, device: torch.device, *, quantized: bool, attention: str | None) -> PreTrainedModel:
-    """A base model as it would have been loaded; each weight is drawn on the device, and quantised before the next.
+    """Build a base model as it would be loaded; each weight is drawn on the device, and quantized before the next.
 
     Args:
         size: of the model.
-        device: where it is made and stays.
-        quantised: NF4 with double quantisation for all linear layers but the head; else bf16.
-        attention: by its name in transformers; its own choice if None.
+        device: where it is built and stays.
+        quantized: NF4 with double quantization for all linear layers but the head; else bf16.
+        attention: its name in transformers; transformers' choice if None.
     """
     meta_model = build_meta_model(size.config())
     assert meta_model is not None
@@ -105,11 +105,11 @@ def make_base(size: Size, device: torch.device, *, quantized: bool, attention: s
 def _drawn(
     module: torch.nn.Module, parameter: torch.nn.Parameter, device: torch.device, random: torch.Generator
 ) -> torch.nn.Parameter:
-    """The parameter with values: ones for a norm, random ones else, quantised if it is to be."""
+    """Return a parameter with values: ones for a norm, random ones else, quantized if it is to be."""
     if parameter.dim() == 1:
         return torch.nn.Parameter(torch.ones(parameter.shape, dtype=DTYPE, device=device), requires_grad=False)
     shape = (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else parameter.shape
-    values = torch.empty(shape, dtype=DTYPE, device=device).normal_(0, SPREAD, generator=random)
+    values = torch.empty(shape, dtype=DTYPE, device=device).normal_(0, WEIGHT_DEVIATION, generator=random)
     if not hasattr(parameter, "quant_type"):
         return torch.nn.Parameter(values, requires_grad=False)
     four_bits = type(parameter)(
@@ -120,15 +120,11 @@ def _drawn(
         quant_storage=parameter.quant_storage,
         module=module,
     )
-    return four_bits.to(device)  # bitsandbytes quantises here
+    return four_bits.to(device)  # bitsandbytes quantizes here
 
 
 class Conversations(torch.utils.data.Dataset[Any]):
-    """Conversations in memory, asked for as those of `datasets` are, which need not be there.
-
-    Args:
-        conversations: tokenised ones.
-    """
+    """Tokenized conversations in memory, with the interface of `datasets`, which need not be installed."""
 
     def __init__(self, conversations: Sequence[TokenizedConversation]) -> None:
         self._rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in conversations]
@@ -145,20 +141,20 @@ class Conversations(torch.utils.data.Dataset[Any]):
         return self._rows[index]
 
     def packed(self, capacity: int) -> PackedDataset:
-        """Rows of so many tokens."""
+        """Return packed sequences of up to so many tokens."""
         return PackedDataset(self, PackingSampler(self.lengths, capacity, SEED))
 
 
 def draw_conversations(
     count: int, max_length: int, vocabulary: int, *, scale: float = 1.0, seed: int = SEED
 ) -> Conversations:
-    """Conversations as long as those of ShareGPT (see conversations.SHAPES), cut to `max_length` as the program would.
+    """Draw conversations as long as those of ShareGPT (see conversations.SHAPES), truncated as the program does.
 
     Args:
-        count: how many are drawn; those with nothing to learn before the cut are left out, as the program would.
-        max_length: the most tokens of one.
+        count: number to draw; those without a supervised token before the cut are dropped, as the program does.
+        max_length: most tokens of a conversation.
         vocabulary: of the random tokens.
-        scale: of all lengths, for a model that is tried out.
+        scale: of all lengths, for a small model.
         seed: of the random numbers.
     """
     random, shape = np.random.default_rng(seed), SHAPES["sharegpt"]
@@ -168,14 +164,16 @@ def draw_conversations(
         return max(1, round(random.lognormal(np.log(mean * scale) - sigma**2 / 2, sigma)))
 
     def talk() -> TokenizedConversation:
-        learnt: list[bool] = []
+        supervised: list[bool] = []
         ends = []
         for _ in range(min(shape.most_exchanges, int(random.geometric(1 / shape.mean_exchanges)))):
-            learnt += [False] * (message(shape.user_tokens, shape.user_sigma) + 2 * AROUND_MESSAGE - 1)
-            learnt += [True] * (message(shape.assistant_tokens, shape.assistant_sigma) + 1)  # the end token too
-            ends.append(len(learnt))
-        ids = random.integers(3, vocabulary, len(learnt), dtype=np.int32)
-        return TokenizedConversation(ids, np.where(learnt, ids, IGNORE_INDEX).astype(np.int32), ends, len(learnt))
+            supervised += [False] * (message(shape.user_tokens, shape.user_sigma) + 2 * TEMPLATE_TOKENS - 1)
+            supervised += [True] * (message(shape.assistant_tokens, shape.assistant_sigma) + 1)  # the end token too
+            ends.append(len(supervised))
+        ids = random.integers(3, vocabulary, len(supervised), dtype=np.int32)
+        return TokenizedConversation(
+            ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32), ends, len(supervised)
+        )
 
     drawn = [talk() for _ in range(count)]
     fitting = [one for one in drawn if (one.labels[:max_length] != IGNORE_INDEX).any()]

@@ -1,4 +1,4 @@
-"""The page of gpu_suite.py: the arithmetic of operations, the tables, and the targets with what was measured."""
+"""The report of gpu_suite.py: operations, tables, and targets with their measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PEAKS = {"H200": 989, "H100 80GB HBM3": 989, "H100 NVL": 835, "H100 PCIe": 756, 
 """Dense bf16 TFLOP/s by the vendor's data sheets, by a part of the card's name."""
 
 TARGET_REAL, TARGET_SHARE, TARGET_GEMM = 12_500, 0.50, 790
-TARGET_PEER, TARGET_PEAK, TARGET_QUANTISED = 3.0, 7.5, 0.95
+TARGET_PEER, TARGET_PEAK, TARGET_QUANTIZED = 3.0, 7.5, 0.95
 
 HEADINGS = (
     *("configuration", "tokens", "layers checkpointed", "step ms", "real tokens/s", "supervised tokens/s"),
@@ -22,17 +22,17 @@ HEADINGS = (
 
 EXPLANATION = """\
 Rates are of real tokens (padding does not count) and of those that are a target of the loss, over the timed steps; \
-step ms is their median. Operations of a real token, of which MFU is the share in what the card could do: \
+step ms is their median. MFU is the share of the card's rate that these operations of a real token take: \
 4 (lin + h V s) + 6 h L m + 6 P, forward and backward without gradients of frozen weights; lin: weights of the \
 linear layers, h: hidden size, V: vocabulary, s: the share of positions that the head sees (supervised, or 1 for a \
-peer), L: layers, m: mean length of the conversation that a token is in, P: trained numbers. HFU counts what is \
+peer), L: layers, m: mean length of the conversation that a token is in, P: trained parameters. HFU counts what is \
 recomputed too. "Vendor" is the data sheet's dense bf16 rate, "GEMM" what the ceilings part measured on the card. \
-Allocated and reserved are the peaks of the timed steps; predicted is model/memory.py's for as many layers \
-checkpointed."""
+Allocated and reserved are the peaks of the timed steps; predicted is the estimate of model/estimates/memory.py for as \
+many layers checkpointed."""
 
 
 class Operations(NamedTuple):
-    """Floating-point operations of one real token, forward and backward, and those of computing it again."""
+    """Floating-point operations of one real token, forward and backward, and those of recomputing it."""
 
     model: float
     recomputed: float
@@ -41,7 +41,7 @@ class Operations(NamedTuple):
 def count_operations(
     size: Size, *, rank: int, mean_length: float, head_share: float, checkpointed: float = 0.0
 ) -> Operations:
-    """By the 4 N formula: 2 for forward, 2 for the gradient of the input, none for frozen weights.
+    """Count by the 4 N formula: 2 for forward, 2 for the gradient of the input, none for frozen weights.
 
     Args:
         size: of the model.
@@ -60,12 +60,12 @@ def count_operations(
 
 
 def vendor_peak(card: str) -> float | None:
-    """The data sheet's dense bf16 TFLOP/s; unknown for a card that is not listed."""
+    """Return the data sheet's dense bf16 TFLOP/s; None for a card that is not listed."""
     return next((peak for name, peak in PEAKS.items() if name in card), None)
 
 
 def operations_of(run: dict[str, Any], about: dict[str, Any]) -> Operations:
-    """Of a real token of a run."""
+    """Return the operations of a real token of a run."""
     size = Size(**about["size"])
     return count_operations(
         size,
@@ -77,13 +77,13 @@ def operations_of(run: dict[str, Any], about: dict[str, Any]) -> Operations:
 
 
 def tflops(run: dict[str, Any], about: dict[str, Any], *, recomputed: bool = False) -> float:
-    """TFLOP/s of the model, or of the hardware with what it recomputes."""
+    """Return TFLOP/s of the model, or of the hardware with what it recomputes."""
     operations = operations_of(run, about)
     return run["real_per_second"] * (operations.model + recomputed * operations.recomputed) / 1e12
 
 
 def write_report(results: dict[str, Any]) -> str:
-    """The page in Markdown, from what has been measured so far."""
+    """Return the report in Markdown, from the measurements so far."""
     about, ceilings = results["about"], results["ceilings"]
     runs = {name: run for name, run in results["runs"].items() if "failed" not in run and not run["setup"]["profiled"]}
     failed = {name: run["failed"] for name, run in results["runs"].items() if "failed" in run}
@@ -156,7 +156,7 @@ def _short(value: Any) -> str:
 
 
 def _remarks(runs: dict[str, Any]) -> Iterator[str]:
-    """What went otherwise than ours should."""
+    """Yield what differs from the way our runs should be, and their attention."""
     ours = {name: run for name, run in runs.items() if not run["setup"]["is_peer"]}
     for what in ("laid end to end", "own loss head"):
         without = [name for name, run in ours.items() if not run[what]]
@@ -168,7 +168,7 @@ def _remarks(runs: dict[str, Any]) -> Iterator[str]:
 
 
 def _targets(runs: dict[str, Any], about: dict[str, Any]) -> Iterator[list[str]]:
-    """Each target, what was measured, and whether that is enough; "-" where a part is missing."""
+    """Yield each target, its measurement, and whether it is met; "-" where a part is missing."""
     full_length = {n: r for n, r in runs.items() if r["setup"]["capacity"] == about["max_length"]}
     ours = {n: r for n, r in full_length.items() if not r["setup"]["is_peer"] and r["setup"]["quantized"]}
     best = max(ours, key=lambda name: ours[name]["real_per_second"], default=None)
@@ -186,7 +186,7 @@ def _targets(runs: dict[str, Any], about: dict[str, Any]) -> Iterator[list[str]]
             True,
         ),
         ("GiB allocated, 1 x 2048, all checkpointed", _peak(runs), ".2f", TARGET_PEAK, False),
-        ("NF4 / bf16 LoRA, same layers checkpointed", _quantised_ratio(runs), ".3f", TARGET_QUANTISED, True),
+        ("NF4 / bf16 LoRA, same layers checkpointed", _quantized_ratio(runs), ".3f", TARGET_QUANTIZED, True),
     ]
     for what, value, form, target, at_least in rows:
         met = "-" if value is None else "yes" if (value >= target if at_least else value <= target) else "no"
@@ -194,7 +194,7 @@ def _targets(runs: dict[str, Any], about: dict[str, Any]) -> Iterator[list[str]]
 
 
 def _peak(runs: dict[str, Any]) -> float | None:
-    """Of the run of one row of 2048 tokens with all layers checkpointed; unknown on a CPU."""
+    """Return the peak of the run of one row of 2048 tokens with all layers checkpointed; unknown on a CPU."""
     for run in runs.values():
         setup = run["setup"]
         if (setup["rows"], setup["capacity"], setup["checkpointing"]) == (1, 2048, "full") and setup["quantized"]:
@@ -202,8 +202,8 @@ def _peak(runs: dict[str, Any]) -> float | None:
     return None
 
 
-def _quantised_ratio(runs: dict[str, Any]) -> float | None:
-    """The lowest ratio of the pairs that differ in nothing but the weights."""
+def _quantized_ratio(runs: dict[str, Any]) -> float | None:
+    """Return the lowest ratio of the pairs that differ only in the weights."""
 
     def key(run: dict[str, Any]) -> tuple[Any, ...]:
         return run["setup"]["rows"], run["setup"]["capacity"], run["checkpointed"], run["setup"]["compiled"]

@@ -1,23 +1,23 @@
-"""What this program makes of one GPU: ceilings, rates, memory foreseen and measured; plain Trainer + PEFT beside it.
+"""This program on one GPU: ceilings, rates, memory predicted and measured; plain Trainer + PEFT beside it.
 
-    python playground/benchmark/gpu_suite.py --device cpu --folder /tmp/tiny              # tried out, under a minute
+    python playground/benchmark/gpu_suite.py --device cpu --folder /tmp/tiny              # a trial, under a minute
     WHEELS=folder bash playground/benchmark/gpu_suite.sh --parts ceilings ours compile    # on the GPU, in three calls
     WHEELS=folder bash playground/benchmark/gpu_suite.sh --parts sweep lora
     WHEELS=folder bash playground/benchmark/gpu_suite.sh --parts peers profile
 
 This command has not yet been run on a GPU: there is no table of it, and no number of it may be quoted.
 
-The model is an 8B Llama with random weights that are drawn and quantised on the GPU, so there is nothing to download
+The model is an 8B Llama with random weights that are drawn and quantized on the GPU, so there is nothing to download
 and no copy on the host; the conversations are random tokens of ShareGPT's lengths. Everything else is what
 train_lora.py uses, LoraTrainer included. Each part adds to FOLDER/results.json after every configuration and rewrites
 FOLDER/table.md from all that is there; a configuration that is there already, of the same card, commit and settings,
-is not run again, so a call that ran out of time is taken up by the next one, if it finds the file; what was measured
-otherwise is put aside under another name. Rates of a part that failed are not made up: the table names it and why.
+is not run again, so the next call continues one that ran out of time, if it finds the file; measurements of another
+card, commit or settings are moved to another name. A part that failed is in the table with its reason.
 
 The image must have Python 3.10 or newer, torch 2.11 or newer for its CUDA, triton, transformers 5.17, peft 0.21,
-accelerate 1.15, numpy, pyarrow and psutil. One wheel is to be brought: bitsandbytes 0.50.2, cut down to the library of
+accelerate 1.15, numpy, pyarrow and psutil. One wheel must be supplied: bitsandbytes 0.50.2, cut down to the library of
 that CUDA (4 MB in place of 150), as gpu_suite.sh says. `datasets`, `ijson`, `xxhash`, flash-attn and deepspeed are not
-needed; where flash-attn is installed, the program takes it, and the table says so.
+needed; where flash-attn is installed, the program uses it, and the table says so.
 """
 
 from __future__ import annotations
@@ -44,20 +44,15 @@ from gpu_training import OPTIMIZER, PEER_ROWS, RANK, Plan, Setup, measure
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("ceilings", "ours", "compile", "sweep", "lora", "peers", "profile")
 CONVERSATIONS = 1500
-COMPILED_MORE = 6
-"""Further steps to warm up with compiled layers: some of the first few batches are of shapes that ask for new code."""
-PROFILED = 3
+COMPILED_WARMUP_STEPS = 6
+"""More steps to warm up compiled layers, since some of the first batches have shapes that are compiled anew."""
+PROFILED_STEPS = 3
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 def list_setups(part: str, longest: int) -> Iterator[Setup]:
-    """The configurations of a part.
-
-    Args:
-        part: one of PARTS.
-        longest: tokens of a row, 4096 unless the model is one to try things with.
-    """
+    """Yield the configurations of a part, with rows of `longest` tokens (4096, but for a small model)."""
     if part == "ours":
         yield from (Setup(f"NF4, 1 x {longest}, {kind}", 1, longest, kind) for kind in ("auto", "full", "none"))
         yield Setup(f"NF4, 1 x {longest // 2}, full", 1, longest // 2, "full")
@@ -75,11 +70,11 @@ def list_setups(part: str, longest: int) -> Iterator[Setup]:
         name = f"Trainer + PEFT, NF4, {PEER_ROWS} padded, up to {longest}"
         yield Setup(name, PEER_ROWS, longest, "full", is_peer=True)
     elif part == "profile":
-        yield Setup(f"NF4, 1 x {longest}, auto, watched", 1, longest, profiled=True)
+        yield Setup(f"NF4, 1 x {longest}, auto, profiled", 1, longest, profiled=True)
 
 
 def after(setup: Setup, measured: dict[str, Any], longest: int) -> list[Setup]:
-    """What is to be run because of a result: NF4 with just as many layers checkpointed as bf16 needed."""
+    """Return further runs after a result: NF4 with as many layers checkpointed as bf16 needed."""
     if setup.quantized or setup.checkpointing != "auto" or "failed" in measured:
         return []
     count = measured["checkpointed"]
@@ -87,11 +82,11 @@ def after(setup: Setup, measured: dict[str, Any], longest: int) -> list[Setup]:
 
 
 class Results:
-    """What has been measured, on disk after every piece.
+    """The measurements, on disk after every piece.
 
     Args:
         folder: of results.json and table.md.
-        about: what the numbers depend on; what was measured otherwise is put aside.
+        about: what the numbers depend on; measurements of another card, commit or settings are moved.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -106,7 +101,7 @@ class Results:
                 self._file.rename(folder / f"results-{before['about']['date'].replace(':', '')}.json")
 
     def add(self, kind: str, name: str, found: dict[str, Any]) -> None:
-        """Keep one result, and rewrite the table."""
+        """Add one result, and rewrite the table."""
         self.data[kind][name] = found
         self._file.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         (self._folder / "table.md").write_text(write_report(self.data), encoding="utf-8")
@@ -117,7 +112,7 @@ def _same(before: dict[str, Any], about: dict[str, Any]) -> bool:
 
 
 def describe(options: argparse.Namespace, size: Size, device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     return {
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -140,7 +135,7 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, and whether there is more than is in it."""
+    """Return the commit, and whether the tree has changes."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -148,16 +143,16 @@ def _commit() -> str:
 
 
 def steps_of(setup: Setup, plan: Plan) -> Plan:
-    """More steps to warm up where layers are compiled, and fewer to time where every kernel is written down."""
+    """Return a plan with more steps to warm up compiled layers, and fewer to time in a profiled run."""
     if setup.compiled:
-        return plan._replace(warmup=plan.warmup + COMPILED_MORE)
-    return plan._replace(steps=min(plan.steps, PROFILED)) if setup.profiled else plan
+        return plan._replace(warmup=plan.warmup + COMPILED_WARMUP_STEPS)
+    return plan._replace(steps=min(plan.steps, PROFILED_STEPS)) if setup.profiled else plan
 
 
 def run_part(
     part: str, plan: Plan, conversations: dict[int, Conversations], results: Results, *, longest: int, deadline: float
 ) -> None:
-    """Measure what a part has and results has not, up to the deadline."""
+    """Measure the configurations of a part that have no result, up to the deadline."""
     waiting = list(list_setups(part, longest))
     while waiting:
         setup = waiting.pop(0)
@@ -176,7 +171,7 @@ def run_part(
 
 
 def read_options(arguments: list[str] | None) -> tuple[argparse.Namespace, Size]:
-    """The command line, and the size of the model."""
+    """Return the command line's options, and the size of the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="all of them by default; on the CPU all but compile")
     parser.add_argument("--folder", type=Path, required=True, help="where results.json and table.md are or go")
@@ -197,7 +192,7 @@ def read_options(arguments: list[str] | None) -> tuple[argparse.Namespace, Size]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the parts that are asked for."""
+    """Measure the parts that the command line asks for."""
     began = time.monotonic()
     options, size = read_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

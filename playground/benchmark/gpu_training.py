@@ -1,9 +1,9 @@
-"""One configuration of gpu_suite.py, trained for some steps under a clock: with this program's trainer, or as peers do.
+"""One configuration of gpu_suite.py, trained for some timed steps with this program's trainer or as peers do.
 
-Ours is what train_lora.py puts together: the base, attach_adapter, Collator, LoraTrainer with its loss head, the
-self-test, AutoCheckpointing. A peer is transformers' Trainer with plain PEFT: `prepare_model_for_kbit_training`,
-gradient checkpointing, padded batches of two conversations, dropout 0.05 and sdpa, as the recipes of 2023 to 2026 have
-it; `logging_nan_inf_filter` and the loss over the logits of all positions are the Trainer's defaults.
+Ours is what train_lora.py builds: the base model, attach_adapter, Collator, LoraTrainer with its loss head, the sanity
+check, AutoCheckpointing. A peer is transformers' Trainer with plain PEFT: `prepare_model_for_kbit_training`,
+gradient checkpointing, padded batches of two conversations, dropout 0.05 and sdpa, as in the recipes of 2023 to
+2026; `logging_nan_inf_filter` and the loss over the logits of all positions are the Trainer's defaults.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
+from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     AutoCheckpointing,
@@ -40,6 +41,7 @@ from fastchat_qlora.training.trainer import LoraTrainer
 RANK, ALPHA = 16, 32
 PEER_DROPOUT, PEER_ROWS = 0.05, 2
 OPTIMIZER = "adamw_torch_fused"
+NF4 = BaseQuantization("nf4", double_quant=True)
 
 
 class Setup(NamedTuple):
@@ -50,10 +52,10 @@ class Setup(NamedTuple):
         rows: of a micro-batch, which is a step; of a peer the conversations.
         capacity: tokens of a row, and the most of a conversation.
         checkpointing: "auto", "none", "full", or the number of layers.
-        quantised: NF4; else bf16.
+        quantized: NF4; else bf16.
         compiled: with --compile_layers.
         is_peer: trained as peers do.
-        profiled: kernels are listed; its times are those of a run that is watched, and are not for the table.
+        profiled: kernels are listed; profiling slows the run, so its times are not for the table.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Setup(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is the same for all configurations."""
+    """Settings that are the same for all configurations."""
 
     size: Size
     device: torch.device
@@ -77,7 +79,7 @@ class Plan(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Of one step: real tokens, those that are learnt, sum of squared lengths, and positions with padding."""
+    """Counts of one step: real tokens, supervised tokens, sum of squared lengths, and positions with padding."""
 
     real: int
     supervised: int
@@ -86,14 +88,14 @@ class Counts(NamedTuple):
 
 
 class CountedTrainer(LoraTrainer):
-    """Writes down what each step is made of."""
+    """Our trainer, which counts the tokens of each step."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.counts: list[Counts] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Count on the way."""
+        """Get the batches of a step, and count their tokens."""
         real, supervised = self.throughput.seen
         batches, targets = super().get_batch_samples(*args, **kwargs)
         squares = sum(length**2 for batch in batches for length in _lengths(batch))
@@ -109,14 +111,14 @@ def _lengths(batch: dict[str, Any]) -> Sequence[int]:
 
 
 class CountedPeer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """transformers' Trainer, which writes down what each step is made of."""
+    """transformers' Trainer, which counts the tokens of each step."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.counts: list[Counts] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the counts out of the batches."""
+        """Get the batches of a step, and take the counts out of them."""
         batches, targets = super().get_batch_samples(*args, **kwargs)
         counts = [batch.pop("counts") for batch in batches]
         self.counts.append(Counts(*map(sum, zip(*counts, strict=True))) if counts else Counts(0, 0, 0, 0))
@@ -124,7 +126,7 @@ class CountedPeer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A peer's batch: padded to its longest conversation, with labels of the same shape."""
+    """Pad a peer's batch to its longest conversation, with labels of the same shape."""
     lengths = [len(row["input_ids"]) for row in rows]
     shape = (len(rows), max(lengths))
     ids, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
@@ -138,7 +140,7 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Marks the end of each step from the last one that does not count; memory is counted from there too."""
+    """A callback that marks the end of each timed step, and measures memory from the first one on."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -146,7 +148,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.held: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """See what weights and adapter take."""
+        """Measure the memory of weights and adapter."""
         self.held = allocated_gib(self._plan.device)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -158,7 +160,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 
 class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Lists the kernels of the steps that count."""
+    """A callback that lists the kernels of the timed steps."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -167,7 +169,7 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._profile = torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])])
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Begin and end with a step."""
+        """Start and stop profiling between steps."""
         if state.global_step == self._plan.warmup:
             self._profile.start()
         if state.global_step == self._plan.warmup + self._plan.steps:
@@ -176,7 +178,7 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             self._profile.stop()
 
     def kernels(self, count: int = 30) -> list[dict[str, Any]]:
-        """The kernels that take longest (on a CPU, the operators): ms and calls in a step, share of all their time."""
+        """Return the slowest kernels (on a CPU, operators): ms and calls in a step, share of the time of all."""
         on_gpu = self._plan.device.type == "cuda"
         found = []
         for event in self._profile.key_averages():
@@ -192,21 +194,21 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
 
 def lora_config() -> LoraConfig:
-    """The adapter of all of ours."""
+    """Return the adapter's configuration in our runs."""
     return build_lora_config(
         LoraArguments(lora_r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, lora_target_modules=["all-linear"])
     )
 
 
 def measure(setup: Setup, plan: Plan, conversations: Conversations) -> dict[str, Any]:
-    """Train and read the clock; what it says, or why there is nothing to say."""
+    """Train and return the measurements, or why there are none."""
     measured = attempt(lambda: (_measure_peer if setup.is_peer else _measure_ours)(setup, plan, conversations))
     give_back(plan.device)
     return measured
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result; or what went wrong, so that time lent on a GPU is not lost for what comes behind."""
+    """Return the result, or the error, so that the next configurations are still measured."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
@@ -218,12 +220,12 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dict[str, Any]:
     on_gpu = plan.device.type == "cuda"
-    foreseen = estimate_model_cost(
+    predicted = estimate_model_cost(
         plan.size.config(),
         lora_config(),
         DTYPE,
         supervised_share=conversations.supervised_share,
-        quantized="double" if setup.quantized else "",
+        quantization=NF4 if setup.quantized else NOT_QUANTIZED,
         device_type=plan.device.type,
     )
     attention = choose_attention(
@@ -242,7 +244,7 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
     )
     run_sanity_check(trainer)
     if setup.checkpointing == "auto":
-        trainer.add_callback(AutoCheckpointing(trainer, foreseen))
+        trainer.add_callback(AutoCheckpointing(trainer, predicted))
     else:
         fixed = {"none": 0, "full": plan.size.layers}
         checkpoint_layers(trainer, fixed.get(str(setup.checkpointing), setup.checkpointing))
@@ -250,9 +252,9 @@ def _measure_ours(setup: Setup, plan: Plan, conversations: Conversations) -> dic
     measured["attention"] = base.config._attn_implementation
     measured["laid end to end"] = trainer.data_collator.padding_free
     measured["own loss head"] = trainer.loss_head is not None
-    if isinstance(foreseen, memory.ModelCost):
+    if isinstance(predicted, memory.ModelCost):
         tokens = setup.rows * setup.capacity
-        need = memory.compute_peak_memory(foreseen, tokens, measured["checkpointed"], optimizer=OPTIMIZER)
+        need = memory.compute_peak_memory(predicted, tokens, measured["checkpointed"], optimizer=OPTIMIZER)
         measured["predicted_gib"] = need.total / GIB
         measured["predicted_held_gib"] = (need.weights + need.adapter) / GIB
     return measured

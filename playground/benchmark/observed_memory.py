@@ -1,7 +1,7 @@
 """train_lora.py, which also writes how much memory tensors took in each process: `peak_bytes-RANK.json`.
 
-On a GPU it is what torch's allocator has counted. On a CPU the profiler tells of every block that torch takes and gives
-back; what there was before is counted by looking at all tensors. Measured from the second optimizer step on: only then
+On a GPU it is what torch's allocator has counted. On a CPU the profiler records every block that torch allocates and
+frees; tensors from before are counted one by one. Measured from the second optimizer step on: only then
 the optimizer has its state.
 """
 
@@ -23,11 +23,11 @@ from fastchat_qlora.training import run
 from fastchat_qlora.training.trainer import LoraTrainer
 
 BLOCK = "[memory]"
-"""What the profiler calls a block that is taken or given back."""
+"""The profiler's name for a block that is allocated or freed."""
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors of this process, each storage once."""
+    """Return the bytes of all tensors of this process, each storage once."""
     storages = {}
     for thing in gc.get_objects():
         if not issubclass(type(thing), torch.Tensor):  # some objects pretend to be what they are not
@@ -41,7 +41,7 @@ def live_bytes() -> int:
 
 
 def highest(profiler: Any) -> int:
-    """The most bytes above those at its start."""
+    """Return the peak of bytes above those at the profiler's start."""
     blocks = [event for event in profiler.profiler.kineto_results.events() if event.name() == BLOCK]
     level = peak = 0
     for block in sorted(blocks, key=lambda block: block.start_ns()):
@@ -51,14 +51,14 @@ def highest(profiler: Any) -> int:
 
 
 class PeakMemory(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Watches every optimizer step but the first."""
+    """A callback that measures every optimizer step but the first."""
 
     def __init__(self) -> None:
         self.peak = self._before = 0
         self._profiler: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to watch."""
+        """Start to measure."""
         if state.global_step == 0:
             return
         if args.device.type == "cuda":
@@ -70,7 +70,7 @@ class PeakMemory(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._profiler.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at what it came to."""
+        """Take the peak of the step."""
         if state.global_step == 1:
             return
         if args.device.type == "cuda":
@@ -81,13 +81,13 @@ class PeakMemory(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             self._profiler = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it down."""
+        """Write the peak."""
         path = Path(args.output_dir) / f"peak_bytes-{os.environ.get('RANK', '0')}.json"
         path.write_text(json.dumps({"peak": self.peak, "before": self._before}))
 
 
 class ObservedTrainer(LoraTrainer):
-    """Has its memory watched."""
+    """The trainer with its memory measured."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -95,5 +95,5 @@ class ObservedTrainer(LoraTrainer):
 
 
 if __name__ == "__main__":
-    run.LoraTrainer = ObservedTrainer  # type: ignore[misc]  # our own door, for this program only
+    run.LoraTrainer = ObservedTrainer  # type: ignore[misc]  # our own name, for this program only
     cli.program(["train", *sys.argv[1:]])

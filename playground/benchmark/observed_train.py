@@ -1,7 +1,7 @@
-"""train_lora.py, which also writes what the live model answers.
+"""train_lora.py, which also writes the logits of the live model.
 
-Beside every adapter it saves lie `live_logits.pt`: the logits of PROBE, as the wrapped model of the run computes them
-at that moment, and `base_bytes.json`: what the first process holds of the base, and all of it.
+Beside every adapter it saves `live_logits.pt`, the logits of PROBE as the wrapped model of the run computes them at
+that moment, and `base_bytes.json`, the bytes of the base in the first process and in total.
 """
 
 import json
@@ -19,14 +19,14 @@ PROBE = torch.arange(3, 40)[None]
 """Token ids, shape (1, 37); every vocabulary has them."""
 
 BOUNDARIES = torch.tensor([0, PROBE.numel()], dtype=torch.int32)
-"""It is one conversation."""
+"""Of one conversation."""
 
 
 class ObservedTrainer(LoraTrainer):
-    """Looks at the live model whenever an adapter is saved."""
+    """The trainer, which runs the live model whenever an adapter is saved."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as ever; then ask the live model. Every process takes part."""
+        """Save the model, then run the live one; every process takes part."""
         held = base_bytes(self.adapter)  # as the last step left it; a forward pass gathers
         super().save_model(output_dir, _internal_call)
         model, was_training = self.model_wrapped, self.model.training
@@ -43,5 +43,5 @@ class ObservedTrainer(LoraTrainer):
 
 
 if __name__ == "__main__":
-    run.LoraTrainer = ObservedTrainer  # type: ignore[misc]  # our own door, for this program only
+    run.LoraTrainer = ObservedTrainer  # type: ignore[misc]  # our own name, for this program only
     cli.program(["train", *sys.argv[1:]])

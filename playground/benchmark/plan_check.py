@@ -1,4 +1,4 @@
-"""What `fastchat-qlora plan` says of the memory of a device, beside what a run then takes.
+"""The memory of a device that `fastchat-qlora plan` predicts, beside the memory that a run takes.
 
     python playground/benchmark/plan_check.py --model M --folder F --table T.md
 
@@ -29,7 +29,7 @@ TWO = "--lora_r 32"
 
 
 class Case(NamedTuple):
-    """A run: what it is called, its flags, and the strategy of its two processes, if it has two."""
+    """A run: its name, its flags, and the strategy of its two processes, if it has two."""
 
     name: str
     flags: str
@@ -46,7 +46,7 @@ CASES = [
     ),
     Case("LoRA, packed", f"--bf16 True {ALL} --lora_dropout 0 --packing True --model_max_length 1024"),
     Case("LoRA, padded", "--bf16 True --padding_free False --per_device_train_batch_size 2"),
-    Case("every token learnt, SGD", "--bf16 True --train_on all --optim sgd --per_device_train_batch_size 1"),
+    Case("every token supervised, SGD", "--bf16 True --train_on all --optim sgd --per_device_train_batch_size 1"),
     Case("head trained", "--bf16 True --modules_to_save lm_head --per_device_train_batch_size 1"),
     Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "DDP"),
     Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "ZeRO-2"),
@@ -68,7 +68,7 @@ LAUNCHERS = {
 
 
 class Row(NamedTuple):
-    """Bytes of the case, foreseen and measured: of the process that took most."""
+    """Bytes of a case, predicted and measured, of the process that took most."""
 
     case: Case
     foreseen: int
@@ -76,12 +76,12 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Foreseen as a multiple of measured."""
+        """Predicted bytes divided by measured ones."""
         return self.foreseen / self.measured
 
 
 def write_data(path: Path, *, words: int = 3000) -> None:
-    """Thirty-two conversations, each longer than any `--model_max_length` here: a short question, an endless answer."""
+    """Write 32 conversations, each longer than any `--model_max_length` here: a short question, a long answer."""
     drawn = random.Random(0)
     turns = [[("human", 60), ("gpt", words)] for _ in range(32)]
     records = [
@@ -92,7 +92,7 @@ def write_data(path: Path, *, words: int = 3000) -> None:
 
 
 def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable[[str], object] = succeed) -> Row:
-    """Plan a case, run it, and read what it took."""
+    """Plan a case, run it, and return both memories."""
     launcher, strategy = LAUNCHERS[case.strategy]
     where = folder / "".join(c if c.isalnum() else "_" for c in f"{case.name} {case.strategy}")
     shared = f"--model_name_or_path {model} --data_path {data} --output_dir {where} --per_device_train_batch_size 1"
@@ -111,13 +111,13 @@ def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable
 
 
 def table(rows: Sequence[Row], model: str) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     lines = [
         f"{Path(model).name} on {device}; {libraries}.",
         "",
-        "| run | processes | foreseen, GiB | measured, GiB | foreseen / measured |",
+        "| run | processes | predicted, GiB | measured, GiB | predicted / measured |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

@@ -21,7 +21,7 @@ from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.analysis.statistics import Example, split_learnt
 from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
-from fastchat_qlora.model.loading.base_model import load_tokenizer
+from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 from fastchat_qlora.utils.text import escape_control
 
 LONG = [("human", "Count."), ("gpt", "one two three " * 20), ("human", "More."), ("gpt", "four five six " * 20)]

@@ -306,7 +306,7 @@ def test_what_is_too_large_for_the_format_is_refused(
     assert cli.main([*command, "float16"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"error: {name}: holds numbers up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
+        f"error: {name}: holds values up to 1e+05, and float16 ends at 6.55e+04; give --dtype bfloat16 or float32"
     )
     assert not (tmp_path / "out").exists()
     assert cli.main([*command, "float32"]) == 0
@@ -494,17 +494,17 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     ),
     "a missing tensor": (
         lambda base, adapter: [_change_base(base, lambda tensors: tensors.pop("model.norm.weight"))],
-        "its files lack 1 of its tensors, such as model.norm.weight; get it again",
+        "its files lack 1 of its tensors, such as model.norm.weight; download it again",
     ),
     "other shapes": (
         lambda base, adapter: [_set(base / "config.json", vocab_size=700)],
-        "its files hold tensors of other shapes than its config.json says; get it again",
+        "its files and its config.json differ in shapes of tensors; download it again",
     ),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
     "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a model's folder here nor a hub id"),
     "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
-    "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors have no place on this model"),
+    "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors do not fit this model"),
     "more tokens": (
         lambda base, adapter: [_add_tokens(adapter)],
         "the tokenizer has 605 tokens and the model embeddings "

@@ -18,7 +18,7 @@ from transformers.integrations.hub_kernels import is_kernel
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_module_patterns, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
 
 Plant = Callable[[Path, Path], None]
 
@@ -105,15 +105,15 @@ def templates(folder: Path, marker: Path) -> None:
     ("plant", "reason"),
     [
         (only_pickled, "has no model.safetensors but pytorch_model.bin, which may run code"),
-        (index("weights.bin"), "names 'weights.bin', which is no safetensors file of that folder"),
-        (index("../weights.bin"), "names '../weights.bin', which is no safetensors file"),
+        (index("weights.bin"), "names 'weights.bin', which is not a safetensors file of that folder"),
+        (index("../weights.bin"), "names '../weights.bin', which is not a safetensors file"),
         (pickled_under_the_safe_name, "model.safetensors cannot be read as safetensors"),
         (code(model_type="evil"), "contains custom code"),
         (code(model_type="evil", trust_remote_code=True), "contains custom code"),
         (tokenizer_code, "contains custom code"),
-        (kernel("org/kernel", "_attn_implementation"), "has the kernel org/kernel run"),
-        (kernel("org/kernel@main:f", "attn_implementation"), "has the kernel org/kernel@main:f run"),
-        (kernel("org/kernel", "experts_implementation"), "has the kernel org/kernel run"),
+        (kernel("org/kernel", "_attn_implementation"), "requests the kernel org/kernel, which is code"),
+        (kernel("org/kernel@main:f", "attn_implementation"), "requests the kernel org/kernel@main:f, which is code"),
+        (kernel("org/kernel", "experts_implementation"), "requests the kernel org/kernel, which is code"),
         (adapter_beside, "has an adapter_config.json"),
         (templates, "has a chat template of the name '../../../evil'"),
     ],
@@ -183,9 +183,6 @@ def settings(**values: object) -> Plant:
     return lambda folder, _: edit(folder / "adapter_config.json", **values)
 
 
-ENDLESS = "(([a-z._0-9]+)+)+!"
-
-
 @pytest.mark.parametrize(
     ("plant", "reason"),
     [
@@ -204,10 +201,8 @@ ENDLESS = "(([a-z._0-9]+)+)+!"
         (settings(lora_ga_config={}), "has lora_ga_config"),
         (settings(layer_replication=[[0, 2]] * 100_000), "has layer_replication"),
         (settings(target_modules=[1, 2]), "has target_modules"),
-        (settings(target_modules="(" * 5000), "is no regular expression"),
-        (settings(target_modules=ENDLESS), "take more than"),
-        (settings(rank_pattern={ENDLESS: 4}), "take more than"),
-        (settings(modules_to_save=["../../x"]), "--modules_to_save ../../x: matches nothing"),
+        (settings(target_modules="(" * 5000), "is not a regular expression"),
+        (settings(modules_to_save=["../../x"]), "--modules_to_save ../../x: matches no module"),
         (settings(peft_type="IA3"), "holds a"),
         (settings(peft_type="../x"), "adapter_config.json cannot be read"),
         (lambda folder, _: (folder / "adapter_config.json").write_text("[1]") and None, "cannot be read"),
@@ -221,9 +216,7 @@ def test_an_adapter_is_refused(
     data_file: Path,
     marker: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastchat_qlora.model.adapter.adapter_files.PATTERN_SECONDS", 0.3)
     folder = copy(adapter, marker.parent / "adapter")
     plant(folder, marker)
     assert_refused(start(model_folder, data_file, marker.parent / "out", lora_weight_path=folder), capsys, reason)
@@ -265,14 +258,3 @@ def test_an_adapter_is_gone_on_from(
     assert not marker.exists()
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(model_folder) and saved["revision"] is None
-
-
-def test_a_timer_is_put_back(adapter: Path) -> None:
-    """An expression that is matched in time leaves no alarm behind."""
-    import signal
-
-    config = read_lora_config(str(adapter))
-    config.target_modules = r".*\.[qv]_proj"
-    before = signal.getsignal(signal.SIGALRM)
-    check_module_patterns(config, ["model.layers.0.self_attn.q_proj"])
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

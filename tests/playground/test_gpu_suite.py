@@ -8,14 +8,14 @@ from gpu_model import LLAMA_8B, TINY, draw_conversations, make_base
 from gpu_report import count_operations, vendor_peak, write_report
 
 
-def test_operations_are_those_of_the_research_page() -> None:
+def test_operations_match_the_documentation() -> None:
     """performance.md 2.1: GFLOP of a token of Llama-3-8B, without and with all layers recomputed."""
     found = count_operations(LLAMA_8B, rank=16, mean_length=4096, head_share=1.0, checkpointed=1.0)
     assert found.model / 1e9 == pytest.approx(33.5, abs=0.1)
     assert (found.model + found.recomputed) / 1e9 == pytest.approx(48.6, abs=0.1)
 
 
-def test_trained_numbers_are_counted_as_peft_makes_them() -> None:
+def test_trained_parameters_are_counted_as_peft_makes_them() -> None:
     from gpu_training import lora_config
 
     from fastchat_qlora.model.adapter.lora import attach_adapter, get_trainable_parameters
@@ -26,7 +26,7 @@ def test_trained_numbers_are_counted_as_peft_makes_them() -> None:
     assert rank_16 - rank_0 == 6 * trained
 
 
-def test_the_weights_of_a_quantised_base_are_not_zeros() -> None:
+def test_weights_of_a_quantized_base_are_not_zeros() -> None:
     base = make_base(TINY, torch.device("cpu"), quantized=True, attention=None)
     weight = base.model.layers[1].mlp.down_proj.weight
     assert weight.quant_state.nested
@@ -44,13 +44,13 @@ def test_conversations_are_as_long_as_sharegpts() -> None:
     assert conversations.supervised_share == pytest.approx(0.78, abs=0.03)
 
 
-def test_a_card_that_is_not_known_has_no_peak() -> None:
+def test_unknown_cards_have_no_peak() -> None:
     assert vendor_peak("NVIDIA H200") == 989
     assert vendor_peak("NVIDIA H100 80GB HBM3") == 989
     assert vendor_peak("CPU") is None
 
 
-def test_tiny_mode_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_mode_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--device", "cpu", "--folder", str(tmp_path), "--parts", "peers"]
     gpu_suite.main(words)
     gpu_suite.main([*words[:-1], "lora", "peers"])
@@ -65,7 +65,7 @@ def test_tiny_mode_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFi
     assert page == (tmp_path / "table.md").read_text()
     assert "nothing here says whether they are met" in page
 
-    # Numbers that were made up, to see the arithmetic of the targets.
+    # Invented results, to see the arithmetic of the targets.
     made_up = results | {"about": results["about"] | {"card": "NVIDIA H200", "size": LLAMA_8B._asdict()}}
     made_up["about"]["max_length"] = 4096
     for run in made_up["runs"].values():

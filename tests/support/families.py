@@ -27,7 +27,10 @@ from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.ops.attention import register_attention
 from fastchat_qlora.training.trainer import LoraTrainer
+
+register_attention()  # as choose_attention does in a run
 
 VOCABULARY = 89
 WINDOW = 8  # shorter than most conversations of the tests
@@ -68,7 +71,7 @@ def _weights(family: str) -> dict[str, torch.Tensor]:
 def make_base(
     family: str, attention: str | None = None, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """The same weights every time, in a model of its own; `changes` are made to the configuration."""
+    """Build a model with the same weights every time; `changes` are made to the configuration."""
     config = copy.deepcopy(FAMILIES[family])
     for name, value in changes.items():
         setattr(config, name, value)
@@ -79,17 +82,17 @@ def make_base(
 
 
 def make_quantised_base(folder: Path, attention: str | None = None) -> PreTrainedModel:
-    """The Llama in NF4 with double quantisation, computing in fp32; `folder` is for its weights."""
+    """Load the Llama in NF4 with double quantization, computing in fp32; `folder` is for its weights."""
     if not (folder / "config.json").exists():
         make_base("llama").save_pretrained(folder)
-    quantisation = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantisation, attn_implementation=attention
+        folder, dtype=torch.float32, quantization_config=quantization, attn_implementation=attention
     )
     keep_cpu_weights_trainable(model)
     return model
@@ -108,14 +111,14 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def plain_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
-    """A model with an adapter as PEFT and transformers make it, without anything of ours."""
+    """Attach an adapter as PEFT and transformers do, without anything of ours."""
     model = get_peft_model(base, lora_config(**changes))
     randomise(model)
     return model
 
 
 def our_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
-    """The same with our layers."""
+    """Attach an adapter with our layers."""
     model = attach_adapter(base, lora_config(**changes))
     randomise(model)
     return model
@@ -140,7 +143,7 @@ class Padding:
 
 
 def make_trainer(model: PeftModel, folder: Path, layout: str = "end to end", **kwargs: Any) -> LoraTrainer:
-    """A trainer around it, batches laid out as said: end to end, padded on the right, padded on the left."""
+    """Build a trainer with batches laid out end to end, padded on the right or padded on the left."""
     flags = {
         "model_name_or_path": "-",
         "data_path": "-",
@@ -158,7 +161,7 @@ def make_trainer(model: PeftModel, folder: Path, layout: str = "end to end", **k
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers of any tensor that was made meanwhile; views of what there was are none."""
+    """The most elements of a tensor that is made in the block, without views of older ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +177,7 @@ class Largest(TorchDispatchMode):
 
 
 def conversation(length: int, seed: int, learnt: float = 0.6) -> dict[str, list[int]]:
-    """Random tokens, some of them to be learnt; the first is not, for nothing comes before it."""
+    """Draw random tokens, a share of them supervised; the first is not, for nothing comes before it."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
     keep = torch.rand(length, generator=generator) < learnt

@@ -3,7 +3,6 @@
 import copy
 import gc
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from fastchat_qlora.commands.merge.staging import staged
 from fastchat_qlora.commands.merge.verification import compare, get_logits, make_test_sequences
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.merging.dequantize import find_quantized_modules, make_round_trip
+from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.merging.full_model import merge_full_model
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
 from fastchat_qlora.model.merging.safetensors_files import (
@@ -120,7 +119,7 @@ def _write_model(
             config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
             logger.info("The head and the embeddings, one weight in the base, are two in the merged model.")
         config.save_pretrained(folder)
-        _tell_of_base(adapter, math.sqrt(plan.moved / plan.norm) if plan.norm else None)
+        _tell_of_base(adapter, plan.relative_change)
     except NeedsFullModel as reason:
         logger.warning(f"Not merged a layer at a time, since {reason}: the whole model is loaded, in float32.")
         _write_whole(adapter, folder, dtype, max_shard_size, output_dir)
@@ -134,15 +133,15 @@ def _plan(adapter: TrainedAdapter, dtype: torch.dtype | None) -> LayerwiseMerge:
     meta_model = build_meta_model(adapter.config)
     if meta_model is None:
         raise NeedsFullModel("the model's code lies outside transformers")
-    quantization = adapter.quantization_config
-    compute = adapter.base_settings.dtype
+    quantization, dtype_in_training = adapter.quantization_config, adapter.base_settings.dtype
     return LayerwiseMerge(
         meta_model,
         copy.deepcopy(adapter.lora_config),
         str(adapter.folder),
         WeightFiles(find_weight_files(adapter.base, adapter.cache_dir)),
-        quantized=find_quantized_modules(adapter.config, quantization) if quantization else (),
-        rounding=make_round_trip(quantization, compute, device()) if quantization else None,
+        rounding=make_weight_rounding(adapter.config, quantization, dtype_in_training, device())
+        if quantization
+        else None,
         dtype=dtype,
     )
 

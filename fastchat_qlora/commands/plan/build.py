@@ -32,7 +32,8 @@ from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import build_lora_config, check_sharding
+from fastchat_qlora.model.adapter.compatibility import check_sharding
+from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import (
@@ -43,13 +44,9 @@ from fastchat_qlora.model.estimates.parallelism import (
     ONE_PROCESS,
     ParallelStrategy,
 )
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    check_vocabulary,
-    dtype_name,
-    get_compute_dtype,
-)
+from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, get_compute_dtype
 from fastchat_qlora.model.loading.quantization import get_base_quantization
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     USABLE_ACCELERATOR_SHARE,
     USABLE_MEMORY_SHARE,

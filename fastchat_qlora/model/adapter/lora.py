@@ -1,41 +1,32 @@
-"""Arguments -> a LoRA adapter on a frozen base."""
+"""LoRA arguments -> a LoRA adapter on a frozen base model."""
 
 import copy
 import logging
-import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
-from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE as ADAPTER_FILE
-from fastchat_qlora.model.adapter.adapter_files import check_module_patterns, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-USUAL_NAME = "model.layers.0.self_attn.q_proj"
+PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""What PEFT raises for an adapter that does not fit a model."""
 
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
-    """The PEFT configuration of the run, or that of the adapter the run starts from.
-
-    Raises:
-        UserError: the adapter to start from is not a LoRA adapter.
-    """
+    """Return the PEFT configuration that the flags describe, or that of the adapter to start from."""
     if lora_args.lora_weight_path:
-        config = read_lora_config(lora_args.lora_weight_path)
-        _tell_of(config, lora_args.lora_weight_path)
-        return config
+        return _read_start_config(lora_args.lora_weight_path)
     targets = lora_args.lora_target_modules
     return LoraConfig(
         r=lora_args.lora_r,
@@ -51,192 +42,65 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
     )
 
 
-def _tell_of(config: LoraConfig, path: str) -> None:
-    targets = (
-        config.target_modules if isinstance(config.target_modules, str) else " ".join(sorted(config.target_modules))
-    )
+def _read_start_config(path: str) -> LoraConfig:
+    config = read_lora_config(path)
+    targets = config.target_modules
+    targets = targets if isinstance(targets, str) else " ".join(sorted(targets))
     logger.warning(
         f"--lora_weight_path {path}: rank, alpha, dropout, bias and targets are those of that adapter "
         f"(r={config.r}, lora_alpha={config.lora_alpha}, targets {targets})."
     )
-
-
-def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
-    """Require that every module the adapter names exists, before any weight is loaded.
-
-    PEFT raises only if no name matches at all. A model without skeleton is left to PEFT's own check.
-
-    Args:
-        skeleton: from `loading.build_skeleton`.
-
-    Raises:
-        UserError: naming what matches nothing and what there is to match.
-    """
-    if meta_model is None:
-        check_module_patterns(lora_config, [USUAL_NAME])
-        return
-    modules = dict(meta_model.named_modules())
-    check_module_patterns(lora_config, modules)
-    adaptable = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
-    linear = {name for name, module in modules.items() if isinstance(module, adaptable)}
-    if not isinstance(lora_config.target_modules, str):
-        _check_names("--lora_target_modules", lora_config.target_modules or (), linear)
-    # A quantised weight cannot be trained; left as they are loaded are the head and the embeddings.
-    whole = {name for name in modules if not quantized or name not in linear or _is_kept(name)}
-    whole -= _around_attention(meta_model)
-    _check_names("--modules_to_save", lora_config.modules_to_save or (), whole)
-
-
-def _around_attention(meta_model: PreTrainedModel) -> set[str]:
-    """Names of the modules that hold attention: PEFT's copy would not hear of it when the attention is set."""
-    names = [name for name, module in meta_model.named_modules() if "attention" in type(module).__name__.lower()]
-    return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
-
-
-def check_sharding(
-    config: PretrainedConfig,
-    meta_model: PreTrainedModel | None,
-    lora_config: LoraConfig,
-    topology: Topology,
-    *,
-    quantized: bool = False,
-) -> None:
-    """Require that what is trained can be trained where parameters are sharded, before any weight is loaded.
-
-    Raises:
-        UserError: naming the flag, and the strategies that can do it.
-    """
-    if quantized and lora_config.use_dora and topology.zero_stage == 3:
-        # Its norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU puts another
-        # parameter in its place at every step (0.21.2, `dequantize_module_weight`).
-        raise UserError("--use_dora True with --q_lora True: fails in PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP")
-    if not topology.fsdp:
-        return
-    if quantized and _trains_biases(meta_model, lora_config):
-        # With 4-bit weights biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
-        raise UserError(
-            f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are no fp32 and cannot be "
-            "trained beside the adapter under FSDP2; choose ZeRO or DDP, or --lora_bias none"
-        )
-    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
-        return
-    for flag, names in (
-        ("--modules_to_save", lora_config.modules_to_save or ()),
-        ("--lora_target_modules", lora_config.target_modules or ()),
-    ):
-        given = names if isinstance(names, str) else " ".join(sorted(names))
-        if any(_matches(tied, names) for tied in _ends(meta_model, names)):
-            # accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
-            raise UserError(
-                f"{flag} {given}: the head and the embeddings of this model are one weight, which accelerate ties "
-                "wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
-            )
-
-
-def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
-    """Whether there are biases to train; taken for granted where the model's code lies outside transformers."""
-    if lora_config.bias == "none":
-        return False
-    if meta_model is None:
-        return True
-    biased = [
-        name for name, m in meta_model.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)
-    ]
-    if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
-        return bool(biased)
-    return any(_matches(name, lora_config.target_modules or ()) for name in biased)
-
-
-def _ends(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
-    """Names of the embeddings and the head; those that sound like it where the model's code lies elsewhere."""
-    if meta_model is None:
-        return [] if isinstance(names, str) else [name for name in names if _is_kept(name)]
-    ends = (meta_model.get_input_embeddings(), meta_model.get_output_embeddings())
-    return [name for name, module in meta_model.named_modules() if module in ends]
-
-
-def _matches(name: str, wanted: str | Collection[str]) -> bool:
-    """Whether PEFT takes a module: by a regular expression, or by one of the ends that its name may have."""
-    if isinstance(wanted, str):
-        return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:
-    """Require that the layers FSDP2 is to shard one by one exist, before any weight is loaded.
-
-    Raises:
-        UserError: naming the classes that there are not, and those of the model's repeated layers.
-    """
-    if meta_model is None:
-        return
-    classes = {type(module).__name__ for module in meta_model.modules()}
-    unmatched = sorted(set(names) - classes)
-    if unmatched:
-        layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
-        raise UserError(
-            f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(unmatched)}: no such module; the model has {layers}"
-        )
-
-
-def _is_kept(name: str) -> bool:
-    return "head" in name or "embed" in name
-
-
-def _check_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
-    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
-    if unmatched:
-        last_names = {name.rpartition(".")[2] for name in offered}
-        there = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
-        raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing there is to adapt; the model has {there}")
+    return config
 
 
 def attach_adapter(
     model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "", *, leave: Collection[str] = ()
 ) -> PeftModel:
-    """Put an adapter on a base model.
+    """Attach a new adapter, or that of a folder, to a base model.
 
-    The base is frozen as it was loaded: nothing in it is copied to fp32, as PEFT's `prepare_model_for_kbit_training`
-    would (embeddings and head: 2 GB on an 8B model). What is trained is kept in fp32 whatever the base computes in,
-    except for the biases of quantised layers and under ZeRO-3.
-
-    Args:
-        model: the base model.
-        lora_config: the adapter's shape.
-        weight_path: a folder with an adapter to start from.
-        leave: names of classes whose modules stay as they are: FSDP2 was told to shard these.
+    The base model stays in the dtype that it was loaded in: nothing is copied to fp32 as by PEFT's
+    `prepare_model_for_kbit_training` (embeddings and head: 2 GB on an 8B model). Trained parameters are in fp32, except
+    for the biases of quantized layers and under ZeRO-3. Modules of the classes in `leave`, which FSDP2 was told to
+    shard, are not replaced by memory-efficient ones.
 
     Raises:
-        RunError: the adapter has nothing to train, lacks tensors in its file or does not fit the model.
+        RunError: the adapter trains nothing, lacks tensors in its file or does not fit the model.
     """
     model.requires_grad_(False)
     use_memory_efficient_modules(model, leave)
     register_efficient_lora(lora_config, model)
-    if weight_path:
-        peft_model = _load_adapter(model, lora_config, weight_path)
-        _check_all_loaded(peft_model, weight_path)
-    else:
-        peft_model = get_peft_model(model, lora_config)
+    peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
+    trainable = get_trainable_parameters(peft_model)
+    if not trainable:
+        raise RunError("--lora_target_modules: the adapter has no parameter to train; name other modules")
     quantized = bool(getattr(model, "is_quantized", False))
-    # A base that ZeRO-3 has partitioned while it was loaded stays as it is when DeepSpeed turns models to its compute
-    # dtype, and so does all beside it; DeepSpeed keeps fp32 masters itself.
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    for name, parameter in get_trainable_parameters(peft_model).items():
-        # bitsandbytes turns the biases of its layers back to the compute dtype at every step.
-        if not (quantized and name.endswith(".bias")) and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(model.dtype if partitioned else torch.float32)
-    if not get_trainable_parameters(peft_model):
-        raise RunError("the adapter has no parameter to train; check --lora_target_modules")
+    # DeepSpeed casts models to its compute dtype, but not a base that ZeRO-3 partitioned while it was loaded, nor what
+    # is added to it. DeepSpeed keeps fp32 masters itself.
+    dtype = model.dtype if any(_is_partitioned(parameter) for parameter in model.parameters()) else torch.float32
+    for name, parameter in trainable.items():
+        # bitsandbytes casts the biases of its layers to the compute dtype at every step.
+        if not (quantized and name.endswith(".bias")) and not _is_partitioned(parameter):
+            parameter.data = parameter.data.to(dtype)
     return peft_model
 
 
-def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, weight_path: str) -> PeftModel:
+def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Return whether ZeRO-3 has divided a parameter among the processes."""
+    return hasattr(parameter, "ds_id")
+
+
+def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, path: str) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(model, weight_path, config=lora_config, is_trainable=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise RunError(
-            f"--lora_weight_path {weight_path}: cannot be put on the model: {one_line(error, 300)}"
-        ) from error
+        peft_model = PeftModel.from_pretrained(model, path, config=lora_config, is_trainable=True)
+    except PEFT_ERRORS as error:
+        raise RunError(f"--lora_weight_path {path}: cannot be attached to the model: {one_line(error, 300)}") from error
+    with safe_open(f"{path}/{ADAPTER_FILE}", framework="pt") as file:
+        saved = set(file.keys())
+    # PEFT only warns of missing tensors, and leaves them at their random initial values.
+    missing = sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - saved)
+    if missing:
+        raise RunError(f"--lora_weight_path {path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+    return peft_model
 
 
 def compute_adapter_shapes(
@@ -245,43 +109,25 @@ def compute_adapter_shapes(
     *,
     flag: str = "--lora_target_modules, --modules_to_save",
 ) -> dict[str, torch.Size] | None:
-    """What an adapter's file holds by its configuration, from the shapes of the base model alone.
-
-    Args:
-        skeleton: from `loading.build_skeleton`; it is used up.
-        lora_config: the adapter's configuration, which stays as it is.
-        flag: what the configuration came from, for the message.
-
-    Returns:
-        Name in the file -> shape; None where the model's code lies outside transformers.
+    """Return name -> shape of the tensors in an adapter's file, or None without a meta model, which is used up.
 
     Raises:
-        UserError: the model has nothing that such an adapter could be put on.
+        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model.
     """
     if meta_model is None:
         return None
     lora_config = copy.deepcopy(lora_config)
-    lora_config.init_lora_weights = False  # there is nothing to decompose or to draw
+    lora_config.init_lora_weights = False  # there are no values to initialize from
     meta_model.requires_grad_(False)
     try:
         model = get_peft_model(meta_model, lora_config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        reason = one_line(error, 300)
-        raise UserError(f"{flag}: the adapter cannot be put on this model: {reason}") from error
+    except PEFT_ERRORS as error:
+        raise UserError(f"{flag}: the adapter cannot be attached to this model: {one_line(error, 300)}") from error
     trained = {name: parameter.detach() for name, parameter in get_trainable_parameters(model).items()}
-    named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-    return {name: tensor.shape for name, tensor in named.items()}
-
-
-def _check_all_loaded(peft_model: PeftModel, weight_path: str) -> None:
-    """PEFT only warns of tensors that the file lacks, and leaves them at their random first values."""
-    with safe_open(f"{weight_path}/{ADAPTER_FILE}", framework="pt") as file:
-        there = set(file.keys())
-    missing = sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - there)
-    if missing:
-        raise RunError(f"--lora_weight_path {weight_path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+    saved = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+    return {name: tensor.shape for name, tensor in saved.items()}
 
 
 def get_trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
-    """Name -> parameter, of what the run trains."""
+    """Return name -> parameter of what is trained."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

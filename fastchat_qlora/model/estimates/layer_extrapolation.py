@@ -1,7 +1,6 @@
-"""What a deep model needs, from two shallow ones: seconds become tenths where layers are all alike."""
+"""The cost of a deep model from two shallow ones, where all layers are alike."""
 
 import copy
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -10,38 +9,33 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
 
-DEPTHS = (2, 3)
-"""Layers of the shallow models; what the second has more is what a layer costs. The first layer is not like the others:
-its input has no gradient."""
+SHALLOW_DEPTHS = (2, 3)  # not 1, since the first layer is not like the others: its input needs no gradient
 
-BY_POSITION = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters")
-"""Settings of an adapter that may treat a layer otherwise than its neighbours."""
+LAYER_SPECIFIC_FIELDS = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters")
+"""Fields of a LoraConfig that may make a layer differ from its neighbors."""
 
 
 def make_shallow_configs(
     config: PretrainedConfig, meta_model: PreTrainedModel, lora_config: LoraConfig
 ) -> tuple[PretrainedConfig, ...] | None:
-    """The configurations of two shallow models that stand for a deep one; None where its layers are not all alike.
+    """Return the configurations of two shallow models that represent a deep one.
 
-    Args:
-        config: of the deep model.
-        skeleton: made of it, without memory.
-        lora_config: of the adapter, which must be the same in every layer too.
+    None where its layers or the adapter's modules in them differ.
     """
     layers = get_repeated_layers(meta_model)
-    alike = len({_describe(layer) for layer in layers}) == 1
-    if not alike or len(layers) <= DEPTHS[1] or getattr(config, "num_hidden_layers", None) != len(layers):
+    alike = len({_describe_layer(layer) for layer in layers}) == 1
+    if not alike or len(layers) <= SHALLOW_DEPTHS[1] or getattr(config, "num_hidden_layers", None) != len(layers):
         return None
     names = [lora_config.target_modules or (), lora_config.exclude_modules or (), lora_config.modules_to_save or ()]
     patterns = [name for name in names if isinstance(name, str) and name != "all-linear"]
     numbered = any(character.isdigit() for name in names if not isinstance(name, str) for character in "".join(name))
-    if patterns or numbered or any(getattr(lora_config, name, None) for name in BY_POSITION):
+    if patterns or numbered or any(getattr(lora_config, name, None) for name in LAYER_SPECIFIC_FIELDS):
         return None
-    return tuple(_with_depth(config, depth) for depth in DEPTHS)
+    return tuple(_copy_with_depth(config, depth) for depth in SHALLOW_DEPTHS)
 
 
-def _describe(layer: torch.nn.Module) -> str:
-    """All that a layer's modules are: their kinds, shapes and settings, but for its own number."""
+def _describe_layer(layer: torch.nn.Module) -> str:
+    """Return the classes, shapes and settings of all modules of a layer, without its index."""
     described = []
     for name, module in layer.named_modules():
         settings = {
@@ -54,7 +48,7 @@ def _describe(layer: torch.nn.Module) -> str:
     return str(described)
 
 
-def _with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+def _copy_with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = depth
     if isinstance(types := getattr(shallow, "layer_types", None), list):
@@ -62,21 +56,21 @@ def _with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     return shallow
 
 
-def extrapolate_layers(few: ModelCost, more: ModelCost, layers: int) -> ModelCost:
-    """What a model of so many layers needs, from two of DEPTHS layers.
+def extrapolate_layers(first: ModelCost, second: ModelCost, layers: int) -> ModelCost:
+    """Return the cost of a model with so many layers, from the costs of two models of SHALLOW_DEPTHS layers.
 
-    Whatever is counted in total grows by the same for every layer; what is counted for one layer is a mean, in which
-    the first layer has the weight that it has in the deep model.
+    Totals grow by the same amount with every layer; means over layers are turned into totals for that.
     """
-    first, second = DEPTHS
+    depth, next_depth = SHALLOW_DEPTHS
 
-    def grown(a: float, b: float) -> Any:
-        return a + (layers - first) * (b - a)
+    def extrapolate(a: float, b: float) -> float:
+        return a + (layers - depth) * (b - a)
 
-    inside = grown(first * few.token.layer, second * more.token.layer)
-    token = more.token._replace(layer=inside / layers, flops=grown(few.token.flops, more.token.flops))
-    weights = more.weights._replace(
-        total=grown(few.weights.total, more.weights.total),
-        constants=grown(few.weights.constants, more.weights.constants),
+    inside = extrapolate(depth * first.token.layer, next_depth * second.token.layer)
+    token = second.token._replace(layer=inside / layers, flops=extrapolate(first.token.flops, second.token.flops))
+    weights = second.weights._replace(
+        total=extrapolate(first.weights.total, second.weights.total),
+        scales=extrapolate(first.weights.scales, second.weights.scales),
     )
-    return more._replace(layers=layers, token=token, weights=weights, trained=grown(few.trained, more.trained))
+    trained = first.trained + (layers - depth) * (second.trained - first.trained)
+    return second._replace(layers=layers, token=token, weights=weights, trained=trained)

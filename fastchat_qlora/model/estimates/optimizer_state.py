@@ -1,13 +1,12 @@
-"""What optimizers keep for each number that is trained, on the device and in a checkpoint.
+"""An optimizer's name -> bytes of its state for each trained parameter.
 
-The adapter is trained in fp32, so a moment takes four bytes; the 8-bit optimizers of bitsandbytes and torchao take one
-byte, and one scale for a block of 256 (arXiv 2110.02861), the 4-bit one half a byte.
+The adapter is trained in fp32, so a moment takes four bytes. The 8-bit optimizers of bitsandbytes and torchao take one
+byte, and one scale for a block of 256 (arXiv 2110.02861); the 4-bit one half a byte.
 """
 
-MOMENT = 4.0
+FP32_MOMENT_BYTES = 4.0
 
-NOTHING_KEPT = ("sgd", "lomo")
-"""Optimizers whose only state is the step."""
+STATELESS_OPTIMIZERS = ("sgd", "lomo")  # but for the step
 
 MOMENTS = {
     "adafactor": 1 / 8,
@@ -22,31 +21,27 @@ MOMENTS = {
     "rmsprop": 1,
     "schedule_free_sgd": 1,
 }
-"""Numbers kept for each that is trained, by how a name begins, the longest first; Adam's two for all others.
+"""Values per trained parameter, by the longest name that an optimizer's begins with; two, as of Adam, for all others.
 
-Adafactor keeps one for each row and column of a matrix, which for the two of an adapter of rank r is 1 / r of their
-numbers. GaLore and APOLLO, in which what is left out of their targets is stepped on as by Adam, keep between nothing
-and two.
+Adafactor keeps one value for each row and column of a matrix, which for the two of an adapter of rank r is 1 / r of
+their elements. GaLore and APOLLO treat parameters outside of their targets as Adam does, so they keep between none and
+two.
 """
 
-SCALES = {"8bit": (1.0, 4 / 256), "4bit": (0.5, 4 / 128)}
-"""Bytes of a moment in fewer bits, and of its share of a scale."""
+LOW_BIT_MOMENT_BYTES = {"8bit": 1.0 + 4 / 256, "4bit": 0.5 + 4 / 128}
+"""Bytes of a moment in fewer bits, with its share of a scale."""
 
 
 def state_bytes(optimizer: str) -> float:
-    """Bytes of state for each number that is trained.
-
-    Args:
-        optimizer: its name, as transformers or DeepSpeed spells it.
-    """
+    """Return the bytes of state for each trained parameter, by an optimizer's name in transformers or DeepSpeed."""
     name = optimizer.lower().removeprefix("paged_")
-    if name.startswith(NOTHING_KEPT):
+    if name.startswith(STATELESS_OPTIMIZERS):
         return 0.0
     count = next((MOMENTS[known] for known in sorted(MOMENTS, key=len, reverse=True) if name.startswith(known)), 2)
-    moment = next((sum(sizes) for bits, sizes in SCALES.items() if bits in name), MOMENT)
+    moment = next((size for bits, size in LOW_BIT_MOMENT_BYTES.items() if bits in name), FP32_MOMENT_BYTES)
     return float(count * moment)
 
 
 def state_bytes_on_device(optimizer: str) -> float:
-    """The same of what cannot leave the device: a paged optimizer's state goes to main memory when room is short."""
+    """Return the bytes that must stay on the device: a paged optimizer's state moves to main memory when needed."""
     return 0.0 if optimizer.startswith("paged_") else state_bytes(optimizer)

@@ -1,12 +1,9 @@
-"""A model path -> tokenizer, configuration, base model."""
+"""A model path -> the base model's configuration and weights."""
 
 import hashlib
-import logging
-import re
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,11 +11,9 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,67 +22,55 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.utils.text import one_line
 
-logger = logging.getLogger(__name__)
-
-SAMPLE = 1 << 20
-"""Bytes at each place of a file that tell it from another."""
+SAMPLE_BYTES = 1 << 20
 
 
 def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """The number format that the base model computes in."""
+    """Return the dtype that the base model computes in."""
     if training_args.fp16:
         return torch.float16
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as it is written: float32, not torch.float32."""
+    """Return a dtype's name without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def load_config(model_args: ModelArguments, cache_dir: str | None) -> PretrainedConfig:
-    """Read the configuration of the base model.
-
-    Raises:
-        UserError: there is none to be had, or the model is not a causal language model.
-    """
+    """Read the configuration of the base model, which must be a causal language model."""
     name = model_args.model_name_or_path
+    flag = f"--model_name_or_path {name}"
     check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
-    except Exception as error:  # a config.json may be wrong in as many ways as there are libraries reading it
+    except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
         reason = one_line(error, 300)
-        raise UserError(
-            f"--model_name_or_path {name}: neither a model's folder nor a hub id that can be reached: {reason}"
-        ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
-        config, "auto_map", {}
-    ):
-        raise UserError(
-            f"--model_name_or_path {name}: {config.model_type} is not a causal language model; choose a chat model"
-        )
+        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
+    has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        raise UserError(f"{flag}: {config.model_type} is not a causal language model; choose a chat model")
     if not model_args.trust_remote_code:
-        _refuse_kernels(config, name)
+        _check_kernels(config, flag)
     return config
 
 
-def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
-    """A model may not have code from the hub run in it, by the name of a kernel either."""
+def _check_kernels(config: PretrainedConfig, flag: str) -> None:
+    """Require that no part of a configuration names a kernel on the hub, which is remote code too."""
     parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
     for part, kind in product(parts, ("_attn_implementation", "_experts_implementation")):
-        chosen = getattr(part, kind, None)
-        if chosen is not None and "/" in str(chosen):
+        kernel = str(getattr(part, kind, None))
+        if "/" in kernel:
             raise UserError(
-                f"--model_name_or_path {name}: its config.json has the kernel {str(chosen)[:100]} run, which is code "
-                "from the hub; remove it there, or give --trust_remote_code True if you trust it"
+                f"{flag}: its config.json requests the kernel {kernel[:100]}, which is code from the hub; remove it "
+                "there, or give --trust_remote_code True if you trust it"
             )
 
 
 def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
-    """Which base model it is: the commit of a hub id, or the beginning, middle and end of each file of weights.
+    """Return the commit of a hub id, or a hash of the start, middle and end of each file of weights.
 
-    A checkpoint goes on with the base it was made with. To read all of it would take as long as to load it; another
-    training of the same model differs everywhere.
+    Hashing all of it would take as long as loading it, and another training of the same model differs everywhere.
     """
     if commit := getattr(config, "_commit_hash", None):
         return str(commit)
@@ -96,133 +79,30 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for start in (0, size // 2, max(size - SAMPLE, 0)):
+            for start in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
                 file.seek(start)
-                digest.update(file.read(SAMPLE))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model without memory for its weights; None where its code lies outside transformers.
-
-    Raises:
-        UserError: no model is as the configuration says.
-    """
+    """Return the model without memory for its weights; None where its code lies outside transformers."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     try:
         with torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except Exception as error:  # numbers of strangers, in the code of as many authors
+    except Exception as error:  # untrusted sizes fail in as many ways as there are models
         name = config.name_or_path or config.model_type
         raise UserError(
             f"--model_name_or_path {name}: no model can be made of its config.json: {type(error).__name__}: "
-            f"{one_line(error, 200)}; mend it, or download it again"
+            f"{one_line(error, 200)}; fix it, or download it again"
         ) from error
 
 
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that a model consists of, in their order: those whose activations can be computed again."""
+    """Return the model's layers in their order: those whose activations can be recomputed."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def load_tokenizer(
-    model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
-) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of the base model and see to its padding token.
-
-    Raises:
-        UserError: the model has no fast tokenizer, or no token to pad with or to end a turn with.
-    """
-    tokenizer = load_raw_tokenizer(
-        model_args.model_name_or_path,
-        cache_dir=cache_dir,
-        model_max_length=model_max_length,
-        padding_side=model_args.padding_side,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    tokenizer.pad_token = choose_pad_token(tokenizer)
-    logger.info(f"Padding token: {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}).")
-    return tokenizer
-
-
-def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **settings: Any) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer as it is.
-
-    Args:
-        name: hub id or local folder.
-        flag: how it was given, for the messages.
-        settings: for `AutoTokenizer.from_pretrained`.
-
-    Raises:
-        UserError: there is no fast tokenizer, or it has no token to end a turn with.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
-        tokenizer("a")  # some load and cannot be used
-    except Exception as error:  # the files of strangers fail in as many ways as there are libraries reading them
-        reason = one_line(error, 300)
-        raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {reason}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{flag} {name}: has no fast tokenizer, which exact labels need; add tokenizer.json")
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if odd := [template for template in named if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template)]:  # each is a file's
-        raise UserError(f"{flag} {name}: its tokenizer has a chat template of the name {odd[0][:80]!r}; rename it")
-    if tokenizer.eos_token is None:
-        raise UserError(f"{flag} {name}: its tokenizer has no eos_token, so no turn could end; set one")
-    if hasattr(tokenizer, "legacy"):
-        # `save_pretrained` loses this switch of Llama tokenizers, and the saved one then splits text after special
-        # tokens in another way (transformers 5.17 to 5.23). Can go once the reloaded tokenizer keeps `legacy`.
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    return tokenizer
-
-
-def check_vocabulary(
-    tokenizer: Any,
-    config: PretrainedConfig,
-    name: str,
-    remedy: str = "give the tokenizer that belongs to the model, or resize its embeddings",
-) -> None:
-    """Require that the model has embeddings for all tokens of its tokenizer; but for padding, which it never sees.
-
-    Args:
-        tokenizer: of the model.
-        config: of the model.
-        name: the model's, for the error.
-        remedy: what to do, for the error.
-
-    Raises:
-        UserError: naming a token that has none.
-    """
-    rows = config.get_text_config().vocab_size
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token != tokenizer.pad_token}
-    if beyond:
-        token = min(beyond, key=lambda text: beyond[text])
-        raise UserError(
-            f"--model_name_or_path {name}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for "
-            f"{rows:,}: {token[:40]!r} (id {beyond[token]}) has none; {remedy}"
-        )
-
-
-def choose_pad_token(tokenizer: Any) -> str:
-    """A token to pad with that ends no turn: else a serving program might never see one end.
-
-    In this order: the tokenizer's own, its unknown token as in FastChat, a special token made for padding, any other
-    special token. Excluded are the end of the sequence and the special tokens that the chat template writes.
-
-    Raises:
-        UserError: every special token has another duty.
-    """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    busy = {tokenizer.eos_token} | {token for token in special if token in template}
-    for_padding = [token for token in special if "pad" in token.lower()]
-    for token in [tokenizer.pad_token, tokenizer.unk_token, *for_padding, *reversed(special), tokenizer.bos_token]:
-        if token is not None and token not in busy:
-            return str(token)
-    raise UserError(
-        "the tokenizer has no special token to pad with that does not end a turn; add one to its vocabulary"
-    )
 
 
 def load_model(
@@ -234,12 +114,8 @@ def load_model(
     attn_implementation: str | None,
     cache_dir: str | None,
 ) -> PreTrainedModel:
-    """Load the base model, quantised if asked for, from safetensors.
-
-    Raises:
-        UserError: the attention backend is not there, or the weights are not safetensors, not all there, or of other
-            shapes.
-    """
+    """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
+    flag = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
@@ -256,27 +132,24 @@ def load_model(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files hold tensors of other shapes than its "
-            "config.json says; get it again"
+            f"{flag}: its files and its config.json differ in shapes of tensors; download it again"
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
-        reason = one_line(error, 400)
-        raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(missing)} of its tensors, such "
-            f"as {missing[0]}; get it again"
+            f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
         )
     keep_cpu_weights_trainable(model)
     return model
 
 
 def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first evaluation.
+    """Prevent bitsandbytes from repacking 4-bit weights on the CPU at the first evaluation.
 
     `Linear4bit.forward` in eval mode repacks its weight for a kernel that has no gradient and never packs it back, so
-    every later training step is silent and learns nothing (bitsandbytes 0.50.2, `nn/modules.py`). The switch is the
-    module's own. It can go once bitsandbytes packs back, or refuses to train, after an evaluation.
+    that later training steps train nothing and raise nothing (bitsandbytes 0.50.2, `nn/modules.py`). The switch is the
+    module's own. This can go once bitsandbytes packs back, or refuses to train, after an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

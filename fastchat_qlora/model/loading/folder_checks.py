@@ -1,4 +1,4 @@
-"""A folder with a base model, from whoever made it: what can be said of its files before any weight is read."""
+"""Checks of an untrusted folder with a base model, before any weight is read."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fastchat_qlora.errors import UserError
 
-WEIGHTS = ".safetensors"
-
 
 def check_model_folder(name: str) -> None:
-    """Require that a folder's weights are safetensors, in that folder, and that they are no adapter's.
+    """Require that a folder's weights are safetensors in that folder, and not those of an adapter.
 
-    A model's index may name any file, and transformers reads what is no safetensors file with `torch.load`. What is no
-    folder here is on the hub, and is left to transformers.
-
-    Raises:
-        UserError: naming the file.
+    transformers reads with `torch.load` whatever file a model's index names that is not safetensors. A name that is no
+    folder is left to transformers, which looks for it on the hub.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -32,37 +27,33 @@ def check_model_folder(name: str) -> None:
             "model, and an adapter to start from as --lora_weight_path"
         )
     single = folder / SAFE_WEIGHTS_NAME
-    files = [SAFE_WEIGHTS_NAME] if single.exists() else files_of_index(folder / SAFE_WEIGHTS_INDEX_NAME, flag)
+    files = [SAFE_WEIGHTS_NAME] if single.exists() else read_weight_index(folder / SAFE_WEIGHTS_INDEX_NAME, flag)
     pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickles and not files:
         raise UserError(
             f"{flag}: has no {SAFE_WEIGHTS_NAME} but {pickles[0]}, which may run code when it is read; save the model "
-            "again, or take a copy of it in safetensors format"
+            "again, or download a copy of it in safetensors format"
         )
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as tensors:
                 tensors.keys()
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{flag}: {file} cannot be read as safetensors: {error}; get it again") from error
+            raise UserError(f"{flag}: {file} cannot be read as safetensors: {error}; download it again") from error
 
 
-def files_of_index(index: Path, flag: str) -> list[str]:
-    """The files that a model's index names; none where there is no index.
-
-    Raises:
-        UserError: it names what is no safetensors file beside it, or cannot be read.
-    """
+def read_weight_index(index: Path, flag: str) -> list[str]:
+    """Return the files that a model's index names, which must be safetensors files beside it; none without an index."""
     if not index.exists():
         return []
     try:
         files: set[Any] = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{flag}: {index.name} cannot be read: {error!r}; get it again") from error
+        raise UserError(f"{flag}: {index.name} cannot be read: {error!r}; download it again") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(WEIGHTS):
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{flag}: {index.name} names {str(file)[:80]!r}, which is no safetensors file of that folder; get it "
-                "again"
+                f"{flag}: {index.name} names {str(file)[:80]!r}, which is not a safetensors file of that folder; "
+                "download it again"
             )
     return sorted(files)

@@ -1,4 +1,4 @@
-"""How the frozen base model is quantized: one description for loading, estimates, checkpoints and merging."""
+"""How the base model is quantized: one description for all who need it."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -11,24 +11,16 @@ from fastchat_qlora.errors import UserError
 
 QuantizationKind = Literal["none", "nf4", "fp4", "int8"]
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of one weight in 4 bits with double quantization: half a byte; one byte for the scale of each block of 64; the scale
-of 256 such scales in fp32 (QLoRA, arXiv 2305.14314, section 3)."""
-
-NF4_SINGLE_BYTES = 0.5 + 4 / 64
-"""Of one weight in 4 bits whose scales stay in fp32."""
+NF4_SINGLE_BYTES = 0.5 + 4 / 64  # of a weight with the scale, in fp32, of each block of 64
+NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # one byte for a scale, and the scale of 256 such scales in fp32
+"""QLoRA, arXiv 2305.14314, section 3."""
 
 
 class BaseQuantization(NamedTuple):
-    """How the weights of linear layers are stored.
+    """How the weights of linear layers are stored."""
 
-    Attributes:
-        kind: none, nf4, fp4 or int8 (LLM.int8).
-        double_quant: whether the scales of 4-bit weights are quantized too; False for other kinds.
-    """
-
-    kind: QuantizationKind = "none"
-    double_quant: bool = False
+    kind: QuantizationKind = "none"  # int8 is LLM.int8
+    double_quant: bool = False  # the scales of 4-bit weights are quantized too; False for other kinds
 
     @property
     def is_quantized(self) -> bool:
@@ -45,10 +37,10 @@ class BaseQuantization(NamedTuple):
         """Bytes of a quantized weight with its share of the scales."""
         if not self.is_4bit:
             return 1.0 if self.is_quantized else 0.0
-        return NF4_BYTES if self.double_quant else NF4_SINGLE_BYTES
+        return NF4_DOUBLE_BYTES if self.double_quant else NF4_SINGLE_BYTES
 
     def __str__(self) -> str:
-        return f"{self.kind}, quantised twice" if self.double_quant else self.kind
+        return f"{self.kind} with double quantization" if self.double_quant else self.kind
 
 
 NOT_QUANTIZED = BaseQuantization()
@@ -68,10 +60,7 @@ def build_quantization_config(
 ) -> BitsAndBytesConfig | None:
     """Return the bitsandbytes configuration, or None where weights are not quantized.
 
-    Args:
-        quantization: how weights are stored.
-        compute_dtype: the dtype that 4-bit layers compute in.
-        storage: the dtype that packed 4-bit weights are stored as; bitsandbytes' default if None.
+    Packed 4-bit weights are stored as the dtype `storage`, bitsandbytes' default if None.
     """
     if not quantization.is_quantized:
         return None
@@ -90,11 +79,7 @@ def build_quantization_config(
 def build_run_quantization_config(
     lora_args: LoraArguments, compute_dtype: torch.dtype, topology: Topology
 ) -> BitsAndBytesConfig | None:
-    """Return the bitsandbytes configuration of a run; None for plain LoRA.
-
-    Raises:
-        UserError: 8-bit weights under a strategy that shards parameters.
-    """
+    """Return the bitsandbytes configuration of a run; None for plain LoRA."""
     quantization = get_base_quantization(lora_args)
     if quantization.kind == "int8" and topology.shards_parameters:
         raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")

@@ -1,4 +1,4 @@
-"""An adapter merged by PEFT into a model that is all in memory, where a layer at a time will not do."""
+"""An adapter merged by PEFT into a whole model, where layer by layer is impossible."""
 
 import torch
 from peft import PeftModel
@@ -12,15 +12,10 @@ from fastchat_qlora.utils.text import one_line
 
 
 def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Merge in fp32, which takes four bytes a parameter, and round once.
-
-    Args:
-        model: base and adapter; it is used up.
-        dtype: of the merged weights.
+    """Merge base and adapter, which are used up, in fp32 (four bytes a parameter), and round once.
 
     Raises:
-        RunError: the adapter is on weights that are one, where one of them would change the other, or what comes out
-            is not finite, or would not be in that dtype.
+        RunError: the adapter changes one of two tied weights, or a merged weight is not finite in that dtype.
     """
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -28,8 +23,8 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
         isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
     ):
         raise RunError(
-            "the adapter changes the embeddings or the head, which are one weight in this model, and its files have "
-            "other names than the model: such a merge is not supported"
+            "the adapter changes the embeddings or the head, which share one weight in this model, and its files have "
+            "other names than the model: merging is not supported with both"
         )
     try:
         merged: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)

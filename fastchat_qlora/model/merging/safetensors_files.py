@@ -1,4 +1,4 @@
-"""The safetensors files of a model: read a tensor at a time, and written a file at a time."""
+"""A model's safetensors files, read tensor by tensor and written file by file."""
 
 import json
 import shutil
@@ -13,82 +13,61 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import dtype_name
-from fastchat_qlora.model.loading.folder_checks import files_of_index
+from fastchat_qlora.model.loading.folder_checks import read_weight_index
 from fastchat_qlora.utils.text import one_line
 
 
 class WeightFiles:
-    """The tensors of a model, by their names in its files.
-
-    Args:
-        paths: of the files.
-
-    Attributes:
-        headers: name -> a tensor of that shape and dtype without memory.
-
-    Raises:
-        UserError: one of the files cannot be read.
-    """
+    """The tensors of a model, by their names in its files."""
 
     def __init__(self, paths: Collection[Path]) -> None:
         self._file_of: dict[str, Path] = {}
-        self.headers: dict[str, torch.Tensor] = {}
+        self.headers: dict[str, torch.Tensor] = {}  # of the tensors' shapes and dtypes, without memory
         for path in paths:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118  # not a dict
                         self._file_of[name] = path
-                        self.headers[name] = file.get_tensor(name).to("meta")  # of the file's pages none is read
+                        self.headers[name] = file.get_tensor(name).to("meta")  # which reads no page of the file
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read: {one_line(error, 300)}; get it again") from error
+                raise UserError(f"{path}: cannot be read: {one_line(error, 300)}; download it again") from error
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in pages of its file that the operating system may drop again."""
+        """Return a tensor on the CPU, in memory-mapped pages that the operating system may drop again."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
 
 def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
-    """The files of a base model's weights, fetched from the hub if that is where it is.
-
-    Raises:
-        UserError: there are none in safetensors format, or they cannot be fetched.
-    """
+    """Return a base model's safetensors files, downloaded if the model is on the hub; raise UserError without them."""
     flag = f"--model_name_or_path {name}"
     try:
         single = fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir)
         if single is not None:
             return [single]
         index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
-        files = [fetch_file(name, file, cache_dir) for file in files_of_index(index, flag)] if index else []
+        files = [fetch_file(name, file, cache_dir) for file in read_weight_index(index, flag)] if index else []
     except OSError as error:
-        raise UserError(f"{flag}: its weights cannot be had: {one_line(error, 300)}") from error
+        raise UserError(f"{flag}: its weights cannot be read: {one_line(error, 300)}; download it again") from error
     if not files or None in files:
-        raise UserError(f"{flag}: its weights are not all there in safetensors format; get them again")
+        raise UserError(f"{flag}: its weights are incomplete or not in safetensors format; download it again")
     return [file for file in files if file]
 
 
 def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
-    """A file of a model, brought from the hub if that is where the model is; None if the model has no such file.
-
-    Raises:
-        OSError: the hub cannot be reached, and the file was not kept.
-    """
-    found = cached_file(
-        str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
-        file,
-        cache_dir=cache_dir,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    """Return a file of a model, downloaded if the model is on the hub; None if the model has no such file."""
+    folder = Path(name).expanduser()
+    model = str(folder) if folder.is_dir() else name
+    found = cached_file(model, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
 
 
 def copy_permissions(folder: Path, like: str) -> None:
-    """Give a folder's safetensors files the permissions of another file of it, which follow the process's umask.
+    """Give a folder's safetensors files the permissions of another file in it.
 
-    safetensors 0.8 writes files that only their owner may read, so that a server under another name could not. It can
-    go once they follow the umask again.
+    safetensors 0.8 writes files that only their owner may read, so that a server of another user could not. This can go
+    once they follow the process's umask again.
     """
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / like, path)
@@ -97,16 +76,13 @@ def copy_permissions(folder: Path, like: str) -> None:
 def write_weight_files(
     folder: Path, headers: Mapping[str, torch.Tensor], get: Callable[[str], torch.Tensor], max_shard_size: int
 ) -> None:
-    """Write a model's weights as transformers does; no more than one file's tensors are in memory.
+    """Write a model's weights as transformers does, with one file's tensors in memory at a time.
 
     Args:
-        folder: where there are none yet.
-        headers: name -> a tensor of the shape and dtype to come, in the order to write.
-        get: makes the tensor of a name.
-        max_shard_size: bytes of a file at the most; a tensor that has more has a file of its own.
-
-    Raises:
-        OSError, SafetensorError: they cannot be written.
+        folder: without weights.
+        headers: name -> a tensor of its shape and dtype, in the order to write.
+        get: returns the tensor of a name.
+        max_shard_size: most bytes of a file; a larger tensor has a file of its own.
     """
     plan = split_torch_state_dict_into_shards(
         dict(headers), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -119,29 +95,25 @@ def write_weight_files(
 
 
 def round_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A tensor in the number format to be written.
-
-    Raises:
-        RunError: it holds infinities or what is no number, or would in that format.
-    """
+    """Return a tensor in another dtype; raise RunError if it holds infinities or NaN, or would in that dtype."""
     rounded = tensor.to(dtype)
     if rounded.is_floating_point() and not _is_finite(rounded):
         if not _is_finite(tensor):
-            raise RunError(f"{name}: holds infinities or what is no number; get the base model again")
-        largest, most = float(tensor.abs().max()), torch.finfo(dtype).max
+            raise RunError(f"{name}: holds infinities or NaN; download the base model again")
+        largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
         raise RunError(
-            f"{name}: holds numbers up to {largest:.3g}, and {dtype_name(dtype)} ends at {most:.3g}; give --dtype "
+            f"{name}: holds values up to {largest:.3g}, and {dtype_name(dtype)} ends at {limit:.3g}; give --dtype "
             "bfloat16 or float32"
         )
     return rounded
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """By its least and its largest number, which takes no memory."""
-    plain = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits torch knows little
+    """Return whether the smallest and the largest value are finite, which takes no memory to find."""
+    plain = tensor.float() if tensor.itemsize == 1 else tensor  # torch supports little on 8-bit floats
     return not plain.numel() or all(bool(bound.isfinite()) for bound in plain.aminmax())
 
 
 def count_bytes(headers: Mapping[str, torch.Tensor]) -> int:
-    """Of all the tensors."""
+    """Return the bytes of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in headers.values())

@@ -1,34 +1,36 @@
-"""Attention that never crosses from one conversation into the next."""
+"""Attention within each conversation of a row, never across conversations."""
 
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 
 logger = logging.getLogger(__name__)
 
-PER_CONVERSATION = "per_conversation"
-"""The name that `attend_per_conversation` has among transformers' attention functions."""
-
-HALF = (torch.float16, torch.bfloat16)
-LARGEST_INDEX = 2**31
-"""FlashAttention 2 counts the numbers of one tensor in 32 bits, with up to 128 tokens more for each conversation."""
+PER_CONVERSATION = "per_conversation"  # the name of `attend_per_conversation` among transformers' attention functions
+HALF_PRECISION_DTYPES = (torch.float16, torch.bfloat16)
+MAX_VARLEN_ELEMENTS = 2**31  # which FlashAttention 2 can index, with up to 128 tokens of padding for each conversation
+MAX_VARLEN_HEAD_SIZE = 256
 
 
-def attend_per_conversation(
+class AttentionSettings(NamedTuple):
+    """The settings of an attention layer."""
+
+    scaling: float | None  # of the scores; 1 / sqrt(head size) if None
+    dropout: float  # probability of dropping an attention weight
+    window: int | None  # tokens that a token attends to, itself included; all before it if None
+    softcap: float | None  # scores are capped to +-softcap by its tanh; not at all if None
+
+
+def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the signature
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -45,116 +47,87 @@ def attend_per_conversation(
     conversation_lengths: Sequence[int] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each conversation of one row; registered with transformers' AttentionInterface.
+    """Return causal attention within each conversation of one row, shape (1, tokens, heads, head size), and no weights.
 
     Args:
-        module: the attention layer that asks.
-        query: shape (1, heads, tokens, width).
-        key: shape (1, key heads, tokens, width); heads are a multiple of key heads.
-        value: shape (1, key heads, tokens, width).
-        attention_mask: none; transformers makes none for a function that has no mask function beside it.
-        scaling: of the scores; 1 / sqrt(width) by default.
-        dropout: of the attention weights.
-        sliding_window: how many tokens a token attends to, itself included.
-        softcap: scores are kept within +-softcap, by its tanh.
-        s_aux: attention sinks, which this function does not have.
-        cu_seq_lens_q: where conversations begin and where the last one ends, int32, shape (conversations + 1,).
+        query: shape (1, heads, tokens, head size).
+        key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
+        attention_mask: None; transformers makes no mask for a function that registers no mask function.
+        scaling, dropout, sliding_window, softcap: see AttentionSettings.
+        s_aux: attention sinks, which are not supported.
+        cu_seq_lens_q: start of each conversation and end of the last one, int32, shape (conversations + 1,).
         max_length_q: tokens of the longest conversation.
-        conversation_lengths: tokens of each.
-
-    Returns:
-        The output, shape (1, tokens, heads, width), and no attention weights.
+        conversation_lengths: tokens of each conversation.
 
     Raises:
-        ValueError: the batch does not say where its conversations are, or the layer needs what is not done here.
+        ValueError: the batch has no boundaries of conversations, or the layer needs what is not supported.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError(f"attention {PER_CONVERSATION!r} takes one row without padding and its cu_seq_lens_q")
     if s_aux is not None:
-        raise ValueError(f"attention {PER_CONVERSATION!r} has no attention sinks")
+        raise ValueError(f"attention {PER_CONVERSATION!r} does not support attention sinks")
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
-    if not dropout and softcap is None and _fits_varlen(query, value, len(cu_seq_lens_q) - 1):
-        attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-        return attended[None], None
-    # Without the lengths as integers this waits for the device once a layer; see Collator.
+    settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
+    if not dropout and softcap is None and _supports_varlen(query, value, len(cu_seq_lens_q) - 1):
+        return _attend_varlen((query, key, value), cu_seq_lens_q, max_length_q, settings)[None], None
+    # Without the lengths as integers every layer waits for the device here; see Collator.
     lengths = list(conversation_lengths or cu_seq_lens_q.diff().tolist())
     parts = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
-    if softcap is None:
-        outputs = [_sdpa(q, k, v, scaling, dropout, sliding_window) for q, k, v in parts]
-    else:
-        outputs = [_softcapped(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+    attend = _attend_sdpa if softcap is None else _attend_softcapped
+    return torch.cat([attend(q, k, v, settings).transpose(1, 2) for q, k, v in parts], dim=1), None
 
 
-AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
+@functools.cache
+def register_attention() -> None:
+    """Register `attend_per_conversation` with transformers."""
+    AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
 
 
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
+def _attend_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Attention of one conversation, by whatever kernel torch has, or in bf16 on a CPU by a faster way."""
-    length = query.shape[2]
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return attend_in_blocks(query, key, value, scale, sliding_window)
-    mask = None
-    if sliding_window is not None and sliding_window < length:
-        mask = _window(length, sliding_window, query.device)
+    """Return attention of one conversation by torch's kernels, or in bf16 on a CPU by a faster one."""
+    length, window = query.shape[2], settings.window
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not settings.dropout:
+        scale = query.shape[3] ** -0.5 if settings.scaling is None else settings.scaling
+        return attend_in_blocks(query, key, value, scale, window)
+    mask = None if window is None or window >= length else _make_window_mask(length, window, query.device)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.is_cuda and (mask is not None or query.dtype not in HALF):
-        # Only FlashAttention takes groups there; without it all scores would be written out.
+    if groups > 1 and query.is_cuda and (mask is not None or query.dtype not in HALF_PRECISION_DTYPES):
+        # On CUDA only FlashAttention takes grouped heads; any other kernel would write out all scores.
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=groups > 1,
-    )
+    options: dict[str, Any] = {"dropout_p": settings.dropout, "scale": settings.scaling, "enable_gqa": groups > 1}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, **options)
 
 
-def _softcapped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float,
+def _attend_softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Attention of one conversation with capped scores, which no kernel of torch has: written out, with all scores."""
+    """Return attention of one conversation with capped scores, which no kernel of torch supports."""
     length, width = query.shape[2:]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    mask = _window(length, sliding_window or length, query.device)
+    scores = query @ key.transpose(2, 3) * (width**-0.5 if settings.scaling is None else settings.scaling)
+    assert settings.softcap is not None
+    scores = settings.softcap * torch.tanh(scores / settings.softcap)
+    mask = _make_window_mask(length, settings.window or length, query.device)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    return F.dropout(weights, settings.dropout) @ value
 
 
-def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which token attends to which, shape (length, length): the last `window` ones, itself included."""
+def _make_window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return which token attends to which, shape (length, length): to the last `window` ones, itself included."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
 
 
 @functools.cache
-def _varlen_attn() -> tuple[Any, bool] | None:
-    """torch's FlashAttention for rows of several sequences, and whether fewer key heads than heads must be announced.
+def _load_varlen_attn() -> tuple[Any, bool] | None:
+    """Return torch's FlashAttention for packed sequences, and whether it needs `enable_gqa` for grouped heads.
 
-    It came with torch 2.10; `window_size` with 2.11, the oldest supported here, and `enable_gqa` with 2.12. The flag
-    lifts a check that 2.11 does not make: the kernel takes groups of heads in all of them (`mha_varlen_fwd` and
-    `mha_varlen_bwd` in aten's flash_api.cpp).
+    That flag came with torch 2.12 and disables a check that 2.11, the oldest supported here, does not make: the kernel
+    takes grouped heads in both (`mha_varlen_fwd` and `mha_varlen_bwd` in aten's flash_api.cpp).
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -163,40 +136,34 @@ def _varlen_attn() -> tuple[Any, bool] | None:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _is_ampere() -> bool:
-    """Whether this process's GPU is of that generation or newer, as FlashAttention 2 asks."""
+def _is_ampere_or_newer() -> bool:
+    """Return whether this process's GPU is of the generation that FlashAttention 2 requires."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _fits_varlen(query: torch.Tensor, value: torch.Tensor, conversations: int) -> bool:
-    """Whether FlashAttention can be had for these tensors: half precision, heads up to 256 wide, Ampere or newer."""
-    if query.device.type != "cuda" or query.dtype not in HALF or _varlen_attn() is None:
+def _supports_varlen(query: torch.Tensor, value: torch.Tensor, conversations: int) -> bool:
+    """Return whether FlashAttention takes these tensors: half precision, heads up to 256 wide, Ampere or newer."""
+    if query.device.type != "cuda" or query.dtype not in HALF_PRECISION_DTYPES or _load_varlen_attn() is None:
         return False
     _, heads, tokens, width = query.shape
-    numbers = (tokens + 128 * conversations) * heads * ((width + 31) // 32 * 32)
-    capable = _is_ampere() and torch.version.hip is None
-    return capable and width == value.shape[-1] and width <= 256 and width % 8 == 0 and numbers < LARGEST_INDEX
+    elements = (tokens + 128 * conversations) * heads * ((width + 31) // 32 * 32)
+    if not _is_ampere_or_newer() or torch.version.hip is not None or elements >= MAX_VARLEN_ELEMENTS:
+        return False
+    return width == value.shape[-1] and width <= MAX_VARLEN_HEAD_SIZE and width % 8 == 0
 
 
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
-    scaling: float | None,
-    sliding_window: int | None,
+def _attend_varlen(
+    inputs: tuple[torch.Tensor, ...], boundaries: torch.Tensor, longest: int, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Attention of all conversations at once; shape (tokens, heads, width)."""
-    found = _varlen_attn()
-    assert found is not None  # _fits_varlen has asked
-    varlen_attn, announces_groups = found
-    tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    options = {"enable_gqa": True} if announces_groups and query.shape[1] != key.shape[1] else {}
-    attended: torch.Tensor = varlen_attn(
-        *tokens_first, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **options
-    )
+    """Return attention of all conversations at once, shape (tokens, heads, head size)."""
+    found = _load_varlen_attn()
+    assert found is not None  # checked by _supports_varlen
+    varlen_attn, needs_enable_gqa = found
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
+    window = (-1 if settings.window is None else settings.window - 1, 0)
+    options: dict[str, Any] = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
+    options |= {"scale": settings.scaling, "window_size": window}
+    attended: torch.Tensor = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     return attended
 
 
@@ -209,16 +176,14 @@ def choose_attention(
     *,
     padding_free: bool,
 ) -> str | None:
-    """The attention to ask transformers for; None leaves it the choice.
+    """Return the attention backend to request from transformers; None leaves the choice to transformers.
 
-    Left to choose (`auto`), a padding-free run takes FlashAttention where the package is installed and the model and
-    its number format can use it, and else `attend_per_conversation`.
-
-    Raises:
-        UserError: `--flash_attn True` on a machine with an accelerator, but without the package.
+    With `auto`, a padding-free run uses FlashAttention where the package is installed and the model and its dtype
+    support it, and `attend_per_conversation` elsewhere.
     """
     from transformers.utils import is_flash_attn_2_available
 
+    register_attention()
     has_flash = accelerator == "cuda" and is_flash_attn_2_available()
     if flash_attn and accelerator is None:
         logger.warning("--flash_attn True: ignored, FlashAttention needs an accelerator.")
@@ -230,17 +195,16 @@ def choose_attention(
         return attn_implementation
     if not padding_free:
         return None
-    if reason := _why_stock(config):
-        logger.warning(f"Attention is transformers' own, with a mask: {reason}.")
+    if reason := _explain_unsupported(config):
+        logger.warning(f"Using transformers' own attention with a mask: {reason}.")
         return None
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if has_flash and _is_ampere() and dtype in HALF and getattr(cls, "_supports_flash_attn", False):
-        return "flash_attention_2"
-    return PER_CONVERSATION
+    supports_flash = dtype in HALF_PRECISION_DTYPES and getattr(cls, "_supports_flash_attn", False)
+    return "flash_attention_2" if has_flash and supports_flash and _is_ampere_or_newer() else PER_CONVERSATION
 
 
-def _why_stock(config: PretrainedConfig) -> str:
-    """Why a model's attention is left to transformers' masks; nothing if `attend_per_conversation` can do it."""
+def _explain_unsupported(config: PretrainedConfig) -> str:
+    """Return why a model cannot use `attend_per_conversation`, or an empty text if it can."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "the model's code lies outside transformers"
     if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False):
@@ -254,67 +218,6 @@ def _why_stock(config: PretrainedConfig) -> str:
     return ""
 
 
-class Leakage(NamedTuple):
-    """How far logits of a conversation move, as a share of their size (root mean square).
-
-    Attributes:
-        by_neighbour: when the conversation before it in the row is another one.
-        by_row: between a row that it shares and transformers' own attention on it alone.
-    """
-
-    by_neighbour: float
-    by_row: float
-
-    def is_tight(self, dtype: torch.dtype) -> bool:
-        """Whether that is no more than rounding.
-
-        A row that differs in its neighbour only is computed by the same kernels in the same order, so nothing may
-        move but what mixtures of experts regroup. Another attention function rounds otherwise at every layer.
-        """
-        rounding = torch.finfo(dtype).eps
-        return self.by_neighbour <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
-
-
 def get_default_attention(model: PreTrainedModel) -> str:
-    """What transformers would have chosen."""
+    """Return the attention backend that transformers chooses by default."""
     return "sdpa" if model._supports_sdpa else "eager"
-
-
-@torch.no_grad()
-def measure_leakage(
-    model: PreTrainedModel,
-    shared: Mapping[str, Any],
-    changed: Mapping[str, Any],
-    alone: torch.Tensor,
-    forward: Callable[..., Any],
-) -> Leakage:
-    """Compare the logits of a conversation in a row with another one, with yet another one, and alone.
-
-    Args:
-        model: the base model, in evaluation mode, on its device.
-        shared: inputs of two conversations in one row, on that device, just as training gives them.
-        changed: the same with other tokens in the first of them.
-        alone: the second one, input_ids of shape (1, tokens).
-        forward: the model, or what a strategy has wrapped around it.
-
-    Raises:
-        Exception: whatever a model raises that cannot be asked in this way.
-    """
-    tail = alone.shape[1]
-    in_row, in_changed_row = (_tail(forward(**inputs), tail) for inputs in (shared, changed))
-    in_use = model.config._attn_implementation
-    model.set_attn_implementation(get_default_attention(model))
-    try:
-        by_itself = _tail(forward(input_ids=alone, use_cache=False), tail)
-    finally:
-        model.set_attn_implementation(in_use)
-    return Leakage(_distance(in_changed_row, in_row), _distance(in_row, by_itself))
-
-
-def _tail(outputs: Any, count: int) -> torch.Tensor:
-    logits: torch.Tensor = outputs.logits[0, -count:].float()
-    return logits
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())

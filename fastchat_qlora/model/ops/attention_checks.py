@@ -1,21 +1,20 @@
-"""Whether the attention asked for is there, before any weight is loaded."""
+"""Checks that an attention backend works, and separates the conversations of a row."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
 from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.ops.attention import get_default_attention
 from fastchat_qlora.utils.text import one_line
 
 
 def check_attention(meta_model: PreTrainedModel | None, attention: str | None, accelerator: str | None) -> None:
-    """Require that a model can be given this attention and be trained with it.
+    """Require that a model can be trained with an attention backend, before its weights are loaded.
 
-    Args:
-        skeleton: from `loading.build_skeleton`; without it there is nobody to ask.
-        attention: from `attention.choose_attention`.
-        accelerator: type of the device trained on, or None on the CPU.
-
-    Raises:
-        UserError: naming what is missing.
+    Without a meta model the backend is not tried. The accelerator is None on the CPU.
     """
     if attention is None:
         return
@@ -30,3 +29,56 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
         reason = one_line(error, 300)
         raise UserError(f"--attn_implementation {attention}: cannot be used: {reason}; leave it on auto") from error
     meta_model.set_attn_implementation(before)
+
+
+class Leakage(NamedTuple):
+    """Relative changes of a conversation's logits (norm of the difference / norm of the logits)."""
+
+    by_neighbour: float  # between two rows that differ in the conversation before it
+    by_row: float  # between a row that it shares and transformers' own attention on it alone
+
+    def is_tight(self, dtype: torch.dtype) -> bool:
+        """Return whether the changes are no more than rounding.
+
+        Rows that differ in the neighbor only are computed by the same kernels in the same order, so that only mixtures
+        of experts may regroup. Another attention function rounds differently at every layer.
+        """
+        rounding = torch.finfo(dtype).eps
+        return self.by_neighbour <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
+
+
+@torch.no_grad()
+def measure_leakage(
+    model: PreTrainedModel,
+    shared: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    alone: torch.Tensor,
+    forward: Callable[..., Any],
+) -> Leakage:
+    """Compare the logits of a conversation behind one conversation, behind another one, and alone.
+
+    Args:
+        model: the base model, in evaluation mode, on its device.
+        shared: inputs of two conversations in one row, on that device, exactly as in training.
+        changed: the same with other tokens in the first conversation.
+        alone: the second conversation, input_ids of shape (1, tokens).
+        forward: the model, or the strategy's wrapper around it; it may raise any error for such inputs.
+    """
+    tokens = alone.shape[1]
+    in_row, in_changed_row = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
+    in_use = model.config._attn_implementation
+    model.set_attn_implementation(get_default_attention(model))
+    try:
+        by_itself = _get_last_logits(forward(input_ids=alone, use_cache=False), tokens)
+    finally:
+        model.set_attn_implementation(in_use)
+    return Leakage(_compute_relative_distance(in_changed_row, in_row), _compute_relative_distance(in_row, by_itself))
+
+
+def _get_last_logits(outputs: Any, count: int) -> torch.Tensor:
+    logits: torch.Tensor = outputs.logits[0, -count:].float()
+    return logits
+
+
+def _compute_relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

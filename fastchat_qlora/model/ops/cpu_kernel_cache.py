@@ -1,38 +1,29 @@
-"""What is kept in memory of the kernels that a CPU run computes with."""
+"""Limits of the caches of kernels that torch and oneDNN keep in CPU memory."""
 
 import os
 
-from fastchat_qlora.model.ops.cpu_attention import BLOCK
+from fastchat_qlora.model.ops.cpu_attention import BLOCK_QUERIES
 
-KERNELS = 80
-"""For the linear layers of a model, their adapters and the head, forward and backward: about 40, doubled, for the
-caches forget the least recently used first, and would forget all of them each time if they held one too few."""
-
-KERNELS_OF_ATTENTION = 8
-"""For a block of queries, and for the last block of a conversation, which has a length of its own: five, and some."""
-
-KEPT_BY_TORCH = 32
-"""It finds what it has forgotten in oneDNN's cache, at no cost that can be measured."""
-
-
-LARGEST = 1024
-"""What oneDNN keeps by itself."""
+# About 40 kernels for the linear layers of a model, their adapters and the head, forward and backward, and five for an
+# attention block. The caches drop the least recently used one, so one too few would drop every kernel in every pass.
+LINEAR_KERNELS, KERNELS_PER_ATTENTION_BLOCK = 80, 8
+TORCH_KERNELS = 32  # torch finds those that it dropped in oneDNN's cache, at no measurable cost
+MAX_KERNELS = 1024  # oneDNN's default
 
 
 def limit_kernel_caches(longest: int, conversations: int) -> None:
-    """Have torch and oneDNN keep the kernels of about one micro-batch, not of every length there has been.
+    """Make torch and oneDNN keep the kernels of about one micro-batch, not of every length so far.
 
-    oneDNN makes a kernel for each shape of a matrix product, torch keeps what it computes it with, and both keep 1,024
-    of them. Without padding nearly every micro-batch has a length of its own, some thirty new shapes, and what is kept
-    lies scattered in the heap, so that larger activations find no place between: in a run of SmolLM2-135M with 24
-    conversations of up to 1,024 tokens it is 300 MiB of 2,000. Values that the user has set stay. Call it before the
-    first matrix product.
+    oneDNN makes a kernel for each shape of a matrix product, torch keeps what it calls it with, and both keep 1,024 of
+    them. Without padding nearly every micro-batch has a length of its own and some thirty new shapes, whose kernels
+    fragment the heap: 300 MiB of 2,000 in a run of SmolLM2-135M with 24 conversations of up to 1,024 tokens. Values set
+    by the user stay. Call this before the first matrix product.
 
     Args:
-        longest: tokens of a conversation, at the most.
-        conversations: in a micro-batch, at the most.
+        longest: most tokens of a conversation.
+        conversations: most conversations of a micro-batch.
     """
-    blocks = -(-longest // BLOCK) + conversations
-    kept = min(KERNELS + KERNELS_OF_ATTENTION * blocks, LARGEST)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
-    os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT_BY_TORCH))
+    blocks = -(-longest // BLOCK_QUERIES) + conversations  # the last block of a conversation has its own length
+    kernels = min(LINEAR_KERNELS + KERNELS_PER_ATTENTION_BLOCK * blocks, MAX_KERNELS)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kernels))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(TORCH_KERNELS))

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.ops.attention import get_default_attention, measure_leakage
+from fastchat_qlora.model.ops.attention import get_default_attention
+from fastchat_qlora.model.ops.attention_checks import measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import token_losses
 from fastchat_qlora.training.trainer import TARGETS, LoraTrainer
 from fastchat_qlora.utils.text import one_line

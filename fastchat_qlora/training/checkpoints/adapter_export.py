@@ -11,7 +11,8 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.adapter.lora import ADAPTER_FILE, get_trainable_parameters
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
+from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.merging.safetensors_files import copy_permissions
 from fastchat_qlora.training.checkpoints.manifest import sync
 

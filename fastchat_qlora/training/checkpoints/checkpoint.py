@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.lora import ADAPTER_FILE
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.training.checkpoints.manifest import (
     MANIFEST,
     IncompleteCheckpoint,

@@ -13,7 +13,7 @@ from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.data.sources.readers import read_file
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
-from fastchat_qlora.model.loading.base_model import load_tokenizer
+from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DATA = Path(__file__).resolve().parents[3] / "data" / "dummy_conversation.json"

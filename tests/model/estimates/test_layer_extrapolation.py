@@ -12,9 +12,10 @@ from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import make_shallow_configs
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 
-HOW = {"supervised_share": 0.6, "quantized": "double", "device_type": "cuda"}
+HOW = {"supervised_share": 0.6, "quantization": BaseQuantization("nf4", double_quant=True), "device_type": "cuda"}
 
 
 def deep(family: str, layers: int = 7, **changes: Any) -> Any:
@@ -28,7 +29,7 @@ def deep(family: str, layers: int = 7, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     "lora", [{"lora_dropout": 0.05}, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}]
 )
-def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
+def test_extrapolation_equals_the_deep_model(family: str, lora: dict[str, Any]) -> None:
     if family == "phi3" and "target_modules" in lora:
         lora = lora | {"target_modules": ["qkv_proj"]}
     config = deep(family)
@@ -69,7 +70,7 @@ def test_the_deep_model_itself(family: str, lora: dict[str, Any]) -> None:
     ],
     ids=["kinds of attention", "not deep", "some layers", "another rank", "a layer's number", "a pattern", "one other"],
 )
-def test_layers_that_are_not_alike(config: Any, lora: dict[str, Any]) -> None:
+def test_models_with_unlike_layers_are_not_extrapolated(config: Any, lora: dict[str, Any]) -> None:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
     assert make_shallow_configs(config, meta_model, lora_config(**lora)) is None

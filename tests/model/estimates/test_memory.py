@@ -13,6 +13,7 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
 from fastchat_qlora.training.callbacks.effective_settings import base_bytes
@@ -21,11 +22,13 @@ LENGTHS = (500, 300, 200)
 TOKENS = sum(LENGTHS)
 
 
-def profile(config: PretrainedConfig, dtype: torch.dtype, quantized: str = "", **lora: Any) -> memory.ModelCost:
+def profile(
+    config: PretrainedConfig, dtype: torch.dtype, quantization: BaseQuantization = NOT_QUANTIZED, **lora: Any
+) -> memory.ModelCost:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
     model = attach_adapter(meta_model.to(dtype), lora_config(**lora))
-    return memory.measure_model_cost(model, supervised_share=0.6, quantized=quantized)
+    return memory.measure_model_cost(model, supervised_share=0.6, quantization=quantization)
 
 
 def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
@@ -58,6 +61,7 @@ def make_batch() -> dict[str, Any]:
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
+NF4 = BaseQuantization("nf4", double_quant=True)
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
@@ -73,7 +77,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
         ("gemma3", BF16, {}),
     ],
 )
-def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], checkpointed: int) -> None:
+def test_activations_are_predicted_within_10_percent(
+    family: str, dtype: torch.dtype, lora: dict[str, Any], checkpointed: int
+) -> None:
     """Within 10 % for every share of checkpointed layers."""
     needed = memory.compute_peak_memory(profile(FAMILIES[family], dtype, **lora), TOKENS, checkpointed)
     model = our_peft(make_base(family, PER_CONVERSATION, dtype), **lora)
@@ -85,12 +91,10 @@ def test_activations(family: str, dtype: torch.dtype, lora: dict[str, Any], chec
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2])
-def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Path) -> None:
+def test_activations_and_weights_of_4_bit_models_are_predicted(checkpointed: int, tmp_path: Path) -> None:
     model = our_peft(make_quantised_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
     held = base_bytes(model).held
-    needed = memory.compute_peak_memory(
-        profile(FAMILIES["llama"], FP32, "double", lora_dropout=0.05), TOKENS, checkpointed
-    )
+    needed = memory.compute_peak_memory(profile(FAMILIES["llama"], FP32, NF4, lora_dropout=0.05), TOKENS, checkpointed)
     if checkpointed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
@@ -100,22 +104,22 @@ def test_activations_and_weights_of_4_bit_models(checkpointed: int, tmp_path: Pa
     assert needed.optimizer == 8 * trained, "Adam's two moments"
 
 
-def test_a_llama_by_hand() -> None:
+def test_bytes_per_token_of_a_llama_match_the_formula() -> None:
     """12 h + 4 k + 6 f bytes a token and layer in bf16 with adapters everywhere, and 24 for each rank of the seven."""
     h, k, f, r = 512, 128, 1408, 4
     sizes = {"hidden_size": h, "intermediate_size": f, "num_attention_heads": 8, "num_key_value_heads": 2}
     token = profile(LlamaConfig(**SIZES | sizes), BF16).token
     assert token.layer == pytest.approx(12 * h + 4 * k + 6 * f + 14 * r, rel=0.05)
-    assert (token.carried, token.widest) == (2 * h, 2 * f)
+    assert (token.checkpointed_layer, token.widest) == (2 * h, 2 * f)
 
 
-def test_what_is_counted_does_not_depend_on_the_number_of_layers() -> None:
+def test_bytes_per_layer_do_not_depend_on_depth() -> None:
     few, many = (profile(LlamaConfig(**SIZES | {"num_hidden_layers": n}), BF16).token for n in (2, 5))
     # The first layer's input needs no gradient, which the mean over few layers shows more of.
     assert many.layer == pytest.approx(few.layer, rel=0.05)
 
 
-def test_the_fewest_layers_that_fit() -> None:
+def test_the_fewest_layers_that_fit_are_checkpointed() -> None:
     model = profile(LlamaConfig(**SIZES | {"num_hidden_layers": 6}), BF16)
     all_kept, all_checkpointed = (memory.compute_peak_memory(model, TOKENS, count).of_a_step for count in (0, 6))
     assert all_checkpointed < all_kept
@@ -135,20 +139,20 @@ def test_the_fewest_layers_that_fit() -> None:
     ("optimizer", "shards", "state"),
     [("adamw_torch", 1, 8), ("adamw_torch", 4, 2), ("sgd", 1, 0), ("adamw_8bit", 1, 2), ("paged_adamw_8bit", 1, 0)],
 )
-def test_optimizers(optimizer: str, shards: int, state: int) -> None:
+def test_optimizer_state_is_predicted_and_sharded(optimizer: str, shards: int, state: int) -> None:
     model = profile(FAMILIES["llama"], BF16)
     needed = memory.compute_peak_memory(model, TOKENS, 0, optimizer=optimizer, shards=shards)
     assert needed.gradients == model.trained * 4
     assert needed.optimizer == pytest.approx(model.trained * state, rel=0.02), "8-bit moments have scales"
 
 
-def test_a_head_that_is_trained_has_all_its_logits() -> None:
+def test_a_trained_head_has_all_its_logits() -> None:
     chunked, whole = (profile(FAMILIES["llama"], BF16, modules_to_save=saved) for saved in (None, ["lm_head"]))
-    assert (chunked.chunk is None, whole.chunk is None) == (False, True)
+    assert (chunked.chunk_length is None, whole.chunk_length is None) == (False, True)
     work = [memory.compute_peak_memory(model, 10**6, 0).work for model in (chunked, whole)]
     assert work[1] > work[0]
 
 
-def test_capped_attention_is_not_foreseen() -> None:
+def test_capped_attention_cannot_be_estimated() -> None:
     with pytest.raises(ValueError, match="capped"):
         profile(FAMILIES["gemma2"], BF16)

@@ -23,7 +23,7 @@ def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
     "name",
     ["adamw_torch", "adagrad", "rmsprop", "sgd", "adafactor", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "ademamix"],
 )
-def test_the_state_of_an_optimizer(name: str, tmp_path: Any) -> None:
+def test_state_bytes_match_the_optimizers(name: str, tmp_path: Any) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to="none")
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     parameter = torch.nn.Parameter(torch.ones(SIDES))
@@ -38,7 +38,7 @@ def test_the_state_of_an_optimizer(name: str, tmp_path: Any) -> None:
     assert found == pytest.approx(state_bytes(name), rel=0.05, abs=0.02 + 2 * known / parameter.numel())
 
 
-def test_paged_states_are_in_a_checkpoint_and_not_on_the_device() -> None:
+def test_paged_states_are_in_checkpoints_but_not_on_the_device() -> None:
     for name in ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_8bit"):
         assert state_bytes_on_device(name) == 0 < state_bytes(name) == state_bytes(name.removeprefix("paged_"))
     assert all(0 <= state_bytes(name.value) <= 12 for name in OptimizerNames)

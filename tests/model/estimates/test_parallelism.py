@@ -25,6 +25,7 @@ from fastchat_qlora.model.estimates.parallelism import (
     compute_device_memory,
 )
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,13 @@ def model() -> ModelCost:
     meta_model = build_meta_model(copy.deepcopy(FAMILIES["llama"]))
     assert meta_model is not None
     return measure_model_cost(
-        attach_adapter(meta_model.to(torch.bfloat16), lora_config()), supervised_share=0.5, quantized="double"
+        attach_adapter(meta_model.to(torch.bfloat16), lora_config()),
+        supervised_share=0.5,
+        quantization=BaseQuantization("nf4", double_quant=True),
     )
 
 
-def test_one_process_needs_what_the_model_needs(model: ModelCost) -> None:
+def test_one_process_needs_the_peak_memory(model: ModelCost) -> None:
     assert compute_device_memory(model, 100, 0, ParallelStrategy(ONE_PROCESS, 1)) == compute_peak_memory(model, 100, 0)
 
 
@@ -50,7 +53,7 @@ def test_a_strategy_on_one_device_still_offloads_and_gathers(model: ModelCost) -
     assert gathered.weights == pytest.approx(alone.weights) and gathered.buffers > alone.buffers
 
 
-def test_each_moment_is_divided_before_the_larger_is_taken(model: ModelCost) -> None:
+def test_phases_are_sharded_before_the_larger_is_taken(model: ModelCost) -> None:
     """Alone the step of a large adapter counts; among many devices, which share that, it is what backward needs."""
     large = model._replace(trained=50 * model.trained)
     alone = compute_peak_memory(large, 100, 0)
@@ -62,12 +65,12 @@ def test_each_moment_is_divided_before_the_larger_is_taken(model: ModelCost) -> 
     assert by_ddp.total == max(computing.total, stepping.total) + 4 * large.trained
 
 
-def test_what_is_divided(model: ModelCost) -> None:
+def test_parts_are_sharded_by_strategy(model: ModelCost) -> None:
     of = {
         strategy: compute_device_memory(model, 100, 0, ParallelStrategy(strategy, 4))
         for strategy in MULTI_DEVICE_STRATEGIES
     }
-    scales = model.weights.constants
+    scales = model.weights.scales
     weights = model.weights.total
     assert 0 < scales < weights / 10
     assert [of[s].weights for s in (DDP, ZERO_2, ZERO_3)] == [weights, weights, weights / 4]
@@ -80,7 +83,7 @@ def test_what_is_divided(model: ModelCost) -> None:
     )
 
 
-def test_zero_1_keeps_all_gradients(model: ModelCost) -> None:
+def test_zero_1_does_not_shard_gradients(model: ModelCost) -> None:
     first, second = (
         compute_device_memory(model, 100, 0, ParallelStrategy(strategy, 4)) for strategy in (ZERO_1, ZERO_2)
     )
@@ -96,7 +99,7 @@ def test_more_devices_need_less_of_each(model: ModelCost) -> None:
         assert totals == sorted(totals, reverse=True) and totals[0] > totals[-1]
 
 
-def test_what_is_offloaded_is_not_on_the_device(model: ModelCost) -> None:
+def test_offloaded_parts_are_not_on_the_device(model: ModelCost) -> None:
     zero = compute_device_memory(
         model, 100, 0, ParallelStrategy(ZERO_3, 2, offloads_optimizer=True, offloads_weights=True)
     )
@@ -104,10 +107,10 @@ def test_what_is_offloaded_is_not_on_the_device(model: ModelCost) -> None:
     fsdp = compute_device_memory(
         model, 100, 0, ParallelStrategy(FSDP2, 2, offloads_optimizer=True, offloads_weights=True)
     )
-    assert (fsdp.weights, fsdp.adapter, fsdp.optimizer) == (model.weights.constants, 0, 0)
+    assert (fsdp.weights, fsdp.adapter, fsdp.optimizer) == (model.weights.scales, 0, 0)
 
 
-def test_layers_that_are_kept_gathered(model: ModelCost) -> None:
+def test_layers_stay_gathered_without_resharding(model: ModelCost) -> None:
     """Two layers are gathered at once in any case, and here there are two; without resharding it is all of them."""
     deep = model._replace(layers=10)
     lets_go, keeps = (
@@ -117,7 +120,7 @@ def test_layers_that_are_kept_gathered(model: ModelCost) -> None:
     assert keeps - lets_go == pytest.approx(8 * a_layer)
 
 
-def test_gradients_come_as_activations_go(model: ModelCost) -> None:
+def test_only_the_larger_of_gradients_and_activations_counts(model: ModelCost) -> None:
     """Without accumulation only one of both counts; in a long row it is the activations, in a short one the update."""
     long = compute_peak_memory(model, 10_000, 0, accumulates=False)
     assert (long.gradients, long.activations) == (0, compute_peak_memory(model, 10_000, 0).activations)

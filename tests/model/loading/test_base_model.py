@@ -1,18 +1,18 @@
+"""Base models: dtypes, quantized layers, and files that are refused."""
+
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from fastchat_qlora.config.arguments import LoraArguments, ModelArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
-from fastchat_qlora.model.loading.base_model import choose_pad_token, load_config, load_model, load_tokenizer
-from fastchat_qlora.model.loading.quantization import build_quantization_config
+from fastchat_qlora.model.loading.base_model import load_config, load_model
+from fastchat_qlora.model.loading.quantization import build_run_quantization_config
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
 
@@ -21,7 +21,7 @@ def load(folder: Path, dtype: torch.dtype, **lora: object) -> torch.nn.Module:
     return load_model(
         ModelArguments(str(folder)),
         dtype=dtype,
-        quantization_config=build_quantization_config(LoraArguments(**lora), dtype, ALONE),
+        quantization_config=build_run_quantization_config(LoraArguments(**lora), dtype, ALONE),
         device_map={"": "cpu"} if lora else None,
         attn_implementation=None,
         cache_dir=None,
@@ -35,7 +35,7 @@ def test_plain_weights_are_in_the_compute_dtype(model_folder: Path, dtype: torch
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_qlora_quantises_every_linear_layer_but_the_head(model_folder: Path, quant_type: str) -> None:
+def test_qlora_quantizes_every_linear_layer_but_the_head(model_folder: Path, quant_type: str) -> None:
     import bitsandbytes as bnb
 
     model = load(model_folder, torch.bfloat16, q_lora=True, bnb_4bit_quant_type=quant_type)
@@ -43,12 +43,12 @@ def test_qlora_quantises_every_linear_layer_but_the_head(model_folder: Path, qua
     quantized = {name for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)}
     assert linear.keys() - quantized == {"lm_head"}
     assert all(linear[name].weight.quant_type == quant_type for name in quantized)
-    assert all(linear[name].weight.quant_state.nested for name in quantized), "double quantisation"
+    assert all(linear[name].weight.quant_state.nested for name in quantized), "double quantization"
     others = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
     assert others == {torch.bfloat16}, "nothing is copied to fp32"
 
 
-def test_4_bit_weights_still_learn_after_an_evaluation(model_folder: Path) -> None:
+def test_4_bit_models_train_after_an_evaluation(model_folder: Path) -> None:
     """bitsandbytes on the CPU repacks a weight in eval mode for a kernel without gradient; see loading.py."""
     model = attach_adapter(
         load(model_folder, torch.bfloat16, q_lora=True), build_lora_config(LoraArguments(lora_dropout=0))
@@ -65,7 +65,7 @@ def test_4_bit_weights_still_learn_after_an_evaluation(model_folder: Path) -> No
     assert all(parameter.grad is not None for parameter in get_trainable_parameters(model).values())
 
 
-def test_8_bit_loads(model_folder: Path) -> None:
+def test_8_bit_layers_are_loaded(model_folder: Path) -> None:
     import bitsandbytes as bnb
 
     model = load(model_folder, torch.bfloat16, load_in_8bit=True)
@@ -80,64 +80,9 @@ def test_pickled_weights_are_refused(model_folder: Path, tmp_path: Path) -> None
         load(tmp_path, torch.float32)
 
 
-def test_config_errors(tmp_path: Path) -> None:
+def test_missing_and_unsupported_configurations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--model_name_or_path"):
         load_config(ModelArguments("no-such-org/no-such-model"), cache_dir=str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UserError, match="not a causal language model"):
         load_config(ModelArguments(str(tmp_path)), cache_dir=None)
-
-
-def test_tokenizer_is_set_up(model_folder: Path) -> None:
-    tokenizer = load_tokenizer(
-        ModelArguments(str(model_folder), padding_side="left"), cache_dir=None, model_max_length=77
-    )
-    assert tokenizer.is_fast and tokenizer.model_max_length == 77 and tokenizer.padding_side == "left"
-    assert tokenizer.pad_token == "<|endoftext|>", "its own pad token ends a turn, so the unknown token is taken"
-
-
-WITHOUT_UNKNOWN = Tokenizer(models.WordLevel({"hi": 0, "</s>": 1}))
-WITHOUT_UNKNOWN.pre_tokenizer = pre_tokenizers.Whitespace()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", "{}"),
-        ("tokenizer.json", "[]"),
-        ("tokenizer.json", "null"),
-        ("tokenizer.json", ""),
-        ("tokenizer.json", '{"added_tokens": ['),
-        ("tokenizer.json", WITHOUT_UNKNOWN.to_str()),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}'),
-        ("tokenizer_config.json", '{"eos_token": 5}'),
-        ("tokenizer_config.json", '{"eos_token": "</s>", "pad_token": {"a": 1}}'),
-        ("special_tokens_map.json", "[]"),
-        ("added_tokens.json", "[]"),
-    ],
-)
-def test_broken_tokenizer(name: str, content: str, model_folder: Path, tmp_path: Path) -> None:
-    """The libraries fail over such files in as many ways: KeyError, TypeError, AttributeError, Rust's own."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template.jinja"))
-    (folder / name).write_text(content)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(ModelArguments(str(folder)), cache_dir=None, model_max_length=77)
-    assert str(caught.value).startswith(f"--model_name_or_path {folder}: its tokenizer cannot be loaded: ")
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_pad_token_rule(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert choose_pad_token(tokenizer) == "<|endoftext|>"
-    tokenizer.unk_token = None
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>", "<|right_pad|>"]})
-    assert choose_pad_token(tokenizer) == "<|right_pad|>", "a token made for padding comes before any other"
-    tokenizer.pad_token = "<|reserved_0|>"
-    assert choose_pad_token(tokenizer) == "<|reserved_0|>", "its own is kept where it ends no turn"
-
-
-def test_pad_token_may_be_missing(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "<|endoftext|><|im_start|><|im_end|>"  # every special token has a duty
-    with pytest.raises(UserError, match="pad"):
-        choose_pad_token(tokenizer)

@@ -3,27 +3,23 @@
 import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, conversation, make_base
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
 from transformers import GPT2Config, Llama4TextConfig, LlamaConfig, PretrainedConfig
 
-from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops import attention
 from fastchat_qlora.model.ops.attention import (
     PER_CONVERSATION,
-    Leakage,
     attend_per_conversation,
     choose_attention,
-    get_default_attention,
-    measure_leakage,
 )
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -83,7 +79,7 @@ scalings = st.none() | st.sampled_from([0.1, 1.3])
 
 @settings(max_examples=60, deadline=None)
 @given(rows, head_counts, windows, scalings, st.none() | st.sampled_from([0.7, 5.0]), st.booleans())
-def test_equals_attention_written_out(
+def test_equals_reference_attention(
     lengths: list[int],
     heads: tuple[int, int],
     window: int | None,
@@ -124,10 +120,10 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
         ({"cu_seq_lens_q": None}, "one row without padding"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one row without padding"),
         ({"query": torch.ones(2, 1, 4, 8)}, "one row without padding"),
-        ({"s_aux": torch.ones(1)}, "no attention sinks"),
+        ({"s_aux": torch.ones(1)}, "does not support attention sinks"),
     ],
 )
-def test_what_it_cannot_do_it_refuses(changes: dict[str, Any], said: str) -> None:
+def test_unsupported_inputs_are_refused(changes: dict[str, Any], said: str) -> None:
     row = torch.ones(1, 1, 4, 8)
     call = {"query": row, "key": row, "value": row, "attention_mask": None, "max_length_q": 4}
     call |= {"cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)}
@@ -182,7 +178,7 @@ class TestVarlen:
 
     @pytest.fixture(params=["older", "newer"])
     def calls(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-        """Put a stand-in into torch; how many tokens each call of it has."""
+        """Put a stand-in into torch, and yield the tokens of each call of it."""
         calls: list[int] = []
         stand_in = getattr(self, request.param)
 
@@ -192,12 +188,12 @@ class TestVarlen:
 
         varlen_attn.__signature__ = inspect.signature(stand_in)  # type: ignore[attr-defined]
         monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-        monkeypatch.setattr(attention, "_fits_varlen", lambda *_: True)
-        attention._varlen_attn.cache_clear()
+        monkeypatch.setattr(attention, "_supports_varlen", lambda *_: True)
+        attention._load_varlen_attn.cache_clear()
         yield calls
-        attention._varlen_attn.cache_clear()
+        attention._load_varlen_attn.cache_clear()
 
-    def test_is_asked_for_what_it_takes(self, calls: list[int]) -> None:
+    def test_is_called_once_for_all_conversations(self, calls: list[int]) -> None:
         @settings(max_examples=40, deadline=None)
         @given(rows, head_counts, windows, scalings)
         def check(lengths: list[int], heads: tuple[int, int], window: int | None, scaling: float | None) -> None:
@@ -210,14 +206,14 @@ class TestVarlen:
         check()
 
     @pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"dropout": 0.1}])
-    def test_is_not_asked_for_what_it_has_not(self, settings: dict[str, float], calls: list[int]) -> None:
+    def test_is_not_called_with_softcap_or_dropout(self, settings: dict[str, float], calls: list[int]) -> None:
         attend(*tensors(4, 2, 9), [4, 5], **settings)
         assert calls == []
 
 
-def test_torchs_own_varlen_attention_takes_what_it_is_given() -> None:
+def test_stand_ins_have_the_signature_of_torchs_varlen_attention() -> None:
     """The stand-ins have the names that torch's function has."""
-    found, takes_groups = attention._varlen_attn()
+    found, takes_groups = attention._load_varlen_attn()
     given = inspect.signature(TestVarlen.older).parameters
     assert list(given)[:7] == list(inspect.signature(found).parameters)[:7]
     assert {*given, *(["enable_gqa"] if takes_groups else [])} <= inspect.signature(found).parameters.keys()
@@ -239,7 +235,9 @@ def test_torchs_own_varlen_attention_takes_what_it_is_given() -> None:
         ({"tokens": 2**20 - 257, "heads": 32, "conversations": 3}, False),
     ],
 )
-def test_when_flash_attention_can_be_had(changes: dict[str, Any], fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_attention_supports_these_tensors(
+    changes: dict[str, Any], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2^31 numbers of one tensor are too many, with 128 tokens more for each conversation."""
     case = {"device": "cuda", "dtype": BF16, "heads": 4, "tokens": 100, "width": 64, "conversations": 2}
     case |= {"capability": (8, 0)} | changes
@@ -251,7 +249,7 @@ def test_when_flash_attention_can_be_had(changes: dict[str, Any], fits: bool, mo
         shape=(1, case["heads"], case["tokens"], case["width"]),
     )
     value = SimpleNamespace(shape=(1, 1, case["tokens"], case.get("value_width", case["width"])))
-    assert attention._fits_varlen(query, value, case["conversations"]) is fits
+    assert attention._supports_varlen(query, value, case["conversations"]) is fits
 
 
 class Elsewhere(PretrainedConfig):
@@ -260,8 +258,26 @@ class Elsewhere(PretrainedConfig):
     model_type = "elsewhere"
 
 
+class FlashCase(NamedTuple):
+    """A device, whether flash-attn is installed, a dtype, and the attention chosen on a recent GPU."""
+
+    accelerator: str | None
+    is_installed: bool
+    dtype: torch.dtype
+    chosen: str
+
+
+FLASH_CASES = [
+    FlashCase("cuda", True, BF16, "flash_attention_2"),
+    FlashCase("cuda", True, torch.float16, "flash_attention_2"),
+    FlashCase("cuda", True, FP32, PER_CONVERSATION),
+    FlashCase("cuda", False, BF16, PER_CONVERSATION),
+    FlashCase(None, True, BF16, PER_CONVERSATION),
+]
+
+
 class TestChoice:
-    def test_user_has_the_first_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_flags_decide_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         choose = choose_attention
         assert choose("eager", False, "cuda", LLAMA, FP32, padding_free=False) == "eager"
         assert choose("eager", False, "cuda", LLAMA, FP32, padding_free=True) == "eager"
@@ -280,32 +296,19 @@ class TestChoice:
     def test_padded_batches_leave_it_to_transformers(self) -> None:
         assert choose_attention("auto", False, None, LLAMA, FP32, padding_free=False) is None
 
-    @pytest.mark.parametrize(
-        ("accelerator", "installed", "dtype", "chosen"),
-        [
-            ("cuda", True, BF16, "flash_attention_2"),
-            ("cuda", True, torch.float16, "flash_attention_2"),
-            ("cuda", True, FP32, PER_CONVERSATION),
-            ("cuda", False, BF16, PER_CONVERSATION),
-            (None, True, BF16, PER_CONVERSATION),
-        ],
-    )
-    def test_left_to_choose(
-        self,
-        accelerator: str | None,
-        installed: bool,
-        dtype: torch.dtype,
-        chosen: str,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-        monkeypatch.setattr(attention, "_is_ampere", lambda: True)
-        assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == chosen
-        monkeypatch.setattr(attention, "_is_ampere", lambda: False)
-        assert choose_attention("auto", False, accelerator, LLAMA, dtype, padding_free=True) == PER_CONVERSATION
+    @pytest.mark.parametrize("case", FLASH_CASES)
+    def test_auto_prefers_flash_attention(self, case: FlashCase, monkeypatch: pytest.MonkeyPatch) -> None:
+        def choose() -> str | None:
+            return choose_attention("auto", False, case.accelerator, LLAMA, case.dtype, padding_free=True)
+
+        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: case.is_installed)
+        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: True)
+        assert choose() == case.chosen
+        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: False)
+        assert choose() == PER_CONVERSATION
 
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_takes_every_family_of_these_tests(self, family: str) -> None:
+    def test_every_family_is_supported(self, family: str) -> None:
         assert choose_attention("auto", False, None, FAMILIES[family], FP32, padding_free=True) == PER_CONVERSATION
 
     @pytest.mark.parametrize(
@@ -315,78 +318,15 @@ class TestChoice:
             (Llama4TextConfig(num_hidden_layers=4), "llama4_text has layers of chunked_attention"),
         ],
     )
-    def test_says_why_it_leaves_a_model_to_transformers(
+    def test_unsupported_models_are_explained(
         self, config: PretrainedConfig, reason: str, notices: pytest.LogCaptureFixture
     ) -> None:
         assert choose_attention("auto", False, None, config, FP32, padding_free=True) is None
         assert reason in notices.text
 
-    def test_models_that_take_no_other_function(
+    def test_models_without_attention_backends_are_explained(
         self, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr("transformers.GPT2LMHeadModel._supports_attention_backend", False)
         assert choose_attention("auto", False, None, GPT2Config(), FP32, padding_free=True) is None
         assert "gpt2 takes no other attention function" in notices.text
-
-
-class TestLeak:
-    """The measure of the self-test."""
-
-    @staticmethod
-    def measured(family: str, forward: Any = None, dtype: torch.dtype = FP32) -> Leakage:
-        model = make_base(family, PER_CONVERSATION, dtype).eval()
-        rows = [conversation(length, seed) for seed, length in ((1, 30), (2, 20))]
-        other = [conversation(30, seed=3), rows[1]]
-        shared, changed = (TestLeak.batch(batch) for batch in (rows, other))
-        alone = torch.tensor([rows[1]["input_ids"]])
-        leak = measure_leakage(model, shared, changed, alone, forward(model) if forward else model)
-        assert model.config._attn_implementation == PER_CONVERSATION, "put back"
-        return leak
-
-    @staticmethod
-    def batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        tokenizer = SimpleNamespace(padding_side="right")
-        batch = Collator(tokenizer, padding_free=True)(rows)
-        others = {"supervised", "labels", "conversation", "num_tokens", "num_supervised", "num_conversations"}
-        return {name: value for name, value in batch.items() if name not in others}
-
-    @pytest.mark.parametrize("dtype", [FP32, BF16])
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_is_tight(self, family: str, dtype: torch.dtype) -> None:
-        leak = self.measured(family, dtype=dtype)
-        assert leak.is_tight(dtype)
-        assert leak.by_neighbour == 0
-
-    def test_one_row_for_all_leaks(self) -> None:
-        def one_conversation(model: torch.nn.Module) -> Any:
-            def forward(**inputs: Any) -> Any:
-                whole = inputs["input_ids"].shape[1]
-                told = {"cu_seq_lens_q": torch.tensor([0, whole], dtype=torch.int32)}
-                told |= {"conversation_lengths": (whole,), "max_length_q": whole}
-                return model(**inputs | ({} if "cu_seq_lens_q" not in inputs else told))
-
-            return forward
-
-        leak = self.measured("llama", one_conversation)
-        assert leak.by_neighbour > 1e-2 and leak.by_row > 1e-2
-        assert not leak.is_tight(FP32) and not leak.is_tight(BF16)
-
-    def test_positions_that_run_on_are_seen_against_a_row_alone(self) -> None:
-        """Nothing moves with the neighbour, but queries and keys stand elsewhere than alone."""
-
-        def later(model: torch.nn.Module) -> Any:
-            def forward(**inputs: Any) -> Any:
-                if "position_ids" in inputs:
-                    inputs["position_ids"] = inputs["position_ids"] * 2
-                return model(**inputs)
-
-            return forward
-
-        leak = self.measured("llama", later)
-        assert leak.by_neighbour == 0 and leak.by_row > 1e-2
-        assert not leak.is_tight(FP32) and not leak.is_tight(BF16)
-
-    def test_stock_attention_is_what_transformers_would_choose(self) -> None:
-        for family in FAMILIES:
-            model = make_base(family)
-            assert get_default_attention(model) == model.config._attn_implementation

@@ -36,7 +36,7 @@ def random_batch(rows: int = 4, length: int = 9) -> tuple[torch.Tensor, torch.Te
 
 
 def targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions in the flattened batch whose next token is learnt, and those tokens."""
+    """Return positions in the flattened batch whose next token is supervised, and those tokens."""
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     supervised = (following != IGNORED).nonzero()[:, 0]
     return {"supervised": supervised, "labels": following[supervised]}
@@ -67,7 +67,7 @@ class TestPlainLoss:
         (summed,) = torch.autograd.grad(sum(parts), logits)
         torch.testing.assert_close(summed, gradient)
 
-    def test_nothing_to_learn_is_zero_and_not_nan(self) -> None:
+    def test_loss_without_targets_is_zero_and_not_nan(self) -> None:
         logits, labels = random_batch()
         for count in (None, 0, torch.tensor(0)):
             logits.grad = None
@@ -89,7 +89,7 @@ class TestPlainLoss:
         few = logits.flatten(0, 1)[chosen["supervised"]][None]
         assert torch.equal(token_losses(few, **chosen), token_losses(logits, **chosen))
 
-    def test_losses_are_of_each_target(self) -> None:
+    def test_every_target_has_its_loss(self) -> None:
         logits, labels = random_batch()
         losses = token_losses(logits, **targets(labels))
         places = [(row, at) for row in range(4) for at in range(8) if labels[row, at + 1] != IGNORED]
@@ -152,7 +152,7 @@ class TestLossHead:
         for got, expected in zip(ours, case.of_logits(smoothing), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
-    def test_bf16(self) -> None:
+    def test_bf16_is_as_accurate_as_the_plain_loss(self) -> None:
         """As exact as the plain way in bf16, which rounds the gradient of the logits as well."""
         case, exact = (Case(40, 25, bias=True, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
         with torch.no_grad():
@@ -166,7 +166,7 @@ class TestLossHead:
             error, of_plain = ((tensor.double() - truth).norm() / truth.norm() for tensor in (got, usual))
             assert error < max(1.5 * of_plain, 2**-9)
 
-    def test_nothing_to_learn(self) -> None:
+    def test_no_targets_give_no_losses(self) -> None:
         case = Case(5, 0, bias=False)
         losses, gradient = case.of_head()
         assert losses.shape == (0,) and losses.dtype == torch.float32
@@ -211,7 +211,7 @@ class TestLossHead:
         assert largest["head"] == chunk * vocabulary
         assert largest["plain"] > supervised * vocabulary, "what is measured is there to be seen"
 
-    def test_nothing_is_kept_for_backward_but_the_gradient(self) -> None:
+    def test_only_the_gradient_is_saved_for_backward(self) -> None:
         case = Case(30, 20, bias=False)
         head = LossHead(case.head)
         kept: list[torch.Tensor] = []
@@ -224,7 +224,7 @@ class TestLossHead:
             head(case.hidden)
         assert sorted(tuple(tensor.shape) for tensor in kept if tensor.is_floating_point()) == [(20, WIDTH)]
 
-    def test_no_gradient_is_made_where_none_is_asked_for(self) -> None:
+    def test_no_gradient_is_computed_without_grad_mode(self) -> None:
         case = Case(30, 20, bias=False)
         head = LossHead(case.head)
         products = []
@@ -239,20 +239,20 @@ SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidd
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-class TestWhyPlain:
+class TestExplainPlainLoss:
     @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma2"}))
-    def test_most_models_take_the_head(self, family: str) -> None:
+    def test_most_models_support_the_loss_head(self, family: str) -> None:
         assert explain_plain_loss(our_peft(make_base(family))) == ""
 
     @pytest.mark.parametrize(
         ("family", "lora", "reason"),
         [
             ("llama", {"modules_to_save": ["lm_head"]}, "the head is a ModulesToSaveWrapper"),
-            ("llama", {"target_modules": ["q_proj", "lm_head"]}, "the head is a LeanLinear"),
+            ("llama", {"target_modules": ["q_proj", "lm_head"]}, "the head is a EfficientLoraLinear"),
             ("gemma2", {}, "the model changes its logits (final_logit_softcapping)"),
         ],
     )
-    def test_what_is_trained_or_changed_keeps_its_logits(
+    def test_trained_heads_and_changed_logits_are_explained(
         self, family: str, lora: dict[str, list[str]], reason: str
     ) -> None:
         assert explain_plain_loss(our_peft(make_base(family), **lora)) == reason
@@ -266,10 +266,10 @@ class TestWhyPlain:
             (CohereConfig(**SMALL, logit_scale=1.0), ""),
         ],
     )
-    def test_scaled_logits(self, config: Any, reason: str) -> None:
+    def test_scaled_logits_are_explained(self, config: Any, reason: str) -> None:
         assert explain_plain_loss(AutoModelForCausalLM.from_config(config).requires_grad_(False)) == reason
 
-    def test_a_bias_of_the_head_that_is_trained(self) -> None:
+    def test_a_trained_bias_of_the_head_is_explained(self) -> None:
         model = make_base("llama")
         model.set_output_embeddings(torch.nn.Linear(64, 89))
         model.requires_grad_(False)
@@ -277,12 +277,12 @@ class TestWhyPlain:
         model.lm_head.bias.requires_grad_(True)
         assert explain_plain_loss(model) == "the head is trained"
 
-    def test_a_model_without_a_head(self) -> None:
+    def test_a_model_without_a_head_is_explained(self) -> None:
         model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)).requires_grad_(False)
         with mock.patch.object(GPT2LMHeadModel, "get_output_embeddings", lambda self: None):
             assert explain_plain_loss(model) == "the model names no head"
 
-    def test_the_head_that_is_put_in_is_the_models(self) -> None:
+    def test_the_installed_head_keeps_ties_and_names(self) -> None:
         """Tied to the embeddings as before, and named as before."""
         base = make_base("gemma3")
         names = set(base.state_dict())

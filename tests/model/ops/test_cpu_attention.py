@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastchat_qlora.model.ops import attention
-from fastchat_qlora.model.ops.cpu_attention import BLOCK, attend_in_blocks
+from fastchat_qlora.model.ops.cpu_attention import BLOCK_QUERIES, attend_in_blocks
 
 Inputs = list[torch.Tensor]
 
@@ -35,16 +35,18 @@ def with_gradients(attended: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]
 
 
 around = st.sampled_from([-2, -1, 0, 1, 2])
-lengths = st.integers(1, 20) | st.builds(lambda blocks, more: blocks * BLOCK + more, st.integers(1, 2), around)
-windows = st.none() | st.integers(1, 20) | st.builds(lambda more: BLOCK + more, around) | st.just(10 * BLOCK)
+lengths = st.integers(1, 20) | st.builds(lambda blocks, more: blocks * BLOCK_QUERIES + more, st.integers(1, 2), around)
+windows = (
+    st.none() | st.integers(1, 20) | st.builds(lambda more: BLOCK_QUERIES + more, around) | st.just(10 * BLOCK_QUERIES)
+)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @settings(max_examples=25, deadline=None)
 @given(lengths, st.sampled_from([(1, 1), (4, 2), (3, 1)]), windows, st.sampled_from([0.3, 1.0]))
-@example(BLOCK, (4, 2), BLOCK, 0.3)
-@example(2 * BLOCK + 1, (4, 2), BLOCK + 1, 0.3)
-@example(2 * BLOCK, (4, 2), 1, 0.3)
+@example(BLOCK_QUERIES, (4, 2), BLOCK_QUERIES, 0.3)
+@example(2 * BLOCK_QUERIES + 1, (4, 2), BLOCK_QUERIES + 1, 0.3)
+@example(2 * BLOCK_QUERIES, (4, 2), 1, 0.3)
 def test_equals_torchs_attention(
     dtype: torch.dtype, tolerance: float, length: int, heads: tuple[int, int], window: int | None, scale: float
 ) -> None:
@@ -58,8 +60,8 @@ def test_equals_torchs_attention(
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("length", [5, BLOCK + 3])
-def test_bf16_is_as_near_to_fp64_as_torchs_own_kernel(length: int, window: int | None) -> None:
+@pytest.mark.parametrize("length", [5, BLOCK_QUERIES + 3])
+def test_bf16_is_as_accurate_as_torchs_kernel(length: int, window: int | None) -> None:
     inputs = random_inputs(4, 2, length, torch.bfloat16, width=32)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = with_gradients(sdpa(exact, 0.2, window), exact)
@@ -71,10 +73,10 @@ def test_bf16_is_as_near_to_fp64_as_torchs_own_kernel(length: int, window: int |
         assert error < max(1.5 * usual, 2**-8), name
 
 
-def test_a_gradient_that_is_not_contiguous() -> None:
+def test_backward_takes_a_noncontiguous_gradient() -> None:
     """The output is transposed before it goes on, and so comes its gradient."""
-    inputs = random_inputs(4, 2, BLOCK + 3, torch.float64)
-    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, BLOCK + 3, 4, 8)
+    inputs = random_inputs(4, 2, BLOCK_QUERIES + 3, torch.float64)
+    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, BLOCK_QUERIES + 3, 4, 8)
     for ours, theirs in zip(
         torch.autograd.grad((attend_in_blocks(*inputs, 0.3, None).transpose(1, 2) * weight).sum(), inputs),
         torch.autograd.grad((sdpa(inputs, 0.3, None).transpose(1, 2) * weight).sum(), inputs),
@@ -83,9 +85,9 @@ def test_a_gradient_that_is_not_contiguous() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_inputs_that_are_views_of_one_projection() -> None:
+def test_inputs_may_be_views_of_one_projection() -> None:
     """Heads lie side by side in memory, as a model's projection leaves them."""
-    base = torch.randn(1, BLOCK + 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(1, BLOCK_QUERIES + 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     views = [tensor.transpose(1, 2) for tensor in base.unbind(2)]
     attended, gradient = with_gradients(attend_in_blocks(*views, 0.3, 50), [base])
     expected, of = with_gradients(sdpa(views, 0.3, 50), [base])
@@ -93,8 +95,8 @@ def test_inputs_that_are_views_of_one_projection() -> None:
     torch.testing.assert_close(gradient, of, rtol=1e-5, atol=1e-4)
 
 
-def test_nothing_but_the_inputs_is_kept_for_backward() -> None:
-    inputs = random_inputs(4, 2, BLOCK + 3, torch.bfloat16)
+def test_only_the_inputs_are_saved_for_backward() -> None:
+    inputs = random_inputs(4, 2, BLOCK_QUERIES + 3, torch.bfloat16)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         attend_in_blocks(*inputs, 0.3, None)
@@ -109,7 +111,9 @@ def test_nothing_but_the_inputs_is_kept_for_backward() -> None:
         (torch.float32, 0.0, False),
     ],
 )
-def test_when_it_is_used(dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_used_for_bf16_without_dropout_only(
+    dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bf16 on a CPU; it has no dropout."""
     calls: list[float] = []
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastchat_qlora.model.ops.cpu_kernel_cache import KEPT_BY_TORCH, limit_kernel_caches
+from fastchat_qlora.model.ops.cpu_kernel_cache import TORCH_KERNELS, limit_kernel_caches
 
 NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -15,15 +15,17 @@ NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 @pytest.mark.parametrize(
     ("longest", "conversations", "kept"), [(1024, 1, 120), (1025, 1, 128), (4096, 8, 272), (4096, 500, 1024)]
 )
-def test_it_grows_with_the_batch(longest: int, conversations: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacity_grows_with_the_batch(
+    longest: int, conversations: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     limit_kernel_caches(longest, conversations)
-    assert [os.environ[name] for name in NAMES] == [str(kept), str(KEPT_BY_TORCH)]
+    assert [os.environ[name] for name in NAMES] == [str(kept), str(TORCH_KERNELS)]
 
 
-def test_the_users_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "7")
     limit_kernel_caches(1024, 1)
@@ -57,7 +59,7 @@ def kernels_made(program: str) -> list[str]:
     return made
 
 
-def test_it_is_heard_after_torch_was_imported() -> None:
+def test_limits_apply_after_torch_is_imported() -> None:
     """The first of many shapes has been forgotten when it comes again."""
     assert len([line for line in kernels_made(PRODUCTS) if ",128x576:576x576" in line]) == 2
 
@@ -82,7 +84,7 @@ for text in ("AGAIN", ""):
 """
 
 
-def test_all_kernels_of_a_micro_batch_are_kept() -> None:
+def test_all_kernels_of_a_micro_batch_are_cached() -> None:
     """A second pass over a row of many lengths makes none anew: else every layer would make all of its own."""
     made = kernels_made(PASSES)
     assert made.index("AGAIN") > 100

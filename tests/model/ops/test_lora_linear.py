@@ -1,4 +1,4 @@
-"""Our layers are PEFT's, without the copies."""
+"""Efficient LoRA layers give the results of PEFT's."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
-from fastchat_qlora.model.ops.lora_linear import _drop, needs_autocast, register_efficient_lora
+from fastchat_qlora.model.ops.lora_linear import _apply_dropout, _EfficientLora, needs_autocast, register_efficient_lora
 
 IDS = torch.tensor([conversation(20, seed)["input_ids"] for seed in (0, 1)])
 BASES = ["plain", "4 bits"]
@@ -22,7 +22,7 @@ BASES = ["plain", "4 bits"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("quantised")
+    return tmp_path_factory.mktemp("quantized")
 
 
 @pytest.fixture(params=BASES)
@@ -35,8 +35,8 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def lean_layers(model: torch.nn.Module) -> list[Any]:
-    return [layer for layer in lora_layers(model) if type(layer).__name__.startswith("Lean")]
+def efficient_layers(model: torch.nn.Module) -> list[Any]:
+    return [layer for layer in lora_layers(model) if isinstance(layer, _EfficientLora)]
 
 
 def outcome(model: PeftModel, **options: Any) -> dict[str, torch.Tensor]:
@@ -56,18 +56,18 @@ def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
 
-def test_outcome_is_pefts(base: Callable[[], PreTrainedModel]) -> None:
+def test_logits_and_gradients_equal_pefts(base: Callable[[], PreTrainedModel]) -> None:
     ours, theirs = (make(base()).train() for make in (our_peft, plain_peft))
-    assert len(lean_layers(ours)) == len(lora_layers(ours)) == 14 and not lean_layers(theirs)
+    assert len(efficient_layers(ours)) == len(lora_layers(ours)) == 14 and not efficient_layers(theirs)
     require_equal(outcome(ours), outcome(theirs))
 
 
-def test_outcome_is_pefts_without_dropout_once_evaluating(base: Callable[[], PreTrainedModel]) -> None:
+def test_evaluation_equals_pefts_without_dropout(base: Callable[[], PreTrainedModel]) -> None:
     ours, theirs = (make(base(), lora_dropout=0.3).eval() for make in (our_peft, plain_peft))
     require_equal(outcome(ours), outcome(theirs))
 
 
-def test_a_seed_decides_on_dropout(base: Callable[[], PreTrainedModel]) -> None:
+def test_dropout_is_seeded(base: Callable[[], PreTrainedModel]) -> None:
     ours = our_peft(base(), lora_dropout=0.3).train()
     outcomes = []
     for seed in (5, 5, 6):
@@ -79,11 +79,11 @@ def test_a_seed_decides_on_dropout(base: Callable[[], PreTrainedModel]) -> None:
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_is_dropout(p: float, dtype: torch.dtype) -> None:
-    """Each number goes with that probability, whatever its neighbours do, and the rest makes up for it."""
+def test_dropout_is_independent_with_its_probability(p: float, dtype: torch.dtype) -> None:
+    """Each number goes with that probability, whatever its neighbors do, and the rest makes up for it."""
     torch.manual_seed(0)
     x = torch.ones(1000, 250, dtype=dtype, requires_grad=True)
-    dropped, factor = _drop(x, torch.nn.Dropout(p).train())
+    dropped, factor = _apply_dropout(x, torch.nn.Dropout(p).train())
     assert dropped.shape == x.shape and dropped.dtype == dtype
     kept = (dropped.detach() != 0).float()
     assert factor == pytest.approx(1 / (1 - p), rel=1e-3)
@@ -99,12 +99,12 @@ def test_dropout_is_dropout(p: float, dtype: torch.dtype) -> None:
     assert torch.equal(x.grad.float(), kept), "a gradient comes back where a number has stayed"
 
 
-def test_dropout_of_an_odd_count_and_of_nothing() -> None:
+def test_dropout_of_odd_sizes_and_without_dropout() -> None:
     x = torch.ones(3, 5)
-    assert _drop(x, torch.nn.Dropout(0.5).train())[0].shape == (3, 5)
-    assert _drop(x, torch.nn.Dropout(0.999999).train())[1] <= 2**16
+    assert _apply_dropout(x, torch.nn.Dropout(0.5).train())[0].shape == (3, 5)
+    assert _apply_dropout(x, torch.nn.Dropout(0.999999).train())[1] <= 2**16
     for module in (torch.nn.Dropout(0.5).eval(), torch.nn.Identity()):
-        assert _drop(x, module) == (x, 1.0)
+        assert _apply_dropout(x, module) == (x, 1.0)
 
 
 def disabled(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -156,7 +156,7 @@ def chosen_by_row(model: PeftModel) -> dict[str, torch.Tensor]:
         (chosen_by_row, True),
     ],
 )
-def test_what_is_not_usual_is_left_to_peft(
+def test_other_states_use_pefts_forward(
     does: Callable[[PeftModel], dict[str, torch.Tensor]], is_another: bool, base: Callable[[], PreTrainedModel]
 ) -> None:
     """The adapter is not added where it should not be, nor twice."""
@@ -168,16 +168,16 @@ def test_what_is_not_usual_is_left_to_peft(
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}, {"bias": "all"}])
-def test_other_kinds_of_lora(changes: dict[str, Any]) -> None:
+def test_other_variants_equal_pefts(changes: dict[str, Any]) -> None:
     ours, theirs = our_peft(make_base("qwen2"), **changes), plain_peft(make_base("qwen2"), **changes)
     require_equal(outcome(ours), outcome(theirs))
-    assert all(layer.is_usual() for layer in lean_layers(ours)) == (changes.keys() <= {"use_rslora", "bias"})
+    assert all(layer.is_plain_lora() for layer in efficient_layers(ours)) == (changes.keys() <= {"use_rslora", "bias"})
 
 
-def test_layers_that_are_not_linear_stay_pefts() -> None:
+def test_embedding_layers_stay_pefts() -> None:
     changes = {"target_modules": ["q_proj", "embed_tokens"]}
     ours, theirs = our_peft(make_base("llama"), **changes), plain_peft(make_base("llama"), **changes)
-    assert len(lean_layers(ours)) == 2 and len(lora_layers(ours)) == 3
+    assert len(efficient_layers(ours)) == 2 and len(lora_layers(ours)) == 3
     require_equal(outcome(ours), outcome(theirs))
 
 
@@ -199,14 +199,14 @@ def kept_in_fp32(model: PeftModel) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_no_fp32_copy_of_an_input_is_kept(dropout: float) -> None:
+def test_no_fp32_copy_of_an_input_is_saved(dropout: float) -> None:
     ours = attach_adapter(make_base("llama", dtype=torch.bfloat16), lora_config(lora_dropout=dropout)).train()
     assert kept_in_fp32(ours) < 200 * 64
     theirs = get_peft_model(make_base("llama", dtype=torch.bfloat16), lora_config(lora_dropout=dropout)).train()
     assert kept_in_fp32(theirs) >= 200 * 64, "which PEFT does"
 
 
-def test_bf16_is_as_exact_as_peft_under_autocast() -> None:
+def test_bf16_is_as_accurate_as_peft_under_autocast() -> None:
     """Against the same bf16 weights in fp32; gradients come in the adapter's fp32."""
 
     def rounded(dtype: torch.dtype) -> PreTrainedModel:
@@ -226,7 +226,7 @@ def test_bf16_is_as_exact_as_peft_under_autocast() -> None:
         assert error < 1.5 * of_peft, name
 
 
-def test_files_are_pefts(base: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+def test_saved_files_equal_pefts(base: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     ours, theirs = our_peft(base()), plain_peft(base())
     for name, model in (("ours", ours), ("theirs", theirs)):
         model.save_pretrained(tmp_path / name)
@@ -238,7 +238,7 @@ def test_files_are_pefts(base: Callable[[], PreTrainedModel], tmp_path: Path) ->
         each["target_modules"].sort()
     assert config == its
     loaded = PeftModel.from_pretrained(base(), tmp_path / "ours")
-    assert not lean_layers(loaded)
+    assert not efficient_layers(loaded)
     with torch.no_grad():
         require_equal({"logits": ours(input_ids=IDS).logits}, {"logits": loaded(input_ids=IDS).logits})
 
@@ -255,7 +255,7 @@ def test_files_are_pefts(base: Callable[[], PreTrainedModel], tmp_path: Path) ->
         ({"target_modules": ["q_proj", "embed_tokens"]}, True),
     ],
 )
-def test_when_autocast_is_needed(changes: dict[str, Any], needed: bool) -> None:
+def test_autocast_is_needed_for_other_fp32_parameters(changes: dict[str, Any], needed: bool) -> None:
     model = attach_adapter(make_base("qwen2", dtype=torch.bfloat16), lora_config(**changes))
     assert needs_autocast(model) is needed
     if not needed:  # and then it goes without
@@ -269,9 +269,9 @@ def test_plain_layers_of_peft_need_autocast() -> None:
     assert needs_autocast(get_peft_model(make_base("llama", dtype=torch.bfloat16), lora_config()))
 
 
-def test_layers_quantised_otherwise_stay_pefts() -> None:
+def test_layers_with_other_quantization_stay_pefts() -> None:
     config = lora_config()
     base = make_base("llama")
     base.is_quantized = True
     register_efficient_lora(config, base)
-    assert not lean_layers(get_peft_model(base, config))
+    assert not efficient_layers(get_peft_model(base, config))

@@ -39,15 +39,15 @@ def kinds(model: torch.nn.Module) -> tuple[int, int]:
     ],
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_model_stays_the_same(family: str, norms: int, mlps: int, dtype: torch.dtype) -> None:
+def test_replaced_modules_keep_logits_and_names(family: str, norms: int, mlps: int, dtype: torch.dtype) -> None:
     """Logits to the bit, and the same names for the same weights."""
-    stock, lean = (make_base(family, dtype=dtype) for _ in range(2))
-    lean.requires_grad_(False)
-    use_memory_efficient_modules(lean)
-    assert kinds(lean) == (norms, mlps)
+    stock, efficient = (make_base(family, dtype=dtype) for _ in range(2))
+    efficient.requires_grad_(False)
+    use_memory_efficient_modules(efficient)
+    assert kinds(efficient) == (norms, mlps)
     ids = torch.tensor([conversation(30, seed=1)["input_ids"]])
-    assert torch.equal(stock(input_ids=ids).logits, lean(input_ids=ids).logits)
-    ours, theirs = lean.state_dict(), stock.state_dict()
+    assert torch.equal(stock(input_ids=ids).logits, efficient(input_ids=ids).logits)
+    ours, theirs = efficient.state_dict(), stock.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -61,7 +61,7 @@ def with_gradient(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([1e-3, 1.0, 1e3]))
-def test_norm(tokens: int, width: int, seed: int, size: float) -> None:
+def test_norm_equals_llamas(tokens: int, width: int, seed: int, size: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     stock = LlamaRMSNorm(width)
     stock.weight = torch.nn.Parameter(torch.randn(width, generator=generator), requires_grad=False)
@@ -74,7 +74,7 @@ def test_norm(tokens: int, width: int, seed: int, size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_mlp(dtype: torch.dtype) -> None:
+def test_mlp_equals_llamas(dtype: torch.dtype) -> None:
     """Values and gradients to the bit."""
     torch.manual_seed(0)
     stock = LlamaMLP(FAMILIES["llama"]).to(dtype).requires_grad_(False)
@@ -84,7 +84,7 @@ def test_mlp(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_bf16_gradient_of_a_norm() -> None:
+def test_bf16_gradient_of_a_norm_is_as_accurate_as_llamas() -> None:
     """As exact as transformers' own."""
     torch.manual_seed(0)
     stock = LlamaRMSNorm(64).to(BF16).requires_grad_(False)
@@ -108,7 +108,7 @@ def test_adapters_get_the_same_gradients(family: str, changes: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("saved", [["norm"], ["input_layernorm"], ["mlp"]])
-def test_what_is_trained_itself_learns(saved: list[str]) -> None:
+def test_saved_modules_get_the_same_gradients(saved: list[str]) -> None:
     """--modules_to_save makes a copy that is trained, norms too."""
     row = conversation(30, seed=3)
     changes = {"modules_to_save": saved, "target_modules": ["q_proj"]}
@@ -122,13 +122,13 @@ def test_what_is_trained_itself_learns(saved: list[str]) -> None:
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_another_activation_is_left_alone() -> None:
+def test_mlp_with_another_activation_is_not_replaced() -> None:
     model = make_base("llama", hidden_act="gelu").requires_grad_(False)
     use_memory_efficient_modules(model)
     assert kinds(model) == (5, 0)
 
 
-def test_what_is_trained_is_left_alone() -> None:
+def test_trained_modules_are_not_replaced() -> None:
     model = make_base("llama")
     assert use_memory_efficient_modules(model) == 2, "the MLPs, which have no weights of their own"
     assert kinds(model) == (0, 2)
@@ -142,7 +142,7 @@ def test_a_shared_module_stays_shared() -> None:
     assert isinstance(model.model.layers[1].mlp, MemoryEfficientMLP)
 
 
-def test_what_was_added_to_a_module_stays() -> None:
+def test_changed_modules_are_not_replaced() -> None:
     model = make_base("llama").requires_grad_(False)
     model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0)
     model.model.layers[0].mlp.forward = lambda x: x
@@ -151,13 +151,13 @@ def test_what_was_added_to_a_module_stays() -> None:
     assert not model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.any()
 
 
-def test_classes_can_be_left() -> None:
+def test_excluded_classes_are_not_replaced() -> None:
     model = make_base("llama").requires_grad_(False)
     use_memory_efficient_modules(model, ["LlamaMLP"])
     assert kinds(model) == (5, 0)
 
 
-def kept_bytes(module: torch.nn.Module) -> int:
+def count_saved_bytes(module: torch.nn.Module) -> int:
     """For ten tokens, without the weights."""
     kept: list[torch.Tensor] = []
     x = torch.randn(1, 10, 64, dtype=BF16, requires_grad=True)
@@ -168,9 +168,9 @@ def kept_bytes(module: torch.nn.Module) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
-def test_what_is_kept() -> None:
+def test_norm_and_mlp_save_few_bytes() -> None:
     """A norm its input and one number a token; an MLP gate and up."""
     norm = MemoryEfficientRMSNorm(LlamaRMSNorm(64).to(BF16).requires_grad_(False))
     mlp = MemoryEfficientMLP(LlamaMLP(FAMILIES["llama"]).to(BF16).requires_grad_(False))
-    assert kept_bytes(norm) == 10 * (2 * 64 + 4)
-    assert kept_bytes(mlp) == 10 * 2 * 2 * 96
+    assert count_saved_bytes(norm) == 10 * (2 * 64 + 4)
+    assert count_saved_bytes(mlp) == 10 * 2 * 2 * 96

@@ -1,0 +1,132 @@
+"""Checks that an adapter fits a base model, before any weight is loaded."""
+
+import re
+from collections.abc import Collection
+
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastchat_qlora.distributed.topology import Topology
+from fastchat_qlora.errors import UserError
+
+ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+
+
+def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
+    """Require that every module that the adapter names exists.
+
+    PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
+    """
+    if meta_model is None:
+        return
+    modules = dict(meta_model.named_modules())
+    adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE_MODULES)}
+    if not isinstance(lora_config.target_modules, str):
+        _check_module_names("--lora_target_modules", lora_config.target_modules or (), adaptable)
+    # A quantized weight cannot be trained; the head and the embeddings are never quantized.
+    trainable = {name for name in modules if not quantized or name not in adaptable or _is_head_or_embedding(name)}
+    trainable -= _find_attention_and_parents(meta_model)
+    _check_module_names("--modules_to_save", lora_config.modules_to_save or (), trainable)
+
+
+def _check_module_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
+    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
+    if unmatched:
+        last_names = {name.rpartition(".")[2] for name in offered}
+        known = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
+        raise UserError(f"{flag} {' '.join(unmatched)}: matches no module to train; the model has {known}")
+
+
+def _find_attention_and_parents(meta_model: PreTrainedModel) -> set[str]:
+    """Return the names of modules whose copy by PEFT would miss a change of the attention backend."""
+    names = [name for name, module in meta_model.named_modules() if "attention" in type(module).__name__.lower()]
+    return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
+
+
+def check_sharding(
+    config: PretrainedConfig,
+    meta_model: PreTrainedModel | None,
+    lora_config: LoraConfig,
+    topology: Topology,
+    *,
+    quantized: bool = False,
+) -> None:
+    """Require that the parallel strategy can train what the adapter trains."""
+    if quantized and lora_config.use_dora and topology.zero_stage == 3:
+        # DoRA's norms need the whole weight: PEFT gathers it before DeepSpeed has it, and on the CPU replaces the
+        # parameter at every step (0.21.2, `dequantize_module_weight`).
+        raise UserError(
+            "--use_dora True with --q_lora True: not supported by PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP"
+        )
+    if not topology.fsdp:
+        return
+    if quantized and _trains_biases(meta_model, lora_config):
+        # The biases stay in the compute dtype, and FSDP2 takes trained parameters of one dtype only.
+        raise UserError(
+            f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are not in fp32 as the "
+            "adapter is, which FSDP2 needs; choose ZeRO or DDP, or --lora_bias none"
+        )
+    if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
+        _check_tied_weights(meta_model, lora_config)
+
+
+def _check_tied_weights(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> None:
+    """Require that neither the head nor the embeddings are trained.
+
+    accelerate ties the head to the embeddings once more, and so to PEFT's trained copy of them.
+    """
+    trained = {"--modules_to_save": lora_config.modules_to_save, "--lora_target_modules": lora_config.target_modules}
+    for flag, names in trained.items():
+        if any(_matches(tied, names or ()) for tied in _find_head_and_embeddings(meta_model, names or ())):
+            given = names if isinstance(names, str) else " ".join(sorted(names))
+            raise UserError(
+                f"{flag} {given}: the head and the embeddings of this model share one weight, which accelerate ties "
+                "wrongly under FSDP2 once one of them is trained; choose ZeRO or DDP, or leave them out"
+            )
+
+
+def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
+    """Return whether there are biases to train; without a meta model, assume that there are."""
+    if lora_config.bias == "none":
+        return False
+    if meta_model is None:
+        return True
+    biased = [
+        name for name, m in meta_model.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)
+    ]
+    if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
+        return bool(biased)
+    return any(_matches(name, lora_config.target_modules or ()) for name in biased)
+
+
+def _find_head_and_embeddings(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
+    """Return the names of these modules; without a meta model, those of `names` that sound like it."""
+    if meta_model is None:
+        return [] if isinstance(names, str) else [name for name in names if _is_head_or_embedding(name)]
+    ends = (meta_model.get_input_embeddings(), meta_model.get_output_embeddings())
+    return [name for name, module in meta_model.named_modules() if module in ends]
+
+
+def _is_head_or_embedding(name: str) -> bool:
+    return "head" in name or "embed" in name
+
+
+def _matches(name: str, wanted: str | Collection[str]) -> bool:
+    """Return whether PEFT selects a module: by a regular expression, or by the end of its name."""
+    if isinstance(wanted, str):
+        return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:
+    """Require that the model has the layers that FSDP2 is to shard one by one."""
+    if meta_model is None:
+        return
+    classes = {type(module).__name__ for module in meta_model.modules()}
+    if missing := sorted(set(names) - classes):
+        layers = ", ".join(sorted(name for name in classes if name.endswith(("Layer", "Block"))))
+        raise UserError(
+            f"--fsdp_config transformer_layer_cls_to_wrap {' '.join(missing)}: not found; the model has {layers}"
+        )
