@@ -27,7 +27,7 @@ def _check_fast(command: str, argv: Sequence[str]) -> None:
     check_fast(command, argv)
 
 
-def _train(argv: Sequence[str]) -> None:
+def _run_train(argv: Sequence[str]) -> None:
     _check_fast("train", argv)
     from fastchat_qlora.config.parser import parse_args
 
@@ -37,21 +37,21 @@ def _train(argv: Sequence[str]) -> None:
     train(args)
 
 
-def _inspect(argv: Sequence[str]) -> None:
+def _run_inspect(argv: Sequence[str]) -> None:
     _check_fast("inspect", argv)
     from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
 
 
-def _plan(argv: Sequence[str]) -> None:
+def _run_plan(argv: Sequence[str]) -> None:
     _check_fast("plan", argv)
     from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
 
 
-def _chat(argv: Sequence[str]) -> None:
+def _run_chat(argv: Sequence[str]) -> None:
     from fastchat_qlora.commands.adapter_flags import parse_chat
 
     parse_chat(argv)  # --help and mistakes, before the libraries are imported
@@ -60,7 +60,7 @@ def _chat(argv: Sequence[str]) -> None:
     chat(argv)
 
 
-def _merge(argv: Sequence[str]) -> None:
+def _run_merge(argv: Sequence[str]) -> None:
     from fastchat_qlora.commands.adapter_flags import parse_merge
 
     parse_merge(argv)
@@ -70,11 +70,11 @@ def _merge(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (_train, "train an adapter; the same as train_lora.py"),
-    "inspect": (_inspect, "show which tokens are supervised; takes the flags of train"),
-    "plan": (_plan, "estimate steps, memory, disk and time of a run; takes the flags of train"),
-    "chat": (_chat, "chat with the base model and a trained adapter"),
-    "merge": (_merge, "write a model with the adapter merged into its weights"),
+    "train": (_run_train, "train an adapter; the same as train_lora.py"),
+    "inspect": (_run_inspect, "show which tokens are supervised; takes the flags of train"),
+    "plan": (_run_plan, "estimate steps, memory, disk and time of a run; takes the flags of train"),
+    "chat": (_run_chat, "chat with the base model and a trained adapter"),
+    "merge": (_run_merge, "write a model with the adapter merged into its weights"),
 }
 
 

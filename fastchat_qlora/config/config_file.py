@@ -113,7 +113,7 @@ class ConfigFile:
         if not isinstance(settings, dict):
             raise self._no_mapping(type(settings).__name__)
         for name, value in settings.items():
-            yield name, [*map(_to_text, value)] if isinstance(value, list) else _to_text(value), self.name
+            yield name, [*map(_json_to_text, value)] if isinstance(value, list) else _json_to_text(value), self.name
 
     def _no_mapping(self, kind: str) -> UserError:
         wanted = "must hold flags and their values (learning_rate: 1e-4)"
@@ -171,7 +171,7 @@ def _read_scalar(node: Any, in_object: bool) -> Any:
     return node.value
 
 
-def _to_text(value: Any) -> Any:
+def _json_to_text(value: Any) -> Any:
     return repr(value) if isinstance(value, int | float) else value
 
 

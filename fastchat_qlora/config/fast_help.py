@@ -135,7 +135,7 @@ def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
         if "type" in settings:
             settings["type"] = KINDS[settings["type"]]
         if installed != table["transformers"] and name not in parser.own_flags and "choices" in settings:
-            settings["type"] = _allow_more_than(settings["choices"])
+            settings["type"] = _make_choice_type(settings["choices"])
         parser.add_argument(name, *settings.pop("also", ()), **settings)
     if installed != table["transformers"]:
         _allow_other_flags(parser)
@@ -143,7 +143,7 @@ def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
     return parser
 
 
-def _allow_more_than(choices: Collection[str]) -> Callable[[str], str]:
+def _make_choice_type(choices: Collection[str]) -> Callable[[str], str]:
     return lambda value: value if value in choices else str(leave_to_library(value))
 
 

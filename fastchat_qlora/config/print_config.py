@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,16 @@ def print_config(parser: FlagParser, values: argparse.Namespace, given: Collecti
     text, secrets = format_config(parser, values, given)
     messages = [f"--{name} is left out because it holds a secret; give it on the command line." for name in secrets]
     if target == "-":
-        _write_to_terminal(text)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        with suppress(OutputClosed), open_stdout() as out:  # `| head` may have seen enough
+            out.write(text)
     else:
         _write_file(Path(target), text)
         messages.insert(0, f"the settings are in {target}.")
     settings = {*NOT_SETTINGS, *(name for names in parser.groups.values() for name in names)}
-    own = [action for action in parser._actions if action.dest not in settings]
-    if changed := [f"--{action.dest}" for action in own if getattr(values, action.dest) != action.default]:
+    own = {action.dest: action.default for action in parser._actions if action.dest not in settings}
+    if changed := [f"--{name}" for name, default in own.items() if getattr(values, name) != default]:
         messages.append(f"leaves out {', '.join(changed)}: flags of {parser.prog} only; give them on the command line.")
     return [f"--print_config: {message}" for message in messages]
 
@@ -79,17 +82,13 @@ def format_config(parser: FlagParser, values: argparse.Namespace, given: Collect
             if value is not None and mask_secrets(value, action.dest) != value:
                 secrets.append(action.dest)
                 value = None
-            lines += ["", *_format_help(action.help or ""), f"{action.dest}: {to_yaml(value)}"]
+            sentence = re.split(r"(?<=[.!?])\s", one_line(action.help), maxsplit=1)[0]
+            comment = textwrap.wrap(sentence, LINE_WIDTH - 2, break_on_hyphens=False)
+            lines += ["", *(f"# {line}" for line in comment), f"{action.dest}: {to_yaml(value)}"]
         blocks.append("\n".join(lines))
     if directory := os.environ.get(LOGGING_DIR):
         blocks.append(f"# For TensorBoard, also set by {LOGGING_DIR}.\nlogging_dir: {to_yaml(directory)}")
     return "\n\n\n".join(blocks) + "\n", secrets
-
-
-def _format_help(text: str) -> Iterator[str]:
-    """Yield the first sentence as comment lines."""
-    sentence = re.split(r"(?<=[.!?])\s", one_line(text), maxsplit=1)[0]
-    yield from (f"# {line}" for line in textwrap.wrap(sentence, LINE_WIDTH - 2, break_on_hyphens=False))
 
 
 def to_yaml(value: Any) -> str:
@@ -100,10 +99,10 @@ def to_yaml(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | float):
         return repr(value)
-    return _quote(str(getattr(value, "value", value)))  # some choices are enumerations
+    return _quote_yaml(str(getattr(value, "value", value)))  # some choices are enumerations
 
 
-def _quote(text: str) -> str:
+def _quote_yaml(text: str) -> str:
     """Return a text in quotes unless every reader of YAML takes it for a text without."""
     import yaml  # which slows every other command line down
 
@@ -113,13 +112,6 @@ def _quote(text: str) -> str:
     style = "'" if '"' in text and text.isprintable() else '"'
     written: str = yaml.safe_dump(text, default_style=style, width=float("inf"), allow_unicode=True)
     return written.rstrip("\n")
-
-
-def _write_to_terminal(text: str) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
-    with suppress(OutputClosed), open_stdout() as out:  # `| head` may have seen enough
-        out.write(text)
 
 
 def _write_file(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import os
 import torch
 
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
-from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, read_json
+from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
 
@@ -18,16 +18,16 @@ def resolve_flags(values: argparse.Namespace) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
     warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
     if values.deepspeed:
-        values.deepspeed = fill_auto_settings(read_json(values.deepspeed), values.optim)
+        values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
     for name in JSON_FLAGS:
         if isinstance(given := getattr(values, name, None), str) and given:  # transformers reads files for some only
             setattr(values, name, json_text(given))
     for name in PATHS:
-        setattr(values, name, _expand(getattr(values, name)))
+        setattr(values, name, _expand_users(getattr(values, name)))
     return warnings
 
 
-def _expand(path: str | list[str] | None) -> str | list[str] | None:
+def _expand_users(path: str | list[str] | None) -> str | list[str] | None:
     if isinstance(path, list):
         return [os.path.expanduser(name) for name in path]
     return os.path.expanduser(path) if path else path
@@ -70,7 +70,7 @@ def _resolve_strategy(values: argparse.Namespace) -> list[str]:
         warnings.append(f"--ddp_backend {values.ddp_backend}: ignored: there is only one process.")
         values.ddp_backend = None
     if values.fsdp:
-        given = read_json(values.fsdp_config or "{}")
+        given = parse_json(values.fsdp_config or "{}")
         values.fsdp_config, checkpointing = complete_fsdp_config(given, quantized=values.q_lora)
         if checkpointing:
             values.gradient_checkpointing = values.activation_checkpointing = True

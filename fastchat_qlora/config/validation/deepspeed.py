@@ -21,7 +21,7 @@ from fastchat_qlora.utils.text import did_you_mean, one_line
 AUTO_NUMBER = Kind(NUMBER.text, lambda value: value == "auto" or NUMBER.accepts(value))
 OPTIONAL_OBJECT = Kind(OBJECT.text, lambda value: value is None or OBJECT.accepts(value))
 
-SETTINGS = {
+DEEPSPEED_SETTINGS = {
     **dict.fromkeys(("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types", "aio"), OBJECT),
     **dict.fromkeys(("comms_logger", "csv_monitor", "comet", "flops_profiler", "tensorboard", "timers"), OBJECT),
     "wandb": OBJECT,
@@ -31,7 +31,7 @@ SETTINGS = {
     **dict.fromkeys(("wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), BOOL),
     **dict.fromkeys(("communication_data_type", "log_level"), WORD),
 }
-UNSUPPORTED = {
+UNSUPPORTED_DEEPSPEED = {
     "activation_checkpointing": "give --gradient_checkpointing True",
     "amp": "give --bf16 True or --fp16 True",
     "autotuning": "run DeepSpeed's tuner separately",
@@ -72,24 +72,26 @@ FILLED_LATER = (
 
 def find_malformed_config(config: Mapping[str, Any]) -> list[str]:
     """Return errors that can be found without DeepSpeed."""
-    errors = [*find_invalid(_drop_disabled(config), SETTINGS, UNSUPPORTED)]
-    return errors or [*_check_zero(config), *_check_named_sections(config), *_check_data_types(config)]
+    active = {name: value for name, value in config.items() if not _is_off(name, value)}
+    if errors := [*find_invalid(active, DEEPSPEED_SETTINGS, UNSUPPORTED_DEEPSPEED)]:
+        return errors
+    data_types = [
+        f"data_types.{key} is {value!r}; only grad_accum_dtype is supported: fp32, fp16 or bf16"
+        for key, value in config.get("data_types", {}).items()
+        if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16")
+    ]
+    return [*_check_zero(config), *_check_named_sections(config), *data_types]
 
 
-def _drop_disabled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that are switched off and that this program does not support."""
-    unsupported = UNSUPPORTED | UNSUPPORTED_ZERO
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in unsupported or value not in (False, {"enabled": False})
-    }
+def _is_off(name: str, value: Any) -> bool:
+    """Return whether a setting that this program does not support is switched off."""
+    return name in UNSUPPORTED_DEEPSPEED | UNSUPPORTED_ZERO and value in (False, {"enabled": False})
 
 
 def _check_zero(config: Mapping[str, Any]) -> Iterator[str]:
     zero = config.get("zero_optimization", {})
-    known = {name: value for name, value in zero.items() if name in ZERO_SETTINGS or name in UNSUPPORTED_ZERO}
-    errors = [*find_invalid(_drop_disabled(known), ZERO_SETTINGS, UNSUPPORTED_ZERO)]
+    names = [name for name in (*ZERO_SETTINGS, *UNSUPPORTED_ZERO) if name in zero and not _is_off(name, zero[name])]
+    errors = [*find_invalid({name: zero[name] for name in names}, ZERO_SETTINGS, UNSUPPORTED_ZERO)]
     yield from (f"zero_optimization.{error}" for error in errors or _check_stage(config, zero))
 
 
@@ -141,12 +143,6 @@ def _check_schedule(name: str, params: Mapping[str, Any]) -> Iterator[str]:
     for key in DATA_DEPENDENT_KEYS:
         if params.get(key, "auto") != "auto":
             yield f"params.{key} is {params[key]!r}, but depends on the data; leave it out"
-
-
-def _check_data_types(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in config.get("data_types", {}).items():
-        if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
-            yield f"data_types.{key} is {value!r}; only grad_accum_dtype is supported: fp32, fp16 or bf16"
 
 
 def find_deepspeed_errors(args: Any, given: Collection[str], *, has_processes: bool) -> list[str]:

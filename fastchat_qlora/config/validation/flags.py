@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
-from fastchat_qlora.config.validation.json_flags import check_json_flags, read_object
+from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.paths import check_data_path, check_folders
 from fastchat_qlora.config.validation.ranges import check_numbers
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag
@@ -106,7 +106,7 @@ def _check_devices(values: Values) -> Iterator[str]:
 
 
 def _check_strategy(values: Values) -> Iterator[str]:
-    fsdp, config = parse_fsdp_flag(values.fsdp), read_object(values.fsdp_config)
+    fsdp, config = parse_fsdp_flag(values.fsdp), parse_object(values.fsdp_config)
     yield from find_fsdp_errors(fsdp, config)
     if fsdp and runs_on_cpu(values) and offloads_to_cpu(fsdp, config):
         yield "--fsdp offload: has no effect on the CPU, where everything is in main memory; drop offload"
@@ -132,7 +132,7 @@ def _check_sequences(values: Values) -> Iterator[str]:
     if values.padding_free and values.neftune_noise_alpha is not None:
         alpha = f"--neftune_noise_alpha {values.neftune_noise_alpha}"
         yield f"{alpha}: scales with the sequence length, so it needs --padding_free False; give that too"
-    accelerator = read_object(values.accelerator_config)
+    accelerator = parse_object(values.accelerator_config)
     if split := [name for name in ("dispatch_batches", "split_batches") if accelerator.get(name)]:
         yield f"--accelerator_config {', '.join(split)}: batches cannot be split; leave it out"
 
@@ -143,7 +143,7 @@ def _check_checkpointing(values: Values) -> Iterator[str]:
     if None not in (newer, older) and newer != older:
         yield f"--{names[0]} {newer} and --{names[1]} {older}: two names of one setting; drop one"
     for name in names:
-        kwargs = read_object(getattr(values, f"{name}_kwargs", None))  # older versions of transformers lack one
+        kwargs = parse_object(getattr(values, f"{name}_kwargs", None))  # older versions of transformers lack one
         if newer is None and older is None and "every_n_layers" in kwargs:
             yield f"--{name}_kwargs every_n_layers: has no effect without --{name} True; add that or drop this"
 

@@ -16,12 +16,12 @@ from fastchat_qlora.distributed.fsdp_config import (
     split_fsdp_options,
 )
 
-SETTINGS = {
+FSDP_SETTINGS = {
     **dict.fromkeys(FSDP_SWITCHES, SWITCH),
     **{name: one_of(*choices) for name, choices in FSDP_CHOICES.items()},
     WRAPPED_LAYERS: Kind("a name or a list of names", lambda value: bool(parse_layer_names(value))),
 }
-UNSUPPORTED = {
+UNSUPPORTED_FSDP = {
     **dict.fromkeys(("backward_prefetch", "forward_prefetch", "limit_all_gathers", "use_orig_params"), "FSDP1 only"),
     "sync_module_states": "FSDP1 only",
     "sharding_strategy": "FSDP1 only, FSDP2 has reshard_after_forward",
@@ -38,10 +38,10 @@ CONTRADICTIONS = (
 def find_fsdp_config_errors(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield errors about settings that FSDP2 does not have or would read otherwise."""
     names = [get_fsdp_name(name) for name in config]
-    yield from (f"{name} is given in two spellings; drop one" for name in SETTINGS if names.count(name) > 1)
+    yield from (f"{name} is given in two spellings; drop one" for name in FSDP_SETTINGS if names.count(name) > 1)
     settings = rename_fsdp_settings(config)
     words = {name: str(settings[name]).upper() for name in FSDP_CHOICES if name in settings}
-    yield from find_invalid(settings | words, SETTINGS, UNSUPPORTED)
+    yield from find_invalid(settings | words, FSDP_SETTINGS, UNSUPPORTED_FSDP)
 
 
 def find_fsdp_errors(fsdp: str | bool, config: Mapping[str, Any]) -> Iterator[str]:

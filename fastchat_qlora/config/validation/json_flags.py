@@ -10,7 +10,7 @@ from typing import Any
 
 from fastchat_qlora.config.validation.deepspeed import find_malformed_config
 from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
-from fastchat_qlora.config.validation.json_schema import COUNT, OBJECT, SWITCH, find_invalid, one_of
+from fastchat_qlora.config.validation.json_schema import OBJECT, SWITCH, WHOLE_NUMBER, find_invalid, one_of
 
 MAX_DEPTH = 50  # nested objects; no setting of any library is as deep
 MAX_FILE_BYTES = 1 << 20
@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 1 << 20
 CHECKPOINTING = {
     **dict.fromkeys(("use_reentrant", "preserve_rng_state", "early_stop", "debug", "offload"), SWITCH),
     "determinism_check": one_of("default", "none"),
-    "every_n_layers": COUNT,
+    "every_n_layers": WHOLE_NUMBER,
 }
 NOT_REENTRANT = ("early_stop", "debug", "determinism_check")
 """Settings of checkpointing that torch takes only without use_reentrant."""
@@ -29,13 +29,13 @@ ACCELERATOR = {
     "gradient_accumulation_kwargs": OBJECT,
 }
 ACCUMULATION = dict.fromkeys(("adjust_scheduler", "sync_with_dataloader", "sync_each_batch"), SWITCH)
-UNSUPPORTED = {
+UNSUPPORTED_ACCELERATOR = {
     "num_steps": "give --gradient_accumulation_steps",
     "use_configured_state": "the run has no other state",
 }
 
 
-def read_json(given: str) -> Any:
+def parse_json(given: str) -> Any:
     """Parse JSON given in place, or in the file of that name; raise an OSError or a ValueError if it cannot be read."""
     try:
         settings = json.loads(json_text(given), object_pairs_hook=reject_duplicates)
@@ -49,10 +49,10 @@ def read_json(given: str) -> Any:
     return settings
 
 
-def read_object(given: Any) -> dict[str, Any]:
+def parse_object(given: Any) -> dict[str, Any]:
     """Return the JSON object of a flag, or an empty one if it is malformed, which is reported elsewhere."""
     try:
-        settings = read_json(given) if given else {}
+        settings = parse_json(given) if given else {}
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -61,7 +61,7 @@ def read_object(given: Any) -> dict[str, Any]:
 def json_object(given: str) -> dict[str, Any]:
     """Parse a JSON object for argparse."""
     try:
-        settings = read_json(given)
+        settings = parse_json(given)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{given}: cannot be read as JSON: {error}; correct it") from error
     if not isinstance(settings, dict):
@@ -93,10 +93,10 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_accelerator_config(settings: Mapping[str, Any]) -> Iterator[str]:
-    yield from find_invalid(settings, ACCELERATOR, UNSUPPORTED)
+    yield from find_invalid(settings, ACCELERATOR, UNSUPPORTED_ACCELERATOR)
     accumulation = settings.get("gradient_accumulation_kwargs")
     if isinstance(accumulation, dict):
-        yield from find_invalid(accumulation, ACCUMULATION, UNSUPPORTED, "gradient_accumulation_kwargs.")
+        yield from find_invalid(accumulation, ACCUMULATION, UNSUPPORTED_ACCELERATOR, "gradient_accumulation_kwargs.")
 
 
 def _check_checkpointing_kwargs(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -127,7 +127,7 @@ def check_json_flags(values: argparse.Namespace) -> Iterator[str]:
 
 def _check(given: str, check: Callable[[Mapping[str, Any]], Iterable[str]]) -> Iterable[str]:
     try:
-        settings = read_json(given)
+        settings = parse_json(given)
     except FileNotFoundError:
         examples = " (playground/ has some)" if check is find_malformed_config else ""
         return [f"no such file; give a JSON object or a file with one{examples}"]

@@ -20,7 +20,9 @@ def one_of(*choices: str) -> Kind:
 
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 SWITCH = Kind("true or false", lambda value: str(value).lower() in ("true", "false"))
-COUNT = Kind("a whole number of at least 1", lambda value: str(value).isdecimal() and str(value).strip("0") != "")
+WHOLE_NUMBER = Kind(
+    "a whole number of at least 1", lambda value: str(value).isdecimal() and str(value).strip("0") != ""
+)
 NUMBER = Kind("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool))
 WORD = Kind("a word", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))

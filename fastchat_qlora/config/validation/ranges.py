@@ -32,7 +32,7 @@ SHARE_OR_COUNT = Range(
     lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
     "must be a share below 1 or a whole number of conversations",
 )
-STEPS = Range(
+STEP_COUNT = Range(
     lambda value: 0 < value <= 1 or (1 < value < INT_LIMIT and value == int(value)),
     "must be a whole number of steps, or a share of the run below 1",
 )
@@ -84,5 +84,5 @@ def _check_steps(values: argparse.Namespace) -> Iterator[str]:
     for event in ("logging", "save", "eval"):
         steps = getattr(values, f"{event}_steps")
         is_default = event == "eval" and not steps  # it is that of logging_steps
-        if getattr(values, f"{event}_strategy") == "steps" and not is_default and not STEPS.holds(steps):
-            yield f"--{event}_steps {steps}: {STEPS.text}"
+        if getattr(values, f"{event}_strategy") == "steps" and not is_default and not STEP_COUNT.holds(steps):
+            yield f"--{event}_steps {steps}: {STEP_COUNT.text}"
