@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -89,32 +89,41 @@ def test_json_file_means_the_same() -> None:
     assert found["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
 
 
+class Override(NamedTuple):
+    """Settings of a file, flags after it, and the value that a setting gets."""
+
+    written: str
+    flags: str
+    name: str
+    value: object
+
+
 @pytest.mark.parametrize(
-    ("written", "flags", "name", "value"),
+    "case",
     [
-        ("lora_r: 4", "--lora_r 2", "lora_r", 2),
-        ("lora_r: 4", "--lora-r=2", "lora_r", 2),
-        (
+        Override("lora_r: 4", "--lora_r 2", "lora_r", 2),
+        Override("lora_r: 4", "--lora-r=2", "lora_r", 2),
+        Override(
             "lora_target_modules: [q_proj, k_proj, v_proj]",
             "--lora_target_modules o_proj",
             "lora_target_modules",
             ["o_proj"],
         ),
-        ("eval_split: 2\nevaluation_strategy: epoch", "--eval_strategy steps", "eval_strategy", "steps"),
-        ("eval_split: 2\neval_strategy: epoch", "--evaluation_strategy steps", "eval_strategy", "steps"),
-        ("warmup_ratio: 0.1", "--warmup-steps 7", "warmup_steps", 7.0),
-        ("warmup_steps: 7", "--warmup_ratio 0.1", "warmup_steps", 0.1),
-        ("padding_free: true", "--no_padding_free", "padding_free", False),
-        ("padding_free: false", "--no-padding-free", "padding_free", False),
-        ("q_lora: true", "--q_lora False", "q_lora", False),
-        ("q_lora: false", "--q_lora", "q_lora", True),
-        ("gradient_checkpointing: true", "--activation_checkpointing False", "gradient_checkpointing", False),
-        ("activation_checkpointing: true", "--gradient-checkpointing auto", "auto_checkpointing", True),
-        ("no_cuda: false", "--use_cpu True", "use_cpu", True),
+        Override("eval_split: 2\nevaluation_strategy: epoch", "--eval_strategy steps", "eval_strategy", "steps"),
+        Override("eval_split: 2\neval_strategy: epoch", "--evaluation_strategy steps", "eval_strategy", "steps"),
+        Override("warmup_ratio: 0.1", "--warmup-steps 7", "warmup_steps", 7.0),
+        Override("warmup_steps: 7", "--warmup_ratio 0.1", "warmup_steps", 0.1),
+        Override("padding_free: true", "--no_padding_free", "padding_free", False),
+        Override("padding_free: false", "--no-padding-free", "padding_free", False),
+        Override("q_lora: true", "--q_lora False", "q_lora", False),
+        Override("q_lora: false", "--q_lora", "q_lora", True),
+        Override("gradient_checkpointing: true", "--activation_checkpointing False", "gradient_checkpointing", False),
+        Override("activation_checkpointing: true", "--gradient-checkpointing auto", "auto_checkpointing", True),
+        Override("no_cuda: false", "--use_cpu True", "use_cpu", True),
     ],
 )
-def test_flags_after_the_file_override_it(written: str, flags: str, name: str, value: object) -> None:
-    assert settings(written, *flags.split())[name] == value
+def test_flags_after_the_file_override_it(case: Override) -> None:
+    assert settings(case.written, *case.flags.split())[case.name] == case.value
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -145,34 +146,43 @@ def test_no_field_is_parsed_and_then_ignored() -> None:
     assert sorted({name for _, name in DECLARED} - of_transformers - read - {"print_config"}) == []
 
 
+class Arrival(NamedTuple):
+    """Flags, and the value that a field of an argument group gets."""
+
+    given: list[str]
+    group: str
+    name: str
+    value: object
+
+
 @pytest.mark.parametrize(
-    ("given", "group", "name", "value"),
+    "case",
     [
-        (["--lora_r", "4"], "lora", "lora_r", 4),
-        (["--lora-r", "4"], "lora", "lora_r", 4),
-        (["--lora_r=4"], "lora", "lora_r", 4),
-        (["--lora_r", "4", "--lora_r", "32"], "lora", "lora_r", 32),
-        (["--q_lora"], "lora", "q_lora", True),
-        (["--q_lora", "true"], "lora", "q_lora", True),
-        (["--q-lora=False"], "lora", "q_lora", False),
-        (["--q_lora", "--no_bnb_4bit_use_double_quant"], "lora", "bnb_4bit_use_double_quant", False),
-        (["--q_lora", "--bnb_4bit_quant_type", "fp4"], "lora", "bnb_4bit_quant_type", "fp4"),
-        (["--lora_target_modules", "all-linear"], "lora", "lora_target_modules", ["all-linear"]),
-        (["--lora_target_modules", "k_proj", "o_proj"], "lora", "lora_target_modules", ["k_proj", "o_proj"]),
-        (["--modules_to_save", "lm_head"], "lora", "modules_to_save", ["lm_head"]),
-        (["--lora_bias", "all"], "lora", "lora_bias", "all"),
-        (["--lora_bias", "lora_only"], "lora", "lora_bias", "lora_only"),
-        (["--padding_side", "left"], "model", "padding_side", "left"),
-        (["--overlong", "drop"], "data", "overlong", "drop"),
-        (["--overlong", "error"], "data", "overlong", "error"),
-        (["--eval_split", "3"], "data", "eval_split", 3),
-        (["--eval_split", "0.25"], "data", "eval_split", 0.25),
-        (["--cache_dir", "cache"], "training", "cache_dir", "cache"),
-        (["--local_rank", "0"], "training", "local_rank", 0),  # the deepspeed launcher adds it
+        Arrival(["--lora_r", "4"], "lora", "lora_r", 4),
+        Arrival(["--lora-r", "4"], "lora", "lora_r", 4),
+        Arrival(["--lora_r=4"], "lora", "lora_r", 4),
+        Arrival(["--lora_r", "4", "--lora_r", "32"], "lora", "lora_r", 32),
+        Arrival(["--q_lora"], "lora", "q_lora", True),
+        Arrival(["--q_lora", "true"], "lora", "q_lora", True),
+        Arrival(["--q-lora=False"], "lora", "q_lora", False),
+        Arrival(["--q_lora", "--no_bnb_4bit_use_double_quant"], "lora", "bnb_4bit_use_double_quant", False),
+        Arrival(["--q_lora", "--bnb_4bit_quant_type", "fp4"], "lora", "bnb_4bit_quant_type", "fp4"),
+        Arrival(["--lora_target_modules", "all-linear"], "lora", "lora_target_modules", ["all-linear"]),
+        Arrival(["--lora_target_modules", "k_proj", "o_proj"], "lora", "lora_target_modules", ["k_proj", "o_proj"]),
+        Arrival(["--modules_to_save", "lm_head"], "lora", "modules_to_save", ["lm_head"]),
+        Arrival(["--lora_bias", "all"], "lora", "lora_bias", "all"),
+        Arrival(["--lora_bias", "lora_only"], "lora", "lora_bias", "lora_only"),
+        Arrival(["--padding_side", "left"], "model", "padding_side", "left"),
+        Arrival(["--overlong", "drop"], "data", "overlong", "drop"),
+        Arrival(["--overlong", "error"], "data", "overlong", "error"),
+        Arrival(["--eval_split", "3"], "data", "eval_split", 3),
+        Arrival(["--eval_split", "0.25"], "data", "eval_split", 0.25),
+        Arrival(["--cache_dir", "cache"], "training", "cache_dir", "cache"),
+        Arrival(["--local_rank", "0"], "training", "local_rank", 0),  # the deepspeed launcher adds it
     ],
 )
-def test_flag_arrives(flags: list[str], given: list[str], group: str, name: str, value: object) -> None:
-    assert getattr(getattr(parse_args([*flags, *given]), group), name) == value
+def test_flag_arrives(flags: list[str], case: Arrival) -> None:
+    assert getattr(getattr(parse_args([*flags, *case.given]), case.group), case.name) == case.value
 
 
 def test_several_data_files_arrive(flags: list[str], data_file: Path, tmp_path: Path) -> None:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.config.parser import parse_args
-from fastchat_qlora.distributed.process_group import is_lost_peer, process_group, require_agreement
 from fastchat_qlora.distributed.topology import (
     Topology,
     get_device_map,
@@ -173,25 +171,6 @@ def test_checkpointing_is_not_reentrant_by_default(flags: list[str], given: str 
     assert getattr(training, "activation_checkpointing_kwargs", expected) == expected
 
 
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (dist.DistBackendError("NCCL error"), True),
-        (dist.DistNetworkError("the store has gone"), True),
-        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
-        (RuntimeError("size mismatch"), False),
-        (OSError("Connection closed by peer"), False),
-    ],
-)
-def test_error_of_a_lost_peer_is_recognized(error: Exception, lost: bool) -> None:
-    assert is_lost_peer(error) is lost
-
-
-@pytest.mark.usefixtures("open_group")
-def test_single_process_agrees_with_itself() -> None:
-    require_agreement({"--lora_r": 8})
-
-
 def test_only_rank_0_is_main() -> None:
     """Not one process of each machine."""
     ranks = [topology(local_rank=rank % 2, rank=rank, world_size=4) for rank in range(4)]
@@ -244,33 +223,3 @@ def test_no_process_uses_the_device_of_another(
     assert device_map in (None, {"": "cpu"} if accelerator is None else {"": local_rank})
     if device_map is not None:
         assert quantized and not found.shards_parameters
-
-
-@pytest.fixture
-def open_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("open_group")
-def test_process_group_is_closed() -> None:
-    with process_group(topology(accelerator=None)):
-        assert dist.is_initialized()
-    assert not dist.is_initialized()
-
-
-@pytest.mark.usefixtures("open_group")
-def test_failed_process_leaves_the_group_open() -> None:
-    """Closing it is collective, and the others may be waiting in it; the launcher ends them."""
-    with pytest.raises(ValueError, match="on the way"), process_group(topology(accelerator=None)):
-        raise ValueError("on the way")
-    assert dist.is_initialized()
-
-
-def test_missing_process_group_is_no_error() -> None:
-    with process_group(topology(accelerator=None)):
-        assert not dist.is_initialized()
-    assert not dist.is_initialized()
