@@ -50,12 +50,8 @@ class DataArguments:
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
-    lazy_preprocess: bool = flag(
-        "Check every conversation at the start, keep its text, and tokenize it when it is needed.", False
-    )
-    conv_template: str = flag(
-        "Prompt template by name; auto takes the tokenizer's chat template if it has one, else vicuna.", "auto"
-    )
+    lazy_preprocess: bool = flag("Check conversations at the start, but tokenize them when they are needed.", False)
+    conv_template: str = flag("Prompt template; auto takes the tokenizer's chat template, or else vicuna.", "auto")
     train_on: Literal["assistant", "last", "all"] = flag(
         "Tokens in the loss: those of all assistant messages, of the last one only, or all tokens.", "assistant"
     )
@@ -64,17 +60,13 @@ class DataArguments:
         "turn that fits, drop it, split it into several with the same system message, or stop with an error.",
         "truncate",
     )
-    padding_free: bool = flag(
-        "Concatenate the conversations of a batch to one sequence without padding; each attends only to itself.", True
-    )
+    padding_free: bool = flag("Concatenate the conversations of a batch, each attending only to itself.", True)
     packing: bool = flag(
         "Pack complete conversations into sequences of up to model_max_length tokens; a batch counts packed sequences.",
         False,
     )
     max_rejected: float = flag("Share of records that may be rejected before the run refuses to start.", 0.05)
-    preprocessing_num_workers: int | None = flag(
-        "Processes that tokenize; the default depends on the cores and the data.", None
-    )
+    preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)
 
 
 @dataclass
@@ -84,9 +76,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     output_dir: str = flag("Folder for the adapter and the checkpoints.")
     cache_dir: str | None = flag("Cache folder for downloads and for tokenized data.", None)
     optim: str = flag("Optimizer by its transformers name.", "adamw_torch")
-    remove_unused_columns: bool = flag(
-        "Drop dataset columns that the model does not take; off, since the collator needs them.", False
-    )
+    remove_unused_columns: bool = flag("Drop dataset columns unknown to the model; the collator needs them.", False)
     ddp_find_unused_parameters: bool | None = flag(
         "Search for adapter parameters without gradient in every step; needed for mixtures of experts.", False
     )
@@ -97,15 +87,9 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         **BARE_IS_TRUE,
     )
     gradient_checkpointing: bool | None = flag("Older name of activation_checkpointing.", None, **BARE_IS_TRUE)
-    compile_layers: bool = flag(
-        "Compile each repeated layer separately with torch.compile; pays on a GPU in runs of many steps.", False
-    )
-    dataloader_num_workers: int | None = flag(
-        "Processes that make batches; the default is 2 with an accelerator and 0 on the CPU.", None
-    )
-    logging_nan_inf_filter: bool = flag(
-        "Leave non-finite losses out of the log; waits for the device at every batch.", False
-    )
+    compile_layers: bool = flag("Compile each repeated layer separately; pays on a GPU in long runs.", False)
+    dataloader_num_workers: int | None = flag("Processes that make batches; 2 with an accelerator, else 0.", None)
+    logging_nan_inf_filter: bool = flag("Leave non-finite losses out of the log; waits for the device.", False)
     restart: bool = flag("Start over although output_dir has checkpoints; they are moved to a folder there.", False)
     model_max_length: int = flag("Maximum sequence length in tokens.", 512)
     flash_attn: bool = flag("Use FlashAttention 2; the same as --attn_implementation flash_attention_2.", False)
@@ -157,16 +141,14 @@ class LoraArguments:
         "Modules that get an adapter, by the end of their names, or all-linear.", ["q_proj", "v_proj"]
     )
     lora_weight_path: str = flag("Start from the adapter in this folder.", "")
-    lora_bias: Literal["none", "all", "lora_only"] = flag(
-        "Biases to train: none, all, or those of the adapted modules.", "none"
-    )
+    lora_bias: Literal["none", "all", "lora_only"] = flag("Biases to train; lora_only: of adapted modules.", "none")
     q_lora: bool = flag("QLoRA: load the base model in 4 bits.", False)
     use_rslora: bool = flag("Scale by lora_alpha / sqrt(lora_r).", False)
     use_dora: bool = flag("Weight-decomposed adapters (DoRA).", False)
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = flag(
         "Initialization of the adapter; with each of them the model starts as the base model.", "default"
     )
-    modules_to_save: list[str] | None = flag("Modules to train fully and save with the adapter, such as lm_head.", None)
+    modules_to_save: list[str] | None = flag("Modules to train fully and save too, such as lm_head.", None)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("4-bit data type.", "nf4")
     bnb_4bit_use_double_quant: bool = flag("Quantize the quantization constants too.", True)
     bnb_4bit_quant_storage: Literal["auto", "uint8", "float16", "bfloat16", "float32"] = flag(

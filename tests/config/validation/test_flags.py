@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastchat_qlora.cli import main
@@ -416,18 +416,21 @@ def is_refused(name: str, value: object) -> bool:
         "gradient_accumulation_steps",
     ],
 )
+@settings(deadline=None)
 @given(value=st.integers())
 def test_count_must_be_at_least_one(name: str, value: int) -> None:
     assert is_refused(name, value) == (not 1 <= value < 2**31)
 
 
 @pytest.mark.parametrize(("name", "least"), [("preprocessing_num_workers", 1), ("dataloader_num_workers", 0)])
+@settings(deadline=None)
 @given(value=st.integers() | st.integers(-2, MAX_PROCESSES + 2))
 def test_number_of_processes_is_limited(name: str, least: int, value: int) -> None:
     assert is_refused(name, value) == (not least <= value <= MAX_PROCESSES)
 
 
 @pytest.mark.parametrize("what", ["logging", "save", "eval"])
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-3, 2**32).map(float))
 def test_steps_must_be_a_count_or_a_share(what: str, value: float) -> None:
     fits = 0 < value <= 1 or (1 < value < 2**31 and value.is_integer()) or (what == "eval" and value == 0)
@@ -435,26 +438,31 @@ def test_steps_must_be_a_count_or_a_share(what: str, value: float) -> None:
     assert errors_with(**{f"{what}_steps": value, f"{what}_strategy": "epoch"}) == []
 
 
+@settings(deadline=None)
 @given(st.floats(allow_infinity=False))
 def test_dropout_must_be_below_one(value: float) -> None:
     assert is_refused("lora_dropout", value) == (not 0 <= value < 1)
 
 
+@settings(deadline=None)
 @given(st.floats())
 def test_max_rejected_must_be_a_share(value: float) -> None:
     assert is_refused("max_rejected", value) == (not 0 <= value <= 1)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-100, 100).map(float))
 def test_eval_split_must_be_a_share_or_a_count(value: float) -> None:
     assert is_refused("eval_split", value) == (not 0 <= value < 1 and not (value >= 1 and value.is_integer()))
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_learning_rate_must_be_positive(value: float) -> None:
     assert is_refused("learning_rate", value) == (value <= 0)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 3))
 def test_epochs_or_steps_must_be_positive(epochs: float, steps: int) -> None:
     errors = errors_with(num_train_epochs=epochs, max_steps=steps)
