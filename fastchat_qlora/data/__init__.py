@@ -1,0 +1,4 @@
+"""Files and hub datasets -> datasets of input_ids and labels.
+
+Start with dataset.load_dataset.
+"""

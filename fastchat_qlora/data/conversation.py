@@ -1,4 +1,4 @@
-"""Conversations: messages as one record holds them, and segments of their text."""
+"""A record's messages, and segments of their text."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -9,7 +9,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class RejectionKind(Enum):
-    """What follows from a rejection."""
+    """The group of reasons that a rejection belongs to; each has consequences of its own."""
 
     INVALID = "invalid"
     TOO_LONG = "too long"
@@ -17,12 +17,7 @@ class RejectionKind(Enum):
 
 
 class RejectedRecord(ValueError):
-    """A record that cannot be trained on.
-
-    Args:
-        reason: as it is written to rejected.jsonl.
-        kind: what follows from it.
-    """
+    """A record that cannot be trained on; rejected.jsonl lists the reason."""
 
     def __init__(self, reason: str, kind: RejectionKind = RejectionKind.INVALID) -> None:
         super().__init__(reason)
@@ -30,14 +25,12 @@ class RejectedRecord(ValueError):
 
 
 class Message(NamedTuple):
-    """One participant's message. (A tuple: of these there are millions, and dataclasses take longer to make.)
+    """One message; a tuple, since there are millions and dataclasses take longer to make.
 
     Attributes:
-        role: of the participant.
-        content: the text.
-        reasoning: the assistant's thoughts before it, where the record keeps them apart.
-        tool_calls: the functions that an assistant calls: `{"type": "function", "function": {"name", "arguments"}}`.
-        extra: further fields for the chat template, such as the name or the call that a tool's result belongs to.
+        reasoning: the assistant's reasoning before the content, where the record has it in a field of its own.
+        tool_calls: of an assistant, as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
+        extra: further fields for the chat template, such as a tool's name and the id of its call.
         train: whether an assistant's message may be supervised; False for `train: false` or `weight: 0`.
     """
 
@@ -64,12 +57,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The content of one record.
-
-    Attributes:
-        messages: in order.
-        tools: descriptions of the functions that the assistant may call, as JSON Schema objects.
-    """
+    """The messages of one record, and the functions that the assistant may call, as JSON Schema objects."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
@@ -79,9 +67,8 @@ class Segment(NamedTuple):
     """A piece of a conversation's text.
 
     Attributes:
-        text: the piece.
-        supervised: whether its labels are its tokens.
-        ends_turn: whether a whole turn of the assistant ends with it; a text may be cut after it.
+        supervised: whether its tokens are in the loss.
+        ends_turn: whether a whole assistant turn ends with it; a text may be cut after it.
         masked: whether the record excludes this turn from the loss (`train: false`), even where all text is supervised.
     """
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ from fastchat_qlora.data.tokenization.build import (
     build_sequences,
     choose_workers,
 )
-from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_file, open_or_build
+from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_content, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
 from fastchat_qlora.errors import UserError
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LoadMode = Literal["main", "worker", "preview"]
-"""What a process does beside loading: the main one of a run shows progress and writes rejected.jsonl, its others do
-neither; a preview (inspect, plan) shows progress, writes nothing, and only warns where a run would stop."""
+"""The part of a process: the main one of a run shows progress and writes rejected.jsonl, its workers do neither; a
+preview (inspect, plan) shows progress, writes nothing, and only warns where a run would stop."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Splits(Generic[T]):
     eval: T | None = None
 
     def named(self) -> dict[str, T]:
-        """Return the values there are by the names of the splits."""
+        """Return the values by the names of the splits."""
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
 
@@ -59,13 +59,10 @@ class LoadedData(NamedTuple):
     """The data of one flag.
 
     Attributes:
-        flag: --data_path or --eval_data_path.
-        paths: the flag's values.
         sequences: of tokens, or of texts that become tokens on access.
-        summary: counts of its records.
-        rejected: a file that lists the rejected records line by line.
-        contents: hashes of its files, in their order; where they lie and what they are called is not in it.
-        template: what its conversations are written with, in words.
+        rejected: a file that lists the rejected records.
+        contents: hashes of its files, in their order; their names are not in them.
+        template: the name of the prompt template.
     """
 
     flag: str
@@ -86,18 +83,14 @@ def load_dataset(
     cache_dir: str | None = None,
     mode: LoadMode = "main",
 ) -> Splits[LoadedData]:
-    """Read, check and tokenize the training data and, where there is any, the evaluation data.
+    """Read, check and tokenize the training data and the evaluation data, or read them from the cache.
 
-    What was done before with the same data, tokenizer and settings is read back from the cache. Several processes on
-    one machine may call this at once: one does the work, the others wait for its lock.
+    Several processes on one machine may call this at once: one does the work, the others wait for its lock.
 
     Args:
-        data_args: where the data is and how it is treated.
         tokenizer: a fast tokenizer; its chat template becomes the one that was used.
-        max_length: most tokens of a sequence.
         output_dir: the folder of the run, if there is one; files in it are not read as data.
-        cache_dir: folder of the cache; beside Hugging Face's by default.
-        mode: see LoadMode.
+        cache_dir: of the cache and of downloads; beside Hugging Face's by default.
 
     Returns:
         The data of each flag; sequences have the columns of schema.EAGER_FEATURES.
@@ -105,14 +98,8 @@ def load_dataset(
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
     """
-    preprocessor = Preprocessor(
-        tokenizer,
-        data_args.conv_template,
-        max_length,
-        data_args.overlong,
-        data_args.train_on,
-        lazy=data_args.lazy_preprocess,
-    )
+    template, overlong, train_on = data_args.conv_template, data_args.overlong, data_args.train_on
+    preprocessor = Preprocessor(tokenizer, template, max_length, overlong, train_on, lazy=data_args.lazy_preprocess)
     logger.info(f"Conversations are written with {preprocessor.name}.")
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
     sources = [
@@ -127,25 +114,22 @@ def load_dataset(
     for source in sources:
         workers = choose_workers(data_args.preprocessing_num_workers, source.size)
         loaded.append(_load(source, preprocessor, workers, rejected_to, cache_dir))
-        _check_rejections(loaded[-1], data_args, rejected_to, strict=mode != "preview")
-    if mode != "worker":
-        _report_template(preprocessor, sources[0], loaded[0].sequences)
+        if error := _find_error(loaded[-1], data_args, rejected_to):
+            if mode != "preview":
+                raise UserError(error)
+            logger.warning(f"Training would stop here: {error}")
+    if mode != "worker" and preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
+        logger.warning(gap)
+    if mode != "worker" and len(loaded[0].sequences):
+        report_parity(loaded[0].sequences, preprocessor, sources[0].records_at)
     return Splits(*loaded)
 
 
-def _report_template(preprocessor: Preprocessor, source: "DataSource", sequences: Dataset) -> None:
-    """Log how training compares with what a server will show the model."""
-    if preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
-        logger.warning(gap)
-    if len(sequences):
-        report_parity(sequences, preprocessor, source.records_at)
-
-
 def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -> None:
-    """Remove the list that an earlier run wrote."""
-    written = os.path.realpath(rejected_to)
+    """Remove the list of an earlier run."""
+    target = os.path.realpath(rejected_to)
     for source in sources:
-        if any(hub is None and os.path.realpath(name) == written for name, hub in source.parts):
+        if any(hub is None and os.path.realpath(name) == target for name, hub in source.parts):
             raise UserError(f"{source.flag} {rejected_to}: would be written by this run; give another --output_dir")
     try:
         rejected_to.unlink(missing_ok=True)
@@ -156,25 +140,33 @@ def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -
 def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> Splits[Dataset]:
     """Return the sequences to train on and to evaluate on.
 
+    Whole conversations are moved: one that became several sequences must not be trained on and then evaluated on.
+
     Args:
-        loaded: from load_dataset.
-        eval_split: share or number of conversations to take off the training data for evaluation.
-        seed: decides which ones.
+        eval_split: share or number of training conversations to evaluate on, chosen by the seed.
     """
+    sequences = loaded.train.sequences
     if not eval_split:
-        return Splits(loaded.train.sequences, loaded.eval and loaded.eval.sequences)
-    return _hold_out(loaded.train.sequences, eval_split, seed)
+        return Splits(sequences, loaded.eval and loaded.eval.sequences)
+    records = get_column(sequences, "record")
+    conversations = np.unique(records)
+    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
+    if not 0 < size < len(conversations):
+        raise UserError(
+            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
+            "one side; give another share or count, or --eval_data_path"
+        )
+    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
+    is_held_out = np.isin(records, held_out)
+    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))
 
 
 class DataSource:
-    """The files and hub datasets of one flag, in their order.
+    """The files and hub datasets of one flag, in order.
 
     Args:
-        paths: the flag's values.
-        flag: the flag, for errors.
         cache_dir: of downloads.
-        show_progress: whether reading draws a progress bar.
-        exclude: a folder whose files are no data: the run's own output.
+        exclude: a folder whose files are not read: the run's own output.
 
     Raises:
         UserError: something cannot be read.
@@ -208,9 +200,10 @@ class DataSource:
         if not files:
             raise UserError(f"{self.flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
         if ignored:
-            names = ", ".join(str(file.relative_to(path)) for file in ignored[:5])
-            names += ", ..." if len(ignored) > 5 else ""
-            logger.info(f"{self.flag} {path}: {len(files)} files are read; {len(ignored)} others are not: {names}")
+            names = [str(file.relative_to(path)) for file in ignored[:5]] + ["..." for _ in ignored[5:6]]
+            logger.info(
+                f"{self.flag} {path}: reading {len(files)} files, not {len(ignored)} others: {', '.join(names)}"
+            )
         return files
 
     def _cannot_read(self, error: OSError, kind: str) -> UserError:
@@ -220,7 +213,7 @@ class DataSource:
         """Return the name and the content's hash of each part."""
         try:
             return [
-                (source_name(name), hash_file(Path(name)) if hub is None else str(hub._fingerprint))
+                (source_name(name), hash_content(Path(name)) if hub is None else str(hub._fingerprint))
                 for name, hub in self.parts
             ]
         except OSError as error:
@@ -229,7 +222,7 @@ class DataSource:
     def records(self) -> Iterator[RawRecord]:
         """Yield all records."""
         hidden = None if self.show_progress else True  # None: shown where there is a terminal
-        with tqdm(total=self.size, desc="Tokenising", unit="B", unit_scale=True, disable=hidden) as bar:
+        with tqdm(total=self.size, desc="Tokenizing", unit="B", unit_scale=True, disable=hidden) as bar:
             for name, hub in self.parts:
                 if hub is None:
                     yield from read_file(Path(name), self.flag, bar.update)
@@ -237,7 +230,7 @@ class DataSource:
                     yield from read_hub_dataset(name, hub, bar.update)
 
     def records_at(self, places: set[tuple[str, int]]) -> Iterator[RawRecord]:
-        """Yield the records at (file, line) places, named as in their sources; files are read up to the last one."""
+        """Yield the records at (file, line) places; each file is read up to the last one."""
         for name, hub in self.parts:
             left = {line for file, line in places if file == source_name(name)}
             records = read_file(Path(name), self.flag) if hub is None else read_hub_dataset(name, hub)
@@ -255,14 +248,14 @@ def _load(
     def build(folder: Path) -> dict[str, Any]:
         summary = build_sequences(source.records(), preprocessor, workers, folder, source.flag)
         if source.contents() != contents:
-            raise UserError(f"{source.flag}: a file was changed while it was read; start again when it is complete")
-        return summary._asdict()
+            raise UserError(f"{source.flag}: a file changed while it was read; start again when it is complete")
+        return asdict(summary)
 
     key = get_key(preprocessor.fingerprint(), contents)
     entry, facts, built = open_or_build(get_cache_root(cache_dir), key, build)
     summary, rejected = RejectionSummary(**facts), entry / REJECTED_FILE
     if not built:
-        logger.info(f"{source.flag}: read back from {entry}, where it was prepared before.")
+        logger.info(f"{source.flag}: reusing tokenized data from {entry}.")
     if rejected_to is not None and summary.rejected:
         with rejected_to.open("ab") as target:
             target.write(rejected.read_bytes())
@@ -274,61 +267,36 @@ def _load(
     return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, preprocessor.name)
 
 
-def _check_rejections(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None, *, strict: bool) -> None:
-    """Require that enough records are left.
-
-    Raises:
-        UserError: they are not, and `strict` is set; otherwise that is logged.
-    """
+def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None) -> str:
+    """Return why too few records are left to train on; nothing if there are enough."""
     summary, flag = loaded.summary, loaded.flag
     invalid = summary.rejected - summary.too_long
-    where = f"; all are listed in {listed_in}" if listed_in and summary.rejected else ""
-    problem = ""
+    listed = f"; all are listed in {listed_in}" if listed_in and summary.rejected else ""
     allowed = data_args.max_rejected * summary.read + 1e-6  # 0.29 * 100 is a little less than 29
     if data_args.overlong == "error" and summary.too_long:
-        problem = f"--overlong error: {summary.too_long} are too long, the first is {summary.first_too_long}{where}"
-    elif invalid and (invalid > allowed or summary.rejected == summary.read):
-        problem = (
-            f"{flag}: {invalid} of {summary.read} records were rejected, the first is {summary.first}{where}; "
-            f"mend the data or raise --max_rejected (now {data_args.max_rejected})"
+        first = summary.first_too_long
+        return f"--overlong error: {summary.too_long} conversations are too long, the first is {first}{listed}"
+    if invalid and (invalid > allowed or summary.rejected == summary.read):
+        return (
+            f"{flag}: {invalid} of {summary.read} records were rejected, the first is {summary.first}{listed}; "
+            f"fix the data or raise --max_rejected (now {data_args.max_rejected})"
         )
-    elif summary.rejected == summary.read:
-        problem = (
-            f"{flag}: no conversation is left of {summary.read} read{where}; check the data and --model_max_length"
-        )
-    if problem and strict:
-        raise UserError(problem)
-    if problem:
-        logger.warning(f"Training would stop here: {problem}")
+    if summary.rejected == summary.read:
+        return f"{flag}: no conversation is left of {summary.read} read{listed}; check the data and --model_max_length"
+    return ""
 
 
 def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
-    """Return the line at the start of a run that counts records, tokens and what was shortened."""
+    """Return the counts that are logged at the start of a run."""
     line = f"{flag}: {summary.read} read, {summary.rejected} rejected"
     reasons = [f"  rejected {count}: {reason}" for reason, count in list(summary.reasons.items())[:5]]
     if len(sequences):
         full, kept = (get_column(sequences, name) for name in ("full_length", "length"))
         records, tokens = get_column(sequences, "record"), kept.sum()
         conversations, shortened = len(np.unique(records)), len(np.unique(records[full > kept]))
-        supervised = int(get_column(sequences, "supervised").sum())
-        line += f", {shortened} shortened; {tokens} tokens, {supervised / tokens:.0%} of them learnt"
+        share = int(get_column(sequences, "supervised").sum()) / tokens
         about = "about " if full.max() > kept.max() else ""  # the rest of it may not have been tokenized
-        line += f"; longest {about}{full.max()} tokens."
+        line += f", {shortened} shortened; {tokens} tokens, {share:.0%} supervised; longest {about}{full.max()} tokens."
         if len(sequences) > conversations:
-            line += f" {conversations} conversations became {len(sequences)} rows."
+            line += f" {conversations} conversations became {len(sequences)} sequences."
     return "\n".join([line, *reasons])
-
-
-def _hold_out(sequences: Dataset, eval_split: float, seed: int) -> Splits[Dataset]:
-    """Split by conversation: one that became several sequences must not be trained on and then evaluated on."""
-    records = get_column(sequences, "record")
-    conversations = np.unique(records)
-    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
-    if not 0 < size < len(conversations):
-        raise UserError(
-            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
-            "one side; give another share or count, or --eval_data_path"
-        )
-    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
-    is_held_out = np.isin(records, held_out)
-    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))

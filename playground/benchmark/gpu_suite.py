@@ -16,7 +16,7 @@ card, commit or settings are moved to another name. A part that failed is in the
 
 The image must have Python 3.10 or newer, torch 2.11 or newer for its CUDA, triton, transformers 5.17, peft 0.21,
 accelerate 1.15, numpy, pyarrow and psutil. One wheel must be supplied: bitsandbytes 0.50.2, cut down to the library of
-that CUDA (4 MB in place of 150), as gpu_suite.sh says. `datasets`, `ijson`, `xxhash`, flash-attn and deepspeed are not
+that CUDA (4 MB in place of 150), as gpu_suite.sh says. `datasets`, `xxhash`, flash-attn and deepspeed are not
 needed; where flash-attn is installed, the program uses it, and the table says so.
 """
 

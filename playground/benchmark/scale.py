@@ -105,7 +105,7 @@ def measure(model: str, case: Case) -> Iterator[list[str]]:
 
 def describe_machine() -> str:
     """Versions and cores, for the report."""
-    names = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "ijson")
+    names = ("torch", "transformers", "tokenizers", "datasets", "pyarrow")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, {platform.system()}."
 

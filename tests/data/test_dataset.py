@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, CONVERSATIONS, sharegpt
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+from loaded_data import load_splits
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.conversation import get_template
-from fastchat_qlora.data.dataset import DataSource, build_dataset
+from fastchat_qlora.data.dataset import DataSource
+from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
 
@@ -27,16 +27,10 @@ def build(
     paths: Path | list[Path],
     tokenizer: PreTrainedTokenizerFast,
     output_dir: Path,
-    *,
-    max_length: int = 256,
-    seed: int = 1,
-    is_main: bool = True,
-    **data_args: Any,
-) -> DatasetDict:
-    """Build from files; any share of the records may be rejected unless a test says otherwise."""
-    files = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    args = DataArguments(data_path=files, **{"max_rejected": 1.0, **data_args})
-    return build_dataset(args, tokenizer, max_length=max_length, seed=seed, output_dir=str(output_dir), is_main=is_main)
+    **options: Any,
+) -> dict[str, Dataset]:
+    """Load files; any share of the records may be rejected unless a test says otherwise."""
+    return load_splits(paths, tokenizer, output_dir, **{"max_rejected": 1.0, **options})
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -107,7 +101,7 @@ class TestRecords:
             (4, "forged", "message 1: contains the special token '<|im_end|>'"),
             (5, "empty", "message 1: empty answer"),
             (7, "two users", "message 1: expected assistant, found user"),
-            (8, "late", "nothing to learn stands within the first 256 tokens"),
+            (8, "late", "no supervised token within the first 256 tokens"),
             (9, None, "no turns"),
         ]
         for record, (line, identity, reason) in zip(
@@ -137,7 +131,7 @@ class TestRecords:
     def test_other_processes_write_nothing(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
         (tmp_path / "rejected.jsonl").write_text("of the main process\n")
-        assert len(build(path, tokenizer, tmp_path, is_main=False)["train"]) == 1
+        assert len(build(path, tokenizer, tmp_path, mode="worker")["train"]) == 1
         assert (tmp_path / "rejected.jsonl").read_text() == "of the main process\n"
 
     def test_several_files(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -250,12 +244,14 @@ class TestPlaces:
         if linked:
             (tmp_path / "link.jsonl").symlink_to(path)
         before = path.read_bytes()
-        given = {"data_path": [str(data_file)], flag: [str(tmp_path / "link.jsonl" if linked else path)]}
-        args = DataArguments(max_rejected=1.0, **given)
+        given = tmp_path / "link.jsonl" if linked else path
         with pytest.raises(
             UserError, match=f"^--{flag} {path}: would be written by this run; give another --output_dir"
         ):
-            build_dataset(args, tokenizer, max_length=256, seed=1, output_dir=str(output))
+            if flag == "data_path":
+                build(given, tokenizer, output)
+            else:
+                build(data_file, tokenizer, output, eval_data_path=[str(given)])
         assert path.read_bytes() == before
 
     def test_rejected_list_that_is_a_folder(
@@ -292,7 +288,7 @@ class TestPlaces:
         (folder / "b.json.bz2").write_bytes(b"")
         (folder / ".hidden.txt").write_bytes(b"")
         assert len(build(folder, tokenizer, tmp_path)["train"]) == 1
-        told = f"--data_path {folder}: 1 files are read; 3 others are not: b.json.bz2, gone.jsonl, linked"
+        told = f"--data_path {folder}: reading 1 files, not 3 others: b.json.bz2, gone.jsonl, linked"
         assert told in notices.messages
         for i in range(4):
             (folder / f"notes{i}.txt").write_bytes(b"")
@@ -389,7 +385,9 @@ class TestOverlong:
         whole = build(data_file, tokenizer, tmp_path, overlong="error")["train"]
         long = [row["id"] for row in whole if row["length"] > 40]
         assert 0 < len(long) < 12
-        with pytest.raises(UserError, match=rf"--overlong error: {len(long)} are too long.*{data_file}:2 \(id c1\)"):
+        with pytest.raises(
+            UserError, match=rf"--overlong error: {len(long)} conversations are too long.*{data_file}:2 \(id c1\)"
+        ):
             build(data_file, tokenizer, tmp_path, overlong="error", max_length=40)
         assert [record["id"] for record in rejected(tmp_path)] == long
 
@@ -490,9 +488,7 @@ class TestPreprocessing:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(asked))
         train = build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.5)["train"]
         assert [spoken(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
-        assert [line["reason"] for line in rejected(tmp_path)] == [
-            "nothing to learn stands within the first 256 tokens"
-        ]
+        assert [line["reason"] for line in rejected(tmp_path)] == ["no supervised token within the first 256 tokens"]
         with pytest.raises(UserError, match=r"^--data_path: 1 of 2 records were rejected"):
             build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.05)
 
@@ -519,7 +515,7 @@ class TestPreprocessing:
         [summary] = [record.getMessage() for record in caplog.records if " read, " in record.getMessage()]
         assert summary.splitlines()[0] == (
             f"--data_path: 14 read, 2 rejected, {shortened} shortened; {tokens} tokens, "
-            f"{supervised / tokens:.0%} of them learnt; longest about {max(train['full_length'])} tokens."
+            f"{supervised / tokens:.0%} supervised; longest about {max(train['full_length'])} tokens."
         )
         assert "rejected 1: contains the special token" in summary
         assert "rejected 1: not a line of JSON" in summary

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.dataset import LoadedData, load_data
-from fastchat_qlora.data.sources.formats import MOST_CHARACTERS
+from fastchat_qlora.data.dataset import LoadedData, load_dataset
+from fastchat_qlora.data.sources.formats import MAX_RECORD_CHARACTERS
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
@@ -122,7 +122,7 @@ def test_five_thousand_mutated_records(template: str, tokenizer: PreTrainedToken
     accepted = rejected = calls = thoughts = 0
     for start in range(0, len(records), 250):
         done = preprocessor(records[start : start + 250])
-        rows = done.rows.to_pylist()
+        rows = done.sequences.to_pylist()
         own = {row["record"] for row in rows}
         assert done.read == 250 == len(own) + len(done.rejections)
         assert own.isdisjoint(rejection.source.line - 1 for rejection in done.rejections)
@@ -142,14 +142,9 @@ def test_five_thousand_mutated_records(template: str, tokenizer: PreTrainedToken
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
     def load_path(path: Path, workers: int | None = None) -> LoadedData:
         arguments = DataArguments(data_path=[str(path)], max_rejected=1.0, preprocessing_num_workers=workers)
-        return load_data(
-            arguments,
-            tokenizer,
-            max_length=200,
-            output_dir=tmp_path,
-            cache_dir=str(tmp_path / "cache"),
-            is_main=True,
-        )["--data_path"]
+        cache_dir = str(tmp_path / "cache")
+        loaded = load_dataset(arguments, tokenizer, max_length=200, output_dir=tmp_path, cache_dir=cache_dir)
+        return loaded.train
 
     return load_path
 
@@ -177,9 +172,9 @@ def test_a_thousand_mutated_files(load: Load, tokenizer: PreTrainedTokenizerFast
             assert str(path) in str(error) or "records were rejected" in str(error) or "no conversation" in str(error)
             refused += 1
         else:
-            records = {row["record"] for row in loaded.rows.select_columns(["record"])}
-            assert loaded.account["read"] == len(records) + loaded.account["rejected"]
-            assert len(rejected_lines(tmp_path)) == loaded.account["rejected"]
+            records = {row["record"] for row in loaded.sequences.select_columns(["record"])}
+            assert loaded.summary.read == len(records) + loaded.summary.rejected
+            assert len(rejected_lines(tmp_path)) == loaded.summary.rejected
             accepted += 1
         path.unlink()
     assert refused > 100
@@ -235,8 +230,8 @@ def test_bad_record_among_good_ones(record: str, load: Load, tmp_path: Path) -> 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([GOOD, record, GOOD]), encoding="utf-8")
     loaded = load(path)
-    assert (loaded.account["read"], loaded.account["rejected"]) == (3, 1)
-    assert [row["line"] for row in loaded.rows] == [1, 3]
+    assert (loaded.summary.read, loaded.summary.rejected) == (3, 1)
+    assert [row["line"] for row in loaded.sequences] == [1, 3]
     assert [line["line"] for line in rejected_lines(tmp_path)] == [2]
 
 
@@ -248,8 +243,8 @@ def test_bad_records_with_several_workers(ending: str, load: Load, tmp_path: Pat
     path = tmp_path / f"a{ending}"
     path.write_text(f"[{','.join(records)}]" if ending == ".json" else "\n".join(records), encoding="utf-8")
     loaded = load(path, workers=2)
-    assert (loaded.account["read"], loaded.account["rejected"]) == (5, 3)
-    assert [row["line"] for row in loaded.rows] == [1, 5]
+    assert (loaded.summary.read, loaded.summary.rejected) == (5, 3)
+    assert [row["line"] for row in loaded.sequences] == [1, 5]
     assert [line["line"] for line in rejected_lines(tmp_path)] == [2, 3, 4]
 
 
@@ -259,16 +254,16 @@ def test_text_of_a_hundred_megabytes(ending: str, load: Load, tmp_path: Path) ->
     huge = json.dumps(sharegpt([("human", "x" * 100_000_000), ("gpt", "Hello")]))
     path.write_text(f"[{GOOD},{huge},{GOOD}]" if ending == ".json" else "\n".join([GOOD, huge, GOOD]), encoding="utf-8")
     loaded = load(path)
-    assert [row["line"] for row in loaded.rows] == [1, 3]
+    assert [row["line"] for row in loaded.sequences] == [1, 3]
     [rejected] = rejected_lines(tmp_path)
-    assert str(MOST_CHARACTERS) in rejected["reason"] or "MiB" in rejected["reason"]
+    assert str(MAX_RECORD_CHARACTERS) in rejected["reason"] or "MiB" in rejected["reason"]
 
 
 def test_latin_1_file(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     latin = json.dumps(sharegpt([("human", "caf\u00e9"), ("gpt", "Hello")]), ensure_ascii=False).encode("latin-1")
     path.write_bytes(GOOD.encode() + b"\n" + latin)
-    assert load(path).account["rejected"] == 1
+    assert load(path).summary.rejected == 1
     [rejected] = rejected_lines(tmp_path)
     assert "not a line of JSON in UTF-8" in rejected["reason"]
 
@@ -281,7 +276,7 @@ def test_tokens_around_turns_need_not_be_called_special(conv_template: str, toke
     records = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": t}]} for t in texts]
     preprocessor = Preprocessor(tokenizer, conv_template, 200, "truncate")
     done = preprocessor([(i, RawRecord(Source("f", i + 1), record)) for i, record in enumerate(records)])
-    learnt = [[label for label in row["labels"] if label != IGNORE_INDEX] for row in done.rows.to_pylist()]
+    learnt = [[label for label in row["labels"] if label != IGNORE_INDEX] for row in done.sequences.to_pylist()]
     assert [tokenizer.decode(labels) for labels in learnt] == [f"{texts[i]}{END}" for i in (0, 2, 3)]
     assert [rejection.reason for rejection in done.rejections] == [f"message 1: contains the special token {END!r}"]
 

@@ -14,7 +14,7 @@ from malice import assert_refused, copy, edit, start, tree
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.parser import parse_args
-from fastchat_qlora.data.sources import json_reader as json_files
+from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.readers import read_file
 from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.errors import UserError
@@ -142,8 +142,8 @@ MIB = 1 << 20
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_unpacks_without_bounds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each megabyte of it is ten gigabytes; here the limits are smaller and so is the file."""
-    monkeypatch.setattr(json_files, "LONGEST_LINE", MIB)
-    monkeypatch.setattr(json_files, "WHOLE_FILE_LIMIT", 2 * MIB)
+    monkeypatch.setattr(json_reader, "MAX_LINE_BYTES", MIB)
+    monkeypatch.setattr(json_reader, "MAX_ITEM_CHARACTERS", 2 * MIB)
     beginning, filling = BOMBS[name]
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         file.write(beginning)

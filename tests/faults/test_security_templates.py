@@ -1,24 +1,16 @@
-"""Chat templates from strangers: no way out of the sandbox, no work without end, no memory without bounds."""
+"""Untrusted chat templates: no way out of transformers' immutable sandbox, and refusals in one line."""
 
 import json
-import os
-import resource
-import signal
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from malice import assert_refused, copy, edit, start
+from malice import assert_refused, copy, edit, start, tree
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastchat_qlora.data.templates import renderer as rendering
-from fastchat_qlora.data.templates.renderer import Asked, TemplateProcess, TemplateRefusal, apply_template
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-ONCE = Asked(TALK, (), [(2, False, ())])
 
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -31,29 +23,10 @@ ESCAPES = [
     "{{ '{0.__class__.__mro__}'.format(messages) }}{{ ''.__class__.x() }}",
     "{{ raise_exception.__globals__['sys'].modules['os'].system('touch MARKER') }}",
     "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
-    "{% include '/etc/passwd' %}",
-    "{% import '/etc/passwd' as x %}",
-    "{% extends '/etc/passwd' %}",
-]
-ENDLESS = [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
-    "{{ 9**(9**9) }}",
-    "{{ lipsum(n=100000) }}",
-]
-ENORMOUS = [
-    "{{ 'a' * 10**10 }}",
-    "{{ [1] * 10**10 }}",
-    "{{ '%10000000000s' % 1 }}",
-    "{{ '%10000000000s'|format(1) }}",
-    "{{ '{:>10000000000}'.format(1) }}",
-    "{{ 'x'|center(10**10) }}",
-    "{{ 'x'.ljust(10**10) }}",
-    "{{ messages[0].content|replace('H', 'a' * 10**4)|replace('a', 'b' * 10**7) }}",
-    "{% set ns = namespace(x='a') %}{% for i in range(50) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-    "{% for i in range(99999) %}{{ 'a' * 10**6 }}{% endfor %}",
-    "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% else %}{{ x }}{% endif %}{% endmacro %}{{ f('aaaa', 40) }}",
+    "{{ messages[0].update({'content': 'x'}) }}",
+    "{% include 'SECRET' %}",
+    "{% import 'SECRET' as x %}",
+    "{% extends 'SECRET' %}",
 ]
 REFUSED = [
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -64,185 +37,97 @@ REFUSED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def short() -> Iterator[TemplateProcess]:
-    """A process with limits that are soon reached."""
-    process = TemplateProcess(seconds=0.3, memory=1 << 28)
-    yield process
-    if process.process is not None:
-        process.process.kill()
-        process.process.wait()
-
-
-@pytest.fixture
-def limited(short: TemplateProcess, monkeypatch: pytest.MonkeyPatch) -> TemplateProcess:
-    monkeypatch.setattr(rendering, "process", short)
-    return short
+def render_or_refuse(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str | TemplateRefusal:
+    try:
+        return render_chat_template(tokenizer, messages)
+    except TemplateRefusal as refusal:
+        return refusal
 
 
 @pytest.mark.parametrize("template", ESCAPES, ids=range(len(ESCAPES)))
-def test_no_way_out(
+def test_template_neither_reads_nor_runs_anything(
     template: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused, or nothing comes of it."""
+    """It is refused, or renders nothing; files and messages stay as they are."""
     monkeypatch.chdir(tmp_path)
-    tokenizer.chat_template = template.replace("MARKER", str(tmp_path / "marker"))
-    [text] = apply_template(tokenizer, [ONCE])
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    before, messages = tree(tmp_path), [dict(message) for message in TALK]
+    tokenizer.chat_template = template.replace("MARKER", str(tmp_path / "marker")).replace("SECRET", str(secret))
+    text = render_or_refuse(tokenizer, messages)
     assert isinstance(text, TemplateRefusal) or not text.strip(), text
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("template", [*ENDLESS, *ENORMOUS], ids=range(len(ENDLESS) + len(ENORMOUS)))
-def test_no_work_without_end(template: str, tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess) -> None:
-    tokenizer.chat_template = template
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"the chat template of the tokenizer takes more than (0.3 sec|256 MiB)"):
-        apply_template(tokenizer, [ONCE])
-    assert time.monotonic() - started < 30, "also where other tests take the processor"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024, "KiB, in this process"
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    assert apply_template(tokenizer, [ONCE]) == ["Hi"], "the next one is rendered as ever"
+    assert "a secret" not in str(text)
+    assert tree(tmp_path) == before
+    assert messages == TALK
 
 
 @pytest.mark.parametrize("template", REFUSED, ids=range(len(REFUSED)))
-def test_what_a_template_refuses_is_no_limit(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_that_fails_is_refused_with_a_reason(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = template
-    [refusal] = apply_template(tokenizer, [ONCE])
+    refusal = render_or_refuse(tokenizer, TALK)
     assert isinstance(refusal, TemplateRefusal) and str(refusal)
 
 
-def test_the_limits_of_a_run() -> None:
-    """As the user meets them."""
-    assert (rendering.SECONDS, rendering.MEMORY) == (5.0, 1 << 30)
-    assert (rendering.process.seconds, rendering.process.memory) == (5.0, 1 << 30)
+class RefusedRun(NamedTuple):
+    """A chat template in a model's folder, and the reason why a run with it is refused."""
+
+    template: str
+    reason: str
+    in_config: bool
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    "case",
     [
-        (ENDLESS[0], "takes more than 0.3 seconds of computing"),
-        (ENORMOUS[0], "takes more than 256 MiB of memory"),
-        (ESCAPES[0], "the chat template refuses the conversation: access to attribute '__class__'"),
-        (REFUSED[0], "the chat template refuses the conversation: maximum recursion depth exceeded"),
+        RefusedRun(ESCAPES[0], "access to attribute '__class__'", in_config=True),
+        RefusedRun(REFUSED[0], "maximum recursion depth exceeded", in_config=False),
     ],
+    ids=["escape", "recursion"],
 )
-def test_a_run_ends_in_one_line(
-    template: str,
-    reason: str,
-    limited: TemplateProcess,
-    model_folder: Path,
-    data_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_run_reports_a_refusal_in_one_line(
+    case: RefusedRun, model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = copy(model_folder, tmp_path / "model")
-    if "for" in template:
-        (model / "chat_template.jinja").write_text(template)
-    else:  # the older place
+    if case.in_config:  # the older place
         (model / "chat_template.jinja").unlink()
-        edit(model / "tokenizer_config.json", chat_template=template)
+        edit(model / "tokenizer_config.json", chat_template=case.template)
+    else:
+        (model / "chat_template.jinja").write_text(case.template)
+    reason = f"the chat template refuses the conversation: {case.reason}"
     assert_refused(start(model, data_file, tmp_path / "out"), capsys, reason)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGALRM])
-def test_a_process_that_was_ended_from_outside(
-    signum: signal.Signals, tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess
-) -> None:
-    """All processes of a job may be sent a signal; and after a minute without work it goes by itself."""
-    apply_template(tokenizer, [ONCE])
-    first = limited.process
-    assert first is not None
-    os.kill(first.pid, signal.SIGSTOP)  # so that it is ended with the request in its pipe
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(apply_template, tokenizer, [ONCE])
-        time.sleep(0.1)
-        os.kill(first.pid, signum)
-        os.kill(first.pid, signal.SIGCONT)
-        assert str(asked.result()[0]).startswith("<|im_start|>user\nHi")
-    assert limited.process is not first
-
-
-def test_an_interrupted_request_is_not_answered_later(
-    tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    apply_template(tokenizer, [ONCE])
-
-    def interrupted(stream: object) -> object:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rendering, "receive", interrupted)
-        apply_template(tokenizer, [ONCE])
-    [text] = apply_template(tokenizer, [Asked(TALK, (), [(1, True, ())])])
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_template_that_breaks_its_process(tokenizer: PreTrainedTokenizerFast, limited: TemplateProcess) -> None:
-    apply_template(tokenizer, [ONCE])
-    assert limited.process is not None
-    os.kill(limited.process.pid, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(apply_template, tokenizer, [ONCE])
-        time.sleep(0.1)
-        limited.process.kill()
-        with pytest.raises(UserError, match=r"breaks the process that renders it \(exit code -9\)"):
-            asked.result()
-
-
-def test_it_may_not_write(tokenizer: PreTrainedTokenizerFast) -> None:
-    """What would get out of the sandbox finds a process that cannot write a file."""
-    apply_template(tokenizer, [ONCE])
-    assert rendering.process.process is not None
-    limits = Path(f"/proc/{rendering.process.process.pid}/limits").read_text()
-    assert "Max file size             0                    0 " in limits
-    [memory] = [line.split()[3] for line in limits.splitlines() if line.startswith("Max address space")]
-    assert int(memory) < 3 << 30
-
-
 @pytest.mark.parametrize("text", ["{{ 7*7 }}", "{% raw %}", "{# x #}", "{{ messages }}", "{% for i in range(9) %}"])
-def test_conversations_stay_text(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_contents_are_not_templates(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    [rendered] = apply_template(tokenizer, [Asked(messages, (), [(2, False, ())])])
-    assert rendered == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
+    expected = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
+    assert render_chat_template(tokenizer, messages) == expected
 
 
-def test_it_is_what_transformers_renders(tokenizer: PreTrainedTokenizerFast) -> None:
-    """With tools, stand-ins, generation prompts and several conversations at once, one of which is refused."""
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_text_equals_transformers(
+    has_tools: bool, add_generation_prompt: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
     tokenizer.chat_template = (
-        "{{ bos_token }}{{ tools|tojson if tools }}{% for m in messages %}{% if m.content == 'no' %}"
-        "{{ raise_exception('no') }}{% endif %}<|im_start|>{{ m.role }} {{ m.content }}\n{% generation %}-"
-        "{% endgeneration %}{% endfor %}{{ '>' if add_generation_prompt }}"
+        "{{ bos_token }}{{ tools|tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}\n"
+        "{% generation %}-{% endgeneration %}{% endfor %}{{ '>' if add_generation_prompt }}"
     )
-    tools = [{"type": "function", "function": {"name": "é\ud83d\ude42"[0], "parameters": {}}}]
-    other = {"role": "user", "content": "🙂"}
-    asked = [
-        Asked(TALK, (), [(2, False, ()), (1, True, ()), (2, False, [(0, other)])]),
-        Asked([{"role": "user", "content": "no"}], (), [(1, False, ())]),
-        Asked(TALK, tools, [(2, True, ())]),
-    ]
-    texts = apply_template(tokenizer, asked)
-
-    def expected(messages: list[dict[str, str]], **options: object) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
-    assert texts[:3] == [
-        expected(TALK),
-        expected(TALK[:1], add_generation_prompt=True),
-        expected([other, TALK[1]]),
-    ]
-    assert isinstance(texts[3], TemplateRefusal) and str(texts[3]) == "no"
-    assert texts[4] == expected(TALK, tools=tools, add_generation_prompt=True)
-    whole = [Asked(TALK, (), [(2, False, ())])] * 3
-    assert apply_template(tokenizer, whole) == [expected(TALK)] * 3
-    assert len(apply_template(tokenizer, [*whole, asked[1]])) == 4
+    tools = [{"type": "function", "function": {"name": "\u00e9", "parameters": {}}}] if has_tools else []
+    messages = [*TALK, {"role": "user", "content": "🙂"}]
+    expected = tokenizer.apply_chat_template(
+        messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert render_chat_template(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt) == expected
 
 
-def test_a_tokenizer_with_a_way_of_its_own(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It came as code, with the user's leave, and is asked as it is."""
+def test_tokenizer_may_render_in_its_own_way(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code was loaded with --trust_remote_code, and is asked as it is."""
 
     def apply(self: PreTrainedTokenizerBase, conversation: object, **options: object) -> str:
         return json.dumps([conversation, options["add_generation_prompt"]])
 
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", apply)
-    assert apply_template(tokenizer, [Asked(TALK, (), [(1, True, ())])]) == [json.dumps([TALK[:1], True])]
+    assert render_chat_template(tokenizer, TALK, add_generation_prompt=True) == json.dumps([TALK, True])

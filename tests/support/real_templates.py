@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
-from fastchat_qlora.data.tokenization.preprocess import Finished, Preprocessor
+from fastchat_qlora.data.tokenization.preprocess import PreprocessedBatch, Preprocessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "golden"))
 from sentencepiece_model import train_llama_sentencepiece
@@ -97,7 +97,7 @@ def make_folders(byte_level_folder: Path, sentencepiece_folder: Path) -> None:
     FOLDERS.update({"byte-level": str(byte_level_folder), "sentencepiece": str(sentencepiece_folder)})
 
 
-def run(tokenizer: PreTrainedTokenizerBase, *messages: list[dict[str, Any]], **options: Any) -> Finished:
+def run(tokenizer: PreTrainedTokenizerBase, *messages: list[dict[str, Any]], **options: Any) -> PreprocessedBatch:
     settings = {"max_length": 100_000, "overlong": "truncate", **options}
     preprocessor = Preprocessor(tokenizer, "auto", **settings)
     records = [(i, RawRecord(Source("f", i + 1), {"messages": turns})) for i, turns in enumerate(messages)]

@@ -1,4 +1,4 @@
-"""What people are shown of the data, before it is known how: examples, counts and lengths."""
+"""Sequences and rejections -> examples, counts and lengths, for a terminal or a page."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,8 @@ from fastchat_qlora.data.tokenization.build import RejectionSummary, describe_re
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.utils.text import escape_control
 
-LISTED = 20
-"""Rejected records that are listed one by one."""
-
-BATCH = 256
-BINS = 12
+MAX_LISTED_REJECTIONS = 20
+HISTOGRAM_BINS = 12
 PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
 
 
@@ -34,7 +31,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row: `input_ids` and `labels` as training gets them, and about how many tokens the conversation had."""
+    """One sequence as training gets it; `full_length` counts the tokens of the conversation, approximately."""
 
     set: str
     position: str
@@ -47,25 +44,21 @@ class Example:
 
     @property
     def is_shortened(self) -> bool:
-        """Whether the conversation had more tokens than the row."""
+        """Whether the conversation has more tokens than the sequence."""
         return self.full_length > len(self.input_ids)
 
     @property
-    def supervised(self) -> int:
-        """Tokens in the loss."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
-    @property
     def title(self) -> str:
-        """Where the row comes from, and its size."""
+        """Source and size of the sequence."""
         identity = f", id {self.id}" if self.id is not None else ""
         cut = f", shortened from about {self.full_length:,}" if self.is_shortened else ""
-        size = f"{len(self.input_ids):,} tokens, {self.supervised:,} learnt{cut}"
-        return escape_control(f"{self.set} row {self.position}: {self.source}{identity}: {size}")
+        supervised = sum(label != IGNORE_INDEX for label in self.labels)
+        size = f"{len(self.input_ids):,} tokens, {supervised:,} supervised{cut}"
+        return escape_control(f"{self.set} sequence {self.position}: {self.source}{identity}: {size}")
 
     @property
     def parts(self) -> list[Part]:
-        """The row's text, cut where learning begins or ends."""
+        """Text of the sequence, cut where supervision begins or ends."""
         return split_by_label(self.input_ids, self.labels, self.tokenizer)
 
 
@@ -86,7 +79,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Counts over the rows of one set; `lengths` are percentiles of a row's tokens."""
+    """Counts over the sequences (`rows`) of a split; `lengths` are percentiles of a sequence's tokens."""
 
     rows: int
     conversations: int
@@ -101,20 +94,18 @@ class DatasetStatistics:
 def summarize_rejections(data: LoadedData) -> RejectionReport:
     """Return the counts of one flag's records, and the first rejected ones."""
     with data.rejected.open(encoding="utf-8") as lines:
-        first = [json.loads(line) for line in islice(lines, LISTED)]
-    sources = [Source(*(line[name] for name in Source._fields)) for line in first]
-    listed = [
-        describe_rejection(Rejection(source, line["reason"])) for source, line in zip(sources, first, strict=True)
-    ]
-    return RejectionReport(data.summary, listed)
+        first = [json.loads(line) for line in islice(lines, MAX_LISTED_REJECTIONS)]
+    rejections = [Rejection(Source(line["file"], line["line"], line["id"]), line["reason"]) for line in first]
+    return RejectionReport(data.summary, [describe_rejection(rejection) for rejection in rejections])
 
 
-def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
-    """The first rows of the set of that name, all for a count of 0."""
-    for i, row in enumerate(get_rows(rows, count)):
+def get_examples(name: str, sequences: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
+    """Yield the first sequences of the split of that name, all of them for a count of 0."""
+    total = len(sequences)
+    for i, row in enumerate(sequences.select(range(min(count or total, total))), 1):
         yield Example(
             set=name,
-            position=f"{i + 1} of {len(rows)}",
+            position=f"{i} of {total}",
             source=f"{row['file']}:{row['line']}",
             id=row["id"],
             input_ids=row["input_ids"],
@@ -124,32 +115,29 @@ def get_examples(name: str, rows: Dataset, tokenizer: Any, count: int) -> Iterat
         )
 
 
-def get_rows(rows: Dataset, count: int) -> Iterator[dict[str, Any]]:
-    """The first rows of a set, all for a count of 0."""
-    stop = min(count or len(rows), len(rows))
-    for start in range(0, stop, BATCH):
-        end = min(start + BATCH, stop)
-        batch = rows[start:end]
-        for i in range(end - start):
-            yield {name: values[i] for name, values in batch.items()}
-
-
-def compute_statistics(rows: Dataset) -> DatasetStatistics:
-    """Count a set."""
-    names = ("length", "supervised", "full_length", "turns")
-    numbers = {name: get_column(rows, name) for name in names}
-    records = get_column(rows, "record")
-    lengths, supervised = numbers["length"], numbers["supervised"]
+def compute_statistics(sequences: Dataset) -> DatasetStatistics:
+    """Count the sequences of a split."""
+    lengths, supervised, full_lengths, turns, records = (
+        get_column(sequences, name) for name in ("length", "supervised", "full_length", "turns", "record")
+    )
     return DatasetStatistics(
-        rows=len(rows),
+        rows=len(sequences),
         conversations=len(np.unique(records)),
-        shortened=len(np.unique(records[numbers["full_length"] > lengths])),
-        answers=int(numbers["turns"].sum()),
+        shortened=len(np.unique(records[full_lengths > lengths])),
+        answers=int(turns.sum()),
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
         lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
-        histogram=_histogram(lengths),
+        histogram=_count_by_length(lengths) if len(lengths) else [],
     )
+
+
+def _count_by_length(lengths: NDArray[np.int64]) -> list[Bin]:
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // HISTOGRAM_BINS)
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
 
 
 def format_rejections(summary: RejectionSummary) -> dict[str, str]:
@@ -161,35 +149,25 @@ def format_rejections(summary: RejectionSummary) -> dict[str, str]:
 
 
 def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
-    """The counts of one set, as named numbers."""
+    """Return the counts of a split as texts by name."""
     share = f" ({statistics.supervised / statistics.tokens:.1%})" if statistics.tokens else ""
     lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in statistics.lengths.items())
     return {
-        "rows": f"{statistics.rows:,}",
+        "sequences": f"{statistics.rows:,}",
         "conversations": f"{statistics.conversations:,}",
         "shortened": f"{statistics.shortened:,}",
         "assistant turns": f"{statistics.answers:,}",
         "tokens": f"{statistics.tokens:,}",
-        "learnt tokens": f"{statistics.supervised:,}{share}",
-        "tokens a row": lengths or "none",
+        "supervised tokens": f"{statistics.supervised:,}{share}",
+        "tokens per sequence": lengths or "none",
     }
 
 
-def _histogram(lengths: NDArray[np.int64]) -> list[Bin]:
-    if not len(lengths):
-        return []
-    low, high = int(lengths.min()), int(lengths.max())
-    width = -(-(high - low + 1) // BINS)
-    edges = np.arange(low, high + width + 1, width)
-    counts, _ = np.histogram(lengths, edges)
-    return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
-
-
 def split_by_label(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
-    """The text of a row in pieces that are learnt or not.
+    """Return the text of a sequence in pieces that are supervised or not.
 
-    A piece is what its tokens add to the text before them: decoded alone, it would lose the blank in front in
-    tokenizers of Llama's family.
+    A piece is what its tokens add to the text before them: decoded alone, it would lose its first blank in tokenizers
+    of Llama's family.
     """
     is_supervised = np.array(labels) != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(is_supervised[1:] != is_supervised[:-1]) + 1).tolist(), len(input_ids)]
@@ -197,7 +175,7 @@ def split_by_label(input_ids: Sequence[int], labels: Sequence[int], tokenizer: A
     before = ""
     for start, end in pairwise(edges):
         text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not text.startswith(before):  # a character in halves, on either side of where the row was cut
+        if not text.startswith(before):  # half of a character stands on either side of the edge
             before = ""
             text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
         parts.append(Part(escape_control(text[len(before) :]), bool(is_supervised[start])))

@@ -1,203 +1,193 @@
-"""Files of JSON -> records, as a stream: arrays and lines, .gz and .zst."""
+"""JSON files -> records, one after another: arrays and lines, also in .gz and .zst."""
 
+import codecs
 import gzip
 import io
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ijson
-import numpy as np
 import pyarrow as pa
 
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.file_types import LINE_SUFFIXES, strip_compression_suffix
-from fastchat_qlora.utils.text import one_line
 
-Numbered = tuple[int, Any]
+NumberedRecord = tuple[int, Any]
 
-LONGEST_LINE = 64 * 1024 * 1024
-"""Bytes. A longer line of JSON Lines is rejected without being held whole, and a longer record ends an array."""
+MIN_READ_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+MAX_ITEM_CHARACTERS = 128 << 20
+MAX_DIGITS = 4_000  # of an integer; Python refuses to parse much longer ones, a float takes any number
 
-WHOLE_FILE_LIMIT = 128 * 1024 * 1024
-"""Bytes, unpacked. A JSON array up to this size that the strict streaming parser refuses (NaN, half of a surrogate
-pair, huge numbers) is read again, whole, by Python's tolerant one."""
-
-DEEPEST = 12_000
-"""Brackets that may be open at once in an array. A record that is nested less deep can be rejected by itself."""
-
-LONGEST_NUMBER = 4_000
-"""Digits of a whole number; Python refuses to read much longer ones."""
-
-ESCAPED_BACKSLASH = b"\\\\"
-# The first half of a surrogate pair without the second.
-HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
-HELD = 12  # bytes: two escapes
-STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+NOT_BLANK = re.compile(r"[^ \t\n\r]")
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+NUMBER_GOES_ON = ("", ".", "e", "E")
+NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-def read_json(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[Numbered]:
-    """The records of a file of JSON, an array or lines, unpacked on the way.
+def read_json_records(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[NumberedRecord]:
+    """Return the records of an open JSON file, numbered by lines or items from 1.
 
-    Args:
-        path: the file; its name says how it is packed, and whether it is of lines.
-        raw: the file, open.
-        flag: the flag to name in errors.
-
-    Returns:
-        Numbers, of lines or of items, and records: parsed, as a line's bytes, or the reason why there is neither.
+    A record is parsed, a line's bytes, or a RejectedRecord. The file's suffixes give the compression, and whether it
+    contains lines.
 
     Raises:
-        UserError: it is not valid JSON in UTF-8, other than in lines.
+        UserError: it is not an array of valid JSON in UTF-8, and does not contain lines.
     """
-    file = _unpack(path.name.lower(), raw)
-    if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte order mark
+    file = _decompress(path.name.lower(), raw)
+    if file.peek(3).startswith(codecs.BOM_UTF8):
         file.read(3)
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{flag} {path}: is text in UTF-16; convert the file to UTF-8")
-    is_lines = strip_compression_suffix(path.name).endswith(LINE_SUFFIXES)
-    first = file.peek(1)
-    while not is_lines and first[:1].isspace():
-        file.read(len(first) - len(first.lstrip()))  # one by one would take minutes for a file of blanks
-        first = file.peek(1)
-    if is_lines:
-        return _lines(file)
-    if first[:1] != b"{":
-        return _array(path, file, flag)
-    line, line_end, _ = file.peek(1).partition(b"\n")  # perhaps only the beginning of a line, which may be a long one
-    return _lines(file) if not line_end or _is_json(line) else _whole_array(path, flag, 0)
+    if strip_compression_suffix(path.name).endswith(LINE_SUFFIXES) or _begins_with_a_line(file):
+        return _read_lines(file)
+    return _read_array(JsonStream(file, f"{flag} {path}"))
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except RecursionError:
-        return True
-    except ValueError:
-        return False
-    return True
-
-
-def _unpack(name: str, raw: io.BufferedReader) -> io.BufferedReader:
+def _decompress(name: str, raw: io.BufferedReader) -> io.BufferedReader:
     if name.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if name.endswith(".zst"):
-        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return io.BufferedReader(raw, 1 << 20)
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), MIN_READ_BYTES)
+    return io.BufferedReader(raw, MIN_READ_BYTES)
 
 
-def _lines(file: io.BufferedReader) -> Iterator[Numbered]:
-    """One record a line; a line that cannot be one becomes a reason in the record's place."""
+def _begins_with_a_line(file: io.BufferedReader) -> bool:
+    """Return whether a file begins, after blanks, with an object in one line, as JSON Lines do."""
+    while (start := file.peek(1))[:1].isspace():
+        file.read(len(start) - len(start.lstrip()))  # byte by byte would take minutes for a file of blanks
+    line, line_end, _ = start.partition(b"\n")
+    if not line_end or not line.startswith(b"{"):  # without an end the line may be longer than what is buffered
+        return line.startswith(b"{")
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    except RecursionError:
+        pass
+    return True
+
+
+def _read_lines(file: io.BufferedReader) -> Iterator[NumberedRecord]:
+    """Yield the lines that are not blank; a RejectedRecord for one that is too long."""
     number = 0
-    while line := file.readline(LONGEST_LINE):
+    while line := file.readline(MAX_LINE_BYTES):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield number, RejectedRecord(f"a line of more than {LONGEST_LINE // 2**20} MiB")
+            yield number, RejectedRecord(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
         elif not line.isspace():
             yield number, line
 
 
-def _array(path: Path, file: io.BufferedReader, flag: str) -> Iterator[Numbered]:
-    number = 0
-    try:
-        for record in ijson.items(_Watched(file), "item", use_float=True, buf_size=1 << 20):
-            number += 1
-            yield number, record
-        if number == 0:  # nothing that is an array's item; say what it is instead
-            yield from _whole_array(path, flag, 0)
-    except (ijson.JSONError, ValueError, RecursionError) as error:
-        reason = one_line(error, 200)
-        yield from _whole_array(path, flag, number, f"not valid JSON in UTF-8 after record {number}: {reason}")
+def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
+    if (first := stream.peek()) != "[":
+        value = stream.read_value()
+        kind = "an object" if first == "{" else f"a {type(value).__name__}"
+        raise UserError(f"{stream.name}: must be an array of records, not {kind}; JSON Lines files end in .jsonl")
+    stream.take("[")
+    separator = stream.take("]") if stream.peek() == "]" else ","
+    while separator == ",":
+        value = stream.read_value()
+        yield stream.values, value
+        separator = stream.take(",]")
+    if stream.peek():
+        raise stream.fail("Extra data")
 
 
-class _Watched:
-    """A file that refuses what the streaming parser reads wrongly, without a word, or not within memory.
+class JsonStream:
+    """Reader of JSON values one by one, with about as much of the file in memory as one of them needs."""
 
-    Of half a surrogate pair yajl makes "?" or another character, and for each bracket that is open ijson keeps the
-    whole path to it (yajl 2, ijson 3.6). Each item is built whole, and a few megabytes may unpack to gigabytes of it.
-    """
-
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: io.BufferedReader, name: str) -> None:
         self.file = file
-        self.held = b""  # read, and not given away before it is known what follows
-        self.begun = b""  # the quote of a string and the backslash of an escape that what is given away ended in
-        self.depth = 0
-        self.since = 0  # bytes that were given away after the last item's end
+        self.name = name
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.parse = json.JSONDecoder(parse_int=_parse_int).raw_decode
+        self.text, self.position = "", 0
+        self.values = self.lines = self.characters = 0  # values read; lines and characters before the text
 
-    def read(self, size: int = -1) -> bytes:
-        """The next bytes of the file.
+    def peek(self) -> str:
+        """Move to the next character that is not blank, and return it; nothing at the end of the file."""
+        while not (found := NOT_BLANK.search(self.text, self.position)):
+            self.position = len(self.text)
+            if not self._read_more():
+                return ""
+        self.position = found.start()
+        return found.group()
 
-        Raises:
-            ValueError: they hold what the parser must not see.
-        """
-        if size == 0:
-            return b""
-        chunk = self.file.read(size)
-        known = self.held + chunk
-        known, self.held = (known[:-HELD], known[-HELD:]) if len(chunk) == size else (known, b"")
-        text = self.begun + known
-        _check_pairs(text, self.held)
-        self._follow(text)
-        return known
+    def take(self, expected: str) -> str:
+        """Move behind the next character, which must be one of these, and return it."""
+        character = self.peek()
+        if not character or character not in expected:
+            raise self.fail(f"Expecting one of {expected!r}")
+        self.position += 1
+        return character
 
-    def _follow(self, text: bytes) -> None:
-        """Count open brackets, other than those in strings."""
-        outside = []
-        is_string = False
-        for part in text.split(b'"'):
-            is_escaped = False  # the quote behind this part
-            if not is_string:
-                outside.append(part)
-            elif part.endswith(b"\\"):
-                is_escaped = (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
-            is_string ^= not is_escaped
-        steps = np.frombuffer(b"".join(outside).translate(STEPS, NO_BRACKETS), np.int8)
-        depths = self.depth + steps.cumsum(dtype=np.int64)
-        if depths.max(initial=0) > DEEPEST:
-            raise ValueError("is nested too deep")
-        self.since = len(text) if depths.min(initial=DEEPEST) <= 1 else self.since + len(text)
-        if self.since > LONGEST_LINE:
-            raise ValueError(f"holds no record's end within {LONGEST_LINE // 2**20} MiB")
-        self.depth = int(depths[-1]) if len(depths) else self.depth
-        # Behind the last part there is no quote, but the end of what is known.
-        self.begun = b'"\\' if is_escaped else b'"' * (not is_string)
+    def read_value(self) -> Any:
+        """Return the next value; a RejectedRecord in place of one that is nested too deep."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse_value()
+            except json.JSONDecodeError as error:
+                ahead = error.pos - self.position
+                if self._read_more():  # the value may go on there
+                    continue
+                self.position += ahead
+                raise self.fail(error.msg) from error
+            if self.text[end : end + 1] not in NUMBER_GOES_ON or not self._read_more():
+                self.position = end
+                self.values += 1
+                return value
+
+    def _parse_value(self) -> tuple[Any, int]:
+        try:
+            return self.parse(self.text, self.position)
+        except RecursionError:
+            return RejectedRecord("nested too deep"), _find_end(self.text, self.position)
+
+    def _read_more(self) -> bool:
+        """Double the text from the position on, so that a long value is parsed few times; return False at the end."""
+        held = self.text[self.position :]
+        if len(held) > MAX_ITEM_CHARACTERS:
+            raise self.fail(f"no record's end within {MAX_ITEM_CHARACTERS >> 20} Mi characters")
+        chunk = self.file.read(max(MIN_READ_BYTES, len(held)))
+        try:
+            more = self.decode(chunk, not chunk)
+        except UnicodeDecodeError as error:
+            place = self.file.tell() - len(error.object) + error.start
+            raise UserError(f"{self.name}: not UTF-8 at byte {place}; convert the file to UTF-8") from error
+        self.lines += self.text.count("\n", 0, self.position)
+        self.characters += self.position
+        self.text, self.position = held + more, 0
+        return bool(chunk)
+
+    def fail(self, reason: str) -> UserError:
+        """Return the error that the file is not valid JSON at the position."""
+        line = self.lines + self.text.count("\n", 0, self.position) + 1
+        return UserError(
+            f"{self.name}: not valid JSON after record {self.values}: {reason}: line {line} (char "
+            f"{self.characters + self.position}); fix it, or write JSON Lines (.jsonl), where one bad line is rejected"
+        )
 
 
-def _check_pairs(text: bytes, behind: bytes) -> None:
-    if b"\\u" not in text + behind[:1]:
-        return
-    masked = (text + behind).replace(ESCAPED_BACKSLASH, b"--")  # then each backslash left begins an escape
-    if any(half.start() < len(text) for half in HALF_PAIR.finditer(masked)):
-        raise ValueError("holds half of a surrogate pair, which is no character")
+def _find_end(text: str, start: int) -> int:
+    """Return the end of a value by its brackets alone, whatever its depth.
+
+    Raises:
+        JSONDecodeError: it does not end in this text.
+    """
+    depth = 0
+    for part in STRING_OR_BRACKET.finditer(text, start):
+        depth += NESTING_STEPS.get(part.group(), 0)
+        if depth == 0:
+            return part.end()
+    raise json.JSONDecodeError("Unclosed bracket", text, start)
 
 
 def _parse_int(digits: str) -> float:
-    return int(digits) if len(digits) <= LONGEST_NUMBER else float(digits)
-
-
-def _whole_array(path: Path, flag: str, skip: int, reason: str = "holds no record") -> Iterator[Numbered]:
-    """The rest of an array that only a tolerant parser can read; its errors name the line."""
-    opened = _unpack(path.name.lower(), path.open("rb"))
-    with opened as file:
-        content = file.read(WHOLE_FILE_LIMIT + 1)
-    if len(content) > WHOLE_FILE_LIMIT:
-        raise UserError(
-            f"{flag} {path}: {reason}; mend it, or write one record a line (.jsonl), where a broken one is left out"
-        )
-    try:
-        records = json.loads(content.decode("utf-8-sig"), parse_int=_parse_int)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: not valid JSON: {error}; JSON Lines files end in .jsonl") from error
-    if not isinstance(records, list):
-        kind = "an object" if isinstance(records, dict) else f"a {type(records).__name__}"
-        raise UserError(f"{flag} {path}: holds {kind}, must hold an array of records; JSON Lines end in .jsonl")
-    yield from islice(enumerate(records, 1), skip, None)
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)

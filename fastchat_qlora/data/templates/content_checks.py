@@ -1,4 +1,4 @@
-"""Checks that a rendered text says what an assistant's message says."""
+"""Checks that a rendered text contains an assistant's message in full."""
 
 import json
 import re
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
-from fastchat_qlora.data.templates.template_skeleton import WRITTEN_SENTINELS, make_sentinel
+from fastchat_qlora.data.templates.sentinels import SENTINEL, make_sentinel
 
+WRITTEN_SENTINELS = re.compile(f"(?:{SENTINEL}|{re.escape(json.dumps(SENTINEL)[1:-1])})(\\d+)")  # as is, or as JSON
 TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
 
 
@@ -19,84 +20,50 @@ def split_at_tags(text: str) -> list[list[str]]:
 def get_variants(content: str) -> Iterator[str]:
     """Yield the forms in which templates write a content: most leave it, many trim it."""
     yield content
-    yield content.strip()
-    yield content.strip("\n")
-    yield content.lstrip("\n")
-    yield content.lstrip()
-    yield content.rstrip()
+    yield from (content.strip(), content.strip("\n"), content.lstrip("\n"), content.lstrip(), content.rstrip())
 
 
-def count_common(first: str, second: str) -> int:
-    """Return the length of the common beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+def contains(text: str, part: str) -> bool:
+    """Return whether a text contains a part, as it is or as JSON writes it."""
+    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+    return any(form in text for form in forms)
 
 
-def replace_structure(message: Message) -> tuple[Message, list[str]]:
-    """Return the message with a sentinel for its reasoning and each part of its calls, and the parts replaced.
-
-    The same words may stand in the content too, so finding them in a text would prove little.
-    """
-    parts: list[str] = []
-    calls = [{**call, "function": _replace_leaves(call["function"], parts, names=False)} for call in message.tool_calls]
-    reasoning = _replace_leaves(message.reasoning, parts) if message.reasoning else ""
-    return message._replace(reasoning=reasoning, tool_calls=tuple(calls)), parts
-
-
-def _replace_leaves(value: Any, parts: list[str], *, names: bool = True) -> Any:
-    """Return a value with a sentinel for each leaf, which is added to `parts`; `names` replaces keys too."""
-    if isinstance(value, dict):
-        return {
-            _replace_leaves(str(key), parts) if names else key: _replace_leaves(item, parts)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_replace_leaves(item, parts) for item in value]
-    parts.append(str(value))
-    return make_sentinel(len(parts) - 1)
-
-
-def check_structure(message: Message, supervised: str, render: Callable[[Message], str], index: int) -> None:
+def check_structure(message: Message, supervised: str, render: Callable[[Message], str]) -> None:
     """Require that reasoning, content, names and arguments are written by the template, inside the supervised text.
 
+    The same words may be in the content too, so each part must also appear when it is replaced by a sentinel.
+
     Args:
-        message: the assistant's message.
-        supervised: its supervised text.
-        render: renders the conversation up to it with another message in its place.
-        index: of the message.
+        render: renders the conversation up to the message, with another one in its place.
 
     Raises:
         RejectedRecord: a part is missing.
     """
-    parts = [message.reasoning.strip(), message.content.strip()]
-    for call in message.tool_calls:
-        parts += [call["function"]["name"], *_get_leaves(call["function"]["arguments"])]
-    missing = [part for part in dict.fromkeys(parts) if not contains(supervised, part)]
-    replaced, leaves = replace_structure(message)
+    parts: list[Any] = []
+    reasoning = _replace_leaves(message.reasoning, parts) if message.reasoning else ""
+    calls = [{**call, "function": _replace_leaves(call["function"], parts, keys=False)} for call in message.tool_calls]
+    replaced = message._replace(reasoning=reasoning, tool_calls=tuple(calls))
     written = {int(number) for number in WRITTEN_SENTINELS.findall(render(replaced))}
-    missing += [leaf for number, leaf in enumerate(leaves) if number not in written]
+    missing = [part for i, part in enumerate(parts) if i not in written or not contains(supervised, _to_text(part))]
+    missing += [] if contains(supervised, message.content.strip()) else [message.content.strip()]
     if missing:
-        raise RejectedRecord(
-            f"message {index}: the chat template does not write {missing[0][:40]!r}, which is said there"
-        )
+        raise RejectedRecord(f"the chat template does not write {str(missing[0])[:40]!r} of the message")
 
 
-def _get_leaves(value: Any) -> Iterator[str]:
+def _replace_leaves(value: Any, leaves: list[Any], *, keys: bool = True) -> Any:
+    """Return a value with a sentinel for each leaf, and for each key unless `keys` is False; `leaves` collects them."""
     if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _get_leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _get_leaves(item)
-    elif isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)
+        items = value.items()
+        return {_replace_leaves(key, leaves) if keys else key: _replace_leaves(item, leaves) for key, item in items}
+    if isinstance(value, list):
+        return [_replace_leaves(item, leaves) for item in value]
+    leaves.append(value)
+    return make_sentinel(len(leaves) - 1)
 
 
-def contains(text: str, part: str) -> bool:
-    """Return whether a part stands in a text, as it is or as JSON writes it."""
-    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
-    return any(form in text for form in forms)
+def _to_text(leaf: Any) -> str:
+    """Return a leaf as a text must contain it; templates write true, false and null in many ways."""
+    if isinstance(leaf, str):
+        return leaf.strip()
+    return "" if isinstance(leaf, bool | None) else json.dumps(leaf)

@@ -1,4 +1,4 @@
-"""Prompt templates by name: messages -> segments, without a tokenizer's own chat template."""
+"""Messages -> segments by a named prompt template, without the tokenizer's own chat template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,17 @@ from fastchat_qlora.errors import UserError
 class ConversationTemplate:
     """A prompt format as text around the contents of messages.
 
-    `{bos}` and `{eos}` stand for the tokenizer's tokens at the beginning and end of a sequence. A supervised turn
-    starts where a serving program stops writing the prompt: the blank before the answer is learnt with it, since it is
-    often part of the first token.
+    `{bos}` and `{eos}` stand for the tokenizer's tokens. A supervised turn starts where a server stops writing the
+    prompt: the blank before the answer is supervised with it, since it is often part of the first token.
 
     Attributes:
-        system: what stands in front of a system message and behind it.
-        default_system: the system message of a conversation that has none; empty for no system message at all.
-        system_in_user: write the system message inside the first user turn, in front of the content.
-        user: what stands in front of a user message and behind it.
-        assistant: the prompt that asks for an answer, the blank between it and the answer, and what ends the turn.
-        after_assistant: what follows an ended turn and is not learnt.
-        tokens: the special tokens that it writes beside {bos} and {eos}; a tokenizer must have them.
+        system: text before and after a system message.
+        user: text before and after a user message.
+        assistant: the generation prompt, the blank between it and the answer, and the end of the turn.
+        default_system: the system message of a conversation without one; empty for none.
+        system_in_user: whether the system message stands in the first user turn, before the content.
+        after_assistant: text after an ended turn, not supervised.
+        tokens: special tokens that it writes beside {bos} and {eos}; a tokenizer must have them.
     """
 
     system: tuple[str, str]
@@ -35,85 +34,80 @@ class ConversationTemplate:
     tokens: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[Message], bos: str, eos: str) -> list[Segment]:
-        """Write a conversation as segments.
+        """Render a conversation as segments.
 
         Raises:
-            RejectedRecord: a message the template has no words for, or roles that do not take turns.
+            RejectedRecord: a role is not supported, or roles do not alternate.
         """
         check_turns(messages)
-        fill = {"{bos}": bos, "{eos}": eos}
-        prompt, blank, end = (_fill(part, fill) for part in self.assistant)
+        tokens = {"{bos}": bos, "{eos}": eos}
+        prompt, blank, end = (_fill(part, tokens) for part in self.assistant)
         has_system = messages[0].role == "system"
         system = messages[0].content if has_system else self.default_system
-        system = _around(self.system, system, fill) if system or has_system else ""
+        system = _surround(system, self.system, tokens) if system or has_system else ""
         segments = [] if self.system_in_user or not system else [Segment(system)]
-        for i, message in enumerate(messages[has_system:]):
+        for i, message in enumerate(messages[1:] if has_system else messages):
             if message.role == "user":
-                first = system if self.system_in_user and i == 0 else ""
-                segments.append(Segment(_around(self.user, first + message.content, fill)))
+                content = system + message.content if self.system_in_user and i == 0 else message.content
+                segments.append(Segment(_surround(content, self.user, tokens)))
                 continue
             answer = blank + message.content + end
             segments += [Segment(prompt)] if prompt else []
             segments.append(Segment(answer, supervised=message.train, ends_turn=True, masked=not message.train))
             if self.after_assistant:
-                segments.append(Segment(_fill(self.after_assistant, fill)))
+                segments.append(Segment(_fill(self.after_assistant, tokens)))
         return segments
 
     def to_jinja(self, *, add_bos: bool) -> str:
-        """The same format as a chat template, so that what is saved beside the adapter serves as it was trained.
+        """Return the same format as a chat template, which is saved beside the adapter.
 
         Args:
-            add_bos: start with the BOS token, where the format does not do so by itself.
+            add_bos: write the BOS token at the beginning, where the format does not.
         """
-        user = [_jinja_string(part) for part in self.user]
-        prompt, blank, end = (_jinja_string(part) for part in self.assistant)
-        before, after = (_jinja_string(part) for part in self.system)
-        default = _jinja_string(self.default_system)
-        # What a conversation with and one without a system message begin with; it may be the BOS token itself.
-        starts = [self.system[0]] * (not self.system_in_user) + [self.user[0]] * (not self.default_system)
-        opening = commonprefix(starts or [self.user[0]])  # noqa: RUF071  # by characters, as wanted
-        system = (
-            f"{{% set system = {before} + messages[0]['content'] + {after} if messages[0]['role'] == 'system' "
-            f"else {f'{before} + {default} + {after}' if self.default_system else _jinja_string('')} %}}"
-        )
+        user_before, user_after = map(_quote, self.user)
+        prompt, blank, end = map(_quote, self.assistant)
+        before, after = map(_quote, self.system)
+        default = f"{before} + {_quote(self.default_system)} + {after}" if self.default_system else "''"
+        system = f"{before} + messages[0]['content'] + {after} if messages[0]['role'] == 'system' else {default}"
         first = "(system if loop.index0 == (messages[0]['role'] == 'system') | int else '') + "
-        return (
-            (
-                f"{{{{ '' if ({_jinja_string(opening)}).startswith(bos_token or '') else bos_token }}}}"
-                if add_bos
-                else ""
-            )
-            + system
-            + ("" if self.system_in_user else "{{ system }}")
-            + "{% for message in messages %}{% if message['role'] == 'user' %}"
-            f"{{{{ {user[0]} + {first if self.system_in_user else ''}message['content'] + {user[1]} }}}}"
-            "{% elif message['role'] == 'assistant' %}"
-            f"{{{{ {prompt} + {blank} + message['content'] + {end} + {_jinja_string(self.after_assistant)} }}}}"
-            "{% endif %}{% endfor %}"
-            f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
-        )
+        bos = f"{{{{ '' if ({_quote(self._get_opening())}).startswith(bos_token or '') else bos_token }}}}"
+        parts = [
+            bos if add_bos else "",
+            f"{{% set system = {system} %}}",
+            "" if self.system_in_user else "{{ system }}",
+            "{% for message in messages %}{% if message['role'] == 'user' %}",
+            f"{{{{ {user_before} + {first if self.system_in_user else ''}message['content'] + {user_after} }}}}",
+            "{% elif message['role'] == 'assistant' %}",
+            f"{{{{ {prompt} + {blank} + message['content'] + {end} + {_quote(self.after_assistant)} }}}}",
+            "{% endif %}{% endfor %}",
+            f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}",
+        ]
+        return "".join(parts)
+
+    def _get_opening(self) -> str:
+        """Return what conversations with and without a system message begin with; it may be the BOS token itself."""
+        openings = [] if self.system_in_user else [self.system[0]]
+        openings += [] if self.default_system and openings else [self.user[0]]
+        return commonprefix(openings)  # noqa: RUF071  # by characters, as wanted
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Require plain messages: one optional system message, then user and assistant in turn.
+    """Require plain messages: user and assistant in turn, after an optional system message.
 
     Raises:
-        RejectedRecord: naming the first message that is out of turn.
+        RejectedRecord: naming the message that does not fit.
     """
     for i, message in enumerate(messages):
-        if message.role not in ("system", "user", "assistant"):
-            raise RejectedRecord(f"message {i}: the template has no words for the role {message.role!r}")
-        if message.tool_calls or message.reasoning:
-            kind = "tool calls" if message.tool_calls else "reasoning"
-            raise RejectedRecord(f"message {i}: the template has no words for {kind}")
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    for i, message in enumerate(turns):
+        unsupported = "tool calls" if message.tool_calls else "reasoning" if message.reasoning else ""
+        unsupported = "the role 'tool'" if message.role == "tool" else unsupported
+        if unsupported:
+            raise RejectedRecord(f"message {i}: the template does not support {unsupported}")
+    first = 1 if messages[0].role == "system" else 0
+    for i, message in enumerate(messages[first:]):
         expected = "user" if i % 2 == 0 else "assistant"
         if message.role != expected:
-            position = i + len(messages) - len(turns)
-            raise RejectedRecord(
-                f"message {position}: expected {expected}, found {message.role}; roles must take turns"
-            )
+            reason = f"expected {expected}, found {message.role}; roles must alternate"
+            raise RejectedRecord(f"message {first + i}: {reason}")
 
 
 def _fill(text: str, tokens: Mapping[str, str]) -> str:
@@ -122,11 +116,12 @@ def _fill(text: str, tokens: Mapping[str, str]) -> str:
     return text
 
 
-def _around(parts: tuple[str, str], content: str, tokens: Mapping[str, str]) -> str:
-    return _fill(parts[0], tokens) + content + _fill(parts[1], tokens)
+def _surround(content: str, around: tuple[str, str], tokens: Mapping[str, str]) -> str:
+    return _fill(around[0], tokens) + content + _fill(around[1], tokens)
 
 
-def _jinja_string(text: str) -> str:
+def _quote(text: str) -> str:
+    """Return a text as a Jinja expression."""
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r") + "'"
     return quoted.replace("{eos}", "' + eos_token + '").replace("{bos}", "' + (bos_token or '') + '")
 
@@ -204,11 +199,11 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> ConversationTemplate:
-    """Look a template up by name.
+    """Return the template of a name.
 
     Raises:
-        UserError: there is no template of that name.
+        UserError: there is none.
     """
     if name not in TEMPLATES:
-        raise UserError(f"--conv_template {name}: no such template; choose auto or one of {', '.join(TEMPLATES)}")
+        raise UserError(f"--conv_template {name}: not found; choose auto or one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

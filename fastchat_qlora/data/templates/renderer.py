@@ -1,13 +1,10 @@
-"""Text of a conversation by the tokenizer's own chat template, in transformers' immutable sandbox."""
+"""Messages -> text by the tokenizer's chat template, in transformers' immutable sandbox."""
 
 from collections.abc import Sequence
 from typing import Any
 
-TemplateMessage = dict[str, Any]
-"""A message in the form that chat templates expect."""
-
-LONGEST_REASON = 1000
-"""Characters of a refusal that are kept."""
+TemplateMessage = dict[str, Any]  # as chat templates expect a message
+MAX_REASON_CHARACTERS = 1000
 
 
 class TemplateRefusal(Exception):
@@ -31,5 +28,5 @@ def render_chat_template(
             list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program, and some tokenizers bring code: both fail in any way
-        raise TemplateRefusal(str(error)[:LONGEST_REASON]) from error
+        raise TemplateRefusal(str(error)[:MAX_REASON_CHARACTERS]) from error
     return str(text)

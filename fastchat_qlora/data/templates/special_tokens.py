@@ -1,30 +1,26 @@
-"""Control tokens: those that end or begin a turn, and therefore may not stand in a message."""
+"""Control tokens: they end or begin a turn, so no message may contain them."""
 
 import json
 import re
 from contextlib import suppress
 from typing import Any
 
-from fastchat_qlora.data.conversation import Conversation, RejectedRecord, Role
+from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 BRACKETED = re.compile(r"[<\[]\S+[>\]]")  # <|user|>, <start_of_turn>, [INST]
 WRITTEN_BY_ASSISTANTS = re.compile(r"</?(?:think|thought|reason|answer|tool|function)\w*>")
 
-SAMPLE_ROLES: tuple[tuple[Role, ...], ...] = (
-    ("user",),
-    ("user", "assistant", "user"),
-    ("system", "user", "assistant"),
-)
+SAMPLE_ROLES = ("user", "user assistant user", "system user assistant")
 
 
 def find_control_tokens(tokenizer: Any) -> StringMatcher:
     """Return a matcher for each token that could end or forge a turn.
 
-    These are the special tokens, and the bracketed ones that the chat template writes around messages: some tokenizers
-    have them among their added tokens without calling them special. Tags such as `<think>`, which assistants write in
-    their answers, are not among them.
+    These are the special tokens, and bracketed ones that the chat template writes around messages: some tokenizers have
+    them among their added tokens without marking them as special. Tags that assistants write, such as `<think>`, are
+    not among them.
     """
     added = tokenizer.added_tokens_decoder.values()
     bracketed = {token.content for token in added if not token.special and BRACKETED.fullmatch(token.content)}
@@ -38,14 +34,14 @@ def _render_samples(tokenizer: Any) -> str:
     """Return the chat template's source and its text of a few short conversations."""
     texts = [json.dumps(tokenizer.chat_template, ensure_ascii=False)]
     for roles in SAMPLE_ROLES:
-        messages = [{"role": role, "content": "-"} for role in roles]
+        messages = [{"role": role, "content": "-"} for role in roles.split()]
         with suppress(TemplateRefusal):
             texts.append(render_chat_template(tokenizer, messages, add_generation_prompt=True))
     return "\n".join(texts)
 
 
 def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> None:
-    """Require contents without control tokens: they could end or forge a turn.
+    """Require messages and tools without control tokens.
 
     Raises:
         RejectedRecord: naming the message and the token.
@@ -57,7 +53,6 @@ def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> No
             found = control_tokens.search(message.reasoning) or control_tokens.search(rest)
         if found:
             raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}")
-    if conversation.tools:
-        found = control_tokens.search(json.dumps(conversation.tools, ensure_ascii=False))
-        if found:
-            raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
+    found = control_tokens.search(json.dumps(conversation.tools, ensure_ascii=False)) if conversation.tools else None
+    if found:
+        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")

@@ -1,9 +1,9 @@
-"""Raw records -> sequences of input_ids and labels: all steps in order, for one batch of records at a time."""
+"""Raw records -> sequences of input_ids and labels: all steps in order, for a batch of records at a time."""
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,27 +20,18 @@ from fastchat_qlora.data.tokenization.schema import TokenizedSequence, build_tab
 from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
 
-NOT_TRAINED_ON = "nothing to learn: 'train' or 'weight' is 0 for every answer that would be"
-NOTHING_LEFT = "nothing to learn: no token of an answer is left"
+MASKED_BY_FLAGS = "no supervised token: 'train' or 'weight' is 0 for every answer"
+NOTHING_FITS = "no supervised token: no token of an answer is left"
 
 
 class Draft(NamedTuple):
-    """One text of a record before it is tokenized: the record's place in the batch, its conversation and segments."""
+    """A numbered record before tokenization: its conversation and texts, or its rejection."""
 
-    place: int
+    number: int
+    source: Source
     conversation: Conversation
-    segments: list[Segment]
-
-
-LabeledDraft = tuple[Draft, TokenizedConversation | RejectedRecord]
-
-
-class DraftBatch(NamedTuple):
-    """Records with their texts; `rejected` holds the reason at the place of each rejected record."""
-
-    records: list[tuple[int, Source]]
-    drafts: list[Draft]
-    rejected: dict[int, RejectedRecord]
+    texts: list[list[Segment]]
+    rejection: RejectedRecord | None = None
 
 
 class PreprocessedBatch(NamedTuple):
@@ -56,11 +47,7 @@ class Preprocessor:
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
-        conv_template: the name of a template, or auto.
-        max_length: most tokens of a sequence.
-        overlong: truncate, drop, split or error.
-        train_on: assistant, last or all.
-        lazy: keep texts in place of tokens.
+        lazy: keep texts in place of tokens; for the others see the flags.
 
     Raises:
         UserError: there is no such template, or the tokenizer lacks a token that it writes.
@@ -83,16 +70,16 @@ class Preprocessor:
         self.encoder = Encoder(tokenizer, self.control_tokens, add_bos=add_bos, supervise_all=train_on == "all")
 
     def _set_template(self, conv_template: str) -> bool:
-        """Choose the template, and return whether the BOS token has to be put in front of its texts."""
-        name = "vicuna" if conv_template == "auto" else conv_template
+        """Choose the template, and return whether its texts lack the BOS token."""
         if conv_template == "auto" and self.tokenizer.chat_template is not None:
             self.template, self.name = None, "the tokenizer's chat template"
             return False  # a chat template writes its own BOS
+        name = "vicuna" if conv_template == "auto" else conv_template
         self.template, self.name = get_template(name), f"the {name} template"
         _check_tokens(self.template.tokens, name, self.tokenizer)
         first = self.tokenizer("a").input_ids[0]
         add_bos = first is not None and first == self.tokenizer.bos_token_id
-        # What is saved beside the adapter is what it was trained with.
+        # The template that was trained with is saved beside the adapter.
         self.tokenizer.chat_template = self.template.to_jinja(add_bos=add_bos)
         return bool(add_bos)
 
@@ -115,48 +102,45 @@ class Preprocessor:
 
     def __call__(self, records: Sequence[tuple[int, RawRecord]]) -> PreprocessedBatch:
         """Do all steps for a batch of numbered records."""
-        batch = self.prepare(records)
-        return self.finish(batch, self.encode(batch))
+        drafts = self.prepare(records)
+        return self.finish(drafts, self.encode(drafts))
 
-    def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> DraftBatch:
-        """Parse and render a batch of numbered records; in Python, one thread."""
-        batch = DraftBatch([], [], {})
-        for place, (number, record) in enumerate(records):
-            source = record.source
-            try:
-                parsed = parse_record(record.value)
-                source = source._replace(id=get_id(parsed))
-                conversation = to_conversation(parsed)
-                check_plain(conversation, self.control_tokens)
-                batch.drafts.extend(Draft(place, conversation, segments) for segments in self.render(conversation))
-            except RejectedRecord as error:
-                batch.rejected[place] = error
-            batch.records.append((number, source))
-        return batch
+    def prepare(self, records: Sequence[tuple[int, RawRecord]]) -> list[Draft]:
+        """Parse and render numbered records; in Python, one thread."""
+        return [self._prepare_record(number, record) for number, record in records]
 
-    def encode(self, batch: DraftBatch) -> list[EncodedText]:
-        """Tokenize the texts of a batch, on all cores and outside of Python."""
-        return self._encode_texts([draft.segments for draft in batch.drafts])
+    def _prepare_record(self, number: int, record: RawRecord) -> Draft:
+        source = record.source
+        try:
+            parsed = parse_record(record.value)
+            source = source._replace(id=get_id(parsed))
+            conversation = to_conversation(parsed)
+            check_plain(conversation, self.control_tokens)
+            return Draft(number, source, conversation, self.render(conversation))
+        except RejectedRecord as error:
+            return Draft(number, source, Conversation(()), [], error)
+
+    def encode(self, drafts: Sequence[Draft]) -> list[EncodedText]:
+        """Tokenize all texts, on all cores and outside of Python."""
+        return self._encode_texts([segments for draft in drafts for segments in draft.texts])
 
     def _encode_texts(self, texts: Sequence[Sequence[Segment]]) -> list[EncodedText]:
         return self.encoder.encode(texts, enough=self.max_length if self.overlong == "truncate" else None)
 
-    def finish(self, batch: DraftBatch, encoded: Sequence[EncodedText]) -> PreprocessedBatch:
-        """Label, prove and cut to length. A record is rejected as a whole or not at all."""
-        labeled: dict[int, list[LabeledDraft]] = {}
-        for draft, text in zip(batch.drafts, encoded, strict=True):
-            labeled.setdefault(draft.place, []).append((draft, self.encoder.label(text)))
+    def finish(self, drafts: Sequence[Draft], encoded: Sequence[EncodedText]) -> PreprocessedBatch:
+        """Label the texts and cut them to length. A record is rejected as a whole or not at all."""
+        texts = iter(encoded)
         sequences: list[tuple[int, Source, TokenizedSequence]] = []
-        for place, drafts in sorted(labeled.items()):
+        rejections = []
+        for draft in drafts:
             try:
-                sequences += [(*batch.records[place], sequence) for sequence in self._fit(drafts)]
+                if draft.rejection:
+                    raise draft.rejection
+                own = self._fit(draft.conversation, list(islice(texts, len(draft.texts))))
+                sequences += [(draft.number, draft.source, sequence) for sequence in own]
             except RejectedRecord as error:
-                batch.rejected[place] = error
-        rejections = [
-            Rejection(batch.records[place][1], str(error), error.kind)
-            for place, error in sorted(batch.rejected.items())
-        ]
-        return PreprocessedBatch(build_table(sequences, lazy=self.lazy), rejections, len(batch.records))
+                rejections.append(Rejection(draft.source, str(error), error.kind))
+        return PreprocessedBatch(build_table(sequences, lazy=self.lazy), rejections, len(drafts))
 
     def render(self, conversation: Conversation) -> list[list[Segment]]:
         """Render a conversation as one or several texts in segments that know whether they are supervised.
@@ -166,9 +150,13 @@ class Preprocessor:
         """
         supervised = self.choose(conversation)
         if not supervised:
-            raise RejectedRecord(NOT_TRAINED_ON, RejectionKind.NOTHING_SUPERVISED)
-        if self.chat_template is None:
-            return [self._render_by_name(conversation, supervised)]
+            raise RejectedRecord(MASKED_BY_FLAGS, RejectionKind.NOTHING_SUPERVISED)
+        if self.template:
+            messages = _mask_others(conversation.messages, supervised)
+            if conversation.tools:
+                raise RejectedRecord("the template does not support 'tools'")
+            return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
+        assert self.chat_template is not None
         texts = self.chat_template.render(conversation, supervised)
         # The last one is the whole conversation, as the template writes it when all has been said.
         return texts[-1:] if self.train_on == "all" else texts
@@ -180,46 +168,39 @@ class Preprocessor:
         supervised = [i for i in answers if conversation.messages[i].train]
         return answers if supervised and self.train_on == "all" else supervised
 
-    def _render_by_name(self, conversation: Conversation, supervised: Sequence[int]) -> list[Segment]:
-        assert self.template is not None
-        if conversation.tools:
-            raise RejectedRecord("the template has no words for 'tools'")
-        messages = _mask_others(conversation.messages, supervised)
-        return self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
-
-    def _fit(self, drafts: Sequence[LabeledDraft]) -> list[TokenizedSequence]:
+    def _fit(self, conversation: Conversation, texts: Sequence[EncodedText]) -> list[TokenizedSequence]:
         """Return the sequences of one record.
 
         Raises:
-            RejectedRecord: one of its texts is rejected, or no supervised token fits.
+            RejectedRecord: the labels of a text cannot be proven, or no supervised token fits.
         """
-        sequences = [TokenizedSequence(draft.segments, _require_accepted(tokens)) for draft, tokens in drafts]
+        sequences = [TokenizedSequence(text.segments, self.encoder.label(text)) for text in texts]
         longest = max(len(sequence.tokens.input_ids) for sequence in sequences)
         if longest > self.max_length and self.overlong in ("drop", "error"):
             reason = f"too long ({longest} tokens, --model_max_length {self.max_length})"
             raise RejectedRecord(reason, RejectionKind.TOO_LONG)
         if longest > self.max_length and self.overlong == "split":
-            parts = self._split(drafts[0][0].conversation, [sequence.tokens for sequence in sequences])
+            parts = self._split(conversation, [sequence.tokens for sequence in sequences])
             if parts:
                 return parts
         return self._truncate(sequences)
 
     def _truncate(self, sequences: Sequence[TokenizedSequence]) -> list[TokenizedSequence]:
         """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
-        kept, lost = [], 0
-        reason = RejectedRecord(NOTHING_LEFT, RejectionKind.NOTHING_SUPERVISED)
+        kept, full_length = [], 0
+        reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
         for segments, tokens in sequences:
             try:
                 cut = truncate(tokens, self.max_length)
             except RejectedRecord as error:
                 reason = error
-                lost += tokens.full_length
+                full_length += tokens.full_length
                 continue
             if (cut.labels != IGNORE_INDEX).any():
                 kept.append(TokenizedSequence(segments, cut))
         if not kept:
             raise reason
-        return _add_lost_tokens(kept, lost)
+        return _extend_full_length(kept, full_length and full_length + kept[0].tokens.full_length)
 
     def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[TokenizedSequence]:
         """Return the sequences of the parts of a conversation that is too long; none if it cannot be split."""
@@ -229,49 +210,27 @@ class Preprocessor:
         parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
         if len(parts) < 2:
             return []
-        kept = [part for part in parts if self.choose(part)]
-        characters = _count_characters(parts)
-        share = (characters - _count_characters(kept)) / characters
-        lost = math.ceil(share * max(tokens.full_length for tokens in tokenized))
         sequences: list[TokenizedSequence] = []
-        for part in kept:
-            drafts = self._label_part(part)
+        full_length = 0
+        for part in parts:
             try:
-                sequences += self._fit(drafts)
+                sequences += self._fit(part, self._encode_texts(self.render(part)))
             except RejectedRecord as error:
                 if error.kind is not RejectionKind.NOTHING_SUPERVISED:
                     raise
-                lost += sum(_require_accepted(tokens).full_length for _, tokens in drafts)
-        return _add_lost_tokens(sequences, lost)
-
-    def _label_part(self, part: Conversation) -> list[LabeledDraft]:
-        texts = self.render(part)
-        return [
-            (Draft(0, part, segments), self.encoder.label(encoded))
-            for segments, encoded in zip(texts, self._encode_texts(texts), strict=True)
-        ]
+                full_length = max(tokens.full_length for tokens in tokenized)
+        return _extend_full_length(sequences, full_length)
 
 
 def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list[Message]:
-    """Return the messages, of which only those at these indices may be supervised."""
+    """Return the messages, with only those at these indices to be supervised."""
     return [message._replace(train=message.train and i in supervised) for i, message in enumerate(messages)]
 
 
-def _count_characters(parts: Sequence[Conversation]) -> int:
-    return sum(len(message.content) + 1 for part in parts for message in part.messages)
-
-
-def _require_accepted(tokens: TokenizedConversation | RejectedRecord) -> TokenizedConversation:
-    if isinstance(tokens, RejectedRecord):
-        raise tokens
-    return tokens
-
-
-def _add_lost_tokens(sequences: list[TokenizedSequence], lost: int) -> list[TokenizedSequence]:
-    """Count tokens of a record that are in no sequence into its first one's full length: it counts as shortened."""
-    if sequences and lost:
-        first = sequences[0].tokens
-        sequences[0] = sequences[0]._replace(tokens=first._replace(full_length=first.full_length + lost))
+def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
+    """Let the first sequence count tokens that are in none, so that the record counts as shortened."""
+    if sequences and full_length > sequences[0].tokens.full_length:
+        sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences
 
 

@@ -1,4 +1,4 @@
-"""Sequences of a record -> a table with their sources; and back to tokens, where the table keeps texts."""
+"""Sequences -> a table with their sources; and texts -> tokens on access, where the table keeps texts."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
 
-from fastchat_qlora.data.conversation import RejectedRecord, Segment
+from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.data.sources.readers import Source
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, EncodedText, Encoder, Ids, TokenizedConversation
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
+from fastchat_qlora.data.tokenization.token_bytes import Ids
 from fastchat_qlora.data.tokenization.truncation import truncate
 
 COMMON_COLUMNS = {
@@ -23,15 +24,15 @@ COMMON_COLUMNS = {
     "full_length": Value("int32"),
     "turns": Value("int32"),
 }
-"""A sequence's source (see Source; `record` counts through all files), its tokens, the supervised ones among them, the
-tokens of the whole conversation, and the assistant's turns in the sequence."""
+"""A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the tokens of
+the whole conversation, and the assistant turns in the sequence."""
 
 EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON_COLUMNS})
 LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
 class TokenizedSequence(NamedTuple):
-    """One sequence to train on: the text that it was made from, and its tokens, which may be fewer than the text's."""
+    """The text of one sequence to train on, and its tokens, which may be fewer than the text's."""
 
     segments: Sequence[Segment]
     tokens: TokenizedConversation
@@ -40,9 +41,7 @@ class TokenizedSequence(NamedTuple):
 def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, lazy: bool) -> pa.Table:
     """Return a table of sequences, each with the number and the source of its record.
 
-    Args:
-        sequences: the sequences.
-        lazy: keep their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
+    If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
     sources = [source for _, source, _ in sequences]
     tokens = [sequence.tokens for _, _, sequence in sequences]
@@ -72,12 +71,7 @@ def _concatenate(arrays: Sequence[Ids]) -> Ids:
 
 
 class TokenizeOnAccess:
-    """Tokenizes sequences on access, with the same result as when they were checked.
-
-    Args:
-        encoder: the one that they were checked with.
-        max_length: most tokens of a sequence.
-    """
+    """A transform of lazy datasets; the encoder must be the one that checked them."""
 
     def __init__(self, encoder: Encoder, max_length: int) -> None:
         self.encoder = encoder
@@ -86,12 +80,7 @@ class TokenizeOnAccess:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Replace the column `segments` by `input_ids` and `labels`."""
         texts = [[Segment(*part) for part in json.loads(text)] for text in batch["segments"]]
-        labeled = [self._label(encoded) for encoded in self.encoder.encode(texts, enough=self.max_length)]
+        encoded = self.encoder.encode(texts, enough=self.max_length)
+        labeled = [truncate(self.encoder.label(text), self.max_length) for text in encoded]
         tokens = {name: [getattr(one, name).tolist() for one in labeled] for name in ("input_ids", "labels")}
         return {**tokens, **{name: values for name, values in batch.items() if name != "segments"}}
-
-    def _label(self, encoded: EncodedText) -> TokenizedConversation:
-        tokens = self.encoder.label(encoded)
-        if isinstance(tokens, RejectedRecord):  # the tokenizer has changed since
-            raise tokens
-        return truncate(tokens, self.max_length)

@@ -1,4 +1,4 @@
-"""What happens to a conversation longer than model_max_length."""
+"""Conversations longer than --model_max_length -> shorter ones."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,13 @@ from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConve
 
 
 def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConversation:
-    """Keep the beginning, up to the end of the last whole assistant turn that fits.
+    """Return the beginning of a conversation, up to the end of the last whole assistant turn that fits.
 
-    If even the first turn is too long it is cut inside, and then it has no end token: the model must not learn to stop
-    where the record goes on.
-
-    Args:
-        tokens: one conversation.
-        max_length: the most tokens to keep.
+    A first turn that is too long is cut inside, without an end token: the model must not learn to stop where the record
+    continues.
 
     Raises:
-        RejectedRecord: nothing that is to be learnt fits.
+        RejectedRecord: no supervised token fits.
     """
     if len(tokens.input_ids) <= max_length:
         return tokens
@@ -25,25 +21,19 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
     cut = whole_turns[-1] if whole_turns else max_length
     labels = tokens.labels[:cut]
     if not (labels != IGNORE_INDEX).any():
-        raise RejectedRecord(
-            f"nothing to learn stands within the first {max_length} tokens", RejectionKind.NOTHING_SUPERVISED
-        )
+        reason = f"no supervised token within the first {max_length} tokens"
+        raise RejectedRecord(reason, RejectionKind.NOTHING_SUPERVISED)
     return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
 
 
 def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_length: int) -> list[list[Message]]:
-    """Cut a conversation in front of user messages into parts that should fit, each with the system message.
+    """Cut a conversation before user messages into parts that should fit, each with the system message.
 
-    A part holds at least one exchange, and as many more as fit by the lengths they had in the whole. Parts may still
-    turn out too long, since a template may write more around them; then they can be split again.
+    A part has at least one exchange, and as many more as fit by their lengths in the whole. It may still turn out too
+    long, since a template may write more around a part; then it can be split again.
 
     Args:
-        messages: the conversation.
         turn_ends: for each assistant turn, the number of tokens up to its end in the whole.
-        max_length: the most tokens of a part.
-
-    Returns:
-        The messages of each part.
     """
     has_system = messages[0].role == "system"
     exchanges = _find_exchanges(messages, int(has_system))
@@ -66,10 +56,7 @@ def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_le
 
 
 def _find_exchanges(messages: Sequence[Message], start: int) -> list[tuple[int, int]]:
-    """From where to where one exchange goes, and the next: all that users say, and all answers to it.
-
-    What nobody answers at the end is in none of them.
-    """
+    """Return the start and stop of each exchange, user messages and all answers to them; an unanswered end is left."""
     exchanges = []
     is_answered = False
     for i, message in enumerate(messages):

@@ -12,10 +12,10 @@ from conftest import sharegpt
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.parser import parse_args
-from fastchat_qlora.data.analysis import serving_parity as serve_parity
-from fastchat_qlora.data.analysis.serving_parity import Learnt, Mismatch, find_mismatch
+from fastchat_qlora.data.analysis import serving_parity
+from fastchat_qlora.data.analysis.serving_parity import Mismatch, SupervisedSpan, find_mismatch
 from fastchat_qlora.data.analysis.stop_tokens import find_stop_tokens
-from fastchat_qlora.data.dataset import load_data
+from fastchat_qlora.data.dataset import load_dataset
 
 ASSISTANT = "<|im_start|>assistant\n"
 
@@ -29,15 +29,15 @@ def load(tokenizer: Any, data: Path, tmp_path: Path, *flags: str, model_max_leng
     """The training rows as a run has them, with what was said about parity in the log."""
     argv = f"--model_name_or_path org/m --data_path {data} --output_dir {tmp_path / 'out'}"
     args = parse_args([*argv.split(), *flags])
-    loaded = load_data(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
-    return loaded["--data_path"].rows
+    loaded = load_dataset(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
+    return loaded.train.sequences
 
 
 def said(notices: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in notices.records if record.getMessage().startswith("Serve parity")]
 
 
-ALIKE = "Serve parity: {0} of {0} rows begin as a server would ask for their answers, with the tokenizer saved and read"
+ALIKE = "Serve parity: {0} of {0} sequences begin with a server's prompt, with the tokenizer saved and loaded again."
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_tokenizer_that_is_another_one_once_saved(tmp_path: Path, notices: pyt
     """transformers loses the switch `legacy` of a Llama tokenizer, for which model/loading.py sees to it."""
     load(copy.deepcopy(real_templates.sentencepiece("phi3")), foxes(tmp_path), tmp_path)
     [line] = said(notices)
-    assert line.startswith("Serve parity: 0 of 3 rows") and "as token 1, where a server has '\\n'" in line
+    assert line.startswith("Serve parity: 0 of 3 sequences") and "as token 1, a server has '\\n'" in line
 
 
 @pytest.mark.parametrize("family", real_templates.FAMILIES)
@@ -108,14 +108,14 @@ def other_server(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server whose tokenizer has another template than the one that was trained with."""
 
     def install(change: Any) -> None:
-        real = serve_parity._reload
+        real = serving_parity._reload
 
         def reload(tokenizer: Any) -> Any:
             server = real(tokenizer)
             change(server)
             return server
 
-        monkeypatch.setattr(serve_parity, "_reload", reload)
+        monkeypatch.setattr(serving_parity, "_reload", reload)
 
     return install
 
@@ -134,13 +134,13 @@ def replace(old: str, new: str) -> Any:
         (
             "assistant\n'",
             "assistant\nX'",
-            "before its answer 1 the row has {I} as token {n}, where a server has {X}",
+            "before answer 1 the sequence has {I} as token {n}, a server has {X}",
         ),
-        ("'<|im_start|>assistant\n'", "'<|im_end|>'", "the row has {start} as token {h}, where a server has {end}"),
+        ("'<|im_start|>assistant\n'", "'<|im_end|>'", "the sequence has {start} as token {h}, a server has {end}"),
         (
             "{% for",
             "<|endoftext|>{% for",
-            "the row has {start} as token 0, where a server has '<|endoftext|>' (id 0)",
+            "the sequence has {start} as token 0, a server has '<|endoftext|>' (id 0)",
         ),
     ],
     ids=["it goes on after the place of the answer", "another token before it", "from the first token on"],
@@ -166,7 +166,7 @@ def test_the_first_token_that_differs_is_named(
     names = {"I": shown(rows[0]["input_ids"][first]), "n": first, "h": first - header}
     names |= {"X": shown(tokenizer("X").input_ids[0]), "start": shown(1), "end": shown(2)}
     [line] = said(notices)
-    assert line.startswith("Serve parity: 0 of 12 rows begin as a server would ask for their answers. ")
+    assert line.startswith("Serve parity: 0 of 12 sequences begin with a server's prompt. ")
     assert f" {data_file}:1: " in line and problem.format(**names) in line
 
 
@@ -177,7 +177,7 @@ def test_a_later_answer_is_looked_at_too(
     other_server(replace("{% if add_gen", "{% if messages | length > 2 %}X{% endif %}{% if add_gen"))
     load(tokenizer, data_file, tmp_path)
     [line] = said(notices)
-    assert line.startswith("Serve parity: 6 of 12 rows") and f"{data_file}:2: before its answer 2 " in line
+    assert line.startswith("Serve parity: 6 of 12 sequences") and f"{data_file}:2: before answer 2 " in line
 
 
 def test_a_template_that_refuses(
@@ -186,7 +186,7 @@ def test_a_template_that_refuses(
     other_server(replace("{% for", "{{ raise_exception('no') }}{% for"))
     load(tokenizer, data_file, tmp_path)
     [line] = said(notices)
-    assert "0 of 12 rows" in line and "refuses what stands before its answer 1" in line
+    assert "0 of 12 sequences" in line and "refuses the messages before answer 1" in line
 
 
 def test_a_tokenizer_that_cannot_be_read_again(
@@ -197,7 +197,7 @@ def test_a_tokenizer_that_cannot_be_read_again(
 
     other_server(change)
     load(tokenizer, data_file, tmp_path)
-    assert said(notices) == ["Serve parity: not compared, the saved tokenizer cannot be read again: no such class"]
+    assert said(notices) == ["Serve parity: not compared, the saved tokenizer cannot be loaded: no such class"]
 
 
 def test_rows_are_spread_over_files_of_every_kind(
@@ -207,17 +207,17 @@ def test_rows_are_spread_over_files_of_every_kind(
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n" + "\n\n".join(map(json.dumps, records * 30)) + "\n{}\n")
     seen: list[tuple[str, int]] = []
-    real = serve_parity._compare
+    real = serving_parity._compare
 
     def compare(row: dict[str, Any], *rest: Any, **more: Any) -> str:
         seen.append((row["file"], row["line"]))
         return real(row, *rest, **more)
 
-    monkeypatch.setattr(serve_parity, "_compare", compare)
+    monkeypatch.setattr(serving_parity, "_compare", compare)
     load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
     assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
     assert {file for file, _ in seen} == {str(data_file), str(lines)}
-    assert max(line for _, line in seen) == serve_parity.WITHIN
+    assert max(line for _, line in seen) == serving_parity.COMPARED_LINES
 
 
 def test_a_template_that_never_writes_the_header(
@@ -230,8 +230,8 @@ def test_a_template_that_never_writes_the_header(
     first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
     header = len(tokenizer(ASSISTANT).input_ids)
     [line] = said(notices)
-    assert line.startswith("Serve parity: 0 of 12 rows") and line.endswith(
-        f"before its answer 1 the row has '<|im_start|>' (id 1) as token {first - header}, where a server has nothing "
+    assert line.startswith("Serve parity: 0 of 12 sequences") and line.endswith(
+        f"before answer 1 the sequence has '<|im_start|>' (id 1) as token {first - header}, a server has nothing "
         "more: the chat template has no generation prompt"
     )
 
@@ -271,11 +271,11 @@ def test_cut_rows_that_differ_are_found(
     data = tmp_path / "data.json"
     data.write_text(json.dumps([sharegpt([("human", "One two"), ("gpt", "three")] * 5)]))
     load(tokenizer, data, tmp_path, "--train_on", "all", model_max_length=60)
-    assert said(notices)[0].startswith("Serve parity: 0 of 1 rows")
+    assert said(notices)[0].startswith("Serve parity: 0 of 1 sequences")
 
 
 def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) -> Mismatch | Any:
-    return find_mismatch(ids, prompts, Learnt(start, len(ids), after))
+    return find_mismatch(ids, prompts, SupervisedSpan(start, len(ids), after))
 
 
 def test_the_nearest_prompt_is_compared() -> None:

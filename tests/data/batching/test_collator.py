@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from families import Padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.batching.collator import BATCH_INFO, Collator
-from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
 LAYOUTS = ("end to end", "padded on the right", "padded on the left")
@@ -107,8 +105,7 @@ def test_padding(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_rows_of_a_dataset(
     lazy: bool, layout: str, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    args = DataArguments(data_path=[str(data_file)], lazy_preprocess=lazy)
-    train: Dataset = build_dataset(args, tokenizer, max_length=256, seed=1, output_dir=str(tmp_path))["train"]
+    train = load_splits(data_file, tokenizer, tmp_path, lazy_preprocess=lazy)["train"]
     rows = [train[i] for i in range(4)]
     lengths = [len(row["input_ids"]) for row in rows]
     batch = collator(tokenizer, layout)(rows)

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CHATML
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
-from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.sources.formats import to_conversation
 from fastchat_qlora.errors import UserError
 
@@ -108,11 +107,14 @@ def test_tool_calls(said: dict[str, Any]) -> None:
         ({"train": "yes"}, "must be 0 or 1"),
         (
             {"content": [{"type": "image_url", "image_url": "x"}]},
-            "message 1: a content part is no text but 'image_url'",
+            "message 1: a content part must be text, not 'image_url'",
         ),
         ({"content": None}, "message 1: must be an object with text"),
         ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
-        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "message 1: has 'tool_calls' and 'function_call'"),
+        (
+            {"tool_calls": [CALL], "function_call": CALL["function"]},
+            "message 1: has both 'tool_calls' and 'function_call'",
+        ),
         ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),
@@ -146,7 +148,7 @@ def test_system_message_that_is_no_text(turns: dict[str, Any], system: Any) -> N
 @pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
 def test_two_system_messages_that_differ(first: Any) -> None:
     record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
-    with pytest.raises(RejectedRecord, match=r"^two system messages that differ: 'system' and the first message$"):
+    with pytest.raises(RejectedRecord, match=r"^'system' and the first message are system messages that differ$"):
         to_conversation(record)
 
 
@@ -165,17 +167,9 @@ def test_number_as_the_name_of_a_tool_call(key: str, given: Any, kept: str) -> N
     assert to_conversation({"messages": turns}).messages[2] == Message("tool", "3", extra={key: kept})
 
 
-def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> DatasetDict:
-    arguments = DataArguments(data_path=[str(path)], **options)
-    return build_dataset(
-        arguments,
-        tokenizer,
-        max_length=options.pop("max_length", 300),
-        seed=1,
-        output_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "cache"),
-        is_main=False,
-    )
+def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> dict[str, Dataset]:
+    settings = {"max_length": 300, "cache_dir": tmp_path / "cache", "mode": "worker", **options}
+    return load_splits(path, tokenizer, tmp_path, **settings)
 
 
 def learnt(row: dict[str, Any], tokenizer: Any) -> str:
@@ -266,7 +260,7 @@ def test_train_on_all(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
 def test_nothing_to_learn_by_flags(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [{**turn, "weight": 0} for turn in OPENAI["messages"]]}]))
-    with pytest.raises(UserError, match="nothing to learn: 'train' or 'weight' is 0"):
+    with pytest.raises(UserError, match="no supervised token: 'train' or 'weight' is 0"):
         build(path, tokenizer, tmp_path)
 
 
@@ -280,16 +274,7 @@ def test_split_keeps_every_answer_and_the_system_message(tokenizer: PreTrainedTo
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": turns}]))
-    arguments = DataArguments(data_path=[str(path)], overlong="split")
-    rows = build_dataset(
-        arguments,
-        tokenizer,
-        max_length=120,
-        seed=1,
-        output_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "c"),
-        is_main=False,
-    )["train"]
+    rows = build(path, tokenizer, tmp_path, max_length=120, overlong="split")["train"]
     assert len(rows) > 1
     assert "".join(learnt(row, tokenizer) for row in rows) == "".join(f"{answer}<|im_end|>" for _, answer in QUESTIONS)
     for row in rows:

@@ -1,7 +1,6 @@
 """Files become messages; a bad record is set aside with its line and the reason, and a bad file is an error."""
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -17,10 +16,10 @@ from conftest import CONVERSATIONS, sharegpt
 from datasets import Dataset
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
-from fastchat_qlora.data.sources.json_reader import HELD, _Watched
 from fastchat_qlora.data.sources.readers import (
-    BATCH,
+    BATCH_ROWS,
     RawRecord,
     Rejection,
     Source,
@@ -105,7 +104,7 @@ def test_good_records(name: str, tmp_path: Path) -> None:
         ({"instruction": "Why?", "context": "", "response": "So"}, "'instruction' without 'output'"),
         ({"conversations": [*GOOD["conversations"], {"from": "human"}]}, "message 2: must be an object"),
         ({"conversations": [{"from": "human", "value": 5}]}, "message 0: must be an object with text"),
-        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part is no text but 'int'"),
+        ({"conversations": [{"from": "human", "value": [5]}]}, "message 0: a content part must be text, not 'int'"),
         ({"conversations": [{"from": "human", "value": float("nan")}]}, "message 0: must be an object with text"),
         (sharegpt([("human", "Hi"), ("alien", "Hello")]), "message 1: unknown role 'alien'; known are .*human.*gpt"),
         ({"conversations": [{"value": "Hi"}]}, "message 0: unknown role None"),
@@ -243,11 +242,11 @@ def test_contents_are_kept_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'"text"', "a str"),
-        (b"null", "a NoneType"),
+        (b'"text"', "must be an array of records, not a str"),
+        (b"null", "must be an array of records, not a NoneType"),
         (line([GOOD])[:-1], "not valid JSON"),
         (line([GOOD, GOOD])[:-30], "not valid JSON"),
-        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), "not valid JSON.*JSON Lines files end in .jsonl"),
+        (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), r"not valid JSON.*write JSON Lines \(\.jsonl\)"),
         (b"", "not valid JSON"),
         (b'["' + b"a" * 6 + b"\xe9", "not UTF-8 at byte 8"),
     ],
@@ -267,8 +266,17 @@ def test_lines_in_a_json_file(tmp_path: Path) -> None:
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
 
-def test_deep_record_in_an_array(tmp_path: Path) -> None:
-    deep = b"[" * DEEP + b"]" * DEEP
+@pytest.mark.parametrize(
+    "deep",
+    [
+        b"[" * DEEP + b"]" * DEEP,
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+        rb'["]\"[\\",' * DEEP + b"1" + b"]" * DEEP,
+    ],
+    ids=["lists", "deeper", "objects", "brackets in texts"],
+)
+def test_deep_record_in_an_array(deep: bytes, tmp_path: Path) -> None:
     records = read(tmp_path / "a.json", b"[" + line() + b"," + deep + b"," + line() + b"]")
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
@@ -302,7 +310,6 @@ ESCAPES = {
     rb"\\\ud83d\ude00": "\\\U0001f600",
     b"\\" * 30 + rb"ud83d": "\\" * 15 + "ud83d",
 }
-LIMIT = "fastchat_qlora.data.sources.json_reader.WHOLE_FILE_LIMIT"
 
 
 def array_with(escape: bytes, padding: int = 0) -> bytes:
@@ -311,14 +318,12 @@ def array_with(escape: bytes, padding: int = 0) -> bytes:
     return b"[" + b",".join([line(), bad, line()]) + b"]"
 
 
-@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
-    """yajl would make a question mark of it, or another character; the text was never that."""
-    records = read(tmp_path / "a.json", array_with(escape))
+def assert_means(records: list[Conversation | Rejection], meaning: str | None) -> None:
+    """Compare what became of array_with."""
     if meaning is None:
         assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert isinstance(records[1], Rejection)
-        assert records[1].reason == "message 1: holds half of a surrogate pair, which is no character"
+        assert records[1].reason == "message 1: contains half of a surrogate pair, which is not a character"
     else:
         assert isinstance(records[1], Conversation)
         assert records[1].messages[1].content == meaning
@@ -326,52 +331,61 @@ def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, t
 
 
 @pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_half_a_surrogate_pair_in_an_array_too_large_to_read_whole(
+def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
+    assert_means(read(tmp_path / "a.json", array_with(escape)), meaning)
+
+
+@pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
+def test_escape_across_the_edge_of_what_is_read_at_once(
     escape: bytes, meaning: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LIMIT, 100)
-    path = tmp_path / "a.json"
-    if meaning is not None:
-        assert outline(read(path, array_with(escape))) == [(i, "Conversation") for i in (1, 2, 3)]
-        return
-    reason = "surrogate pair|invalid continuation byte"  # the second half alone is no UTF-8
-    with pytest.raises(UserError, match=rf"--data_path {path}: not valid JSON in UTF-8 .*({reason}).*\.jsonl"):
-        read(path, array_with(escape))
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 64)
+    for padding in range(64):
+        assert_means(read(tmp_path / "a.json", array_with(escape, padding)), meaning)
 
 
-@pytest.mark.parametrize("escape", [rb"\ud83d.", rb"\ud83d\ude00", rb"\\ud83d"], ids=repr)
-def test_escape_across_the_edge_of_what_is_read_at_once(
-    escape: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ITEMS = [0, -1.5e-3, 12345678901234567890, "", 'a\\"\u00e9\U0001f600', None, True, [], [[1, 2], {"a": [3]}], {"b": {}}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_items_wherever_the_edges_are(
+    ensure_ascii: bool, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LIMIT, 100)
-    edge = 1 << 20
-    start = array_with(escape).index(escape)
-    for place in range(edge - 2 * HELD, edge + 2):
-        content = array_with(escape, padding=place - start)
-        assert content.index(escape) == place
-        if ESCAPES[escape] is None:
-            with pytest.raises(UserError, match="holds half of a surrogate pair"):
-                read(tmp_path / "a.json", content)
-        else:
-            assert outline(read(tmp_path / "a.json", content)) == [(i, "Conversation") for i in (1, 2, 3)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ITEMS, ensure_ascii=ensure_ascii, indent=indent), encoding="utf-8")
+    for size in range(1, 40):
+        monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+        records = list(read_file(path, "--data_path"))
+        assert [record.value for record in records] == ITEMS
+        assert [record.source.line for record in records] == list(range(1, len(ITEMS) + 1))
 
 
-@pytest.mark.parametrize(("escape", "meaning"), [item for item in ESCAPES.items() if item[0] != rb"\ude00"], ids=repr)
-def test_escape_wherever_the_edges_are(escape: bytes, meaning: str | None) -> None:
-    for size in range(HELD + 1, 3 * HELD):
-        for padding in range(3 * HELD):
-            content = b'["' + b"x" * padding + escape + b'", "and more"]'
-            if meaning is None:
-                with pytest.raises(ValueError, match="surrogate"):
-                    watched(content, size)
-            else:
-                assert watched(content, size) == content
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"[{}, {} {}]", "after record 2: .*: line 1 .char 8"),
+        (b"[{},\n {}\n,]", "after record 2: Expecting value: line 3 .char 10"),
+        (b'[{},\n {"a": x}]', "after record 1: Expecting value: line 2 .char 12"),
+        (b"[{}]\n\n{}", "after record 1: Extra data: line 3 .char 6"),
+        (b"[{}", "after record 1: .*: line 1 .char 3"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_error_names_the_place(
+    size: int, content: bytes, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+    with pytest.raises(UserError, match=f"not valid JSON {place}"):
+        read(tmp_path / "a.json", content)
 
 
-def watched(content: bytes, size: int) -> bytes:
-    """What the streaming parser gets to see, read in pieces of that size."""
-    file = _Watched(io.BufferedReader(io.BytesIO(content)))
-    return b"".join(iter(lambda: file.read(size), b""))
+def test_item_that_is_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 100)
+    monkeypatch.setattr(json_reader, "MAX_ITEM_CHARACTERS", 1 << 20)
+    content = line([GOOD, {**GOOD, "note": "x" * 3_000_000}])
+    with pytest.raises(UserError, match="after record 1: no record's end within 1 Mi characters"):
+        read(tmp_path / "a.json", content)
 
 
 BRACKETS = {
@@ -383,7 +397,6 @@ BRACKETS = {
     "lists with something before": b"[" + b"[1," * 100_000,
     "objects with something before": b"[" + b'{"b": "}]}]", "a":' * 100_000,
     "lists with brackets in texts": b"[" + rb'["]\"]\\",' * 100_000,
-    "lists that are closed": b"[" * 100_000 + b"]" * 100_000,
 }
 READ_IN_LITTLE_MEMORY = """
 import resource, sys
@@ -403,7 +416,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory in use")
 def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
-    """ijson would keep the whole path to each of them, which is gigabytes; half of one has to do here."""
+    """A parser that keeps the path to each of them would need gigabytes; half of one has to do here."""
     paths = [tmp_path / f"{name}.json" for name in BRACKETS]
     for path, content in zip(paths, BRACKETS.values(), strict=True):
         path.write_bytes(content)
@@ -419,10 +432,7 @@ def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
     [b'"' + b"[" * (3 << 20) + b'"', b'"' + rb"\"{[" * 500_000 + b'"', b"[[]],[{}]," * 30_000],
     ids=["in a text", "behind quotes", "side by side"],
 )
-def test_brackets_that_are_not_nested_do_no_harm(
-    inside: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LIMIT, 100)
+def test_brackets_that_are_not_nested_do_no_harm(inside: bytes, tmp_path: Path) -> None:
     note = b'"note": [' + inside.removesuffix(b",") + b"], "
     content = b"[" + line().replace(b"{", b"{" + note, 1) + b"]"
     assert outline(read(tmp_path / "a.json", content)) == [(1, "Conversation")]
@@ -457,7 +467,7 @@ def test_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
 def test_pretty_printed_object(before: bytes, name: str, tmp_path: Path) -> None:
     """Not one rejected line for each of its lines."""
     content = before + json.dumps({"data": [GOOD, GOOD]}, indent=2).encode()
-    with pytest.raises(UserError, match=r"holds an object, must hold an array of records; JSON Lines end in \.jsonl"):
+    with pytest.raises(UserError, match=r"must be an array of records, not an object; JSON Lines files end in \.jsonl"):
         read(tmp_path / name, pack(content, name))
 
 
@@ -506,7 +516,7 @@ with_values_that_python_cannot_hold = pytest.mark.parametrize(
 
 
 @with_values_that_python_cannot_hold
-@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+@pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
 def test_parquet_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
 ) -> None:
@@ -583,7 +593,7 @@ def test_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.json.zst", "a.parquet"])
-@pytest.mark.parametrize("count", [1, BATCH, 3 * BATCH + 1])
+@pytest.mark.parametrize("count", [1, BATCH_ROWS, 3 * BATCH_ROWS + 1])
 def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "a.parquet":
@@ -596,7 +606,7 @@ def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Pa
 
 
 @with_values_that_python_cannot_hold
-@pytest.mark.parametrize("before", [0, BATCH - 1, BATCH])
+@pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
 def test_hub_dataset_with_values_that_python_cannot_hold(
     columns: dict[str, pa.Array], good: list[bool], before: int
 ) -> None:
@@ -608,14 +618,14 @@ def test_hub_dataset_with_values_that_python_cannot_hold(
     assert all(isinstance(value, RejectedRecord) or set(value) <= {"id", "messages"} for value in values)
 
 
-@pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1, 3 * BATCH - 1])
+@pytest.mark.parametrize("count", [0, 1, BATCH_ROWS, BATCH_ROWS + 1, 3 * BATCH_ROWS - 1])
 def test_progress_of_a_hub_dataset_is_all_its_bytes(count: int) -> None:
     dataset = Dataset.from_list([{**GOOD, "id": "x" * (i % 13)} for i in range(count)])
     told: list[int] = []
     records = list(read_hub_dataset("org/name", dataset, told.append))
     assert [record.source for record in records] == [Source("org/name", i + 1) for i in range(count)]
     assert sum(told) == dataset.data.nbytes
-    assert len(told) == -(-count // BATCH)
+    assert len(told) == -(-count // BATCH_ROWS)
 
 
 @pytest.mark.parametrize("counts", [(168, 392), (399, 406), (574,)])

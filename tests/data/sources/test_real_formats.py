@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
-from fastchat_qlora.data.tokenization.preprocess import Finished, Preprocessor
+from fastchat_qlora.data.tokenization.preprocess import PreprocessedBatch, Preprocessor
 
 ADD = {
     "type": "function",
@@ -81,7 +81,7 @@ def tokenizer_folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
     make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> Finished:
+def prepare(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> PreprocessedBatch:
     settings = {"max_length": 100_000, "overlong": "truncate", **options}
     return Preprocessor(tokenizer, "auto", **settings)([(0, RawRecord(Source("f", 1), record))])
 
@@ -89,14 +89,14 @@ def prepare(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> 
 def learnt_rows(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> list[list[str]]:
     done = prepare(tokenizer, record, **options)
     assert [rejection.reason for rejection in done.rejections] == []
-    return [learnt(row, tokenizer) for row in done.rows.to_pylist()]
+    return [learnt(row, tokenizer) for row in done.sequences.to_pylist()]
 
 
 @pytest.mark.parametrize("name", list(LEARNT_OF_TOOLS))
 def test_tool_calls_are_learnt_and_results_are_not(name: str) -> None:
     tokenizer = byte_level(name)
     assert learnt_rows(tokenizer, {"messages": TOOLS, "tools": [ADD]}) == LEARNT_OF_TOOLS[name]
-    [*_, last] = prepare(tokenizer, {"messages": TOOLS, "tools": [ADD]}).rows.to_pylist()
+    [*_, last] = prepare(tokenizer, {"messages": TOOLS, "tools": [ADD]}).sequences.to_pylist()
     assert "RESULT" in tokenizer.decode(last["input_ids"])
 
 
@@ -111,14 +111,14 @@ def test_thoughts_are_learnt_where_a_server_would_see_them(name: str) -> None:
     [
         ("qwen2_5", {"messages": THOUGHTS}, "message 1: the chat template does not write 'First"),
         ("llama3", {"messages": TOOLS, "tools": [ADD]}, "message 1: the chat template does not write 'add'"),
-        ("phi3", {"messages": THOUGHTS[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template leaves the tool 'add' out"),
+        ("phi3", {"messages": THOUGHTS[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template omits the tool 'add'"),
         ("gemma", {"messages": TOOLS, "tools": [ADD]}, "the chat template refuses the conversation"),
     ],
     ids=["no words for thoughts", "none for calls", "none for tools", "refuses"],
 )
 def test_what_a_template_has_no_words_for(name: str, record: Any, reason: str) -> None:
     done = prepare(byte_level(name), record)
-    assert len(done.rows) == 0
+    assert len(done.sequences) == 0
     assert [rejection.reason[: len(reason)] for rejection in done.rejections] == [reason]
 
 
@@ -144,7 +144,7 @@ def test_what_has_no_words_is_missed_though_they_stand_elsewhere(name: str, mess
     reasons = [rejection.reason for rejection in done.rejections]
     assert len(reasons) == 1
     assert reasons[0].startswith("message 1: the chat template ")
-    assert len(done.rows) == 0
+    assert len(done.sequences) == 0
 
 
 @pytest.mark.parametrize("name", sorted({*LEARNT_OF_TOOLS} - {"llama3_1"}))  # it has no words for both at once
@@ -174,7 +174,7 @@ def test_characters_that_templates_are_watched_with(place: str, character: str) 
         answer[place] = f"x{character}"
     done = prepare(byte_level("glm4moe"), {"messages": [SAID[0], answer], "tools": [tool]})
     assert [rejection.reason.partition(": ")[2] for rejection in done.rejections] == [
-        "holds U+FDD0 or U+FDD1, which is no character"
+        "contains U+FDD0 or U+FDD1, which are not characters"
     ]
 
 
@@ -209,16 +209,16 @@ def test_template_that_rewrites_is_rendered_a_few_times_for_each_answer(thoughts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "apply_chat_template", counted)
         done = preprocessor([(0, RawRecord(Source("f", 1), {"messages": messages}))])
-    assert len(done.rows) == 20
-    assert all(row["turns"] == i + 1 for i, row in enumerate(done.rows.to_pylist()))
+    assert len(done.sequences) == 20
+    assert all(row["turns"] == i + 1 for i, row in enumerate(done.sequences.to_pylist()))
     assert count < 8 * 20
 
 
 def test_too_much_text_of_one_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MOST_TEXT", 2_000)
+    monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MAX_RENDERED_CHARACTERS", 2_000)
     messages = [{"role": role, "content": f"{role} {i}" * 5} for i, role in enumerate(("user", "assistant") * 20)]
     [rejection] = prepare(byte_level("qwen3"), {"messages": messages}).rejections
-    assert rejection.reason == "the chat template makes texts of more than 2000 characters of it"
+    assert rejection.reason == "the chat template renders more than 2000 characters for it"
 
 
 TALK = [
@@ -251,10 +251,10 @@ class TestWholeConversations:
     def test_cut_never_falls_into_a_later_answer(self) -> None:
         """Only the first one may be cut inside. A row whose later answer is too long is lost, and that is counted."""
         tokenizer = byte_level("qwen3")
-        whole = prepare(tokenizer, {"messages": TALK}).rows.to_pylist()
+        whole = prepare(tokenizer, {"messages": TALK}).sequences.to_pylist()
         length = whole[1]["length"] - 3
         assert length > whole[0]["length"]
-        [row] = prepare(tokenizer, {"messages": TALK}, max_length=length).rows.to_pylist()
+        [row] = prepare(tokenizer, {"messages": TALK}, max_length=length).sequences.to_pylist()
         assert row["input_ids"] == whole[0]["input_ids"]
         assert row["full_length"] == whole[0]["length"] + whole[1]["length"]
 
@@ -262,12 +262,12 @@ class TestWholeConversations:
         """`train_on last` means the conversation's last answer, not the last of each part."""
         tokenizer = byte_level("qwen2_5")
         turns = [{"role": role, "content": f"{role} {i} and so on"} for i in range(6) for role in ("user", "assistant")]
-        whole = prepare(tokenizer, {"messages": turns}, train_on="last").rows.to_pylist()
+        whole = prepare(tokenizer, {"messages": turns}, train_on="last").sequences.to_pylist()
         options = {"max_length": whole[0]["length"] // 2, "overlong": "split"}
         assert learnt_rows(tokenizer, {"messages": turns}, train_on="last", **options) == [
             ["assistant 5 and so on<|im_end|>"]
         ]
-        [last] = prepare(tokenizer, {"messages": turns}, train_on="last", **options).rows.to_pylist()
+        [last] = prepare(tokenizer, {"messages": turns}, train_on="last", **options).sequences.to_pylist()
         assert last["length"] < last["full_length"]  # the other parts are in no row, which is counted
         parts = learnt_rows(tokenizer, {"messages": turns}, **options)
         assert len(parts) > 1
@@ -284,7 +284,7 @@ class TestWholeConversations:
             {"role": "assistant", "content": "AA3."},
         ]
         done = prepare(tokenizer, {"messages": turns}, max_length=120, overlong="split")
-        rows = done.rows.to_pylist()
+        rows = done.sequences.to_pylist()
         assert [learnt(row, tokenizer) for row in rows] == [["AA1.<|im_end|>"], ["AA3.<|im_end|>"]]
         assert rows[0]["full_length"] > 400
         assert rows[0]["full_length"] > rows[0]["length"]
@@ -304,7 +304,7 @@ def test_special_tokens_that_swallow_blanks(conv_template: str, family: str, str
     ]
     preprocessor = Preprocessor(tokenizer, conv_template, 1000, "truncate")
     done = preprocessor([(i, RawRecord(Source("f", i), record)) for i, record in enumerate(records)])
-    rows = {row["line"]: row for row in done.rows.to_pylist()}
+    rows = {row["line"]: row for row in done.sequences.to_pylist()}
     # A blank that a special token swallows is in no token, so such an answer cannot be learnt exactly.
     swallowed = {2} if "rstrip" in strips else set()
     swallowed |= {3} if "lstrip" in strips else set()
@@ -331,6 +331,6 @@ def test_tokenizer_that_makes_special_tokens_of_other_characters(tokenizer: PreT
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         messages = [{**turn, "content": text} if turn["role"] == role else turn for turn in messages]
         [rejection] = prepare(forged, {"messages": messages}).rejections
-        assert rejection.reason == "the tokenizer makes special tokens of text that holds none"
+        assert rejection.reason == "the tokenizer finds special tokens in text that contains none"
     plain = {"messages": [{"role": "user", "content": "\ufb01ne?"}, {"role": "assistant", "content": "Hello"}]}
     assert learnt_rows(forged, plain) == [["Hello<|im_end|>"]]

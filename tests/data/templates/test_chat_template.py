@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
 from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 Turns = Sequence[tuple[str, str]]
 
@@ -43,7 +43,9 @@ def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast)
     return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
 
 
-def render_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: Marks) -> list[Segment]:
+def render_chat_template(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: StringMatcher
+) -> list[Segment]:
     """The only row."""
     [segments] = render_rows(messages, tokenizer)
     return segments
@@ -167,7 +169,7 @@ def test_text_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
         "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + '\nA:' }}"
         "{% else %}{{ ' ' + message.content + '\n\n' }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RejectedRecord, match="no special token"):
+    with pytest.raises(RejectedRecord, match="with a special token"):
         spoken(tokenizer, template, TALK)
 
 
@@ -231,7 +233,7 @@ def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokeni
 
 
 def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RejectedRecord, match="message 0: the chat template leaves the user's message out"):
+    with pytest.raises(RejectedRecord, match="message 0: the chat template omits the user's message"):
         spoken(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
 
 
@@ -241,7 +243,7 @@ def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenize
 )
 def test_template_that_changes_the_answer(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
     template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
-    with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|puts|leaves) .*(answer|mouth)"):
+    with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|inserts|omits) .*answer"):
         spoken(tokenizer, template, TALK)
 
 
@@ -272,7 +274,9 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
             Segment(" three<|im_end|>", supervised=True, ends_turn=True),
         ]
     consecutive = [*TALK, ("assistant", "four")]
-    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+    with pytest.raises(
+        RejectedRecord, match=r"^message 3: the chat template does not end the turn with a special token"
+    ):
         render_rows(to_messages(consecutive), tokenizer)
 
 
@@ -283,7 +287,9 @@ def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrained
         "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
         "{% else %}{{ ' ' + message.content + ('\n' if loop.last else '') }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RejectedRecord, match=r"^message 3: the chat template ends the turn with no special token"):
+    with pytest.raises(
+        RejectedRecord, match=r"^message 3: the chat template does not end the turn with a special token"
+    ):
         render_rows(to_messages(TALK), tokenizer)
 
 

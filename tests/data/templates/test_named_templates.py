@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.conversation import TEMPLATES, ConversationTemplate, Message, RejectedRecord, get_template
+from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.templates.named_templates import TEMPLATES, ConversationTemplate, get_template
 from fastchat_qlora.errors import UserError
 
 FASTCHAT_SYSTEM = (
@@ -168,7 +169,7 @@ def test_after_assistant_is_not_learnt() -> None:
         (HI + HI[1:], "message 2: expected user, found assistant"),
         (HI + SYSTEM + BYE, "message 2: expected user, found system"),
         (SYSTEM + SYSTEM + HI, "message 1: expected user, found system"),
-        ([*HI, Message("tool", "22 °C"), *BYE], "message 2: the template has no words for the role 'tool'"),
+        ([*HI, Message("tool", "22 °C"), *BYE], "message 2: the template does not support the role 'tool'"),
     ],
 )
 def test_turns_that_are_not_taken_are_rejected(messages: list[Message], reason: str) -> None:

@@ -87,7 +87,7 @@ class TestEveryTemplate:
     ) -> None:
         tokenizer = FAMILIES[family](name)
         done = run(tokenizer, chat(turns, system))
-        rows = done.rows.to_pylist()
+        rows = done.sequences.to_pylist()
         assert done.read == 1 == len(done.rejections) + len({row["record"] for row in rows})
         if done.rejections:
             assert not rows
@@ -109,14 +109,14 @@ class TestEveryTemplate:
         for cut in (True, False):
             preprocessor = Preprocessor(tokenizer, "auto", max_length=90, overlong="truncate")
             if not cut:
-                preprocessor.encoder.edges = ()
+                preprocessor.encoder.safe_cuts = ()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("fastchat_qlora.data.tokenization.labels.CHARACTERS_PER_TOKEN", guess)
+                patch.setattr("fastchat_qlora.data.tokenization.labels.MAX_CHARACTERS_PER_TOKEN", guess)
                 batch = preprocessor.prepare([(0, RawRecord(Source("f", 1), {"messages": chat(long)}))])
                 encoded = preprocessor.encode(batch)
                 done = preprocessor.finish(batch, encoded)
             columns = ("input_ids", "labels", "length", "supervised", "turns")
-            rows.append([{column: row[column] for column in columns} for row in done.rows.to_pylist()])
+            rows.append([{column: row[column] for column in columns} for row in done.sequences.to_pylist()])
             tokenised.append([part.share for part in encoded])
         if rows[1]:  # what cannot be learnt exactly may stand only in the end that is cut off
             assert rows[0] == rows[1]
@@ -132,7 +132,7 @@ class TestEveryTemplate:
         done = run(tokenizer, chat(turns[:2]), chat(turns[:2], "Be brief."), chat(turns[1:2]))
         rejected = [rejection.source.line for rejection in done.rejections]
         assert rejected == ([2] if name in NO_SYSTEM else [])
-        [said] = learnt(done.rows.to_pylist()[-1], tokenizer)
+        [said] = learnt(done.sequences.to_pylist()[-1], tokenizer)
         assert is_said(said, "Three 🙂\n\nfour", ENDS[name])
 
     def test_few_are_rejected(self, name: str, family: str) -> None:
@@ -148,7 +148,7 @@ class TestEveryTemplate:
         """Up to each answer, the ids are those of the prompt that a server would make of the messages before it."""
         tokenizer = FAMILIES[family](name)
         messages = chat([("Count, please!", "One, two."), ("And then?", "Three.")])
-        rows = run(tokenizer, messages).rows.to_pylist()
+        rows = run(tokenizer, messages).sequences.to_pylist()
         assert (len(rows) > 1) == (name in REWRITES)
         prompts = []
         for i in (1, 3):
@@ -169,7 +169,7 @@ def test_generation_markers_change_nothing(name: str, tokenizer_folder: Path) ->
     if texts[0] != texts[1]:
         pytest.skip("the twin writes another text")
     rows = [
-        [learnt(row, tokenizer) for row in run(tokenizer, chat(turns)).rows.to_pylist()]
+        [learnt(row, tokenizer) for row in run(tokenizer, chat(turns)).sequences.to_pylist()]
         for tokenizer in (plain, marked)
     ]
     assert rows[0] == rows[1]

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
-from fastchat_qlora.data.tokenization.build import BATCH_BYTES, BATCH_RECORDS, batches, choose_workers, kind_of
+from fastchat_qlora.data.tokenization.build import (
+    MAX_BATCH_CHARACTERS,
+    MAX_BATCH_RECORDS,
+    choose_workers,
+    generalize,
+    make_batches,
+)
 
 GIB = 2**30
 
@@ -43,19 +49,19 @@ def test_workers_follow_cores_and_data(
             f"refused: {'very ' * 20}long",
             "refused: very very very very very very very very very very very very very ...",
         ),
-        ("nothing to learn stands within the first 512 tokens", "nothing to learn stands within the first N tokens"),
+        ("no supervised token within the first 512 tokens", "no supervised token within the first N tokens"),
     ],
 )
 def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
-    assert kind_of(reason) == kind
+    assert generalize(reason) == kind
 
 
-HALF = "x" * (BATCH_BYTES // 2)
+HALF = "x" * (MAX_BATCH_CHARACTERS // 2)
 
 
 def batch_sizes(values: list[Any]) -> list[int]:
     """How many of these records each batch holds."""
-    numbered = list(batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
+    numbered = list(make_batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
     assert [number for batch in numbered for number, _ in batch] == list(range(len(values)))
     return [len(batch) for batch in numbered]
 
@@ -80,7 +86,7 @@ def test_a_batch_is_full_wherever_its_text_stands(record: Any) -> None:
 
 @pytest.mark.parametrize("value", [None, 5, float("nan"), "", [], {}, [None], {"messages": [5]}])
 def test_records_without_text_fill_a_batch_by_number(value: Any) -> None:
-    assert batch_sizes([value] * (BATCH_RECORDS + 1)) == [BATCH_RECORDS, 1]
+    assert batch_sizes([value] * (MAX_BATCH_RECORDS + 1)) == [MAX_BATCH_RECORDS, 1]
 
 
 def test_records_nested_however_deep_are_counted() -> None:

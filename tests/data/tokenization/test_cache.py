@@ -14,10 +14,9 @@ import pytest
 from conftest import CONVERSATIONS, sharegpt
 from datasets import Dataset
 from filelock import FileLock
+from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.dataset import build_dataset
 from fastchat_qlora.data.tokenization import build as building
 from fastchat_qlora.data.tokenization import cache
 from fastchat_qlora.errors import UserError
@@ -29,23 +28,18 @@ Build = Callable[..., Dataset]
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A line for every time that rows are really made."""
     calls: list[str] = []
-    make = building.build_rows
-    monkeypatch.setattr("fastchat_qlora.data.dataset.build_rows", lambda *args: calls.append(args[-1]) or make(*args))
+    make = building.build_sequences
+    monkeypatch.setattr(
+        "fastchat_qlora.data.dataset.build_sequences", lambda *args: calls.append(args[-1]) or make(*args)
+    )
     return calls
 
 
 @pytest.fixture
 def build(tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path) -> Build:
     def build_with(max_length: int = 300, **options: Any) -> Dataset:
-        return build_dataset(
-            DataArguments(**{"data_path": [str(data_file)], **options}),
-            tokenizer,
-            max_length=max_length,
-            seed=1,
-            output_dir=str(tmp_path),
-            cache_dir=str(tmp_path / "cache"),
-            is_main=True,
-        )["train"]
+        settings = {"max_length": max_length, "cache_dir": tmp_path / "cache", **options}
+        return load_splits(data_file, tokenizer, tmp_path, **settings)["train"]
 
     return build_with
 
@@ -151,15 +145,15 @@ def test_data_that_changes_while_it_is_read(
     build: Build, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows must not be found again under what it was before."""
-    make = building.build_rows
+    make = building.build_sequences
 
     def changing(*args: Any) -> Any:
         account = make(*args)
         data_file.write_text(data_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
         return account
 
-    monkeypatch.setattr("fastchat_qlora.data.dataset.build_rows", changing)
-    with pytest.raises(UserError, match="--data_path: a file was changed while it was read; start again"):
+    monkeypatch.setattr("fastchat_qlora.data.dataset.build_sequences", changing)
+    with pytest.raises(UserError, match="--data_path: a file changed while it was read; start again"):
         build()
     assert entries(tmp_path) == []
 
@@ -186,16 +180,16 @@ def make_old_entries(root: Path, count: int) -> None:
         folder = root / f"old{age:02}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        used = time.time() - (2 + age) * cache.DAY
+        used = time.time() - (2 + age) * cache.DAY_SECONDS
         os.utime(folder / "manifest.json", (used, used))
 
 
 def test_old_entries_are_pruned(build: Build, tmp_path: Path) -> None:
-    make_old_entries(tmp_path / "cache" / "fastchat_qlora", cache.KEPT + 5)
+    make_old_entries(tmp_path / "cache" / "fastchat_qlora", cache.MAX_ENTRIES + 5)
     build()
     kept = {path.name for path in entries(tmp_path)}
-    assert {f"old{age:02}" for age in range(cache.KEPT - 1)} < kept
-    assert len(kept) == cache.KEPT
+    assert {f"old{age:02}" for age in range(cache.MAX_ENTRIES - 1)} < kept
+    assert len(kept) == cache.MAX_ENTRIES
 
 
 @pytest.mark.parametrize("age", [0.5, 2.0], ids=["of today", "old"])
@@ -206,7 +200,7 @@ def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, a
     unfinished.mkdir()
     (unfinished / "rows.arrow").write_bytes(b"half")
     (tmp_path / "other.lock").touch()
-    started = time.time() - age * cache.DAY
+    started = time.time() - age * cache.DAY_SECONDS
     os.utime(unfinished, (started, started))
     lock = FileLock(tmp_path / "key.lock")
     with lock if held else nullcontext():
@@ -217,11 +211,11 @@ def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, a
 
 def test_old_entry_that_is_in_use_is_not_pruned(tmp_path: Path) -> None:
     """Its process checks it, and is about to say that it was used now."""
-    make_old_entries(tmp_path, cache.KEPT + 3)
+    make_old_entries(tmp_path, cache.MAX_ENTRIES + 3)
     with FileLock(tmp_path / "old11.lock"):
         cache.prune(tmp_path)
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-    assert left == {f"old{age:02}" for age in (*range(cache.KEPT), 11)}
+    assert left == {f"old{age:02}" for age in (*range(cache.MAX_ENTRIES), 11)}
 
 
 def test_locks_stay(build: Build, tmp_path: Path) -> None:
@@ -231,7 +225,7 @@ def test_locks_stay(build: Build, tmp_path: Path) -> None:
     lock = entry.with_suffix(".lock")
     assert lock.exists()
     unfinished = entry.rename(entry.with_suffix(".building"))
-    used = time.time() - 2 * cache.DAY
+    used = time.time() - 2 * cache.DAY_SECONDS
     os.utime(unfinished / "manifest.json", (used, used))
     cache.prune(unfinished.parent)
     assert entries(tmp_path) == []
@@ -240,38 +234,39 @@ def test_locks_stay(build: Build, tmp_path: Path) -> None:
 
 def test_cache_that_cannot_be_written(build: Build, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"--cache_dir: tokenised data cannot be kept in .*cache"):
+    with pytest.raises(UserError, match=r"--cache_dir: tokenized data cannot be stored in .*cache"):
         build()
 
 
 PROCESS = """
 import logging, sys, time
+from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data import dataset
-make = dataset.build_rows
+make = dataset.build_sequences
 def slowly(*args):
     print("BUILT", flush=True)
     time.sleep(1)
     return make(*args)
-dataset.build_rows = slowly
+dataset.build_sequences = slowly
 data, tokenizer, folder, rank = sys.argv[1:]
-rows = dataset.build_dataset(
-    DataArguments(data_path=[data]), PreTrainedTokenizerFast.from_pretrained(tokenizer), max_length=300, seed=1,
-    output_dir=folder, cache_dir=folder + "/cache", is_main=rank == "0")["train"]
+rows = dataset.load_dataset(
+    DataArguments(data_path=[data]), PreTrainedTokenizerFast.from_pretrained(tokenizer), max_length=300,
+    output_dir=Path(folder), cache_dir=folder + "/cache", mode="main" if rank == "0" else "worker").train.sequences
 print("ROWS", len(rows), sum(rows["length"]), flush=True)
 """
 
 
 def test_ranks_that_start_at_once_tokenise_once(data_file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    count = 4
+    count = 3
     arguments = [str(data_file), str(tokenizer_folder), str(tmp_path)]
     ranks = [
         subprocess.Popen([sys.executable, "-c", PROCESS, *arguments, str(rank)], stdout=subprocess.PIPE, text=True)
         for rank in range(count)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * count
     assert "".join(outputs).count("BUILT") == 1
     assert len({output.splitlines()[-1] for output in outputs}) == 1

@@ -51,7 +51,7 @@ def llama_tokenizer(golden: dict[str, np.ndarray], tmp_path_factory: pytest.Temp
 def preprocess(tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     done = Preprocessor(tokenizer, "vicuna", 2048, "truncate")(list(enumerate(read_file(DATA, "--data_path"))))
     assert not done.rejections
-    return done.rows.to_pydict()
+    return done.sequences.to_pydict()
 
 
 def assert_equals_fastchat(rows: dict[str, list], golden: dict[str, np.ndarray]) -> None:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment, get_template
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain as check_conversation
 from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import Marks
+from fastchat_qlora.data.templates.string_matcher import StringMatcher
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
 
 END = "<|im_end|>"
@@ -28,11 +29,13 @@ def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
 
 
-def check_plain(messages: list[Message], special: Marks) -> None:
+def check_plain(messages: list[Message], special: StringMatcher) -> None:
     check_conversation(Conversation(messages), special)
 
 
-def render_chat_template(messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: Marks) -> list[Segment]:
+def render_chat_template(
+    messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: StringMatcher
+) -> list[Segment]:
     """One row with all answers."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
@@ -42,15 +45,16 @@ def render_chat_template(messages: list[Message], tokenizer: PreTrainedTokenizer
 def tokenize_batch(
     batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
 ) -> list[TokenizedConversation | RejectedRecord]:
-    """Texts tokenised together; arrays as lists, to be compared."""
+    """Tokenize texts together; arrays become lists, to be compared."""
     encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
-    done = [encoder.label(encoded) for encoded in encoder.encode(batch)]
-    return [
-        tokens
-        if isinstance(tokens, RejectedRecord)
-        else tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist())
-        for tokens in done
-    ]
+    labeled: list[TokenizedConversation | RejectedRecord] = []
+    for encoded in encoder.encode(batch):
+        try:
+            tokens = encoder.label(encoded)
+            labeled.append(tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist()))
+        except RejectedRecord as error:
+            labeled.append(error)
+    return labeled
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
@@ -216,7 +220,7 @@ def test_tokenizer_that_rewrites_text(tokenizer: PreTrainedTokenizerFast) -> Non
     said = tokenize([Segment("What?"), Segment(decomposed + END, supervised=True)], tokenizer)
     assert isinstance(said, RejectedRecord)
     assert f"decode to '{composed}{END}'" in str(said)
-    assert f"the record says '{decomposed}{END}'" in str(said)
+    assert f"the record has '{decomposed}{END}'" in str(said)
 
 
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -55,7 +55,7 @@ def test_first_turn_is_cut_inside_and_does_not_end() -> None:
 
 @pytest.mark.parametrize("max_length", [1, 2, 3])
 def test_nothing_left_is_rejected(max_length: int) -> None:
-    with pytest.raises(RejectedRecord, match=f"nothing to learn .* first {max_length} tokens"):
+    with pytest.raises(RejectedRecord, match=f"no supervised token .* first {max_length} tokens"):
         truncate(conversation((3, 4)), max_length)
 
 

@@ -59,8 +59,8 @@ def test_a_server_that_looks_at_the_eos_token_alone(
     assert config.eos_token_id == [2, 0]
     told = [text for text in notices.messages if text.startswith("Turns end with")]
     assert told == [
-        "Turns end with '<|im_end|>' (id 2), and the tokenizer's eos_token is '<|endoftext|>': a server that looks at "
-        "that alone does not stop there; generation_config.json beside the adapter names all."
+        "Turns end with '<|im_end|>' (id 2), and the tokenizer's eos_token is '<|endoftext|>': a server that uses "
+        "only eos_token does not stop there; generation_config.json beside the adapter names all."
     ]
 
 
@@ -69,7 +69,7 @@ def test_answers_that_are_all_cut_short_are_told_of(
 ) -> None:
     config = train(model, data_file, tmp_path / "out", "--model_max_length", "20", "--max_rejected", "1.0")
     assert config.eos_token_id == [2], "the base's own"
-    assert "No answer ends within --model_max_length tokens, so the model is not taught to stop; raise it." in (
+    assert "No answer ends within --model_max_length tokens, so the model does not learn to stop; raise it." in (
         notices.messages
     )
 
