@@ -36,7 +36,7 @@ MODEL = Path(".quickstart/SmolLM2-135M-Instruct")
 IN_PROJECT = ("scripts/", "playground/", "data/", "docs/", "tests/", "fastchat_qlora/")
 VLLM = {"--enable-lora", "--lora-modules", "--max-lora-rank", "--tokenizer", "--generation-config"}
 """Flags of `vllm serve`, which is not installed here, as vLLM's documentation has them."""
-STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy")
+STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy", "lint-imports")
 """Programs that scripts start; what they are started with is written down, and asked of their parsers afterwards."""
 STAND_IN = """#!/bin/sh
 printf '%s\\037' "${0##*/}" "$@" >> "$CALLS"
