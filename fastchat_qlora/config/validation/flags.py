@@ -201,9 +201,9 @@ def _check_reporters(values: Values) -> list[str]:
     reporters = get_available_reporting_integrations()
     available = ", ".join(["none", "all", *sorted(reporters)])
     return [
-        f"--report_to {name}: the package {name} is not installed; install it, or choose one of {available}"
+        f"--report_to {name}: the package {name} is not installed; install it, or choose from {available}"
         if name in INTEGRATION_TO_CALLBACK
-        else f"--report_to {name}: is unknown; choose one of {available}"
+        else f"--report_to {name}: unknown; choose from {available}"
         for name in sorted(wanted - {*reporters})
     ]
 

@@ -239,7 +239,7 @@ LATE = {
         ["--liger_kernel_config", "no effect without --use_liger_kernel True"],
     ),
     "best of nothing": (["--save_strategy", "best"], ["--save_strategy best", "--metric_for_best_model eval_loss"]),
-    "no reporter": (["--report_to", ""], ["--report_to", "choose one of none"]),
+    "no reporter": (["--report_to", ""], ["--report_to", "choose from none"]),
     "DoRA in 8 bits": (["--use_dora", "--load_in_8bit", "--use_cpu"], ["--use_dora True", "--load_in_8bit True"]),
     "orthogonal bytes": (
         ["--init_lora_weights", "orthogonal", "--q_lora", "True"],
