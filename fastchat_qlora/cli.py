@@ -1,4 +1,4 @@
-"""argv -> one command. The only place that turns exceptions into exit codes."""
+"""argv -> command -> exit code; the only place that turns exceptions into exit codes."""
 
 import atexit
 import logging
@@ -17,18 +17,19 @@ from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
 from fastchat_qlora.utils.text import escape_control, mask_secrets, one_line
 
-FIRST_PROCESS_SPEAKS_WITHIN = 30.0
-"""Seconds that the other processes of a node leave their first one to tell of a user's mistake."""
-
-LAUNCHER_ENDS_WITHIN = 20.0
-"""Seconds that a process which has lost another one waits to be ended before it tells of it."""
+FIRST_PROCESS_SECONDS = 30.0  # for which processes leave a user's mistake to the first process of their node
+LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher after another one has ended
 
 
-def _train(argv: Sequence[str]) -> None:
+def _check_fast(command: str, argv: Sequence[str]) -> None:
     from fastchat_qlora.config.fast_help import check_fast
 
-    check_fast("train", argv)
-    from fastchat_qlora.config.arguments import parse_args
+    check_fast(command, argv)
+
+
+def _run_train(argv: Sequence[str]) -> None:
+    _check_fast("train", argv)
+    from fastchat_qlora.config.parser import parse_args
 
     args = parse_args(argv)
     from fastchat_qlora.training.run import train
@@ -36,34 +37,30 @@ def _train(argv: Sequence[str]) -> None:
     train(args)
 
 
-def _inspect(argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import check_fast
-
-    check_fast("inspect", argv)
+def _run_inspect(argv: Sequence[str]) -> None:
+    _check_fast("inspect", argv)
     from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
 
 
-def _plan(argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import check_fast
-
-    check_fast("plan", argv)
+def _run_plan(argv: Sequence[str]) -> None:
+    _check_fast("plan", argv)
     from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
 
 
-def _chat(argv: Sequence[str]) -> None:
+def _run_chat(argv: Sequence[str]) -> None:
     from fastchat_qlora.commands.adapter_flags import parse_chat
 
-    parse_chat(argv)  # mistakes and --help before the libraries come
+    parse_chat(argv)  # --help and mistakes, before the libraries are imported
     from fastchat_qlora.commands.chat.command import chat
 
     chat(argv)
 
 
-def _merge(argv: Sequence[str]) -> None:
+def _run_merge(argv: Sequence[str]) -> None:
     from fastchat_qlora.commands.adapter_flags import parse_merge
 
     parse_merge(argv)
@@ -73,11 +70,11 @@ def _merge(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (_train, "train an adapter; the same as train_lora.py"),
-    "inspect": (_inspect, "show what would be learnt; takes the flags of train"),
-    "plan": (_plan, "say what a run will take: steps, memory, disk, time; takes the flags of train"),
-    "chat": (_chat, "talk to the base model with a trained adapter"),
-    "merge": (_merge, "write a plain model: the base with the adapter in its weights"),
+    "train": (_run_train, "train an adapter; the same as train_lora.py"),
+    "inspect": (_run_inspect, "show which tokens are supervised; takes the flags of train"),
+    "plan": (_run_plan, "estimate steps, memory, disk and time of a run; takes the flags of train"),
+    "chat": (_run_chat, "chat with the base model and a trained adapter"),
+    "merge": (_run_merge, "write a model with the adapter merged into its weights"),
 }
 
 
@@ -88,16 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its flags; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0 done, 2 a user's mistake found before weights are loaded, 1 a run that was stopped later, 143
-        and 130 one that SIGTERM and SIGINT have ended, 141 one whose output nobody reads any more.
-        Any other exception passes through, so that its traceback is seen; Python then exits with 1.
+        The exit code: 0 done; 2 a user's mistake found before weights are loaded; 1 a run that failed later; 143 and
+        130 stopped by SIGTERM and SIGINT; 141 nobody reads standard output. Other exceptions pass through.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-V", "--version"):
         sys.stdout.write(f"fastchat-qlora {__version__}\n")
         return 0
     if name in ("-h", "--help"):
-        sys.stdout.write(_usage())
+        lines = [f"  {command:<8} {summary}" for command, (_, summary) in COMMANDS.items()]
+        text = ["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""]
+        sys.stdout.write("\n".join(text))
         return 0
     _set_up_logging()
     try:
@@ -107,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), code=2)
     except AgreedError as error:
-        return _fail_together(str(error))
+        return _fail(str(error), code=1) if _is_first_process() else 1
     except RunError as error:
         return _fail(str(error), code=1)
     except Stopped as stopped:
@@ -115,16 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OutputClosed:
         return BROKEN_PIPE_EXIT_CODE
     except KeyboardInterrupt:  # before there was anything to save
-        return _stop("SIGINT: stopped before the run began", 130)
+        return _stop("SIGINT: stopped before the run started", 130)
     return 0
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command as a process of its own and end the process with its exit code.
+    """Run one command and end the process with its exit code.
 
-    One process among several leaves without tearing the interpreter down: with everything saved and the process group
-    closed, that teardown now and then aborts in C++ ("terminate called without an active exception", seen with torch
-    2.13.0, gloo and DeepSpeed 0.19.8), which turns a good run into a failed one. Can go when it no longer does.
+    One process among several skips Python's teardown, which now and then aborts in C++ ("terminate called without an
+    active exception", seen with torch 2.13.0, gloo and DeepSpeed 0.19.8) and turns a good run into a failed one. This
+    can go once it no longer does.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(main(argv))
@@ -139,79 +137,65 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail_among_several(error: Exception) -> int:
-    """Show what went wrong in this process, and leave what went wrong elsewhere to the process that knows.
+    """Report an exception of this process, but leave the failure of another process to that one.
 
-    When one process has failed, the others find their connections closed and would bury its error under theirs. They
-    wait for the launcher to end them, and speak only where it does not: their launcher may be that of another machine.
+    When a process fails, the others lose their connections and would bury its error under theirs. They report only if
+    the launcher does not end them: the failed process may be on another machine.
     """
-    from fastchat_qlora.distributed.topology import is_lost_peer
+    from fastchat_qlora.distributed.process_group import is_lost_peer
 
-    if is_lost_peer(error):
-        if (
-            signum := get_unhandled_signal()
-        ):  # the launcher is ending all already, while this one was still writing its page
-            return 128 + signum
-        time.sleep(LAUNCHER_ENDS_WITHIN)
-        reason = escape_control(one_line(error))[:300]
-        sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
-    else:
+    if not is_lost_peer(error):
         traceback.print_exception(error)
+        return 1
+    if signum := get_unhandled_signal():  # the launcher is ending all processes, this one while it wrote its report
+        return 128 + signum
+    time.sleep(LAUNCHER_SECONDS)
+    reason = escape_control(one_line(error))[:300]
+    sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
     return 1
 
 
-def _usage() -> str:
-    lines = [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""])
-
-
 class _Formatter(logging.Formatter):
-    """Bare messages; what data and templates bring into them must not steer the terminal."""
+    """Formatter of bare messages, whose untrusted parts must not control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message with escapes in place of control characters, and without tokens and passwords."""
+        """Return the message with control characters escaped and secrets masked."""
         return escape_control(mask_secrets(super().format(record)))
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class when it runs
-    """Writes above a progress bar, not through it."""
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class at run time
+    """Handler that writes above a progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have the bars, if there are any, step aside meanwhile."""
+        """Write a record while progress bars, if there are any, are cleared."""
         tqdm = sys.modules.get("tqdm")
         with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
             super().emit(record)
 
 
 def _set_up_logging() -> None:
-    """Notices are said once: by the first process of the run."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    handler = _Handler()
+    """Log once: in the first process of the run."""
+    handler, package = _Handler(), logging.getLogger("fastchat_qlora")
     handler.setFormatter(_Formatter("%(message)s"))
-    package = logging.getLogger("fastchat_qlora")
     package.handlers = [handler]
     package.propagate = False
-    package.setLevel(logging.INFO if is_main else logging.ERROR)
-    # Two notices of libraries for their own developers, which puzzle whoever starts a first run. bitsandbytes 0.50
-    # misses a kernel that only answers, and not trains, on CPUs with AVX-512; PEFT 0.21 reads a property by the name
-    # that transformers 6 drops. They can go with the next versions of the two.
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    # Two warnings of libraries for their own developers, which puzzle whoever starts a first run. bitsandbytes 0.50
+    # misses a kernel that only generation on CPUs with AVX-512 uses; PEFT 0.21 reads a property by the name that
+    # transformers 6 drops. They can go with the next versions of the two.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def _fail_together(message: str) -> int:
-    """Every process ends for the same reason, which the first one tells."""
-    return _fail(message, code=1) if _speaks_for_all() else 1
-
-
 def _stop(message: str, code: int) -> int:
-    """Say, in the first process, that a signal has ended the run."""
-    if _speaks_for_all():
+    """Report in the first process that a signal has ended the run."""
+    if _is_first_process():
         sys.stderr.write(f"{escape_control(one_line(message))}\n")
     return code
 
 
-def _speaks_for_all() -> bool:
-    """Whether this is the first process; others leave it a second, since the launcher ends all when one leaves."""
+def _is_first_process() -> bool:
+    """Return whether this is the first process; others leave it a second, since the launcher ends all when one ends."""
     if os.environ.get("RANK", "0") == "0":
         return True
     time.sleep(1)
@@ -221,14 +205,13 @@ def _speaks_for_all() -> bool:
 def _fail(message: str, code: int) -> int:
     """Print the one `error:` line.
 
-    Every process of a node meets the same user's mistake, so its first one speaks. The others stay until the launcher
-    ends them: the launcher ends all as soon as one leaves, and the first may not have come to the mistake yet. One
-    that is still there after `FIRST_PROCESS_SPEAKS_WITHIN` speaks for itself. What stops a run later may be known to
-    one process only, which says it at once.
+    Every process of a node finds the same user's mistake. The first one reports it; the others wait to be ended by the
+    launcher, which ends all as soon as one ends, and report it too if they are not. What stops a run later may be known
+    to one process only, which reports it at once.
     """
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if local_rank != "0" and code == 2:
-        time.sleep(FIRST_PROCESS_SPEAKS_WITHIN)
+        time.sleep(FIRST_PROCESS_SECONDS)
     where = "" if local_rank == "0" else f"local rank {local_rank}: "
     sys.stderr.write(f"error: {where}{escape_control(mask_secrets(one_line(message)))}\n")
     return code

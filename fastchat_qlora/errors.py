@@ -1,4 +1,4 @@
-"""The two ways a run ends early, told apart by who can mend it."""
+"""The two ways in which a run ends early, by who can fix it."""
 
 
 class UserError(Exception):
@@ -6,8 +6,8 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that must not go on or cannot be trusted: one `error:` line, exit code 1."""
+    """A failure of a run that must not continue or cannot be trusted: one `error:` line, exit code 1."""
 
 
 class AgreedError(RunError):
-    """A RunError that every process of the run raises alike: the first one tells it."""
+    """A RunError that every process of the run raises alike; the first one reports it."""

@@ -21,43 +21,43 @@ from fastchat_qlora.config.flag_parsing import FlagParser
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
-NO_FLAG = "no flag; the notice says why"
+NO_FLAG = "no flag; a warning says why"
 HEAD = ["| flag | default | meaning |", "|---|---|---|"]
 
 OFTEN_USED = {
-    "per_device_train_batch_size": "Conversations (with `--packing`: rows) that one device takes at a time.",
-    "gradient_accumulation_steps": "How many of these batches make one optimizer step.",
-    "num_train_epochs": "How often the data is gone through.",
-    "max_steps": "Optimizer steps after which the run ends; -1 goes by the epochs.",
-    "learning_rate": "At the peak. The default is one for full fine-tuning: LoRA wants 1e-4 to 1e-3.",
-    "lr_scheduler_type": "How the learning rate goes on: linear, cosine, constant, constant_with_warmup and others.",
-    "warmup_steps": "Steps over which the learning rate rises; below 1 a share of all steps.",
-    "weight_decay": "Of the adapter's weights.",
-    "max_grad_norm": "Gradients are clipped to this norm; 0 leaves them.",
-    "bf16": "Weights and activations in bfloat16; works on the CPU too.",
+    "per_device_train_batch_size": "Conversations (with `--packing`: packed sequences) per device and micro-batch.",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
+    "num_train_epochs": "Passes over the training data.",
+    "max_steps": "Optimizer steps of the run; -1 for those of the epochs.",
+    "learning_rate": "Peak learning rate. The default suits full fine-tuning; LoRA needs 1e-4 to 1e-3.",
+    "lr_scheduler_type": "Learning rate schedule: linear, cosine, constant, constant_with_warmup and others.",
+    "warmup_steps": "Warmup steps of the learning rate; below 1 a share of all steps.",
+    "weight_decay": "Weight decay of the adapter.",
+    "max_grad_norm": "Norm to which gradients are clipped; 0 for no clipping.",
+    "bf16": "Weights and activations in bfloat16; supported on the CPU too.",
     "fp16": "Weights and activations in float16, for GPUs without bfloat16.",
-    "logging_steps": "Steps between two entries of the log.",
+    "logging_steps": "Steps between two log entries.",
     "eval_strategy": "When to evaluate: no, steps, epoch.",
-    "eval_steps": "Steps between two evaluations; without it as `--logging_steps`.",
+    "eval_steps": "Steps between two evaluations; the default is that of `--logging_steps`.",
     "save_strategy": "When to save a checkpoint: no, steps, epoch, best.",
     "save_steps": "Steps between two checkpoints.",
-    "save_total_limit": "Checkpoints to keep.",
-    "load_best_model_at_end": "End with the checkpoint that was evaluated best.",
-    "resume_from_checkpoint": "Go on from this checkpoint, and not from the newest.",
+    "save_total_limit": "Maximum number of checkpoints to keep.",
+    "load_best_model_at_end": "End with the checkpoint of the best evaluation.",
+    "resume_from_checkpoint": "Resume from this checkpoint instead of the newest.",
     "deepspeed": "A DeepSpeed configuration, as in `playground/`.",
-    "fsdp": "Shard with FSDP2: True, or with words such as offload.",
-    "report_to": "Where the log goes too: none, tensorboard, wandb and others.",
+    "fsdp": "Shard with FSDP2: True, or options such as offload.",
+    "report_to": "Where else to log: none, tensorboard, wandb and others.",
     "push_to_hub": "Push the adapter to the hub at every save.",
-    "hub_model_id": "Name of it there.",
-    "seed": "Of the adapter's first values, the order of the data, and dropout.",
-    "use_cpu": "Train on the CPU though there is an accelerator.",
-    "disable_tqdm": "No progress bars; the lines of the log stay.",
+    "hub_model_id": "Its repository on the hub.",
+    "seed": "Random seed of the adapter's initialization, the order of the data, and dropout.",
+    "use_cpu": "Train on the CPU even if there is an accelerator.",
+    "disable_tqdm": "No progress bars; log lines stay.",
 }
-"""transformers' own flags that most runs need, and what they do here."""
+"""transformers' own flags that most runs need -> what they do here."""
 
 
 def flags_page() -> str:
-    """The whole page as Markdown."""
+    """Return the page as Markdown."""
     groups = [*RunArguments.__annotations__.values()]
     old = [f"| `{name}` | {f'`{flag.new}`' if flag.new else NO_FLAG} |" for name, flag in LEGACY_FLAGS.items()]
     lines = [
@@ -65,8 +65,8 @@ def flags_page() -> str:
         "Written by `python scripts/flag_table.py`; do not edit. `COMMAND --help` prints the same, and all of "
         "transformers'.",
         "Flags are written with underscores or dashes, as `--lora_r 16` or `--lora-r=16`; a bare boolean is True. A "
-        "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`: flags behind "
-        "it win. An unknown flag is an error that names the nearest one.",
+        "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`; flags after it "
+        "override it. An unknown flag is an error that names the nearest one.",
         "## Training, inspecting and planning",
         "`train_lora.py`, `fastchat-qlora train`, `inspect` and `plan` take all of these; `inspect` and `plan` need no "
         "`--output_dir`.",
@@ -75,11 +75,11 @@ def flags_page() -> str:
         lines += [f"### {_title(group)}", "\n".join([*HEAD, *_of_class(group)])]
     lines += [
         "### Often used flags of transformers",
-        "Every flag of its `TrainingArguments` is taken; these are the ones that most runs need.",
+        "Every flag of its `TrainingArguments` is accepted; most runs need only these.",
         "\n".join([*HEAD, *_often_used()]),
         "### Old names",
-        "Flags of FastChat's commands that transformers has dropped are understood, with a notice; and `--fsdp "
-        '"full_shard auto_wrap"` in that form.',
+        "Flags of FastChat's commands that transformers has dropped are accepted, with a warning; so is `--fsdp "
+        '"full_shard auto_wrap"`.',
         "\n".join(["| flag | today |", "|---|---|", *old]),
         "## fastchat-qlora inspect",
         "\n".join([*HEAD, *_of_class(InspectArguments)]),
@@ -99,7 +99,7 @@ def _title(group: type) -> str:
 
 
 def _of_class(group: type) -> Iterator[str]:
-    """A row for each flag that a class of arguments declares itself."""
+    """Yield a row for each flag that an argument class declares itself."""
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
@@ -125,7 +125,7 @@ def _of_parser(parser: FlagParser) -> Iterator[str]:
 
 
 def _row(name: str, default: str, meaning: str, *, is_flag: bool = True) -> str:
-    return f"| `{'--' * is_flag}{name}` | {default} | {meaning} |"
+    return f"| `{f'--{name}' if is_flag else name}` | {default} | {meaning} |"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

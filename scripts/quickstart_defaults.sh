@@ -1,14 +1,20 @@
-# Sourced by the training scripts: what they train on if nothing else is asked for.
-# MODEL, DATA and OUTPUT are taken from the folder the script was started in.
+# Sourced by the training scripts: the default model, data and output.
+# MODEL, DATA and OUTPUT are relative to the folder that the script is started in.
 set -euo pipefail
 started_in="$PWD"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# An environment that has this project is used as it is; without one, .venv is made. Asked from elsewhere, since Python
-# would find the package's folder, but none of what it needs, in this one.
-(cd / && python -c "import fastchat_qlora") 2>/dev/null || source "$root/scripts/environment.sh" quickstart
+# An environment with this project is used as it is; without one, .venv is created. Checked from elsewhere, since in
+# this folder Python would find the package, but none of its dependencies.
+(cd / && python -c "import fastchat_qlora") 2>/dev/null || source "$root/scripts/environment.sh" quickstart,deepspeed
 cd "$root"
 
-from_start() { # a path as seen from where the script was started; hub ids and absolute paths stay as they are
+require_deepspeed() {
+    command -v deepspeed >/dev/null && return
+    echo "error: deepspeed: not found in this environment; pip install fastchat-qlora[deepspeed]" >&2
+    exit 2
+}
+
+from_start() { # a path relative to where the script was started; hub ids and absolute paths stay as they are
     if [ -e "$started_in/$1" ]; then echo "$started_in/$1"; else echo "$1"; fi
 }
 if [ -z "${MODEL:-}" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks, on a machine with nothing but Python and a C++ compiler (DeepSpeed builds an op with it).
+# All checks, on a machine with only Python and a C++ compiler (for an op of DeepSpeed).
 # usage: bash scripts/run_tests.sh [pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 ruff check .

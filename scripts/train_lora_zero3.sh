@@ -2,6 +2,7 @@
 # LoRA with the base model's weights spread over the GPUs of this machine (DeepSpeed ZeRO-3).
 # usage: MODEL=... DATA=... OUTPUT=... PROCESSES=... bash scripts/train_lora_zero3.sh [more flags]
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_defaults.sh"
+require_deepspeed
 deepspeed --num_accelerators "$PROCESSES" train_lora.py \
     --model_name_or_path "$MODEL" \
     --data_path "$DATA" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# QLoRA in one process: the base in 4 bits (NF4 with double quantisation).
+# QLoRA in one process: the base model in 4 bits (NF4 with double quantization).
 # usage: MODEL=... DATA=... OUTPUT=... bash scripts/train_qlora.sh [more flags]
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_defaults.sh"
 python train_lora.py \

@@ -36,6 +36,7 @@ if [ "$LAUNCHER" = torchrun ]; then
     launch=(torchrun --nnodes "$NODES" --nproc_per_node "$PROCESSES" --rdzv_backend c10d
         --rdzv_endpoint "$MASTER:$port" --rdzv_id "${RUN_ID:-fastchat-qlora}")
 else
+    require_deepspeed
     launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port")
     [ -z "${MASTER:-}" ] || launch+=(--master_addr "$MASTER")
     [ -z "${NODE_RANK:-}" ] || launch+=(--no_ssh --node_rank "$NODE_RANK")

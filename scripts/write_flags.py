@@ -1,4 +1,4 @@
-"""Write fastchat_qlora/flags.json, from which `--help` and mistakes are answered without importing a library.
+"""Write fastchat_qlora/config/flags.json, which answers `--help` and mistakes without importing a library.
 
 python scripts/write_flags.py
 """
@@ -9,27 +9,28 @@ from typing import Any
 
 from fastchat_qlora.commands.inspect import command as inspect
 from fastchat_qlora.commands.plan import command as plan
-from fastchat_qlora.config.arguments import LiveParser, build_command_parser, build_parser
-from fastchat_qlora.config.fast_help import KINDS, TABLE, made_from
+from fastchat_qlora.config.fast_help import KINDS, TABLE, get_transformers_version, hash_declarations
 from fastchat_qlora.config.flag_parsing import FlagParser
+from fastchat_qlora.config.parser import build_parser
 
 IMPLIED: dict[str, Any] = {"nargs": None, "const": None, "default": None, "choices": None, "required": False}
-"""Settings that argparse takes by itself where none are given."""
+"""Defaults of argparse's `add_argument`."""
 
 
 def flags_json() -> str:
-    """The table as text, one flag a line, so that a change of one flag is a change of one line."""
+    """Return the table as text with one flag a line, so that a change of one flag is a change of one line."""
     train = build_parser()
-    parsers: dict[str, LiveParser] = {
+    parsers: dict[str, FlagParser] = {
         "train": train,
-        "inspect": build_command_parser(inspect.PROG, inspect.InspectArguments),
-        "plan": build_command_parser(plan.PROG, plan.PlanArguments),
+        "inspect": build_parser(inspect.PROG, inspect.InspectArguments),
+        "plan": build_parser(plan.PROG, plan.PlanArguments),
     }
     flags = _flags(train)
     table = {
-        "made_from": made_from(),
+        "transformers": get_transformers_version(),
+        "sources": hash_declarations(),
         "description": train.description,
-        "own_flags": train.own_flags,
+        "own_flags": [*train.own_flags],
         "groups": train.groups,
         "commands": {
             name: {
@@ -51,10 +52,10 @@ def _flags(parser: FlagParser) -> dict[str, dict[str, Any]]:
 
 
 def _flag(action: argparse.Action) -> dict[str, Any]:
-    """What `add_argument` is to be called with.
+    """Return the arguments of `add_argument`.
 
     Raises:
-        TypeError: an action that the table has no word for.
+        TypeError: the table has no word for the action.
     """
     flag: dict[str, Any] = {"also": action.option_strings[1:], "dest": action.dest}
     if isinstance(action, argparse._StoreFalseAction):
@@ -66,12 +67,12 @@ def _flag(action: argparse.Action) -> dict[str, Any]:
         flag |= {name: value for name, value in settings.items() if value != IMPLIED[name]}
         flag["type"] = _kind(action)
     else:
-        raise TypeError(f"{action}: is neither store nor store_false; teach scripts/write_flags.py about it")
+        raise TypeError(f"{action}: is neither store nor store_false; add it to scripts/write_flags.py")
     return flag | {"help": action.help}
 
 
 def _kind(action: argparse.Action) -> str:
-    """The name in KINDS of what makes a value of a text; for choices that are texts it makes nothing."""
+    """Return the name in KINDS of the function that converts a text; choices that are texts stay texts."""
     if action.choices is not None and all(isinstance(choice, str) for choice in action.choices):
         return "str"
     name = getattr(action.type, "__name__", "")

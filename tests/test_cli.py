@@ -1,4 +1,4 @@
-"""argv -> exit code: which stream says what, and what becomes of an exception."""
+"""argv -> exit code: what goes to which stream, and what exceptions become."""
 
 import importlib.metadata
 import logging
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def train_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Sequence[str]], None]], None]:
-    """Put something else behind `train`."""
+    """Return a function that replaces what `train` does."""
 
     def replace(action: Callable[[Sequence[str]], None]) -> None:
         monkeypatch.setitem(cli.COMMANDS, "train", (action, "train an adapter"))
@@ -38,13 +38,13 @@ def raising(error: BaseException) -> Callable[[Sequence[str]], None]:
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
-def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([flag]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == (f"fastchat-qlora {__version__}\n", "")
 
 
-def test_the_version_is_the_packages() -> None:
+def test_version_is_that_of_the_package() -> None:
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert declared and declared.group(1) == __version__
 
@@ -69,7 +69,7 @@ def test_help_of_train_has_every_flag(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["--train"], [""], ["Train"]])
-def test_what_is_no_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -77,13 +77,13 @@ def test_what_is_no_command(argv: list[str], capsys: pytest.CaptureFixture[str])
     assert repr((argv or [""])[0]) in captured.err and "train" in captured.err
 
 
-def test_without_argv_it_is_sys_argv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_argv_is_sys_argv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fastchat-qlora", "--version"])
     assert cli.main() == 0
     assert __version__ in capsys.readouterr().out
 
 
-def test_the_rest_of_the_line_goes_to_the_command(train_does: Callable[..., None]) -> None:
+def test_command_gets_the_remaining_arguments(train_does: Callable[..., None]) -> None:
     seen: list[str] = []
     train_does(lambda argv: seen.extend(argv))
     assert cli.main(["train", "--help", "a b", ""]) == 0
@@ -91,7 +91,7 @@ def test_the_rest_of_the_line_goes_to_the_command(train_does: Callable[..., None
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (RunError("no"), 1)])
-def test_exit_codes(
+def test_error_has_its_exit_code(
     error: Exception, code: int, train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_does(raising(error))
@@ -100,25 +100,25 @@ def test_exit_codes(
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), SystemExit(5), MemoryError()])
-def test_what_nobody_expected_keeps_its_traceback(error: BaseException, train_does: Callable[..., None]) -> None:
+def test_unexpected_exception_keeps_its_traceback(error: BaseException, train_does: Callable[..., None]) -> None:
     train_does(raising(error))
     with pytest.raises(type(error)):
         cli.main(["train"])
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "SIGINT: stopped before the run began\n"),
+        (KeyboardInterrupt(), 130, "SIGINT: stopped before the run started\n"),
         (Stopped(signal.SIGTERM, "stopped\nhere"), 143, "SIGTERM: stopped here\n"),
         (AgreedError("no"), 1, "error: no\n"),
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_process_tells_what_all_know(
+def test_first_process_reports_what_all_know(
     error: BaseException,
     code: int,
-    said: str,
+    message: str,
     rank: str,
     train_does: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
@@ -128,13 +128,11 @@ def test_one_process_tells_what_all_know(
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     train_does(raising(error))
     assert cli.main(["train"]) == code
-    assert capsys.readouterr().err == (said if rank == "0" else "")
+    assert capsys.readouterr().err == (message if rank == "0" else "")
 
 
 @pytest.mark.parametrize("message", ["two\nlines", "a\r\n  b\tc", "\n\n", "ünï 🙂\u2028end"])
-def test_an_error_is_one_line(
-    message: str, train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_is_one_line(message: str, train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     train_does(raising(UserError(message)))
     assert cli.main(["train"]) == 2
     err = capsys.readouterr().err
@@ -142,27 +140,25 @@ def test_an_error_is_one_line(
     assert err.removeprefix("error:").split() == message.split()
 
 
-STEERING = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202eback \ud83d \x08"
+CONTROL = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202eback \ud83d \x08"
 SHOWN = "\\x1b[2J\\x1b]0;title\\x07 \\x9b31m \\u202eback \\ud83d \\x08"
 
 
 @pytest.mark.parametrize("error", [UserError, RunError])
-def test_an_error_does_not_steer_the_terminal(
+def test_error_does_not_control_the_terminal(
     error: type[Exception], train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_does(raising(error(f"--data_path é 🙂 {STEERING}: no")))
+    train_does(raising(error(f"--data_path é 🙂 {CONTROL}: no")))
     assert cli.main(["train"]) in (1, 2)
     assert capsys.readouterr().err == f"error: --data_path é 🙂 {SHOWN}: no\n"
 
 
-def test_a_notice_does_not_steer_the_terminal(
-    train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_does_not_control_the_terminal(train_does: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("fastchat_qlora.data.dataset")
 
     def action(argv: Sequence[str]) -> None:
-        logger.info(f"read é 🙂 {STEERING}\n\tkept")
-        logger.warning("rejected %s", STEERING)
+        logger.info(f"read é 🙂 {CONTROL}\n\tkept")
+        logger.warning("rejected %s", CONTROL)
 
     train_does(action)
     assert cli.main(["train"]) == 0
@@ -171,7 +167,7 @@ def test_a_notice_does_not_steer_the_terminal(
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (RunError("no"), 1)])
 @pytest.mark.parametrize(("rank", "local_rank"), [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")])
-def test_the_first_process_of_each_machine_speaks_first(
+def test_first_process_of_each_machine_reports_first(
     error: Exception,
     code: int,
     rank: str,
@@ -180,22 +176,22 @@ def test_the_first_process_of_each_machine_speaks_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All meet a user's mistake: the others wait, to be ended by the launcher, and speak if they are not."""
-    said_before_waiting: list[tuple[float, str]] = []
+    """All find a user's mistake: the others wait to be ended by the launcher, and report it if they are not."""
+    printed_before_waiting: list[tuple[float, str]] = []
     for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("time.sleep", lambda s: said_before_waiting.append((s, capsys.readouterr().err)))
+    monkeypatch.setattr("time.sleep", lambda s: printed_before_waiting.append((s, capsys.readouterr().err)))
     train_does(raising(error))
     assert cli.main(["train"]) == code
     waits = local_rank != "0" and code == 2
-    assert said_before_waiting == ([(cli.FIRST_PROCESS_SPEAKS_WITHIN, "")] if waits else [])
+    assert printed_before_waiting == ([(cli.FIRST_PROCESS_SECONDS, "")] if waits else [])
     assert capsys.readouterr().err == ("error: no\n" if local_rank == "0" else "error: local rank 1: no\n")
 
 
-@pytest.mark.parametrize(("rank", "said"), [(None, True), ("0", True), ("1", False), ("8", False)])
-def test_notices_are_said_once(
+@pytest.mark.parametrize(("rank", "is_logged"), [(None, True), ("0", True), ("1", False), ("8", False)])
+def test_only_the_first_process_logs(
     rank: str | None,
-    said: bool,
+    is_logged: bool,
     train_does: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -211,9 +207,9 @@ def test_notices_are_said_once(
 
     train_does(action)
     assert cli.main(["train"]) == 0
-    assert cli.main(["train"]) == 0  # a second run in one process does not say everything twice
+    assert cli.main(["train"]) == 0  # a second run in one process does not log everything twice
     captured = capsys.readouterr()
-    assert captured.err == ("by the way\nmind you\n" * 2 if said else "")
+    assert captured.err == ("by the way\nmind you\n" * 2 if is_logged else "")
     assert captured.out == ""
 
 
@@ -226,10 +222,10 @@ def test_train_lora_is_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("world_size", "how"), [("1", "exit"), ("2", "leave")])
-def test_a_process_ends_with_the_exit_code(
+def test_process_ends_with_the_exit_code(
     world_size: str, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One among several leaves at once, after what is registered for the end of the program."""
+    """One among several leaves at once, after its exit functions."""
     seen: list[tuple[str, int]] = []
 
     def leave(code: int) -> None:
@@ -245,7 +241,7 @@ def test_a_process_ends_with_the_exit_code(
     assert seen == ([("atexit", 0), ("leave", 2)] if how == "leave" else [])
 
 
-def test_the_console_script_is_the_program() -> None:
+def test_console_script_is_the_program() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     target = re.search(r'^fastchat-qlora = "(.*)"$', text, re.MULTILINE)
     assert target

@@ -24,9 +24,9 @@ from fastchat_qlora import cli
 from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
 from fastchat_qlora.commands.inspect import command as inspect
 from fastchat_qlora.commands.plan import command as plan
-from fastchat_qlora.config.arguments import build_command_parser, build_parser
 from fastchat_qlora.config.fast_help import read_flags
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
+from fastchat_qlora.config.parser import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ MODEL = Path(".quickstart/SmolLM2-135M-Instruct")
 IN_PROJECT = ("scripts/", "playground/", "data/", "docs/", "tests/", "fastchat_qlora/")
 VLLM = {"--enable-lora", "--lora-modules", "--max-lora-rank", "--tokenizer", "--generation-config"}
 """Flags of `vllm serve`, which is not installed here, as vLLM's documentation has them."""
-STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy")
+STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy", "lint-imports")
 """Programs that scripts start; what they are started with is written down, and asked of their parsers afterwards."""
 STAND_IN = """#!/bin/sh
 printf '%s\\037' "${0##*/}" "$@" >> "$CALLS"
@@ -121,7 +121,7 @@ def make_clone(folder: Path, model: Path) -> None:
     for name in STAND_INS:
         (programs / name).write_text(STAND_IN)
         (programs / name).chmod(0o755)
-    for name in ("activate", "../installed-quickstart", "../installed-test"):
+    for name in ("activate", "../installed-quickstart,deepspeed", "../installed-test"):
         (programs / name).touch()
     shutil.copytree(model, folder / MODEL)
     for config in (ROOT / "tests" / "recipes_models").glob("Llama-*/config.json"):
@@ -147,12 +147,10 @@ def run_here(argv: list[str]) -> None:
 def check_train(command: Command, *, processes: int = 1) -> None:
     """Run what trains the quickstart's model in one process, and read the rest as it is read where there are GPUs."""
     argv = command.words
-    parser = build_command_parser(plan.PROG, plan.PlanArguments)
+    parser = build_parser(plan.PROG, plan.PlanArguments)
     elsewhere = ["--devices", str(processes), "--device_type", "cuda"]
     asked = [word for word in argv if not word.endswith("full.yaml") and word != "--print_config"]
-    reading = read_flags([*asked, *elsewhere], parser)
-    assert reading.problems == []
-    values = reading.values
+    values = read_flags([*asked, *elsewhere], parser).values
     is_here = values.model_name_or_path == str(MODEL) and not values.push_to_hub
     if is_here and processes == 1 and command.stands_alone:
         run_here(["train", *argv])
@@ -292,8 +290,8 @@ def test_flag_table_is_current() -> None:
 
 def _known_flags() -> set[str]:
     parsers: list[argparse.ArgumentParser] = [build_parser(), chat_parser(), merge_parser()]
-    parsers += [build_command_parser(inspect.PROG, inspect.InspectArguments)]
-    parsers += [build_command_parser(plan.PROG, plan.PlanArguments)]
+    parsers += [build_parser(inspect.PROG, inspect.InspectArguments)]
+    parsers += [build_parser(plan.PROG, plan.PlanArguments)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return known | {*LEGACY_FLAGS}
 

@@ -1,4 +1,4 @@
-"""The scripts say what is missing before they install or load anything."""
+"""Scripts report missing settings before they install or load anything."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "error"),
     [
         ({}, "NODES: not set"),
         ({"NODES": "2"}, "MASTER: not set"),
@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
         ({"LAUNCHER": "deepspeed", "HOSTFILE": __file__, "NODE_RANK": "1"}, "MASTER: not set"),
     ],
 )
-def test_several_machines_need_to_know_each_other(environment: dict[str, str], said: str) -> None:
+def test_multinode_script_reports_missing_settings(environment: dict[str, str], error: str) -> None:
     done = subprocess.run(
         ["bash", str(SCRIPTS / "train_qlora_multinode.sh")],
         env={"PATH": os.environ["PATH"]} | environment,
@@ -29,4 +29,22 @@ def test_several_machines_need_to_know_each_other(environment: dict[str, str], s
         timeout=30,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train_lora_zero3.sh", "train_qlora_multinode.sh"])
+def test_script_reports_a_missing_deepspeed(script: str, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$2" in *torch*) echo 0 ;; esac\n'
+    )  # an environment with this project
+    (tmp_path / "python").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "MODEL": "org/model",
+        "LAUNCHER": "deepspeed",
+        "HOSTFILE": __file__,
+    }
+    command = ["bash", str(SCRIPTS / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    error = "error: deepspeed: not found in this environment; pip install fastchat-qlora[deepspeed]\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)

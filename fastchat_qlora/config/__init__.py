@@ -1,0 +1,4 @@
+"""Command line or configuration file -> checked RunArguments.
+
+Start with parser.parse_args.
+"""

@@ -1,154 +1,213 @@
-"""A file in place of flags: its settings become the flags that they are named after, in front of those on the line.
+"""YAML or JSON file -> the flags that its settings stand for, before those of the command line.
 
     model_name_or_path: org/model
     data_path: [a.json, b.jsonl]
     learning_rate: 1e-4
     deepspeed: {zero_optimization: {stage: 2}}
 
-So every check, every old name and every error is that of the flags. Values are taken as they are written, not as what
-YAML 1.1 makes of them: `1e-4` is a number, and the `no` of `eval_strategy: no` a word. A name given on the line too is
-left out of the file.
+So every check, old name and error is that of the flags. Values stay as they are written, whatever YAML 1.1 makes of
+them: `1e-4` is a number, and the `no` of `eval_strategy: no` a word. A setting gives way to its flag on the command
+line.
 """
 
 import argparse
 import json
-import re
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, find_nearest_flag, raise_errors
-from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name, normalize_flag
-from fastchat_qlora.config.settings_file import Malformed, Setting, read_settings
-from fastchat_qlora.config.validation.json_flags import FLAGS
+from fastchat_qlora.config.flag_parsing import (
+    CONFIG_SUFFIXES,
+    FlagParser,
+    find_nearest_flag,
+    normalize_flag,
+    raise_errors,
+)
+from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name
+from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, read_small_file, reject_duplicates
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.text import one_line
 
-NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
+MAX_VALUES = 10_000
+"""Values of one file; a few nested anchors stand for billions."""
 
-LOCAL_RANK = "--local_rank="
-"""What the deepspeed launcher puts in front of everything."""
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
+NULLS = ("", "~", "null", "Null", "NULL")
+JSON_BOOLS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
-ON_THE_LINE_ONLY = {
-    "--print_config": "it writes such a file, and is asked for on the line",
-    "--local_rank": "it is what the launcher tells each process; drop it",
+NOT_IN_FILES = {
+    "--print_config": "it writes such a file, so it must be given on the command line",
+    "--local_rank": "the launcher sets it for each process; drop it",
 }
-"""Flags that no file may name, and why."""
+"""Flags that no file may set, and why."""
 
 
-def expand(argv: Sequence[str], parser: FlagParser) -> list[str]:
-    """A command line with the flags that stand for its file of settings, if it begins with one.
+class Setting(NamedTuple):
+    """A setting of a file."""
 
-    Args:
-        argv: a command line.
-        parser: knows the flags, and how many values each takes.
+    name: str
+    flag: str  # with underscores; both spellings are accepted
+    value: Any  # a text, a list of texts, a JSON object, or None if it is not given
+    place: str  # file and line, as the beginning of an error
 
-    Raises:
-        UserError: the file cannot be read, or does not hold flags and their values.
-    """
-    before = [text for text in argv[:1] if normalize_flag(text).startswith(LOCAL_RANK)]
+
+def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
+    """Replace the configuration file that a command line begins with, if it does, by flags."""
+    before = [text for text in argv[:1] if normalize_flag(text).startswith("--local_rank=")]  # deepspeed puts it first
     words = list(argv[len(before) :])
     if not words or words[0].startswith("-") or not words[0].lower().endswith(CONFIG_SUFFIXES):
         return list(argv)
-    given = {_meaning(text.partition("=")[0]) for text in words[1:] if text.startswith("--")}
-    actions = _actions(parser)
-    flags, problems = [], []
-    for setting in read_settings(words[0]):
+    given = {_get_main_name(text.partition("=")[0]) for text in words[1:] if text.startswith("--")}
+    arguments, errors = [], []
+    for setting in ConfigFile(words[0]).read():
         try:
-            texts = _to_flags(setting, actions, parser)
-        except Malformed as error:
-            problems.append(f"{setting.place}: {error}")
-            continue
-        if _meaning(setting.flag) not in given:
-            flags += texts
-    raise_errors(problems)
-    return [*before, *flags, *words[1:]]
+            texts = _to_arguments(setting, parser)
+            arguments += [] if _get_main_name(setting.flag) in given else texts
+        except UserError as error:
+            errors.append(f"{setting.place}: {error}")
+    raise_errors(errors)
+    return [*before, *arguments, *words[1:]]
 
 
-def _actions(parser: FlagParser) -> dict[str, argparse.Action]:
-    """The flags that a file may name; `--no_x` and `--help` are for the line only."""
-    actions = [action for action in parser._actions if action.nargs != 0]
-    named = {name: action for action in actions for name in action.option_strings}
-    return {name: action for name, action in named.items() if normalize_flag(name) not in ON_THE_LINE_ONLY}
-
-
-def _meaning(flag: str) -> str:
-    """What a flag sets, whatever it is called: the file's word for it gives way to any of its names."""
+def _get_main_name(flag: str) -> str:
+    """Return one name for all flags that set the same."""
     name = get_current_name(normalize_flag(flag))
     return name.replace("--no_", "--", 1).replace("--gradient_checkpointing", "--activation_checkpointing")
 
 
-def _to_flags(setting: Setting, actions: dict[str, argparse.Action], parser: FlagParser) -> list[str]:
-    """The words of a command line that say what a setting says; none for an empty value.
+class ConfigFile:
+    """A YAML or JSON file of settings."""
 
-    Raises:
-        Malformed: there is no such flag, or it takes no such value.
-    """
-    name = setting.flag
-    if name not in actions and name not in LEGACY_FLAGS:
-        raise Malformed(f"unknown key {setting.name}: {_hint(setting, actions, parser)}")
-    action, value = actions.get(name), setting.value
-    if value is None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+
+    def read(self) -> list[Setting]:
+        """Return the settings in order; a file that cannot be read, or is no mapping, is a UserError."""
+        settings: dict[str, Setting] = {}
+        load = self._load_json if self.name.lower().endswith(".json") else self._load_yaml
+        try:
+            for name, value, place in load(read_small_file(Path(os.path.expanduser(self.name))).decode("utf-8-sig")):
+                setting = Setting(name, normalize_flag(f"--{name}"), value, place)
+                if first := settings.get(setting.flag):
+                    where = f"{first.name}{first.place.removeprefix(self.name).replace(':', ' in')}"
+                    raise UserError(f"{place}: {name} is there twice, first as {where}; drop one")
+                settings[setting.flag] = setting
+        except RecursionError as error:
+            raise UserError(f"{self.name}: lists or objects are nested too deeply; flatten them") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.name}: is not UTF-8; save it in that encoding") from error
+        except (OSError, ValueError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise UserError(f"{self.name}: {reason}; give a YAML or JSON file of flags and their values") from error
+        return [*settings.values()]
+
+    def _load_json(self, text: str) -> Iterator[tuple[str, Any, str]]:
+        try:
+            settings = json.loads(text, object_pairs_hook=reject_duplicates)
+        except ValueError as error:
+            place = f"{self.name}: line {error.lineno}" if isinstance(error, json.JSONDecodeError) else self.name
+            raise UserError(f"{place}: cannot be read as JSON: {getattr(error, 'msg', error)}") from error
+        if not isinstance(settings, dict):
+            raise self._no_mapping(type(settings).__name__)
+        for name, value in settings.items():
+            yield name, [*map(_json_to_text, value)] if isinstance(value, list) else _json_to_text(value), self.name
+
+    def _no_mapping(self, kind: str) -> UserError:
+        wanted = "must hold flags and their values (learning_rate: 1e-4)"
+        return UserError(f"{self.name}: {wanted}, holds {kind}; give data with --data_path")
+
+    def _load_yaml(self, text: str) -> Iterator[tuple[str, Any, str]]:
+        import yaml  # which slows every other command line down
+
+        try:
+            root = yaml.compose(text, Loader=yaml.BaseLoader)  # to which every scalar is a text
+        except yaml.MarkedYAMLError as error:
+            raise UserError(f"{self._place(error)}: cannot be read as YAML: {one_line(error.problem)}") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.name}: cannot be read as YAML: {one_line(error, 200)}") from error
+        if not isinstance(root, yaml.MappingNode):
+            raise self._no_mapping("nothing" if root is None else root.id)
+        for key, value in root.value:
+            yield self._read_name(key), self._read_node(value), self._place(key)
+
+    def _place(self, node: Any) -> str:
+        """Return the file and the line of a node or an error."""
+        mark = getattr(node, "start_mark", None) or getattr(node, "problem_mark", None)
+        return f"{self.name}: line {mark.line + 1}" if mark else self.name
+
+    def _read_name(self, node: Any) -> str:
+        if node.id != "scalar" or not node.value:
+            raise UserError(f"{self._place(node)}: a name must be a word")
+        return str(node.value)
+
+    def _read_node(self, node: Any, *, in_object: bool = False) -> Any:
+        """Return the value of a node: scalars as texts, but in objects as JSON would have them."""
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise UserError(f"{self._place(node)}: has more than {MAX_VALUES:,} values; write them without anchors")
+        if node.tag not in TAGS:
+            raise UserError(f"{self._place(node)}: the tag {node.tag} is not supported; give plain values")
+        if node.id == "scalar":
+            return _read_scalar(node, in_object)
+        if node.id == "sequence":
+            return [self._read_node(item, in_object=in_object) for item in node.value]
+        try:
+            pairs = [(self._read_name(key), self._read_node(value, in_object=True)) for key, value in node.value]
+            return reject_duplicates(pairs)
+        except ValueError as error:
+            raise UserError(f"{self._place(node)}: {error}") from error
+
+
+def _read_scalar(node: Any, in_object: bool) -> Any:
+    """Return a text, or None for a plain null; in objects `1e-4` is a number as in YAML 1.2, and `yes` is true."""
+    if node.style is None and node.value in NULLS:
+        return None
+    if node.style is None and in_object:
+        with suppress(ValueError):
+            return json.loads(JSON_BOOLS.get(node.value.lower(), node.value))
+    return node.value
+
+
+def _json_to_text(value: Any) -> Any:
+    return repr(value) if isinstance(value, int | float) else value
+
+
+def _to_arguments(setting: Setting, parser: FlagParser) -> list[str]:
+    """Return the words of a command line that a setting stands for; none if it is not given."""
+    name, flag, value, _ = setting
+    known = {name: action for action in parser._actions if action.nargs != 0 for name in action.option_strings}
+    known = {name: action for name, action in known.items() if normalize_flag(name) not in NOT_IN_FILES}
+    action = known.get(flag)
+    if action is None and flag not in LEGACY_FLAGS:
+        nearest = find_nearest_flag(flag, known, parser.own_flags).removeprefix("--")
+        hint = "settings are not grouped; put each flag on the top level" if isinstance(value, dict) else None
+        hint = NOT_IN_FILES.get(flag) or hint or (f"did you mean {nearest}?" if nearest else "--help lists all flags")
+        raise UserError(f"unknown key {name}: {hint}")
+    if value is None or (flag in AUTOMATIC and value == "auto"):
         return []
-    if isinstance(value, dict):
-        if name.removeprefix("--") not in FLAGS and getattr(action and action.type, "__name__", "") != "json_object":
-            raise Malformed(f"{setting.name} takes no settings of its own; give a value")
-        return [f"{name}={json.dumps(value)}"]
-    if isinstance(value, list):
-        return _several(setting.name, name, value, action)
-    if name in AUTOMATIC and value.lower() == "auto":
-        return []
-    if _says_the_default(_made(setting.name, value, action), action):
-        return []
-    return [f"{name}={value}"]
+    if isinstance(value, dict) and action and action.type is str and flag[2:] not in JSON_FLAGS:
+        raise UserError(f"{name} takes no object; give a value")
+    if isinstance(value, list) and (action is None or action.nargs not in ("+", "*")):
+        raise UserError(f"{name} takes one value, not a list of {len(value)}")
+    if value == [] and action and action.default != []:
+        raise UserError(f"{name} is an empty list; give a value or drop it")
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+    for text in values:
+        _check_value(name, text, action, parser)
+        if len(values) > 1 and parser._parse_optional(text) is not None:
+            raise UserError(f"{name} holds {text!r}, which looks like a flag; put ./ before a file's name")
+    return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values] if values else []
 
 
-def _hint(setting: Setting, actions: dict[str, argparse.Action], parser: FlagParser) -> str:
-    """What to do about a key that no file may have."""
-    if why := ON_THE_LINE_ONLY.get(setting.flag):
-        return why
-    if isinstance(setting.value, dict):
-        return "flags stand one below the other, and not in groups"
-    nearest = find_nearest_flag(setting.flag, actions, parser.own_flags)
-    return f"did you mean {nearest.removeprefix('--')}?" if nearest else "--help lists all flags"
-
-
-def _several(key: str, name: str, values: list[str], action: argparse.Action | None) -> list[str]:
-    if action is None or action.nargs != "+":
-        raise Malformed(f"{key} takes one value, not a list of {len(values)}")
-    if not values and action.default == []:
-        return []
-    if not values:
-        raise Malformed(f"{key} is an empty list; name something or leave it out")
-    for value in values:
-        _made(key, value, action)
-    if len(values) == 1:
-        return [f"{name}={values[0]}"]
-    if dashed := [value for value in values if _looks_like_a_flag(value)]:
-        raise Malformed(f"{key} holds {dashed[0]!r}, which begins as a flag does; put ./ in front of a file's name")
-    return [name, *values]
-
-
-def _looks_like_a_flag(value: str) -> bool:
-    """Whether argparse would take a value for a flag."""
-    return value.startswith("-") and value != "-" and " " not in value and not NEGATIVE_NUMBER.fullmatch(value)
-
-
-def _made(key: str, value: str, action: argparse.Action | None) -> Any:
-    """What argparse will make of a value, asked here so that the line of one that it refuses can be named.
-
-    Raises:
-        Malformed: it refuses the value.
-    """
-    if action is None or not callable(action.type):
-        return value
+def _check_value(name: str, text: Any, action: argparse.Action | None, parser: FlagParser) -> None:
+    """Convert a value as argparse will, so that an error has its line."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} holds a list, an object or null in a list; give plain values")
     try:
-        made = action.type(value)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        kind = getattr(action.type, "__name__", "")
-        raise Malformed(f"{key}: {value!r} is no {kind}" if kind in ("int", "float") else f"{key}: {error}") from error
-    if action.choices is not None and made not in action.choices:
-        raise Malformed(f"{key}: {value!r} is none of {', '.join(map(str, action.choices))}")
-    return made
-
-
-def _says_the_default(made: Any, action: argparse.Action | None) -> bool:
-    """Whether a number is the default, which argparse knows: 0 and the 0.0 made of a text are not printed alike."""
-    return action is not None and isinstance(made, int | float) and bool(made == action.default)
+        if action:
+            parser._check_value(action, parser._get_value(action, text))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{name}: {error.message}") from error

@@ -1,24 +1,34 @@
-"""The first look at a command line: `--help` and mistakes are answered before any library is imported.
+"""First look at a command line: `--help` and mistakes are answered before any library is imported.
 
-Most of the flags are transformers', and to import them takes five seconds. So `flags.json` holds what argparse needs to
-know of every flag; `scripts/write_flags.py` writes it from the live parser. It is believed only where it would come out
-the same: with the version of transformers and the very sources that it was written from. Elsewhere, and for a command
-line without mistakes, the live parser reads the command line as if there were no first look.
+Importing transformers, whose flags most are, takes seconds. So `flags.json` holds what argparse has to know of each
+flag; `scripts/write_flags.py` writes it from the live parser. It is used unless the sources that declare this program's
+flags have changed since. It describes one version of transformers: with another one installed, flags and choices that
+it lacks are left to the live parser. A command line without mistakes is parsed by the live parser in any case.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from fastchat_qlora.config.config_file import expand
-from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
+from fastchat_qlora.config.config_file import expand_config_file
+from fastchat_qlora.config.flag_parsing import (
+    YAML_SUFFIXES,
+    FlagParser,
+    find_given,
+    find_unknown_flags,
+    raise_errors,
+    string_to_bool,
+)
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
-from fastchat_qlora.config.print_config import SUFFIXES, print_config
+from fastchat_qlora.config.print_config import print_config
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.errors import UserError
@@ -28,14 +38,15 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("flags.json")
 DECLARATIONS = ("config/arguments.py", "commands/inspect/command.py", "commands/plan/command.py")
-"""Where flags are declared, beside transformers."""
+"""Sources that declare this program's flags."""
 
 
 class NotInTable(Exception):
-    """A value is of a type that only the libraries have."""
+    """A flag or a value that only the installed libraries can judge."""
 
 
-def _not_in_table(value: str) -> Any:
+def leave_to_library(value: str) -> Any:
+    """Raise NotInTable: the table does not describe the value."""
     raise NotInTable(value)
 
 
@@ -45,104 +56,107 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "json_object": json_object,
     "string_to_bool": string_to_bool,
-    "library": _not_in_table,
+    "library": leave_to_library,
 }
-"""How the table names what makes a value of a text."""
+"""Name in the table -> function that converts a flag's text."""
 
 
-class Reading(NamedTuple):
-    """A command line as a parser reads it.
+class ParsedFlags(NamedTuple):
+    """A command line without mistakes."""
 
-    Attributes:
-        arguments: with the old flags under today's names.
-        notices: what was said about old flags.
-        values: of all flags, by name.
-        problems: everything that is wrong and can be told by looking at the values.
-    """
-
-    arguments: list[str]
-    notices: list[str]
     values: argparse.Namespace
-    problems: list[str]
+    given: list[str]  # names of the flags that it or its configuration file sets, in order
+    warnings: list[str]  # about old flags
 
 
-def read_flags(argv: Sequence[str], parser: FlagParser) -> Reading:
-    """Read and check a command line, which may begin with a file of settings.
+def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
+    """Parse and check a command line, which may begin with a configuration file.
 
     Raises:
-        UserError: a value of the wrong type, a required flag that is missing, an old flag without a counterpart, a file
-            that does not hold flags.
-        SystemExit: after printing the help, or the settings where `--print_config` asks for them.
+        UserError: all mistakes that can be found by looking at the values; those of argparse are reported alone.
+        SystemExit: after printing the help or the settings.
     """
-    arguments, notices = translate_legacy_flags(expand(argv, parser))
-    values, unknown = _parse(arguments, parser)
-    problems = find_unknown_flags(unknown, parser) + find_flag_errors(values)
-    if values.print_config is not None and not problems:
-        for notice in notices + print_config(parser, values, arguments):
-            logger.warning(notice)
+    arguments, warnings = translate_legacy_flags(expand_config_file(argv, parser))
+    given = find_given(arguments)
+    values, unknown = _parse(arguments, given, parser)
+    raise_errors(find_unknown_flags(unknown, parser) + find_flag_errors(values))
+    if values.print_config is not None:
+        for warning in warnings + print_config(parser, values, given):
+            logger.warning(warning)
         raise SystemExit(0)
-    return Reading(arguments, notices, values, problems)
+    return ParsedFlags(values, given, warnings)
 
 
-def _parse(arguments: Sequence[str], parser: FlagParser) -> tuple[argparse.Namespace, list[str]]:
-    """What argparse makes of a command line, and what it leaves over.
-
-    Raises:
-        UserError: in argparse's words; where flags are missing since their file does not come first, it says that too.
-    """
+def _parse(
+    arguments: Sequence[str], given: Collection[str], parser: FlagParser
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values and what argparse leaves over; add to its error if missing flags may be in a later file."""
     try:
         return parser.parse_known_args(arguments)
     except UserError as error:
-        files = [text for text in arguments if text.lower().endswith(SUFFIXES)]
-        if not files or "are required" not in str(error):
-            raise
-        raise UserError(f"{error}; {files[0]} comes first if it is to stand for them") from error
+        files = [text for text in arguments if text.lower().endswith(YAML_SUFFIXES)]
+        if files and any(action.required and action.dest not in given for action in parser._actions):
+            raise UserError(f"{error}; {files[0]} must come first to set them") from error
+        raise
 
 
 def check_fast(command: str, argv: Sequence[str]) -> None:
-    """Answer `--help` or tell the mistakes of a command line, if the table can; else do nothing.
+    """Answer `--help` or report mistakes in the words of the live parser, as read_flags does, if the table can."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    if table["sources"] == hash_declarations():
+        with suppress(NotInTable):
+            read_flags(argv, build_table_parser(table, command))
 
-    Raises:
-        UserError: what is wrong, in the words of the live parser.
-        SystemExit: after printing the help.
-    """
-    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    if table["made_from"] != made_from():
-        return
+
+def hash_declarations() -> dict[str, int]:
+    """Return the checksums of the sources that declare flags; none if this package has no sources."""
+    with suppress(OSError):
+        return {name: crc32((PACKAGE / name).read_bytes()) for name in DECLARATIONS}
+    return {}
+
+
+def get_transformers_version() -> str:
+    """Return the installed version of transformers, without importing it."""
     try:
-        problems = read_flags(argv, build_table_parser(table, command)).problems
-    except NotInTable:
-        return
-    raise_errors(problems)
-
-
-def made_from() -> dict[str, Any]:
-    """What decides on the flags: the version of transformers and the sources that declare the others.
-
-    Nothing where that cannot be told, since a library lies there without its metadata or this package without sources.
-    """
-    try:
-        sources = {name: crc32((PACKAGE / name).read_bytes()) for name in DECLARATIONS}
-        return {"transformers": importlib.metadata.version("transformers"), **sources}
-    except (OSError, importlib.metadata.PackageNotFoundError):
-        return {}
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return "an unknown version"
 
 
 def build_table_parser(table: Mapping[str, Any], command: str) -> FlagParser:
-    """The parser of a command, made of the table; it can tell everything but values of kind "library"."""
+    """Build the parser of a command from the table; it raises NotInTable for what the table does not describe."""
     entry = table["commands"][command]
-    parser = FlagParser(
-        prog=entry["prog"],
-        description=table["description"],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    flags = table["flags"] | entry["flags"]
-    for name, flag in flags.items():
+    parser = FlagParser(prog=entry["prog"], description=table["description"])
+    parser.own_flags = table["own_flags"] + entry["own_flags"]
+    parser.groups = table["groups"]
+    installed = get_transformers_version()
+    for name, flag in (table["flags"] | entry["flags"]).items():
         settings = dict(flag)
         if "type" in settings:
             settings["type"] = KINDS[settings["type"]]
+        if installed != table["transformers"] and name not in parser.own_flags and "choices" in settings:
+            settings["type"] = _make_choice_type(settings["choices"])
         parser.add_argument(name, *settings.pop("also", ()), **settings)
-    parser.own_flags = table["own_flags"] + entry["own_flags"]
-    parser.groups = table["groups"]
+    if installed != table["transformers"]:
+        _allow_other_flags(parser)
+        parser.epilog = f"transformers' flags are listed as of {table['transformers']}; {installed} is installed."
     return parser
+
+
+def _make_choice_type(choices: Collection[str]) -> Callable[[str], str]:
+    return lambda value: value if value in choices else str(leave_to_library(value))
+
+
+def _allow_other_flags(parser: FlagParser) -> None:
+    """Leave other flags, found in the source of the installed transformers, and the list of all to the live parser."""
+    package = importlib.util.find_spec("transformers")
+    folders = package.submodule_search_locations if package else None
+    source = Path(*(folders or [])[:1], "training_args.py")
+    declared = re.findall(r"^    (\w+): ", source.read_text("utf-8"), re.MULTILINE) if source.is_file() else []
+    if not declared:
+        raise NotInTable(str(source))
+    known = {action.dest: action for action in parser._actions}
+    known["print_config"].type = leave_to_library
+    for name in sorted({*declared} - {*known}):
+        flags = {text for no in ("", "no_") for text in (f"--{no}{name}", f"--{no}{name}".replace("_", "-"))}
+        parser.add_argument(*sorted(flags), nargs="*", type=leave_to_library, help=argparse.SUPPRESS)

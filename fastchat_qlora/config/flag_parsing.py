@@ -1,83 +1,82 @@
-"""Reading flags with argparse, in this program's words; needs no library."""
+"""argparse with this program's error messages; imports no library."""
 
 import argparse
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastchat_qlora.errors import UserError
 
-TRUE = ("yes", "true", "t", "y", "1")
-FALSE = ("no", "false", "f", "n", "0")
+TRUE = ("yes", "true", "t", "y", "1", "on")
+FALSE = ("no", "false", "f", "n", "0", "off")
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-"""How the names of files end that stand in place of flags."""
+YAML_SUFFIXES = (".yaml", ".yml")
+CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")
+"""Suffixes of configuration files, one of which may precede the flags."""
+
+NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_memory_gib": None}
+"""Values of `plan`'s flags with every other command: the run is for this machine as it is."""
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser that reports a mistake as a UserError, not as two hundred lines of usage."""
+    """An argument parser that raises a UserError instead of printing two hundred lines of usage."""
 
-    own_flags: Sequence[str] = ()
-    """Flags that this program declares; they come first when the nearest name is looked for."""
-
-    groups: Mapping[str, Sequence[str]] = {}
-    """What the groups of a run's flags are about -> names of the flags, without dashes."""
+    def __init__(self, **settings: Any) -> None:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **settings})
+        self._defaults = NOT_PLANNED | self._defaults  # set_defaults would change the flags of `plan` too
+        self.own_flags: Sequence[str] = ()  # declared by this program; preferred as the nearest of an unknown flag
+        self.groups: Mapping[str, Sequence[str]] = {}  # title of a group of a run's settings -> flags without dashes
 
     def error(self, message: str) -> NoReturn:
-        """Raise in place of printing and exiting, as argparse would."""
+        """Raise a UserError in argparse's words."""
         raise UserError(message.removeprefix("argument ").replace("/--", " / --"))
 
 
 def string_to_bool(value: str) -> bool:
-    """True or False as transformers' `string_to_bool` reads it.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither, in the words of transformers.
-    """
+    """Return the boolean that a word means, for argparse; on and off are YAML's."""
     if value.lower() in TRUE:
         return True
     if value.lower() in FALSE:
         return False
-    raise argparse.ArgumentTypeError(
-        f"Truthy value expected: got {value} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
-    )
+    raise argparse.ArgumentTypeError(f"must be true/false, yes/no, on/off, t/f, y/n or 1/0, not {value!r}")
 
 
-def object_of_a_library(value: str) -> NoReturn:
-    """Refuse a text where transformers wants an object of a class, which is made in programs only.
+def normalize_flag(name: str) -> str:
+    """Return a flag's name with underscores; both spellings are accepted."""
+    return "--" + name[2:].replace("-", "_")
 
-    Raises:
-        argparse.ArgumentTypeError: always.
-    """
-    raise argparse.ArgumentTypeError(f"{value}: is made in programs, no command line can give it; drop the flag")
+
+def find_given(arguments: Sequence[str]) -> list[str]:
+    """Return the fields that a command line sets, in order; `--no_x` sets x."""
+    flags = [normalize_flag(text.partition("=")[0]) for text in arguments if text.startswith("--")]
+    return list(dict.fromkeys(flag[2:].removeprefix("no_") for flag in flags))
 
 
 def find_unknown_flags(unknown: Sequence[str], parser: FlagParser) -> list[str]:
-    """What is wrong with the texts that a parser knows nothing about; an unknown flag comes with its nearest name."""
-    problems = []
+    """Return an error for each unknown flag, with the nearest known one, or else for the first stray value."""
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    errors = []
     for text in unknown:
         name = text.partition("=")[0]
-        if not name.startswith("-"):
-            continue
-        nearest = find_nearest_flag(name.replace("-", "_").replace("__", "--", 1), known, parser.own_flags)
-        hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
-        problems.append(f"unknown flag {name}: {hint}")
-    if unknown and not problems:
+        if name.startswith("-"):
+            nearest = find_nearest_flag(name.replace("-", "_").replace("__", "--", 1), known, parser.own_flags)
+            errors.append(f"unknown flag {name}: {f'did you mean {nearest}?' if nearest else '--help lists all flags'}")
+    if unknown and not errors:
         is_file = unknown[0].lower().endswith(CONFIG_SUFFIXES)
-        hint = "one file in place of flags may stand there, in front of all flags" if is_file else ""
-        problems.append(f"unexpected value {unknown[0]!r}: {hint or 'every value follows a flag that takes it'}")
-    return problems
+        hint = "a configuration file must come first, before all flags" if is_file else "every value must follow a flag"
+        errors.append(f"unexpected value {unknown[0]!r}: {hint}")
+    return errors
 
 
 def find_nearest_flag(name: str, known: Collection[str], own_flags: Collection[str]) -> str:
-    """The known flag that an unknown one is most like, this program's own first; empty where none is like it."""
+    """Return the known flag most similar to an unknown one, this program's own first; "" if none is similar."""
     own = difflib.get_close_matches(name, [flag for flag in own_flags if flag in known], n=1, cutoff=0.7)
     return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
 
 
-def raise_errors(problems: Sequence[str]) -> None:
-    """Raise everything found as one UserError; nothing where nothing was found."""
-    if problems:
-        listed = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))
-        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: {listed}")
+def raise_errors(errors: Sequence[str]) -> None:
+    """Raise all errors as one UserError, if there are any."""
+    if errors:
+        listed = "; ".join(f"({i}) {error}" for i, error in enumerate(errors, 1))
+        raise UserError(errors[0] if len(errors) == 1 else f"{len(errors)} problems: {listed}")

@@ -1,163 +1,129 @@
-"""Flags that FastChat's published commands use and transformers has dropped since.
+"""Flags of FastChat's published commands that transformers has dropped since -> today's flags.
 
-Each entry states what the flag means today. An entry can go when nobody runs a FastChat command any more.
+An entry can go when nobody runs a FastChat command any more.
 """
 
 import json
 import os
+import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fastchat_qlora.config.flag_parsing import string_to_bool
+from fastchat_qlora.config.flag_parsing import normalize_flag, string_to_bool
 from fastchat_qlora.errors import UserError
 
 
-class Translation(NamedTuple):
-    """What an old flag with its value becomes."""
-
-    arguments: list[str]
-    notice: str
-
-
 class LegacyFlag(NamedTuple):
-    """How an old flag is read.
+    """An old flag.
 
     Attributes:
-        translate: what it becomes with a value.
-        boolean: whether a bare one is True.
-        new: the flag that says the same today, if one does.
+        translate: value, True or False of a boolean -> today's arguments.
+        new: the flag of the same meaning today, if there is one.
+        is_boolean: the bare flag means True.
+        note: what it means today, if there is no such flag.
     """
 
-    translate: Callable[[str], Translation]
-    boolean: bool = False
+    translate: Callable[[str], list[str]]
     new: str = ""
+    is_boolean: bool = False
+    note: str = ""
 
 
-def _renamed(new: str) -> Callable[[str], Translation]:
-    return lambda value: Translation([new, value], f"is called {new} today")
-
-
-def _dropped(why: str) -> Callable[[str], Translation]:
-    return lambda value: Translation([], f"has no effect: {why}")
-
-
-def _warmup_ratio(value: str) -> Translation:
+def _translate_warmup_ratio(value: str) -> list[str]:
     try:
         ratio = float(value)
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio < 1:
-        raise UserError(f"--warmup_ratio {value}: must be at least 0 and below 1; a count goes into --warmup_steps")
-    return Translation(["--warmup_steps", value], f"is called --warmup_steps {value} today (below 1 it is a share)")
+        raise UserError(f"--warmup_ratio {value}: must be at least 0 and below 1; use --warmup_steps for a count")
+    return ["--warmup_steps", value]
 
 
-def _group_by_length(value: str) -> Translation:
-    if not string_to_bool(value):
-        return Translation([], "is the default today")
-    new = ["--train_sampling_strategy", "group_by_length"]
-    return Translation(new, f"is called {' '.join(new)} today")
-
-
-def _fsdp_layer(value: str) -> Translation:
-    config = json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})
-    return Translation(["--fsdp_config", config], f"is called --fsdp_config '{config}' today")
-
-
-def _logging_dir(value: str) -> Translation:
+def _translate_logging_dir(value: str) -> list[str]:
     os.environ["TENSORBOARD_LOGGING_DIR"] = value
-    return Translation([], f"is set by the environment variable TENSORBOARD_LOGGING_DIR={value} today")
+    return []
 
 
-def _no_cuda(value: str) -> Translation:
-    return Translation(["--use_cpu", str(string_to_bool(value))], "is called --use_cpu today")
-
-
-def _save_safetensors(value: str) -> Translation:
-    if not string_to_bool(value):
+def _translate_save_safetensors(value: str) -> list[str]:
+    if value == "False":
         raise UserError(f"--save_safetensors {value}: adapters are saved as safetensors only; drop the flag")
-    return Translation([], "has no effect: adapters are always saved as safetensors")
+    return []
 
 
 LEGACY_FLAGS = {
-    "--evaluation_strategy": LegacyFlag(_renamed("--eval_strategy"), new="--eval_strategy"),
-    "--warmup_ratio": LegacyFlag(_warmup_ratio, new="--warmup_steps"),
-    "--group_by_length": LegacyFlag(_group_by_length, boolean=True, new="--train_sampling_strategy"),
-    "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(_fsdp_layer, new="--fsdp_config"),
-    "--save_safetensors": LegacyFlag(_save_safetensors, boolean=True),
-    "--logging_dir": LegacyFlag(_logging_dir),
-    "--overwrite_output_dir": LegacyFlag(
-        _dropped("a run goes on from the last checkpoint in output_dir, or starts anew if there is none"), boolean=True
+    "--evaluation_strategy": LegacyFlag(lambda value: ["--eval_strategy", value], "--eval_strategy"),
+    "--warmup_ratio": LegacyFlag(_translate_warmup_ratio, "--warmup_steps"),
+    "--group_by_length": LegacyFlag(
+        lambda value: ["--train_sampling_strategy", "group_by_length" if value == "True" else "random"],
+        "--train_sampling_strategy",
+        is_boolean=True,
     ),
-    "--no_cuda": LegacyFlag(_no_cuda, boolean=True, new="--use_cpu"),
+    "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(
+        lambda value: ["--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})],
+        "--fsdp_config",
+    ),
+    "--no_cuda": LegacyFlag(lambda value: ["--use_cpu", value], "--use_cpu", is_boolean=True),
+    "--logging_dir": LegacyFlag(
+        _translate_logging_dir, note="is the environment variable TENSORBOARD_LOGGING_DIR today"
+    ),
+    "--save_safetensors": LegacyFlag(
+        _translate_save_safetensors, is_boolean=True, note="has no effect: adapters are always saved as safetensors"
+    ),
+    "--overwrite_output_dir": LegacyFlag(
+        lambda value: [],
+        is_boolean=True,
+        note="has no effect: a run resumes from the last checkpoint in output_dir, or starts over without one",
+    ),
     "--include_tokens_per_second": LegacyFlag(
-        _dropped("train_results.json always has tokens per second"), boolean=True
+        lambda value: [], is_boolean=True, note="has no effect: train_results.json always has the tokens/s"
     ),
 }
 
-
 AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
-"""Flags that transformers declares as booleans and that are decided by the run when left out, which "auto" says too."""
-
-
-def normalize_flag(name: str) -> str:
-    """A flag's name with underscores; both spellings are accepted."""
-    return "--" + name[2:].replace("-", "_")
+"""Boolean flags whose value "auto" means the same as leaving them out: the run decides."""
 
 
 def get_current_name(name: str) -> str:
-    """What a flag is called today."""
-    old = LEGACY_FLAGS.get(name)
-    return (old and old.new) or name
-
-
-def _check_value(name: str, value: str | None, flag: LegacyFlag) -> str:
-    """The value, or True for a bare boolean.
-
-    Raises:
-        UserError: there is no value where one is needed, or it is no boolean where one is.
-    """
-    if value is None and not flag.boolean:
-        raise UserError(f"{name}: needs a value; give one or drop the flag")
-    if flag.boolean:
-        try:
-            string_to_bool("True" if value is None else value)
-        except ArgumentTypeError as error:
-            raise UserError(f"{name} {value}: must be True or False") from error
-    return value if value is not None else "True"
+    """Return what a flag is called today."""
+    return name if name not in LEGACY_FLAGS else LEGACY_FLAGS[name].new or name
 
 
 def translate_legacy_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Rewrite dropped flags to what they are called today.
+    """Return a command line with today's flags, and a warning for each old one.
 
-    Args:
-        argv: a command line, in which old flags stand as `--flag value`, `--flag=value` or, for booleans, `--flag`.
-
-    Returns:
-        The command line for today's parser, and one notice for each flag rewritten.
-
-    Raises:
-        UserError: an old flag's value has no counterpart today, or its new name is given as well.
+    Old flags are accepted as `--flag value`, `--flag=value` or, if boolean, `--flag`; one whose value has no
+    counterpart today, or whose new name is given as well, is a UserError.
     """
-    arguments: list[str] = []
-    notices: list[str] = []
-    waiting = list(argv)
+    arguments, warnings, waiting = [], [], list(argv)
     while waiting:
         text = waiting.pop(0)
         name, has_value, value = text.partition("=")
-        old = normalize_flag(name)
-        if old in AUTOMATIC and (value if has_value else waiting[0] if waiting else "").lower() == "auto":
-            waiting = waiting if has_value else waiting[1:]
-            continue
-        if not name.startswith("--") or old not in LEGACY_FLAGS:
+        flag = normalize_flag(name) if name.startswith("--") else ""
+        following = [] if has_value else [word for word in waiting[:1] if not word.startswith("--")]
+        values = [value] if has_value else following
+        is_auto = flag in AUTOMATIC and [value.lower() for value in values] == ["auto"]
+        if not is_auto and flag not in LEGACY_FLAGS:
             arguments.append(text)
             continue
-        following = waiting.pop(0) if not has_value and waiting and not waiting[0].startswith("--") else None
-        value = _check_value(old, value if has_value else following, LEGACY_FLAGS[old])
-        translation = LEGACY_FLAGS[old].translate(value)
-        new = translation.arguments[0] if translation.arguments else None
-        if new and any(normalize_flag(given.partition("=")[0]) == new for given in argv):
-            raise UserError(f"{old} {value}: {new} is given too, and is what this flag is called today; drop {old}")
-        arguments += translation.arguments
-        notices.append(f"{old} {value}: {translation.notice}.")
-    return arguments, notices
+        del waiting[: len(following)]
+        if not is_auto:
+            new, warning = _translate(flag, values, argv)
+            arguments += new
+            warnings.append(warning)
+    return arguments, warnings
+
+
+def _translate(flag: str, values: Sequence[str], argv: Sequence[str]) -> tuple[list[str], str]:
+    """Return today's arguments for an old flag with its value, if it has one, and a warning."""
+    old = LEGACY_FLAGS[flag]
+    if not values and not old.is_boolean:
+        raise UserError(f"{flag}: needs a value; give one or drop the flag")
+    value = values[0] if values else "True"
+    try:
+        new = old.translate(str(string_to_bool(value)) if old.is_boolean else value)
+    except ArgumentTypeError as error:
+        raise UserError(f"{flag} {value}: must be True or False") from error
+    if new and any(normalize_flag(given.partition("=")[0]) == new[0] for given in argv):
+        raise UserError(f"{flag} {value}: {new[0]}, its name today, is given too; drop {flag}")
+    return new, f"{flag} {value}: {old.note or f'is called {shlex.join(new)} today'}."

@@ -1,4 +1,4 @@
-"""What follows for a command line from the machine and the data given, before its groups are built."""
+"""Flags that depend on the machine, the launcher or other flags, before the argument groups are built."""
 
 import argparse
 import os
@@ -6,72 +6,73 @@ import os
 import torch
 
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
-from fastchat_qlora.config.validation.json_flags import FLAGS, json_text, read_json
-from fastchat_qlora.distributed import fsdp_config
+from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
+from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
+
+PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_checkpoint", "data_path", "eval_data_path")
+"""Flags whose ~ is expanded; hub ids have none."""
 
 
-def adapt_to_machine(values: argparse.Namespace) -> list[str]:
-    """Change in place what follows from the machine and the data.
-
-    Args:
-        values: as parsed, for which `find_problems` finds nothing.
-
-    Returns:
-        Sentences on what was changed.
-    """
-    notices = []
-    if lacks_accelerator() and not values.use_cpu:
-        values.use_cpu = True
-        notices.append("No accelerator found: training on the CPU.")
-    if not values.use_cpu and torch.accelerator.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        count = torch.accelerator.device_count()
-        notices.append(
-            f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."
-        )
-    nothing_to_evaluate = not values.eval_data_path and not values.eval_split
-    if values.eval_strategy != "no" and nothing_to_evaluate:
-        # FastChat's published commands ask for evaluation without giving data for it.
-        notices.append(
-            f"--eval_strategy {values.eval_strategy}: ignored, there is nothing to evaluate on; "
-            "give --eval_data_path or --eval_split."
-        )
-        values.eval_strategy = "no"
-    if (values.eval_on_start or values.do_eval) and nothing_to_evaluate:
-        notices.append("--eval_on_start, --do_eval: ignored, there is nothing to evaluate on.")
-        values.eval_on_start = values.do_eval = False
-    values.fsdp = fsdp_config.parse_fsdp_flag(values.fsdp)
-    if values.fsdp and not is_launched(values):
-        notices.append("--fsdp: ignored, a single process has nothing to shard; launch with torchrun.")
-        values.fsdp, values.fsdp_config = False, None
-    if values.ddp_backend and "RANK" not in os.environ:
-        notices.append(f"--ddp_backend {values.ddp_backend}: ignored, a single process has nobody to talk to.")
-        values.ddp_backend = None
-    if values.fsdp:
-        notices += _adapt_fsdp(values)
-    values.model_name_or_path = os.path.expanduser(values.model_name_or_path)  # hub ids have no ~
-    values.lora_weight_path = os.path.expanduser(values.lora_weight_path)
+def resolve_flags(values: argparse.Namespace) -> list[str]:
+    """Resolve parsed flags without errors in place, and return warnings about what has changed."""
+    warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
     if values.deepspeed:
-        values.deepspeed = fill_auto_settings(read_json(values.deepspeed), values.optim)
-    for name in FLAGS:
+        values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
+    for name in JSON_FLAGS:
         if isinstance(given := getattr(values, name, None), str) and given:  # transformers reads files for some only
             setattr(values, name, json_text(given))
-    for name in ("cache_dir", "resume_from_checkpoint"):
-        given = getattr(values, name)
-        setattr(values, name, os.path.expanduser(given) if isinstance(given, str) else given)
-    values.data_path = [os.path.expanduser(path) for path in values.data_path]
-    values.eval_data_path = values.eval_data_path and [os.path.expanduser(path) for path in values.eval_data_path]
-    return notices
+    for name in PATHS:
+        setattr(values, name, _expand_users(getattr(values, name)))
+    return warnings
 
 
-def _adapt_fsdp(values: argparse.Namespace) -> list[str]:
-    config, checkpointing = fsdp_config.complete_fsdp_config(
-        read_json(values.fsdp_config or "{}"), quantized=values.q_lora
-    )
-    values.fsdp_config = config
-    if not checkpointing:
-        return []
-    values.gradient_checkpointing = True
-    if hasattr(values, "activation_checkpointing"):  # what newer versions of transformers call it
-        values.activation_checkpointing = True
-    return ["--fsdp_config activation_checkpointing: done as --gradient_checkpointing True, to the same effect."]
+def _expand_users(path: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(path, list):
+        return [os.path.expanduser(name) for name in path]
+    return os.path.expanduser(path) if path else path
+
+
+def _resolve_device(values: argparse.Namespace) -> list[str]:
+    if lacks_accelerator() and not values.use_cpu:
+        values.use_cpu = True
+        return ["No accelerator found: training on the CPU."]
+    count = torch.accelerator.device_count()
+    if not values.use_cpu and count > 1 and "WORLD_SIZE" not in os.environ:
+        return [f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."]
+    return []
+
+
+def _resolve_evaluation(values: argparse.Namespace) -> list[str]:
+    """Switch evaluation off where there is no data for it, as in FastChat's published commands."""
+    warnings: list[str] = []
+    if values.eval_data_path or values.eval_split:
+        return warnings
+    if values.eval_strategy != "no":
+        warnings.append(
+            f"--eval_strategy {values.eval_strategy}: ignored: there is nothing to evaluate on; give --eval_data_path "
+            "or --eval_split."
+        )
+    if values.eval_on_start or values.do_eval:
+        warnings.append("--eval_on_start, --do_eval: ignored: there is nothing to evaluate on.")
+    values.eval_strategy, values.eval_on_start, values.do_eval = "no", False, False
+    return warnings
+
+
+def _resolve_strategy(values: argparse.Namespace) -> list[str]:
+    """Drop what needs several processes where there is one, and complete the settings of FSDP."""
+    warnings: list[str] = []
+    values.fsdp = parse_fsdp_flag(values.fsdp)
+    if values.fsdp and not is_launched(values):
+        warnings.append("--fsdp: ignored: a single process has nothing to shard; launch with torchrun.")
+        values.fsdp, values.fsdp_config = False, None
+    if values.ddp_backend and "RANK" not in os.environ:
+        warnings.append(f"--ddp_backend {values.ddp_backend}: ignored: there is only one process.")
+        values.ddp_backend = None
+    if values.fsdp:
+        given = parse_json(values.fsdp_config or "{}")
+        values.fsdp_config, checkpointing = complete_fsdp_config(given, quantized=values.q_lora)
+        if checkpointing:
+            values.gradient_checkpointing = values.activation_checkpointing = True
+            warnings.append("--fsdp_config activation_checkpointing: applied as --gradient_checkpointing True instead.")
+    return warnings

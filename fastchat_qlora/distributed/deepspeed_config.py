@@ -1,30 +1,24 @@
-"""A DeepSpeed configuration beside a command line: what it leaves out follows the flags, a contradiction is an error.
+"""DeepSpeed configuration of a run: settings that follow the flags, and how its state is laid out.
 
-transformers fills in what a configuration calls "auto" and notes what differs from the flags, but tells of it only
-after the weights are loaded, and leaves what the configuration does not mention to DeepSpeed's own defaults: a clipping
-of 1.0 whatever `--max_grad_norm` says.
+transformers fills in what a configuration calls "auto". What it leaves out keeps DeepSpeed's own defaults, such as a
+clipping of 1.0 whatever `--max_grad_norm` says.
 """
 
 import copy
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 AUTO_KEYS = (
-    "gradient_clipping",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "bf16.enabled",
-    "fp16.enabled",
+    *("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("bf16.enabled", "fp16.enabled"),
 )
-"""Settings that follow the command line unless the configuration names them."""
+"""Settings that follow the flags unless the configuration has them."""
 
 DATA_DEPENDENT_KEYS = ("total_num_steps", "warmup_num_steps")
 """Parameters of a scheduler that follow from the data."""
 
 STEPPED_BY_CPU_ADAM = ("adamw_torch", "adamw_torch_fused")
-"""Optimizers whose mathematics DeepSpeed's CPU Adam has; accelerate puts it in their place when they are offloaded."""
+"""Optimizers whose mathematics DeepSpeed's CPU Adam has; accelerate replaces them by it when they are offloaded."""
 
 ADAM_NAMES = ("adam", "adamw")
 
@@ -51,44 +45,52 @@ SCHEDULERS = {
 }
 """DeepSpeed's name -> transformers' for the same curve."""
 
+SCHEDULER_PARAMS = {
+    "WarmupLR": ("warmup_num_steps", "warmup_max_lr"),
+    "WarmupDecayLR": (*DATA_DEPENDENT_KEYS, "warmup_max_lr"),
+    "WarmupCosineLR": DATA_DEPENDENT_KEYS,
+}
+
 
 def fill_auto_settings(config: Mapping[str, Any], optim: str) -> dict[str, Any]:
-    """The configuration with everything that should follow the command line marked "auto".
-
-    Args:
-        config: as read from the user's file, for which `deepspeed_checks.find_malformed` finds nothing.
-        optim: the optimizer of the command line, by its transformers name.
-    """
+    """Return a configuration without errors, in which everything that should follow the flags is "auto"."""
     completed: dict[str, Any] = copy.deepcopy(dict(config))
-    names = [*AUTO_KEYS]
-    if "optimizer" in completed:
-        is_adam = str(completed["optimizer"].get("type")).lower() in ADAM_NAMES
-        names += [f"optimizer.params.{key}" for key in ("lr", "weight_decay", *(("betas", "eps") if is_adam else ()))]
-    scheduler = completed.get("scheduler", {}).get("type")
-    if scheduler in SCHEDULERS:
-        has_end = scheduler != "WarmupLR"
-        names += [f"scheduler.params.{key}" for key in DATA_DEPENDENT_KEYS if has_end or key != "total_num_steps"]
-        names += ["scheduler.params.warmup_max_lr"] * (scheduler != "WarmupCosineLR")
-    for name in names:
+    for name in (*AUTO_KEYS, *_list_params(completed)):
         *sections, key = name.split(".")
         place = completed
         for section in sections:
             place = place.setdefault(section, {})
         place.setdefault(key, "auto")
     if "optimizer" not in completed and optim not in STEPPED_BY_CPU_ADAM:
-        # accelerate would put DeepSpeed's CPU Adam in place of whatever optimizer was asked for.
+        # accelerate would replace any optimizer by DeepSpeed's CPU Adam.
         completed.setdefault("zero_force_ds_cpu_optimizer", False)
     return completed
 
 
-def get_offload_device(config: Mapping[str, Any], what: str) -> str:
-    """Where the optimizer's state (`offload_optimizer`) or the parameters (`offload_param`) lie: cpu, nvme or none."""
-    return str((config.get("zero_optimization", {}).get(what) or {}).get("device", "none"))
+def _list_params(config: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of the optimizer and the scheduler that follow the flags."""
+    optimizer, scheduler = (str(get_setting(config, f"{section}.type")) for section in ("optimizer", "scheduler"))
+    names = ("lr", "weight_decay", "betas", "eps") if optimizer.lower() in ADAM_NAMES else ("lr", "weight_decay")
+    keys = [f"optimizer.params.{name}" for name in names if "optimizer" in config]
+    return keys + [f"scheduler.params.{name}" for name in SCHEDULER_PARAMS.get(scheduler, ())]
+
+
+def get_setting(config: Mapping[str, Any], name: str) -> Any:
+    """Return the value at a dotted name; None if there is none."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def get_offload_device(config: Mapping[str, Any], section: str) -> str:
+    """Return where optimizer state (`offload_optimizer`) or parameters (`offload_param`) are: cpu, nvme or none."""
+    return str(get_setting(config, f"zero_optimization.{section}.device") or "none")
 
 
 def get_optimizer_name(config: Mapping[str, Any], optim: str) -> str:
-    """The configuration's own optimizer, or else that of the command line, by the name that each has for it."""
-    return str(config.get("optimizer", {}).get("type") or optim)
+    """Return the configuration's own optimizer, or else that of the flags, by the name that each has for it."""
+    return str(get_setting(config, "optimizer.type") or optim)
 
 
 def describe_state_layout(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,36 +101,3 @@ def describe_state_layout(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.get(section, {}).items()
         if name in defaults and value != defaults[name]
     }
-
-
-def find_deepspeed_contradictions(
-    config: Mapping[str, Any], mismatches: Collection[str], flags: Mapping[str, Any]
-) -> list[str]:
-    """What the configuration says against the command line, each naming both sides.
-
-    Args:
-        config: as read from the user's file, or completed.
-        mismatches: what transformers has noted (`HfTrainerDeepSpeedConfig.mismatches`), as "- ds KEY=VALUE vs hf
-            FLAG=VALUE".
-        flags: `optim` and `lr_scheduler_type`, of those that the user has given.
-    """
-    problems = []
-    for mismatch in mismatches:
-        found = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.+?)=(.*)", mismatch)
-        if found is None:
-            problems.append(mismatch)
-            continue
-        key, theirs, flag, ours = found.groups()
-        problems.append(f"its {key} is {theirs}, --{flag.split('|')[0].replace('+', ', --')} is {ours}")
-    optimizer = config.get("optimizer", {}).get("type")
-    is_adamw = str(optimizer).lower() in ADAM_NAMES and config["optimizer"].get("params", {}).get("adam_w_mode", True)
-    if optimizer and "optim" in flags and not (is_adamw and flags["optim"] in STEPPED_BY_CPU_ADAM):
-        problems.append(f"its optimizer.type is {optimizer}, --optim is {flags['optim']}")
-    if config.get("zero_force_ds_cpu_optimizer") and get_offload_device(config, "offload_optimizer") != "none":
-        optim = flags.get("optim", "adamw_torch")
-        if not optimizer and optim not in STEPPED_BY_CPU_ADAM:
-            problems.append(f"its zero_force_ds_cpu_optimizer is true, which means Adam, --optim is {optim}")
-    scheduler = config.get("scheduler", {}).get("type")
-    if scheduler and "lr_scheduler_type" in flags and SCHEDULERS.get(scheduler) != flags["lr_scheduler_type"]:
-        problems.append(f"its scheduler.type is {scheduler}, --lr_scheduler_type is {flags['lr_scheduler_type']}")
-    return problems

@@ -9,12 +9,13 @@ from transformers import TrainerCallback, set_seed
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.collator import Collator
-from fastchat_qlora.distributed.topology import Topology, get_device_map, get_topology, process_group
+from fastchat_qlora.distributed.process_group import host_group, process_group
+from fastchat_qlora.distributed.topology import Topology, get_device_map, get_topology
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, load_model
 from fastchat_qlora.training.callbacks.activation_checkpointing import AutoCheckpointing
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
-from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LastStepLog, LossGuard, host_group
+from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LastStepLog, LossGuard
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal, show_progress
 from fastchat_qlora.training.callbacks.sample_generations import SampleGenerations, encode_prompts
 from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sanity_check

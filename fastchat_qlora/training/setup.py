@@ -18,7 +18,8 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
 from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset, split_datasets
-from fastchat_qlora.distributed.topology import Topology, require_agreement
+from fastchat_qlora.distributed.process_group import require_agreement
+from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets

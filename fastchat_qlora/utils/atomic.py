@@ -12,14 +12,11 @@ LONGEST_STEM = 80
 
 @contextmanager
 def write_atomically(path: Path, *, durable: bool = False) -> Iterator[TextIO]:
-    """Open a UTF-8 text file that replaces `path` when the block ends without an error.
+    """Open a UTF-8 text file that replaces `path` when the block ends without an error, also an OSError.
 
     Args:
         path: the file to write; its folder must exist.
         durable: wait until the content is on the disk before the file is replaced.
-
-    Raises:
-        OSError: it cannot be written; whatever was there stays.
     """
     part = path.with_name(f".{path.name[:LONGEST_STEM]}.{os.getpid()}.part")
     try:

@@ -1,4 +1,4 @@
-"""HTML pages, each in one file that needs no other and no network."""
+"""HTML pages, each in one file that needs no other file and no network."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,12 +11,12 @@ BUFFERED_PIECES = 64
 
 
 def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:
-    """Fill in a template, piece by piece; every value is escaped but for what is marked as safe.
+    """Render a template piece by piece; every value is escaped unless it is marked as safe.
 
     Args:
-        package: the package whose folder `templates` holds the template; those of this package can be extended.
-        name: of the template, without its endings.
-        values: its variables. Its filter `visible` is text.visible, for untrusted text.
+        package: the package whose folder `templates` holds the template; it can extend those of this package.
+        name: name of the template without its suffixes.
+        values: variables of the template. Its filter `visible` is escape_control, for untrusted text.
     """
     from jinja2 import ChoiceLoader, Environment, PackageLoader
 

@@ -1,4 +1,4 @@
-"""Text from strangers, made fit to be shown and to be answered."""
+"""Untrusted text: escaping, masking of secrets, and suggestions for mistyped names."""
 
 import difflib
 import json
@@ -8,26 +8,28 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-JOINERS = "\u200c\u200d"
-"""Format characters that belong to what is seen: Indic and Persian letters, emoji."""
+VISIBLE_CONTROLS = "\n\t\u200c\u200d"  # the last two join letters of Indic and Persian scripts, and emoji
 
 SECRET_NAME = re.compile(r"(?:token|secret|password|passwd|credentials?|(?:^|[_-])key)$", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")
-"""What stands before the host of a URL, and tokens of the hub."""
+"""User and password of a URL, and tokens of the hub."""
 
-SHORTEST_SECRET = 8
+MIN_SECRET_LENGTH = 8  # characters; shorter values of environment variables stand in any text
 MASK = "<hidden>"
 
 
 def escape_control(text: str) -> str:
-    """Text with escapes in place of characters that steer a terminal or reorder a line; line ends and tabs stay."""
-    return "".join(
-        character.encode("unicode_escape").decode("ascii") if _is_hidden(character) else character for character in text
-    )
+    """Escape characters that control a terminal or reorder a line; line ends and tabs stay."""
+    controls = {
+        character: character.encode("unicode_escape").decode("ascii")
+        for character in {*text} - {*VISIBLE_CONTROLS}
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    }
+    return text.translate(str.maketrans(controls)) if controls else text
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written in UTF-8; other bytes come as halves of surrogate pairs."""
+    """Return whether a text can be written in UTF-8; other bytes come as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -36,11 +38,10 @@ def is_text(text: str) -> bool:
 
 
 def mask_secrets(value: Any, name: str = "") -> Any:
-    """A value with a mask in place of what nobody else may read: under names such as hub_token, in URLs, of the hub.
+    """Mask secrets: values of names such as hub_token, passwords in URLs, tokens of the hub, and of the environment.
 
     Args:
-        value: a text, which may be a JSON object, or lists and dictionaries with texts in them; what is neither is
-            returned as it is.
+        value: a text, which may be a JSON object, or lists and dictionaries with texts; other values stay.
         name: what the value is called, if anything.
     """
     if isinstance(value, dict):
@@ -52,34 +53,29 @@ def mask_secrets(value: Any, name: str = "") -> Any:
     if SECRET_NAME.search(name):
         return MASK
     for variable, secret in os.environ.items():
-        if len(secret) >= SHORTEST_SECRET and SECRET_NAME.search(variable):
+        if len(secret) >= MIN_SECRET_LENGTH and SECRET_NAME.search(variable):
             value = value.replace(secret, MASK)
-    return SECRET_TEXT.sub(MASK, _without_secrets_of_an_object(value))
+    return SECRET_TEXT.sub(MASK, _mask_json(value))
 
 
-def _without_secrets_of_an_object(text: str) -> str:
-    """A text that is a JSON object, such as settings given in place, with masks; any other one as it is."""
+def _mask_json(text: str) -> str:
+    """Mask secrets in a JSON object, such as settings given on the command line; other texts stay."""
     if not text.startswith("{"):
         return text
     try:
         settings = json.loads(text)
-        hidden = mask_secrets(settings)
+        masked = mask_secrets(settings)
     except (ValueError, RecursionError):
         return text
-    return text if hidden == settings else json.dumps(hidden)
+    return text if masked == settings else json.dumps(masked)
 
 
 def one_line(text: object, most: int | None = None) -> str:
-    """What an error or another object says, on one line and of so many characters at the most."""
+    """Return the text of an error or another object on one line, with at most so many characters."""
     return " ".join(str(text).split())[:most]
 
 
-def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + JOINERS
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to do about a name that nothing has: take the nearest one, or none."""
+    """Return what to do about an unknown name: take the nearest one, or drop it."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {nearest[0]}?" if nearest else "drop it"

@@ -345,7 +345,10 @@ def test_output_may_not_replace_an_input(
         ("--devices 0", "--devices 0: must be at least 1"),
         ("--device_memory_gib -1", "--device_memory_gib -1.0: must be at least 0"),
         ("--tokens_per_second 1e-300", "--tokens_per_second 1e-300: must be at least 0.001"),
-        ("--use_cpu True --device_memory_gib 8", "--use_cpu True and --device_memory_gib 8.0: is that main memory?"),
+        (
+            "--use_cpu True --device_memory_gib 8",
+            "--use_cpu True and --device_memory_gib 8.0: give --device_type cpu too",
+        ),
         ("--use_cpu True --device_type cuda", "two kinds of device"),
         (f"--dataloader_drop_last True --devices 500 {ONE_CONVERSATION}", "do not fill one batch of 500"),
         ("--deepspeed four.json", "its train_micro_batch_size_per_gpu is 4, --per_device_train_batch_size is 8"),

@@ -1,15 +1,15 @@
-"""A file in place of flags says what the flags would say, and what is wrong with it is told with its line."""
+"""A configuration file means what the flags would mean, and its errors name the line."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from fastchat_qlora import cli
-from fastchat_qlora.config.arguments import parse_args
-from fastchat_qlora.config.settings_file import MOST_VALUES
+from fastchat_qlora.config.config_file import MAX_VALUES
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def values(argv: list[str]) -> dict[str, Any]:
     return {name: value for group in parse_args(argv) for name, value in vars(group).items()}
 
 
-def refusal(text: str | bytes, *flags: str, name: str = "run.yaml") -> str:
+def get_error(text: str | bytes, *flags: str, name: str = "run.yaml") -> str:
     Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         parse_args([name, *flags])
@@ -74,13 +74,13 @@ def refusal(text: str | bytes, *flags: str, name: str = "run.yaml") -> str:
         ("cache_dir: ~/c", "cache_dir", str(Path.home() / "c")),
     ],
 )
-def test_a_setting_says_what_the_flag_would(written: str, name: str, value: object) -> None:
+def test_setting_means_what_the_flag_would(written: str, name: str, value: object) -> None:
     text = NEEDED.replace("data_path: conversations.json\n", "") if written.startswith("data_path") else NEEDED
     Path("run.yaml").write_text(text + written, encoding="utf-8")
     assert values(["run.yaml"])[name] == value
 
 
-def test_json_says_the_same() -> None:
+def test_json_file_means_the_same() -> None:
     text = {"model_name_or_path": "org/model", "data_path": ["conversations.json"], "output_dir": "out"}
     text |= {"learning_rate": 1e-4, "q_lora": True, "lora_r": None, "lr_scheduler_kwargs": {"min_lr": 1e-5}}
     found = settings(json.dumps(text), "--lora_alpha", "3", name="run.json")
@@ -89,32 +89,41 @@ def test_json_says_the_same() -> None:
     assert found["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
 
 
+class Override(NamedTuple):
+    """Settings of a file, flags after it, and the value that a setting gets."""
+
+    written: str
+    flags: str
+    name: str
+    value: object
+
+
 @pytest.mark.parametrize(
-    ("written", "flags", "name", "value"),
+    "case",
     [
-        ("lora_r: 4", "--lora_r 2", "lora_r", 2),
-        ("lora_r: 4", "--lora-r=2", "lora_r", 2),
-        (
+        Override("lora_r: 4", "--lora_r 2", "lora_r", 2),
+        Override("lora_r: 4", "--lora-r=2", "lora_r", 2),
+        Override(
             "lora_target_modules: [q_proj, k_proj, v_proj]",
             "--lora_target_modules o_proj",
             "lora_target_modules",
             ["o_proj"],
         ),
-        ("eval_split: 2\nevaluation_strategy: epoch", "--eval_strategy steps", "eval_strategy", "steps"),
-        ("eval_split: 2\neval_strategy: epoch", "--evaluation_strategy steps", "eval_strategy", "steps"),
-        ("warmup_ratio: 0.1", "--warmup-steps 7", "warmup_steps", 7.0),
-        ("warmup_steps: 7", "--warmup_ratio 0.1", "warmup_steps", 0.1),
-        ("padding_free: true", "--no_padding_free", "padding_free", False),
-        ("padding_free: false", "--no-padding-free", "padding_free", False),
-        ("q_lora: true", "--q_lora False", "q_lora", False),
-        ("q_lora: false", "--q_lora", "q_lora", True),
-        ("gradient_checkpointing: true", "--activation_checkpointing False", "gradient_checkpointing", False),
-        ("activation_checkpointing: true", "--gradient-checkpointing auto", "auto_checkpointing", True),
-        ("no_cuda: false", "--use_cpu True", "use_cpu", True),
+        Override("eval_split: 2\nevaluation_strategy: epoch", "--eval_strategy steps", "eval_strategy", "steps"),
+        Override("eval_split: 2\neval_strategy: epoch", "--evaluation_strategy steps", "eval_strategy", "steps"),
+        Override("warmup_ratio: 0.1", "--warmup-steps 7", "warmup_steps", 7.0),
+        Override("warmup_steps: 7", "--warmup_ratio 0.1", "warmup_steps", 0.1),
+        Override("padding_free: true", "--no_padding_free", "padding_free", False),
+        Override("padding_free: false", "--no-padding-free", "padding_free", False),
+        Override("q_lora: true", "--q_lora False", "q_lora", False),
+        Override("q_lora: false", "--q_lora", "q_lora", True),
+        Override("gradient_checkpointing: true", "--activation_checkpointing False", "gradient_checkpointing", False),
+        Override("activation_checkpointing: true", "--gradient-checkpointing auto", "auto_checkpointing", True),
+        Override("no_cuda: false", "--use_cpu True", "use_cpu", True),
     ],
 )
-def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: object) -> None:
-    assert settings(written, *flags.split())[name] == value
+def test_flags_after_the_file_override_it(case: Override) -> None:
+    assert settings(case.written, *case.flags.split())[case.name] == case.value
 
 
 @pytest.mark.parametrize(
@@ -128,31 +137,38 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
         ("hlp: true\nprint_confi: x", "(1) run.yaml: line 1: unknown key hlp: --help lists all flags; (2) "),
         (
             "print_config: x.yaml",
-            "unknown key print_config: it writes such a file, and is asked for on the line",
+            "unknown key print_config: it writes such a file, so it must be given on the command line",
         ),
-        ("local-rank: 0", "unknown key local-rank: it is what the launcher tells each process; drop it"),
+        ("local-rank: 0", "unknown key local-rank: the launcher sets it for each process; drop it"),
         ("<<: {lora_r: 1}", "unknown key <<"),
         (
             "lora:\n  lora_r: 1",
-            "run.yaml: line 1: unknown key lora: flags stand one below the other, and not in groups",
+            "run.yaml: line 1: unknown key lora: settings are not grouped; put each flag on the top level",
         ),
         ("lora_r: 1\n\nlora_r: 2", "run.yaml: line 3: lora_r is there twice, first as lora_r in line 1; drop one"),
         ("lora_r: 1\nlora-r:", "run.yaml: line 2: lora-r is there twice, first as lora_r in line 1; drop one"),
-        ("lora_r: x", "run.yaml: line 1: lora_r: 'x' is no int"),
-        ("lora_r: true", "'true' is no int"),
-        ("lora_r: x\nmax_steps: y", "2 problems: (1) run.yaml: line 1: lora_r: 'x' is no int; (2) run.yaml: line 2"),
-        ("q_lora: maybe", "line 1: q_lora: Truthy value expected: got maybe"),
-        ("padding_side: up", "line 1: padding_side: 'up' is none of right, left"),
+        ("lora_r: x", "run.yaml: line 1: lora_r: invalid int value: 'x'"),
+        ("lora_r: true", "invalid int value: 'true'"),
+        (
+            "lora_r: x\nmax_steps: y",
+            "2 problems: (1) run.yaml: line 1: lora_r: invalid int value: 'x'; (2) run.yaml: line 2",
+        ),
+        ("q_lora: maybe", "line 1: q_lora: must be true/false, yes/no, on/off, t/f, y/n or 1/0, not 'maybe'"),
+        ("padding_side: up", "line 1: padding_side: invalid choice: 'up'"),
         ("lora_r: [1, 2]", "lora_r takes one value, not a list of 2"),
         ("evaluation_strategy: [no]", "evaluation_strategy takes one value"),
-        ("lora_r: {a: 1}", "lora_r takes no settings of its own"),
+        ("lora_r: {a: 1}", "lora_r: invalid int value"),
+        ("run_name: {a: 1}", "run_name takes no object; give a value"),
         ("data_path: []", "data_path is an empty list"),
-        ("data_path: [a, [b]]", "line 1: data_path holds a list, an object or null within a list"),
+        ("data_path: [a, [b]]", "line 1: data_path holds a list, an object or null in a list"),
         ("data_path: [a, null]", "data_path holds a list, an object or null"),
-        ("data_path: [a, --q_lora]", "data_path holds '--q_lora', which begins as a flag does"),
+        ("data_path: [a, --q_lora]", "data_path holds '--q_lora', which looks like a flag"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "line 1: a is there twice"),
-        ("lora_r: !!python/object:os.system x", "line 1: tag:yaml.org,2002:python/object:os.system makes an object"),
-        ("lora_r: !mine 1", "!mine makes an object"),
+        (
+            "lora_r: !!python/object:os.system x",
+            "line 1: the tag tag:yaml.org,2002:python/object:os.system is not supported",
+        ),
+        ("lora_r: !mine 1", "the tag !mine is not supported"),
         ("? [a, b]\n: 1", "a name must be a word"),
         ("'': 1", "line 1: a name must be a word"),
         ("lr_scheduler_kwargs:\n  a: 1\n  ? {b: 1}\n  : 1", "run.yaml: line 3: a name must be a word"),
@@ -162,9 +178,9 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
         ("- lora_r", "must hold flags and their values (learning_rate: 1e-4), holds sequence"),
         ("", "holds nothing"),
         ("a: 1\n---\nb: 2", "cannot be read as YAML: but found another document"),
-        ("[" * 5000, "run.yaml: holds lists or objects within too many others"),
-        ("lr_scheduler_kwargs: " + "{a: " * 60 + "1" + "}" * 60, "holds objects in more than 50 others"),
-        ("lr_scheduler_kwargs: &x {a: *x}", "holds objects in more than 50 others"),
+        ("[" * 5000, "run.yaml: lists or objects are nested too deeply"),
+        (NEEDED + "lr_scheduler_kwargs: " + "{a: " * 60 + "1" + "}" * 60, "objects in more than 50 others"),
+        ("lr_scheduler_kwargs: &x {a: *x}", "run.yaml: lists or objects are nested too deeply"),
         (
             "#" * (1 << 20) + "\n",
             "run.yaml: is too large for settings; give a YAML or JSON file of flags",
@@ -173,8 +189,8 @@ def test_flags_behind_the_file_win(written: str, flags: str, name: str, value: o
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_what_is_wrong_is_told_with_its_line(text: str | bytes, said: str) -> None:
-    assert said in refusal(text)
+def test_error_names_the_line(text: str | bytes, said: str) -> None:
+    assert said in get_error(text)
 
 
 @pytest.mark.parametrize(
@@ -182,64 +198,66 @@ def test_what_is_wrong_is_told_with_its_line(text: str | bytes, said: str) -> No
     [
         ('{"lora_r": 1, "lora_r": 2}', "run.json: cannot be read as JSON: lora_r is there twice"),
         ('{"lora_r": 1, "lora-r": null}', "run.json: lora-r is there twice, first as lora_r; drop one"),
-        ('{"local_rank": 0}', "run.json: unknown key local_rank: it is what the launcher tells each process"),
+        ('{"local_rank": 0}', "run.json: unknown key local_rank: the launcher sets it for each process"),
         ('{"lora_r": 1,\n}', "run.json: line 2: cannot be read as JSON"),
         ('{"learning_rat": 1}', "run.json: unknown key learning_rat: did you mean learning_rate?"),
-        ('{"lora_r": 1.5}', "run.json: lora_r: '1.5' is no int"),
+        ('{"lora_r": 1.5}', "run.json: lora_r: invalid int value: '1.5'"),
         ('{"data_path": [["a"]]}', "data_path holds a list"),
         ('[{"conversations": []}]', "must hold flags and their values (learning_rate: 1e-4), holds list"),
-        ("[" * 100_000, "run.json: holds lists or objects within too many others"),
-        ('{"model": {"model_name_or_path": "x"}}', "unknown key model: flags stand one below the other"),
+        ("[" * 100_000, "run.json: lists or objects are nested too deeply"),
+        ('{"model": {"model_name_or_path": "x"}}', "unknown key model: settings are not grouped"),
     ],
 )
-def test_what_is_wrong_with_json(text: str, said: str) -> None:
-    assert said in refusal(text, name="run.json")
+def test_error_of_a_json_file(text: str, said: str) -> None:
+    assert said in get_error(text, name="run.json")
 
 
-def test_anchors_that_stand_for_billions_are_refused_at_once() -> None:
+def test_nested_anchors_are_refused_at_once() -> None:
     levels = [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     text = "lr_scheduler_kwargs:\n  a0: &a0 [x]\n" + "\n".join(levels)
-    assert f"stands for more than {MOST_VALUES:,} values" in refusal(text)
+    assert f"has more than {MAX_VALUES:,} values" in get_error(text)
 
 
-def test_files_that_are_none() -> None:
-    for name, said in (("none.yaml", "no such file"), ("folder.yaml", "is a folder")):
+def test_missing_file_and_folder_are_refused() -> None:
+    for name, said in (("none.yaml", "no such file"), ("folder.yaml", "is a directory")):
         Path("folder.yaml").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f"^{name}: {said}"):
             parse_args([name])
 
 
-def test_what_may_never_end_is_not_opened() -> None:
-    """A pipe waits for somebody to write, and a device gives for ever."""
+def test_pipes_and_devices_are_not_opened() -> None:
+    """A pipe waits for a writer, and a device never ends."""
     os.mkfifo("pipe.json")
     Path("device.yaml").symlink_to("/dev/zero")
     for name in ("pipe.json", "device.yaml"):
-        with pytest.raises(UserError, match=f"^{name}: is no regular file; give a YAML or JSON file"):
+        with pytest.raises(UserError, match=f"^{name}: is not a regular file; give a YAML or JSON file"):
             parse_args([name])
     Path("run.yaml").write_text(NEEDED + "accelerator_config: pipe.json")
-    with pytest.raises(UserError, match=r"--accelerator_config pipe.json: cannot be read as JSON: is no regular file"):
+    with pytest.raises(
+        UserError, match=r"--accelerator_config pipe.json: cannot be read as JSON: is not a regular file"
+    ):
         parse_args(["run.yaml"])
 
 
-def test_a_file_that_does_not_come_first() -> None:
+def test_file_after_flags_gets_a_hint() -> None:
     Path("run.yaml").write_text(NEEDED)
-    with pytest.raises(UserError, match=r"are required: .*; run.yaml comes first if it is to stand for them"):
+    with pytest.raises(UserError, match=r"are required: .*; run.yaml must come first to set them"):
         parse_args(["--lora_r", "4", "run.yaml"])
-    with pytest.raises(UserError, match=r"unexpected value 'other.yaml': one file in place of flags may stand there"):
+    with pytest.raises(UserError, match=r"unexpected value 'other.yaml': a configuration file must come first"):
         parse_args(["run.yaml", "other.yaml"])
 
 
-def test_what_the_deepspeed_launcher_puts_in_front() -> None:
+def test_local_rank_of_the_deepspeed_launcher_may_precede_the_file() -> None:
     Path("run.yaml").write_text(NEEDED + "lora_r: 4")
     assert values(["--local_rank=0", "run.yaml", "--lora_alpha", "3"])["lora_r"] == 4
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name() -> None:
+def test_byte_order_mark_is_not_part_of_a_name() -> None:
     Path("run.yaml").write_bytes(b"\xef\xbb\xbf" + NEEDED.encode())
     assert values(["run.yaml"])["model_name_or_path"] == "org/model"
 
 
-def test_mistakes_are_told_at_once_and_by_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_reports_mistakes_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(NEEDED + "lora_rank: 4")
     for command in ("train", "inspect"):
         assert cli.main([command, "run.yaml"]) == 2

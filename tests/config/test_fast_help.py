@@ -1,7 +1,8 @@
-"""Help and mistakes come at once, and word for word as the live parser tells them."""
+"""`--help` and mistakes are answered at once, word for word as the live parser answers them."""
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,14 +16,21 @@ from hypothesis import strategies as st
 
 from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect.command import PROG, InspectArguments
-from fastchat_qlora.config import fast_help as first_look
-from fastchat_qlora.config.arguments import build_command_parser, build_parser, parse_args, parse_command
-from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, check_fast, made_from
+from fastchat_qlora.commands.plan import command as plan
+from fastchat_qlora.config import fast_help
+from fastchat_qlora.config.fast_help import (
+    NotInTable,
+    build_table_parser,
+    check_fast,
+    get_transformers_version,
+    hash_declarations,
+)
 from fastchat_qlora.config.flag_parsing import FlagParser
+from fastchat_qlora.config.parser import build_parser, parse_args, parse_command
 from fastchat_qlora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = json.loads(first_look.TABLE.read_text(encoding="utf-8"))
+TABLE = json.loads(fast_help.TABLE.read_text(encoding="utf-8"))
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": parse_args,
     "inspect": lambda argv: parse_command(argv, PROG, InspectArguments),
@@ -31,7 +39,10 @@ RECIPE = ROOT / "playground" / "recipes" / "llama-3.2-1b-lora-1gpu.yaml"
 NEEDED = ["--model_name_or_path", "org/model", "--data_path", str(ROOT / "data"), "--output_dir", "out"]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "numpy", "pyarrow"}
 
-believed = pytest.mark.skipif(TABLE["made_from"] != made_from(), reason="flags.json is of other versions than these")
+same_version = pytest.mark.skipif(
+    TABLE["transformers"] != get_transformers_version() or TABLE["sources"] != hash_declarations(),
+    reason="flags.json describes other versions",
+)
 
 MISTAKES = [
     "",
@@ -84,8 +95,8 @@ MISTAKES = [
 ]
 
 
-def said(action: Callable[[], object]) -> str | None:
-    """What a command line is refused with."""
+def get_error(action: Callable[[], object]) -> str | None:
+    """Return the error that a command line is refused with, if it is."""
     try:
         action()
     except UserError as error:
@@ -93,20 +104,20 @@ def said(action: Callable[[], object]) -> str | None:
     return None
 
 
-def test_the_table_is_that_of_the_live_parser() -> None:
-    """The versions are those of constraints.txt; elsewhere the table is not looked at."""
+def test_table_matches_the_live_parser() -> None:
+    """With the version of constraints.txt."""
     pinned = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned
-    if made_from()["transformers"] != pinned.group(1):
-        pytest.skip(f"flags.json is of transformers {pinned.group(1)}")
+    if get_transformers_version() != pinned.group(1):
+        pytest.skip(f"flags.json describes transformers {pinned.group(1)}")
     sys.path.insert(0, str(ROOT / "scripts"))
     from write_flags import flags_json
 
-    current = first_look.TABLE.read_text(encoding="utf-8") == flags_json()
-    assert current, "fastchat_qlora/flags.json is out of date: run python scripts/write_flags.py and commit it"
+    current = fast_help.TABLE.read_text(encoding="utf-8") == flags_json()
+    assert current, "fastchat_qlora/config/flags.json is out of date: run python scripts/write_flags.py and commit it"
 
 
-def test_the_table_is_part_of_the_package() -> None:
+def test_table_is_part_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert (
         'fastchat_qlora = ["config/flags.json", "**/templates/*.jinja"]'
@@ -114,25 +125,25 @@ def test_the_table_is_part_of_the_package() -> None:
     )
 
 
-@believed
+@same_version
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("needed", [NEEDED, []], ids=["complete", "incomplete"])
-def test_a_mistake_is_told_in_the_same_words(command: str, mistake: str, needed: list[str]) -> None:
+def test_mistake_is_reported_in_the_same_words(command: str, mistake: str, needed: list[str]) -> None:
     argv = [*needed, *mistake.split()]
-    first = said(lambda: check_fast(command, argv))
+    first = get_error(lambda: check_fast(command, argv))
     if not mistake and needed:
         assert first is None
         return
-    then = said(lambda: COMMANDS[command](argv))
+    then = get_error(lambda: COMMANDS[command](argv))
     assert first and first == then
 
 
-@believed
+@same_version
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flags", ["--help", "-h", "--lora_r 4 --help", "--lora_rank 8 -h"])
 @pytest.mark.parametrize("width", ["50", "200"])
-def test_the_help_is_the_same(
+def test_help_is_the_same(
     command: str, flags: str, width: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
@@ -156,7 +167,8 @@ def outcome(parser: FlagParser, argv: list[str]) -> tuple[Any, ...]:
 
 PARSERS = {
     "train": (build_table_parser(TABLE, "train"), build_parser()),
-    "inspect": (build_table_parser(TABLE, "inspect"), build_command_parser(PROG, InspectArguments)),
+    "inspect": (build_table_parser(TABLE, "inspect"), build_parser(PROG, InspectArguments)),
+    "plan": (build_table_parser(TABLE, "plan"), build_parser(plan.PROG, plan.PlanArguments)),
 }
 NAMES = sorted({name for _, live in PARSERS.values() for a in live._actions for name in a.option_strings})
 VALUES = ["True", "no", "0", "1e-3", "-2", "x", "", "steps", "epoch", "nf4", "{}", "None", "--", "a b", "é"]
@@ -167,12 +179,12 @@ WORDS = st.one_of(
 )
 
 
-@believed
+@same_version
 @pytest.mark.parametrize("command", PARSERS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(words=st.lists(WORDS, max_size=8))
-def test_any_command_line_is_read_alike(command: str, words: list[str]) -> None:
-    """Values and their types, what is left over, and what is refused."""
+def test_any_command_line_is_parsed_alike(command: str, words: list[str]) -> None:
+    """Values and their types, what is left over, and errors."""
     table, live = PARSERS[command]
     argv = [*NEEDED, *words]
     try:
@@ -183,36 +195,92 @@ def test_any_command_line_is_read_alike(command: str, words: list[str]) -> None:
     assert first == outcome(live, argv)
 
 
-@believed
+@same_version
 @pytest.mark.parametrize("flag", ["--debug", "--parallelism_config"])
-def test_what_only_a_library_can_read_is_left_to_it(flag: str) -> None:
+def test_value_that_only_a_library_can_parse_is_left_to_it(flag: str) -> None:
     argv = [*NEEDED, flag, "x", "--lora_r", "0"]
-    assert said(lambda: check_fast("train", argv)) is None
-    assert flag in (said(lambda: parse_args(argv)) or "")
+    assert get_error(lambda: check_fast("train", argv)) is None
+    assert flag in (get_error(lambda: parse_args(argv)) or "")
 
 
-@pytest.mark.parametrize("changed", ["transformers", "arguments.py", "commands/inspect.py"])
-def test_a_table_of_something_else_is_not_believed(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer transformers may have the flag, and so may a flag that somebody has just written."""
-    current = TABLE["made_from"] | {changed: "other"}
-    monkeypatch.setattr(first_look, "made_from", lambda: current)
+@pytest.mark.parametrize("changed", fast_help.DECLARATIONS)
+def test_table_of_other_sources_is_not_used(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag may just have been added there."""
+    monkeypatch.setattr(fast_help, "hash_declarations", lambda: TABLE["sources"] | {changed: 1})
     for argv in (["--lora_rank", "8"], ["--help"], []):
-        assert said(lambda argv=argv: check_fast("train", argv)) is None
+        assert get_error(lambda argv=argv: check_fast("train", argv)) is None
 
 
-def test_without_metadata_the_libraries_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise first_look.importlib.metadata.PackageNotFoundError(name)
+@pytest.fixture(scope="module")
+def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a later transformers, which has another flag and must not be imported."""
+    folder = tmp_path_factory.mktemp("other")
+    for name in ("transformers", "transformers-99.0.dist-info"):
+        (folder / name).mkdir()
+    (folder / "transformers" / "__init__.py").write_text("raise SystemExit('transformers is imported')")
+    declarations = (
+        "class TrainingArguments:\n    learning_rate: float = 5e-5\n    warm_hearts: list[int] | None = None\n"
+    )
+    (folder / "transformers" / "training_args.py").write_text(declarations)
+    (folder / "transformers-99.0.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 99.0\n")
+    (folder / "run.yaml").write_text("lora_r: 0\nwarm_hearts: [1, 2]\n")
+    return folder
 
-    monkeypatch.setattr("importlib.metadata.version", version)
-    assert said(lambda: check_fast("train", ["--lora_rank", "8"])) is None
+
+def run_with(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line with the packages of a folder before all others."""
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "train_lora.py"), *words]
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@believed
-def test_a_command_line_without_mistakes_goes_on(
+@pytest.mark.skipif(TABLE["sources"] != hash_declarations(), reason="flags.json describes other sources")
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--lora_rank 8", "unknown flag --lora_rank: did you mean --lora_r?"),
+        ("--warm_heart 8", "unknown flag --warm_heart: did you mean --warm_hearts?"),
+        ("--max_steps x", "--max_steps / --max-steps: invalid int value: 'x'"),
+        ("--padding_side up", "invalid choice: 'up'"),
+        ("--eval_strategy no --lora_r 0", "--lora_r 0: must be at least 1"),
+    ],
+)
+def test_other_version_answers_mistakes_at_once(other_version: Path, words: str, error: str) -> None:
+    done = run_with(other_version, *NEEDED, *words.split())
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ") and error in done.stderr
+
+
+@pytest.mark.skipif(TABLE["sources"] != hash_declarations(), reason="flags.json describes other sources")
+def test_other_version_is_named_in_the_help(other_version: Path) -> None:
+    done = run_with(other_version, "--help")
+    note = f"transformers' flags are listed as of {TABLE['transformers']}; 99.0 is installed."
+    assert done.returncode == 0 and note in " ".join(done.stdout.split()) and "warm_hearts" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--warm_hearts 3 4 --lora_r 0",
+        "--warm-hearts=3 --lora_r 0",
+        "--no_warm_hearts 1 --lora_r 0",
+        "--lr_scheduler_type newest --lora_r 0",
+        "--print_config",
+    ],
+)
+def test_other_version_judges_what_the_table_lacks(other_version: Path, words: str) -> None:
+    assert run_with(other_version, *NEEDED, *words.split()).stderr == "transformers is imported\n"
+
+
+def test_other_version_judges_settings_of_a_file(other_version: Path) -> None:
+    assert run_with(other_version, "run.yaml", *NEEDED).stderr == "transformers is imported\n"
+
+
+@same_version
+def test_command_line_without_mistakes_reaches_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is said, nothing is written, and the command gets what was typed."""
+    """Nothing is printed or written, and the command gets what was typed."""
     seen: list[Sequence[str]] = []
     monkeypatch.setattr("fastchat_qlora.commands.inspect.command.inspect", seen.append)
     argv = [*NEEDED[:-1], str(tmp_path / "out"), "--evaluation_strategy", "no", "--lora-r=4"]
@@ -221,7 +289,7 @@ def test_a_command_line_without_mistakes_goes_on(
     assert capsys.readouterr() == ("", "")
 
 
-@believed
+@same_version
 @pytest.mark.parametrize(
     "words",
     [
@@ -252,8 +320,8 @@ def test_no_library_is_imported(words: list[str]) -> None:
     assert bool(done.stdout) == bool(asked) and last.startswith("import time:" if asked else "error: ")
 
 
-def test_argparse_is_asked_for_nothing_new() -> None:
-    """What the table has words for is all that `add_argument` of the live parser was called with."""
+def test_table_describes_every_action() -> None:
+    """It has words for store and store_false only."""
     known = {argparse._HelpAction, argparse._StoreAction, argparse._StoreFalseAction}
     assert {type(action) for _, live in PARSERS.values() for action in live._actions} <= known
     assert all(action.metavar is None for _, live in PARSERS.values() for action in live._actions)

@@ -1,4 +1,4 @@
-"""Flags that transformers has dropped and FastChat's commands use: what each of them still does."""
+"""Flags of FastChat's commands that transformers has dropped keep their effect."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS, translate_legacy_flags
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
 SPELLINGS: dict[str, Callable[[str, str], list[str]]] = {
@@ -49,7 +50,7 @@ BOOLEANS = [
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an accelerator, so that parsing has nothing to say but what the old flags make it say."""
+    """A machine with an accelerator, so that only the old flags cause warnings."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
 
 
@@ -61,7 +62,7 @@ def flags(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_all_promised_flags_are_there() -> None:
+def test_all_promised_flags_exist() -> None:
     """Section 2 of the spec; `--fsdp` itself is a flag of today's transformers."""
     promised = {name for name, _, _ in EFFECTS} | {"fsdp_transformer_layer_cls_to_wrap"}
     assert {f"--{name}" for name in promised} == set(LEGACY_FLAGS)
@@ -71,20 +72,18 @@ def test_all_promised_flags_are_there() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "has_effect"), EFFECTS, ids=[f"{name}-{value}" for name, value, _ in EFFECTS]
 )
-def test_effect_and_one_notice(
+def test_flag_has_its_effect_and_one_warning(
     flags: list[str], name: str, value: str, has_effect: Effect, spelling: str, notices: pytest.LogCaptureFixture
 ) -> None:
     args = parse_args([*flags, *SPELLINGS[spelling](name, value)])
     assert has_effect(args.training)
     assert [message.split(":")[0] for message in notices.messages] == [f"--{name} {value}"]
-    assert {record.name for record in notices.records} == {"fastchat_qlora.config.arguments"}
+    assert {record.name for record in notices.records} == {"fastchat_qlora.config.parser"}
 
 
 @pytest.mark.parametrize("bare_first", [True, False], ids=["before a flag", "at the end"])
 @pytest.mark.parametrize("name", BOOLEANS)
-def test_bare_booleans_are_true(
-    flags: list[str], name: str, bare_first: bool, notices: pytest.LogCaptureFixture
-) -> None:
+def test_bare_boolean_is_true(flags: list[str], name: str, bare_first: bool, notices: pytest.LogCaptureFixture) -> None:
     bare = f"--{name}"
     args = parse_args([bare, *flags] if bare_first else [*flags, bare])
     assert args.data.data_path == [flags[3]], "the flag after a bare boolean was taken for its value"
@@ -93,17 +92,17 @@ def test_bare_booleans_are_true(
     assert [message.split(":")[0] for message in notices.messages] == [f"{bare} True"]
 
 
-def test_several_old_flags_give_a_notice_each(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
+def test_each_old_flag_gives_a_warning(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
     args = parse_args(
         ["--warmup_ratio", "0.1", *flags, "--evaluation_strategy=epoch", "--overwrite-output-dir", "--no_cuda"]
     )
     assert args.training.get_warmup_steps(100) == 10
     assert args.training.eval_strategy == "epoch" and args.training.use_cpu
-    said = [message.split()[0] for message in notices.messages]
-    assert said == ["--warmup_ratio", "--evaluation_strategy", "--overwrite_output_dir", "--no_cuda"]
+    flags_named = [message.split()[0] for message in notices.messages]
+    assert flags_named == ["--warmup_ratio", "--evaluation_strategy", "--overwrite_output_dir", "--no_cuda"]
 
 
-def test_evaluation_without_data_is_turned_off_with_one_notice(
+def test_evaluation_without_data_is_turned_off_with_one_warning(
     flags: list[str], notices: pytest.LogCaptureFixture
 ) -> None:
     args = parse_args([*flags[:-2], "--evaluation_strategy", "steps"])
@@ -146,7 +145,7 @@ CONFLICTS = [
 
 @pytest.mark.parametrize("old_first", [True, False], ids=["old first", "new first"])
 @pytest.mark.parametrize(("old", "new"), CONFLICTS, ids=[f"{old[0]} {' '.join(new)}" for old, new in CONFLICTS])
-def test_old_and_new_name_together_are_a_mistake(
+def test_old_and_new_name_together_are_refused(
     flags: list[str], old: list[str], new: list[str], old_first: bool
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -163,7 +162,7 @@ def test_old_and_new_name_together_are_a_mistake(
         (["--no_cuda", "False"], ["--use-cpu", "True"]),
     ],
 )
-def test_old_and_new_name_with_dashes_are_a_mistake(flags: list[str], old: list[str], new: list[str]) -> None:
+def test_old_and_new_name_with_dashes_are_refused(flags: list[str], old: list[str], new: list[str]) -> None:
     with pytest.raises(UserError):
         parse_args([*flags, *old, *new])
 
@@ -181,25 +180,25 @@ def test_old_and_new_name_with_dashes_are_a_mistake(flags: list[str], old: list[
         ("evaluation_strategy", "sometimes", "steps"),
     ],
 )
-def test_a_value_without_meaning_is_a_mistake(flags: list[str], name: str, value: str, remedy: str) -> None:
+def test_value_without_counterpart_is_refused(flags: list[str], name: str, value: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_args([*flags, f"--{name}", value])
     assert value in str(caught.value) and remedy in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["group_by_length", "no_cuda", "overwrite_output_dir", "include_tokens_per_second"])
-def test_a_boolean_that_is_none_is_a_mistake(flags: list[str], name: str) -> None:
+def test_boolean_flag_refuses_other_values(flags: list[str], name: str) -> None:
     with pytest.raises(UserError):
         parse_args([*flags, f"--{name}", "stray"])
 
 
 @pytest.mark.parametrize("name", ["logging_dir", "fsdp_transformer_layer_cls_to_wrap"])
-def test_a_missing_value_is_a_mistake(flags: list[str], name: str) -> None:
+def test_missing_value_is_refused(flags: list[str], name: str) -> None:
     with pytest.raises(UserError):
         parse_args([f"--{name}", *flags])
 
 
-def test_a_layer_to_wrap_without_fsdp_is_not_ignored(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
+def test_layer_to_wrap_without_fsdp_is_not_ignored(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
     try:
         parse_args([*flags, "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"])
     except UserError:
@@ -211,7 +210,7 @@ TODAY = ["--lora_r", "--eval_strategy", "--eval_strategy=no", "--warmup_steps", 
 
 
 @given(st.lists(st.sampled_from(TODAY) | st.text(max_size=8).filter(lambda text: text[:2] != "--")))
-def test_a_command_line_of_today_passes_unchanged(argv: list[str]) -> None:
+def test_current_command_line_passes_unchanged(argv: list[str]) -> None:
     given_before = list(argv)
     assert translate_legacy_flags(argv) == (given_before, [])
     assert argv == given_before

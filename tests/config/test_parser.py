@@ -1,4 +1,4 @@
-"""Every flag of FastChat's train_lora.py, with its default, arrives where it belongs."""
+"""Every flag of FastChat's train_lora.py arrives in its argument group, with its default."""
 
 import ast
 import inspect
@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,10 +22,9 @@ from fastchat_qlora.config.arguments import (
     ModelArguments,
     RunArguments,
     TrainingArguments,
-    build_parser,
-    parse_args,
 )
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
+from fastchat_qlora.config.parser import build_parser, parse_args
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.errors import UserError
 
@@ -80,19 +80,19 @@ PUBLISHED_LORA = shlex.split(
 
 @pytest.fixture
 def required(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
-    """The three flags without which there is no run."""
+    """Return the three required flags."""
     output_dir = str(tmp_path / "output")
     return ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", output_dir]
 
 
 @pytest.fixture
 def flags(required: list[str]) -> list[str]:
-    """The same, on the CPU by choice, so that parsing has nothing to say."""
+    """Return the same with --use_cpu, so that parsing gives no warnings."""
     return [*required, "--use_cpu", "True"]
 
 
 def flags_naming(folder: Path) -> list[str]:
-    """Required flags that need no files, for what is looked at before files are."""
+    """Return required flags that need no files."""
     return ["--model_name_or_path", "org/model", "--data_path", str(folder), "--output_dir", str(folder / "output")]
 
 
@@ -100,13 +100,13 @@ def flags_naming(folder: Path) -> list[str]:
     ("group", "name", "value"),
     [(group, name, value) for group, defaults in DEFAULTS.items() for name, value in defaults.items()],
 )
-def test_default(flags: list[str], group: str, name: str, value: object) -> None:
+def test_flag_has_its_default(flags: list[str], group: str, name: str, value: object) -> None:
     parsed = getattr(getattr(parse_args(flags), group), name)
     assert parsed == value
     assert not isinstance(value, bool) or parsed is value  # 0 would equal False
 
 
-def test_the_required_flags_arrive(flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_required_flags_arrive(flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     args = parse_args(flags)
     assert args.model.model_name_or_path == str(model_folder)
     assert args.data.data_path == [str(data_file)]
@@ -114,7 +114,7 @@ def test_the_required_flags_arrive(flags: list[str], model_folder: Path, data_fi
 
 
 @pytest.mark.parametrize("missing", ["model_name_or_path", "data_path", "output_dir"])
-def test_required_flags_are_required(flags: list[str], missing: str) -> None:
+def test_missing_required_flag_is_refused(flags: list[str], missing: str) -> None:
     at = flags.index(f"--{missing}")
     with pytest.raises(UserError, match=f"required: --{missing}"):
         parse_args(flags[:at] + flags[at + 2 :])
@@ -133,7 +133,7 @@ def test_no_two_groups_share_a_name() -> None:
 
 
 def test_no_field_is_parsed_and_then_ignored() -> None:
-    """Some module other than the ones that parse and check reads every field that transformers does not know."""
+    """Every field that transformers does not read is read by a module outside of config, or only asks for output."""
     package = Path(fastchat_qlora.__file__).parent
     read = {
         node.attr
@@ -143,40 +143,49 @@ def test_no_field_is_parsed_and_then_ignored() -> None:
         if isinstance(node, ast.Attribute)
     }
     of_transformers = {f.name for f in fields(transformers.TrainingArguments)}
-    assert sorted({name for _, name in DECLARED} - of_transformers - read) == []
+    assert sorted({name for _, name in DECLARED} - of_transformers - read - {"print_config"}) == []
+
+
+class Arrival(NamedTuple):
+    """Flags, and the value that a field of an argument group gets."""
+
+    given: list[str]
+    group: str
+    name: str
+    value: object
 
 
 @pytest.mark.parametrize(
-    ("given", "group", "name", "value"),
+    "case",
     [
-        (["--lora_r", "4"], "lora", "lora_r", 4),
-        (["--lora-r", "4"], "lora", "lora_r", 4),
-        (["--lora_r=4"], "lora", "lora_r", 4),
-        (["--lora_r", "4", "--lora_r", "32"], "lora", "lora_r", 32),
-        (["--q_lora"], "lora", "q_lora", True),
-        (["--q_lora", "true"], "lora", "q_lora", True),
-        (["--q-lora=False"], "lora", "q_lora", False),
-        (["--q_lora", "--no_bnb_4bit_use_double_quant"], "lora", "bnb_4bit_use_double_quant", False),
-        (["--q_lora", "--bnb_4bit_quant_type", "fp4"], "lora", "bnb_4bit_quant_type", "fp4"),
-        (["--lora_target_modules", "all-linear"], "lora", "lora_target_modules", ["all-linear"]),
-        (["--lora_target_modules", "k_proj", "o_proj"], "lora", "lora_target_modules", ["k_proj", "o_proj"]),
-        (["--modules_to_save", "lm_head"], "lora", "modules_to_save", ["lm_head"]),
-        (["--lora_bias", "all"], "lora", "lora_bias", "all"),
-        (["--lora_bias", "lora_only"], "lora", "lora_bias", "lora_only"),
-        (["--padding_side", "left"], "model", "padding_side", "left"),
-        (["--overlong", "drop"], "data", "overlong", "drop"),
-        (["--overlong", "error"], "data", "overlong", "error"),
-        (["--eval_split", "3"], "data", "eval_split", 3),
-        (["--eval_split", "0.25"], "data", "eval_split", 0.25),
-        (["--cache_dir", "cache"], "training", "cache_dir", "cache"),
-        (["--local_rank", "0"], "training", "local_rank", 0),  # the deepspeed launcher adds it
+        Arrival(["--lora_r", "4"], "lora", "lora_r", 4),
+        Arrival(["--lora-r", "4"], "lora", "lora_r", 4),
+        Arrival(["--lora_r=4"], "lora", "lora_r", 4),
+        Arrival(["--lora_r", "4", "--lora_r", "32"], "lora", "lora_r", 32),
+        Arrival(["--q_lora"], "lora", "q_lora", True),
+        Arrival(["--q_lora", "true"], "lora", "q_lora", True),
+        Arrival(["--q-lora=False"], "lora", "q_lora", False),
+        Arrival(["--q_lora", "--no_bnb_4bit_use_double_quant"], "lora", "bnb_4bit_use_double_quant", False),
+        Arrival(["--q_lora", "--bnb_4bit_quant_type", "fp4"], "lora", "bnb_4bit_quant_type", "fp4"),
+        Arrival(["--lora_target_modules", "all-linear"], "lora", "lora_target_modules", ["all-linear"]),
+        Arrival(["--lora_target_modules", "k_proj", "o_proj"], "lora", "lora_target_modules", ["k_proj", "o_proj"]),
+        Arrival(["--modules_to_save", "lm_head"], "lora", "modules_to_save", ["lm_head"]),
+        Arrival(["--lora_bias", "all"], "lora", "lora_bias", "all"),
+        Arrival(["--lora_bias", "lora_only"], "lora", "lora_bias", "lora_only"),
+        Arrival(["--padding_side", "left"], "model", "padding_side", "left"),
+        Arrival(["--overlong", "drop"], "data", "overlong", "drop"),
+        Arrival(["--overlong", "error"], "data", "overlong", "error"),
+        Arrival(["--eval_split", "3"], "data", "eval_split", 3),
+        Arrival(["--eval_split", "0.25"], "data", "eval_split", 0.25),
+        Arrival(["--cache_dir", "cache"], "training", "cache_dir", "cache"),
+        Arrival(["--local_rank", "0"], "training", "local_rank", 0),  # the deepspeed launcher adds it
     ],
 )
-def test_a_flag_arrives(flags: list[str], given: list[str], group: str, name: str, value: object) -> None:
-    assert getattr(getattr(parse_args([*flags, *given]), group), name) == value
+def test_flag_arrives(flags: list[str], case: Arrival) -> None:
+    assert getattr(getattr(parse_args([*flags, *case.given]), case.group), case.name) == case.value
 
 
-def test_several_data_files(flags: list[str], data_file: Path, tmp_path: Path) -> None:
+def test_several_data_files_arrive(flags: list[str], data_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "mehr Gespräche.jsonl"
     other.write_text('{"conversations": []}\n', encoding="utf-8")
     args = parse_args([*flags, "--data_path", str(data_file), str(other), "--eval_data_path", str(other)])
@@ -200,7 +209,7 @@ def test_home_is_expanded(model_folder: Path, data_file: Path, tmp_path: Path, m
     assert args.training.output_dir == str(tmp_path / "output") and (tmp_path / "output").is_dir()
 
 
-def test_the_published_qlora_command(required: list[str]) -> None:
+def test_published_qlora_command_arrives(required: list[str]) -> None:
     model, data, training, lora = parse_args([*required, *PUBLISHED_QLORA])
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.q_lora) == (8, 16, 0.05, True)
     assert training.bf16 and training.num_train_epochs == 3
@@ -214,7 +223,7 @@ def test_the_published_qlora_command(required: list[str]) -> None:
     assert model.model_name_or_path == required[1] and data.data_path == [required[3]]
 
 
-def test_the_published_lora_command(required: list[str], notices: pytest.LogCaptureFixture) -> None:
+def test_published_lora_command_arrives(required: list[str], notices: pytest.LogCaptureFixture) -> None:
     _, _, training, lora = parse_args([*required, *PUBLISHED_LORA])
     assert not lora.q_lora and not training.flash_attn
     assert training.gradient_checkpointing
@@ -234,7 +243,7 @@ def test_the_published_lora_command(required: list[str], notices: pytest.LogCapt
     ],
     ids=["qlora", "lora"],
 )
-def test_the_published_commands_have_no_mistake_on_a_gpu(
+def test_published_command_has_no_errors_on_a_gpu(
     required: list[str], command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the flags that only a GPU understands; transformers itself looks for one, so nothing is built here."""
@@ -254,7 +263,7 @@ def test_evaluation_stays_on_where_there_is_data(
     assert notices.messages == []
 
 
-def test_a_run_without_accelerator_goes_to_the_cpu_and_says_so(
+def test_run_without_accelerator_uses_the_cpu_with_a_warning(
     required: list[str], monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -263,12 +272,12 @@ def test_a_run_without_accelerator_goes_to_the_cpu_and_says_so(
     assert len(notices.messages) == 1 and "CPU" in notices.messages[0]
 
 
-def test_a_cpu_asked_for_needs_no_notice(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
+def test_use_cpu_gives_no_warning(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
     assert parse_args(flags).training.device.type == "cpu"
     assert notices.messages == []
 
 
-def test_an_accelerator_is_used(
+def test_accelerator_is_used(
     required: list[str], monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -276,13 +285,13 @@ def test_an_accelerator_is_used(
     assert notices.messages == []
 
 
-def test_a_single_process_has_nothing_to_shard(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
+def test_fsdp_is_ignored_in_a_single_process(flags: list[str], notices: pytest.LogCaptureFixture) -> None:
     assert not parse_args([*flags, "--fsdp", "full_shard"]).training.fsdp
     assert len(notices.messages) == 1 and notices.messages[0].startswith("--fsdp: ")
 
 
 @pytest.mark.parametrize("backend", ["nccl", "mccl"])
-def test_a_single_process_has_nobody_to_talk_to(
+def test_ddp_backend_is_ignored_in_a_single_process(
     flags: list[str], backend: str, notices: pytest.LogCaptureFixture
 ) -> None:
     assert parse_args([*flags, "--ddp_backend", backend]).training.ddp_backend is None
@@ -290,7 +299,7 @@ def test_a_single_process_has_nobody_to_talk_to(
 
 
 def unknown_flag(folder: Path, *given: str) -> str:
-    """What is said about a flag that there is none of; nothing else is wrong."""
+    """Return the error about an unknown flag on a command line without other mistakes."""
     with pytest.raises(UserError) as caught:
         parse_args([*flags_naming(folder), *given])
     return next(part for part in re.split(r"; \(\d+\) |\(\d+\) ", str(caught.value)) if part.startswith("unknown"))
@@ -311,7 +320,7 @@ def unknown_flag(folder: Path, *given: str) -> str:
         (["--lora_rank", "8"], "--lora_r"),
     ],
 )
-def test_an_unknown_flag_names_the_nearest(tmp_path: Path, given: list[str], nearest: str) -> None:
+def test_unknown_flag_names_the_nearest(tmp_path: Path, given: list[str], nearest: str) -> None:
     problem = unknown_flag(tmp_path, *given)
     assert problem == f"unknown flag {given[0].partition('=')[0]}: did you mean {nearest}?"
 
@@ -321,13 +330,15 @@ LONG_NAMES = [name for _, name in DECLARED if len(name) > 10]
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(LONG_NAMES), st.data())
-def test_a_letter_left_out_is_found(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
+def test_flag_with_a_missing_letter_is_recognized(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
     at = data.draw(st.integers(0, len(name) - 1))
     shorter = name[:at] + name[at + 1 :]
     assert unknown_flag(tmp_path_factory.getbasetemp(), f"--{shorter}", "1").endswith(f"did you mean --{name}?")
 
 
-def test_a_flag_like_no_other_is_sent_to_the_help(tmp_path: Path) -> None:
+def test_flag_without_similar_one_points_to_the_help(tmp_path: Path) -> None:
     assert "--help" in unknown_flag(tmp_path, "--zzqqxxjj", "1")
 
 
@@ -337,12 +348,12 @@ def test_abbreviations_are_unknown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stray", [["8"], ["--q_lora", "True", "8"], ["--output_dir", "x", "8"]])
-def test_a_stray_value_is_a_mistake(flags: list[str], stray: list[str]) -> None:
+def test_stray_value_is_refused(flags: list[str], stray: list[str]) -> None:
     with pytest.raises(UserError, match="unexpected value '8'"):
         parse_args([*flags, *stray])
 
 
-def test_several_mistakes_are_listed_at_once(flags: list[str], tmp_path: Path) -> None:
+def test_several_mistakes_are_listed_together(flags: list[str], tmp_path: Path) -> None:
     mistakes = {
         "unknown flag --learning_rat": ["--learning_rat", "1"],
         "--lora_r 0": ["--lora_r", "0"],
@@ -366,13 +377,13 @@ def test_several_mistakes_are_listed_at_once(flags: list[str], tmp_path: Path) -
     [["--output_dir", __file__], ["--deepspeed", "none.json"], ["--seed", "-1"]],
     ids=["output-dir", "json", "seed"],
 )
-def test_mistakes_of_every_kind_are_listed_at_once(flags: list[str], other: list[str]) -> None:
+def test_mistakes_of_every_kind_are_listed_together(flags: list[str], other: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         parse_args([*flags, *other, "--lora_alpha", "0"])
     assert other[0] in str(caught.value) and "--lora_alpha 0" in str(caught.value)
 
 
-def test_what_transformers_refuses_is_a_users_mistake(flags: list[str]) -> None:
+def test_refusal_of_transformers_is_a_user_error(flags: list[str]) -> None:
     with pytest.raises(UserError, match="logging_steps"):
         parse_args([*flags, "--logging_steps", "0"])
 
@@ -383,7 +394,7 @@ def test_groups_come_in_order(flags: list[str]) -> None:
     assert [type(group) for group in args] == GROUPS
 
 
-def test_a_parser_keeps_nothing_of_an_earlier_one(flags: list[str]) -> None:
-    """A default that is a list is a fresh one for each run."""
+def test_parsers_share_no_defaults(flags: list[str]) -> None:
+    """Each run gets its own list."""
     parse_args(flags).lora.lora_target_modules.append("o_proj")
     assert parse_args(flags).lora.lora_target_modules == ["q_proj", "v_proj"]

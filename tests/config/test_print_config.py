@@ -1,4 +1,4 @@
-"""`--print_config` writes a file that stands for the whole command line."""
+"""`--print_config` writes a file that is equivalent to the whole command line."""
 
 import argparse
 import json
@@ -16,15 +16,15 @@ from command_lines import folder as folder
 from hypothesis import HealthCheck, assume, given, settings
 
 from fastchat_qlora import cli
-from fastchat_qlora.config import fast_help as first_look
-from fastchat_qlora.config.arguments import build_parser, parse_args
+from fastchat_qlora.config import fast_help
 from fastchat_qlora.config.fast_help import NotInTable, build_table_parser, read_flags
-from fastchat_qlora.config.print_config import NOT_OF_THE_RUN, describe, to_yaml
+from fastchat_qlora.config.parser import build_parser, parse_args
+from fastchat_qlora.config.print_config import NOT_SETTINGS, format_config, to_yaml
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
-PARSER = build_table_parser(json.loads(first_look.TABLE.read_text(encoding="utf-8")), "train")
+PARSER = build_table_parser(json.loads(fast_help.TABLE.read_text(encoding="utf-8")), "train")
 LIVE = build_parser()
 NEEDED = ["--model_name_or_path", "org/model", "--data_path", "data.json", "--output_dir", "out"]
 
@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def comparable(values: argparse.Namespace) -> dict[str, str]:
     """Values as text, for nan is not nan. A bare --fsdp is True, as the word is; 0, 0.0 and -0.0 are one number."""
-    return {name: _comparable(value, name) for name, value in vars(values).items() if name not in NOT_OF_THE_RUN}
+    return {name: _comparable(value, name) for name, value in vars(values).items() if name not in NOT_SETTINGS}
 
 
 def _comparable(value: Any, name: str) -> str:
@@ -55,11 +55,10 @@ def settings_in(text: str) -> dict[str, str]:
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
-        reading = read_flags(argv, PARSER)
+        flags = read_flags(argv, PARSER)
     except NotInTable:
-        reading = read_flags(argv, LIVE)
-    assume(not reading.problems)
-    return reading.values, reading.arguments
+        flags = read_flags(argv, LIVE)
+    return flags.values, flags.given
 
 
 @settings(
@@ -69,39 +68,38 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 @given(line=command_lines())
-def test_what_is_printed_is_read_back(folder: Any, line: tuple[list[str], list[str]]) -> None:
+def test_printed_config_reads_back_unchanged(folder: Any, line: tuple[list[str], list[str]]) -> None:
     argv = [text for pair in folder.required.items() for text in pair]
     drawn = [word for word in line[1] if word not in ("-h", "--help") and "print" not in word]
     with as_a_new_process(folder.path):
         try:
-            values, arguments = read([*argv, *drawn])
+            values, given_flags = read([*argv, *drawn])
         except UserError:
             assume(False)
-        printed = describe(PARSER, values, arguments)
-        Path("printed.yaml").write_text(printed.text, encoding="utf-8")
-        again, arguments = read(["printed.yaml"])
-        hidden = [name.removeprefix("--") for name in printed.secrets]
-        for name in hidden:
+        text, secrets = format_config(PARSER, values, given_flags)
+        Path("printed.yaml").write_text(text, encoding="utf-8")
+        again, given_flags = read(["printed.yaml"])
+        for name in secrets:
             setattr(values, name, None)
         assert comparable(again) == comparable(values)
-        assert settings_in(describe(PARSER, again, arguments).text) == settings_in(printed.text), "a file of the file"
+        assert settings_in(format_config(PARSER, again, given_flags)[0]) == settings_in(text), "a file of the file"
 
 
-def test_every_setting_is_there_under_its_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_is_printed_below_its_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", *NEEDED, "--learning_rate", "2e-4", "--evaluation_strategy", "no", "--print_config"])
     assert ended.value.code == 0
     out, err = capsys.readouterr()
-    assert err == "--evaluation_strategy no: is called --eval_strategy today.\n"
+    assert err == "--evaluation_strategy no: is called --eval_strategy no today.\n"
     flags = {action.dest for action in LIVE._actions}
     assert set(yaml.safe_load(out)) == flags - {"help", "local_rank", "print_config"}
     assert out.startswith("# The base model and its tokenizer.\n\n# Hub id or local folder of the base model.\nmodel_")
     assert "\n# Rank of the adapter.\nlora_r: 8\n" in out and "\nlearning_rate: 0.0002\n" in out
     assert '\neval_strategy: "no"\n' in out and "\nactivation_checkpointing: null\n" in out
-    assert not (here / "out").exists(), "nothing was begun"
+    assert not (here / "out").exists(), "nothing was started"
 
 
-def test_it_goes_to_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_is_written_to_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "inspect"):
         with pytest.raises(SystemExit):
             cli.main([command, *NEEDED, "--lora_r", "3", "--print_config", f"{command}.yaml"])
@@ -114,16 +112,16 @@ def test_it_goes_to_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("data.json", "--print_config data.json: give a name that ends in .yaml"),
+        ("data.json", "--print_config data.json: must end in .yaml"),
         ("none/run.yaml", "--print_config none/run.yaml: cannot be written (No such file or directory)"),
         ("data.json/run.yaml", "--print_config data.json/run.yaml: cannot be written (Not a directory)"),
         ("/proc/run.yaml", "--print_config /proc/run.yaml: cannot be written"),
         (f"{'x' * 255}.yaml", "x.yaml: cannot be written (File name too long); give another name"),
-        ("folder.yaml", "--print_config folder.yaml: is there and is no regular file; give another name"),
-        ("device.yaml", "--print_config device.yaml: is there and is no regular file; give another name"),
+        ("folder.yaml", "--print_config folder.yaml: exists and is not a regular file; give another name"),
+        ("device.yaml", "--print_config device.yaml: exists and is not a regular file; give another name"),
     ],
 )
-def test_where_it_cannot_go(here: Path, target: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_target_is_refused(here: Path, target: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "folder.yaml").mkdir()
     (here / "device.yaml").symlink_to("/dev/full")
     before = (here / "data.json").read_text()
@@ -134,7 +132,7 @@ def test_where_it_cannot_go(here: Path, target: str, said: str, capsys: pytest.C
     assert sorted(path.name for path in here.iterdir()) == ["data.json", "device.yaml", "folder.yaml"]
 
 
-def test_the_longest_name_will_do(here: Path) -> None:
+def test_longest_file_name_is_accepted(here: Path) -> None:
     name = f"{'x' * 250}.yaml"
     with pytest.raises(SystemExit):
         cli.main(["train", *NEEDED, "--print_config", name])
@@ -142,22 +140,22 @@ def test_the_longest_name_will_do(here: Path) -> None:
 
 
 def printed_to(standard_output: int) -> tuple[int, str]:
-    """The exit code and what was said of a process that prints its settings there."""
+    """Return the exit code and stderr of a process that prints its settings there."""
     argv = [sys.executable, str(ROOT / "train_lora.py"), *NEEDED, "--print_config"]
     done = subprocess.run(argv, stdout=standard_output, stderr=subprocess.PIPE, text=True, check=False)
     os.close(standard_output)
     return done.returncode, done.stderr
 
 
-def test_standard_output_that_takes_nothing(here: Path) -> None:
-    said = "error: --print_config -: cannot be written (No space left on device); see where it goes to\n"
+def test_full_or_closed_standard_output_ends_without_traceback(here: Path) -> None:
+    said = "error: standard output cannot be written: No space left on device; see where it goes to\n"
     assert printed_to(os.open("/dev/full", os.O_WRONLY)) == (2, said)
     unread, written = os.pipe()
     os.close(unread)
-    assert printed_to(written) == (0, ""), "who reads may stop"
+    assert printed_to(written) == (0, ""), "a reader may stop early"
 
 
-def test_what_is_wrong_is_told_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_before_printing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *NEEDED, "--lora_r", "0", "--print_config"]) == 2
     assert "--lora_r 0" in capsys.readouterr().err
 
@@ -172,7 +170,7 @@ def test_secrets_are_left_out(here: Path, capsys: pytest.CaptureFixture[str], mo
     assert "--hub_token is left out" in err and "--run_name is left out" in err
 
 
-def test_secrets_within_settings_are_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_in_objects_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deepspeed = {"zero_optimization": {"stage": 2}, "comet": {"api_key": "sesame", "project": "p"}}
     schedule = {"min_lr": 0.0, "pass": {"password": "sesame"}}
     flags = ["--deepspeed", json.dumps(deepspeed), "--lr_scheduler_kwargs", json.dumps(schedule)]
@@ -181,31 +179,34 @@ def test_secrets_within_settings_are_found(here: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert "sesame" not in out + err
     assert [yaml.safe_load(out)[name] for name in ("deepspeed", "lr_scheduler_kwargs")] == [None, None]
-    assert "--deepspeed is left out, for it holds a secret" in err and "--lr_scheduler_kwargs is left out" in err
+    assert "--deepspeed is left out because it holds a secret" in err and "--lr_scheduler_kwargs is left out" in err
 
 
-def test_flags_of_a_command_alone_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are said once, and a folder that the command does not ask for is not made up."""
+def test_own_flags_of_a_command_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are listed once, and an output folder that the command does not need is not made up."""
     with pytest.raises(SystemExit):
         cli.main(
             ["plan", *NEEDED[:4], "--devices", "8", "--output=p.json", "--lora_r", "4", "--print_config", "a.yaml"]
         )
-    said = "--print_config: leaves out --devices, --output: only fastchat-qlora plan takes such; give it on the line.\n"
-    assert capsys.readouterr().err == f"--print_config: the settings are in a.yaml.\n{said}"
+    left_out = "leaves out --devices, --output: flags of fastchat-qlora plan only; give them on the command line."
+    lines = ["--print_config: the settings are in a.yaml.", f"--print_config: {left_out}"]
+    assert capsys.readouterr().err.splitlines() == lines
     with pytest.raises(UserError, match="--output_dir"):
         parse_args(["a.yaml"])
     assert parse_args(["a.yaml", "--output_dir", "out"]).lora.lora_r == 4
 
 
-def test_one_process_prints(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_prints(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", *NEEDED, "--print_config"])
     assert (ended.value.code, capsys.readouterr().out) == (0, "")
 
 
-def test_what_follows_a_deepspeed_configuration_is_left_to_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a launcher, since nothing is started."""
+def test_settings_that_deepspeed_decides_are_left_open(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Needs no launcher, since nothing is started."""
     config = '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}'
     with pytest.raises(SystemExit):
         cli.main(["train", *NEEDED, "--deepspeed", config, "--lr_scheduler_type", "cosine", "--print_config"])
@@ -231,11 +232,11 @@ def test_what_follows_a_deepspeed_configuration_is_left_to_it(here: Path, capsys
         (["a,b", "c"], '["a,b", c]'),
     ],
 )
-def test_values(value: object, written: str) -> None:
+def test_value_is_quoted_as_needed(value: object, written: str) -> None:
     assert to_yaml(value) == written
 
 
-def test_a_run_from_the_file_ends_in_the_same_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_run_from_the_file_ends_in_the_same_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = f"--model_name_or_path {model_folder} --data_path {data_file} --output_dir {tmp_path / 'flags'}"
     flags += " --max_steps 3 --warmup_ratio 0.5 --learning_rate 1e-2 --bf16 --lora_target_modules all-linear"
     argv = [*flags.split(), "--save_strategy", "no", "--seed", "5"]

@@ -1,4 +1,4 @@
-"""FSDP2's settings: what is wrong is said before anything is loaded, and nothing is ignored."""
+"""FSDP2's settings are checked before anything is loaded, and none is ignored."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastchat_qlora.config.arguments import RunArguments, TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import RunArguments, TrainingArguments
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 
 
@@ -29,18 +30,18 @@ def parse(model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "flags", [["--fsdp"], ["--fsdp", "True"], ["--fsdp", "true"], ["--fsdp", "full_shard auto_wrap"]]
 )
-def test_spellings_of_on(parse: Any, flags: list[str]) -> None:
+def test_fsdp_is_on(parse: Any, flags: list[str]) -> None:
     training = parse(*flags).training
     assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp", "False"]])
-def test_spellings_of_off(parse: Any, flags: list[str]) -> None:
+def test_fsdp_is_off(parse: Any, flags: list[str]) -> None:
     training = parse(*flags).training
     assert not training.fsdp and training.fsdp_plugin_args is None
 
 
-def test_without_a_launcher_it_is_ignored_and_said(
+def test_fsdp_without_a_launcher_is_ignored_with_a_warning(
     parse: Any, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("RANK")
@@ -57,17 +58,17 @@ def test_one_process_of_a_machine_reads_plain_weights(parse: Any, quantized: str
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "fsdp_activation_checkpointing"])
-def test_its_checkpointing_is_the_models_own(
+def test_activation_checkpointing_of_fsdp_becomes_the_models(
     parse: Any, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
-    """accelerate's wrappers would get into the names of the adapter's tensors."""
+    """accelerate's wrappers would change the names of the adapter's tensors."""
     config = tmp_path / "fsdp.json"
     config.write_text(json.dumps({name: True, "reshard_after_forward": False}))
     training = parse("--fsdp", "--fsdp_config", str(config)).training
     assert training.gradient_checkpointing
     assert "activation_checkpointing" not in training.fsdp_plugin_args
     assert training.fsdp_plugin_args["reshard_after_forward"] is False
-    assert "done as --gradient_checkpointing True" in notices.text
+    assert "applied as --gradient_checkpointing True" in notices.text
 
 
 @pytest.mark.parametrize(
@@ -75,41 +76,41 @@ def test_its_checkpointing_is_the_models_own(
     [
         ({"reshard_after_forwards": True}, "did you mean reshard_after_forward?"),
         ({"zzz": 1}, "zzz is unknown; drop it"),
-        ({"fsdp_use_orig_params": True}, "use_orig_params only means something to FSDP1;"),
+        ({"fsdp_use_orig_params": True}, "use_orig_params is not supported here (FSDP1 only)"),
         ({"version": 1}, "version must be 2"),
         ({"fsdp_version": "1"}, "version must be 2"),
         ({"cpu_offload": True}, "drop offload"),
         ({"cpu_offload": "True"}, "drop offload"),
         ({"cpu_offload": 1}, "cpu_offload must be true or false, not 1"),
         ({"activation_checkpointing": "x"}, "activation_checkpointing must be true or false, not 'x'"),
-        ({"min_num_params": 1000}, "min_num_params only means something to SIZE_BASED_WRAP"),
+        ({"min_num_params": 1000}, "min_num_params is not supported here (SIZE_BASED_WRAP only)"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "auto_wrap_policy must be TRANSFORMER_BASED_WRAP, not"),
         ({"state_dict_type": "LOCAL_STATE_DICT"}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
         ({"fsdp_offload_params": True}, "drop offload"),
         ({"reshard_after_forward": True, "fsdp_reshard_after_forward": False}, "is given in two spellings; drop one"),
-        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "FSDP1 (FSDP2 has reshard_after_forward); drop it"),
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "(FSDP1 only, FSDP2 has reshard_after_forward); drop it"),
         ({"transformer_layer_cls_to_wrap": "LlamaMLP,"}, "must be a name or a list of names, not 'LlamaMLP,'"),
         ({"transformer_layer_cls_to_wrap": 7}, "must be a name or a list of names, not 7"),
     ],
 )
-def test_what_means_nothing_here_is_refused(parse: Any, config: dict[str, Any], said: str) -> None:
+def test_unsupported_setting_is_refused(parse: Any, config: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         parse("--fsdp", "--fsdp_config", json.dumps(config))
     assert "--fsdp" in str(error.value) and said in str(error.value)
 
 
-def test_offload_as_a_word(parse: Any) -> None:
+def test_offload_on_the_cpu_is_refused(parse: Any) -> None:
     with pytest.raises(UserError, match="drop offload"):
         parse("--fsdp", "full_shard offload")
 
 
 @pytest.mark.parametrize("word", ["hybrid_shard", "no_shard", "full-shard"])
-def test_words_of_fsdp1_are_refused(parse: Any, word: str) -> None:
-    with pytest.raises(UserError, match=f"--fsdp {word}: FSDP2 does not have it"):
+def test_option_of_fsdp1_is_refused(parse: Any, word: str) -> None:
+    with pytest.raises(UserError, match=f"--fsdp {word}: not supported by FSDP2"):
         parse("--fsdp", word)
 
 
-def test_switches_may_be_words(parse: Any) -> None:
+def test_switch_may_be_a_word(parse: Any) -> None:
     training = parse("--fsdp", "--fsdp_config", '{"cpu_offload": "false", "reshard_after_forward": "false"}').training
     assert training.fsdp_config["cpu_offload"] is False and "cpu_offload" not in training.fsdp_plugin_args
     assert training.fsdp_plugin_args["reshard_after_forward"] is False
@@ -122,14 +123,14 @@ def test_layers_may_be_one_string(parse: Any) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "paged_adamw_8bit"])
-def test_an_optimizer_that_cannot_step_on_shards(parse: Any, optim: str) -> None:
-    with pytest.raises(UserError, match=f"--optim {optim}: is not proven to step on what --fsdp shards"):
+def test_optimizer_that_cannot_step_on_shards_is_refused(parse: Any, optim: str) -> None:
+    with pytest.raises(UserError, match=f"--optim {optim}: is not supported with --fsdp"):
         parse("--fsdp", "--optim", optim)
 
 
-def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
+def test_best_checkpoint_must_be_complete(parse: Any) -> None:
     flags = "--save_only_model True --load_best_model_at_end True --eval_split 2 --eval_strategy steps --save_steps 500"
-    with pytest.raises(UserError, match="loaded whole or not at all"):
+    with pytest.raises(UserError, match="only complete checkpoints can be loaded"):
         parse("--fsdp", *flags.split())
 
 
@@ -142,14 +143,14 @@ def test_the_best_checkpoint_must_be_loadable(parse: Any) -> None:
         ("offload", {"cpu_offload": False}, "offload and --fsdp_config cpu_offload"),
     ],
 )
-def test_words_that_contradict(parse: Any, words: str, config: dict[str, Any], said: str) -> None:
+def test_contradictory_options_are_refused(parse: Any, words: str, config: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         parse("--fsdp", words, "--fsdp_config", json.dumps(config))
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize("flags", [["True"], ["shard_grad_op"], ["full_shard auto_wrap"]])
-def test_words_that_agree(parse: Any, flags: list[str]) -> None:
+def test_consistent_options_are_accepted(parse: Any, flags: list[str]) -> None:
     keeps = flags == ["shard_grad_op"]
     config = {"reshard_after_forward": not keeps, "state_dict_type": "full_state_dict"}
     config = json.dumps(config | {"auto_wrap_policy": "transformer_based_wrap"})

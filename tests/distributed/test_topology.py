@@ -1,4 +1,4 @@
-"""Where a process stands in the run, and where its weights go."""
+"""The topology of a process, where its weights go, and the process group."""
 
 import json
 import os
@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.topology import (
     Topology,
     get_device_map,
     get_mixed_precision_policy,
     get_quant_storage,
     get_topology,
-    is_lost_peer,
-    process_group,
-    require_agreement,
 )
 from fastchat_qlora.errors import UserError
 
@@ -66,18 +63,18 @@ def topology(
     return Topology(local_rank, rank, world_size, accelerator, zero_stage, fsdp)
 
 
-def test_one_process_on_the_cpu(training_args: TrainingArguments) -> None:
+def test_single_process_on_the_cpu(training_args: TrainingArguments) -> None:
     assert get_topology(training_args) == topology(accelerator=None)
 
 
-def test_the_launcher_says_who_we_are(training_args: TrainingArguments, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_sets_the_ranks(training_args: TrainingArguments, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(LAUNCHERS_SET, ("1", "5", "8"), strict=True):
         monkeypatch.setenv(name, value)
     assert get_topology(training_args) == topology(local_rank=1, rank=5, world_size=8, accelerator=None)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_the_accelerator_unless_the_cpu_is_asked_for(
+def test_accelerator_is_used_unless_use_cpu(
     training_args: TrainingArguments, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
@@ -97,7 +94,7 @@ def test_the_accelerator_unless_the_cpu_is_asked_for(
         ("deepspeed_config_s3_offload.json", 3),
     ],
 )
-def test_the_stage_of_the_published_configurations(
+def test_stage_of_a_published_configuration(
     flags: list[str], configuration: str, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")  # as a launcher does
@@ -106,7 +103,7 @@ def test_the_stage_of_the_published_configurations(
     assert found.shards_parameters == (stage == 3)
 
 
-def test_fsdp_shards(training_args: TrainingArguments) -> None:
+def test_fsdp_shards_parameters(training_args: TrainingArguments) -> None:
     training_args.fsdp = True
     found = get_topology(training_args)
     assert found.fsdp and found.shards_parameters
@@ -123,7 +120,7 @@ def test_fsdp_shards(training_args: TrainingArguments) -> None:
         (topology(fsdp=True), True),
     ],
 )
-def test_who_shards_parameters(found: Topology, shards: bool) -> None:
+def test_strategy_shards_parameters(found: Topology, shards: bool) -> None:
     assert found.shards_parameters is shards
 
 
@@ -137,7 +134,7 @@ def test_who_shards_parameters(found: Topology, shards: bool) -> None:
         (topology(world_size=2, fsdp=True), "FSDP2"),
     ],
 )
-def test_the_name_of_the_strategy(found: Topology, name: str) -> None:
+def test_strategy_has_its_usual_name(found: Topology, name: str) -> None:
     assert found.strategy == name
 
 
@@ -145,19 +142,19 @@ def test_the_name_of_the_strategy(found: Topology, name: str) -> None:
 @pytest.mark.parametrize(
     ("found", "sharded"), [(topology(world_size=2), False), (topology(zero_stage=3), True), (topology(fsdp=True), True)]
 )
-def test_quant_storage(found: Topology, sharded: bool, dtype: torch.dtype) -> None:
+def test_quant_storage_is_the_compute_dtype_where_sharded(found: Topology, sharded: bool, dtype: torch.dtype) -> None:
     assert get_quant_storage("auto", dtype, found) == (dtype if sharded else torch.uint8)
     assert get_quant_storage("uint8", dtype, found) == torch.uint8, "what was asked for is done"
     if sharded:
-        with pytest.raises(UserError, match=r"float16: .* incompatible with this storage type; leave it on auto"):
+        with pytest.raises(UserError, match=r"float16: is not supported by .* with QLoRA; leave it on auto"):
             get_quant_storage("float16", dtype, found)
     else:
         assert get_quant_storage("float16", dtype, found) == torch.float16
 
 
-def test_bytes_are_not_sharded_by_fsdp(notices: pytest.LogCaptureFixture) -> None:
+def test_fsdp_does_not_shard_bytes(notices: pytest.LogCaptureFixture) -> None:
     get_quant_storage("uint8", torch.bfloat16, topology(fsdp=True))
-    assert "incompatible with this storage type, 4-bit weights are not sharded" in notices.text
+    assert "is not supported by FSDP2 with QLoRA, 4-bit weights are not sharded" in notices.text
 
 
 def test_fsdp_computes_in_one_dtype_and_sums_gradients_in_fp32() -> None:
@@ -166,7 +163,7 @@ def test_fsdp_computes_in_one_dtype_and_sums_gradients_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("given", [None, '{"use_reentrant": true}', '{"every_n_layers": 2}'])
-def test_checkpointing_is_not_reentrant_unless_asked_for(flags: list[str], given: str | None) -> None:
+def test_checkpointing_is_not_reentrant_by_default(flags: list[str], given: str | None) -> None:
     more = ["--gradient_checkpointing_kwargs", given] if given else []
     training = parse_args([*flags, "--gradient_checkpointing", "True", *more]).training
     expected = {"use_reentrant": False} | (json.loads(given) if given else {})
@@ -174,32 +171,13 @@ def test_checkpointing_is_not_reentrant_unless_asked_for(flags: list[str], given
     assert getattr(training, "activation_checkpointing_kwargs", expected) == expected
 
 
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (dist.DistBackendError("NCCL error"), True),
-        (dist.DistNetworkError("the store has gone"), True),
-        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
-        (RuntimeError("size mismatch"), False),
-        (OSError("Connection closed by peer"), False),
-    ],
-)
-def test_which_errors_tell_of_another_process(error: Exception, lost: bool) -> None:
-    assert is_lost_peer(error) is lost
-
-
-@pytest.mark.usefixtures("open_group")
-def test_one_process_agrees_with_itself() -> None:
-    require_agreement({"--lora_r": 8})
-
-
-def test_one_process_of_the_run_is_main() -> None:
-    """Not one of each machine."""
+def test_only_rank_0_is_main() -> None:
+    """Not one process of each machine."""
     ranks = [topology(local_rank=rank % 2, rank=rank, world_size=4) for rank in range(4)]
     assert [found.is_main for found in ranks] == [True, False, False, False]
 
 
-def test_a_topology_does_not_change() -> None:
+def test_topology_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         topology().rank = 1  # type: ignore[misc]  # that is the point
 
@@ -222,7 +200,9 @@ def test_a_topology_does_not_change() -> None:
         pytest.param(topology(accelerator=None), False, None, id="LoRA on the CPU"),
     ],
 )
-def test_device_map(found: Topology, quantized: bool, device_map: dict[str, int | str] | None) -> None:
+def test_device_map_names_the_own_device(
+    found: Topology, quantized: bool, device_map: dict[str, int | str] | None
+) -> None:
     assert get_device_map(found, quantized=quantized) == device_map
 
 
@@ -235,7 +215,7 @@ def test_device_map(found: Topology, quantized: bool, device_map: dict[str, int 
     st.booleans(),
     st.booleans(),
 )
-def test_no_process_puts_weights_on_anothers_device(
+def test_no_process_uses_the_device_of_another(
     local_rank: int, rank: int, world_size: int, accelerator: str | None, stage: int, fsdp: bool, quantized: bool
 ) -> None:
     found = Topology(local_rank, rank, world_size, accelerator, stage, fsdp)
@@ -243,33 +223,3 @@ def test_no_process_puts_weights_on_anothers_device(
     assert device_map in (None, {"": "cpu"} if accelerator is None else {"": local_rank})
     if device_map is not None:
         assert quantized and not found.shards_parameters
-
-
-@pytest.fixture
-def open_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("open_group")
-def test_the_process_group_is_taken_down() -> None:
-    with process_group(topology(accelerator=None)):
-        assert dist.is_initialized()
-    assert not dist.is_initialized()
-
-
-@pytest.mark.usefixtures("open_group")
-def test_a_failed_process_leaves_the_group_to_the_launcher() -> None:
-    """Taking it down is for all to do together, and the others may be waiting in it."""
-    with pytest.raises(ValueError, match="on the way"), process_group(topology(accelerator=None)):
-        raise ValueError("on the way")
-    assert dist.is_initialized()
-
-
-def test_without_a_process_group_there_is_nothing_to_take_down() -> None:
-    with process_group(topology(accelerator=None)):
-        assert not dist.is_initialized()
-    assert not dist.is_initialized()

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(line=command_lines())
-def test_any_command_line_is_read_or_refused(
+def test_any_command_line_is_accepted_or_refused(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, line: tuple[list[str], list[str]]
 ) -> None:
     monkeypatch.setattr("fastchat_qlora.training.run.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -41,10 +41,10 @@ REFUSED = {
     "a number beyond C": ["--ddp_timeout", "1" * 31],
     "a launcher's flag without one": ["--deepspeed", '{"zero_optimization": {"stage": 2}}'],
 }
-"""What ended in a traceback, or in an error that named no flag, before this test was there."""
+"""Command lines that once ended in a traceback, or in an error without a flag."""
 
 
 @pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED)
-def test_what_was_once_found(folder: Folder, given: list[str]) -> None:
+def test_earlier_finding_is_refused(folder: Folder, given: list[str]) -> None:
     outcome = run_command_line(folder, [], given)
     assert (outcome.code, complaint(outcome, given)) == (2, "")

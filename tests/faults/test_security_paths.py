@@ -13,10 +13,10 @@ import torch
 from malice import assert_refused, copy, edit, start, tree
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.readers import read_file
-from fastchat_qlora.distributed.topology import require_agreement
+from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import mask_secrets
 

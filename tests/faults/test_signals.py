@@ -86,7 +86,7 @@ def test_second_signal_ends_the_run_at_once(
     run = Run(given, tmp_path / "log.txt", PREPARE="planted:endless_third_step")
     run.wait_for("third step")
     run.send(signum)
-    run.wait_for("once more ends it at once")
+    run.wait_for("a second signal ends the run at once")
     time.sleep(2 * ONE_SIGNAL)
     assert run.is_alive()
     sent = time.monotonic()

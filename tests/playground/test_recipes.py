@@ -12,7 +12,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastchat_qlora.config.arguments import TrainingArguments, parse_args
+from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.config.parser import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "playground" / "recipes").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Command lines drawn from the flags that the parser has: some right, most wrong as people or scripts get them wrong."""
+"""Command lines drawn from the flags of the parser: some correct, most wrong as people or scripts get them wrong."""
 
 import argparse
 import contextlib
@@ -20,9 +20,9 @@ from accelerate.state import AcceleratorState
 from hypothesis import strategies as st
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import build_parser
 from fastchat_qlora.config.flag_parsing import FALSE, TRUE
 from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
+from fastchat_qlora.config.parser import build_parser
 
 EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "0"))
 
@@ -164,7 +164,7 @@ def one_flag(draw: st.DrawFn) -> list[str]:
 @st.composite
 def old_flag(draw: st.DrawFn) -> list[str]:
     name = draw(st.sampled_from(sorted(LEGACY_FLAGS)))
-    if LEGACY_FLAGS[name].boolean:
+    if LEGACY_FLAGS[name].is_boolean:
         values = st.sampled_from([*TRUE, *FALSE, "True", "maybe", ""])
     else:
         values = st.sampled_from(

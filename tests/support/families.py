@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable

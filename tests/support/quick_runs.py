@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.training import run
 from fastchat_qlora.training.trainer import LoraTrainer
 

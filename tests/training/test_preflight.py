@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.preflight import run_preflight
 

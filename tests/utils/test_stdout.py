@@ -1,4 +1,4 @@
-"""Whatever becomes of standard output, a command ends with a code and at most one line."""
+"""A command ends with an exit code and at most one line, whatever happens to standard output."""
 
 import io
 import os
@@ -27,47 +27,46 @@ def places(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     return {"base": model_folder, "data": data, "out": folder / "out", "adapter": adapter}
 
 
-def whose_reader_has_left() -> IO[str]:
+def open_without_reader() -> IO[str]:
     read, write = os.pipe()
     os.close(read)
     return os.fdopen(write, "w")
 
 
-def full() -> IO[str]:
+def open_full() -> IO[str]:
     return open("/dev/full", "w")
 
 
 OUTPUTS: dict[str, tuple[Callable[[], IO[str] | None], str]] = {
-    "no reader": (whose_reader_has_left, ""),
-    "full": (full, "error: standard output cannot be written: No space left on device; see where it goes to"),
+    "no reader": (open_without_reader, ""),
+    "full": (open_full, "error: standard output cannot be written: No space left on device; see where it goes to"),
     "closed": (lambda: None, "error: standard output is closed; see where it goes to"),
 }
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_cannot_be_written(
+def test_unwritable_output_ends_the_command(
     command: str,
     output: str,
     places: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make, said = OUTPUTS[output]
+    make, error = OUTPUTS[output]
     stdout = make()
     monkeypatch.setattr(sys, "stdout", stdout)
     code = cli.main(COMMANDS[command].format(**places).split())
     assert code == (141 if output == "no reader" else 1 if (command, output) == ("chat", "full") else 2)
     lines = capsys.readouterr().err.splitlines()
-    assert not said or lines[-1] == said
-    assert [line for line in lines if "error" in line] == [said] * bool(said), "and nothing else is said of it"
+    assert not error or lines[-1] == error
+    assert [line for line in lines if "error" in line] == ([error] if error else []), "reported once"
     if stdout is not None:
-        stdout.close()  # as Python does when it ends: nothing is left that would fail once more
+        stdout.close()  # as Python does when it ends: nothing is left to write
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_knows_few_characters(command: str, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it lacks is written with escapes."""
+def test_missing_characters_are_escaped(command: str, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     stdout = io.TextIOWrapper(written, encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)

@@ -10,7 +10,8 @@ from typing import IO
 
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
-from fastchat_qlora.config.arguments import RunArguments, parse_command
+from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
 from fastchat_qlora.data.dataset import Splits, split_datasets
 from fastchat_qlora.errors import UserError

@@ -12,7 +12,7 @@ from fastchat_qlora.commands.output import check_output, open_output
 from fastchat_qlora.commands.plan.build import build_plan, find_devices
 from fastchat_qlora.commands.plan.plan import Speed
 from fastchat_qlora.commands.plan.views import format_json, print_plan
-from fastchat_qlora.config.arguments import parse_command
+from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.stdout import open_stdout

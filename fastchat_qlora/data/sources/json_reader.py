@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastchat_qlora.config.validation.paths import LINE_SUFFIXES, strip_compression_suffix
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.file_types import LINE_SUFFIXES, strip_compression_suffix
 
 NumberedRecord = tuple[int, Any]
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastchat_qlora.config.validation.paths import is_data_file, strip_compression_suffix
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind
 from fastchat_qlora.data.sources.formats import FIELDS
 from fastchat_qlora.data.sources.json_reader import read_json_records
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.file_types import is_data_file, strip_compression_suffix
 from fastchat_qlora.utils.text import one_line
 
 BATCH_ROWS = 256  # taken at once out of Arrow data

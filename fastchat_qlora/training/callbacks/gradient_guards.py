@@ -1,11 +1,9 @@
 """Guards against silent failures: no gradient, a bad loss, changed base weights."""
 
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -137,43 +135,6 @@ def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
     if content.storage_offset() % 8:  # cannot be viewed as int64
         return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(content, 1 << 22)]).sum()
     return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
-
-
-def agree(values: list[float], group: Any) -> list[float]:
-    """The sum of each value over all processes; they stay on the host, so that no device is waited for."""
-    if group is None:
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=group)
-    return list(total.tolist())
-
-
-def gather(value: Any, group: Any) -> list[Any]:
-    """What every process says, in the order of their ranks."""
-    if group is None:
-        return [value]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
-
-
-def host_group(seconds: int) -> Any:
-    """A process group that talks on the host, and waits for so many seconds at the most; None in a single process.
-
-    Raises:
-        RunError: the processes do not find each other in this way.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    if dist.get_backend() == "gloo":
-        return dist.group.WORLD
-    try:
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:
-        raise RunError(
-            f"the processes do not find each other by gloo, with which they agree on the host: {error}; set "
-            "GLOO_SOCKET_IFNAME to the network interface between the machines"
-        ) from error
 
 
 class StepReport(NamedTuple):

@@ -10,14 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.distributed.process_group import agree, gather
 from fastchat_qlora.errors import AgreedError
-from fastchat_qlora.training.callbacks.gradient_guards import (
-    FrozenBase,
-    StepReport,
-    agree,
-    build_bad_step_error,
-    gather,
-)
+from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase, StepReport, build_bad_step_error
 from fastchat_qlora.utils.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)

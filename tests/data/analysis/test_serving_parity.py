@@ -11,7 +11,7 @@ import real_templates
 from conftest import sharegpt
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.analysis import serving_parity
 from fastchat_qlora.data.analysis.serving_parity import Mismatch, SupervisedSpan, find_mismatch
 from fastchat_qlora.data.analysis.stop_tokens import find_stop_tokens

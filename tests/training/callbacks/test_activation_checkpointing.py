@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from quick_runs import command, losses, seen, train  # noqa: F401  # a fixture
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.training.callbacks import activation_checkpointing
 

@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES, make_base
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens
 from fastchat_qlora.training import run
 from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.topology import get_topology
 from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.model.loading.quantization import BaseQuantization

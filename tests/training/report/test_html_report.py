@@ -20,7 +20,7 @@ from quick_runs import command, train
 from transformers import TrainerState
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.analysis.statistics import compute_statistics
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.training.callbacks.throughput import TokenTotal

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig
 from transformers import TrainerState
 
-from fastchat_qlora.config.arguments import parse_args
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.dataset import LoadedData, Splits
 from fastchat_qlora.data.tokenization.build import RejectionSummary
 from fastchat_qlora.model.loading.quantization import BaseQuantization
