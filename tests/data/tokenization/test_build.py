@@ -52,7 +52,7 @@ def test_workers_follow_cores_and_data(
         ("no supervised token within the first 512 tokens", "no supervised token within the first N tokens"),
     ],
 )
-def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
+def test_reasons_are_generalized(reason: str, kind: str) -> None:
     assert generalize(reason) == kind
 
 
@@ -79,17 +79,17 @@ def batch_sizes(values: list[Any]) -> list[int]:
     ],
     ids=["line", "field", "message", "content part", "argument", "tool", "history"],
 )
-def test_a_batch_is_full_wherever_its_text_stands(record: Any) -> None:
+def test_batches_are_limited_by_text_anywhere_in_a_record(record: Any) -> None:
     """Two such records make a batch; a hundred of them at once would take the memory of a hundred."""
     assert batch_sizes([record] * 5) == [2, 2, 1]
 
 
 @pytest.mark.parametrize("value", [None, 5, float("nan"), "", [], {}, [None], {"messages": [5]}])
-def test_records_without_text_fill_a_batch_by_number(value: Any) -> None:
+def test_batches_are_limited_by_number(value: Any) -> None:
     assert batch_sizes([value] * (MAX_BATCH_RECORDS + 1)) == [MAX_BATCH_RECORDS, 1]
 
 
-def test_records_nested_however_deep_are_counted() -> None:
+def test_batches_are_limited_at_any_depth() -> None:
     lists: Any = HALF
     objects: Any = HALF
     for _ in range(100_000):
