@@ -26,7 +26,7 @@ from fastchat_qlora.data.templates.content_checks import (
     split_at_tags,
 )
 from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
 
 SENTINEL_ANSWER = Message("assistant", SENTINEL)
 LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # of SENTINEL_ANSWER
@@ -91,7 +91,7 @@ class AnswerTexts(NamedTuple):
 
 
 class AssistantSpanFinder:
-    """Finds the assistant turns of one conversation.
+    """A search for the assistant turns of one conversation.
 
     Args:
         render: renders the first messages of it. One more than there is must be there, a user's: some templates write

@@ -23,7 +23,7 @@ from fastchat_qlora.data.templates.assistant_spans import (
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.data.templates.template_skeleton import TemplateSkeleton, build_skeleton, fill_skeleton
 
 NEXT_QUESTION = Message("user", "-")

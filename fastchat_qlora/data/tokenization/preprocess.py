@@ -43,7 +43,7 @@ class PreprocessedBatch(NamedTuple):
 
 
 class Preprocessor:
-    """Turns records into sequences for the model.
+    """The steps from records to sequences for the model.
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.

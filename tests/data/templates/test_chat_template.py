@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
-from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher, find_control_tokens
 
 Turns = Sequence[tuple[str, str]]
 

@@ -96,7 +96,7 @@ def test_other_vocabulary_makes_another_entry(
     assert len(built) == 2
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "rejected.jsonl", "manifest.json"])
+@pytest.mark.parametrize("name", ["rows.arrow", "rejected.jsonl", "facts.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "empty"])
 def test_damaged_entry_is_rebuilt(
     name: str, damage: str, build: Build, built: list[str], data_file: Path, tmp_path: Path

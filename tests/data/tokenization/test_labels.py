@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
 from fastchat_qlora.data.templates.named_templates import get_template
+from fastchat_qlora.data.templates.special_tokens import StringMatcher, find_control_tokens
 from fastchat_qlora.data.templates.special_tokens import check_plain as check_conversation
-from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
 
 END = "<|im_end|>"
