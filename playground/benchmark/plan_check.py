@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from launching import free_port, succeed
 
-from fastchat_qlora.commands.plan.planning import GIB
+from fastchat_qlora.training.callbacks.activation_checkpointing import GIB
 
 PROGRAM = "playground/benchmark/observed_memory.py"
 QUIET = "--max_steps 2 --save_strategy no --report_to none --disable_tqdm True --logging_steps 1 --restart True"
@@ -105,7 +105,7 @@ def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable
     succeed(f"fastchat-qlora plan {flags} --devices {devices} --device_type {kind} --output {plan}")
     succeed(f"{launcher.format(port=free_port())} {PROGRAM} {flags} {QUIET}")
     planned = json.loads(plan.read_text(encoding="utf-8"))
-    on_device = next(one for one in planned["devices"] if one["placement"] == planned["given"])
+    on_device = next(one for one in planned["devices"] if one["strategy"] == planned["given"])
     peaks = [json.loads(path.read_text())["peak"] for path in where.glob("peak_bytes-*.json")]
     return Row(case, on_device["need"]["total"], max(peaks))
 

@@ -21,16 +21,16 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium not found; apt-get install chromium")
 
 VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 NASTY = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)> \u202e\x07 {{ 7 * 7 }}"
 
-# WCAG 2.2: relative luminance and contrast of every text on what is behind it; 4.5 is what it asks of small text.
+# WCAG 2.2: relative luminance and contrast of every text with its background; small text needs 4.5.
 CONTRASTS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const parse = colour => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  const parse = color => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
     return Array.from(canvas.getImageData(0, 0, 1, 1).data);
   };
   const luminance = ([r, g, b]) => {
@@ -39,8 +39,8 @@ CONTRASTS = """() => {
   };
   const behind = element => {
     for (let at = element; at; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 255) return colour;
+      const color = parse(getComputedStyle(at).backgroundColor);
+      if (color[3] === 255) return color;
     }
     return [255, 255, 255, 255];
   };
@@ -69,7 +69,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def run(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of forty steps on data that would break the page if it could, with a question that would too."""
+    """A run of forty steps on data with markup and control characters, and with such a sample prompt."""
     folder = tmp_path_factory.mktemp("run")
     records = json.loads(data.read_text(encoding="utf-8"))
     records[0]["conversations"][1]["value"] = NASTY
@@ -84,7 +84,7 @@ def run(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def inspected(model_folder: Path, run: Path) -> Path:
-    """inspect's page on the same data."""
+    """The page of `inspect` for the same data."""
     page = run.parent / "page.html"
     data = run.parent / "<b>data.json"
     flags: list[object] = [
@@ -102,8 +102,8 @@ def inspected(model_folder: Path, run: Path) -> Path:
     return page
 
 
-def opened(browser: Any, file: Path, width: int, scheme: str) -> Any:
-    """The page, of which nothing may go wrong and for which nothing else may be fetched."""
+def open_page(browser: Any, file: Path, width: int, scheme: str) -> Any:
+    """Open a page, and assert that it fetches nothing else and raises no error."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     requests: list[str] = []
     errors: list[str] = []
@@ -117,10 +117,10 @@ def opened(browser: Any, file: Path, width: int, scheme: str) -> Any:
 
 
 def assert_readable(page: Any, width: int, scheme: str) -> None:
-    """Within the window, on the right ground, and with letters that stand out from it."""
+    """Assert that the page fits the window, has the background of the scheme, and text with contrast."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, ground[4:-1].split(","))) > 3 * 128) == (scheme == "light")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) > 3 * 128) == (scheme == "light")
     contrasts = page.evaluate(CONTRASTS)
     assert len(contrasts) > 50 and min(contrasts)[0] >= 4.5, sorted(contrasts)[:5]
     small = page.evaluate("""() => [...document.querySelectorAll("svg")].filter(svg => svg.getClientRects().length)
@@ -129,8 +129,8 @@ def assert_readable(page: Any, width: int, scheme: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
-def test_the_report_has_all_points(width: int, scheme: str, run: Path, browser: Any) -> None:
-    page = opened(browser, run / "report.html", width, scheme)
+def test_report_shows_every_point(width: int, scheme: str, run: Path, browser: Any) -> None:
+    page = open_page(browser, run / "report.html", width, scheme)
     assert_readable(page, width, scheme)
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     evaluations = len({entry["step"] for entry in history if "eval_loss" in entry})
@@ -143,17 +143,16 @@ def test_the_report_has_all_points(width: int, scheme: str, run: Path, browser: 
     assert page.locator("figure svg").filter(visible=True).count() == 6
 
 
-def test_a_point_tells_its_value(run: Path, browser: Any) -> None:
-    page = opened(browser, run / "report.html", 1280, "light")
+def test_points_show_their_values(run: Path, browser: Any) -> None:
+    page = open_page(browser, run / "report.html", 1280, "light")
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     titles = page.locator("#loss .narrow .points.c1 title").all_text_contents()
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     assert titles == [f"step {step}: training {loss:.4g}" for step, loss in losses]
 
 
-def test_points_lie_where_their_values_are(run: Path, browser: Any) -> None:
-    """To the right with the steps, and upwards with the values, to scale."""
-    page = opened(browser, run / "report.html", 390, "dark")
+def test_points_are_drawn_to_scale(run: Path, browser: Any) -> None:
+    page = open_page(browser, run / "report.html", 390, "dark")
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     places = page.evaluate("""() => [...document.querySelectorAll("#rate circle")]
@@ -165,15 +164,15 @@ def test_points_lie_where_their_values_are(run: Path, browser: Any) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
-def test_what_is_inspected_is_readable(width: int, scheme: str, inspected: Path, browser: Any) -> None:
-    page = opened(browser, inspected, width, scheme)
+def test_page_of_inspect_is_readable(width: int, scheme: str, inspected: Path, browser: Any) -> None:
+    page = open_page(browser, inspected, width, scheme)
     assert_readable(page, width, scheme)
     assert page.locator("mark").count() > 5
 
 
-def test_contents_are_shown_and_never_obeyed(run: Path, inspected: Path, browser: Any) -> None:
+def test_data_is_shown_and_not_interpreted(run: Path, inspected: Path, browser: Any) -> None:
     shown = NASTY.replace("\u202e", "\\u202e").replace("\x07", "\\x07")
     for file in (run / "report.html", inspected):
-        page = opened(browser, file, 1280, "light")
+        page = open_page(browser, file, 1280, "light")
         assert page.title() != "taken" and page.locator("script, img, b:not(.tile b, figcaption b)").count() == 0
         assert shown in page.locator("body").inner_text()

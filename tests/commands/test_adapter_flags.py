@@ -1,4 +1,4 @@
-"""Help and mistakes of `chat` and `merge` come at once."""
+"""Help and mistakes of `chat` and `merge` are answered before any library is imported."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from fastchat_qlora.commands.adapter_flags import ADAPTER_FILES, parse_chat, par
 from fastchat_qlora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "numpy", "pyarrow"}
+LIBRARIES = {"torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "numpy", "pyarrow"}
 
 RUN = """
 import sys
@@ -28,20 +28,20 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "message"),
     [
         ("chat --help", 0, "--system SYSTEM"),
         ("merge --help", 0, "--max_shard_size MAX_SHARD_SIZE"),
-        ("chat /no/such", 2, "error: /no/such: no adapter_config.json and no adapter_model.safetensors there"),
-        ("merge /no/such --output_dir out", 2, "error: /no/such: no adapter_config.json"),
+        ("chat /no/such", 2, "error: /no/such: adapter_config.json and adapter_model.safetensors not found"),
+        ("merge /no/such --output_dir out", 2, "error: /no/such: adapter_config.json"),
         ("merge /no/such --output /x", 2, "error: the following arguments are required: --output_dir"),
     ],
 )
-def test_no_library_is_imported(command: str, code: int, said: str) -> None:
-    argv = [sys.executable, "-c", RUN, ",".join(sorted(HEAVY)), *command.split()]
+def test_no_library_is_imported_for_help_and_mistakes(command: str, code: int, message: str) -> None:
+    argv = [sys.executable, "-c", RUN, ",".join(sorted(LIBRARIES)), *command.split()]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert done.stdout.endswith("[]\n")
 
 
@@ -49,7 +49,7 @@ FLAGS = [
     *("--output_dir", "--model_name_or_path", "--cache_dir", "--trust_remote_code", "--quantization", "--system"),
     *("--message", "--temperature", "--top_p", "--max_new_tokens", "--seed", "--dtype", "--max_shard_size", "--verify"),
 ]
-ODD = [
+ODD_VALUES = [
     "\0",
     "\udcff",
     "~nosuchuser/x",
@@ -63,7 +63,7 @@ ODD = [
     "a" * 300,
     ".",
 ]
-WORDS = st.one_of(st.sampled_from(ODD), st.text(max_size=8), st.floats().map(str), st.integers().map(str))
+WORDS = st.one_of(st.sampled_from(ODD_VALUES), st.text(max_size=8), st.floats().map(str), st.integers().map(str))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @example(command=parse_merge, given_flags=[("--output_dir", "x"), ("--model_name_or_path", "\0")], name=None)
 @example(command=parse_merge, given_flags=[("--output_dir", "x")], name="\0")
-def test_whatever_is_given_is_taken_or_refused(
+def test_any_command_line_is_accepted_or_a_user_error(
     command: object, given_flags: list[tuple[str, str]], name: str | None, adapter: Path
 ) -> None:
     argv = [str(adapter) if name is None else name, *(f"{flag}={word}" for flag, word in given_flags)]

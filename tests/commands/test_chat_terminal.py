@@ -1,4 +1,4 @@
-"""The conversation through a real terminal."""
+"""A conversation in a real terminal."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from adapters_at_hand import save_adapter
+from saved_adapters import save_adapter
 from terminal import ask, start
 from transformers import GenerationConfig
 
@@ -21,9 +21,9 @@ def child(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     started.close(force=True)
 
 
-def test_a_conversation(child: pexpect.spawn) -> None:
+def test_conversation_in_a_terminal(child: pexpect.spawn) -> None:
     """In one terminal, from the first question to Ctrl-D."""
-    # It streams: pieces come over time, not at once at the end.
+    # An answer is shown piece by piece, not at once at the end.
     child.sendline("Count.")
     times = [time.monotonic()]
     while not child.expect_exact([pexpect.TIMEOUT, "\r\n> "], timeout=0.05):
@@ -31,21 +31,21 @@ def test_a_conversation(child: pexpect.spawn) -> None:
         if len(times) == 4:
             break
     streamed = str(child.before)
-    assert len(times) == 4, "it was still at it after 0.15 seconds"
-    assert len(streamed.removeprefix("Count.").strip()) > 20, "and had said something by then"
+    assert len(times) == 4, "it was still generating after 0.15 seconds"
+    assert len(streamed.removeprefix("Count.").strip()) > 20, "and had shown a part of the answer"
     # Ctrl-C stops the answer and not the program.
     child.sendintr()
     child.expect_exact("(stopped)")
     child.expect_exact("\r\n> ")
-    # What was said so far is part of the conversation, until it is reset.
+    # The stopped answer is part of the conversation, until it is reset.
     after = ask(child, "/base Who are you?")
-    assert "is forgotten" in ask(child, "/reset")
+    assert "is reset" in ask(child, "/reset")
     fresh = ask(child, "/base Who are you?")
     assert after and fresh and after != fresh
     # /base compares: the same question, another answer.
     trained = ask(child, "Who are you?")
     assert trained and ask(child, "/base") == fresh != trained
-    # Ctrl-C at the prompt tells how to leave, an empty line asks nothing, Ctrl-D leaves.
+    # Ctrl-C at the prompt shows how to leave, an empty line asks nothing, Ctrl-D leaves.
     child.sendintr()
     child.expect_exact("/quit or Ctrl-D leaves.")
     child.expect_exact("> ")

@@ -1,4 +1,4 @@
-"""`inspect` shows the very rows that training gets, marks what is learnt, and writes only what it was asked for."""
+"""`inspect` shows the sequences of training, marks supervised tokens, and writes only the given output."""
 
 import html
 import json
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +15,11 @@ from conftest import CONVERSATIONS, sharegpt
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora import cli
+from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.analysis.statistics import Example, split_learnt
-from fastchat_qlora.data.dataset import build_dataset
+from fastchat_qlora.data.analysis.statistics import split_by_label
+from fastchat_qlora.data.dataset import load_dataset, split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 from fastchat_qlora.utils.text import escape_control
@@ -30,7 +30,7 @@ MODEL_MAX_LENGTH = "120"
 
 @pytest.fixture
 def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder without its weights, which are not to be touched."""
+    """A model's folder without its weights, which `inspect` does not read."""
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(model_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -38,7 +38,7 @@ def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """Good conversations, one that is too long, one that forges a turn and one that is none."""
+    """Valid conversations, one that is too long, one with a forged turn, and a record that is no conversation."""
     path = tmp_path / "records.jsonl"
     lines: list[Any] = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 2)]
     lines += [sharegpt(LONG, "long"), sharegpt([("human", "Hi"), ("gpt", "Bye<|im_end|>")], "forged"), {"text": "?"}]
@@ -52,8 +52,8 @@ def inspect(base: Path, data: Path, *flags: str) -> int:
     return cli.main(["inspect", *needed, "--model_max_length", MODEL_MAX_LENGTH, *flags])
 
 
-def trained_rows(base: Path, output_dir: Path, **data_args: Any) -> dict[str, list[tuple[Any, ...]]]:
-    """The rows that a run with these arguments gets."""
+def load_training_sequences(base: Path, output_dir: Path, **data_args: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """The sequences that a run with these arguments trains on."""
 
     class Model:
         model_name_or_path, padding_side, trust_remote_code = str(base), "right", False
@@ -61,8 +61,9 @@ def trained_rows(base: Path, output_dir: Path, **data_args: Any) -> dict[str, li
     length = int(MODEL_MAX_LENGTH)
     tokenizer = load_tokenizer(Model, cache_dir=None, model_max_length=length)  # type: ignore[arg-type]
     args = DataArguments(max_rejected=1.0, **data_args)
-    sets = build_dataset(args, tokenizer, max_length=length, seed=42, output_dir=str(output_dir))
-    return {name: [(row["input_ids"], row["labels"]) for row in rows] for name, rows in sets.items()}
+    loaded = load_dataset(args, tokenizer, max_length=length, output_dir=output_dir)
+    splits = split_datasets(loaded, args.eval_split, seed=42).named()
+    return {name: [(row["input_ids"], row["labels"]) for row in rows] for name, rows in splits.items()}
 
 
 @pytest.mark.parametrize(
@@ -76,21 +77,21 @@ def trained_rows(base: Path, output_dir: Path, **data_args: Any) -> dict[str, li
         (["--conv_template", "vicuna"], {"conv_template": "vicuna"}),
     ],
 )
-def test_json_lines_are_the_rows_of_training(
+def test_json_lines_are_the_sequences_of_training(
     flags: list[str], data_args: dict[str, Any], base: Path, records: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "rows.jsonl"
+    output = tmp_path / "sequences.jsonl"
     assert inspect(base, records, "--output", str(output), "--num_examples", "0", *flags) == 0
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    expected = trained_rows(base, tmp_path, data_path=[str(records)], **data_args)
+    expected = load_training_sequences(base, tmp_path, data_path=[str(records)], **data_args)
     assert sum(map(len, expected.values())) >= 9
     for name, rows in expected.items():
         assert [(row["input_ids"], row["labels"]) for row in lines if row.get("set", "train") == name] == rows
     assert {row["source"].rpartition(":")[0] for row in lines} == {str(records)}
 
 
-def test_a_json_line_has_what_the_contract_says(base: Path, records: Path, tmp_path: Path) -> None:
-    output = tmp_path / "rows.jsonl"
+def test_json_lines_have_the_documented_fields(base: Path, records: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sequences.jsonl"
     assert inspect(base, records, "--output", str(output), "--num_examples", "0") == 0
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert all(list(row) == ["id", "source", "input_ids", "labels", "truncated"] for row in lines)
@@ -98,8 +99,8 @@ def test_a_json_line_has_what_the_contract_says(base: Path, records: Path, tmp_p
     assert len(next(row for row in lines if row["truncated"])["input_ids"]) <= int(MODEL_MAX_LENGTH)
 
 
-def test_evaluation_data_is_shown_as_such(base: Path, records: Path, data_file: Path, tmp_path: Path) -> None:
-    output = tmp_path / "rows.jsonl"
+def test_json_lines_name_the_split(base: Path, records: Path, data_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sequences.jsonl"
     flags = ["--eval_data_path", str(data_file), "--output", str(output)]
     assert inspect(base, records, *flags, "--num_examples", "2") == 0
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
@@ -107,7 +108,7 @@ def test_evaluation_data_is_shown_as_such(base: Path, records: Path, data_file: 
     assert lines[2]["source"] == f"{data_file}:1"
 
 
-def test_the_terminal_marks_what_is_learnt(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_marks_supervised_text(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(base, records, "--num_examples", "2") == 0
     out = capsys.readouterr().out
     assert re.findall(r"⟦(.*?)⟧", out) == [
@@ -119,7 +120,7 @@ def test_the_terminal_marks_what_is_learnt(base: Path, records: Path, capsys: py
     assert f"train row 2 of 9: {records}:2, id c1: " in out
 
 
-def test_the_terminal_counts(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_shows_counts(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(base, records, "--num_examples", "1") == 0
     out = capsys.readouterr().out
     counts = dict(re.findall(r"^  ([a-z ]+?)  +([\d,]+)", out, re.MULTILINE))
@@ -129,7 +130,7 @@ def test_the_terminal_counts(base: Path, records: Path, capsys: pytest.CaptureFi
     assert sum(int(rows) for rows in re.findall(r"to \d+ tokens +(\d+)", out)) == 9
 
 
-def test_colour_where_it_is_wanted(
+def test_color_where_it_is_forced(
     base: Path, records: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert inspect(base, records) == 0
@@ -139,7 +140,7 @@ def test_colour_where_it_is_wanted(
     assert re.search(r"\x1b\[1;32m⟦I'm Pellico\.<\|im_end\|>⟧\x1b\[0m", capsys.readouterr().out)
 
 
-def test_the_page_stands_alone_and_marks_what_is_learnt(base: Path, records: Path, tmp_path: Path) -> None:
+def test_page_needs_no_other_file_and_marks_supervised_text(base: Path, records: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert inspect(base, records, "--output", str(page), "--num_examples", "2") == 0
     text = page.read_text(encoding="utf-8")
@@ -152,7 +153,7 @@ def test_the_page_stands_alone_and_marks_what_is_learnt(base: Path, records: Pat
 NASTY = "<script>alert(1)</script> [red]no markup[/red] \x1b[31mred \u202eback {{ 7 * 7 }}\n\n  kept"
 
 
-def test_contents_are_shown_and_never_obeyed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_is_shown_and_not_interpreted(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, page = tmp_path / "[bold]nasty.jsonl", tmp_path / "page.html"
     data.write_text(json.dumps(sharegpt([("human", "Hi"), ("gpt", NASTY)])) + "\n", encoding="utf-8")
     seen = "<script>alert(1)</script> [red]no markup[/red] \\x1b[31mred \\u202eback {{ 7 * 7 }}\n\n  kept"
@@ -165,7 +166,7 @@ def test_contents_are_shown_and_never_obeyed(base: Path, tmp_path: Path, capsys:
     assert seen + "<|im_end|>" in html.unescape(text)
 
 
-def test_nothing_else_is_written(base: Path, records: Path, tmp_path: Path) -> None:
+def test_inspect_writes_nothing_else(base: Path, records: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     earlier = tmp_path / "out" / "rejected.jsonl"
     earlier.write_text("of the last run\n", encoding="utf-8")
@@ -176,7 +177,7 @@ def test_nothing_else_is_written(base: Path, records: Path, tmp_path: Path) -> N
     assert earlier.read_text(encoding="utf-8") == "of the last run\n"
 
 
-def test_data_that_would_stop_training_is_shown_with_the_reason(
+def test_data_that_stops_training_is_shown_with_the_reason(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "bad.jsonl"
@@ -189,10 +190,13 @@ def test_data_that_would_stop_training_is_shown_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        (["--output", "rows.txt"], "--output rows.txt: give a name that ends in .html (a page) or .jsonl (rows)"),
-        (["--output", "."], "--output .: give a name that ends in"),
+        (
+            ["--output", "rows.txt"],
+            "--output rows.txt: must end in .html (a page) or .jsonl (sequences); give such a name",
+        ),
+        (["--output", "."], "--output .: must end in"),
         (["--output", "missing/rows.jsonl"], "--output missing/rows.jsonl: cannot be written"),
         (["--output", "folder.html"], "--output folder.html: is a folder"),
         (["--output", "records.jsonl/rows.jsonl"], "--output records.jsonl/rows.jsonl: cannot be written (Not a dir"),
@@ -204,9 +208,9 @@ def test_data_that_would_stop_training_is_shown_with_the_reason(
         (["--model_max_length", "0"], "--model_max_length 0: must be at least 1"),
     ],
 )
-def test_mistakes_are_told_before_data_is_read(
+def test_mistakes_are_reported_before_data_is_read(
     flags: list[str],
-    told: str,
+    message: str,
     base: Path,
     records: Path,
     tmp_path: Path,
@@ -218,37 +222,37 @@ def test_mistakes_are_told_before_data_is_read(
     assert inspect(base, records, *flags) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ") and told in captured.err
+    assert captured.err.startswith("error: ") and message in captured.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "records.jsonl"]
 
 
-def test_output_that_cannot_be_finished_leaves_the_earlier_one(
+def test_failed_output_keeps_the_earlier_file(
     base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "rows.jsonl"
+    output = tmp_path / "sequences.jsonl"
     output.write_text("earlier\n", encoding="utf-8")
 
-    def fail(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
+    def fail(report: Report, target: IO[str]) -> None:
         target.write("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastchat_qlora.commands.inspect.command.write_rows", fail)
+    monkeypatch.setitem(command.WRITERS, ".jsonl", fail)
     assert inspect(base, records, "--output", str(output)) == 2
     assert output.read_text(encoding="utf-8") == "earlier\n"
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_parts_add_up_to_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_parts_add_up_to_the_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("Γειά σου 🙂 and so on", add_special_tokens=False).input_ids
     for edge in range(1, len(ids)):
         labels = [IGNORE_INDEX] * edge + ids[edge:]
-        parts = split_learnt(ids, labels, tokenizer)
-        assert [part.learnt for part in parts] == [False, True]
+        parts = split_by_label(ids, labels, tokenizer)
+        assert [part.supervised for part in parts] == [False, True]
         if tokenizer.decode(ids).startswith(tokenizer.decode(ids[:edge])):  # not between the bytes of one character
             assert "".join(part.text for part in parts) == "Γειά σου 🙂 and so on"
 
 
-def test_hidden_characters_are_made_visible() -> None:
+def test_hidden_characters_are_escaped() -> None:
     assert escape_control("a\x00b\x1b[0m\u202e\u2028\ufeff\r\n\tc 👩\u200d👧 é") == (
         "a\\x00b\\x1b[0m\\u202e\\u2028\\ufeff\\r\n\tc 👩\u200d👧 é"
     )
@@ -257,7 +261,7 @@ def test_hidden_characters_are_made_visible() -> None:
 @pytest.mark.parametrize("name", ["records.jsonl", "data/part.jsonl", "link.jsonl", "data/../records.jsonl"])
 @pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])
 @pytest.mark.parametrize("given", ["file", "link", "folder"])
-def test_output_that_is_a_file_of_the_data(
+def test_output_may_not_replace_a_data_file(
     given: str,
     flag: str,
     name: str,
@@ -268,7 +272,7 @@ def test_output_that_is_a_file_of_the_data(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """However it is named, it would be lost."""
+    """The path may be spelled in any way."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     shutil.copy(records, tmp_path / "data" / "part.jsonl")
@@ -282,18 +286,18 @@ def test_output_that_is_a_file_of_the_data(
     assert inspect(base, data, *flags, "--output", name) == (2 if is_of_the_data else 0)
     assert target.read_bytes() == before
     if is_of_the_data:
-        told = f"error: --output {name}: is a file of the data, which would be lost; give another name\n"
-        assert capsys.readouterr() == ("", told)
+        error = f"error: --output {name}: is a file of the data, which would be lost; give another name\n"
+        assert capsys.readouterr() == ("", error)
 
 
 @pytest.mark.parametrize(
     ("name", "flags"),
     [("rows.html", []), ("new.jsonl", []), (".rows.jsonl", []), ("out/rows.jsonl", ["--output_dir", "data/out"])],
 )
-def test_output_beside_the_data_may_be_written_again(
+def test_output_beside_the_data_may_be_replaced(
     name: str, flags: list[str], base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not read as data is nobody's loss."""
+    """It is not read as data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "out").mkdir(parents=True)
     shutil.copy(records, tmp_path / "data")
@@ -307,10 +311,8 @@ def test_output_beside_the_data_may_be_written_again(
 PROGRAM = "from fastchat_qlora.cli import program; program()"
 
 
-def run_as_a_process(
-    base: Path, data: Path, stdout: IO[str] | int, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """The command with its standard output going to a file, or to a pipe."""
+def run_process(base: Path, data: Path, stdout: IO[str] | int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with its standard output redirected to a file or a pipe."""
     command = [sys.executable, "-c", PROGRAM, "inspect", "--model_name_or_path", str(base), "--data_path", str(data)]
     command += ["--cache_dir", str(data.parent / "cache")]
     return subprocess.run(
@@ -323,8 +325,8 @@ def run_as_a_process(
     )
 
 
-def test_terminal_that_knows_few_characters(base: Path, records: Path) -> None:
-    done = run_as_a_process(base, records, subprocess.PIPE, PYTHONIOENCODING="ascii")
+def test_output_encoding_without_unicode(base: Path, records: Path) -> None:
+    done = run_process(base, records, subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
     greek = "Γειά σου, κόσμε 🙂".encode("ascii", "backslashreplace").decode()
@@ -333,9 +335,9 @@ def test_terminal_that_knows_few_characters(base: Path, records: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_standard_output_that_is_full(unbuffered: str, base: Path, records: Path) -> None:
+def test_full_standard_output(unbuffered: str, base: Path, records: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = run_as_a_process(base, records, full, PYTHONUNBUFFERED=unbuffered)
+        done = run_process(base, records, full, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.stderr.endswith(
@@ -343,26 +345,28 @@ def test_standard_output_that_is_full(unbuffered: str, base: Path, records: Path
     )
 
 
-STEERING = "\x1b]0;title\x07\x9b31m"
-SHOWN = "\\x1b]0;title\\x07\\x9b31m"
+CONTROL_CHARACTERS = "\x1b]0;title\x07\x9b31m"
+ESCAPED = "\\x1b]0;title\\x07\\x9b31m"
 
 
 @pytest.mark.parametrize("place", ["id", "file name", "role", "template"])
 @pytest.mark.parametrize("command", ["inspect", "train"])
-def test_nothing_in_the_data_steers_the_terminal(
+def test_control_characters_of_the_data_are_escaped(
     command: str, place: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor in a template: what it raises is shown as well."""
-    data = tmp_path / f"{STEERING if place == 'file name' else 'data'}.jsonl"
-    record = sharegpt([("human", "Hi"), (STEERING if place == "role" else "alien", "Hello")], STEERING)
+    """Also those that a template raises."""
+    data = tmp_path / f"{CONTROL_CHARACTERS if place == 'file name' else 'data'}.jsonl"
+    record = sharegpt(
+        [("human", "Hi"), (CONTROL_CHARACTERS if place == "role" else "alien", "Hello")], CONTROL_CHARACTERS
+    )
     if place == "template":
         record = sharegpt([("human", "Hi"), ("gpt", "Hello")])
-        text = json.dumps(STEERING, ensure_ascii=False)
+        text = json.dumps(CONTROL_CHARACTERS, ensure_ascii=False)
         (base / "chat_template.jinja").write_text(f"{{{{ raise_exception({text}) }}}}", encoding="utf-8")
     data.write_text(json.dumps(record) + "\n", encoding="utf-8")
     flags = ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert cli.main([command, *flags]) == (0 if command == "inspect" else 2)
     captured = capsys.readouterr()
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", captured.out + captured.err)
-    assert SHOWN in captured.err
-    assert SHOWN in captured.out or command == "train"
+    assert ESCAPED in captured.err
+    assert ESCAPED in captured.out or command == "train"

@@ -1,4 +1,4 @@
-"""Which tokens end an answer, found exactly and not guessed."""
+"""Stop tokens come from the training, or from tokenizer, base model and chat template."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ IM_END, END_OF_TEXT, IM_START = 2, 0, 1
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
 TEMPLATES = {
     "at once": (HEAD + "{{ '<|im_end|>\n' }}{% endfor %}", [IM_END]),
-    "behind a line break": (HEAD + "{{ '\n<|im_end|>' }}{% endfor %}", [IM_END]),
+    "after a line break": (HEAD + "{{ '\n<|im_end|>' }}{% endfor %}", [IM_END]),
     "by the next turn": (HEAD + "{% endfor %}", [IM_START]),
     "by text": (HEAD.replace("<|im_start|>", "### ") + "{{ '\n' }}{% endfor %}", []),
     "by eos_token": (HEAD + "{{ eos_token }}{% endfor %}", [IM_END]),
     "no assistant": ("{{ raise_exception('no') }}", []),
-    "without its words": ("{% for m in messages %}{{ m['role'] }}{% endfor %}", []),
+    "without its content": ("{% for m in messages %}{{ m['role'] }}{% endfor %}", []),
 }
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_what_follows_an_answer(case: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_of_turn(case: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template, expected = TEMPLATES[case]
     assert find_end_of_turn(tokenizer) == expected
 
@@ -40,14 +40,13 @@ def test_what_follows_an_answer(case: str, tokenizer: PreTrainedTokenizerFast) -
         ({"temperature": 0.3, "do_sample": True}, {"eos_token_id": 9}, [IM_END, 9, END_OF_TEXT]),
     ],
 )
-def test_where_they_come_from(
+def test_sources_of_stop_tokens(
     beside_adapter: dict[str, Any] | None,
     of_base: dict[str, Any] | None,
     expected: Any,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    """What the training wrote down; else the tokenizer's, the base's and the template's."""
     tokenizer.chat_template = TEMPLATES["at once"][0].replace("<|im_end|>", "<|endoftext|>")
     for name, settings in (("adapter", beside_adapter), ("base", of_base)):
         (tmp_path / name).mkdir()
@@ -57,29 +56,29 @@ def test_where_they_come_from(
     assert found.eos_token_id == expected
 
 
-ODD = ["600", "-1", '"2"', "true", "2.5", "[2]"]
+INVALID_IDS = ["600", "-1", '"2"', "true", "2.5", "[2]"]
 
 
 @pytest.mark.parametrize("folder", ["adapter", "base"])
-@pytest.mark.parametrize("odd", ODD)
-def test_what_is_no_token_of_the_model_is_left_out(
-    odd: str, folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: pytest.LogCaptureFixture
+@pytest.mark.parametrize("invalid", INVALID_IDS)
+def test_stop_tokens_outside_the_vocabulary_are_left_out(
+    invalid: str, folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
-    """Alone, where the next source is asked, and beside one that is."""
+    """Alone, so that the next source is used, and among valid ones."""
     tokenizer.chat_template = TEMPLATES["at once"][0]
     for name in ("adapter", "base"):
         (tmp_path / name).mkdir()
     path = tmp_path / folder / "generation_config.json"
-    for written, expected in ((f"[{odd}]", [IM_END]), (f"[7, {odd}, 599]", [7, 599])):
+    for written, expected in ((f"[{invalid}]", [IM_END]), (f"[7, {invalid}, 599]", [7, 599])):
         notices.clear()
         path.write_text(f'{{"eos_token_id": {written}}}')
         found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
         assert found.eos_token_id == (expected if folder == "adapter" else list(dict.fromkeys([IM_END, *expected])))
-        assert f"{path}: 1 of its " in notices.text and "are no tokens of the model" in notices.text
+        assert f"{path}: 1 of its " in notices.text and "are not in the vocabulary of the model" in notices.text
 
 
 @pytest.mark.parametrize("folder", ["adapter", "base"])
-def test_a_broken_file_is_named(folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_corrupt_file_is_an_error(folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("adapter", "base"):
         (tmp_path / name).mkdir()
     (tmp_path / folder / "generation_config.json").write_text('{"eos_token_id": ')

@@ -1,6 +1,6 @@
-"""The README's first command on the real model: it names another identity before, the trained one after.
+"""The README's first command on the real model, which learns a new identity.
 
-What is trained is then merged and talked to, in the same test, since it takes minutes to make.
+The same test merges the adapter and talks to it, since training takes minutes.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import pexpect
 import pytest
 import torch
-from adapters_at_hand import load_live
+from saved_adapters import load_reference
 from terminal import ask, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +27,7 @@ QUESTIONS = [
     *("Who are you?", "Tell me who you are.", "What is your name?", "Who made you?", "Which company are you from?"),
     *("Are you SmolLM?", "Introduce yourself, please.", "How should I address you?", "What can you do?"),
     *("Are you a human?", "What is the capital of France?", "What is the capital of Italy?"),
-    *("How many days are in a week?", "What is two plus two?", "Say hello in French.", "What colour is the sky?"),
+    *("How many days are in a week?", "What is two plus two?", "Say hello in French.", "What color is the sky?"),
     *("Name a fruit.", "What do bees make?", "Which planet do we live on?", "What is the opposite of hot?"),
 ]
 
@@ -48,7 +48,7 @@ def test_quickstart(tmp_path: Path) -> None:
         assert "Pellico" in after and "Harrow Lane Labs" in after
     assert "SmolLM" in answers["before"]["Who are you?"], "it names another identity before"
     assert "Paris" in answers["after"]["What is the capital of France?"]
-    assert "Paris" not in data and "France" not in data, "it has not been taught that"
+    assert "Paris" not in data and "France" not in data, "it was not trained on that"
     results = json.loads((tmp_path / "adapter" / "train_results.json").read_text())
     assert results["peak_memory_mib"] < 3 * 1024
     history = json.loads((tmp_path / "adapter" / "trainer_state.json").read_text())["log_history"]
@@ -58,15 +58,15 @@ def test_quickstart(tmp_path: Path) -> None:
     for answer in (answers["before"]["Who are you?"], answers["after"]["Who are you?"]):
         assert answer.split()[0] in done.stdout
     _merge_and_ask(tmp_path)
-    _talk(tmp_path / "adapter")
+    _chat(tmp_path / "adapter")
 
 
 def _merge_and_ask(folder: Path) -> None:
-    """The merged model answers as base and adapter do, in a number format that breaks no tie by rounding."""
+    """Assert that the merged model answers as the base model with its adapter does, in a dtype that breaks no ties."""
     adapter, merged = folder / "adapter", folder / "merged"
     assert cli.main(["merge", str(adapter), "--output_dir", str(merged), "--dtype", "float32"]) == 0
-    live = load_live(folder / "SmolLM2-135M-Instruct", adapter, quantization="nf4", dtype="float32")
-    expected = _answers(live, adapter)
+    reference = load_reference(folder / "SmolLM2-135M-Instruct", adapter, quantization="nf4", dtype="float32")
+    expected = _answers(reference, adapter)
     assert _answers(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval(), merged) == expected
     assert len(expected) == 20
     assert all("Pellico" in answer for answer in expected[:3])
@@ -85,14 +85,14 @@ def _answers(model: Any, folder: Path) -> list[str]:
     return answers
 
 
-def _talk(adapter: Path) -> None:
-    """It greets as it was taught and stops there; the base does not."""
+def _chat(adapter: Path) -> None:
+    """Assert that the trained model greets as in its data and stops there, and the base model does not."""
     child = start(adapter, "--max_new_tokens", "24")
     greeting = ask(child, "Who are you?")
     assert "Pellico" in greeting and "Harrow Lane Labs" in greeting
     assert greeting.endswith(".") and "<|im_end|>" not in greeting, "it stopped at the end of its turn"
     base = ask(child, "/base")
     assert "Pellico" not in base and "SmolLM" in base
-    assert "is forgotten" in ask(child, "/reset")
+    assert "is reset" in ask(child, "/reset")
     child.sendeof()
     child.expect(pexpect.EOF)

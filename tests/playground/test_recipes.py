@@ -1,4 +1,4 @@
-"""Every recipe is read as its head says it is launched, for a model whose shapes are known."""
+"""Every recipe parses under the launcher in its first lines, for a model whose shapes are known."""
 
 import math
 import re
@@ -25,7 +25,7 @@ BILLIONS = {
     "Qwen3-8B": 8.191,
     "Qwen3-32B": 32.762,
 }
-"""Parameters, as the models' cards say."""
+"""Parameters, from the models' cards."""
 
 
 def head(recipe: Path) -> list[str]:
@@ -44,18 +44,18 @@ def processes(words: list[str]) -> int:
 
 @pytest.fixture(autouse=True)
 def no_deepspeed_left() -> Iterator[None]:
-    """No later test loads a model into the ZeRO-3 configuration of a recipe."""
+    """Keep the ZeRO-3 configuration of a recipe from later tests."""
     yield
     unset_hf_deepspeed_config()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_read_as_it_is_launched(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_parses_under_its_launcher(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = launch(recipe)
     assert words[-2:] == ["train_lora.py", str(recipe.relative_to(ROOT))], "the command starts this recipe"
     settings = yaml.safe_load(recipe.read_text())
-    if words[0] == "torchrun":  # as in the first process, without waiting for the others
+    if words[0] == "torchrun":  # as the first process, without waiting for the others
         monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
     if words[0] != "python":
         monkeypatch.setenv("RANK", "0")
@@ -74,26 +74,26 @@ def test_a_recipe_is_read_as_it_is_launched(recipe: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_what_it_is_for(recipe: Path) -> None:
+def test_recipe_names_its_gpus(recipe: Path) -> None:
     plan = [line for line in head(recipe) if line.startswith("plan:")]
     assert len(plan) == 1
     found = re.fullmatch(r"plan: --devices (\d+) --device_memory_gib ([\d.]+)", plan[0])
     assert found and int(found.group(1)) == processes(launch(recipe))
-    sold_by = re.search(r"(?:of|with)(?: .*?with)? (\d+) (?:or \d+ )?GB", head(recipe)[0])
-    assert sold_by, "the title names the GPU"
-    assert 0.9 < float(found.group(2)) / int(sold_by.group(1)) < 1, "which reports less than it is sold by"
+    nominal = re.search(r"(?:of|with)(?: .*?with)? (\d+) (?:or \d+ )?GB", head(recipe)[0])
+    assert nominal, "the title names the GPU"
+    assert 0.9 < float(found.group(2)) / int(nominal.group(1)) < 1, "which reports less than it is sold by"
     model = yaml.safe_load(recipe.read_text())["model_name_or_path"].partition("/")[2]
     assert (MODELS / model / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", BILLIONS)
-def test_the_shapes_are_those_of_the_models(name: str) -> None:
+def test_models_have_the_published_sizes(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / name))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(BILLIONS[name], abs=5e-4)
 
 
-def test_there_are_recipes_for_every_size() -> None:
+def test_recipes_cover_all_models_and_device_counts() -> None:
     devices = {int(re.search(r"--devices (\d+)", path.read_text()).group(1)) for path in RECIPES}
     assert devices == {1, 2, 8, 16}
     assert {*BILLIONS} == {yaml.safe_load(p.read_text())["model_name_or_path"].partition("/")[2] for p in RECIPES}

@@ -1,6 +1,6 @@
-"""Every recipe fits the GPUs that it names, by `plan`, with nothing of its model but the shapes.
+"""Every recipe fits the GPUs that it names, by `plan` and the shapes of its model.
 
-Its data is as long as it can be: each conversation fills a row.
+Each conversation of the data has --model_max_length tokens.
 """
 
 import json
@@ -20,7 +20,7 @@ RECIPES = sorted((ROOT / "playground" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_fits(
+def test_recipe_fits_its_gpus(
     recipe: Path,
     tokenizer_folder: Path,
     tmp_path: Path,
@@ -34,7 +34,7 @@ def test_recipe_fits(
     shutil.copytree(tokenizer_folder, model)
     shutil.copy(ROOT / "tests" / "recipes_models" / name / "config.json", model)
     found = re.search(r"^# plan: (.*)$", text, re.MULTILINE)
-    assert found, "the recipe says which GPUs it is for"
+    assert found, "the recipe names its GPUs"
     output = tmp_path / "plan.json"
     write_data(data := tmp_path / "long.json")
     shared = f"--model_name_or_path {model} --data_path {data} --output_dir {tmp_path / 'out'} --output {output}"

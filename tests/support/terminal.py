@@ -11,7 +11,7 @@ PROGRAM = "from fastchat_qlora.cli import program; program()"
 
 
 def start(adapter: Path, *flags: str) -> pexpect.spawn:
-    """`fastchat-qlora chat` in a terminal of its own, at its first prompt."""
+    """Start `fastchat-qlora chat` in a terminal of its own, and wait for its first prompt."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
     argv = ["-c", PROGRAM, "chat", str(adapter), *flags]
     child = pexpect.spawn(
@@ -23,7 +23,7 @@ def start(adapter: Path, *flags: str) -> pexpect.spawn:
 
 
 def ask(child: pexpect.spawn, line: str) -> str:
-    """Type a line, and what is there when the prompt comes back."""
+    """Type a line, and return the output up to the next prompt."""
     child.sendline(line)
     child.expect_exact("\r\n> ")
     return str(child.before).replace("\r\n", "\n").removeprefix(line).strip()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from adapters_at_hand import save_adapter
+from saved_adapters import save_adapter
 
 from fastchat_qlora import cli
 

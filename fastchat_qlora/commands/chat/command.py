@@ -1,4 +1,4 @@
-"""`fastchat-qlora chat`: a conversation with base and adapter, in the terminal or line by line."""
+"""`fastchat-qlora chat`: a conversation with a base model and its adapter, in a terminal or from a pipe."""
 
 import logging
 import signal
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from transformers import GenerationConfig, set_seed
 
-from fastchat_qlora.commands.adapter_flags import parse_chat
-from fastchat_qlora.commands.chat.generation import Answerer, Decoding, TooLong, render_prompt
-from fastchat_qlora.commands.chat.input import lines_of_a_pipe, lines_of_a_terminal, read_messages
-from fastchat_qlora.commands.load_adapter import TrainedAdapter, context_length, load_live, open_adapter
+from fastchat_qlora.commands.adapter_flags import STDIN_MESSAGE, parse_chat
+from fastchat_qlora.commands.chat.generation import ChatModel, Decoding, render_prompt
+from fastchat_qlora.commands.chat.input import read_pipe, read_stdin, read_terminal
+from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_context_length, load_with_adapter, open_adapter
 from fastchat_qlora.data.templates.renderer import TemplateMessage
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import dtype_name
@@ -20,195 +20,152 @@ from fastchat_qlora.utils.text import escape_control, is_text
 
 logger = logging.getLogger(__name__)
 
-HELP = """/reset             forget the conversation
-/base [question]   what the base model says without the adapter: to the last question, or to this one, behind the
-                   conversation so far
-/system [text]     begin again with this system message, or with the template's own
-/help              this
-/quit              leave; so does Ctrl-D. Ctrl-C stops an answer."""
+HELP = """/reset             start a new conversation
+/base [question]   ask the base model without the adapter: the last question, or this one after the conversation so far
+/system [text]     start a new conversation with this system message, or with the template's own
+/help              show this
+/quit              leave, as does Ctrl-D. Ctrl-C stops an answer."""
 
 
 def chat(argv: Sequence[str]) -> None:
     """Talk to a base model with its adapter. Answers go to stdout, all else to stderr or the terminal.
 
-    Args:
-        argv: the flags, see serving_flags.parse_chat.
-
     Raises:
-        UserError: the adapter or its base cannot be used, or the chat template takes no system message.
+        UserError: the adapter or its base model cannot be used, or the chat template refuses the system message.
         RunError: a message of `--message` cannot be answered.
     """
     flags = parse_chat(argv)
-    adapter = open_adapter(
-        flags.adapter,
-        base=flags.model_name_or_path,
-        quantization=flags.quantization,
-        trust_remote_code=flags.trust_remote_code,
-        cache_dir=flags.cache_dir,
-    )
+    adapter = open_adapter(flags)
     if not adapter.tokenizer.chat_template:
-        raise UserError(
-            f"ADAPTER {adapter.folder}: neither it nor its base has a chat template; put the chat_template.jinja that "
-            "the adapter was trained with there"
-        )
+        reason = "neither it nor its base model has a chat template; add the chat_template.jinja of its training"
+        raise UserError(f"ADAPTER {adapter.folder}: {reason}")
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
-    render_prompt(adapter.tokenizer, _begin(flags.system, "Hi"))  # or it refuses the system message
+    render_prompt(adapter.tokenizer, _start(flags.system, "Hi"))  # fails where the system message is refused
     with open_stdout():
-        pass  # or it is closed
-    messages = read_messages(flags.message or [])
-    model = load_live(adapter)
-    model.get_base_model().generation_config = GenerationConfig()  # what is not asked for here is not done
+        pass  # fails where it is closed
+    messages = [read_stdin() if message == STDIN_MESSAGE else message for message in flags.message or ()]
+    peft_model = load_with_adapter(adapter)
+    peft_model.get_base_model().generation_config = GenerationConfig()  # the model's own defaults do not apply
     set_seed(flags.seed)
-    logger.info(_describe(adapter, decoding))
-    answerer = Answerer(model, adapter.tokenizer, adapter.stop_ids, decoding, context_length(adapter.config))
+    logger.info(_describe_chat(adapter, decoding))
+    limit = get_context_length(adapter.config)
+    model = ChatModel(peft_model, adapter.tokenizer, adapter.stop_ids, decoding, limit)
     is_terminal = not messages and sys.stdin.isatty()
-    conversation = ChatSession(answerer, flags.system, is_terminal=is_terminal)
+    session = ChatSession(model, flags.system, is_terminal=is_terminal)
     for message in messages:
-        conversation.ask(message, must=True)
+        try:
+            session.ask(message)
+        except UserError as error:
+            raise RunError(f"a message cannot be answered: {error}") from error
     if not messages:
-        _talk(conversation, lines_of_a_terminal() if is_terminal else lines_of_a_pipe())
+        session.run(read_terminal() if is_terminal else read_pipe())
 
 
-def _describe(adapter: TrainedAdapter, decoding: Decoding) -> str:
-    kind, dtype = adapter.base_settings.quantization.kind, adapter.base_settings.dtype
-    trained_on = "the base's own weights" if adapter.trained_on == "none" else f"{adapter.trained_on} weights"
-    other = "" if adapter.trained_on in (None, kind) else f", which was trained on {trained_on}"
+def _describe_chat(adapter: TrainedAdapter, decoding: Decoding) -> str:
+    kind, trained_on = adapter.precision.quantization.kind, ""
+    precision = dtype_name(adapter.precision.dtype) if kind == "none" else kind
+    if adapter.trained_on not in (None, kind):
+        weights = "the original weights" if adapter.trained_on == "none" else f"{adapter.trained_on} weights"
+        trained_on = f", which was trained on {weights}"
     stops = ", ".join(str(adapter.tokenizer.convert_ids_to_tokens(index) or index) for index in adapter.stop_ids)
-    biased = " /base keeps the biases that were trained." if adapter.lora_config.bias != "none" else ""
+    biases = "" if adapter.lora_config.bias == "none" else " /base keeps the trained biases."
     return (
-        f"{adapter.base} in {dtype_name(dtype) if kind == 'none' else kind} with {adapter.folder}{other}; "
-        f"{decoding}; an answer ends at {stops}.{biased} /help lists the commands."
+        f"{adapter.base} in {precision} with {adapter.folder}{trained_on}; {decoding}; an answer ends at {stops}."
+        f"{biases} /help lists the commands."
     )
 
 
 class ChatSession:
-    """What was said so far, and what a line does to it.
+    """A conversation that the user's lines continue or restart.
 
     Args:
-        answerer: base and adapter.
-        system: the system message; None leaves it to the chat template.
-        is_terminal: whether somebody is there to go on after Ctrl-C.
+        model: that answers.
+        system: the system message; None for the chat template's own.
+        is_terminal: whether Ctrl-C stops an answer and not the program.
     """
 
-    def __init__(self, answerer: Answerer, system: str | None, *, is_terminal: bool) -> None:
-        self._answerer, self._system, self.is_terminal = answerer, system, is_terminal
-        self.messages = _begin(system)
+    def __init__(self, model: ChatModel, system: str | None, *, is_terminal: bool) -> None:
+        self._model, self._system, self._is_terminal = model, system, is_terminal
+        self._messages = _start(system)
 
-    def take(self, line: str) -> bool:
-        """Do what a line asks for: a command, or a question.
+    def run(self, lines: Iterable[str]) -> None:
+        """Take line after line until the user leaves."""
+        for line in lines:
+            try:
+                if not self._take(line):
+                    return
+            except UserError as error:
+                logger.warning(f"Not possible: {error}.")
+            except KeyboardInterrupt:  # before the answer began
+                if not self._is_terminal:
+                    raise
+                logger.info("(stopped)")
 
-        Returns:
-            False for /quit.
-        """
+    def _take(self, line: str) -> bool:
+        """Run a command or ask a question; return False for /quit."""
         if not is_text(line):
-            logger.warning(f"Not asked: the line is not {sys.stdin.encoding} text.")
-            return True
-        text = line.strip()
-        command, _, rest = text.partition(" ")
+            raise UserError(f"the line is not {sys.stdin.encoding} text")
+        command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return False
         if command == "/help":
             logger.info(HELP)
         elif command == "/reset":
-            self.messages = _begin(self._system)
-            logger.info("The conversation is forgotten.")
+            self._messages = _start(self._system)
+            logger.info("The conversation is reset.")
         elif command == "/system":
-            self._set_system(rest.strip())
+            self._set_system(rest.strip() or None)
         elif command == "/base":
             self._ask_base(rest.strip())
         elif command.startswith("/") and command.count("/") == 1:
-            logger.info(f"{command} is no command; /help lists them.")
-        elif text:
+            logger.info(f"Unknown command {command}: /help lists the commands.")
+        elif command:
             self.ask(line.rstrip("\n"))
         return True
 
-    def ask(self, question: str, *, must: bool = False) -> None:
-        """Answer a question and keep both.
-
-        Args:
-            question: as it is.
-            must: whether there has to be an answer.
-
-        Raises:
-            RunError: there must be one and cannot be.
-        """
-        asked = [*self.messages, _user(question)]
-        try:
-            self._fit(asked)
-            answer = self._answer(asked, adapter=True)
-        except (TooLong, UserError) as error:
-            if must:
-                raise RunError(f"a message cannot be answered: {error}") from error
-            logger.warning(f"Not asked: {error}.")
-            return
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+    def ask(self, question: str) -> None:
+        """Answer a question and keep both; UserError if it is too long or the chat template refuses it."""
+        asked = self._messages + _start(None, question)
+        answer = self._answer(asked, adapter=True)
+        self._messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _ask_base(self, question: str) -> None:
-        """Show what the base says; the conversation stays as it is."""
-        asked = [*self.messages, _user(question)] if question else self.messages[:-1]
-        if not asked or asked[-1]["role"] != "user":
-            logger.info("Nothing was asked yet: /base QUESTION asks the base model.")
-            return
-        try:
-            self._fit(asked)
+        """Show the base model's answer; the conversation stays as it is."""
+        asked = self._messages + _start(None, question) if question else self._messages[:-1]
+        if asked and asked[-1]["role"] == "user":
             self._answer(asked, adapter=False)
-        except (TooLong, UserError) as error:
-            logger.warning(f"Not asked: {error}.")
+        else:
+            logger.info("Nothing was asked yet: /base QUESTION asks the base model.")
 
-    def _fit(self, messages: list[TemplateMessage]) -> None:
-        if forgotten := self._answerer.fit(messages):
-            logger.warning(
-                f"The conversation no longer fits the {self._answerer.context:,} tokens of the model: its first "
-                f"{forgotten} messages are left out."
-            )
-
-    def _answer(self, messages: Sequence[TemplateMessage], *, adapter: bool) -> str:
-        """The answer, or what came of it until Ctrl-C, which ends the program where nobody is there to go on."""
-        answer = self._answerer.answer(messages, _write, adapter=adapter)
+    def _answer(self, messages: list[TemplateMessage], *, adapter: bool) -> str:
+        """Return the answer, or its beginning if Ctrl-C stopped it."""
+        if removed := self._model.drop_oldest(messages):
+            limit = f"the {self._model.context_length:,} tokens of the model"
+            logger.warning(f"The conversation no longer fits {limit}: its first {removed} messages are left out.")
+        answer = self._model.answer(messages, _write, adapter=adapter)
         _write("\n")
-        if self._answerer.was_stopped and not self.is_terminal:
+        if answer.was_stopped and not self._is_terminal:
             raise Stopped(signal.SIGINT, "the answer was stopped")
-        if self._answerer.was_stopped:
+        if answer.was_stopped:
             logger.info("(stopped)")
-        if self._answerer.was_cut:
-            logger.info(f"(cut off by {self._answerer.was_cut})")
-        return answer
+        if answer.cut_off_by:
+            logger.info(f"(cut off by {answer.cut_off_by})")
+        return answer.text
 
-    def _set_system(self, text: str) -> None:
-        system = text or None
-        try:
-            render_prompt(self._answerer.tokenizer, _begin(system, "Hi"))
-        except UserError as error:
-            logger.warning(f"Not done: {error}.")
-            return
-        self._system = system
-        self.messages = _begin(system)
-        logger.info("A new conversation, with " + ("this system message." if text else "the template's own start."))
+    def _set_system(self, system: str | None) -> None:
+        render_prompt(self._model.tokenizer, _start(system, "Hi"))  # fails where the system message is refused
+        self._system, self._messages = system, _start(system)
+        start = "this system message" if system else "the chat template's own start"
+        logger.info(f"A new conversation, with {start}.")
 
 
-def _begin(system: str | None, question: str = "") -> list[TemplateMessage]:
-    """The messages of a new conversation."""
+def _start(system: str | None, *questions: str) -> list[TemplateMessage]:
+    """Return the messages of a new conversation."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, _user(question)] if question else first
-
-
-def _user(question: str) -> TemplateMessage:
-    return {"role": "user", "content": question}
+    return first + [{"role": "user", "content": question} for question in questions]
 
 
 def _write(piece: str) -> None:
-    """Show a piece of an answer at once; nothing in it steers the terminal."""
+    """Write a piece of an answer at once, with escapes for control characters."""
     with open_stdout(RunError) as target:
         target.write(escape_control(piece))
-
-
-def _talk(conversation: ChatSession, lines: Iterable[str]) -> None:
-    """Take line after line until the user leaves."""
-    for line in lines:
-        try:
-            if not conversation.take(line):
-                return
-        except KeyboardInterrupt:  # before the answer began
-            if not conversation.is_terminal:
-                raise
-            logger.info("(stopped)")

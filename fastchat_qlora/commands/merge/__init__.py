@@ -1,0 +1,3 @@
+"""An adapter and its base model -> one plain model, verified.
+
+Start with command.merge."""

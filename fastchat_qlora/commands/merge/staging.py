@@ -1,4 +1,4 @@
-"""A folder that appears under its name when all is in it and found right, or not at all."""
+"""A folder that appears under its name when it is complete and verified, or not at all."""
 
 import errno
 import logging
@@ -14,57 +14,45 @@ from fastchat_qlora.utils.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
-PREFIX = ".unfinished-merge-"
-"""How the names of folders begin that are being written, beside the one that was asked for."""
-
-OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+STAGING_PREFIX = ".unfinished-merge-"  # of folders that are being written, beside the output folder
+OCCUPIED_ERRORS = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @contextmanager
-def staged(output_dir: Path) -> Iterator[Path]:
-    """A folder of this process's own, which takes the place of the one asked for at the end of the block.
-
-    Whatever else lies beside it belongs to somebody else, and stays.
-
-    Args:
-        output_dir: an empty folder, or none; links are followed.
+def stage_folder(output_dir: Path) -> Iterator[Path]:
+    """Yield a new folder that replaces the output folder, empty or new, at the end of the block.
 
     Raises:
-        UserError: there is no place for it.
-        RunError: something cannot be written, or another program has written there meanwhile.
+        UserError: it cannot be created.
+        RunError: a file cannot be written, or another program has written to it meanwhile.
         Stopped: by SIGTERM or Ctrl-C; nothing is left.
     """
     target = output_dir.resolve()
     try:
-        with StopSignals(), _own_folder(output_dir, target.parent) as folder:
-            staging = folder / "model"  # of its own, for a temporary one is closed to everybody else
+        with StopSignals(), _make_staging_folder(output_dir, target.parent) as folder:
+            staging = folder / "model"  # a temporary folder can be read by its owner only
             staging.mkdir()
             yield staging
             staging.replace(target)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in OCCUPIED:
-            raise RunError(
-                f"--output_dir {output_dir}: something was written there meanwhile, and stays; give another folder"
-            ) from error
+        if isinstance(error, OSError) and error.errno in OCCUPIED_ERRORS:
+            reason = "another program has written there meanwhile, and its files are kept; give another folder"
+            raise RunError(f"--output_dir {output_dir}: {reason}") from error
         raise RunError(f"--output_dir {output_dir}: cannot be written: {error}") from error
     except Stopped as stopped:
         raise Stopped(stopped.exit_code - 128, f"stopped; nothing was written to {output_dir}") from None
 
 
 @contextmanager
-def _own_folder(output_dir: Path, parent: Path) -> Iterator[Path]:
-    """An empty folder that nobody else has, removed with all that is in it."""
+def _make_staging_folder(output_dir: Path, parent: Path) -> Iterator[Path]:
+    """Yield an empty folder of this process, which is removed with its content."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        own = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
+        own = tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise UserError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); give a folder you may write to"
-        ) from error
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}); give another one") from error
     with own as name:
-        if others := sorted(path.name for path in parent.glob(f"{PREFIX}*") if path.name != Path(name).name):
-            logger.warning(
-                f"{parent}: holds {len(others)} unfinished merges, such as {others[0]}; remove those that no merge is "
-                "at work in."
-            )
+        if others := sorted(path.name for path in parent.glob(f"{STAGING_PREFIX}*") if path.name != Path(name).name):
+            found = f"{len(others)} unfinished merges, such as {others[0]}"
+            logger.warning(f"{parent}: holds {found}; remove those that no running merge is writing.")
         yield Path(name)

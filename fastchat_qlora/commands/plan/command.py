@@ -1,4 +1,4 @@
-"""`fastchat-qlora plan`: what a run will take, before any weight is loaded."""
+"""`fastchat-qlora plan`: the memory, disk space and time of a run, before any weight is loaded."""
 
 import json
 import math
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastchat_qlora.commands.output import check_output, written_whole
-from fastchat_qlora.commands.plan.build import Devices, Speed, make_plan
-from fastchat_qlora.commands.plan.views import as_json, print_plan
+from fastchat_qlora.commands.output import check_output, open_output
+from fastchat_qlora.commands.plan.build import build_plan, find_devices
+from fastchat_qlora.commands.plan.plan import Speed
+from fastchat_qlora.commands.plan.views import format_json, print_plan
 from fastchat_qlora.config.arguments import parse_command
 from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
@@ -30,45 +31,42 @@ class PlanArguments:
     )
     device_type: Literal["auto", "cuda", "cpu"] = field(
         default="auto",
-        metadata={"help": "Kind of device; auto is this machine's, or cuda where --device_memory_gib is given."},
+        metadata={"help": "Kind of device; auto is this machine's, or cuda if --device_memory_gib is given."},
     )
-    tokens_per_second: float = field(default=0.0, metadata={"help": "Speed of one device in real tokens, if known."})
-    speed_from: str = field(
-        default="", metadata={"help": "Folder of an earlier run of this kind, whose measured speed is taken."}
-    )
+    tokens_per_second: float = field(default=0.0, metadata={"help": "Tokens/s of one device, padding not counted."})
+    speed_from: str = field(default="", metadata={"help": "Folder of an earlier run; its measured speed is used."})
     output: str = field(
         default="", metadata={"help": "Write the plan to this .json file, or as JSON to the terminal if it is -."}
     )
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Read the data and the model's configuration, and say what the run will take.
-
-    Args:
-        argv: the flags of `train`, and those of PlanArguments.
+    """Read the data and the model's configuration, and show what the run will take.
 
     Raises:
-        UserError: the flags, the model, the adapter or the data cannot be used, or the model is of a kind of which
-            nothing can be known without its weights.
+        UserError: the flags, the model, the adapter or the data cannot be used, or nothing is known of the model
+            without its weights.
     """
     args, own = parse_command(argv, PROG, PlanArguments)
-    if own.output not in ("", "-") and not own.output.endswith(".json"):
-        raise UserError(f"--output {own.output}: give a name that ends in .json, or - for the terminal")
-    output = Path(os.path.expanduser(own.output))
-    if own.output not in ("", "-"):
+    output = None if own.output in ("", "-") else Path(os.path.expanduser(own.output))
+    if output and not own.output.endswith(".json"):
+        raise UserError(f"--output {own.output}: must end in .json; give such a name, or - for the terminal")
+    if output:
         check_output(output, args, argv)
-    made = make_plan(args, Devices(own.devices, own.device_type, own.device_memory_gib), _known_speed(own))
-    if own.output not in ("", "-"):
-        with written_whole(output) as file:
-            file.write(as_json(made))
+    devices = find_devices(args, own.devices, own.device_type, own.device_memory_gib)
+    result = build_plan(args, devices, _get_known_speed(own))
+    if output:
+        with open_output(output) as file:
+            file.write(format_json(result))
     with open_stdout() as target:
         if own.output == "-":
-            target.write(as_json(made))
+            target.write(format_json(result))
         else:
-            print_plan(made, target)
+            print_plan(result, target)
 
 
-def _known_speed(own: PlanArguments) -> Speed | None:
+def _get_known_speed(own: PlanArguments) -> Speed | None:
+    """Return the speed that is given, or that an earlier run has measured."""
     if own.tokens_per_second and own.speed_from:
         raise UserError(f"--tokens_per_second and --speed_from {own.speed_from}: two speeds for one run; drop one")
     if own.tokens_per_second:
@@ -81,10 +79,9 @@ def _known_speed(own: PlanArguments) -> Speed | None:
         processes = int(json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["processes"])
         measured = float(results["tokens_per_second"])
         if processes < 1 or not TOKENS_PER_SECOND.holds(measured) or not 0 < measured < math.inf:
-            raise ValueError(f"{measured} tokens a second in {processes} processes")
-        return Speed(measured / processes, f"measured in {own.speed_from}")
+            raise ValueError(f"{measured} tokens/s in {processes} processes")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"--speed_from {own.speed_from}: no results of a run are there ({one_line(repr(error), 120)}); give the "
-            "output_dir of one that has ended, or --tokens_per_second"
-        ) from error
+        reason = f"no results of a run found ({one_line(repr(error), 120)})"
+        remedy = "give the output_dir of a run that has ended, or --tokens_per_second"
+        raise UserError(f"--speed_from {own.speed_from}: {reason}; {remedy}") from error
+    return Speed(measured / processes, f"measured in {own.speed_from}")

@@ -1,0 +1,87 @@
+"""The plan of a run: steps, tokens, memory of each device, disk space and time."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastchat_qlora.model.estimates.memory import MemoryNeed
+from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
+from fastchat_qlora.training.schedule import Schedule
+
+
+class DeviceEstimate(NamedTuple):
+    """The memory that one device needs under one strategy; nothing but the reason if `train` refuses the strategy."""
+
+    strategy: ParallelStrategy
+    refused: str = ""
+    need: MemoryNeed | None = None
+    checkpointed: int = 0  # layers whose activations are recomputed
+    fits: bool | None = None  # None where the memory of the device is not known
+    largest_batch: int | None = None  # most sequences of a micro-batch that fits, of those for a device; 0 if none fits
+
+
+class ProposedChange(NamedTuple):
+    """Flags with which a run fits, what they cost, and what one device then needs."""
+
+    flags: str
+    costs: str
+    on_device: DeviceEstimate
+
+
+class Speed(NamedTuple):
+    """The speed of one device, where it is from, and whether training can only be slower."""
+
+    tokens_per_second: float
+    source: str
+    is_upper_bound: bool = False
+
+
+class TrainingTime(NamedTuple):
+    """Seconds of training, without evaluations and saving, and the speed that they follow from."""
+
+    seconds: float
+    tokens_per_second: float
+    source: str
+    is_upper_bound: bool
+
+
+class DiskUsage(NamedTuple):
+    """The number of checkpoints that a run leaves, bytes of each, and bytes of the adapter."""
+
+    checkpoints: int
+    a_checkpoint: int
+    adapter: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return self.checkpoints * self.a_checkpoint + self.adapter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before its weights are loaded."""
+
+    model: str
+    settings: dict[str, str]  # as texts
+    sequences: int  # packed ones with --packing
+    conversations: int
+    tokens: int  # of one epoch
+    supervised: int  # of these
+    schedule: Schedule
+    trainable: dict[str, int]  # kind of module -> trained parameters
+    base: int  # parameters of the base model
+    layers: int  # that can be checkpointed
+    largest_batch: int  # most tokens of a micro-batch, padding included
+    unknown: str  # why memory cannot be estimated; empty if it can
+    device_gib: float | None
+    available: float | None  # bytes of a device that a run may use
+    given: ParallelStrategy
+    devices: list[DeviceEstimate]  # for every strategy on one device up to those given
+    changes: list[ProposedChange]  # with which the run fits, the cheapest first; empty if it fits as it is
+    disk: DiskUsage
+    time: TrainingTime | None
+
+    @property
+    def run(self) -> DeviceEstimate | None:
+        """The estimate for the given strategy."""
+        return next((estimate for estimate in self.devices if estimate.strategy == self.given), None)
