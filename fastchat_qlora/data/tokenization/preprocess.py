@@ -228,7 +228,7 @@ def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list
 
 
 def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
-    """Extend the full length of the first sequence by tokens that are in none, so that the record counts as shortened."""
+    """Extend the first sequence's full length by tokens that are in none, so that the record counts as shortened."""
     if sequences and full_length > sequences[0].tokens.full_length:
         sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences
