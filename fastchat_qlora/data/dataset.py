@@ -176,7 +176,7 @@ class DataSource:
         self,
         paths: Sequence[str],
         flag: str,
-        cache_dir: str | None = None,
+        cache_dir: str | None,
         *,
         show_progress: bool,
         exclude: Path | None = None,

@@ -1,9 +1,9 @@
-r"""How fast does a file of conversations become a dataset to train on? This program, FastChat, TRL and LLaMA-Factory.
+r"""Speed from a file of conversations to a dataset to train on: this program, FastChat, TRL and LLaMA-Factory.
 
-Every contestant gets the same ShareGPT file, the same tokenizer and the same longest row, in a process and an
+Every contestant gets the same ShareGPT file, tokenizer and maximal sequence length, in a process and an
 environment of its own; one run takes them in turn, round after round, so that a machine that slows down slows them all.
 The clock runs from the path of the file to a dataset that a trainer would take: reading, writing with the chat
-template, tokenising, masking, and whatever the tool writes to its cache. Every cache is empty at the start. Imports and
+template, tokenizing, masking, and whatever the tool writes to its cache. Every cache is empty at the start. Imports and
 the loading of the tokenizer are not timed. Linux only, for memory is read from /proc.
 
 The environments, each made once, with Python 3.11 and a torch that is as small as pip can get it (on a machine without
@@ -65,7 +65,7 @@ from peers import (
 # Nothing but the standard library up here: this file runs in the environments of all contestants.
 
 MIB = 1024 * 1024
-IGNORED = -100  # the label of what is not learnt, the same in all four tools
+IGNORED = -100  # the label of tokens that are not supervised, the same in all four tools
 SAMPLE_SECONDS = 0.25
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,14 +74,14 @@ SAMPLE_SECONDS = 0.25
 
 
 class Task(NamedTuple):
-    """What a contestant is given.
+    """The input of a contestant.
 
     Attributes:
         data: the ShareGPT file.
         model: the tokenizer's folder.
-        folder: where caches and output go.
-        max_length: the most tokens of a row.
-        workers: processes that tokenise; None leaves the tool its default.
+        folder: for caches and output.
+        max_length: tokens of a sequence.
+        workers: tokenizing processes; None for the tool's default.
     """
 
     data: Path
@@ -92,15 +92,15 @@ class Task(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What came out: rows, their tokens without padding, and how many of those are learnt (None: nothing is masked)."""
+    """Counts of the result: sequences, tokens without padding, supervised tokens (None where nothing is masked)."""
 
-    rows: int
+    sequences: int
     tokens: int
     supervised: int | None
 
 
 class Watch:
-    """Times what stands in its `with` block, and reads this process's memory at both ends."""
+    """A clock for its `with` block, which reads this process's memory at both ends."""
 
     def __enter__(self) -> Watch:
         self.imported_mib = read_memory("VmRSS")
@@ -112,17 +112,17 @@ class Watch:
         self.peak_mib = read_memory("VmHWM")
 
 
-def count_rows(dataset: Any) -> Count:
-    """Count what a dataset with the columns input_ids and labels holds."""
+def count_sequences(dataset: Any) -> Count:
+    """Count the sequences and tokens of a dataset with the columns input_ids and labels."""
     tokens = supervised = 0
     for batch in dataset.with_format("numpy", columns=["input_ids", "labels"]).iter(batch_size=500):
-        tokens += sum(len(row) for row in batch["input_ids"])
-        supervised += sum(int((row != IGNORED).sum()) for row in batch["labels"])
+        tokens += sum(len(ids) for ids in batch["input_ids"])
+        supervised += sum(int((labels != IGNORED).sum()) for labels in batch["labels"])
     return Count(len(dataset), tokens, supervised)
 
 
 def run_raw(task: Task) -> tuple[Watch, Count]:
-    """The ceiling: text that is written already goes through the tokenizer, and the ids stay where they are."""
+    """Tokenize texts that are rendered already and drop the ids: the ceiling."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(task.model)
@@ -139,25 +139,23 @@ def run_raw(task: Task) -> tuple[Watch, Count]:
 
 
 def run_ours(task: Task) -> tuple[Watch, Count]:
-    """This program, as train_lora.py calls it."""
+    """Run this program as train_lora.py does."""
     from transformers import AutoTokenizer
 
     from fastchat_qlora.config.arguments import DataArguments
-    from fastchat_qlora.data.dataset import build_dataset
+    from fastchat_qlora.data.dataset import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     arguments = DataArguments(data_path=[str(task.data)], preprocessing_num_workers=task.workers)
     output, cache = task.folder / "output", task.folder / "cache"
     output.mkdir(exist_ok=True)
     with Watch() as watch:
-        datasets = build_dataset(
-            arguments, tokenizer, max_length=task.max_length, seed=0, output_dir=str(output), cache_dir=str(cache)
-        )
-    return watch, count_rows(datasets["train"])
+        loaded = load_dataset(arguments, tokenizer, max_length=task.max_length, output_dir=output, cache_dir=str(cache))
+    return watch, count_sequences(loaded.train.sequences)
 
 
 def run_fastchat(task: Task) -> tuple[Watch, Count]:
-    """FastChat's train.py up to its eager dataset, with the tokenizer set up as there.
+    """Run FastChat's train.py up to its eager dataset, with the tokenizer set up as there.
 
     It asks for a slow tokenizer, but SmolLM2 has only a fast one and gets that. The attribute `legacy`, which only
     Llama's tokenizers have and `preprocess` reads, is set as theirs was.
@@ -178,7 +176,7 @@ def run_fastchat(task: Task) -> tuple[Watch, Count]:
 
 
 def run_trl(task: Task) -> tuple[Watch, Count]:
-    """TRL's SFTTrainer, built as a user builds it; its model is next to nothing, so the data is what takes time."""
+    """Build TRL's SFTTrainer as a user does; its model is tiny, so that only the data takes time."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -201,11 +199,11 @@ def run_trl(task: Task) -> tuple[Watch, Count]:
         dataset = load_dataset("json", data_files=str(task.data), split="train")
         dataset = dataset.map(to_messages, remove_columns="conversations", num_proc=task.workers)
         trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
-    return watch, count_rows(trainer.train_dataset)
+    return watch, count_sequences(trainer.train_dataset)
 
 
 def run_llamafactory(task: Task) -> tuple[Watch, Count]:
-    """LLaMA-Factory's get_dataset with its ChatML template and the system prompt that SmolLM2's own template writes."""
+    """Run LLaMA-Factory's get_dataset with its ChatML template and the system prompt of SmolLM2's own template."""
     do_without_torchaudio()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -225,19 +223,18 @@ def run_llamafactory(task: Task) -> tuple[Watch, Count]:
     template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
     with Watch() as watch:
         module = get_dataset(template, model_arguments, data_arguments, training_arguments, "sft", tokenizer=tokenizer)
-    return watch, count_rows(module["train_dataset"])
+    return watch, count_sequences(module["train_dataset"])
 
 
 class Contestant(NamedTuple):
     """One line of the report.
 
     Attributes:
-        title: its name there.
-        environment: whose interpreter runs it.
-        run: what it does.
-        packages: whose versions are reported.
-        workers: processes that tokenise; None for the tool's default, 0 for one for each core.
-        settings: what a reader has to know about the run.
+        title: the name in the report.
+        environment: the name of the environment that runs it.
+        packages: reported with their versions.
+        workers: tokenizing processes; None for the tool's default, 0 for one per core.
+        settings: facts about the run for the reader.
     """
 
     title: str
@@ -268,7 +265,7 @@ CONTESTANTS = {
         run_ours,
         ("fastchat-qlora", *MODERN),
         None,
-        "build_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last "
+        "load_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last "
         "whole answer that fits, where the others cut in the middle",
     ),
     "ours_warm": Contestant(
@@ -280,7 +277,7 @@ CONTESTANTS = {
         run_fastchat,
         ("fschat", "torch", "transformers", "tokenizers"),
         None,
-        "SupervisedDataset (eager; every row is padded to the length of the longest allowed), its vicuna template; "
+        "SupervisedDataset (eager; every sequence is padded to the maximal length), its vicuna template; "
         "SmolLM2's fast tokenizer, for it has no slow one, which FastChat asks for; its masks count tokens as Llama's "
         "tokenizer makes them, so here it does all the work, and then ignores each conversation that was not cut",
     ),
@@ -304,7 +301,7 @@ def run_contestant(name: str, task: Task) -> dict[str, Any]:
     """Run a contestant in this process; what tools print goes to stderr.
 
     Returns:
-        What is measured, ready for JSON.
+        The measurements, ready for JSON.
     """
     contestant = CONTESTANTS[name]
     with contextlib.redirect_stdout(sys.stderr):
@@ -335,7 +332,7 @@ def measure(name: str, python: str, task: Task) -> dict[str, Any]:
         What run_contestant returns, with peak_mib for the whole tree of processes.
 
     Raises:
-        Failure: with the last lines of what it said.
+        Failure: with the last lines of its output.
     """
     task.folder.mkdir(exist_ok=True)
     command = [python, str(Path(__file__).resolve()), "--run", name]
@@ -357,7 +354,7 @@ def measure(name: str, python: str, task: Task) -> dict[str, Any]:
 
 
 def make_environment(task: Task) -> dict[str, str]:
-    """The variables of a contestant's process: its own empty caches, no hub, no GPU, nothing of this environment's."""
+    """Return the variables of a contestant's process: own empty caches, no hub, no GPU, nothing of this environment."""
     dropped = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
@@ -405,8 +402,8 @@ def run_rounds(
     """Run all contestants in turn, as many times as there are rounds.
 
     Returns:
-        Name -> what was measured in each round, and name -> why a contestant is not there. One that fails once does not
-        run again.
+        Name -> measurements of each round, and name -> reason why a contestant is left out. One that fails once does
+        not run again.
     """
     left_out = {name: "its interpreter was not given" for name in CONTESTANTS if not get_python(name, arguments)}
     left_out |= {name: "it was not asked for" for name in CONTESTANTS if name not in arguments.contestants}
@@ -431,7 +428,7 @@ def run_rounds(
 
 
 def get_python(name: str, arguments: argparse.Namespace) -> str:
-    """The interpreter of a contestant, or nothing. Not resolved, for a virtual environment is known by its link."""
+    """Return the interpreter of a contestant, unresolved, since a virtual environment is known by its link."""
     given = getattr(arguments, f"{CONTESTANTS[name].environment}_python")
     return os.path.abspath(given) if given else ""
 
@@ -449,9 +446,9 @@ HEADINGS = (
     "tokens/s",
     "peak MiB",
     "MiB after imports",
-    "rows",
+    "sequences",
     "tokens",
-    "learnt",
+    "supervised",
 )
 
 
@@ -461,7 +458,7 @@ def write_report(
     results: dict[str, list[dict[str, Any]]],
     left_out: dict[str, str],
 ) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     read = dict.fromkeys(CONTESTANTS, arguments.conversations)
     read["fastchat"] = min(arguments.conversations, arguments.fastchat_conversations or arguments.conversations)
     rows = [describe(name, results, read) for name in results if name != "ours_warm"]
@@ -483,14 +480,14 @@ def write_report(
 EXPLANATION = """\
 Timed is the way from the file's path to a dataset to train on, with empty caches (the file itself is in the system's \
 page cache); imports and the loading of the tokenizer are not. Rates are medians over the rounds; the ratio is the \
-median of the ratios within a round. Tokens are those of the finished rows, without padding, and those learnt have a \
-label. Peak: the larger of the process's own highest resident memory up to the clock's end (VmHWM, imports included) \
-and the sum over it and its children of the proportional set size, sampled while the clock runs. After imports: \
-resident memory of the process just before the clock starts, tokenizer loaded."""
+median of the ratios within a round. Tokens are those of the finished sequences, without padding; supervised ones \
+have a label. Peak: the larger of the process's own highest resident memory up to the clock's end (VmHWM, imports \
+included) and the sum over it and its children of the proportional set size, sampled while the clock runs. After \
+imports: resident memory of the process just before the clock starts, tokenizer loaded."""
 
 
 def describe(name: str, results: dict[str, list[dict[str, Any]]], read: dict[str, int]) -> tuple[str, ...]:
-    """A contestant's line of the table."""
+    """Return a contestant's line of the table."""
     rounds = results[name]
     rates = [read[name] / result["seconds"] for result in rounds]
     ours = [read["ours"] / result["seconds"] for result in results.get("ours", [])]
@@ -505,14 +502,14 @@ def describe(name: str, results: dict[str, list[dict[str, Any]]], read: dict[str
         f"{statistics.median(result['tokens'] / result['seconds'] for result in rounds):,.0f}",
         f"{statistics.median(result['peak_mib'] for result in rounds):,.0f}",
         f"{statistics.median(result['imported_mib'] for result in rounds):,.0f}",
-        f"{rounds[0]['rows']:,}",
+        f"{rounds[0]['sequences']:,}",
         f"{rounds[0]['tokens']:,}",
         f"{supervised:,}" if supervised is not None else "-",
     )
 
 
 def describe_run(arguments: argparse.Namespace, data: Path, results: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
-    """What was run on what."""
+    """Yield lines on the data, the settings and the machine."""
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     yield (
         f"- Data: {arguments.conversations:,} conversations, {data.stat().st_size / MIB:.1f} MiB, made with seed {SEED}"
@@ -520,7 +517,8 @@ def describe_run(arguments: argparse.Namespace, data: Path, results: dict[str, l
     )
     if raw := results.get("raw"):
         yield f"- Mean length: {raw[0]['tokens'] / arguments.conversations:,.0f} tokens of the tokenizer below."
-    yield f"- Tokenizer: {arguments.model.name}; longest row: {arguments.max_length} tokens; as each tool shortens."
+    length = f"longest sequence: {arguments.max_length} tokens; as each tool shortens"
+    yield f"- Tokenizer: {arguments.model.name}; {length}."
     yield f"- Rounds: {arguments.rounds}, in turn: {', '.join(CONTESTANTS[name].title for name in results)}."
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     yield f"- Machine: {name_processor()}, {cores()} cores; load average at the end {load} (1, 5, 15 minutes)."
@@ -528,12 +526,12 @@ def describe_run(arguments: argparse.Namespace, data: Path, results: dict[str, l
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: of the whole run, and of one contestant's process."""
+    """Return the parser for the whole run and for one contestant's process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct's tokenizer")
     parser.add_argument("--conversations", type=int, default=20_000, help="how many are made (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each contestant runs (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=2048, help="the most tokens of a row (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--report", type=Path, help="file for the report, which is also printed")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who runs")
     parser.add_argument("--fastchat_conversations", type=int, help="FastChat gets only the first so many")

@@ -1,4 +1,4 @@
-r"""How much memory and time do very large files take? Prepared cold, then from the cache, each in its own process.
+r"""Memory and time of very large files: prepared cold, then from the cache, each in a process of its own.
 
     python playground/benchmark/scale.py --model MODEL --report playground/benchmark/scale.md
     python playground/benchmark/scale.py --model MODEL --conversations 100000 --characters 1000
@@ -46,24 +46,24 @@ def write_conversations(path: Path, conversations: int | None, gibibytes: float,
 
 
 def prepare(model: str, data: str, cache: str) -> dict[str, Any]:
-    """Build the dataset in this process and say what it took."""
+    """Load the dataset in this process and return its time and memory."""
     from transformers import AutoTokenizer
 
     from fastchat_qlora.config.arguments import DataArguments
-    from fastchat_qlora.data.dataset import build_dataset
+    from fastchat_qlora.data.dataset import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     before = read_peak()
     start = time.perf_counter()
-    rows = build_dataset(
-        DataArguments(data_path=[data]), tokenizer, max_length=2048, seed=0, output_dir=cache, cache_dir=cache
-    )["train"]
+    arguments = DataArguments(data_path=[data])
+    loaded = load_dataset(arguments, tokenizer, max_length=2048, output_dir=Path(cache), cache_dir=cache)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "rows": len(rows), "before_mib": before, "peak_mib": read_peak()}
+    count = len(loaded.train.sequences)
+    return {"seconds": seconds, "sequences": count, "before_mib": before, "peak_mib": read_peak()}
 
 
 def read_peak() -> float:
-    """The peak of this process's resident memory so far, in MiB."""
+    """Return the peak of this process's resident memory so far, in MiB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -87,7 +87,7 @@ HEADINGS = ("conversations", "file", "start", "ready after, s", "peak MiB", "MiB
 
 
 def measure(model: str, case: Case) -> Iterator[list[str]]:
-    """A row of the table for the cold start and one for the warm start, each in a process of its own."""
+    """Yield a row of the table for the cold start and one for the warm start, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / f"conversations{case.suffix}"
         count = write_conversations(data, case.conversations, case.gibibytes, case.characters)
@@ -95,7 +95,7 @@ def measure(model: str, case: Case) -> Iterator[list[str]]:
             command = [sys.executable, __file__, "--model", model, "--prepare", str(data), folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
             found = json.loads(done.stdout)
-            assert found["rows"] == count
+            assert found["sequences"] == count
             size = f"{data.stat().st_size / MIB:,.0f} MiB {case.suffix}"
             yield [
                 f"{count:,}", size, name, f"{found['seconds']:,.2f}", f"{found['peak_mib']:,.0f}",

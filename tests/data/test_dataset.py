@@ -48,7 +48,7 @@ def rows(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
     return [(row["input_ids"], row["labels"]) for row in dataset]
 
 
-def spoken(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str:
+def supervised_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]))
 
 
@@ -65,7 +65,9 @@ def add_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 class TestRecords:
     """Accepted plus rejected equals read."""
 
-    def test_all_good(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_good_records_become_sequences(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
         dataset = build(data_file, tokenizer, tmp_path, max_rejected=0.0)
         assert list(dataset) == ["train"]
         assert list(dataset["train"]["id"]) == [f"c{i}" for i in range(12)]
@@ -74,13 +76,17 @@ class TestRecords:
                 f"<|im_start|>{'user' if role == 'human' else 'assistant'}\n{said}<|im_end|>\n" for role, said in turns
             )
             assert row["input_ids"] == tokenizer(text).input_ids
-            assert spoken(row, tokenizer) == "".join(said + "<|im_end|>" for role, said in turns if role == "gpt")
+            assert supervised_text(row, tokenizer) == "".join(
+                said + "<|im_end|>" for role, said in turns if role == "gpt"
+            )
             assert row["length"] == row["full_length"] == len(row["input_ids"]) == len(row["labels"])
             assert row["supervised"] == sum(label != IGNORE_INDEX for label in row["labels"])
         assert not (tmp_path / "rejected.jsonl").exists()
 
-    def test_mixed(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """What reading rejects and what tokenising rejects is listed, with file, line, id and reason."""
+    def test_rejected_records_are_listed_with_their_places(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """Rejections of reading and of tokenization are listed, with file, line, id and reason."""
         records = [
             sharegpt(HI, "a"),
             "{broken",
@@ -111,7 +117,7 @@ class TestRecords:
             assert reason in record["reason"]
         assert len(dataset["train"]) + len(found) == sum(record != "" for record in records)
 
-    def test_rejected_file_word_for_word(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_rejected_file_is_exact(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt([("human", "Ω"), ("gpt", "Ω<|im_end|>")], "ώ"), "5")
         (tmp_path / "rejected.jsonl").write_text("of an earlier run\n")
         build(path, tokenizer, tmp_path)
@@ -121,20 +127,20 @@ class TestRecords:
             f'{{"file": "{path}", "line": 3, "id": null, "reason": "the record is not an object"}}\n'
         )
 
-    def test_list_of_an_earlier_run_goes(
+    def test_list_of_an_earlier_run_is_removed(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         (tmp_path / "rejected.jsonl").write_text("of an earlier run\n")
         build(data_file, tokenizer, tmp_path)
         assert not (tmp_path / "rejected.jsonl").exists()
 
-    def test_other_processes_write_nothing(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_workers_write_no_list(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED))
         (tmp_path / "rejected.jsonl").write_text("of the main process\n")
         assert len(build(path, tokenizer, tmp_path, mode="worker")["train"]) == 1
         assert (tmp_path / "rejected.jsonl").read_text() == "of the main process\n"
 
-    def test_several_files(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_files_are_read_in_order(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         """One after the other, each record with its own file and line."""
         more = write(tmp_path / "more.jsonl", sharegpt(HI, "d0"), "", sharegpt(FORGED, "d1"), sharegpt(HI, "d2"))
         train = build([more, data_file], tokenizer, tmp_path)["train"]
@@ -146,7 +152,7 @@ class TestRecords:
         ]
         assert [record["line"] for record in rejected(tmp_path)] == [3]
 
-    def test_ids_of_mixed_types(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_ids_of_any_type_become_text(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         records = [{**sharegpt(HI), "id": identity} for identity in (1, "a", None, [2], 1.5)]
         train = build(write(tmp_path / "a.jsonl", *records), tokenizer, tmp_path)["train"]
         assert list(train["id"]) == ["1", "a", None, "[2]", "1.5"]
@@ -160,14 +166,14 @@ class TestRecords:
         ],
         ids=["answer", "question", "id"],
     )
-    def test_half_a_surrogate_pair(
+    def test_half_a_surrogate_pair_is_rejected(
         self, bad: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI, "a"), bad, sharegpt(HI, "b"))
         assert list(build(path, tokenizer, tmp_path)["train"]["id"]) == ["a", "b"]
         assert [record["line"] for record in rejected(tmp_path)] == [2]
 
-    def test_half_a_surrogate_pair_in_the_id_of_a_good_record(
+    def test_half_a_surrogate_pair_in_an_id_loses_no_record(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI, "a"), sharegpt(HI, "cut \ud83d"))
@@ -180,7 +186,7 @@ class TestRefusals:
     """A run stops before weights are loaded when too little of the data can be used."""
 
     @pytest.mark.parametrize("lazy", [False, True])
-    def test_more_than_max_rejected(self, lazy: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_run_stops_above_max_rejected(self, lazy: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", *[sharegpt(HI)] * 7, "{broken", sharegpt(HI), "{broken too")
         assert len(build(path, tokenizer, tmp_path, max_rejected=0.2, lazy_preprocess=lazy)["train"]) == 8
         with pytest.raises(UserError) as caught:
@@ -189,17 +195,17 @@ class TestRefusals:
             assert word in str(caught.value)
         assert [record["line"] for record in rejected(tmp_path)] == [8, 10]  # listed although the run stopped
 
-    def test_what_tokenising_rejects_counts(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_records_rejected_by_tokenization_count(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(FORGED, "forged"), "{broken")
         with pytest.raises(UserError, match="2 of 3 records were rejected"):
             build(path, tokenizer, tmp_path, max_rejected=0.5)
 
-    def test_nothing_left(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_run_stops_when_all_are_rejected(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", sharegpt(FORGED, "f0"), "{broken")
         with pytest.raises(UserError, match="2 of 2 records were rejected"):
             build(path, tokenizer, tmp_path, max_rejected=1.0)
 
-    def test_nothing_left_but_long_ones(
+    def test_run_stops_when_all_are_too_long(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         with pytest.raises(UserError, match=r"no conversation is left of 12 read.*--model_max_length"):
@@ -207,19 +213,21 @@ class TestRefusals:
 
     @pytest.mark.parametrize("lazy", [False, True])
     @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])
-    def test_nothing_there(
+    def test_run_stops_without_records(
         self, name: str, content: str, lazy: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         path = write(tmp_path / name, content)
         with pytest.raises(UserError, match="no conversation is left of 0 read"):
             build(path, tokenizer, tmp_path, lazy_preprocess=lazy)
 
-    def test_unknown_template(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_unknown_template_is_an_error(
+        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
         with pytest.raises(UserError, match=r"--conv_template alpacca.*vicuna"):
             build(data_file, tokenizer, tmp_path, conv_template="alpacca")
 
     @pytest.mark.parametrize(("share", "bad"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.0, 0)])
-    def test_max_rejected_is_meant_as_written(
+    def test_max_rejected_is_not_rounded(
         self, share: float, bad: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         """0.29 * 100 is a little less than 29."""
@@ -235,7 +243,7 @@ class TestPlaces:
 
     @pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])
     @pytest.mark.parametrize("linked", [False, True])
-    def test_rejected_list_that_is_a_file_of_the_data(
+    def test_rejected_list_must_not_be_data(
         self, linked: bool, flag: str, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         output = tmp_path / "out"
@@ -254,7 +262,7 @@ class TestPlaces:
                 build(data_file, tokenizer, output, eval_data_path=[str(given)])
         assert path.read_bytes() == before
 
-    def test_rejected_list_that_is_a_folder(
+    def test_rejected_list_must_not_be_a_folder(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         (tmp_path / "rejected.jsonl").mkdir()
@@ -262,7 +270,7 @@ class TestPlaces:
             build(data_file, tokenizer, tmp_path)
         assert (tmp_path / "rejected.jsonl").is_dir()
 
-    def test_output_inside_the_data_is_no_data(
+    def test_output_inside_the_data_is_not_read(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Neither the list of an earlier run nor a checkpoint's JSON becomes records of the next one."""
@@ -277,7 +285,7 @@ class TestPlaces:
                 (str(tmp_path / "data" / "a.jsonl"), 2)
             ]
 
-    def test_what_of_a_folder_is_not_read_is_named(
+    def test_ignored_files_of_a_folder_are_logged(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: pytest.LogCaptureFixture
     ) -> None:
         folder = tmp_path / "data"
@@ -288,14 +296,14 @@ class TestPlaces:
         (folder / "b.json.bz2").write_bytes(b"")
         (folder / ".hidden.txt").write_bytes(b"")
         assert len(build(folder, tokenizer, tmp_path)["train"]) == 1
-        told = f"--data_path {folder}: reading 1 files, not 3 others: b.json.bz2, gone.jsonl, linked"
-        assert told in notices.messages
+        logged = f"--data_path {folder}: reading 1 files, not 3 others: b.json.bz2, gone.jsonl, linked"
+        assert logged in notices.messages
         for i in range(4):
             (folder / f"notes{i}.txt").write_bytes(b"")
         build(folder, tokenizer, tmp_path)
-        assert told.replace("3 others", "7 others") + ", notes0.txt, notes1.txt, ..." in notices.messages
+        assert logged.replace("3 others", "7 others") + ", notes0.txt, notes1.txt, ..." in notices.messages
 
-    def test_folder_that_cannot_be_read_in_full(
+    def test_unreadable_subfolder_is_an_error(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Training on what happens to be readable would be training on something else."""
@@ -314,7 +322,9 @@ class TestPlaces:
             build(tmp_path / "data", tokenizer, tmp_path)
 
     @pytest.mark.parametrize("in_folder", [False, True])
-    def test_name_that_is_not_utf_8(self, in_folder: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def test_names_that_are_not_utf_8_are_escaped(
+        self, in_folder: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
         folder = tmp_path / os.fsdecode(b"donn\xe9es")
         folder.mkdir()
         path = write(folder / os.fsdecode(b"caf\xe9.jsonl"), sharegpt(HI, "a"), "{broken")
@@ -332,7 +342,7 @@ class TestPlaces:
         monkeypatch.setattr("fastchat_qlora.data.dataset.load_hub_dataset", lambda *args: hub)
         source = DataSource(["org/name", str(data_file), "org/name"], "--data_path", None, show_progress=False)
         assert source.size == 2 * hub.data.nbytes + data_file.stat().st_size
-        told: list[int] = []
+        logged: list[int] = []
 
         class Bar:
             def __init__(self, total: int, **options: Any) -> None:
@@ -344,11 +354,11 @@ class TestPlaces:
             def __exit__(self, *error: object) -> None: ...
 
             def update(self, count: int) -> None:
-                told.append(count)
+                logged.append(count)
 
         monkeypatch.setattr("fastchat_qlora.data.dataset.tqdm", Bar)
         assert sum(1 for _ in source.records()) == 2 * 800 + 12
-        assert sum(told) == source.size
+        assert sum(logged) == source.size
 
 
 class TestOverlong:
@@ -364,10 +374,10 @@ class TestOverlong:
             assert (after["input_ids"], after["labels"]) == (before["input_ids"][:length], before["labels"][:length])
             assert after["full_length"] == before["length"]
         assert whole[1]["length"] > 40
-        assert spoken(short[1], tokenizer) == "one two three<|im_end|>"
+        assert supervised_text(short[1], tokenizer) == "one two three<|im_end|>"
         assert short[0]["input_ids"] == whole[0]["input_ids"]
         assert whole[2]["supervised"] > short[2]["supervised"]
-        assert "<|im_end|>" not in spoken(short[2], tokenizer)  # its only turn is too long, so it does not end
+        assert "<|im_end|>" not in supervised_text(short[2], tokenizer)  # its only turn is too long, so it does not end
 
     def test_drop(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         """Dropping is what was asked for: max_rejected does not count it, the list does."""
@@ -448,7 +458,7 @@ class TestEvaluation:
         places = [(record["file"], record["line"]) for record in rejected(tmp_path)]
         assert places == [(str(train), 2), (str(held_out), 1)]
 
-    def test_bad_eval_data_is_refused_by_its_own_flag(
+    def test_errors_of_eval_data_name_its_flag(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         held_out = write(tmp_path / "eval.jsonl", "{broken")
@@ -464,7 +474,7 @@ class TestPreprocessing:
 
     @pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
     @pytest.mark.parametrize(("conv_template", "max_length"), [("auto", 40), ("vicuna", 110)])
-    def test_lazy_rows_equal_eager_rows(
+    def test_lazy_sequences_equal_eager_ones(
         self,
         conv_template: str,
         max_length: int,
@@ -482,17 +492,17 @@ class TestPreprocessing:
         assert list(lazy) == list(eager)
         assert lazy[3:5]["input_ids"] == eager[3:5]["input_ids"]
 
-    def test_lazy_rows_are_checked_at_the_start(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """What cannot be learnt is rejected then, and not met in the middle of a run."""
+    def test_lazy_sequences_are_checked_at_the_start(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """Records without supervised tokens are rejected then, not in the middle of a run."""
         asked = [("human", "much too long a question " * 100), ("gpt", "Hello")]
         path = write(tmp_path / "a.jsonl", sharegpt(HI), sharegpt(asked))
         train = build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.5)["train"]
-        assert [spoken(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
+        assert [supervised_text(row, tokenizer) for row in train] == ["Hello<|im_end|>"]
         assert [line["reason"] for line in rejected(tmp_path)] == ["no supervised token within the first 256 tokens"]
         with pytest.raises(UserError, match=r"^--data_path: 1 of 2 records were rejected"):
             build(path, tokenizer, tmp_path, lazy_preprocess=True, max_rejected=0.05)
 
-    def test_workers_give_the_same_rows(
+    def test_workers_make_the_same_sequences(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         bad = write(tmp_path / "bad.jsonl", sharegpt(HI), sharegpt(FORGED), sharegpt(HI))
@@ -502,7 +512,7 @@ class TestPreprocessing:
         assert build([data_file, bad], tokenizer, tmp_path, preprocessing_num_workers=2)["train"].to_list() == alone
         assert rejected(tmp_path) == listed
 
-    def test_summary(
+    def test_summary_counts_records_and_tokens(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Read, rejected, shortened, tokens, supervised share and longest, in one message."""
@@ -531,7 +541,7 @@ class TestTemplate:
 
     @pytest.mark.parametrize("own", [CHATML, None], ids=["has a template", "has none"])
     @pytest.mark.parametrize("conv_template", ["auto", "vicuna"])
-    def test_template_used_is_kept(
+    def test_used_template_is_saved(
         self,
         own: str | None,
         conv_template: str,
@@ -553,8 +563,8 @@ class TestTemplate:
         self.assert_serves(train[3], CONVERSATIONS[3], saved)
 
     @pytest.mark.parametrize("own", ["{{ bos_token }}" + CHATML, None], ids=["written by the template", "vicuna"])
-    def test_one_bos(self, own: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """From wherever it comes, even where tokenizer and template both write one; it is not learnt."""
+    def test_bos_stands_once(self, own: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """From wherever it comes, even where tokenizer and template both write one; it is not supervised."""
         path = write(tmp_path / "a.jsonl", sharegpt([("system", "Be kind."), *HI]), sharegpt(HI * 2))
         add_bos(tokenizer).chat_template = own
         train = build(path, tokenizer, tmp_path)["train"]
@@ -564,7 +574,7 @@ class TestTemplate:
             assert row["labels"][0] == IGNORE_INDEX
             self.assert_serves(row, turns, tokenizer)
 
-    def test_no_bos_where_the_tokenizer_puts_none(
+    def test_no_bos_where_the_tokenizer_adds_none(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         """As SmolLM2's tokenizer: it has a BOS token and does not put it in front."""

@@ -104,8 +104,8 @@ def run(tokenizer: PreTrainedTokenizerBase, *messages: list[dict[str, Any]], **o
     return preprocessor(records)
 
 
-def learnt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each run of learnt tokens."""
+def supervised_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of each run of supervised tokens."""
     runs: list[list[int]] = [[]]
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (IGNORE_INDEX, token)

@@ -31,14 +31,7 @@ COMPARED_SEQUENCES = 16
 COMPARED_LINES = 256  # of a file, among which sequences are chosen; later ones would take long to find again
 
 Place = tuple[str, int]  # the file and the line of a record
-Prompt = list[int] | TemplateRefusal  # the tokens with which a server asks for an answer
-
-
-class ServedConversation(NamedTuple):
-    """A server's prompts for the supervised answers of a conversation, in order."""
-
-    prompts: list[Prompt]
-    has_generation_prompt: bool
+Prompt = list[int]  # the tokens with which a server asks for an answer
 
 
 class Mismatch(NamedTuple):
@@ -71,14 +64,12 @@ def report_parity(
     except Exception as error:  # a tokenizer may have code of its own, which nobody is asked to trust here
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
-    served: dict[Place, ServedConversation] = {}
+    conversations: dict[Place, Conversation] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversation = to_conversation(parse_record(record.value))
-            if answers := [i for i in preprocessor.choose(conversation) if i]:
-                served[record.source.file, record.source.line] = _serve(tokenizer, conversation, answers)
-    chosen = [row for row in chosen if _get_place(row) in served]
-    compared = ((row, _compare(row, served[_get_place(row)], tokenizer, preprocessor.train_on)) for row in chosen)
+            conversations[record.source.file, record.source.line] = to_conversation(parse_record(record.value))
+    chosen = [row for row in chosen if _get_place(row) in conversations]
+    compared = ((row, _compare(row, conversations[_get_place(row)], tokenizer, preprocessor)) for row in chosen)
     found = [f"{row['file']}:{row['line']}: {difference}" for row, difference in compared if difference]
     equal = f"Serve parity: {len(chosen) - len(found)} of {len(chosen)} sequences begin with a server's prompt"
     if found:
@@ -114,54 +105,51 @@ def _reload(tokenizer: Any) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _serve(tokenizer: Any, conversation: Conversation, answers: Sequence[int]) -> ServedConversation:
-    """Return a server's prompts for these answers of a conversation."""
-
-    def render(count: int, *, prompt: bool) -> str | TemplateRefusal:
-        messages = [message.to_template() for message in conversation.messages[:count]]
-        try:
-            return render_chat_template(tokenizer, messages, conversation.tools, add_generation_prompt=prompt)
-        except TemplateRefusal as refusal:
-            return refusal
-
-    prompts: list[Prompt] = []
-    has_generation_prompt = False
-    for i in answers:
-        text = render(i, prompt=True)
-        has_generation_prompt |= text != render(i, prompt=False)
-        if isinstance(text, str):  # verbose=False: no remark on its length
-            prompts.append(list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
-        else:
-            prompts.append(text)
-    return ServedConversation(prompts, has_generation_prompt)
-
-
-def _compare(row: dict[str, Any], served: ServedConversation, tokenizer: Any, train_on: str) -> str:
+def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, preprocessor: Preprocessor) -> str:
     """Describe what differs before the answers of a sequence; empty if nothing does."""
-    ids = row["input_ids"]
+    try:
+        prompts, has_generation_prompt = _get_prompts(tokenizer, conversation, preprocessor.choose(conversation))
+    except TemplateRefusal as refusal:
+        return f"the saved chat template refuses the messages before an answer: {refusal}"
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
-        return served.has_generation_prompt or not tokenizer.decode(tokens).strip()
+        return has_generation_prompt or not tokenizer.decode(tokens).strip()
 
-    for number, span in enumerate(_find_supervised(row, train_on), 1):
-        candidates = _choose_prompts(served.prompts, span, only_last=train_on == "all")
-        if mismatch := find_mismatch(ids, candidates, span, may_precede_answer):
-            ends = not served.has_generation_prompt and isinstance(mismatch, Mismatch) and mismatch.served is None
+    supervises_all = preprocessor.train_on == "all"
+    for number, span in enumerate(_find_supervised(row, supervises_all=supervises_all), 1):
+        # The prompts of later answers are longer than the text up to the end of this one.
+        fitting = [prompt for prompt in prompts if len(prompt) < span.end]
+        candidates = (fitting[-1:] if supervises_all else fitting) or prompts[:1]
+        if mismatch := find_mismatch(row["input_ids"], candidates, span, may_precede_answer):
+            ends = mismatch.served is None and not has_generation_prompt
             hint = ": the chat template has no generation prompt" if ends else ""
-            return _describe_mismatch(mismatch, number, tokenizer) + hint
+            return f"before answer {number} the sequence {_describe_mismatch(mismatch, tokenizer)}{hint}"
     return ""
 
 
-def _choose_prompts(prompts: Sequence[Prompt], span: SupervisedSpan, *, only_last: bool) -> Sequence[Prompt]:
-    """Return the prompts that may be the span's: those of later answers are longer than the text up to its end."""
-    refused = [prompt for prompt in prompts if isinstance(prompt, TemplateRefusal)]
-    fitting = [prompt for prompt in prompts if not isinstance(prompt, TemplateRefusal) and len(prompt) < span.end]
-    return (refused[:1] or fitting[-1:] if only_last else refused + fitting) or prompts[:1]
+def _get_prompts(tokenizer: Any, conversation: Conversation, answers: Sequence[int]) -> tuple[list[Prompt], bool]:
+    """Return a server's prompts for these answers, and whether the chat template has a generation prompt.
+
+    Raises:
+        TemplateRefusal: the template refuses the messages before one of them.
+    """
+    prompts = []
+    has_generation_prompt = False
+    for i in answers:
+        messages = [message.to_template() for message in conversation.messages[:i]]
+        asked, plain = (
+            render_chat_template(tokenizer, messages, conversation.tools, add_generation_prompt=prompt)
+            for prompt in (True, False)
+        )
+        has_generation_prompt |= asked != plain
+        # verbose=False: no remark on its length
+        prompts.append(list(tokenizer(asked, add_special_tokens=False, verbose=False).input_ids))
+    return prompts, has_generation_prompt
 
 
-def _find_supervised(row: dict[str, Any], train_on: str) -> list[SupervisedSpan]:
+def _find_supervised(row: dict[str, Any], *, supervises_all: bool) -> list[SupervisedSpan]:
     """Return the runs of supervised tokens; where everything is supervised, the whole sequence."""
-    if train_on == "all":
+    if supervises_all:
         return [SupervisedSpan(0, len(row["input_ids"]), 0)]
     supervised = np.concatenate([[False], np.asarray(row["labels"]) != IGNORE_INDEX, [False]])
     edges = np.flatnonzero(supervised[1:] != supervised[:-1]).tolist()
@@ -174,34 +162,29 @@ def find_mismatch(
     prompts: Sequence[Prompt],
     span: SupervisedSpan,
     may_precede_answer: Callable[[Sequence[int]], bool] = lambda tokens: True,
-) -> Mismatch | TemplateRefusal | None:
+) -> Mismatch | None:
     """Return None if a prompt is the beginning of the sequence up to the answer; else where the nearest one differs.
 
     Args:
         prompts: of the answers that the span may be.
         may_precede_answer: whether tokens may stand between a prompt and its answer.
     """
-    nearest: Mismatch | TemplateRefusal | None = None
+    nearest: Mismatch | None = None
     for prompt in prompts:
-        if isinstance(prompt, TemplateRefusal):
-            nearest = nearest or prompt
-            continue
         differing = (i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
         common = next(differing, min(len(prompt), len(ids)))
         is_whole = common == len(prompt) and span.previous_end <= common < span.end
         if is_whole and may_precede_answer(ids[common : span.start]):
             return None
-        if not isinstance(nearest, Mismatch) or common > nearest.position:
+        if nearest is None or common > nearest.position:
             served, trained = ((tokens[common] if common < len(tokens) else None) for tokens in (prompt, ids))
             nearest = Mismatch(common, served, trained)
     return nearest
 
 
-def _describe_mismatch(mismatch: Mismatch | TemplateRefusal, number: int, tokenizer: Any) -> str:
-    if isinstance(mismatch, TemplateRefusal):
-        return f"the saved chat template refuses the messages before answer {number}: {mismatch}"
+def _describe_mismatch(mismatch: Mismatch, tokenizer: Any) -> str:
     served, trained = (
         "nothing more" if token is None else f"{tokenizer.decode([token])!r} (id {token})"
         for token in (mismatch.served, mismatch.trained)
     )
-    return f"before answer {number} the sequence has {trained} as token {mismatch.position}, a server has {served}"
+    return f"has {trained} as token {mismatch.position}, a server has {served}"

@@ -103,16 +103,9 @@ def get_examples(name: str, sequences: Dataset, tokenizer: Any, count: int) -> I
     """Yield the first sequences of the split of that name, all of them for a count of 0."""
     total = len(sequences)
     for i, row in enumerate(sequences.select(range(min(count or total, total))), 1):
-        yield Example(
-            set=name,
-            position=f"{i} of {total}",
-            source=f"{row['file']}:{row['line']}",
-            id=row["id"],
-            input_ids=row["input_ids"],
-            labels=row["labels"],
-            full_length=row["full_length"],
-            tokenizer=tokenizer,
-        )
+        source = f"{row['file']}:{row['line']}"
+        copied = {column: row[column] for column in ("id", "input_ids", "labels", "full_length")}
+        yield Example(set=name, position=f"{i} of {total}", source=source, tokenizer=tokenizer, **copied)
 
 
 def compute_statistics(sequences: Dataset) -> DatasetStatistics:

@@ -72,10 +72,8 @@ def find_files(path: str, without: Path | None = None) -> FoundFiles:
         here = Path(folder)
         left_out += [here / name for name in subfolders if (here / name).is_symlink()]
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and (here / name).resolve() != without]
-        for name in names:
-            is_data = is_data_file(name) and (here / name).is_file()
-            if not name.startswith("."):
-                (files if is_data else left_out).append(here / name)
+        for entry in (here / name for name in names if not name.startswith(".")):
+            (files if is_data_file(entry.name) and entry.is_file() else left_out).append(entry)
     return FoundFiles(sorted(files), sorted(left_out))
 
 

@@ -26,7 +26,7 @@ from fastchat_qlora.data.templates.content_checks import (
     split_at_tags,
 )
 from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
 
 SENTINEL_ANSWER = Message("assistant", SENTINEL)
 LONE_SENTINEL = re.compile(f"{SENTINEL}(?!\\d)")  # of SENTINEL_ANSWER
@@ -91,7 +91,7 @@ class AnswerTexts(NamedTuple):
 
 
 class AssistantSpanFinder:
-    """Finds the assistant turns of one conversation.
+    """A search for the assistant turns of one conversation.
 
     Args:
         render: renders the first messages of it. One more than there is must be there, a user's: some templates write
@@ -319,21 +319,27 @@ def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, in
     )
 
 
-def cut_into_segments(text: str, turns: Sequence[AssistantTurn], messages: Sequence[Message]) -> list[Segment]:
-    """Cut a text at the edges of its turns.
+def split_at_turns(rendered: RenderedText) -> list[str]:
+    """Cut a text at the edges of its turns; every second piece is a turn.
 
     Raises:
         RejectedRecord: its turns do not follow each other.
     """
-    segments = []
+    pieces = []
     position = 0
-    for turn in turns:
+    for turn in rendered.turns:
         if turn.start < position:
             raise RejectedRecord(f"message {turn.index}: the chat template does not render this turn by turn")
-        if turn.start > position:
-            segments.append(Segment(text[position : turn.start]))
-        train = messages[turn.index].train
-        answer = text[turn.start : turn.end]
-        segments.append(Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train))
+        pieces += [rendered.text[position : turn.start], rendered.text[turn.start : turn.end]]
         position = turn.end
-    return [*segments, Segment(text[position:])] if position < len(text) else segments
+    return [*pieces, rendered.text[position:]]
+
+
+def make_segments(pieces: Sequence[str], turns: Sequence[AssistantTurn], messages: Sequence[Message]) -> list[Segment]:
+    """Return the segments of a text in the pieces of split_at_turns."""
+    segments = []
+    for turn, before, answer in zip(turns, pieces[::2], pieces[1::2], strict=False):
+        train = messages[turn.index].train
+        segments += [Segment(before)] if before else []
+        segments.append(Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train))
+    return [*segments, Segment(pieces[-1])] if pieces[-1] else segments

@@ -19,12 +19,13 @@ from fastchat_qlora.data.templates.assistant_spans import (
     SENTINEL_ANSWER,
     AssistantSpanFinder,
     RenderedText,
-    cut_into_segments,
+    make_segments,
+    split_at_turns,
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
-from fastchat_qlora.data.templates.template_skeleton import TemplateSkeleton, build_skeleton, fill_skeleton
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
+from fastchat_qlora.data.templates.template_skeleton import fill_skeleton
 
 NEXT_QUESTION = Message("user", "-")
 
@@ -38,7 +39,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.control_tokens = control_tokens
         self.literals = _find_literals(tokenizer.chat_template)
-        self.skeletons: dict[str, list[TemplateSkeleton]] = {}
+        self.skeletons: dict[str, list[RenderedText]] = {}
 
     def render(self, conversation: Conversation, supervised: Sequence[int]) -> list[list[Segment]]:
         """Render a conversation as one or several texts in segments, each supervised answer in one of them.
@@ -74,7 +75,7 @@ class ChatTemplate:
             f"reasoning after {before[-30:]!r}; such answers are supervised there."
         )
 
-    def _fill(self, skeleton: TemplateSkeleton, messages: Sequence[Message]) -> list[Segment] | None:
+    def _fill(self, skeleton: RenderedText, messages: Sequence[Message]) -> list[Segment] | None:
         """Return the segments of a conversation's own text, or None if the skeleton is not that text."""
         try:
             text = self._apply(messages[: skeleton.count])
@@ -89,9 +90,9 @@ class ChatTemplate:
             name = str(tool["function"].get("name", ""))
             if not all(name in rendered.text for rendered in texts):
                 raise RejectedRecord(f"the chat template omits the tool {name[:40]!r}")
-        return [cut_into_segments(rendered.text, rendered.turns, conversation.messages) for rendered in texts]
+        return [make_segments(split_at_turns(rendered), rendered.turns, conversation.messages) for rendered in texts]
 
-    def _get_skeletons(self, conversation: Conversation, wanted: set[int]) -> list[TemplateSkeleton]:
+    def _get_skeletons(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:
         """Return the skeletons of this sequence of roles; none where contents may change what the template does."""
         messages = conversation.messages
         if conversation.tools or not all(message.is_plain for message in messages):
@@ -107,7 +108,7 @@ class ChatTemplate:
             sentinels = Conversation([replace_content(message, i) for i, message in enumerate(messages)])
             self.skeletons[key] = []
             with suppress(RejectedRecord):  # the conversation itself shall give the reason
-                self.skeletons[key] = [build_skeleton(rendered) for rendered in self._find_texts(sentinels, wanted)]
+                self.skeletons[key] = self._find_texts(sentinels, wanted)
         return self.skeletons[key]
 
     def _find_texts(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:

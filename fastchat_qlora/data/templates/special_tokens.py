@@ -2,17 +2,44 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
 
 BRACKETED = re.compile(r"[<\[]\S+[>\]]")  # <|user|>, <start_of_turn>, [INST]
 WRITTEN_BY_ASSISTANTS = re.compile(r"</?(?:think|thought|reason|answer|tool|function)\w*>")
 
 SAMPLE_ROLES = ("user", "user assistant user", "system user assistant")
+
+
+class StringMatcher:
+    """A matcher of fixed strings, the longest where several begin at one position.
+
+    Most texts contain none: a look for first characters is ten times as fast as a regular expression.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self.strings = tuple(sorted({string for string in strings if string}, key=lambda one: (-len(one), one)))
+        self.first_characters = "".join(sorted({string[0] for string in self.strings}))
+        self.pattern = re.compile("|".join(map(re.escape, self.strings)) or r"(?!)")
+
+    def search(self, text: str, position: int = 0) -> re.Match[str] | None:
+        """Return the first match at or after a position."""
+        for character in self.first_characters:  # no generator: this runs for every message
+            if character in text:
+                return self.pattern.search(text, position)
+        return None
+
+    def match(self, text: str, position: int = 0) -> re.Match[str] | None:
+        """Return the match that starts at a position."""
+        return self.pattern.match(text, position)
+
+    def finditer(self, text: str, position: int = 0) -> Iterator[re.Match[str]]:
+        """Yield all matches from a position on."""
+        return self.pattern.finditer(text, position)
 
 
 def find_control_tokens(tokenizer: Any) -> StringMatcher:

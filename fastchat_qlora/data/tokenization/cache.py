@@ -17,7 +17,8 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.files import hash_file
 
 MAX_ENTRIES = 10  # that pruning leaves, the last used ones, beside those used within the last day
-ENTRY_MANIFEST = "manifest.json"
+ENTRY_MANIFEST = "manifest.json"  # the hash of each file
+FACTS_FILE = "facts.json"
 DAY_SECONDS = 24 * 3600.0
 
 
@@ -76,27 +77,23 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
 def read_entry(entry: Path) -> dict[str, Any] | None:
     """Return the facts of an entry; None if it does not exist, or any byte of it is missing or changed."""
     try:
-        if not (entry / ENTRY_MANIFEST).is_file():
+        names = [ENTRY_MANIFEST, FACTS_FILE]
+        if not all((entry / name).is_file() for name in names):
             return None
-        manifest = json.loads((entry / ENTRY_MANIFEST).read_text(encoding="utf-8"))
-        files, facts = manifest["files"], manifest["facts"]
-        if manifest["digest"] != _get_digest(files, facts) or not isinstance(facts, dict):
-            return None
-        is_complete = all((entry / name).is_file() and hash_content(entry / name) == files[name] for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        hashes, facts = (json.loads((entry / name).read_text(encoding="utf-8")) for name in names)
+        is_complete = all((entry / name).is_file() and hash_content(entry / name) == hashes[name] for name in hashes)
+        return facts if is_complete and FACTS_FILE in hashes else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return facts if is_complete else None
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    files = {path.name: hash_content(path) for path in sorted(folder.iterdir())}
-    manifest = {"files": files, "facts": facts, "digest": _get_digest(files, facts)}
-    text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    (folder / ENTRY_MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _write_json(folder / FACTS_FILE, facts)
+    _write_json(folder / ENTRY_MANIFEST, {path.name: hash_content(path) for path in sorted(folder.iterdir())})
 
 
-def _get_digest(files: Any, facts: Any) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json.dumps([files, facts], sort_keys=True).encode()))
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind, Segment
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.data.tokenization.token_bytes import ByteVocabulary, Ids, TokenPositions, find_safe_cuts
 
 IGNORE_INDEX = -100
@@ -50,7 +50,7 @@ class TokenSpan(NamedTuple):
 
 
 class Encoder:
-    """Turns texts in segments into ids and labels; each text is tokenized once, as a whole.
+    """A tokenizer with exact labels; each text is tokenized once, as a whole.
 
     Pieces of text tokenized on their own do not add up to the tokens of the whole, and counting them is how labels go
     wrong. Here the bytes of each token say which tokens an answer has, and prove it: all tokens together must give the

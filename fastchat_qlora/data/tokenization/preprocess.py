@@ -43,7 +43,7 @@ class PreprocessedBatch(NamedTuple):
 
 
 class Preprocessor:
-    """Turns records into sequences for the model.
+    """The steps from records to sequences for the model.
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
@@ -101,7 +101,7 @@ class Preprocessor:
         return digest.hexdigest()
 
     def __call__(self, records: Sequence[tuple[int, RawRecord]]) -> PreprocessedBatch:
-        """Do all steps for a batch of numbered records."""
+        """Run all steps for a batch of numbered records."""
         drafts = self.prepare(records)
         return self.finish(drafts, self.encode(drafts))
 
@@ -228,7 +228,7 @@ def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list
 
 
 def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
-    """Let the first sequence count tokens that are in none, so that the record counts as shortened."""
+    """Extend the first sequence's full length by tokens that are in none, so that the record counts as shortened."""
     if sequences and full_length > sequences[0].tokens.full_length:
         sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences

@@ -26,14 +26,14 @@ def folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def load(tokenizer: Any, data: Path, tmp_path: Path, *flags: str, model_max_length: int = 512) -> Any:
-    """The training rows as a run has them, with what was said about parity in the log."""
+    """The training rows as a run has them, with what was parity_lines about parity in the log."""
     argv = f"--model_name_or_path org/m --data_path {data} --output_dir {tmp_path / 'out'}"
     args = parse_args([*argv.split(), *flags])
     loaded = load_dataset(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
     return loaded.train.sequences
 
 
-def said(notices: pytest.LogCaptureFixture) -> list[str]:
+def parity_lines(notices: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in notices.records if record.getMessage().startswith("Serve parity")]
 
 
@@ -55,7 +55,7 @@ ALIKE = "Serve parity: {0} of {0} sequences begin with a server's prompt, with t
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_rows_begin_as_a_server_asks(
+def test_sequences_begin_with_the_prompts_of_a_server(
     flags: list[str],
     length: int,
     count: int,
@@ -66,7 +66,7 @@ def test_rows_begin_as_a_server_asks(
 ) -> None:
     for _ in range(2):  # the second time from the cache
         load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
-    first, second = said(notices)
+    first, second = parity_lines(notices)
     assert first == second
     assert first.startswith("Serve parity: ") and " of " in first and "again" in first
     checked = int(first.split()[2])
@@ -75,29 +75,31 @@ def test_rows_begin_as_a_server_asks(
 
 def foxes(folder: Path) -> Path:
     """Three conversations of one to three answers."""
-    said = ["hello, user!", "One two", "And?", "The fox", "!", "One"]
-    turns = [(("human", "gpt")[i % 2], text) for i, text in enumerate(said)]
+    parity_lines = ["hello, user!", "One two", "And?", "The fox", "!", "One"]
+    turns = [(("human", "gpt")[i % 2], text) for i, text in enumerate(parity_lines)]
     path = folder / "data.json"
     path.write_text(json.dumps([sharegpt(turns[:length]) for length in (2, 4, 6)]))
     return path
 
 
-def test_a_tokenizer_that_is_another_one_once_saved(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_tokenizer_that_changes_when_saved_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     """transformers loses the switch `legacy` of a Llama tokenizer, for which model/loading.py sees to it."""
     load(copy.deepcopy(real_templates.sentencepiece("phi3")), foxes(tmp_path), tmp_path)
-    [line] = said(notices)
+    [line] = parity_lines(notices)
     assert line.startswith("Serve parity: 0 of 3 sequences") and "as token 1, a server has '\\n'" in line
 
 
 @pytest.mark.parametrize("family", real_templates.FAMILIES)
 @pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "phi3", "glm4moe", "gptoss"])
-def test_families(family: str, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_families_of_templates_agree_with_a_server(
+    family: str, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
     """Also templates that rewrite earlier turns: each row is what a server would have shown."""
     tokenizer = copy.deepcopy(real_templates.FAMILIES[family](name))
     if family == "sentencepiece":
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # as model/loading.py does
     rows = load(tokenizer, foxes(tmp_path), tmp_path)
-    assert said(notices)[0].startswith(ALIKE.format(len(rows)))
+    assert parity_lines(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
     expected = tokenizer.convert_tokens_to_ids("<" + end.rpartition("<")[2])
     assert find_stop_tokens(rows, tokenizer, 512) == [expected]
@@ -145,7 +147,7 @@ def replace(old: str, new: str) -> Any:
     ],
     ids=["it goes on after the place of the answer", "another token before it", "from the first token on"],
 )
-def test_the_first_token_that_differs_is_named(
+def test_first_different_token_is_logged(
     old: str,
     new: str,
     problem: str,
@@ -165,31 +167,31 @@ def test_the_first_token_that_differs_is_named(
 
     names = {"I": shown(rows[0]["input_ids"][first]), "n": first, "h": first - header}
     names |= {"X": shown(tokenizer("X").input_ids[0]), "start": shown(1), "end": shown(2)}
-    [line] = said(notices)
+    [line] = parity_lines(notices)
     assert line.startswith("Serve parity: 0 of 12 sequences begin with a server's prompt. ")
     assert f" {data_file}:1: " in line and problem.format(**names) in line
 
 
-def test_a_later_answer_is_looked_at_too(
+def test_later_answers_are_compared(
     other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
     """Every second conversation has a second answer."""
     other_server(replace("{% if add_gen", "{% if messages | length > 2 %}X{% endif %}{% if add_gen"))
     load(tokenizer, data_file, tmp_path)
-    [line] = said(notices)
+    [line] = parity_lines(notices)
     assert line.startswith("Serve parity: 6 of 12 sequences") and f"{data_file}:2: before answer 2 " in line
 
 
-def test_a_template_that_refuses(
+def test_refusal_is_logged(
     other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
     other_server(replace("{% for", "{{ raise_exception('no') }}{% for"))
     load(tokenizer, data_file, tmp_path)
-    [line] = said(notices)
-    assert "0 of 12 sequences" in line and "refuses the messages before answer 1" in line
+    [line] = parity_lines(notices)
+    assert "0 of 12 sequences" in line and "refuses the messages before an answer" in line
 
 
-def test_a_tokenizer_that_cannot_be_read_again(
+def test_unreadable_tokenizer_is_logged(
     other_server: Any, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
     def change(server: Any) -> None:
@@ -197,10 +199,10 @@ def test_a_tokenizer_that_cannot_be_read_again(
 
     other_server(change)
     load(tokenizer, data_file, tmp_path)
-    assert said(notices) == ["Serve parity: not compared, the saved tokenizer cannot be loaded: no such class"]
+    assert parity_lines(notices) == ["Serve parity: not compared, the saved tokenizer cannot be loaded: no such class"]
 
 
-def test_rows_are_spread_over_files_of_every_kind(
+def test_compared_sequences_are_spread_over_files(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = json.loads(data_file.read_text(encoding="utf-8"))
@@ -215,28 +217,28 @@ def test_rows_are_spread_over_files_of_every_kind(
 
     monkeypatch.setattr(serving_parity, "_compare", compare)
     load(tokenizer, data_file, tmp_path, "--data_path", str(data_file), str(lines))
-    assert said(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
+    assert parity_lines(notices)[0].startswith(ALIKE.format(16)) and len({*seen}) == 16
     assert {file for file, _ in seen} == {str(data_file), str(lines)}
     assert max(line for _, line in seen) == serving_parity.COMPARED_LINES
 
 
-def test_a_template_that_never_writes_the_header(
+def test_missing_generation_prompt_is_logged(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """All of what a server writes is in the row, and yet the model would have to write what it has not learnt."""
+    """The sequence has all that a server writes, and yet the model would have to write an unsupervised header."""
     start = tokenizer.chat_template.index("{% if add_gen")
     tokenizer.chat_template = tokenizer.chat_template[:start]
     rows = load(tokenizer, data_file, tmp_path)
     first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
     header = len(tokenizer(ASSISTANT).input_ids)
-    [line] = said(notices)
+    [line] = parity_lines(notices)
     assert line.startswith("Serve parity: 0 of 12 sequences") and line.endswith(
         f"before answer 1 the sequence has '<|im_start|>' (id 1) as token {first - header}, a server has nothing "
         "more: the chat template has no generation prompt"
     )
 
 
-def test_a_template_that_needs_no_header(
+def test_template_may_need_no_generation_prompt(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
     """As Llama-2's, in which an answer follows the question at once."""
@@ -245,12 +247,12 @@ def test_a_template_that_needs_no_header(
         " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
     )
     load(tokenizer, data_file, tmp_path)
-    assert said(notices)[0].startswith(ALIKE.format(12))
+    assert parity_lines(notices)[0].startswith(ALIKE.format(12))
 
 
 @pytest.mark.parametrize("length", [40, 50, 60, 90])
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_cut_rows_are_compared_as_far_as_they_go(
+def test_cut_sequences_are_compared(
     train_on: str, length: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any, capfd: Any
 ) -> None:
     """With the prompt of the last answer that is left, and without transformers' remarks about long texts."""
@@ -260,25 +262,25 @@ def test_cut_rows_are_compared_as_far_as_they_go(
     tokenizer.model_max_length = length  # as model/loading.py does
     rows = load(tokenizer, data, tmp_path, "--train_on", train_on, model_max_length=length)
     assert all(row["full_length"] > row["length"] for row in rows)
-    assert said(notices)[0].startswith(ALIKE.format(2))
+    assert parity_lines(notices)[0].startswith(ALIKE.format(2))
     assert "sequence length is longer" not in capfd.readouterr().err + notices.text
 
 
-def test_cut_rows_that_differ_are_found(
+def test_different_cut_sequences_are_found(
     other_server: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any
 ) -> None:
     other_server(replace("assistant\n'", "assistant\nX'"))
     data = tmp_path / "data.json"
     data.write_text(json.dumps([sharegpt([("human", "One two"), ("gpt", "three")] * 5)]))
     load(tokenizer, data, tmp_path, "--train_on", "all", model_max_length=60)
-    assert said(notices)[0].startswith("Serve parity: 0 of 1 sequences")
+    assert parity_lines(notices)[0].startswith("Serve parity: 0 of 1 sequences")
 
 
 def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) -> Mismatch | Any:
     return find_mismatch(ids, prompts, SupervisedSpan(start, len(ids), after))
 
 
-def test_the_nearest_prompt_is_compared() -> None:
+def test_nearest_prompt_is_compared() -> None:
     ids = [1, 2, 3, 4, 5, 6]
     assert run_of(ids, [1, 2, 3], start=3) is None
     assert run_of(ids, [1, 2], start=3) is None, "what stands between is the template's"
@@ -288,9 +290,7 @@ def test_the_nearest_prompt_is_compared() -> None:
     assert run_of(ids, [*ids, 7], start=3) == Mismatch(6, 7, None)
 
 
-def test_answers_that_were_cut_short_end_nothing(
-    tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path
-) -> None:
+def test_cut_answers_have_no_stop_token(tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path) -> None:
     def found(*flags: str, length: int = 512) -> list[int]:
         rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
         assert len(rows)
@@ -302,7 +302,7 @@ def test_answers_that_were_cut_short_end_nothing(
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
-def test_rows_that_are_cut_behind_their_first_answer_end_as_others(
+def test_sequences_cut_after_an_answer_have_stop_tokens(
     overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Whole answers they are, and whoever has none but such rows does teach the model to stop."""

@@ -1,4 +1,4 @@
-"""Conversations of one batch: what is learnt where, and what lies between them."""
+"""Conversations of one batch: the targets of each, and the boundaries between them."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def collator(tokenizer: Any, layout: str) -> Collator:
 
 
 def targets(batch: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(conversation, token before, token to learn) of each target, read from the batch."""
+    """Return (conversation, token before, supervised token) of each target, read from the batch."""
     before = batch["input_ids"].flatten()[batch["supervised"]]
     return list(zip(batch["conversation"].tolist(), before.tolist(), batch["labels"].tolist(), strict=True))
 
@@ -40,15 +40,15 @@ def expected_targets(rows: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
 @st.composite
 def conversations(draw: st.DrawFn) -> dict[str, Any]:
     ids = draw(st.lists(st.integers(1, 500), min_size=1, max_size=20))
-    learnt = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    return {"input_ids": ids, "labels": [i if keep else IGNORE_INDEX for i, keep in zip(ids, learnt, strict=True)]}
+    supervised = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    return {"input_ids": ids, "labels": [i if keep else IGNORE_INDEX for i, keep in zip(ids, supervised, strict=True)]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
-def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: list[dict[str, Any]]) -> None:
-    """A first token has nothing of its own before it: in a row of several its neighbour's last one would be."""
+def test_targets_are_all_supervised_tokens_but_first_ones(layout: str, rows: list[dict[str, Any]]) -> None:
+    """A first token has nothing of its own before it: in a row of several its neighbor's last one would be."""
     batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
     *counted, sources = [batch[name] for name in BATCH_INFO]
@@ -59,7 +59,7 @@ def test_targets_are_the_supervised_tokens_but_first_ones(layout: str, rows: lis
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
-def test_end_to_end_is_all_tokens_and_where_they_meet(rows: list[dict[str, Any]]) -> None:
+def test_end_to_end_batch_has_all_tokens_and_boundaries(rows: list[dict[str, Any]]) -> None:
     batch = collator(Padding(), "end to end")(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     assert batch["input_ids"].tolist() == [[token for row in rows for token in row["input_ids"]]]
@@ -73,7 +73,7 @@ def test_end_to_end_is_all_tokens_and_where_they_meet(rows: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_mask_goes_by_length(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """The mask goes by length: both rows hold the padding token itself and keep seeing it.
 
     What is masked is the first token of the vocabulary, for which every model has an embedding.
@@ -102,7 +102,7 @@ def test_padding(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lazy", [False, True])
-def test_rows_of_a_dataset(
+def test_batch_of_a_dataset_has_all_targets(
     lazy: bool, layout: str, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     train = load_splits(data_file, tokenizer, tmp_path, lazy_preprocess=lazy)["train"]
@@ -118,7 +118,7 @@ def test_rows_of_a_dataset(
         assert real.tolist() == [token for row in rows for token in row["input_ids"]]
 
 
-def test_as_wide_as_the_longest_row_rounded_up_to_eight(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_width_is_rounded_up_to_a_multiple_of_eight(tokenizer: PreTrainedTokenizerFast) -> None:
     for longest, width in ((5, 8), (8, 8), (9, 16)):
         rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (2, longest)]
         batch = collator(tokenizer, "padded on the right")(rows)
@@ -126,7 +126,7 @@ def test_as_wide_as_the_longest_row_rounded_up_to_eight(tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_to_learn(layout: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_batch_may_have_no_targets(layout: str, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = collator(tokenizer, layout)([{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX] * 3}])
     assert batch["num_supervised"] == 0
     for name in ("supervised", "labels", "conversation"):

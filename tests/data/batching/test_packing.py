@@ -21,7 +21,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 def naive(lengths: list[int], capacity: int) -> list[int]:
-    """Room left in each row by best-fit decreasing as it is told in a sentence."""
+    """Return the room left in each bin by best-fit decreasing as its definition says."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -38,7 +38,7 @@ def lengths_in(rows: list[Row], lengths: list[int]) -> list[list[int]]:
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
-def test_every_conversation_once_and_no_row_too_long(problem: tuple[list[int], int]) -> None:
+def test_each_conversation_is_packed_once_within_capacity(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
     rows = pack_best_fit(lengths, capacity)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
@@ -47,7 +47,7 @@ def test_every_conversation_once_and_no_row_too_long(problem: tuple[list[int], i
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
-def test_it_is_best_fit_decreasing(problem: tuple[list[int], int]) -> None:
+def test_packing_is_best_fit_decreasing(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
     rooms = sorted(capacity - sum(lengths[index] for index in row) for row in pack_best_fit(lengths, capacity))
     assert rooms == naive(lengths, capacity)
@@ -63,7 +63,7 @@ def test_order_of_conversations_does_not_matter(problem: tuple[list[int], int], 
     )
 
 
-def test_conversations_of_natural_lengths_leave_little_room() -> None:
+def test_packed_sequences_are_nearly_full() -> None:
     """Spread like chats: many short ones, a long tail. Laying them out in the order they come leaves a fifth empty."""
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.8, 2000).astype(int), 8, 2048)
     rows = pack_best_fit(lengths, 2048)
@@ -78,7 +78,7 @@ def rows_of(sampler: PackingSampler, epoch: int) -> list[Row]:
     return list(sampler)
 
 
-def test_seed_and_epoch_decide_the_rows() -> None:
+def test_seed_and_epoch_decide_the_packing() -> None:
     one, same, other = (PackingSampler(LENGTHS, 10, seed) for seed in (7, 7, 8))
     second = rows_of(one, 1)
     assert rows_of(one, 0) != second, "another epoch, other rows in another order"
@@ -91,14 +91,14 @@ def test_seed_and_epoch_decide_the_rows() -> None:
         assert all(sum(LENGTHS[index] for index in row) <= 10 for row in rows)
 
 
-def test_conversations_of_one_length_change_places() -> None:
+def test_conversations_of_equal_length_change_places() -> None:
     """Else two of them would meet in every epoch."""
     sampler = PackingSampler([5] * 8, 10, seed=1)
     partners = {tuple(sorted(row)) for epoch in range(10) for row in rows_of(sampler, epoch) if 0 in row}
     assert len(partners) > 2
 
 
-def test_a_batch_of_rows_is_their_conversations() -> None:
+def test_batch_is_the_conversations_of_its_packed_sequences() -> None:
     conversations = [{"name": index} for index in range(len(LENGTHS))]
     dataset = PackedDataset(conversations, PackingSampler(LENGTHS, 10, seed=1))
     rows = list(dataset.sampler)
@@ -109,7 +109,7 @@ def test_a_batch_of_rows_is_their_conversations() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_an_epoch_is_its_own_under_accelerate(processes: int, skipped: int) -> None:
+def test_accelerate_sets_the_epoch(processes: int, skipped: int) -> None:
     """Every process takes its share of the epoch's rows, after a resume in the middle of an epoch too.
 
     What Trainer does: `set_epoch` on the loader that accelerate has prepared and, on resume, cut short.

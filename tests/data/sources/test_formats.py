@@ -1,4 +1,4 @@
-"""Every format that a record may come in means the same conversation; what is learnt follows its flags."""
+"""Every format that a record may come in means the same conversation; its flags decide on supervision."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_formats_mean_the_same(name: str) -> None:
     assert to_conversation(SAME[name]) == to_conversation(OPENAI)
 
 
-def test_alpaca_input_stands_below_the_instruction() -> None:
+def test_alpaca_input_follows_the_instruction() -> None:
     record = {"instruction": "Translate.", "input": "Guten Tag", "output": "Good day"}
     expected = [Message("user", "Translate.\nGuten Tag"), Message("assistant", "Good day")]
     assert to_conversation(record) == Conversation(expected, [])
@@ -84,7 +84,7 @@ def test_alpaca_input_stands_below_the_instruction() -> None:
     ],
     ids=["object", "JSON", "older name", "ShareGPT", "ShareGPT, object", "all in JSON"],
 )
-def test_tool_calls(said: dict[str, Any]) -> None:
+def test_all_forms_of_tool_calls_are_equal(said: dict[str, Any]) -> None:
     """However it is written down, a call is one; the tool's result and description are kept for the template."""
     result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
     answer = {"role": "assistant", "content": "Three"}
@@ -127,7 +127,7 @@ def test_tool_calls(said: dict[str, Any]) -> None:
         ],
     ],
 )
-def test_bad_message(change: dict[str, Any], reason: str) -> None:
+def test_bad_message_is_rejected(change: dict[str, Any], reason: str) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", **change}]
     with pytest.raises(RejectedRecord, match=reason):
         to_conversation({"messages": turns})
@@ -139,14 +139,14 @@ SAID_BEFORE = [{"role": "system", "content": SYSTEM}, *HI]
 
 @pytest.mark.parametrize("system", [5, True, 1.5, ["Be brief."], {"content": "Be brief."}])
 @pytest.mark.parametrize("turns", [{"messages": HI}, {"messages": SAID_BEFORE}, {"instruction": "Hi", "output": "Ho"}])
-def test_system_message_that_is_no_text(turns: dict[str, Any], system: Any) -> None:
+def test_system_message_must_be_text(turns: dict[str, Any], system: Any) -> None:
     """What a run says to the model all through is not dropped without a word."""
     with pytest.raises(RejectedRecord, match=r"^'system' must be text$"):
         to_conversation({"system": system, **turns})
 
 
 @pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
-def test_two_system_messages_that_differ(first: Any) -> None:
+def test_system_messages_must_not_differ(first: Any) -> None:
     record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
     with pytest.raises(RejectedRecord, match=r"^'system' and the first message are system messages that differ$"):
         to_conversation(record)
@@ -154,14 +154,14 @@ def test_two_system_messages_that_differ(first: Any) -> None:
 
 @pytest.mark.parametrize("system", [SYSTEM, "", None])
 @pytest.mark.parametrize("first", [SYSTEM, [{"type": "text", "text": SYSTEM}]])
-def test_a_system_message_that_is_given_twice_is_one(first: Any, system: str | None) -> None:
+def test_equal_system_messages_are_one(first: Any, system: str | None) -> None:
     record = {"system": system, "messages": [{"role": "system", "content": first}, *HI]}
     assert to_conversation(record).messages == to_conversation({"messages": SAID_BEFORE}).messages
 
 
 @pytest.mark.parametrize(("given", "kept"), [(7, "7"), ("c7", "c7"), (10**30, "1" + "0" * 30)])
 @pytest.mark.parametrize("key", ["tool_call_id", "name"])
-def test_number_as_the_name_of_a_tool_call(key: str, given: Any, kept: str) -> None:
+def test_number_may_name_a_tool_call(key: str, given: Any, kept: str) -> None:
     result = {"role": "tool", "content": "3", key: given}
     turns = [HI[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, result, HI[1]]
     assert to_conversation({"messages": turns}).messages[2] == Message("tool", "3", extra={key: kept})
@@ -172,7 +172,7 @@ def build(path: str | Path, tokenizer: Any, tmp_path: Path, **options: Any) -> d
     return load_splits(path, tokenizer, tmp_path, **settings)
 
 
-def learnt(row: dict[str, Any], tokenizer: Any) -> str:
+def supervised_text(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 
@@ -192,7 +192,7 @@ def write_all(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
     return [folder / name for name in (*contents, "f.parquet")]
 
 
-def test_files_of_every_kind_give_the_same_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_files_of_every_kind_make_the_same_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
     records = [{**OPENAI, "id": str(i)} for i in range(600)]
@@ -203,13 +203,13 @@ def test_files_of_every_kind_give_the_same_rows(tokenizer: PreTrainedTokenizerFa
         assert other["id"] == [str(i) for i in range(600)]
         assert other["line"] == list(range(1, 601))
         assert other["labels"] == rows[0]["labels"]
-    assert learnt(rows[0][0], tokenizer) == "Hello<|im_end|>Well…<|im_end|>"
+    assert supervised_text(rows[0][0], tokenizer) == "Hello<|im_end|>Well…<|im_end|>"
     together = build(folder, tokenizer, tmp_path)["train"]
     assert together["file"] == [str(path) for path in paths for _ in records]
 
 
 @pytest.mark.parametrize("split", ["train", "test", "train[:1]"])
-def test_dataset_repository_folder(split: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_split_of_a_dataset_repository_is_read(split: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """`name:split`, as for a hub id: what the datasets library makes of the repository's files."""
     repository = tmp_path / "repository"
     (repository / "data").mkdir(parents=True)
@@ -237,7 +237,7 @@ def test_unknown_hub_dataset_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp
     ],
 )
 @pytest.mark.parametrize("conv_template", ["auto", "chatml"])
-def test_what_is_learnt(
+def test_flags_of_messages_decide_on_supervision(
     train_on: str, flags: tuple[Any, Any], expected: str, conv_template: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     turns = [dict(turn) for turn in OPENAI["messages"]]
@@ -245,11 +245,11 @@ def test_what_is_learnt(
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": turns}]))
     [row] = build(path, tokenizer, tmp_path, train_on=train_on, conv_template=conv_template)["train"]
-    assert learnt(row, tokenizer) == expected
+    assert supervised_text(row, tokenizer) == expected
     assert tokenizer.decode(row["input_ids"]).count("<|im_end|>") == 5
 
 
-def test_train_on_all(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_train_on_all_supervises_every_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Every token but the first, which nothing could predict."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps([OPENAI]))
@@ -257,7 +257,7 @@ def test_train_on_all(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
     assert row["labels"] == [-100, *row["input_ids"][1:]]
 
 
-def test_nothing_to_learn_by_flags(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_run_stops_when_all_answers_are_masked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [{**turn, "weight": 0} for turn in OPENAI["messages"]]}]))
     with pytest.raises(UserError, match="no supervised token: 'train' or 'weight' is 0"):
@@ -268,7 +268,7 @@ QUESTIONS = [(f"Question {i}?", f"Answer {i} is here.") for i in range(12)]
 
 
 def test_split_keeps_every_answer_and_the_system_message(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Each answer is learnt once, whole, in order; every part begins with the system message and fits."""
+    """Each answer is supervised once, whole, in order; every part begins with the system message and fits."""
     turns = [{"role": "system", "content": SYSTEM}]
     for question, answer in QUESTIONS:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -276,7 +276,9 @@ def test_split_keeps_every_answer_and_the_system_message(tokenizer: PreTrainedTo
     path.write_text(json.dumps([{"messages": turns}]))
     rows = build(path, tokenizer, tmp_path, max_length=120, overlong="split")["train"]
     assert len(rows) > 1
-    assert "".join(learnt(row, tokenizer) for row in rows) == "".join(f"{answer}<|im_end|>" for _, answer in QUESTIONS)
+    assert "".join(supervised_text(row, tokenizer) for row in rows) == "".join(
+        f"{answer}<|im_end|>" for _, answer in QUESTIONS
+    )
     for row in rows:
         assert row["length"] <= 120
         assert tokenizer.decode(row["input_ids"]).startswith(
@@ -289,8 +291,8 @@ DROPS_THOUGHTS = CHATML.replace(
 )
 
 
-def test_conversation_that_becomes_several_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A template that forgets earlier thoughts: each answer is learnt with its thought, after answers without."""
+def test_rewriting_template_makes_several_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A template that drops earlier reasoning: each answer is supervised with its own, after answers without."""
     tokenizer.chat_template = DROPS_THOUGHTS
     turns = [("Hi", "<think>hm</think>Hello"), ("And?", "<think>so</think>Well")]
     record = [
@@ -302,7 +304,7 @@ def test_conversation_that_becomes_several_rows(tokenizer: PreTrainedTokenizerFa
     path.write_text(json.dumps([{"messages": record}] * 4))
     data = build(path, tokenizer, tmp_path, eval_split=2)
     for rows in data.values():
-        assert [learnt(row, tokenizer) for row in rows] == [
+        assert [supervised_text(row, tokenizer) for row in rows] == [
             "<think>hm</think>Hello<|im_end|>",
             "<think>so</think>Well<|im_end|>",
         ] * 2
@@ -310,7 +312,7 @@ def test_conversation_that_becomes_several_rows(tokenizer: PreTrainedTokenizerFa
     assert not set(data["train"]["record"]) & set(data["eval"]["record"])  # whole conversations on one side
 
 
-def test_folder_without_data(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_folder_without_data_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no data")
     with pytest.raises(UserError, match=f"--data_path {tmp_path}/empty: no data file in that folder; give .json"):

@@ -1,4 +1,4 @@
-"""Files become messages; a bad record is set aside with its line and the reason, and a bad file is an error."""
+"""Files become messages; a bad record is rejected with its line and the reason, and a bad file is an error."""
 
 import gzip
 import json
@@ -69,13 +69,13 @@ def read(path: Path, content: bytes) -> list[Conversation | Rejection]:
     return list(read_conversations(str(path)))
 
 
-def outline(records: list[Conversation | Rejection]) -> list[tuple[int, str]]:
+def places(records: list[Conversation | Rejection]) -> list[tuple[int, str]]:
     """The line of each record, and its kind."""
     return [(record.source.line, type(record).__name__) for record in records]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
-def test_good_records(name: str, tmp_path: Path) -> None:
+def test_good_records_become_conversations(name: str, tmp_path: Path) -> None:
     records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS)]
     text = json.dumps(records, ensure_ascii=False, indent=1)
     if name != "a.json":
@@ -118,14 +118,14 @@ def test_good_records(name: str, tmp_path: Path) -> None:
         (sharegpt([("system", "Be kind."), ("gpt", "Hello"), ("human", "Hi")]), "no answer"),
     ],
 )
-def test_bad_record(record: Any, reason: str, tmp_path: Path) -> None:
-    """It is set aside from an array and from lines alike, and its neighbours are read."""
+def test_bad_record_is_rejected_and_its_neighbors_are_read(record: Any, reason: str, tmp_path: Path) -> None:
+    """It is rejected in an array and in lines alike, and its neighbors are read."""
     with pytest.raises(RejectedRecord, match=f"^{reason}"):
         to_messages(record)
     array = read(tmp_path / "a.json", line([GOOD, record, GOOD]))
     lines = read(tmp_path / "a.jsonl", b"\n".join([line(), line(record), line()]))
     for records in (array, lines):
-        assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+        assert places(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert records[0].source.id == records[2].source.id == "good"
     assert isinstance(array[1], Rejection)
     assert isinstance(lines[1], Rejection)
@@ -161,53 +161,53 @@ def test_bad_record(record: Any, reason: str, tmp_path: Path) -> None:
         "huge number",
     ],
 )
-def test_broken_line_in_the_middle(broken: bytes, tmp_path: Path) -> None:
+def test_broken_line_is_rejected(broken: bytes, tmp_path: Path) -> None:
     records = read(tmp_path / "a.jsonl", b"\n".join([line(), broken, line()]) + b"\n")
-    assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+    assert places(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
     assert isinstance(records[1], Rejection)
     assert records[1].source == (str(tmp_path / "a.jsonl"), 2, None)
     assert records[1].reason.startswith("not a line of JSON in UTF-8: ")
 
 
-def test_blank_lines_count_but_are_no_records(tmp_path: Path) -> None:
+def test_blank_lines_are_counted_and_skipped(tmp_path: Path) -> None:
     content = b"\n\n" + line() + b"\r\n \t\r\n" + b"{broken\n\n\n" + line()  # no line break at the end
     records = read(tmp_path / "a.jsonl", content)
-    assert outline(records) == [(3, "Conversation"), (5, "Rejection"), (8, "Conversation")]
+    assert places(records) == [(3, "Conversation"), (5, "Rejection"), (8, "Conversation")]
 
 
-def test_line_separators_inside_a_line(tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     """Only a line feed ends a line; U+2028, U+0085 and a form feed are text."""
     said = "a\u2028b\u0085c\u000bd"
     record = json.dumps(sharegpt([("human", "Hi"), ("gpt", said)]), ensure_ascii=False).encode()
     records = read(tmp_path / "a.jsonl", record + b"\n" + line())
-    assert outline(records) == [(1, "Conversation"), (2, "Conversation")]
+    assert places(records) == [(1, "Conversation"), (2, "Conversation")]
     assert isinstance(records[0], Conversation)
     assert records[0].messages[1].content == said
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_byte_order_mark(name: str, tmp_path: Path) -> None:
+def test_byte_order_mark_is_skipped(name: str, tmp_path: Path) -> None:
     content = line([GOOD]) if name == "a.json" else line()
     [record] = read(tmp_path / name, b"\xef\xbb\xbf" + content)
     assert isinstance(record, Conversation)
     assert record.messages == MESSAGES
 
 
-def test_not_a_number_and_unknown_fields_do_no_harm(tmp_path: Path) -> None:
+def test_nan_and_unknown_fields_are_ignored(tmp_path: Path) -> None:
     content = b'{"id": NaN, "score": -Infinity, "tags": [1, "a"], "conversations": [{"from": "human", "value": "Hi",'
     content += b' "score": NaN}, {"from": "gpt", "value": "Hello", "weight": null}]}'
     [record] = read(tmp_path / "a.jsonl", content)
     assert record == Conversation(Source(str(tmp_path / "a.jsonl"), 1, "nan"), MESSAGES)
 
 
-def test_ids_of_mixed_types(tmp_path: Path) -> None:
+def test_ids_of_any_type_become_text(tmp_path: Path) -> None:
     ids = ["a", 7, None, 1.5, True, ["x", 1], {"k": 1}]
     records = read(tmp_path / "a.json", line([{**GOOD, "id": identity} for identity in ids]))
     assert [record.source.id for record in records] == ["a", "7", None, "1.5", "True", "['x', 1]", "{'k': 1}"]
     assert {type(record) for record in records} == {Conversation}
 
 
-def test_id_of_a_bad_record_is_kept(tmp_path: Path) -> None:
+def test_id_of_a_rejected_record_is_listed(tmp_path: Path) -> None:
     records = read(tmp_path / "a.json", line([{"id": 12, "conversations": []}, {"conversations": []}, 5]))
     assert [record.source.id for record in records] == ["12", None, None]
     assert {type(record) for record in records} == {Rejection}
@@ -222,7 +222,7 @@ def test_id_of_a_bad_record_is_kept(tmp_path: Path) -> None:
         ("system", "system"),
     ],
 )
-def test_role_names(name: str, role: Role) -> None:
+def test_published_role_names_are_known(name: str, role: Role) -> None:
     messages = to_messages(sharegpt([("human", "Hi"), (name, "Well"), ("gpt", "Hello")]))
     assert messages[1] == Message(role, "Well")
 
@@ -234,7 +234,7 @@ def test_opening_line_of_the_assistant_is_left_out(system: list[tuple[str, str]]
     assert to_messages(sharegpt(turns)) == [*(Message("system", text) for _, text in system), *MESSAGES]
 
 
-def test_contents_are_kept_as_they_are() -> None:
+def test_contents_are_unchanged() -> None:
     said = "  two blanks\r\n\ttab \u00e9 e\u0301 🙂 \x00 \n"
     assert to_messages(sharegpt([("human", ""), ("gpt", said)])) == [Message("user", ""), Message("assistant", said)]
 
@@ -252,7 +252,7 @@ def test_contents_are_kept_as_they_are() -> None:
     ],
     ids=["text", "null", "open", "cut", "two arrays", "empty", "Latin-1"],
 )
-def test_file_that_is_no_array(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_file_must_be_a_json_array(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
@@ -260,8 +260,8 @@ def test_file_that_is_no_array(content: bytes, reason: str, tmp_path: Path) -> N
     assert str(caught.value).startswith(f"--eval_data_path {path}: ")
 
 
-def test_lines_in_a_json_file(tmp_path: Path) -> None:
-    """By its first character a file of objects is told from an array, whatever it is called."""
+def test_json_file_may_contain_lines(tmp_path: Path) -> None:
+    """The first character distinguishes a file of objects from an array, whatever its name."""
     records = read(tmp_path / "a.json", b"\n" + line() + b"\n{broken\n" + line())
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
@@ -276,18 +276,18 @@ def test_lines_in_a_json_file(tmp_path: Path) -> None:
     ],
     ids=["lists", "deeper", "objects", "brackets in texts"],
 )
-def test_deep_record_in_an_array(deep: bytes, tmp_path: Path) -> None:
+def test_deeply_nested_item_is_rejected(deep: bytes, tmp_path: Path) -> None:
     records = read(tmp_path / "a.json", b"[" + line() + b"," + deep + b"," + line() + b"]")
     assert [type(record) for record in records] == [Conversation, Rejection, Conversation]
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", b"[]"), ("a.jsonl", b""), ("a.jsonl", b"\n \n")])
-def test_file_without_records(name: str, content: bytes, tmp_path: Path) -> None:
+def test_file_may_be_empty(name: str, content: bytes, tmp_path: Path) -> None:
     assert read(tmp_path / name, content) == []
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_missing_file(name: str, tmp_path: Path) -> None:
+def test_missing_file_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=name):
         list(read_conversations(str(tmp_path / name)))
 
@@ -321,22 +321,22 @@ def array_with(escape: bytes, padding: int = 0) -> bytes:
 def assert_means(records: list[Conversation | Rejection], meaning: str | None) -> None:
     """Compare what became of array_with."""
     if meaning is None:
-        assert outline(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
+        assert places(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert isinstance(records[1], Rejection)
         assert records[1].reason == "message 1: contains half of a surrogate pair, which is not a character"
     else:
         assert isinstance(records[1], Conversation)
         assert records[1].messages[1].content == meaning
-        assert outline(records) == [(i, "Conversation") for i in (1, 2, 3)]
+        assert places(records) == [(i, "Conversation") for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_half_a_surrogate_pair_in_an_array(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_an_item_is_rejected(escape: bytes, meaning: str | None, tmp_path: Path) -> None:
     assert_means(read(tmp_path / "a.json", array_with(escape)), meaning)
 
 
 @pytest.mark.parametrize(("escape", "meaning"), ESCAPES.items(), ids=repr)
-def test_escape_across_the_edge_of_what_is_read_at_once(
+def test_escapes_are_read_across_chunks(
     escape: bytes, meaning: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 64)
@@ -349,7 +349,7 @@ ITEMS = [0, -1.5e-3, 12345678901234567890, "", 'a\\"\u00e9\U0001f600', None, Tru
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("ensure_ascii", [True, False])
-def test_items_wherever_the_edges_are(
+def test_items_are_read_across_chunks(
     ensure_ascii: bool, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.json"
@@ -380,7 +380,7 @@ def test_error_names_the_place(
         read(tmp_path / "a.json", content)
 
 
-def test_item_that_is_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_item_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_reader, "MIN_READ_BYTES", 100)
     monkeypatch.setattr(json_reader, "MAX_ITEM_CHARACTERS", 1 << 20)
     content = line([GOOD, {**GOOD, "note": "x" * 3_000_000}])
@@ -415,7 +415,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory in use")
-def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
+def test_unclosed_brackets_take_little_memory(tmp_path: Path) -> None:
     """A parser that keeps the path to each of them would need gigabytes; half of one has to do here."""
     paths = [tmp_path / f"{name}.json" for name in BRACKETS]
     for path, content in zip(paths, BRACKETS.values(), strict=True):
@@ -423,8 +423,10 @@ def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = done.stdout.splitlines()
-    assert [text for path, text in zip(paths, told, strict=True) if not text.startswith(f"--data_path {path}: ")] == []
+    reported = done.stdout.splitlines()
+    assert [
+        text for path, text in zip(paths, reported, strict=True) if not text.startswith(f"--data_path {path}: ")
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -432,14 +434,14 @@ def test_brackets_without_end_take_no_memory(tmp_path: Path) -> None:
     [b'"' + b"[" * (3 << 20) + b'"', b'"' + rb"\"{[" * 500_000 + b'"', b"[[]],[{}]," * 30_000],
     ids=["in a text", "behind quotes", "side by side"],
 )
-def test_brackets_that_are_not_nested_do_no_harm(inside: bytes, tmp_path: Path) -> None:
+def test_brackets_side_by_side_are_not_nested(inside: bytes, tmp_path: Path) -> None:
     note = b'"note": [' + inside.removesuffix(b",") + b"], "
     content = b"[" + line().replace(b"{", b"{" + note, 1) + b"]"
-    assert outline(read(tmp_path / "a.json", content)) == [(1, "Conversation")]
+    assert places(read(tmp_path / "a.json", content)) == [(1, "Conversation")]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
-def test_array_with_what_only_python_reads(name: str, tmp_path: Path) -> None:
+def test_tolerated_json_is_read(name: str, tmp_path: Path) -> None:
     content = line([{**GOOD, "score": float("nan"), "most": float("-inf"), "count": 10**400}, GOOD])
     content = content.replace(b"NaN", b'NaN, "long": ' + b"9" * 5_000)  # more digits than Python likes
     assert b"NaN" in content
@@ -456,7 +458,7 @@ def pack(content: bytes, name: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.zst"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
+def test_utf_16_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
     text = "\ufeff" + (line([GOOD]) if ".jsonl" not in name else line()).decode()
     with pytest.raises(UserError, match=rf"--data_path .*{name}: is text in UTF-16; convert the file to UTF-8"):
         read(tmp_path / name, pack(text.encode(encoding), name))
@@ -464,7 +466,7 @@ def test_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 @pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
-def test_pretty_printed_object(before: bytes, name: str, tmp_path: Path) -> None:
+def test_pretty_printed_object_is_an_error(before: bytes, name: str, tmp_path: Path) -> None:
     """Not one rejected line for each of its lines."""
     content = before + json.dumps({"data": [GOOD, GOOD]}, indent=2).encode()
     with pytest.raises(UserError, match=r"must be an array of records, not an object; JSON Lines files end in \.jsonl"):
@@ -474,12 +476,12 @@ def test_pretty_printed_object(before: bytes, name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
 @pytest.mark.parametrize("length", [1, 10_000, 3 << 20])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_lines_of_any_length_in_a_json_file(end: bytes, length: int, name: str, tmp_path: Path) -> None:
+def test_json_file_may_contain_lines_of_any_length(end: bytes, length: int, name: str, tmp_path: Path) -> None:
     """The first of them may be longer than what is read at once, and all there is."""
     long = sharegpt([("human", "Hi" * length), ("gpt", "Hello")])
-    assert outline(read(tmp_path / name, pack(line(long) + end, name))) == [(1, "Conversation")]
+    assert places(read(tmp_path / name, pack(line(long) + end, name))) == [(1, "Conversation")]
     content = b"\n".join([line(long), b"{broken", line(long)]) + end
-    assert outline(read(tmp_path / name, pack(content, name))) == [
+    assert places(read(tmp_path / name, pack(content, name))) == [
         (1, "Conversation"),
         (2, "Rejection"),
         (3, "Conversation"),
@@ -502,7 +504,7 @@ TOO_LATE = pa.array([0, 2**62, 0], pa.timestamp("us"))
 GOOD_TURNS = turns_with(pa.array(["Hi", "Hello"] * 3, pa.large_utf8()))
 
 
-with_values_that_python_cannot_hold = pytest.mark.parametrize(
+with_unreadable_values = pytest.mark.parametrize(
     ("columns", "good"),
     [
         ({"messages": GOOD_TURNS, "raw": not_utf_8(b"a", b"\xff", b"c"), "when": TOO_LATE}, [True, True, True]),
@@ -515,9 +517,9 @@ with_values_that_python_cannot_hold = pytest.mark.parametrize(
 )
 
 
-@with_values_that_python_cannot_hold
+@with_unreadable_values
 @pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
-def test_parquet_with_values_that_python_cannot_hold(
+def test_parquet_row_with_an_unreadable_value_is_rejected(
     columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
 ) -> None:
     """Such a value costs its own row, wherever in a batch it stands, and none where nobody looks at it."""
@@ -527,14 +529,14 @@ def test_parquet_with_values_that_python_cannot_hold(
     pq.write_table(table, path)
     records = read_conversations(str(path))
     kinds = [good[0]] * before + good
-    assert outline(records) == [(i + 1, "Conversation" if kind else "Rejection") for i, kind in enumerate(kinds)]
+    assert places(records) == [(i + 1, "Conversation" if kind else "Rejection") for i, kind in enumerate(kinds)]
     if good[0] and not good[1]:
         assert isinstance(records[before + 1], Rejection)
         assert records[before + 1].reason.startswith("a value that cannot be read: ")
 
 
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.PARQUET.zst"])
-def test_packed_parquet(name: str, tmp_path: Path) -> None:
+def test_compressed_parquet_is_an_error(name: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"messages": GOOD_TURNS}), tmp_path / "a.parquet")
     content = pack((tmp_path / "a.parquet").read_bytes(), name)
     with pytest.raises(UserError, match=f"--data_path .*{name}: Parquet is compressed inside; unpack the file"):
@@ -559,7 +561,7 @@ def flip(content: bytes) -> bytes:
         ("a.jsonl.gz", lambda content: content + b"more"),
     ],
 )
-def test_damaged_archive(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_damaged_archive_is_an_error(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 50)]
     content = line(records) if ".jsonl" not in name else b"\n".join(map(line, records))
     path = tmp_path / name
@@ -567,7 +569,7 @@ def test_damaged_archive(name: str, damage: Callable[[bytes], bytes], tmp_path: 
         read(path, damage(pack(content, name)))
 
 
-def test_folder_with_all_kinds_of_entries(tmp_path: Path) -> None:
+def test_find_files_tells_data_from_other_entries(tmp_path: Path) -> None:
     """What is not read is named, but for hidden files, which nobody means to give."""
     data, run = tmp_path / "data", tmp_path / "data" / "run"
     for folder in (data / "sub", data / ".git", run, tmp_path / "elsewhere"):
@@ -586,7 +588,7 @@ def test_folder_with_all_kinds_of_entries(tmp_path: Path) -> None:
     assert data / "run" / "d.json" in find_files(str(data)).files
 
 
-def test_name_that_is_not_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     [record] = read(path, line())
     assert record.source.file == f"{tmp_path}/caf\\xe9.jsonl"
@@ -594,20 +596,20 @@ def test_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.json.zst", "a.parquet"])
 @pytest.mark.parametrize("count", [1, BATCH_ROWS, 3 * BATCH_ROWS + 1])
-def test_progress_of_a_file_is_all_its_bytes(count: int, name: str, tmp_path: Path) -> None:
+def test_progress_of_a_file_adds_up_to_its_bytes(count: int, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "a.parquet":
         pq.write_table(pa.table({"messages": pa.chunked_array([GOOD_TURNS.slice(0, 1)] * count)}), path)
     else:
         path.write_bytes(pack(b"\n".join([line()] * count), name))
-    told: list[int] = []
-    assert len(list(read_file(path, "--data_path", told.append))) == count
-    assert sum(told) == path.stat().st_size
+    reported: list[int] = []
+    assert len(list(read_file(path, "--data_path", reported.append))) == count
+    assert sum(reported) == path.stat().st_size
 
 
-@with_values_that_python_cannot_hold
+@with_unreadable_values
 @pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
-def test_hub_dataset_with_values_that_python_cannot_hold(
+def test_hub_row_with_an_unreadable_value_is_rejected(
     columns: dict[str, pa.Array], good: list[bool], before: int
 ) -> None:
     """As in Parquet files."""
@@ -619,19 +621,19 @@ def test_hub_dataset_with_values_that_python_cannot_hold(
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH_ROWS, BATCH_ROWS + 1, 3 * BATCH_ROWS - 1])
-def test_progress_of_a_hub_dataset_is_all_its_bytes(count: int) -> None:
+def test_progress_of_a_hub_dataset_adds_up_to_its_bytes(count: int) -> None:
     dataset = Dataset.from_list([{**GOOD, "id": "x" * (i % 13)} for i in range(count)])
-    told: list[int] = []
-    records = list(read_hub_dataset("org/name", dataset, told.append))
+    reported: list[int] = []
+    records = list(read_hub_dataset("org/name", dataset, reported.append))
     assert [record.source for record in records] == [Source("org/name", i + 1) for i in range(count)]
-    assert sum(told) == dataset.data.nbytes
-    assert len(told) == -(-count // BATCH_ROWS)
+    assert sum(reported) == dataset.data.nbytes
+    assert len(reported) == -(-count // BATCH_ROWS)
 
 
 @pytest.mark.parametrize("counts", [(168, 392), (399, 406), (574,)])
 def test_progress_of_a_hub_dataset_loses_nothing_to_rounding(counts: tuple[int, ...]) -> None:
     for count in counts:
         dataset = Dataset.from_dict({"messages": ["x" * (i % 13) for i in range(count)]})
-        told: list[int] = []
-        assert all(isinstance(record, RawRecord) for record in read_hub_dataset("org/name", dataset, told.append))
-        assert sum(told) == dataset.data.nbytes
+        reported: list[int] = []
+        assert all(isinstance(record, RawRecord) for record in read_hub_dataset("org/name", dataset, reported.append))
+        assert sum(reported) == dataset.data.nbytes

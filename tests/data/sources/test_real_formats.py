@@ -1,4 +1,4 @@
-"""Tool calls and thoughts through real chat templates: exactly these texts are learnt, and no result of a tool is."""
+"""Tool calls and reasoning through real chat templates: exactly these texts are supervised, no result of a tool is."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_templates import FAMILIES, byte_level, learnt, make_folders
+from real_templates import FAMILIES, byte_level, make_folders, supervised_texts
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ TOOLS = [
     {"role": "tool", "content": "RESULT", "tool_call_id": "call12345", "name": "add"},
     {"role": "assistant", "content": "It is three."},
 ]
-THOUGHTS = [
+REASONING = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello", "reasoning_content": "First\n\nthought"},
     {"role": "user", "content": "More"},
@@ -39,8 +39,8 @@ GLM_CALL = (
     "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n<arg_value>two</arg_value>\n"
     "</tool_call><|observation|>"
 )
-# Row by row, what is learnt. A template that drops earlier thoughts makes a row of each answer.
-LEARNT_OF_TOOLS = {
+# The supervised texts of each sequence. A template that drops earlier reasoning makes a sequence of each answer.
+SUPERVISED_OF_TOOLS = {
     "qwen2_5": [[QWEN_CALL, "It is three.<|im_end|>"]],
     "qwen3": [[QWEN_CALL], ["It is three.<|im_end|>"]],
     "qwen3_instruct_2507": [[QWEN_CALL, "It is three.<|im_end|>"]],
@@ -56,7 +56,7 @@ LEARNT_OF_TOOLS = {
     ],
     "glm4moe": [[GLM_CALL, "It is three.<|user|>"]],
 }  # fmt: skip
-LEARNT_OF_THOUGHTS = {
+SUPERVISED_OF_THOUGHTS = {
     "qwen3": [
         ["<think>\nFirst\n\nthought\n</think>\n\nHello<|im_end|>"],
         ["<think>\nSecond\n</think>\n\nBye<|im_end|>"],
@@ -86,37 +86,37 @@ def prepare(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> 
     return Preprocessor(tokenizer, "auto", **settings)([(0, RawRecord(Source("f", 1), record))])
 
 
-def learnt_rows(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> list[list[str]]:
+def supervised_texts_of(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> list[list[str]]:
     done = prepare(tokenizer, record, **options)
     assert [rejection.reason for rejection in done.rejections] == []
-    return [learnt(row, tokenizer) for row in done.sequences.to_pylist()]
+    return [supervised_texts(row, tokenizer) for row in done.sequences.to_pylist()]
 
 
-@pytest.mark.parametrize("name", list(LEARNT_OF_TOOLS))
-def test_tool_calls_are_learnt_and_results_are_not(name: str) -> None:
+@pytest.mark.parametrize("name", list(SUPERVISED_OF_TOOLS))
+def test_tool_calls_are_supervised_and_results_are_not(name: str) -> None:
     tokenizer = byte_level(name)
-    assert learnt_rows(tokenizer, {"messages": TOOLS, "tools": [ADD]}) == LEARNT_OF_TOOLS[name]
+    assert supervised_texts_of(tokenizer, {"messages": TOOLS, "tools": [ADD]}) == SUPERVISED_OF_TOOLS[name]
     [*_, last] = prepare(tokenizer, {"messages": TOOLS, "tools": [ADD]}).sequences.to_pylist()
     assert "RESULT" in tokenizer.decode(last["input_ids"])
 
 
-@pytest.mark.parametrize("name", list(LEARNT_OF_THOUGHTS))
-def test_thoughts_are_learnt_where_a_server_would_see_them(name: str) -> None:
+@pytest.mark.parametrize("name", list(SUPERVISED_OF_THOUGHTS))
+def test_reasoning_is_supervised_after_the_prompt_of_a_server(name: str) -> None:
     tokenizer = byte_level(name)
-    assert learnt_rows(tokenizer, {"messages": THOUGHTS}) == LEARNT_OF_THOUGHTS[name]
+    assert supervised_texts_of(tokenizer, {"messages": REASONING}) == SUPERVISED_OF_THOUGHTS[name]
 
 
 @pytest.mark.parametrize(
     ("name", "record", "reason"),
     [
-        ("qwen2_5", {"messages": THOUGHTS}, "message 1: the chat template does not write 'First"),
+        ("qwen2_5", {"messages": REASONING}, "message 1: the chat template does not write 'First"),
         ("llama3", {"messages": TOOLS, "tools": [ADD]}, "message 1: the chat template does not write 'add'"),
-        ("phi3", {"messages": THOUGHTS[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template omits the tool 'add'"),
+        ("phi3", {"messages": REASONING[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template omits the tool 'add'"),
         ("gemma", {"messages": TOOLS, "tools": [ADD]}, "the chat template refuses the conversation"),
     ],
     ids=["no words for thoughts", "none for calls", "none for tools", "refuses"],
 )
-def test_what_a_template_has_no_words_for(name: str, record: Any, reason: str) -> None:
+def test_unsupported_parts_are_rejected(name: str, record: Any, reason: str) -> None:
     done = prepare(byte_level(name), record)
     assert len(done.sequences) == 0
     assert [rejection.reason[: len(reason)] for rejection in done.rejections] == [reason]
@@ -138,7 +138,7 @@ SAID = [
     ],
     ids=["announced", "named as the end token", "thought"],
 )
-def test_what_has_no_words_is_missed_though_they_stand_elsewhere(name: str, message: Any) -> None:
+def test_unsupported_parts_are_missed_where_the_same_words_are_in_the_content(name: str, message: Any) -> None:
     """The words of a call or a thought may well stand in the content, or in the token that ends the turn."""
     done = prepare(byte_level(name), {"messages": [SAID[0], message]})
     reasons = [rejection.reason for rejection in done.rejections]
@@ -147,19 +147,19 @@ def test_what_has_no_words_is_missed_though_they_stand_elsewhere(name: str, mess
     assert len(done.sequences) == 0
 
 
-@pytest.mark.parametrize("name", sorted({*LEARNT_OF_TOOLS} - {"llama3_1"}))  # it has no words for both at once
-def test_announced_call_is_learnt_as_well(name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*SUPERVISED_OF_TOOLS} - {"llama3_1"}))  # it has no words for both at once
+def test_call_with_content_is_supervised(name: str) -> None:
     tokenizer = byte_level(name)
     record = {"messages": [SAID[0], {**SAID[1], "tool_calls": [CALL]}], "tools": [ADD]}
-    rows = learnt_rows(tokenizer, record)
-    [call, *_] = LEARNT_OF_TOOLS[name][0]
+    rows = supervised_texts_of(tokenizer, record)
+    [call, *_] = SUPERVISED_OF_TOOLS[name][0]
     assert SAID[1]["content"] in "".join(rows[0])
     assert re.sub(r"\s", "", call).split("</tool_call>")[0] in re.sub(r"\s", "", rows[0][0])
 
 
 @pytest.mark.parametrize("place", ["content", "reasoning_content", "arguments", "id", "tools"])
 @pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
-def test_characters_that_templates_are_watched_with(place: str, character: str) -> None:
+def test_sentinel_characters_are_rejected(place: str, character: str) -> None:
     """They are Unicode's noncharacters; in a message they could be taken for the places that are looked for."""
     call = json.loads(json.dumps(CALL))
     tool = json.loads(json.dumps(ADD))
@@ -178,19 +178,19 @@ def test_characters_that_templates_are_watched_with(place: str, character: str) 
     ]
 
 
-def test_characters_of_private_use_are_text() -> None:
+def test_private_use_characters_are_text() -> None:
     """Icon fonts have them; one at the end of a question was once taken for the answer."""
     messages = [
         {"role": "user", "content": "Hi \ue000"},
         {"role": "assistant", "content": "Hello \ue001", "reasoning_content": "thought"},
     ]
-    assert learnt_rows(byte_level("glm4moe"), {"messages": messages}) == [
+    assert supervised_texts_of(byte_level("glm4moe"), {"messages": messages}) == [
         ["\n<think>thought</think>\nHello \ue001<|user|>"]
     ]
 
 
 @pytest.mark.parametrize("thoughts", [False, True])
-def test_template_that_rewrites_is_rendered_a_few_times_for_each_answer(thoughts: bool) -> None:
+def test_rewriting_template_is_rendered_few_times_per_answer(thoughts: bool) -> None:
     """Of n answers Qwen3 makes n texts, in each of which the earlier answers have to be found again."""
     tokenizer = byte_level("qwen3")
     messages = [
@@ -214,7 +214,7 @@ def test_template_that_rewrites_is_rendered_a_few_times_for_each_answer(thoughts
     assert count < 8 * 20
 
 
-def test_too_much_text_of_one_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_rendered_characters_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MAX_RENDERED_CHARACTERS", 2_000)
     messages = [{"role": role, "content": f"{role} {i}" * 5} for i, role in enumerate(("user", "assistant") * 20)]
     [rejection] = prepare(byte_level("qwen3"), {"messages": messages}).rejections
@@ -232,15 +232,15 @@ TALK = [
 class TestWholeConversations:
     """What `train_on` and lengths make of a conversation, also if its template rewrites earlier answers (Qwen3's)."""
 
-    def withheld(self, *indices: int) -> dict[str, Any]:
+    def mask(self, *indices: int) -> dict[str, Any]:
         return {"messages": [{**turn, "weight": 0} if i in indices else turn for i, turn in enumerate(TALK)]}
 
     @pytest.mark.parametrize("name", ["qwen3", "qwen3_8"])
     @pytest.mark.parametrize(("index", "kept"), [(1, "nine ten"), (3, "SECRET")])
-    def test_withheld_answer_is_never_learnt(self, name: str, index: int, kept: str) -> None:
+    def test_masked_answer_is_never_supervised(self, name: str, index: int, kept: str) -> None:
         """Not even by `train_on all`, wherever it stands; and everything else is."""
         tokenizer = byte_level(name)
-        [texts] = learnt_rows(tokenizer, self.withheld(index), train_on="all")
+        [texts] = supervised_texts_of(tokenizer, self.mask(index), train_on="all")
         said = "".join(texts)
         hidden = "SECRET" if index == 1 else "nine ten"
         assert hidden not in said
@@ -248,7 +248,7 @@ class TestWholeConversations:
         assert "user\nHi" in said
         assert "user\nMore" in said
 
-    def test_cut_never_falls_into_a_later_answer(self) -> None:
+    def test_later_answer_is_never_cut(self) -> None:
         """Only the first one may be cut inside. A row whose later answer is too long is lost, and that is counted."""
         tokenizer = byte_level("qwen3")
         whole = prepare(tokenizer, {"messages": TALK}).sequences.to_pylist()
@@ -258,22 +258,22 @@ class TestWholeConversations:
         assert row["input_ids"] == whole[0]["input_ids"]
         assert row["full_length"] == whole[0]["length"] + whole[1]["length"]
 
-    def test_last_answer_of_a_conversation_that_is_split(self) -> None:
+    def test_train_on_last_supervises_the_last_part_only(self) -> None:
         """`train_on last` means the conversation's last answer, not the last of each part."""
         tokenizer = byte_level("qwen2_5")
         turns = [{"role": role, "content": f"{role} {i} and so on"} for i in range(6) for role in ("user", "assistant")]
         whole = prepare(tokenizer, {"messages": turns}, train_on="last").sequences.to_pylist()
         options = {"max_length": whole[0]["length"] // 2, "overlong": "split"}
-        assert learnt_rows(tokenizer, {"messages": turns}, train_on="last", **options) == [
+        assert supervised_texts_of(tokenizer, {"messages": turns}, train_on="last", **options) == [
             ["assistant 5 and so on<|im_end|>"]
         ]
         [last] = prepare(tokenizer, {"messages": turns}, train_on="last", **options).sequences.to_pylist()
         assert last["length"] < last["full_length"]  # the other parts are in no row, which is counted
-        parts = learnt_rows(tokenizer, {"messages": turns}, **options)
+        parts = supervised_texts_of(tokenizer, {"messages": turns}, **options)
         assert len(parts) > 1
         assert [text for part in parts for text in part] == [f"assistant {i} and so on<|im_end|>" for i in range(6)]
 
-    def test_exchange_that_splitting_loses_is_counted(self) -> None:
+    def test_exchange_lost_by_splitting_counts_as_shortened(self) -> None:
         tokenizer = byte_level("qwen2_5")
         turns = [
             {"role": "user", "content": "one"},
@@ -285,7 +285,7 @@ class TestWholeConversations:
         ]
         done = prepare(tokenizer, {"messages": turns}, max_length=120, overlong="split")
         rows = done.sequences.to_pylist()
-        assert [learnt(row, tokenizer) for row in rows] == [["AA1.<|im_end|>"], ["AA3.<|im_end|>"]]
+        assert [supervised_texts(row, tokenizer) for row in rows] == [["AA1.<|im_end|>"], ["AA3.<|im_end|>"]]
         assert rows[0]["full_length"] > 400
         assert rows[0]["full_length"] > rows[0]["length"]
 
@@ -293,7 +293,7 @@ class TestWholeConversations:
 @pytest.mark.parametrize("conv_template", ["auto", "phi-3"])
 @pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("strips", [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}])
-def test_special_tokens_that_swallow_blanks(conv_template: str, family: str, strips: dict[str, bool]) -> None:
+def test_special_tokens_may_swallow_blanks(conv_template: str, family: str, strips: dict[str, bool]) -> None:
     """As Phi-3's do: the line break behind <|end|> is in no token, and the answer is as exact as ever."""
     tokenizer = FAMILIES[family].__wrapped__("phi3")
     names = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -305,7 +305,7 @@ def test_special_tokens_that_swallow_blanks(conv_template: str, family: str, str
     preprocessor = Preprocessor(tokenizer, conv_template, 1000, "truncate")
     done = preprocessor([(i, RawRecord(Source("f", i), record)) for i, record in enumerate(records)])
     rows = {row["line"]: row for row in done.sequences.to_pylist()}
-    # A blank that a special token swallows is in no token, so such an answer cannot be learnt exactly.
+    # A blank that a special token swallows is in no token, so such an answer cannot be supervised exactly.
     swallowed = {2} if "rstrip" in strips else set()
     swallowed |= {3} if "lstrip" in strips else set()
     assert set(rows) == {0, 1, 2, 3} - swallowed
@@ -313,10 +313,10 @@ def test_special_tokens_that_swallow_blanks(conv_template: str, family: str, str
         said = texts[line].removeprefix(
             " " if family == "sentencepiece" else ""
         )  # its decoder leaves a first blank out
-        assert learnt(row, tokenizer) == [f"{said}<|end|>"] * 2
+        assert supervised_texts(row, tokenizer) == [f"{said}<|end|>"] * 2
 
 
-def test_tokenizer_that_makes_special_tokens_of_other_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_made_by_normalization_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """NFKC turns wide characters into narrow ones, and special tokens are looked for afterwards if they say so."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
@@ -333,4 +333,4 @@ def test_tokenizer_that_makes_special_tokens_of_other_characters(tokenizer: PreT
         [rejection] = prepare(forged, {"messages": messages}).rejections
         assert rejection.reason == "the tokenizer finds special tokens in text that contains none"
     plain = {"messages": [{"role": "user", "content": "\ufb01ne?"}, {"role": "assistant", "content": "Hello"}]}
-    assert learnt_rows(forged, plain) == [["Hello<|im_end|>"]]
+    assert supervised_texts_of(forged, plain) == [["Hello<|im_end|>"]]

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Role, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
-from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
+from fastchat_qlora.data.templates.special_tokens import StringMatcher, find_control_tokens
 
 Turns = Sequence[tuple[str, str]]
 
@@ -38,7 +37,7 @@ def to_messages(turns: Turns) -> list[Message]:
 
 
 def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[list[Segment]]:
-    """All answers learnt, in one or several rows."""
+    """Supervise all answers, in one or several sequences."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
 
@@ -51,7 +50,7 @@ def render_chat_template(
     return segments
 
 
-def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
+def supervised_texts(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
     """What is supervised; all segments together must be the text that the template writes."""
     tokenizer.chat_template = template
     messages = to_messages(turns)
@@ -61,8 +60,8 @@ def spoken(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> l
     return [segment.text for segment in segments if segment.supervised]
 
 
-def test_chatml_segments(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Neither the header before an answer nor the line break after its end token is learnt."""
+def test_chatml_headers_are_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither the header before an answer nor the line break after its end token is supervised."""
     messages = to_messages([("system", "Be brief."), *TALK])
     segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     assert [(segment.text, segment.supervised) for segment in segments] == [
@@ -84,22 +83,22 @@ INDENTED = ["  indented\n  twice", "\n\nleading", "\t\u00a0tab"]
 def assert_learnt(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Say `content` after another text and after itself."""
     turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
-    assert spoken(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
+    assert supervised_texts(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, THINKING], ids=["chatml", "default system", "thinking"])
 @pytest.mark.parametrize("content", CONTENTS)
-def test_contents_are_learnt_as_they_are(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_contents_are_supervised_unchanged(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
     assert_learnt(content, template, tokenizer)
 
 
 @pytest.mark.parametrize("content", INDENTED)
-def test_blanks_before_contents_are_learnt(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_blanks_before_contents_are_supervised(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
     assert_learnt(content, CHATML, tokenizer)
 
 
 @pytest.mark.parametrize("content", INDENTED)
-def test_blanks_before_contents_are_learnt_where_the_prompt_differs(
+def test_blanks_before_contents_are_supervised_where_the_prompt_differs(
     content: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert_learnt(content, THINKING, tokenizer)
@@ -108,16 +107,18 @@ def test_blanks_before_contents_are_learnt_where_the_prompt_differs(
 @pytest.mark.parametrize(
     "content", ["user", "assistant", "system", "assistant\n", "\nassistant", "assistant\nassistant"]
 )
-def test_content_equal_to_header_words(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_content_equal_to_a_header_is_found(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", content), ("assistant", content), ("user", "assistant"), ("assistant", "user")]
-    assert spoken(tokenizer, CHATML, turns) == [content + "<|im_end|>", "user<|im_end|>"]
+    assert supervised_texts(tokenizer, CHATML, turns) == [content + "<|im_end|>", "user<|im_end|>"]
 
 
-def test_content_equal_to_header_words_where_the_prompt_differs(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert spoken(tokenizer, THINKING, [("user", "Who?"), ("assistant", "assistant")]) == ["assistant<|im_end|>"]
+def test_content_equal_to_a_header_is_found_where_the_prompt_differs(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert supervised_texts(tokenizer, THINKING, [("user", "Who?"), ("assistant", "assistant")]) == [
+        "assistant<|im_end|>"
+    ]
 
 
-def test_default_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_default_system_prompt_is_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = DEFAULT_SYSTEM
     messages = [Message("user", "Hi"), Message("assistant", "Hello")]
     segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
@@ -129,29 +130,29 @@ def test_default_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     assert segments[1].supervised
 
 
-def test_several_answers_in_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_consecutive_answers_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", "Count."), ("assistant", "one"), ("assistant", "two"), ("tool", "3"), ("assistant", "three")]
-    assert spoken(tokenizer, CHATML, turns) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+    assert supervised_texts(tokenizer, CHATML, turns) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
 
 
-def test_answers_as_the_question_was(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert spoken(tokenizer, CHATML, [("user", "yes"), ("assistant", "yes")] * 2) == ["yes<|im_end|>"] * 2
+def test_answers_equal_to_their_questions_are_found(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert supervised_texts(tokenizer, CHATML, [("user", "yes"), ("assistant", "yes")] * 2) == ["yes<|im_end|>"] * 2
 
 
-def test_template_that_trims(tokenizer: PreTrainedTokenizerFast) -> None:
-    """What the template writes is learnt, since that is what the model will be shown."""
+def test_trimmed_contents_are_supervised_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The text of the template is supervised, since the model will be shown that."""
     template = CHATML.replace(CONTENT, CONTENT + " | trim")
     turns = [("user", " Count. "), ("assistant", " \n one two\n"), ("user", "And?"), ("assistant", "three ")]
-    assert spoken(tokenizer, template, turns) == ["one two<|im_end|>", "three<|im_end|>"]
+    assert supervised_texts(tokenizer, template, turns) == ["one two<|im_end|>", "three<|im_end|>"]
 
 
-def test_llama_2(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The blank before an answer is learnt with it, for the prompt ends before that blank."""
+def test_llama_2_blank_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The blank before an answer is supervised with it, for the prompt ends before that blank."""
     tokenizer.add_special_tokens({"eos_token": "</s>"})
-    assert spoken(tokenizer, LLAMA_2, TALK) == [" one two </s>", " three </s>"]
+    assert supervised_texts(tokenizer, LLAMA_2, TALK) == [" one two </s>", " three </s>"]
 
 
-def test_system_merged_into_the_users_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_system_message_in_the_user_turn_is_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     tokenizer.chat_template = LLAMA_2
     messages = to_messages([("system", "Be brief."), *TALK])
@@ -164,17 +165,17 @@ def test_system_merged_into_the_users_turn(tokenizer: PreTrainedTokenizerFast) -
     ]
 
 
-def test_text_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_without_end_tokens_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     template = (
         "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + '\nA:' }}"
         "{% else %}{{ ' ' + message.content + '\n\n' }}{% endif %}{% endfor %}"
     )
     with pytest.raises(RejectedRecord, match="with a special token"):
-        spoken(tokenizer, template, TALK)
+        supervised_texts(tokenizer, template, TALK)
 
 
-def test_ends_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert spoken(tokenizer, CHATML, TALK[:3]) == ["one two<|im_end|>"]
+def test_conversation_may_end_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert supervised_texts(tokenizer, CHATML, TALK[:3]) == ["one two<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -187,18 +188,20 @@ def test_ends_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     ],
     ids=["raises", "syntax error", "type error", "missing field"],
 )
-def test_template_that_fails(template: str, reason: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_failing_template_is_refused_with_its_reason(
+    template: str, reason: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(RejectedRecord, match=reason):
-        spoken(tokenizer, template, TALK)
+        supervised_texts(tokenizer, template, TALK)
 
 
 @pytest.mark.parametrize(
     "expression",
     ["messages[0]['content'].index('?')", "messages[0]['content'].split('')", "1 / 0", "range(1000000)"],
 )
-def test_template_that_fails_in_python(expression: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_with_a_python_error_is_refused(expression: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RejectedRecord, match="refuses the conversation"):
-        spoken(tokenizer, "{{ " + expression + " }}", TALK)
+        supervised_texts(tokenizer, "{{ " + expression + " }}", TALK)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +213,10 @@ def test_template_that_fails_in_python(expression: str, tokenizer: PreTrainedTok
     ],
     ids=["drops", "changes", "forgets thoughts"],
 )
-def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each answer is learnt in the text in which a server would have asked for it."""
+def test_rewritten_answers_are_supervised_in_several_texts(
+    earlier: str, shown: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each answer is supervised in the text in which a server would have asked for it."""
     later = f"({earlier} if message.role == 'assistant' and not loop.last else {CONTENT})"
     tokenizer.chat_template = CHATML.replace(CONTENT, later)
     talk = [("user", "Count."), ("assistant", "<think>easy</think>one"), ("user", "And?"), ("assistant", "two")]
@@ -232,33 +237,36 @@ def test_template_that_rewrites_earlier_answers(earlier: str, shown: str, tokeni
     ]
 
 
-def test_template_that_leaves_earlier_messages_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_omitted_message_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RejectedRecord, match="message 0: the chat template omits the user's message"):
-        spoken(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
+        supervised_texts(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
 
 
 @pytest.mark.parametrize(
     "answer",
     ["message['content'] | upper", "'Sure: ' + message['content']", "message['content'] | replace(' ', '')", "'no'"],
 )
-def test_template_that_changes_the_answer(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_changed_answer_is_rejected(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
     template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
     with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|inserts|omits) .*answer"):
-        spoken(tokenizer, template, TALK)
+        supervised_texts(tokenizer, template, TALK)
 
 
-def test_template_that_adds_words_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answer_with_added_text_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RejectedRecord):
-        spoken(tokenizer, CHATML.replace("'<|im_end|>", "' I hope this helps!<|im_end|>"), TALK)
+        supervised_texts(tokenizer, CHATML.replace("'<|im_end|>", "' I hope this helps!<|im_end|>"), TALK)
 
 
-def test_turn_that_ends_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_turn_may_end_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """As Command R does: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. A server waits for the second."""
     template = CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>")
-    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|><|endoftext|>", "three<|im_end|><|endoftext|>"]
+    assert supervised_texts(tokenizer, template, TALK) == [
+        "one two<|im_end|><|endoftext|>",
+        "three<|im_end|><|endoftext|>",
+    ]
 
 
-def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_token_of_the_next_message_closes_the_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     """As GLM-4 does it: what ends the last turn, too, is what the template writes when the user speaks again."""
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
@@ -280,7 +288,7 @@ def test_end_token_written_with_the_next_message(tokenizer: PreTrainedTokenizerF
         render_rows(to_messages(consecutive), tokenizer)
 
 
-def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_token_that_replaces_other_text_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """The last answer's line break goes once a message follows, so no text has both it and the end of the turn."""
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
@@ -294,7 +302,7 @@ def test_end_of_turn_that_replaces_what_else_ends_the_text(tokenizer: PreTrained
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
-def test_next_header_is_not_learnt(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_next_header_is_not_supervised(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Llama-3's first template writes the generation prompt whether asked to or not."""
     prompt = f"{between}<|im_start|>assistant\n"
     tokenizer.chat_template = (
@@ -306,8 +314,8 @@ def test_next_header_is_not_learnt(between: str, tokenizer: PreTrainedTokenizerF
     assert row[-1].text == prompt
 
 
-def test_template_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The header is told from the answer by rendering another answer in its place."""
+def test_header_is_found_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The header is distinguished from the answer by rendering another answer in its place."""
     template = CHATML.replace(GENERATION_PROMPT, "")
     assert template != CHATML
-    assert spoken(tokenizer, template, TALK) == ["one two<|im_end|>", "three<|im_end|>"]
+    assert supervised_texts(tokenizer, template, TALK) == ["one two<|im_end|>", "three<|im_end|>"]

@@ -1,4 +1,4 @@
-"""Messages become the text of a named template, in segments that know what is learnt; its Jinja says the same."""
+"""Messages become segments of a named template, which know what is supervised; its Jinja renders the same text."""
 
 import re
 from pathlib import Path
@@ -51,7 +51,7 @@ def render_jinja(
 
 
 @pytest.mark.parametrize(
-    ("messages", "text", "spoken"),
+    ("messages", "text", "supervised"),
     [
         (HI, f"{FASTCHAT_SYSTEM} USER: Hi ASSISTANT: Hello</s>", [" Hello</s>"]),
         (SYSTEM + HI, "Be kind. USER: Hi ASSISTANT: Hello</s>", [" Hello</s>"]),
@@ -69,16 +69,16 @@ def render_jinja(
     ],
     ids=["one turn", "system", "two turns", "system and two turns", "ends with the user"],
 )
-def test_vicuna_golden(messages: list[Message], text: str, spoken: list[str]) -> None:
+def test_vicuna_equals_fastchat(messages: list[Message], text: str, supervised: list[str]) -> None:
     """FastChat's vicuna_v1.1, written out by hand."""
-    assert render(get_template("vicuna"), messages) == (text, spoken)
+    assert render(get_template("vicuna"), messages) == (text, supervised)
 
 
 ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-# name -> a conversation of one exchange, then one of two behind a system message. Written out by hand; what is learnt
-# stands between « and ».
+# name -> a conversation of one exchange, then one of two after a system message. Written out by hand; supervised text
+# is between « and ».
 GOLDEN = {
     "chatml": (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n",
@@ -127,14 +127,14 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "vicuna"])
-def test_named_templates_golden(name: str) -> None:
+def test_named_templates_equal_golden_texts(name: str) -> None:
     for messages, golden in zip((HI, SYSTEM + HI + BYE), GOLDEN[name], strict=True):
-        text, spoken = render(get_template(name), messages, bos="<s>")
+        text, supervised = render(get_template(name), messages, bos="<s>")
         assert text == golden.replace("«", "").replace("»", "")
-        assert spoken == re.findall("«(.*?)»", golden, re.DOTALL)
+        assert supervised == re.findall("«(.*?)»", golden, re.DOTALL)
 
 
-def test_eos_is_the_tokenizers_own() -> None:
+def test_eos_is_the_token_of_the_tokenizer() -> None:
     assert render(get_template("vicuna"), SYSTEM + HI, eos="<|im_end|>") == (
         "Be kind. USER: Hi ASSISTANT: Hello<|im_end|>",
         [" Hello<|im_end|>"],
@@ -144,12 +144,12 @@ def test_eos_is_the_tokenizers_own() -> None:
 def test_eos_of_a_message_is_not_replaced() -> None:
     """`{eos}` is a field of templates; in a message it is five characters like others."""
     messages = [Message("user", "What is {eos}?"), Message("assistant", "{eos} is a field.")]
-    text, spoken = render(get_template("vicuna"), SYSTEM + messages)
+    text, supervised = render(get_template("vicuna"), SYSTEM + messages)
     assert text == "Be kind. USER: What is {eos}? ASSISTANT: {eos} is a field.</s>"
-    assert spoken == [" {eos} is a field.</s>"]
+    assert supervised == [" {eos} is a field.</s>"]
 
 
-def test_after_assistant_is_not_learnt() -> None:
+def test_text_after_assistant_is_not_supervised() -> None:
     template = ConversationTemplate(
         system=("", ""), user=("U:", "\n"), assistant=("A:", "", "{eos}"), after_assistant="\n"
     )
@@ -172,12 +172,12 @@ def test_after_assistant_is_not_learnt() -> None:
         ([*HI, Message("tool", "22 °C"), *BYE], "message 2: the template does not support the role 'tool'"),
     ],
 )
-def test_turns_that_are_not_taken_are_rejected(messages: list[Message], reason: str) -> None:
+def test_roles_must_alternate(messages: list[Message], reason: str) -> None:
     with pytest.raises(RejectedRecord, match=f"^{reason}"):
         get_template("vicuna").render(messages, "<s>", "</s>")
 
 
-def test_unknown_template_names_the_choices() -> None:
+def test_unknown_template_error_lists_the_choices() -> None:
     with pytest.raises(UserError) as caught:
         get_template("vicunna")
     for word in ("--conv_template", "vicunna", "auto", *TEMPLATES):
@@ -187,7 +187,7 @@ def test_unknown_template_names_the_choices() -> None:
 @pytest.mark.parametrize("bos", [None, "<|im_start|>"])
 @pytest.mark.parametrize("messages", [HI, HI + BYE, SYSTEM + HI + BYE, HI + BYE[:1]])
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), AWKWARD], ids=[*TEMPLATES, "awkward"])
-def test_jinja_writes_the_same_text(
+def test_jinja_renders_the_same_text(
     template: ConversationTemplate, messages: list[Message], bos: str | None, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer.bos_token = bos
@@ -197,7 +197,7 @@ def test_jinja_writes_the_same_text(
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), AWKWARD], ids=[*TEMPLATES, "awkward"])
-def test_jinja_prompt_is_what_stands_before_an_answer(
+def test_jinja_prompt_equals_the_text_before_an_answer(
     template: ConversationTemplate, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """A server asks with exactly the text that stood before the answer in training."""
@@ -229,7 +229,7 @@ def test_jinja_quotes_every_text(template: ConversationTemplate, shared_tokenize
     assert render_jinja(template, SYSTEM + HI + BYE, shared_tokenizer) == text
 
 
-def test_jinja_of_an_empty_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_jinja_renders_an_empty_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [Message("system", ""), *HI]
     text, _ = render(get_template("vicuna"), messages, tokenizer.eos_token)
     assert render_jinja(get_template("vicuna"), messages, tokenizer) == text

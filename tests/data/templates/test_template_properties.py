@@ -1,4 +1,4 @@
-"""Real chat templates x both families of tokenizers x any text: what is learnt is what the assistant says, or nothing.
+"""Real chat templates x both families of tokenizers x any text: what is supervised is the assistant's text, or nothing.
 
 The templates are those that TRL brings along: stock templates of the common model families, and their twins with
 `{% generation %}` markers. What is expected is written here from the conversation alone; the package is only asked for
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from real_templates import ENDS, FAMILIES, byte_level, chat, learnt, make_folders, run
+from real_templates import ENDS, FAMILIES, byte_level, chat, make_folders, run, supervised_texts
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
@@ -82,7 +82,7 @@ class TestEveryTemplate:
 
     @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), system=st.none() | answers)
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-    def test_learnt_text_is_what_the_assistant_says(
+    def test_supervised_text_equals_the_answers(
         self, name: str, family: str, turns: list[tuple[str, str]], system: str | None
     ) -> None:
         tokenizer = FAMILIES[family](name)
@@ -92,20 +92,20 @@ class TestEveryTemplate:
         if done.rejections:
             assert not rows
             return
-        said = [text for row in rows for text in learnt(row, tokenizer)]
+        said = [text for row in rows for text in supervised_texts(row, tokenizer)]
         assert len(said) == len(turns)
         for _, answer in turns:  # rows follow each other by their last answers, so the order may differ
             said.remove(next(text for text in said if is_said(text, answer, ENDS[name])))
 
     @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), guess=st.sampled_from([1, 5]))
     @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-    def test_beginning_has_the_tokens_that_it_has_in_the_whole(
+    def test_beginning_has_the_tokens_of_the_whole_text(
         self, name: str, family: str, turns: list[tuple[str, str]], guess: int
     ) -> None:
-        """Of a text that will be cut only the beginning is tokenised; the rows are those of the whole text."""
+        """Of a text that will be cut only the beginning is tokenized; the sequences are those of the whole text."""
         tokenizer = FAMILIES[family](name)
         long = [(asked, f"{answer} {i} and so on " * 4) for i, (asked, answer) in enumerate([*turns, *turns])]
-        rows, tokenised = [], []
+        rows, shares = [], []
         for cut in (True, False):
             preprocessor = Preprocessor(tokenizer, "auto", max_length=90, overlong="truncate")
             if not cut:
@@ -117,13 +117,13 @@ class TestEveryTemplate:
                 done = preprocessor.finish(batch, encoded)
             columns = ("input_ids", "labels", "length", "supervised", "turns")
             rows.append([{column: row[column] for column in columns} for row in done.sequences.to_pylist()])
-            tokenised.append([part.share for part in encoded])
-        if rows[1]:  # what cannot be learnt exactly may stand only in the end that is cut off
+            shares.append([part.share for part in encoded])
+        if rows[1]:  # what cannot be supervised exactly may be only in the end that is cut off
             assert rows[0] == rows[1]
-        assert all(share == 1 for share in tokenised[1])
+        assert all(share == 1 for share in shares[1])
         characters = sum(len(text) for turn in long for text in turn)
-        if rows[0] and len(tokenised[0]) == 1 and characters > 3 * 90 * 5:
-            assert tokenised[0][0] < 1
+        if rows[0] and len(shares[0]) == 1 and characters > 3 * 90 * 5:
+            assert shares[0][0] < 1
 
     def test_plain_conversations_are_accepted(self, name: str, family: str) -> None:
         """So that the property above is not one of rejections only."""
@@ -132,10 +132,10 @@ class TestEveryTemplate:
         done = run(tokenizer, chat(turns[:2]), chat(turns[:2], "Be brief."), chat(turns[1:2]))
         rejected = [rejection.source.line for rejection in done.rejections]
         assert rejected == ([2] if name in NO_SYSTEM else [])
-        [said] = learnt(done.sequences.to_pylist()[-1], tokenizer)
+        [said] = supervised_texts(done.sequences.to_pylist()[-1], tokenizer)
         assert is_said(said, "Three 🙂\n\nfour", ENDS[name])
 
-    def test_few_are_rejected(self, name: str, family: str) -> None:
+    def test_odd_contents_are_rarely_rejected(self, name: str, family: str) -> None:
         """Odd contents are no reason to; but "▁" is a blank in tokens, and templates cut off half a thought."""
         chance = random.Random(0)
         pieces = [text for text in AWKWARD if text not in ("▁", "</think>")] + ["Some ", "words, ", "and ", "others "]
@@ -144,7 +144,7 @@ class TestEveryTemplate:
         assert done.read == 60
         assert len(done.rejections) <= 12, [rejection.reason for rejection in done.rejections]
 
-    def test_rows_are_what_a_server_shows(self, name: str, family: str) -> None:
+    def test_sequences_begin_with_the_prompts_of_a_server(self, name: str, family: str) -> None:
         """Up to each answer, the ids are those of the prompt that a server would make of the messages before it."""
         tokenizer = FAMILIES[family](name)
         messages = chat([("Count, please!", "One, two."), ("And then?", "Three.")])
@@ -169,7 +169,7 @@ def test_generation_markers_change_nothing(name: str, tokenizer_folder: Path) ->
     if texts[0] != texts[1]:
         pytest.skip("the twin writes another text")
     rows = [
-        [learnt(row, tokenizer) for row in run(tokenizer, chat(turns)).sequences.to_pylist()]
+        [supervised_texts(row, tokenizer) for row in run(tokenizer, chat(turns)).sequences.to_pylist()]
         for tokenizer in (plain, marked)
     ]
     assert rows[0] == rows[1]

@@ -1,8 +1,8 @@
-"""How many processes preprocess, how much at a time, and which rejections are counted as one kind."""
+"""Number of preprocessing processes, size of batches, and generalized reasons of rejections."""
 
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,25 +18,33 @@ from fastchat_qlora.data.tokenization.build import (
 GIB = 2**30
 
 
+class WorkersCase(NamedTuple):
+    """Workers asked for, cores, bytes of data, and the workers chosen."""
+
+    asked: int | None
+    cores: int
+    size: int
+    chosen: int
+
+
 @pytest.mark.parametrize(
-    ("asked", "cores", "size", "workers"),
+    "case",
     [
-        (None, 2, 100 * GIB, 1),
-        (None, 7, 100 * GIB, 1),
-        (None, 8, 100 * GIB, 2),
-        (None, 64, 100 * GIB, 16),
-        (None, 64, GIB // 4, 4),
-        (None, 64, 1000, 1),
-        (None, 64, 0, 1),
-        (3, 2, 0, 3),
-        (1, 64, 100 * GIB, 1),
+        WorkersCase(None, cores=2, size=100 * GIB, chosen=1),
+        WorkersCase(None, cores=7, size=100 * GIB, chosen=1),
+        WorkersCase(None, cores=8, size=100 * GIB, chosen=2),
+        WorkersCase(None, cores=64, size=100 * GIB, chosen=16),
+        WorkersCase(None, cores=64, size=GIB // 4, chosen=4),
+        WorkersCase(None, cores=64, size=1000, chosen=1),
+        WorkersCase(None, cores=64, size=0, chosen=1),
+        WorkersCase(3, cores=2, size=0, chosen=3),
+        WorkersCase(1, cores=64, size=100 * GIB, chosen=1),
     ],
+    ids=str,
 )
-def test_workers_follow_cores_and_data(
-    asked: int | None, cores: int, size: int, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert choose_workers(asked, size) == workers
+def test_workers_follow_cores_and_data(case: WorkersCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(case.cores)), raising=False)
+    assert choose_workers(case.asked, case.size) == case.chosen
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_workers_follow_cores_and_data(
         ("no supervised token within the first 512 tokens", "no supervised token within the first N tokens"),
     ],
 )
-def test_reasons_that_differ_only_in_details_are_one_kind(reason: str, kind: str) -> None:
+def test_reasons_are_generalized(reason: str, kind: str) -> None:
     assert generalize(reason) == kind
 
 
@@ -79,17 +87,17 @@ def batch_sizes(values: list[Any]) -> list[int]:
     ],
     ids=["line", "field", "message", "content part", "argument", "tool", "history"],
 )
-def test_a_batch_is_full_wherever_its_text_stands(record: Any) -> None:
+def test_batches_are_limited_by_text_anywhere_in_a_record(record: Any) -> None:
     """Two such records make a batch; a hundred of them at once would take the memory of a hundred."""
     assert batch_sizes([record] * 5) == [2, 2, 1]
 
 
 @pytest.mark.parametrize("value", [None, 5, float("nan"), "", [], {}, [None], {"messages": [5]}])
-def test_records_without_text_fill_a_batch_by_number(value: Any) -> None:
+def test_batches_are_limited_by_number(value: Any) -> None:
     assert batch_sizes([value] * (MAX_BATCH_RECORDS + 1)) == [MAX_BATCH_RECORDS, 1]
 
 
-def test_records_nested_however_deep_are_counted() -> None:
+def test_batches_are_limited_at_any_depth() -> None:
     lists: Any = HALF
     objects: Any = HALF
     for _ in range(100_000):

@@ -48,7 +48,7 @@ def entries(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache" / "fastchat_qlora").iterdir() if path.is_dir())
 
 
-def test_second_start_reads_back(build: Build, built: list[str], tmp_path: Path) -> None:
+def test_second_start_uses_the_cache(build: Build, built: list[str], tmp_path: Path) -> None:
     first = build().to_list()
     assert build().to_list() == first
     assert built == ["--data_path"]
@@ -66,19 +66,19 @@ def test_second_start_reads_back(build: Build, built: list[str], tmp_path: Path)
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_other_settings_are_another_entry(options: dict[str, Any], build: Build, built: list[str]) -> None:
+def test_other_settings_make_another_entry(options: dict[str, Any], build: Build, built: list[str]) -> None:
     build()
     build(**options)
     assert len(built) == 2
 
 
-def test_what_changes_no_row_is_no_other_entry(build: Build, built: list[str]) -> None:
+def test_settings_without_effect_on_sequences_make_no_entry(build: Build, built: list[str]) -> None:
     build()
     build(max_rejected=0.5, preprocessing_num_workers=1, eval_split=2)
     assert len(built) == 1
 
 
-def test_other_bytes_are_another_entry(build: Build, built: list[str], data_file: Path) -> None:
+def test_other_bytes_make_another_entry(build: Build, built: list[str], data_file: Path) -> None:
     build()
     times = data_file.stat()
     data_file.write_text(data_file.read_text(encoding="utf-8").replace("Pellico", "Pellica"), encoding="utf-8")
@@ -87,16 +87,18 @@ def test_other_bytes_are_another_entry(build: Build, built: list[str], data_file
     assert len(built) == 2
 
 
-def test_other_vocabulary_is_another_entry(build: Build, built: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+def test_other_vocabulary_makes_another_entry(
+    build: Build, built: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
     build()
     tokenizer.add_tokens(["Pellico"])
     build()
     assert len(built) == 2
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "rejected.jsonl", "manifest.json"])
+@pytest.mark.parametrize("name", ["rows.arrow", "rejected.jsonl", "facts.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "empty"])
-def test_damaged_entry_is_built_again(
+def test_damaged_entry_is_rebuilt(
     name: str, damage: str, build: Build, built: list[str], data_file: Path, tmp_path: Path
 ) -> None:
     records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 10)]
@@ -117,7 +119,9 @@ def test_damaged_entry_is_built_again(
 
 @pytest.mark.parametrize("name", ["rows.arrow", "manifest.json"])
 @pytest.mark.parametrize("thing", ["pipe", "folder", "nested"])
-def test_what_is_no_file_of_an_entry(name: str, thing: str, build: Build, built: list[str], tmp_path: Path) -> None:
+def test_entry_with_something_else_than_files_is_rebuilt(
+    name: str, thing: str, build: Build, built: list[str], tmp_path: Path
+) -> None:
     """Built again, and nobody waits at a pipe for ever."""
     first = build().to_list()
     path = entries(tmp_path)[0] / name
@@ -132,7 +136,7 @@ def test_what_is_no_file_of_an_entry(name: str, thing: str, build: Build, built:
     assert len(built) == 2
 
 
-def test_file_in_the_place_of_an_entry(build: Build, built: list[str], tmp_path: Path) -> None:
+def test_file_in_place_of_an_entry_is_replaced(build: Build, built: list[str], tmp_path: Path) -> None:
     first = build().to_list()
     [entry] = entries(tmp_path)
     entry.rename(tmp_path / "elsewhere")
@@ -141,7 +145,7 @@ def test_file_in_the_place_of_an_entry(build: Build, built: list[str], tmp_path:
     assert len(built) == 2
 
 
-def test_data_that_changes_while_it_is_read(
+def test_data_must_not_change_while_it_is_read(
     build: Build, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows must not be found again under what it was before."""
@@ -158,7 +162,7 @@ def test_data_that_changes_while_it_is_read(
     assert entries(tmp_path) == []
 
 
-def test_unfinished_entry_of_a_killed_process(build: Build, built: list[str], tmp_path: Path) -> None:
+def test_unfinished_entry_of_a_killed_process_is_rebuilt(build: Build, built: list[str], tmp_path: Path) -> None:
     first = build().to_list()
     [entry] = entries(tmp_path)
     entry.rename(entry.with_suffix(".building"))
@@ -167,7 +171,7 @@ def test_unfinished_entry_of_a_killed_process(build: Build, built: list[str], tm
     assert entries(tmp_path) == [entry]
 
 
-def test_nothing_is_left_of_a_failed_build(build: Build, tmp_path: Path, data_file: Path) -> None:
+def test_failed_build_leaves_no_entry(build: Build, tmp_path: Path, data_file: Path) -> None:
     data_file.write_text('[{"id": 1},')
     with pytest.raises(UserError, match="not valid JSON"):
         build()
@@ -209,7 +213,7 @@ def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, a
     assert (tmp_path / "other.lock").exists()
 
 
-def test_old_entry_that_is_in_use_is_not_pruned(tmp_path: Path) -> None:
+def test_old_entry_in_use_is_not_pruned(tmp_path: Path) -> None:
     """Its process checks it, and is about to say that it was used now."""
     make_old_entries(tmp_path, cache.MAX_ENTRIES + 3)
     with FileLock(tmp_path / "old11.lock"):
@@ -218,7 +222,7 @@ def test_old_entry_that_is_in_use_is_not_pruned(tmp_path: Path) -> None:
     assert left == {f"old{age:02}" for age in (*range(cache.MAX_ENTRIES), 11)}
 
 
-def test_locks_stay(build: Build, tmp_path: Path) -> None:
+def test_locks_are_not_pruned(build: Build, tmp_path: Path) -> None:
     """One that is removed while a process waits for it lets two processes in."""
     build()
     [entry] = entries(tmp_path)
@@ -232,7 +236,7 @@ def test_locks_stay(build: Build, tmp_path: Path) -> None:
     assert lock.exists()
 
 
-def test_cache_that_cannot_be_written(build: Build, tmp_path: Path) -> None:
+def test_unwritable_cache_is_an_error(build: Build, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"--cache_dir: tokenized data cannot be stored in .*cache"):
         build()
@@ -259,7 +263,7 @@ print("ROWS", len(rows), sum(rows["length"]), flush=True)
 """
 
 
-def test_ranks_that_start_at_once_tokenise_once(data_file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_simultaneous_ranks_tokenize_once(data_file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     count = 3
     arguments = [str(data_file), str(tokenizer_folder), str(tmp_path)]
     ranks = [

@@ -1,4 +1,4 @@
-"""One tokenisation, labelled: the labels decode to exactly what the assistant says, or the record is rejected."""
+"""One tokenization, labeled: the labels decode to exactly the assistant's text, or the record is rejected."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
 from fastchat_qlora.data.templates.named_templates import get_template
+from fastchat_qlora.data.templates.special_tokens import StringMatcher, find_control_tokens
 from fastchat_qlora.data.templates.special_tokens import check_plain as check_conversation
-from fastchat_qlora.data.templates.special_tokens import find_control_tokens
-from fastchat_qlora.data.templates.string_matcher import StringMatcher
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
 
 END = "<|im_end|>"
@@ -58,7 +57,7 @@ def tokenize_batch(
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
-    """Tokenise one conversation, without a BOS token."""
+    """Tokenize one conversation, without a BOS token."""
     [tokens] = tokenize_batch([segments], tokenizer, add_bos=False)
     return tokens
 
@@ -126,9 +125,7 @@ def holds_special_token(turns: list[tuple[str, str]]) -> bool:
 
 @given(turns=conversations)
 @settings(max_examples=200, deadline=None)
-def test_chatml_labels_are_what_the_assistant_says(
-    turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_chatml_labels_are_the_answers(turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast) -> None:
     messages = to_messages(turns)
     special = find_control_tokens(shared_tokenizer)
     if holds_special_token(turns):
@@ -146,9 +143,7 @@ def test_chatml_labels_are_what_the_assistant_says(
 
 @given(turns=conversations)
 @settings(max_examples=200, deadline=None)
-def test_vicuna_labels_are_what_the_assistant_says(
-    turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_vicuna_labels_are_the_answers(turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast) -> None:
     """None crosses an edge: with this tokenizer nothing grows together with the colon before the answer."""
     assume(not holds_special_token(turns))
     segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], "<s>", END)
@@ -157,7 +152,7 @@ def test_vicuna_labels_are_what_the_assistant_says(
     assert_exact(tokens, vicuna_pieces(turns), shared_tokenizer)
 
 
-def test_tokens_of_one_conversation(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_labels_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) -> None:
     """By eye: letters that are tokens of their own."""
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
     segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
@@ -185,7 +180,7 @@ def test_token_across_an_edge_is_rejected(
     after=st.text(" \na", max_size=6),
 )
 @settings(max_examples=150, deadline=None)
-def test_blanks_that_grow_into_one_token(before: str, answer: str, after: str, trim_offsets: bool) -> None:
+def test_merged_blanks_are_exact_or_rejected(before: str, answer: str, after: str, trim_offsets: bool) -> None:
     """Even where a tokenizer leaves blanks out of its offsets, the labels are exact or the record is rejected."""
     tokenizer = blank_tokenizer(trim_offsets)
     tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], tokenizer)
@@ -193,7 +188,7 @@ def test_blanks_that_grow_into_one_token(before: str, answer: str, after: str, t
         assert [text for text, supervised in pieces(tokens, tokenizer) if supervised] == [answer]
         return
     ends = {len(decode(tokenizer(before + answer + after).input_ids[:i], tokenizer)) for i in range(20)}
-    # Trimmed offsets may cost a record that could have been learnt; plain ones may not.
+    # Trimmed offsets may cost a record that could have been supervised; plain ones may not.
     assert trim_offsets or not {len(before), len(before + answer)} <= ends
 
 
@@ -210,7 +205,7 @@ def blank_tokenizer(trim_offsets: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
-def test_tokenizer_that_rewrites_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_normalized_answer_is_rejected_and_normalized_question_is_not(tokenizer: PreTrainedTokenizerFast) -> None:
     """A normalizer may change a question, which the model is only shown, but not an answer."""
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     decomposed, composed = "cafe\u0301", "caf\u00e9"
@@ -229,8 +224,8 @@ def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast
     assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4)
 
 
-def test_batch_is_each_conversation_alone(shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    """A rejected neighbour and the others' lengths change nothing."""
+def test_batch_equals_single_conversations(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A rejected neighbor and the others' lengths change nothing."""
     said = ["a", "b " * 50, "Γειά 🙂"]
     batch = [[Segment("Q"), Segment(text + END, supervised=True)] for text in said]
     batch.insert(1, [Segment("Is th"), Segment("is so", supervised=True)])
@@ -251,7 +246,7 @@ def test_empty_batch(shared_tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    """It stands in front, is not learnt and moves the ends of turns."""
+    """It stands in front, is not supervised and moves the ends of turns."""
     tokenizer.bos_token = "<|endoftext|>"
     bos = tokenizer.bos_token_id
     segments = [Segment("Q"), Segment("A" + END, supervised=True)]
@@ -266,7 +261,7 @@ def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
 
 @pytest.mark.parametrize("special", [END, "<|im_start|>", "<|endoftext|>", "<tool>"])
 @pytest.mark.parametrize("text", ["{}", "before{}after", "\n{} "])
-def test_special_token_in_a_message_is_refused(special: str, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_token_in_a_message_is_rejected(special: str, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     pattern = find_control_tokens(tokenizer)
     messages = [Message("user", "Who?"), Message("assistant", "I."), Message("user", text.format(special))]
@@ -277,11 +272,11 @@ def test_special_token_in_a_message_is_refused(special: str, text: str, tokenize
 
 
 @pytest.mark.parametrize("text", ["<|im_end", "im_end|>", "<|IM_END|>", "<| im_end |>", "</s>", "<|other|>", ""])
-def test_what_only_looks_like_a_special_token_is_plain(text: str, shared_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_lookalikes_of_special_tokens_are_plain(text: str, shared_tokenizer: PreTrainedTokenizerFast) -> None:
     check_plain([Message("user", text)], find_control_tokens(shared_tokenizer))
     assert not set(shared_tokenizer(text).input_ids) & set(shared_tokenizer.all_special_ids)
 
 
-def test_tokenizer_without_special_tokens() -> None:
+def test_tokenizer_may_have_no_special_tokens() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     check_plain([Message("user", "<s> anything at all")], find_control_tokens(bare))

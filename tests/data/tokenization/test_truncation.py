@@ -13,7 +13,7 @@ END = 2
 
 
 def conversation(*turns: tuple[int, int], tail: int = 0) -> TokenizedConversation:
-    """Turns of (tokens of the prompt, tokens of the answer with its end token), then a tail that is not learnt."""
+    """Turns of (tokens of the prompt, tokens of the answer with its end token), then a tail that is not supervised."""
     ids: list[int] = []
     labels: list[int] = []
     ends = []
@@ -42,19 +42,19 @@ def plain(tokens: TokenizedConversation) -> tuple[list[int], list[int], list[int
         (5, 5, [5]),
     ],
 )
-def test_whole_turns_are_kept(max_length: int, kept: int, turn_ends: list[int]) -> None:
+def test_truncation_keeps_whole_turns(max_length: int, kept: int, turn_ends: list[int]) -> None:
     tokens = conversation((3, 2), (2, 3), tail=3)
     ids, labels, _ = plain(tokens)
     assert plain(truncate(tokens, max_length)) == (ids[:kept], labels[:kept], turn_ends)
 
 
-def test_first_turn_is_cut_inside_and_does_not_end() -> None:
+def test_long_first_turn_is_cut_without_an_end_token() -> None:
     tokens = conversation((3, 4), (1, 2))
     assert plain(truncate(tokens, 6)) == ([100, 101, 102, 103, 104, 105], [IGNORE_INDEX] * 3 + [103, 104, 105], [6])
 
 
 @pytest.mark.parametrize("max_length", [1, 2, 3])
-def test_nothing_left_is_rejected(max_length: int) -> None:
+def test_no_supervised_token_is_rejected(max_length: int) -> None:
     with pytest.raises(RejectedRecord, match=f"no supervised token .* first {max_length} tokens"):
         truncate(conversation((3, 4)), max_length)
 
@@ -63,9 +63,7 @@ ROLES: st.SearchStrategy[Role] = st.sampled_from(["user", "user", "assistant", "
 
 
 @given(roles=st.lists(ROLES, max_size=12), has_system=st.booleans(), max_length=st.integers(1, 60))
-def test_parts_have_everything_that_was_said_before_an_answer(
-    roles: list[Role], has_system: bool, max_length: int
-) -> None:
+def test_parts_have_all_messages_before_an_answer(roles: list[Role], has_system: bool, max_length: int) -> None:
     """Users may say several things in a row, and all of them are what is answered."""
     system: list[Role] = ["system"] if has_system else []
     messages = [Message(role, f"{i}") for i, role in enumerate([*system, "user", "assistant", *roles])]
@@ -84,7 +82,7 @@ def test_parts_have_everything_that_was_said_before_an_answer(
     tail=st.integers(0, 4),
     max_length=st.integers(1, 50),
 )
-def test_what_is_kept_is_a_beginning_with_something_to_learn(
+def test_truncation_keeps_a_beginning_with_supervised_tokens(
     turns: list[tuple[int, int]], tail: int, max_length: int
 ) -> None:
     tokens = conversation(*turns, tail=tail)
