@@ -101,7 +101,8 @@ BAD: list[Any] = [
     *({"messages": [USER, {"from": "alien", "value": "x"}]}, {"messages": [USER, {"role": 5, "content": "x"}]}),
     *({"instruction": "x"}, {"instruction": 5, "output": "x"}, {"instruction": "x", "output": "y", "history": "z"}),
     *({"system": 5, "messages": [USER, BOT]}, {"system": "Talk.", "messages": [SYSTEM, USER, BOT]}),
-    *({"messages": [USER, BOT], "tools": tools} for tools in ("{", "5", [5], [{"function": {}}], {"name": "x"})),
+    *({"tools": "{", "messages": [USER, BOT]}, {"tools": "5", "messages": [USER, BOT]}),
+    *({"tools": [5], "messages": [USER, BOT]}, {"tools": [{"function": {}}], "messages": [USER, BOT]}),
     *(with_answer(content=content) for content in ("", "  \n", None, 5, {"text": "x"}, [{"type": "image"}])),
     *(with_answer(content="half of a pair \ud800"), with_answer(content="no character \ufdd0")),
     *(with_answer(weight=0.5), with_answer(train="yes"), with_answer(train=False)),
@@ -265,6 +266,13 @@ def label_jobs(inputs: Inputs) -> Iterator[Job]:
             yield inspect(f"{tokenizer}, {policy}", tokenizer, mixed, flags)
         for flags in ("--train_on last", "--train_on all", "--lazy_preprocess True", "--eval_split 0.1"):
             yield inspect(f"{tokenizer}, {flags}", tokenizer, mixed, flags)
+    for flags in (
+        "--train_on last",
+        "--train_on all",
+        "--lazy_preprocess True",
+        "--overlong split --model_max_length 64",
+    ):
+        yield inspect(f"named chatml, {flags}", "model-plain", mixed, f"--conv_template chatml {flags}")
     yield inspect("overlong is an error", "model", mixed, "--overlong error --model_max_length 64")
     yield inspect("packing", "model", mixed, "--packing True --model_max_length 128")
     yield inspect("two workers", "model", f"{dummy} {mixed}", "--preprocessing_num_workers 2")
