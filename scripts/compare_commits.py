@@ -145,8 +145,7 @@ class Side:
         streams = {name: str(self._folder / case / f"{job.name}.{name}") for name in ("stdout", "stderr")}
         found: dict[str, Any] = {"exit code": (self._launch if job.launcher else self._ask)(job, folder, streams)}
         for name, path in streams.items():
-            lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-            found[name] = Lines(lines)
+            found[name] = Lines(Path(path).read_text(encoding="utf-8", errors="replace").splitlines())
         changed = sorted(path for path, stamp in stamps(folder).items() if before.get(path) != stamp)
         found["files"] = {str(path.relative_to(folder)): read_file(path) for path in changed}
         paths = {str(folder): "<folder>", str(self._folder): "<side>", str(self._tree): "<tree>"}
@@ -179,10 +178,9 @@ class Side:
         script = str(self._tree / "train_lora.py")
         command = [str(BIN / program), *flags, "--master_port", str(free_port()), script, *job.argv[1:]]
         with open(streams["stdout"], "w") as out, open(streams["stderr"], "w") as err:
-            environment = self._environment
-            return subprocess.run(
-                command, cwd=folder, env=environment, stdout=out, stderr=err, timeout=MOST_SECONDS
-            ).returncode
+            options: dict[str, Any] = {"cwd": folder, "env": self._environment, "stdout": out, "stderr": err}
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            return wait_for(process.pid)
 
     def close(self) -> None:
         """End the process."""
@@ -488,19 +486,22 @@ def main() -> int:
     parser.add_argument("--messages", choices=("ignore", "exact"), default="exact", help="Whether wording counts.")
     parser.add_argument("--keep", type=Path, help="New folder for inputs and outputs, which is kept.")
     args = parser.parse_args()
+    cases = args.cases.split(",")
+    if unknown := {*cases} - {*CASES}:
+        parser.error(f"--cases {', '.join(unknown)}: must be some of {','.join(CASES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     names = json.loads(args.renames.read_text(encoding="utf-8")) if args.renames else {}
     with work_folder(args.keep) as work, checked_out(args.commit, work / "tree") as tree:
         inputs = Inputs(work / "inputs")
         make_inputs(inputs.folder, tree)
-        if "cli" in args.cases.split(","):
+        if "cli" in cases:
             command = [sys.executable, __file__, "--draw", str(tree), str(inputs.folder / "drawn.json")]
             environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}  # draws the same each time
             subprocess.run(command, check=True, cwd=work, env=environment)
         sides = [Side(tree, work / "old", names), Side(ROOT, work / "new", names)]
         try:
-            counts = [compare_case(case, sides, inputs, names, args.messages) for case in args.cases.split(",")]
+            counts = [compare_case(case, sides, inputs, names, args.messages) for case in cases]
         finally:
             for side in sides:
                 side.close()
