@@ -213,7 +213,8 @@ def save_with_template(base: Path, name: str) -> None:
     tokenizer.chat_template = source
     target = base.with_name(f"{base.name}-{name or 'plain'}")
     tokenizer.save_pretrained(target)
-    shutil.copy(base / "config.json", target)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | {"vocab_size": 2048}), encoding="utf-8")
 
 
 COMMAND_LINES = Path(__file__).with_name("command_lines.txt")
@@ -277,7 +278,7 @@ def label_jobs(inputs: Inputs) -> Iterator[Job]:
     yield inspect("packing", "model", mixed, "--packing True --model_max_length 128")
     yield inspect("two workers", "model", f"{dummy} {mixed}", "--preprocessing_num_workers 2")
     yield inspect("two sets", "model", "tutorial.jsonl", f"--eval_data_path {inputs / 'mixed'} --padding_side left")
-    for tokenizer in ("model", "model-qwen3", "llama-plain"):
+    for tokenizer in ("model", "model-qwen3", "llama-plain", "llama"):  # the last has more tokens than its model
         argv = ["train", "--model_name_or_path", inputs / tokenizer, "--data_path", inputs / "bad", inputs / "mixed"]
         argv += ["--output_dir", "out", "--max_rejected", "1", "--dry_run", "True"]
         yield Job(f"rejected by {tokenizer}", argv)

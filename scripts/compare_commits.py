@@ -292,8 +292,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 def read_file(path: Path) -> Any:
     """Read a file as JSON-like data."""
+    is_cached = re.search(r"/[0-9a-f]{32}/", str(path))  # nobody reads it but the code that it is keyed by
     try:
-        return READERS[path.suffix](path) if path.suffix in READERS else "is there"
+        return READERS[path.suffix](path) if path.suffix in READERS and not is_cached else "is there"
     except ValueError:
         return "cannot be read"
 
@@ -413,7 +414,7 @@ def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
         for number, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from differences(before, after, f"{place}[{number}]")
     elif old != new or type(old) is not type(new):
-        old, new = (f"{len(value)} items" if isinstance(value, list) else value for value in (old, new))
+        old, new = (f"{len(value)} items" if isinstance(value, list | dict) else value for value in (old, new))
         yield f"{place}\n    -{str(old)[:400]}\n    +{str(new)[:400]}"
 
 
