@@ -124,7 +124,14 @@ def test_terminal_shows_counts(base: Path, records: Path, capsys: pytest.Capture
     assert inspect(base, records, "--num_examples", "1") == 0
     out = capsys.readouterr().out
     counts = dict(re.findall(r"^  ([a-z ]+?)  +([\d,]+)", out, re.MULTILINE))
-    facts = {"read": "11", "accepted": "9", "rejected": "2", "sequences": "9", "shortened": "1", "assistant turns": "13"}
+    facts = {
+        "read": "11",
+        "accepted": "9",
+        "rejected": "2",
+        "sequences": "9",
+        "shortened": "1",
+        "assistant turns": "13",
+    }
     assert facts.items() <= counts.items()
     assert f"{records}:10 (id forged): message 1: contains the special token '<|im_end|>'" in out
     assert sum(int(rows) for rows in re.findall(r"to \d+ tokens +(\d+)", out)) == 9

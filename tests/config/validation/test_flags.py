@@ -271,9 +271,18 @@ SEEN_BEFORE_WEIGHTS = {
     "blank data": (["--data_path", "blank.json"], ["--data_path blank.json", "not valid JSON"]),
     "not UTF-8": (["--data_path", "latin1.json"], ["--data_path latin1.json", "byte 2", "UTF-8"]),
     "no records": (["--data_path", "no_records.json"], ["--data_path", "0 read", "check the data"]),
-    "no turns": (["--data_path", "no_turns.json"], ["--data_path", "no_turns.json:1", "seven", "no turns", "fix the data"]),
-    "no conversation": (["--data_path", "no_conversations.json"], ["no_conversations.json:1", "no turns", "fix the data"]),
-    "unknown role": (["--data_path", "role.json"], ["role.json:1", "seven", "'alien'", "known are", "human", "fix the data"]),
+    "no turns": (
+        ["--data_path", "no_turns.json"],
+        ["--data_path", "no_turns.json:1", "seven", "no turns", "fix the data"],
+    ),
+    "no conversation": (
+        ["--data_path", "no_conversations.json"],
+        ["no_conversations.json:1", "no turns", "fix the data"],
+    ),
+    "unknown role": (
+        ["--data_path", "role.json"],
+        ["role.json:1", "seven", "'alien'", "known are", "human", "fix the data"],
+    ),
     "bad eval data": (["--eval_data_path", "role.json"], ["--eval_data_path", "role.json:1", "'alien'"]),
     "nothing left to train on": (
         ["--data_path", "one.json", "--eval_split", "1"],
