@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import transformers
 
-from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
+from fastchat_qlora.commands.adapter_flags import build_chat_parser, build_merge_parser
 from fastchat_qlora.commands.inspect.command import InspectArguments
 from fastchat_qlora.commands.plan.command import PlanArguments
 from fastchat_qlora.config.arguments import RunArguments
@@ -86,9 +86,9 @@ def flags_page() -> str:
         "## fastchat-qlora plan",
         "\n".join([*HEAD, *_of_class(PlanArguments)]),
         "## fastchat-qlora chat",
-        "\n".join([*HEAD, *_of_parser(chat_parser())]),
+        "\n".join([*HEAD, *_of_parser(build_chat_parser())]),
         "## fastchat-qlora merge",
-        "\n".join([*HEAD, *_of_parser(merge_parser())]),
+        "\n".join([*HEAD, *_of_parser(build_merge_parser())]),
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -22,8 +22,8 @@ def flags_json() -> str:
     train = build_parser()
     parsers: dict[str, FlagParser] = {
         "train": train,
-        "inspect": build_parser(inspect.PROG, inspect.InspectArguments),
-        "plan": build_parser(plan.PROG, plan.PlanArguments),
+        "inspect": build_parser(inspect.INSPECT_PROG, inspect.InspectArguments),
+        "plan": build_parser(plan.PLAN_PROG, plan.PlanArguments),
     }
     flags = _flags(train)
     table = {

@@ -21,7 +21,7 @@ from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from torch.distributed.run import get_args_parser
 
 from fastchat_qlora import cli
-from fastchat_qlora.commands.adapter_flags import chat_parser, merge_parser
+from fastchat_qlora.commands.adapter_flags import build_chat_parser, build_merge_parser
 from fastchat_qlora.commands.inspect import command as inspect
 from fastchat_qlora.commands.plan import command as plan
 from fastchat_qlora.config.fast_help import read_flags
@@ -147,7 +147,7 @@ def run_here(argv: list[str]) -> None:
 def check_train(command: Command, *, processes: int = 1) -> None:
     """Run what trains the quickstart's model in one process, and read the rest as it is read where there are GPUs."""
     argv = command.words
-    parser = build_parser(plan.PROG, plan.PlanArguments)
+    parser = build_parser(plan.PLAN_PROG, plan.PlanArguments)
     elsewhere = ["--devices", str(processes), "--device_type", "cuda"]
     asked = [word for word in argv if not word.endswith("full.yaml") and word != "--print_config"]
     values = read_flags([*asked, *elsewhere], parser).values
@@ -289,9 +289,9 @@ def test_flag_table_is_current() -> None:
 
 
 def _known_flags() -> set[str]:
-    parsers: list[argparse.ArgumentParser] = [build_parser(), chat_parser(), merge_parser()]
-    parsers += [build_parser(inspect.PROG, inspect.InspectArguments)]
-    parsers += [build_parser(plan.PROG, plan.PlanArguments)]
+    parsers: list[argparse.ArgumentParser] = [build_parser(), build_chat_parser(), build_merge_parser()]
+    parsers += [build_parser(inspect.INSPECT_PROG, inspect.InspectArguments)]
+    parsers += [build_parser(plan.PLAN_PROG, plan.PlanArguments)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return known | {*LEGACY_FLAGS}
 

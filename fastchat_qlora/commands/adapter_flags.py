@@ -20,7 +20,7 @@ STDIN_MESSAGE = "-"  # stands for the text on standard input
 SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
 
-def chat_parser() -> FlagParser:
+def build_chat_parser() -> FlagParser:
     """Return the parser of `chat`."""
     parser = _build_parser(
         "chat",
@@ -37,7 +37,7 @@ def chat_parser() -> FlagParser:
     return parser
 
 
-def merge_parser() -> FlagParser:
+def build_merge_parser() -> FlagParser:
     """Return the parser of `merge`."""
     parser = _build_parser(
         "merge",
@@ -70,7 +70,7 @@ def _build_parser(command: str, *, description: str, quantization: str) -> FlagP
 
 def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line of `chat`; UserError lists all mistakes in it and in the adapter's folder."""
-    values, errors = _parse_adapter_flags(chat_parser(), argv)
+    values, errors = _parse_adapter_flags(build_chat_parser(), argv)
     messages, temperature = values.message or [], values.temperature
     texts = [*(f"--message {text}" for text in messages), f"--system {values.system or ''}"]
     errors += [f"{text}: must be UTF-8 text; write it in that encoding" for text in texts if not is_text(text)]
@@ -95,7 +95,7 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
 
 def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line of `merge`; UserError lists all mistakes in it and in the folders."""
-    values, errors = _parse_adapter_flags(merge_parser(), argv)
+    values, errors = _parse_adapter_flags(build_merge_parser(), argv)
     raise_errors(errors)
     check_output_dir(values.output_dir, values.adapter, values.model_name_or_path or "")
     return values

@@ -22,8 +22,8 @@ from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, che
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
-    dtype_name,
     get_compute_dtype,
+    get_dtype_name,
     load_config,
     load_model,
 )
@@ -133,7 +133,7 @@ def _choose_precision(
             how = "not quantized; if it was quantized, give --quantization nf4, fp4 or int8"
         logger.warning(
             f"{folder}: {trained}, so the precision of its training is unknown. The base model is loaded in "
-            f"{dtype_name(precision.dtype)}, {how}."
+            f"{get_dtype_name(precision.dtype)}, {how}."
         )
     if quantization == "as_trained":
         return precision, trained_on

@@ -91,7 +91,9 @@ def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, d
         attn_implementation=loading.attention,
         cache_dir=args.training.cache_dir,
     )
-    return attach_adapter(model, prepared.base.lora_config, args.lora.lora_weight_path, leave=loading.sharded_classes)
+    return attach_adapter(
+        model, prepared.base.lora_config, args.lora.lora_weight_path, excluded_classes=loading.sharded_classes
+    )
 
 
 def _build_trainer(

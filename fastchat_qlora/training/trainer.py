@@ -159,7 +159,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> torch.Tensor:
         """Return a micro-batch's share of the mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
-        loss = chunked_loss.mean_loss(losses, num_items_in_batch)
+        loss = chunked_loss.compute_mean_loss(losses, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # strategies average gradients over processes
         return loss
@@ -175,7 +175,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]
-            losses = chunked_loss.token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
+            losses = chunked_loss.compute_token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
         return losses, batch["conversation"]
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note signals in the block; raise at its end if nobody has acted on them."""
+        """Defer signals in the block; raise at its end if nobody has acted on them."""
         self.is_deferred = True
         yield
         self.is_deferred = False

@@ -12,7 +12,7 @@ import torch
 
 from fastchat_qlora import cli
 from fastchat_qlora.training import run
-from fastchat_qlora.training.callbacks.effective_settings import base_bytes
+from fastchat_qlora.training.callbacks.effective_settings import get_base_bytes
 from fastchat_qlora.training.trainer import LoraTrainer
 
 PROBE = torch.arange(3, 40)[None]
@@ -27,7 +27,7 @@ class ObservedTrainer(LoraTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, then run the live one; every process takes part."""
-        held = base_bytes(self.adapter)  # as the last step left it; a forward pass gathers
+        held = get_base_bytes(self.adapter)  # as the last step left it; a forward pass gathers
         super().save_model(output_dir, _internal_call)
         model, was_training = self.model_wrapped, self.model.training
         model.eval()

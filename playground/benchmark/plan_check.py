@@ -71,13 +71,13 @@ class Row(NamedTuple):
     """Bytes of a case, predicted and measured, of the process that took most."""
 
     case: Case
-    foreseen: int
+    predicted: int
     measured: int
 
     @property
     def ratio(self) -> float:
         """Predicted bytes divided by measured ones."""
-        return self.foreseen / self.measured
+        return self.predicted / self.measured
 
 
 def write_data(path: Path, *, words: int = 3000) -> None:
@@ -122,7 +122,7 @@ def table(rows: Sequence[Row], model: str) -> str:
     ]
     for row in rows:
         processes = f"2, {row.case.strategy}" if row.case.strategy else "1"
-        sizes = f"{row.foreseen / GIB:.3f} | {row.measured / GIB:.3f} | {row.ratio:.3f}"
+        sizes = f"{row.predicted / GIB:.3f} | {row.measured / GIB:.3f} | {row.ratio:.3f}"
         lines.append(f"| {row.case.name} (`{row.case.flags}`) | {processes} | {sizes} |")
     return "\n".join(lines) + "\n"
 

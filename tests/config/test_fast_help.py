@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastchat_qlora import cli
-from fastchat_qlora.commands.inspect.command import PROG, InspectArguments
+from fastchat_qlora.commands.inspect.command import INSPECT_PROG, InspectArguments
 from fastchat_qlora.commands.plan import command as plan
 from fastchat_qlora.config import fast_help
 from fastchat_qlora.config.fast_help import (
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads(fast_help.TABLE.read_text(encoding="utf-8"))
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": parse_args,
-    "inspect": lambda argv: parse_command(argv, PROG, InspectArguments),
+    "inspect": lambda argv: parse_command(argv, INSPECT_PROG, InspectArguments),
 }
 RECIPE = ROOT / "playground" / "recipes" / "llama-3.2-1b-lora-1gpu.yaml"
 NEEDED = ["--model_name_or_path", "org/model", "--data_path", str(ROOT / "data"), "--output_dir", "out"]
@@ -167,8 +167,8 @@ def outcome(parser: FlagParser, argv: list[str]) -> tuple[Any, ...]:
 
 PARSERS = {
     "train": (build_table_parser(TABLE, "train"), build_parser()),
-    "inspect": (build_table_parser(TABLE, "inspect"), build_parser(PROG, InspectArguments)),
-    "plan": (build_table_parser(TABLE, "plan"), build_parser(plan.PROG, plan.PlanArguments)),
+    "inspect": (build_table_parser(TABLE, "inspect"), build_parser(INSPECT_PROG, InspectArguments)),
+    "plan": (build_table_parser(TABLE, "plan"), build_parser(plan.PLAN_PROG, plan.PlanArguments)),
 }
 NAMES = sorted({name for _, live in PARSERS.values() for a in live._actions for name in a.option_strings})
 VALUES = ["True", "no", "0", "1e-3", "-2", "x", "", "steps", "epoch", "nf4", "{}", "None", "--", "a b", "é"]

@@ -81,7 +81,7 @@ def make_base(
     return model.to(dtype)
 
 
-def make_quantised_base(folder: Path, attention: str | None = None) -> PreTrainedModel:
+def make_quantized_base(folder: Path, attention: str | None = None) -> PreTrainedModel:
     """Load the Llama in NF4 with double quantization, computing in fp32; `folder` is for its weights."""
     if not (folder / "config.json").exists():
         make_base("llama").save_pretrained(folder)
@@ -103,7 +103,7 @@ def lora_config(**changes: Any) -> LoraConfig:
     return LoraConfig(**settings | changes)
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Give every trained tensor values: an adapter's first ones do nothing. The same for the same names."""
     generator = torch.Generator().manual_seed(1)
     for _, parameter in sorted((name, p) for name, p in model.named_parameters() if p.requires_grad):
@@ -113,14 +113,14 @@ def randomise(model: torch.nn.Module) -> None:
 def plain_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
     """Attach an adapter as PEFT and transformers do, without anything of ours."""
     model = get_peft_model(base, lora_config(**changes))
-    randomise(model)
+    randomize(model)
     return model
 
 
 def our_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
     """Attach an adapter with our layers."""
     model = attach_adapter(base, lora_config(**changes))
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -176,10 +176,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def conversation(length: int, seed: int, learnt: float = 0.6) -> dict[str, list[int]]:
+def conversation(length: int, seed: int, supervised_share: float = 0.6) -> dict[str, list[int]]:
     """Draw random tokens, a share of them supervised; the first is not, for nothing comes before it."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
-    keep = torch.rand(length, generator=generator) < learnt
+    keep = torch.rand(length, generator=generator) < supervised_share
     keep[0] = False
     return {"input_ids": ids.tolist(), "labels": torch.where(keep, ids, -100).tolist()}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import lora_config, make_base, randomise
+from families import lora_config, make_base, randomize
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -39,7 +39,7 @@ def save_base(folder: Path, tokenizer: Path, family: str, dtype: torch.dtype, **
 def save_adapter(folder: Path, base: Path, training: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Save an adapter with random values, the base model's tokenizer, and the precision of the training."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(**changes))
-    randomise(model)
+    randomize(model)
     model.save_pretrained(folder, save_embedding_layers=False)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     if training is not None:

@@ -11,7 +11,7 @@ from families import (
     WINDOW,
     conversation,
     make_base,
-    make_quantised_base,
+    make_quantized_base,
     make_trainer,
     our_peft,
     plain_peft,
@@ -101,10 +101,10 @@ def test_loss_and_gradients_are_those_of_each_conversation_alone(
 
 
 def test_with_4_bit_weights(tmp_path: Path) -> None:
-    expected = truth(plain_peft(make_quantised_base(tmp_path)).train())
+    expected = truth(plain_peft(make_quantized_base(tmp_path)).train())
     for layout, (attention, _) in LAYOUTS.items():
         for checkpointing in CHECKPOINTING:
-            model = our_peft(make_quantised_base(tmp_path, attention))
+            model = our_peft(make_quantized_base(tmp_path, attention))
             require_equal(train_step(model, tmp_path, layout, checkpointing), expected)
 
 

@@ -13,7 +13,7 @@ from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.trainer import LoraTrainer
 
 CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 30, 12))]
-UNSUPERVISED = conversation(11, seed=9, learnt=0.0)
+UNSUPERVISED = conversation(11, seed=9, supervised_share=0.0)
 CPU = torch.device("cpu")
 
 

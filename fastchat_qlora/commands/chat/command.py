@@ -13,7 +13,7 @@ from fastchat_qlora.commands.chat.input import read_pipe, read_stdin, read_termi
 from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_context_length, load_with_adapter, open_adapter
 from fastchat_qlora.data.templates.renderer import TemplateMessage
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.loading.base_model import dtype_name
+from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.utils.signals import Stopped
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import escape_control, is_text
@@ -63,7 +63,7 @@ def chat(argv: Sequence[str]) -> None:
 
 def _describe_chat(adapter: TrainedAdapter, decoding: Decoding) -> str:
     kind, trained_on = adapter.precision.quantization.kind, ""
-    precision = dtype_name(adapter.precision.dtype) if kind == "none" else kind
+    precision = get_dtype_name(adapter.precision.dtype) if kind == "none" else kind
     if adapter.trained_on not in (None, kind):
         weights = "the original weights" if adapter.trained_on == "none" else f"{adapter.trained_on} weights"
         trained_on = f", which was trained on {weights}"

@@ -62,7 +62,7 @@ class _AnswerStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is un
                 self._show(piece)
 
     def end(self) -> None:
-        """Do nothing: no text is held back."""
+        """Ignore the end: no text is held back."""
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[TemplateMessage]) -> list[int]:

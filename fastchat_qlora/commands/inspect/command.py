@@ -18,7 +18,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.setup import prepare_data
 from fastchat_qlora.utils.stdout import open_stdout
 
-PROG = "fastchat-qlora inspect"
+INSPECT_PROG = "fastchat-qlora inspect"
 
 
 @dataclass
@@ -37,7 +37,7 @@ def inspect(argv: Sequence[str]) -> None:
     Raises:
         UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
     """
-    args, own = parse_command(argv, PROG, InspectArguments)
+    args, own = parse_command(argv, INSPECT_PROG, InspectArguments)
     if own.num_examples < 0:
         raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all sequences")
     output = Path(os.path.expanduser(own.output)) if own.output else None

@@ -20,10 +20,10 @@ from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import build_lora_config
 from fastchat_qlora.model.estimates import parallelism
-from fastchat_qlora.model.estimates.flops import flops_per_second, flops_per_token
+from fastchat_qlora.model.estimates.flops import compute_flops_per_token, measure_flops_per_second
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
-from fastchat_qlora.model.loading.base_model import build_meta_model, dtype_name, get_compute_dtype
+from fastchat_qlora.model.loading.base_model import build_meta_model, get_compute_dtype, get_dtype_name
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
@@ -116,7 +116,7 @@ def _get_settings(
         dataset=setup.make_training_dataset(sequences, args, devices.number),
         lengths=lengths,
         supervised_share=supervised / int(lengths.sum()),
-        strategy=_get_strategy(args, base.config, devices.number),
+        strategy=_get_parallel_strategy(args, base.config, devices.number),
         precision=Precision(base.quantization, get_compute_dtype(training)),
         batch_size=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
@@ -125,7 +125,7 @@ def _get_settings(
     )
 
 
-def _get_strategy(args: RunArguments, config: PretrainedConfig, devices: int) -> ParallelStrategy:
+def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices: int) -> ParallelStrategy:
     """Return the strategy that the flags ask for; DDP or one process by default."""
     training = args.training
     if training.fsdp:
@@ -144,8 +144,10 @@ def _get_strategy(args: RunArguments, config: PretrainedConfig, devices: int) ->
     return ParallelStrategy(
         f"ZeRO-{zero['stage']}",
         devices,
-        bucket=config.get_text_config().hidden_size ** 2 if bucket == "auto" else int(bucket),  # as transformers does
-        live=parallelism.DEFAULT_LIVE_PARAMETERS if live == "auto" else int(live),
+        bucket_elements=config.get_text_config().hidden_size ** 2
+        if bucket == "auto"
+        else int(bucket),  # as transformers does
+        max_resident_parameters=parallelism.DEFAULT_LIVE_PARAMETERS if live == "auto" else int(live),
         offloads_optimizer=get_offload_device(deepspeed, "offload_optimizer") != "none",
         offloads_weights=get_offload_device(deepspeed, "offload_param") != "none",
     )
@@ -158,8 +160,8 @@ def _describe_settings(settings: RunSettings) -> dict[str, str]:
     unit = f"packed sequences of {settings.max_length:,} tokens" if is_packed else "conversations"
     checkpointing = "as memory requires" if settings.checkpointing is None else str(settings.checkpointing)
     return {
-        "base weights": str(quantization) if quantization.is_quantized else dtype_name(dtype),
-        "compute dtype": dtype_name(dtype),
+        "base weights": str(quantization) if quantization.is_quantized else get_dtype_name(dtype),
+        "compute dtype": get_dtype_name(dtype),
         "devices": f"{devices.number} x {devices.kind}",
         "batch": f"{batch} x {accumulation} accumulated x {devices.number} = {total} {unit} a step",
         "activation checkpointing": checkpointing,
@@ -180,7 +182,7 @@ def _estimate_speed(settings: RunSettings, cost: ModelCost, checkpointed: int) -
     device = torch.device("cpu") if is_cpu else torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return None
-    reached = flops_per_second(config, settings.precision.dtype, device)
-    needed = flops_per_token(cost, config, settings.lengths, checkpointed)
+    reached = measure_flops_per_second(config, settings.precision.dtype, device)
+    needed = compute_flops_per_token(cost, config, settings.lengths, checkpointed)
     source = f"this machine's matrix products reach {reached / 1e12:.2f} TFLOP/s"
     return Speed(reached / needed, source, is_upper_bound=True)

@@ -86,7 +86,7 @@ def _find_largest_divisor(number: int, limit: int) -> int:
 def _list_candidates(given: _Candidate) -> Iterator[_Candidate]:
     """Yield changed runs, the cheapest change first."""
     strategy, precision = given.run.strategy, given.run.precision
-    can_shard = strategy.devices > 1 and strategy.strategy != FSDP2
+    can_shard = strategy.devices > 1 and strategy.name != FSDP2
     smaller = [] if precision.quantization.is_4bit else [_quantize(given)]
     yield given
     if precision.dtype == torch.float32:
@@ -135,7 +135,7 @@ def _shorten(candidate: _Candidate) -> Iterator[_Candidate]:
 def _add_devices(candidate: _Candidate) -> Iterator[_Candidate]:
     """Yield the run on 2, 4, ... times as many devices; the sequences of a step stay the same if they divide evenly."""
     run, devices = candidate.run, candidate.run.strategy.devices
-    if devices == 1 or run.strategy.strategy not in (ZERO_3, FSDP2):
+    if devices == 1 or run.strategy.name not in (ZERO_3, FSDP2):
         candidate = _shard(candidate)
     times = 2
     while devices * times <= MAX_PROPOSED_DEVICES and not run.devices.is_shared:

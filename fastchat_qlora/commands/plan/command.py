@@ -18,7 +18,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import one_line
 
-PROG = "fastchat-qlora plan"
+PLAN_PROG = "fastchat-qlora plan"
 
 
 @dataclass
@@ -47,7 +47,7 @@ def plan(argv: Sequence[str]) -> None:
         UserError: the flags, the model, the adapter or the data cannot be used, or nothing is known of the model
             without its weights.
     """
-    args, own = parse_command(argv, PROG, PlanArguments)
+    args, own = parse_command(argv, PLAN_PROG, PlanArguments)
     output = None if own.output in ("", "-") else Path(os.path.expanduser(own.output))
     if output and not own.output.endswith(".json"):
         raise UserError(f"--output {own.output}: must end in .json; give such a name, or - for the terminal")

@@ -98,7 +98,7 @@ class RunSettings:
     def _find_refusal(self) -> str:
         """Return why `train` refuses the strategy; empty if it does not."""
         strategy = self.strategy
-        is_fsdp, quantization = strategy.strategy == parallelism.FSDP2, self.precision.quantization
+        is_fsdp, quantization = strategy.name == parallelism.FSDP2, self.precision.quantization
         optimizer = OptimizerNames(self.args.training.optim).value
         topology = Topology(0, 0, strategy.devices, "cuda", strategy.zero_stage, is_fsdp)
         if is_fsdp and optimizer not in FSDP_OPTIMIZERS:
@@ -148,9 +148,9 @@ def list_strategies(given: ParallelStrategy) -> Iterator[ParallelStrategy]:
     """Yield every strategy on one device up to those of the given strategy, which keeps its settings everywhere."""
     for count in count_devices_up_to(given.devices):
         usual = (parallelism.ONE_PROCESS,) if count == 1 else parallelism.MULTI_DEVICE_STRATEGIES
-        asked = () if given.strategy in usual or count != given.devices else (given.strategy,)
+        asked = () if given.name in usual or count != given.devices else (given.name,)
         for strategy in (*usual, *asked):
-            same = given if given.strategy == strategy else ParallelStrategy(strategy, count)
+            same = given if given.name == strategy else ParallelStrategy(strategy, count)
             yield same._replace(devices=count)
 
 

@@ -115,7 +115,7 @@ def _build_memory_table(plan: Plan, parts: dict[str, Sequence[str]]) -> Table:
             recomputed = f"{estimate.checkpointed}/{plan.layers}"
             cells = [*map(_format_gib, (*sizes, need.total)), recomputed, fits, largest]
         style = f"bold {style}" if estimate.strategy == plan.given else style
-        table.add_row(str(estimate.strategy.devices), estimate.strategy.strategy, *cells, style=style.strip())
+        table.add_row(str(estimate.strategy.devices), estimate.strategy.name, *cells, style=style.strip())
     return table
 
 
@@ -132,7 +132,7 @@ def _explain_table(plan: Plan) -> list[str]:
         lines.append(f"{usable}; the rest is for libraries and memory fragmentation.")
     else:
         lines.append("Give the memory of a device with --device_memory_gib to see what fits.")
-    refusals = (f"{each.strategy.strategy}: {_end_sentence(each.refused)}" for each in plan.devices if each.refused)
+    refusals = (f"{each.strategy.name}: {_end_sentence(each.refused)}" for each in plan.devices if each.refused)
     return [*lines, *dict.fromkeys(refusals)]
 
 
@@ -140,7 +140,7 @@ def _format_verdict(plan: Plan) -> Text | None:
     run = plan.run
     if run is None or (run.fits is None and not run.refused):
         return None
-    name, count = run.strategy.strategy, run.strategy.devices
+    name, count = run.strategy.name, run.strategy.devices
     if run.need is None:
         return Text(f"Not possible: {name}: {escape_control(_end_sentence(run.refused))}", style="bold red")
     needs = f"{name} on {count} devices" if count > 1 else "one process"

@@ -41,7 +41,7 @@ class ConversationTemplate:
         """
         check_turns(messages)
         tokens = {"{bos}": bos, "{eos}": eos}
-        prompt, blank, end = (_fill(part, tokens) for part in self.assistant)
+        prompt, blank, end = (_insert_special_tokens(part, tokens) for part in self.assistant)
         has_system = messages[0].role == "system"
         system = messages[0].content if has_system else self.default_system
         system = _surround(system, self.system, tokens) if system or has_system else ""
@@ -55,7 +55,7 @@ class ConversationTemplate:
             segments += [Segment(prompt)] if prompt else []
             segments.append(Segment(answer, supervised=message.train, ends_turn=True, masked=not message.train))
             if self.after_assistant:
-                segments.append(Segment(_fill(self.after_assistant, tokens)))
+                segments.append(Segment(_insert_special_tokens(self.after_assistant, tokens)))
         return segments
 
     def to_jinja(self, *, add_bos: bool) -> str:
@@ -110,14 +110,14 @@ def check_turns(messages: Sequence[Message]) -> None:
             raise RejectedRecord(f"message {first + i}: {reason}")
 
 
-def _fill(text: str, tokens: Mapping[str, str]) -> str:
+def _insert_special_tokens(text: str, tokens: Mapping[str, str]) -> str:
     for name, token in tokens.items():
         text = text.replace(name, token)
     return text
 
 
 def _surround(content: str, around: tuple[str, str], tokens: Mapping[str, str]) -> str:
-    return _fill(around[0], tokens) + content + _fill(around[1], tokens)
+    return _insert_special_tokens(around[0], tokens) + content + _insert_special_tokens(around[1], tokens)
 
 
 def _quote(text: str) -> str:

@@ -20,11 +20,11 @@ def fill_skeleton(skeleton: RenderedText, messages: Sequence[Message], text: str
         return None
     contents = [message.content for message in messages]
     for variant in (contents, [content.strip() for content in contents]):
-        pieces = [_fill(piece, variant) for piece in split_at_turns(skeleton)]
+        pieces = [_insert_contents(piece, variant) for piece in split_at_turns(skeleton)]
         if "".join(pieces) == text + skeleton.closing:
             return make_segments(pieces, skeleton.turns, messages)
     return None
 
 
-def _fill(piece: str, contents: Sequence[str]) -> str:
+def _insert_contents(piece: str, contents: Sequence[str]) -> str:
     return NUMBERED_SENTINEL.sub(lambda sentinel: contents[int(sentinel.group(1))], piece)

@@ -54,20 +54,20 @@ def _read_start_config(path: str) -> LoraConfig:
 
 
 def attach_adapter(
-    model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "", *, leave: Collection[str] = ()
+    model: PreTrainedModel, lora_config: LoraConfig, weight_path: str = "", *, excluded_classes: Collection[str] = ()
 ) -> PeftModel:
     """Attach a new adapter, or that of a folder, to a base model.
 
     The base model stays in the dtype that it was loaded in: nothing is copied to fp32 as by PEFT's
     `prepare_model_for_kbit_training` (embeddings and head: 2 GB on an 8B model). Trained parameters are in fp32, except
-    for the biases of quantized layers and under ZeRO-3. Modules of the classes in `leave`, which FSDP2 was told to
-    shard, are not replaced by memory-efficient ones.
+    for the biases of quantized layers and under ZeRO-3. Modules of `excluded_classes`, which FSDP2 was told to shard,
+    are not replaced by memory-efficient ones.
 
     Raises:
         RunError: the adapter trains nothing, lacks tensors in its file or does not fit the model.
     """
     model.requires_grad_(False)
-    use_memory_efficient_modules(model, leave)
+    use_memory_efficient_modules(model, excluded_classes)
     register_efficient_lora(lora_config, model)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
     trainable = get_trainable_parameters(peft_model)

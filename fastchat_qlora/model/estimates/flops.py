@@ -11,7 +11,7 @@ from fastchat_qlora.model.estimates.memory import ModelCost
 TIMING_SECONDS, TIMED_ROWS = 0.5, 1024
 
 
-def flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
+def compute_flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
     """Return the floating-point operations of training for one real token of conversations of these lengths.
 
     Backward costs as much as forward: a frozen weight needs the gradient of its input only, and the adapter adds
@@ -27,7 +27,7 @@ def flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[Any, Any]
     return float(2 * model.token.flops + 3 * attention + recomputed * (model.token.flops + attention))
 
 
-def flops_per_second(config: Any, dtype: torch.dtype, device: torch.device) -> float:
+def measure_flops_per_second(config: Any, dtype: torch.dtype, device: torch.device) -> float:
     """Return what the device reaches in products of the size of the model's MLP, measured for half a second."""
     text = config.get_text_config()
     inner, outer = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size

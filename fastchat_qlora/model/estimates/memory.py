@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
-from fastchat_qlora.model.estimates.optimizer_state import state_bytes_on_device
+from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops import chunked_loss
@@ -79,12 +79,12 @@ class MemoryNeed(NamedTuple):
         return sum(self)
 
     @property
-    def work(self) -> float:
+    def temporary(self) -> float:
         """The temporary parts."""
         return self.logits + self.buffers
 
     @property
-    def of_a_step(self) -> float:
+    def step_bytes(self) -> float:
         """All parts that a step adds to weights and adapter."""
         return self.total - self.weights - self.adapter
 
@@ -195,7 +195,7 @@ def compute_memory_phases(
         weights=model.weights.total,
         adapter=adapter_bytes,
         gradients=adapter_bytes,
-        optimizer=model.trained * state_bytes_on_device(optimizer),
+        optimizer=model.trained * get_resident_state_bytes(optimizer),
         activations=0.0,
         logits=0.0,
         buffers=adapter_bytes,  # Adam makes its update for all parameters at once
@@ -228,7 +228,7 @@ def count_layers_to_checkpoint(model: ModelCost, tokens: int, available: float, 
     None if it does not fit with all of them; further arguments as for compute_peak_memory.
     """
     for count in range(model.layers + 1):
-        if compute_peak_memory(model, tokens, count, **settings).of_a_step <= available:
+        if compute_peak_memory(model, tokens, count, **settings).step_bytes <= available:
             return count
     return None
 

@@ -32,7 +32,7 @@ LOW_BIT_MOMENT_BYTES = {"8bit": 1.0 + 4 / 256, "4bit": 0.5 + 4 / 128}
 """Bytes of a moment in fewer bits, with its share of a scale."""
 
 
-def state_bytes(optimizer: str) -> float:
+def get_state_bytes(optimizer: str) -> float:
     """Return the bytes of state for each trained parameter, by an optimizer's name in transformers or DeepSpeed."""
     name = optimizer.lower().removeprefix("paged_")
     if name.startswith(STATELESS_OPTIMIZERS):
@@ -42,6 +42,6 @@ def state_bytes(optimizer: str) -> float:
     return float(count * moment)
 
 
-def state_bytes_on_device(optimizer: str) -> float:
+def get_resident_state_bytes(optimizer: str) -> float:
     """Return the bytes that must stay on the device: a paged optimizer's state moves to main memory when needed."""
-    return 0.0 if optimizer.startswith("paged_") else state_bytes(optimizer)
+    return 0.0 if optimizer.startswith("paged_") else get_state_bytes(optimizer)

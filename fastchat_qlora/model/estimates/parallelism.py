@@ -34,10 +34,10 @@ USUAL_BUCKET_SIZE = 50_000_000  # in the configurations of playground/
 class ParallelStrategy(NamedTuple):
     """A strategy that divides a run among devices, with its settings."""
 
-    strategy: str  # one of those above
+    name: str  # one of those above
     devices: int
-    bucket: int = USUAL_BUCKET_SIZE  # elements that ZeRO reduces at once
-    live: int = DEFAULT_LIVE_PARAMETERS  # most elements of weights that ZeRO-3 keeps gathered
+    bucket_elements: int = USUAL_BUCKET_SIZE  # elements that ZeRO reduces at once
+    max_resident_parameters: int = DEFAULT_LIVE_PARAMETERS  # most elements of weights that ZeRO-3 keeps gathered
     offloads_optimizer: bool = False  # its state, and ZeRO's masters and gradients, are in main memory
     offloads_weights: bool = False  # the sharded weights are in main memory
     reshards: bool = True  # FSDP2 frees a gathered layer between forward and backward
@@ -45,7 +45,7 @@ class ParallelStrategy(NamedTuple):
     @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage, 0 without ZeRO."""
-        return {ZERO_1: 1, ZERO_2: 2, ZERO_3: 3}.get(self.strategy, 0)
+        return {ZERO_1: 1, ZERO_2: 2, ZERO_3: 3}.get(self.name, 0)
 
 
 def compute_device_memory(
@@ -53,10 +53,10 @@ def compute_device_memory(
 ) -> MemoryNeed:
     """Return what one of the devices needs at the peak of a step; arguments as for compute_memory_phases."""
     computing, stepping = compute_memory_phases(model, tokens, checkpointed, **settings)
-    if parallel.strategy == DDP:
+    if parallel.name == DDP:
         reduced = 4 * model.trained
         computing, stepping = (phase._replace(buffers=phase.buffers + reduced) for phase in (computing, stepping))
-    elif parallel.strategy == FSDP2:
+    elif parallel.name == FSDP2:
         computing, stepping = _shard_by_fsdp(model, computing, stepping, parallel)
     elif parallel.zero_stage:
         computing, stepping = _shard_by_zero(model, computing, stepping, parallel)
@@ -76,7 +76,10 @@ def _shard_by_zero(
         "gradients": masters + (in_compute_dtype if parallel.zero_stage == 1 else 0),
         "optimizer": optimizer_share * computing.optimizer,
     }
-    bucket, gathered = model.itemsize * parallel.bucket, min(computing.weights, model.itemsize * parallel.live)
+    bucket, gathered = (
+        model.itemsize * parallel.bucket_elements,
+        min(computing.weights, model.itemsize * parallel.max_resident_parameters),
+    )
     buffers = bucket + gathered if shards_weights else 2 * bucket
     return (
         computing._replace(**sharded, buffers=computing.buffers + buffers),

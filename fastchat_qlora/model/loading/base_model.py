@@ -32,7 +32,7 @@ def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def get_dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
 

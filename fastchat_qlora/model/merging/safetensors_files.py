@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.loading.base_model import dtype_name
+from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.loading.folder_checks import read_weight_index
 from fastchat_qlora.utils.text import one_line
 
@@ -102,7 +102,7 @@ def round_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.T
             raise RunError(f"{name}: holds infinities or NaN; download the base model again")
         largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
         raise RunError(
-            f"{name}: holds values up to {largest:.3g}, and {dtype_name(dtype)} ends at {limit:.3g}; give --dtype "
+            f"{name}: holds values up to {largest:.3g}, and {get_dtype_name(dtype)} ends at {limit:.3g}; give --dtype "
             "bfloat16 or float32"
         )
     return rounded

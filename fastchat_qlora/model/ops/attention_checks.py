@@ -34,7 +34,7 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
 class Leakage(NamedTuple):
     """Relative changes of a conversation's logits (norm of the difference / norm of the logits)."""
 
-    by_neighbour: float  # between two rows that differ in the conversation before it
+    by_neighbor: float  # between two rows that differ in the conversation before it
     by_row: float  # between a row that it shares and transformers' own attention on it alone
 
     def is_tight(self, dtype: torch.dtype) -> bool:
@@ -44,7 +44,7 @@ class Leakage(NamedTuple):
         of experts may regroup. Another attention function rounds differently at every layer.
         """
         rounding = torch.finfo(dtype).eps
-        return self.by_neighbour <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
+        return self.by_neighbor <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
 
 
 @torch.no_grad()

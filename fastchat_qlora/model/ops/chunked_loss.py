@@ -30,7 +30,7 @@ def get_softmax_length(vocabulary: int, device_type: str) -> int:
     return max(1, SOFTMAX_BYTES.get(device_type, SOFTMAX_BYTES_ON_ACCELERATOR) // (4 * vocabulary))
 
 
-def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def compute_mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """Return a micro-batch's share of the mean loss over the whole optimizer step.
 
     Dividing by the targets in all micro-batches of all processes (`num_items_in_batch`) makes it a mean over tokens:
@@ -40,7 +40,7 @@ def mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | Non
     return losses.sum() / torch.clamp(torch.as_tensor(count, device=losses.device), min=1)
 
 
-def token_losses(
+def compute_token_losses(
     logits: torch.Tensor, supervised: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """Return the cross entropy of each target in fp32, shape (targets,).

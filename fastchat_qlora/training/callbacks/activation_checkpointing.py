@@ -73,8 +73,8 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             return
         device = args.device
         self._tokens = self._trainer.find_max_batch_tokens()
-        self._available = free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
-        self._held, self._peak_before = held_bytes(device), peak_memory_mib(device)
+        self._available = get_free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
+        self._held, self._peak_before = get_held_bytes(device), peak_memory_mib(device)
         shards = args.world_size if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled else 1
         self._options: dict[str, Any] = {"optimizer": OptimizerNames(args.optim).value, "shards": shards}
         self._apply(self._choose(scale=1.0), "")
@@ -93,7 +93,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             # it is larger than the state. From a smaller step nothing can be concluded.
             state = estimate.gradients + estimate.optimizer
             if in_backward > state:
-                scale = max(0.5, in_backward / (estimate.of_a_step - state - unpacked))
+                scale = max(0.5, in_backward / (estimate.step_bytes - state - unpacked))
         count = self._choose(scale)
         if count != self._checkpointed:
             self._apply(count, f" (the first step needed {scale:.2f} times the estimate)")
@@ -115,8 +115,8 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         need = self._estimate(self._tokens, count, self._scale)
         line = (
             f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
-            f"{self._tokens:,} tokens needs {need.of_a_step / GIB:.2f} GiB (activations "
-            f"{need.activations / GIB:.2f}, work {need.work / GIB:.2f}, gradients and optimizer "
+            f"{self._tokens:,} tokens needs {need.step_bytes / GIB:.2f} GiB (activations "
+            f"{need.activations / GIB:.2f}, temporary {need.temporary / GIB:.2f}, gradients and optimizer "
             f"{(need.gradients + need.optimizer) / GIB:.2f}) of {self._available / GIB:.2f} GiB "
             "available."
         )
@@ -142,7 +142,7 @@ def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:
         layer.gradient_checkpointing = index < count
 
 
-def free_bytes(device: torch.device) -> float:
+def get_free_bytes(device: torch.device) -> float:
     """Return the bytes that this process may still take: of its device, or its share of the machine's free memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -171,7 +171,7 @@ def _read_container_bytes() -> tuple[float, float]:
         return float("inf"), 0.0
 
 
-def held_bytes(device: torch.device) -> float:
+def get_held_bytes(device: torch.device) -> float:
     """Return the bytes that this process holds now: on the device, or resident on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))

@@ -19,7 +19,7 @@ from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
-from fastchat_qlora.model.loading.base_model import dtype_name, get_repeated_layers
+from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -105,7 +105,7 @@ def _describe_dtype(trainer: LoraTrainer, engine: Any) -> str:
     else:
         frozen = (parameter for parameter in trainer.adapter.parameters() if not parameter.requires_grad)
         dtype = next(parameter.dtype for parameter in frozen if parameter.is_floating_point())
-    return dtype_name(dtype) + (", by autocast" if trainer.accelerator.native_amp else "")
+    return get_dtype_name(dtype) + (", by autocast" if trainer.accelerator.native_amp else "")
 
 
 def _describe_loss(trainer: LoraTrainer) -> str:
@@ -128,13 +128,13 @@ def _describe_quantization(model: torch.nn.Module) -> str:
     if quantized:
         state = quantized[0].quant_state
         double = " with double quantization" if state.nested else ""
-        stored = dtype_name(quantized[0].weight.dtype)
+        stored = get_dtype_name(quantized[0].weight.dtype)
         return f"{len(quantized)} of {len(linear)} linear layers: {state.quant_type}{double}, stored as {stored}"
     int8 = sum(layer.weight.dtype == torch.int8 for layer in linear)
     return f"{int8} of {len(linear)} linear layers: LLM.int8" if int8 else "none"
 
 
-def base_bytes(model: torch.nn.Module) -> HeldBytes:
+def get_base_bytes(model: torch.nn.Module) -> HeldBytes:
     """Return how much of the frozen base model this process holds between two steps.
 
     Counted are the weights that a strategy leaves in this process (its partitions, and the small weights that ZeRO-3
@@ -166,7 +166,7 @@ def _count_constant_bytes(state: Any) -> int:
 
 
 def _describe_base_weights(model: torch.nn.Module) -> str:
-    held, whole = base_bytes(model)
+    held, whole = get_base_bytes(model)
     text = f"{held / 2**20:,.2f} MiB in each process"
     return text if held >= whole else f"{text}, of {whole / 2**20:,.2f} MiB"
 
@@ -174,8 +174,8 @@ def _describe_base_weights(model: torch.nn.Module) -> str:
 def _describe_adapter(model: torch.nn.Module) -> str:
     trainable = get_trainable_parameters(model).values()
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
-    dtypes = _count_names(dtype_name(parameter.dtype) for parameter in trainable)
-    return f"{count:,} parameters, trained as {dtypes}, saved as {dtype_name(SAVED_DTYPE)}"
+    dtypes = _count_names(get_dtype_name(parameter.dtype) for parameter in trainable)
+    return f"{count:,} parameters, trained as {dtypes}, saved as {get_dtype_name(SAVED_DTYPE)}"
 
 
 def _describe_optimizer(trainer: LoraTrainer, engine: Any) -> str:

@@ -13,7 +13,7 @@ from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import get_default_attention
 from fastchat_qlora.model.ops.attention_checks import measure_leakage
-from fastchat_qlora.model.ops.chunked_loss import token_losses
+from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
 from fastchat_qlora.training.trainer import TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
@@ -110,7 +110,7 @@ def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: l
     if leak.is_tight(model.dtype):
         return ""
     return (
-        f"conversations in one row are not kept apart: logits change by {leak.by_neighbour:.1e} with the conversation "
+        f"conversations in one row are not kept apart: logits change by {leak.by_neighbor:.1e} with the conversation "
         f"before, and by {leak.by_row:.1e} against a row of their own"
     )
 
@@ -123,7 +123,7 @@ def _check_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: l
     try:
         with trainer.loss_head.expecting(**targets):
             losses = forward(**trainer.model_inputs(batch)).logits.flatten()
-        plain = token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
+        plain = compute_token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:
         return f"the model cannot compute losses with the loss head: {one_line(error, 300)}"

@@ -75,7 +75,7 @@ class Throughput:
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
         new = [seen - logged for seen, logged in zip(self.seen, self._logged, strict=True)]
         self._since, self._paused, self._logged = now, 0.0, list(self.seen)
-        own = torch.tensor([[*new, round(memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
+        own = torch.tensor([[*new, round(get_memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
         everyone = accelerator.gather(own)
         tokens, supervised, _ = everyone.sum(0).tolist()
         added, before = TokenTotal(tokens, supervised, seconds), self.total
@@ -87,7 +87,7 @@ class Throughput:
         }
 
 
-def memory_gib(device: torch.device) -> float:
+def get_memory_gib(device: torch.device) -> float:
     """Return the GiB that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
-from fastchat_qlora.model.loading.base_model import dtype_name
+from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.loading.quantization import get_base_quantization
 
 NO_STRATEGY = "none"
@@ -100,7 +100,7 @@ def fingerprint_settings(
         "optimizer": optimizer.lower().removesuffix("_fused"),
         "optimizer_offload": get_offload_device(deepspeed, "offload_optimizer"),
         "deepspeed_state_layout": describe_state_layout(deepspeed),
-        "compute_dtype": dtype_name(dtype),
+        "compute_dtype": get_dtype_name(dtype),
         "base_quantization": get_base_quantization(args.lora)._asdict(),
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 
 from fastchat_qlora import __version__
-from fastchat_qlora.model.loading.base_model import dtype_name, get_compute_dtype
+from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_dtype_name
 from fastchat_qlora.training.checkpoints.adapter_export import CARD_FILE
 from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.utils.atomic import write_atomically
@@ -75,7 +75,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         base=base,
         is_local=is_local,
         is_quantized=prepared.base.quantization.is_quantized,
-        dtype=dtype_name(get_compute_dtype(summary.args.training)),
+        dtype=get_dtype_name(get_compute_dtype(summary.args.training)),
         loaded=prepared.data.loaded.named(),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
         config=config,

@@ -80,7 +80,7 @@ CONTENTS = ["fine", "?", "trailing \n\n", "Γειά 🙂 e\u0301", "a\r\nb\tc", 
 INDENTED = ["  indented\n  twice", "\n\nleading", "\t\u00a0tab"]
 
 
-def assert_learnt(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def assert_supervised(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Say `content` after another text and after itself."""
     turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
     assert supervised_texts(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
@@ -89,19 +89,19 @@ def assert_learnt(content: str, template: str, tokenizer: PreTrainedTokenizerFas
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, THINKING], ids=["chatml", "default system", "thinking"])
 @pytest.mark.parametrize("content", CONTENTS)
 def test_contents_are_supervised_unchanged(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert_learnt(content, template, tokenizer)
+    assert_supervised(content, template, tokenizer)
 
 
 @pytest.mark.parametrize("content", INDENTED)
 def test_blanks_before_contents_are_supervised(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert_learnt(content, CHATML, tokenizer)
+    assert_supervised(content, CHATML, tokenizer)
 
 
 @pytest.mark.parametrize("content", INDENTED)
 def test_blanks_before_contents_are_supervised_where_the_prompt_differs(
     content: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert_learnt(content, THINKING, tokenizer)
+    assert_supervised(content, THINKING, tokenizer)
 
 
 @pytest.mark.parametrize(

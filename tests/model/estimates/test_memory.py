@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SIZES, conversation, lora_config, make_base, make_quantised_base, our_peft
+from families import FAMILIES, SIZES, conversation, lora_config, make_base, make_quantized_base, our_peft
 from transformers import LlamaConfig, PretrainedConfig
 
 from fastchat_qlora.data.batching.collator import Collator
@@ -16,7 +16,7 @@ from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
-from fastchat_qlora.training.callbacks.effective_settings import base_bytes
+from fastchat_qlora.training.callbacks.effective_settings import get_base_bytes
 
 LENGTHS = (500, 300, 200)
 TOKENS = sum(LENGTHS)
@@ -92,8 +92,8 @@ def test_activations_are_predicted_within_10_percent(
 
 @pytest.mark.parametrize("checkpointed", [0, 2])
 def test_activations_and_weights_of_4_bit_models_are_predicted(checkpointed: int, tmp_path: Path) -> None:
-    model = our_peft(make_quantised_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
-    held = base_bytes(model).held
+    model = our_peft(make_quantized_base(tmp_path, PER_CONVERSATION), lora_dropout=0.05)
+    held = get_base_bytes(model).held
     needed = memory.compute_peak_memory(profile(FAMILIES["llama"], FP32, NF4, lora_dropout=0.05), TOKENS, checkpointed)
     if checkpointed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -121,14 +121,14 @@ def test_bytes_per_layer_do_not_depend_on_depth() -> None:
 
 def test_the_fewest_layers_that_fit_are_checkpointed() -> None:
     model = profile(LlamaConfig(**SIZES | {"num_hidden_layers": 6}), BF16)
-    all_kept, all_checkpointed = (memory.compute_peak_memory(model, TOKENS, count).of_a_step for count in (0, 6))
+    all_kept, all_checkpointed = (memory.compute_peak_memory(model, TOKENS, count).step_bytes for count in (0, 6))
     assert all_checkpointed < all_kept
     assert memory.count_layers_to_checkpoint(model, TOKENS, all_kept) == 0
     between = memory.count_layers_to_checkpoint(model, TOKENS, (all_kept + all_checkpointed) / 2)
     assert between is not None and 0 < between < 6
-    assert memory.compute_peak_memory(model, TOKENS, between).of_a_step <= (all_kept + all_checkpointed) / 2
-    assert memory.compute_peak_memory(model, TOKENS, between - 1).of_a_step > (all_kept + all_checkpointed) / 2
-    least = min(memory.compute_peak_memory(model, TOKENS, count).of_a_step for count in range(7))
+    assert memory.compute_peak_memory(model, TOKENS, between).step_bytes <= (all_kept + all_checkpointed) / 2
+    assert memory.compute_peak_memory(model, TOKENS, between - 1).step_bytes > (all_kept + all_checkpointed) / 2
+    least = min(memory.compute_peak_memory(model, TOKENS, count).step_bytes for count in range(7))
     assert memory.count_layers_to_checkpoint(model, TOKENS, least - 1) is None
     assert memory.count_layers_to_checkpoint(model, TOKENS, all_kept, scale=1.5) != 0, (
         "a step needed more than foreseen"
@@ -149,7 +149,7 @@ def test_optimizer_state_is_predicted_and_sharded(optimizer: str, shards: int, s
 def test_a_trained_head_has_all_its_logits() -> None:
     chunked, whole = (profile(FAMILIES["llama"], BF16, modules_to_save=saved) for saved in (None, ["lm_head"]))
     assert (chunked.chunk_length is None, whole.chunk_length is None) == (False, True)
-    work = [memory.compute_peak_memory(model, 10**6, 0).work for model in (chunked, whole)]
+    work = [memory.compute_peak_memory(model, 10**6, 0).temporary for model in (chunked, whole)]
     assert work[1] > work[0]
 
 

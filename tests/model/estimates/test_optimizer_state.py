@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from fastchat_qlora.model.estimates.optimizer_state import state_bytes, state_bytes_on_device
+from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes, get_state_bytes
 
 SIDES = (8, 8192)
 """Of a matrix of an adapter; bitsandbytes keeps those of fewer than 4,096 numbers in fp32."""
@@ -35,10 +35,12 @@ def test_state_bytes_match_the_optimizers(name: str, tmp_path: Any) -> None:
         pytest.skip(f"does not step on this device: {error}")
     found = kept_bytes(optimizer) / parameter.numel()
     known = 1024 * ("8bit" in name)  # the code book, the same for every tensor
-    assert found == pytest.approx(state_bytes(name), rel=0.05, abs=0.02 + 2 * known / parameter.numel())
+    assert found == pytest.approx(get_state_bytes(name), rel=0.05, abs=0.02 + 2 * known / parameter.numel())
 
 
 def test_paged_states_are_in_checkpoints_but_not_on_the_device() -> None:
     for name in ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_8bit"):
-        assert state_bytes_on_device(name) == 0 < state_bytes(name) == state_bytes(name.removeprefix("paged_"))
-    assert all(0 <= state_bytes(name.value) <= 12 for name in OptimizerNames)
+        assert (
+            get_resident_state_bytes(name) == 0 < get_state_bytes(name) == get_state_bytes(name.removeprefix("paged_"))
+        )
+    assert all(0 <= get_state_bytes(name.value) <= 12 for name in OptimizerNames)

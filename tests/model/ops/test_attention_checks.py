@@ -40,7 +40,7 @@ class TestLeakage:
     def test_attention_per_conversation_is_tight(self, family: str, dtype: torch.dtype) -> None:
         leak = self.measured(family, dtype=dtype)
         assert leak.is_tight(dtype)
-        assert leak.by_neighbour == 0
+        assert leak.by_neighbor == 0
 
     def test_attention_across_the_row_leaks(self) -> None:
         def one_conversation(model: torch.nn.Module) -> Any:
@@ -53,7 +53,7 @@ class TestLeakage:
             return forward
 
         leak = self.measured("llama", one_conversation)
-        assert leak.by_neighbour > 1e-2 and leak.by_row > 1e-2
+        assert leak.by_neighbor > 1e-2 and leak.by_row > 1e-2
         assert not leak.is_tight(FP32) and not leak.is_tight(BF16)
 
     def test_shifted_positions_leak_against_a_row_alone(self) -> None:
@@ -68,7 +68,7 @@ class TestLeakage:
             return forward
 
         leak = self.measured("llama", later)
-        assert leak.by_neighbour == 0 and leak.by_row > 1e-2
+        assert leak.by_neighbor == 0 and leak.by_row > 1e-2
         assert not leak.is_tight(FP32) and not leak.is_tight(BF16)
 
     def test_default_attention_is_transformers_choice(self) -> None:

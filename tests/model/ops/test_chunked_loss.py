@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, GPT2LMH
 from fastchat_qlora.model.ops import chunked_loss as loss
 from fastchat_qlora.model.ops.chunked_loss import (
     LossHead,
+    compute_mean_loss,
+    compute_token_losses,
     explain_plain_loss,
     install_loss_head,
-    mean_loss,
-    token_losses,
 )
 
 IGNORED = -100
@@ -51,16 +51,20 @@ def plain(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.T
 class TestPlainLoss:
     def test_equals_the_plain_shifted_cross_entropy(self) -> None:
         logits, labels = random_batch()
-        torch.testing.assert_close(mean_loss(token_losses(logits, **targets(labels)), None), plain(logits, labels))
+        torch.testing.assert_close(
+            compute_mean_loss(compute_token_losses(logits, **targets(labels)), None), plain(logits, labels)
+        )
 
     def test_micro_batches_add_up_to_the_batch(self) -> None:
         """The mean is one over tokens: 4 x 1 rows give the loss and the gradient of 1 x 4."""
         logits, labels = random_batch()
         count = (labels[:, 1:] != IGNORED).sum()
-        whole = mean_loss(token_losses(logits, **targets(labels)), count)
+        whole = compute_mean_loss(compute_token_losses(logits, **targets(labels)), count)
         (gradient,) = torch.autograd.grad(whole, logits)
         parts = [
-            mean_loss(token_losses(logits[i : i + 1], **targets(labels[i : i + 1])), num_items_in_batch=count)
+            compute_mean_loss(
+                compute_token_losses(logits[i : i + 1], **targets(labels[i : i + 1])), num_items_in_batch=count
+            )
             for i in range(4)
         ]
         torch.testing.assert_close(sum(parts), whole)
@@ -71,7 +75,7 @@ class TestPlainLoss:
         logits, labels = random_batch()
         for count in (None, 0, torch.tensor(0)):
             logits.grad = None
-            zero = mean_loss(token_losses(logits, **targets(torch.full_like(labels, IGNORED))), count)
+            zero = compute_mean_loss(compute_token_losses(logits, **targets(torch.full_like(labels, IGNORED))), count)
             assert zero.item() == 0.0
             zero.backward()
             assert logits.grad is not None and not logits.grad.any()
@@ -79,19 +83,19 @@ class TestPlainLoss:
     def test_half_precision_logits_are_summed_in_fp32(self) -> None:
         logits, labels = random_batch()
         half = logits.detach().bfloat16()
-        losses = token_losses(half, **targets(labels))
+        losses = compute_token_losses(half, **targets(labels))
         assert losses.dtype == torch.float32
-        torch.testing.assert_close(losses, token_losses(half.float(), **targets(labels)))
+        torch.testing.assert_close(losses, compute_token_losses(half.float(), **targets(labels)))
 
     def test_takes_logits_of_supervised_positions_only(self) -> None:
         logits, labels = random_batch()
         chosen = targets(labels)
         few = logits.flatten(0, 1)[chosen["supervised"]][None]
-        assert torch.equal(token_losses(few, **chosen), token_losses(logits, **chosen))
+        assert torch.equal(compute_token_losses(few, **chosen), compute_token_losses(logits, **chosen))
 
     def test_every_target_has_its_loss(self) -> None:
         logits, labels = random_batch()
-        losses = token_losses(logits, **targets(labels))
+        losses = compute_token_losses(logits, **targets(labels))
         places = [(row, at) for row in range(4) for at in range(8) if labels[row, at + 1] != IGNORED]
         assert losses.shape == (len(places),)
         for each, (row, at) in zip(losses, places, strict=True):
@@ -99,8 +103,8 @@ class TestPlainLoss:
 
     def test_label_smoothing_spreads_the_target(self) -> None:
         logits, labels = random_batch()
-        smoothed = token_losses(logits, **targets(labels), label_smoothing=0.2)
-        torch.testing.assert_close(mean_loss(smoothed, None), plain(logits, labels, label_smoothing=0.2))
+        smoothed = compute_token_losses(logits, **targets(labels), label_smoothing=0.2)
+        torch.testing.assert_close(compute_mean_loss(smoothed, None), plain(logits, labels, label_smoothing=0.2))
 
 
 class Case:
@@ -126,7 +130,7 @@ class Case:
         return [losses, *torch.autograd.grad((losses * self.weights).sum(), self.hidden)]
 
     def of_logits(self, smoothing: float = 0.0) -> list[torch.Tensor]:
-        losses = token_losses(self.head(self.hidden), **self.targets, label_smoothing=smoothing)
+        losses = compute_token_losses(self.head(self.hidden), **self.targets, label_smoothing=smoothing)
         return [losses, *torch.autograd.grad((losses * self.weights).sum(), self.hidden)]
 
 
@@ -192,7 +196,7 @@ class TestLossHead:
         """Nothing larger than a chunk of them is made, forward or backward, in a whole model."""
         vocabulary, chunk = 3000, 4
         model = our_peft(make_base("llama", vocab_size=vocabulary)).train()
-        row = conversation(30, seed=0, learnt=0.9)
+        row = conversation(30, seed=0, supervised_share=0.9)
         inputs = {"input_ids": torch.tensor([row["input_ids"]])}
         chosen = targets(torch.tensor([row["labels"]]))
         supervised = len(chosen["labels"])
@@ -204,7 +208,7 @@ class TestLossHead:
                     with head.expecting(**chosen):
                         losses = model(**inputs).logits.flatten()
                 else:
-                    losses = token_losses(model(**inputs).logits, **chosen)
+                    losses = compute_token_losses(model(**inputs).logits, **chosen)
                 if grad:
                     losses.sum().backward()
             largest[name] = seen.numel
@@ -231,7 +235,7 @@ class TestLossHead:
         with mock.patch.object(torch, "mm", lambda *args, **kwargs: products.append(args)), torch.no_grad():
             with head.expecting(**case.targets):
                 losses = head(case.hidden)
-            torch.testing.assert_close(losses.flatten(), token_losses(case.head(case.hidden), **case.targets))
+            torch.testing.assert_close(losses.flatten(), compute_token_losses(case.head(case.hidden), **case.targets))
         assert not products and not losses.requires_grad
 
 

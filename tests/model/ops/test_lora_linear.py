@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import conversation, lora_config, make_base, make_quantised_base, our_peft, plain_peft, randomise
+from families import conversation, lora_config, make_base, make_quantized_base, our_peft, plain_peft, randomize
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=BASES)
 def base(request: pytest.FixtureRequest, folder: Path) -> Callable[[], PreTrainedModel]:
     """Makes base models, the same every time."""
-    return lambda: make_base("llama") if request.param == "plain" else make_quantised_base(folder)
+    return lambda: make_base("llama") if request.param == "plain" else make_quantized_base(folder)
 
 
 def lora_layers(model: torch.nn.Module) -> list[Any]:
@@ -126,7 +126,7 @@ def merged_and_taken_out(model: PeftModel) -> dict[str, torch.Tensor]:
 def several(model: PeftModel) -> dict[str, torch.Tensor]:
     model.add_adapter("other", lora_config(r=2, target_modules=["q_proj", "up_proj"]))
     model.base_model.set_adapter(["default", "other"])
-    randomise(model)
+    randomize(model)
     return outcome(model)
 
 
@@ -134,14 +134,14 @@ def another(model: PeftModel) -> dict[str, torch.Tensor]:
     """One that some layers do not have."""
     model.add_adapter("other", lora_config(r=2, target_modules=["q_proj", "up_proj"]))
     model.set_adapter("other")
-    randomise(model)
+    randomize(model)
     return outcome(model)
 
 
 def chosen_by_row(model: PeftModel) -> dict[str, torch.Tensor]:
     model.add_adapter("other", lora_config(r=2, target_modules=["q_proj", "up_proj"]))
     model.base_model.set_adapter(["default", "other"])
-    randomise(model)
+    randomize(model)
     return {"logits": outcome(model.eval(), adapter_names=["other", "default"])["logits"]}
 
 

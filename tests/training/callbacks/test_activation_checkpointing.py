@@ -66,7 +66,7 @@ def test_first_step_corrects_the_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free["bytes"] = 20 * 2**20
-    held = activation_checkpointing.held_bytes
+    held = activation_checkpointing.get_held_bytes
     peaks = iter([0.0, 10_000.0])  # MiB, before the first step and after it
     monkeypatch.setattr(activation_checkpointing, "peak_memory_mib", lambda device: next(peaks))
     monkeypatch.setattr(activation_checkpointing, "held_bytes", lambda device: 0.0 * held(device))

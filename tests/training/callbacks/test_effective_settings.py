@@ -8,7 +8,7 @@ from quick_runs import command, seen, train  # noqa: F401  # a fixture
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings, base_bytes, read_back
+from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings, get_base_bytes, read_back
 
 
 def effective(output: Path) -> dict[str, str]:
@@ -48,7 +48,7 @@ def test_one_process_holds_the_whole_base(model_folder: Path, data_file: Path, t
     train(command(model_folder, data_file, tmp_path / "out", max_steps=1))
     model = seen["trainer"].adapter
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    assert base_bytes(model) == (frozen, frozen)
+    assert get_base_bytes(model) == (frozen, frozen)
 
 
 def test_another_strategy_than_asked_for_stops_the_run(

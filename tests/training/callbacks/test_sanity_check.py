@@ -18,7 +18,7 @@ from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.callbacks import sanity_check
 from fastchat_qlora.training.callbacks.sanity_check import Failures, SanityCheck, find_failures, run_sanity_check
 
-ROWS = [conversation(length, seed, learnt=1.0) for seed, length in enumerate((30, 9, 44))]
+ROWS = [conversation(length, seed, supervised_share=1.0) for seed, length in enumerate((30, 9, 44))]
 
 
 def leaky(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:
