@@ -30,7 +30,7 @@ def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
     output, run = os.path.realpath(path), get_output_dir(args)
     names = [*args.data.data_path, *(args.data.eval_data_path or ())]
     try:
-        data = {os.path.realpath(file) for name in names for file in find_files(name, run and run.resolve()).files}
+        data = {os.path.realpath(file) for name in names for file in find_files(name, run and run.resolve())[0]}
     except OSError:  # reading the data will report it
         data = set()
     if output in data:

@@ -25,21 +25,15 @@ class RejectedRecord(ValueError):
 
 
 class Message(NamedTuple):
-    """One message; a tuple, since there are millions and dataclasses take longer to make.
-
-    Attributes:
-        reasoning: the assistant's reasoning before the content, where the record has it in a field of its own.
-        tool_calls: of an assistant, as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
-        extra: further fields for the chat template, such as a tool's name and the id of its call.
-        train: whether an assistant's message may be supervised; False for `train: false` or `weight: 0`.
-    """
+    """One message; a tuple, since there are millions and dataclasses take longer to make."""
 
     role: Role
     content: str
-    reasoning: str = ""
+    reasoning: str = ""  # of the assistant, before the content, where the record has it in a field of its own
+    # Of the assistant, as {"type": "function", "function": {"name": ..., "arguments": {...}}}.
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    extra: Mapping[str, Any] = MappingProxyType({})
-    train: bool = True
+    extra: Mapping[str, Any] = MappingProxyType({})  # for the chat template, such as a tool's name and the id of a call
+    train: bool = True  # whether an assistant's message may be supervised; False for `train: false` or `weight: 0`
 
     @property
     def is_plain(self) -> bool:
@@ -64,15 +58,9 @@ class Conversation(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A piece of a conversation's text.
-
-    Attributes:
-        supervised: whether its tokens are in the loss.
-        ends_turn: whether a whole assistant turn ends with it; a text may be cut after it.
-        masked: whether the record excludes this turn from the loss (`train: false`), even where all text is supervised.
-    """
+    """A piece of a conversation's text."""
 
     text: str
-    supervised: bool = False
-    ends_turn: bool = False
-    masked: bool = False
+    supervised: bool = False  # its tokens are in the loss
+    ends_turn: bool = False  # a whole assistant turn ends with it, so that the text may be cut after it
+    masked: bool = False  # the record excludes this turn from the loss, even where all text is supervised

@@ -56,22 +56,15 @@ class Splits(Generic[T]):
 
 
 class LoadedData(NamedTuple):
-    """The data of one flag.
-
-    Attributes:
-        sequences: of tokens, or of texts that become tokens on access.
-        rejected: a file that lists the rejected records.
-        contents: hashes of its files, in their order; their names are not in them.
-        template: the name of the prompt template.
-    """
+    """The data of one flag."""
 
     flag: str
     paths: list[str]
-    sequences: Dataset
+    sequences: Dataset  # of tokens, or of texts that become tokens on access
     summary: RejectionSummary
-    rejected: Path
-    contents: list[str]
-    template: str
+    rejected: Path  # the file that lists the rejected records
+    contents: list[str]  # hashes of the files, in their order; their names are not in them
+    template: str  # the name of the prompt template
 
 
 def load_dataset(

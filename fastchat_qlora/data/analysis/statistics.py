@@ -1,7 +1,7 @@
 """Sequences and rejections -> examples, counts and lengths, for a terminal or a page."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.data.sources.readers import Rejection, Source
 from fastchat_qlora.data.tokenization.build import RejectionSummary, describe_rejection
@@ -20,13 +21,6 @@ from fastchat_qlora.utils.text import escape_control
 MAX_LISTED_REJECTIONS = 20
 HISTOGRAM_BINS = 12
 PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
-
-
-class Part(NamedTuple):
-    """A piece of a sequence's text, with escapes for characters that cannot be seen."""
-
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,24 @@ class Example:
         return escape_control(f"{self.set} sequence {self.position}: {self.source}{identity}: {size}")
 
     @property
-    def parts(self) -> list[Part]:
-        """Text of the sequence, cut where supervision begins or ends."""
-        return split_by_label(self.input_ids, self.labels, self.tokenizer)
+    def parts(self) -> list[Segment]:
+        """Text of the sequence, cut where supervision begins or ends, with escapes for what cannot be seen.
+
+        A piece is what its tokens add to the text before them: decoded alone, it would lose its first blank in
+        tokenizers of Llama's family.
+        """
+        is_supervised = np.array(self.labels) != IGNORE_INDEX
+        edges = [0, *(np.flatnonzero(is_supervised[1:] != is_supervised[:-1]) + 1).tolist(), len(self.input_ids)]
+        parts = []
+        before = ""
+        for start, end in pairwise(edges):
+            text = self.tokenizer.decode(self.input_ids[:end], clean_up_tokenization_spaces=False)
+            if not text.startswith(before):  # half of a character stands on either side of the edge
+                before = ""
+                text = self.tokenizer.decode(self.input_ids[start:end], clean_up_tokenization_spaces=False)
+            parts.append(Segment(escape_control(text[len(before) :]), bool(is_supervised[start])))
+            before = text
+        return parts
 
 
 class RejectionReport(NamedTuple):
@@ -154,23 +163,3 @@ def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
         "supervised tokens": f"{statistics.supervised:,}{share}",
         "tokens per sequence": lengths or "none",
     }
-
-
-def split_by_label(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Part]:
-    """Return the text of a sequence in pieces that are supervised or not.
-
-    A piece is what its tokens add to the text before them: decoded alone, it would lose its first blank in tokenizers
-    of Llama's family.
-    """
-    is_supervised = np.array(labels) != IGNORE_INDEX
-    edges = [0, *(np.flatnonzero(is_supervised[1:] != is_supervised[:-1]) + 1).tolist(), len(input_ids)]
-    parts = []
-    before = ""
-    for start, end in pairwise(edges):
-        text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not text.startswith(before):  # half of a character stands on either side of the edge
-            before = ""
-            text = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
-        parts.append(Part(escape_control(text[len(before) :]), bool(is_supervised[start])))
-        before = text
-    return parts

@@ -176,11 +176,7 @@ class JsonStream:
 
 
 def _find_end(text: str, start: int) -> int:
-    """Return the end of a value by its brackets alone, whatever its depth.
-
-    Raises:
-        JSONDecodeError: it does not end in this text.
-    """
+    """Return the end of a value by its brackets alone, at any depth; raise JSONDecodeError if it has none here."""
     depth = 0
     for part in STRING_OR_BRACKET.finditer(text, start):
         depth += NESTING_STEPS.get(part.group(), 0)

@@ -47,15 +47,8 @@ class RawRecord(NamedTuple):
 ReportBytes = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
-class FoundFiles(NamedTuple):
-    """The data files of a path, and the other entries of its folders."""
-
-    files: list[Path]
-    left_out: list[Path]
-
-
-def find_files(path: str, without: Path | None = None) -> FoundFiles:
-    """Return the file at a path, or the data files in a folder and its subfolders, sorted.
+def find_files(path: str, without: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """Return the data files in a folder and its subfolders, and their other entries, sorted; or the file at a path.
 
     Args:
         without: a subfolder to leave out, such as the run's own output.
@@ -65,7 +58,7 @@ def find_files(path: str, without: Path | None = None) -> FoundFiles:
     """
     root = Path(path)
     if not root.is_dir():
-        return FoundFiles([root], [])
+        return [root], []
     files: list[Path] = []
     left_out: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=_raise):
@@ -74,7 +67,7 @@ def find_files(path: str, without: Path | None = None) -> FoundFiles:
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and (here / name).resolve() != without]
         for entry in (here / name for name in names if not name.startswith(".")):
             (files if is_data_file(entry.name) and entry.is_file() else left_out).append(entry)
-    return FoundFiles(sorted(files), sorted(left_out))
+    return sorted(files), sorted(left_out)
 
 
 def _raise(error: OSError) -> None:

@@ -18,13 +18,7 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Segment
-from fastchat_qlora.data.templates.content_checks import (
-    TAG,
-    check_structure,
-    contains,
-    get_variants,
-    split_at_tags,
-)
+from fastchat_qlora.data.templates.content_checks import TAG, check_structure, contains, get_variants, split_at_tags
 from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 
@@ -43,20 +37,13 @@ UNCHANGED: Mapping[int, Message] = {}
 
 @dataclass(frozen=True)
 class AssistantTurn:
-    """An assistant's message in a text.
-
-    Attributes:
-        text: complete up to `end` at least.
-        start: the position where the model begins to write.
-        end: the position after the token that ends the turn.
-        ending: the text from the end of the content to `end`.
-    """
+    """An assistant's message in a text."""
 
     index: int
-    text: str
-    start: int
-    end: int
-    ending: str = ""
+    text: str  # complete up to `end` at least
+    start: int  # where the model begins to write
+    end: int  # after the token that ends the turn
+    ending: str = ""  # from the end of the content to `end`
     is_supervised: bool = False
 
     def is_prefix_of(self, text: str) -> bool:
@@ -66,19 +53,13 @@ class AssistantTurn:
 
 @dataclass(frozen=True)
 class RenderedText:
-    """One text to train on.
+    """One text to train on."""
 
-    Attributes:
-        count: number of messages.
-        unplaced: indices of assistant messages that could not be located; none of them is supervised.
-        closing: the token that ends the last turn, where the template writes it with the next message only.
-    """
-
-    count: int
+    count: int  # of messages
     text: str
     turns: list[AssistantTurn]
-    unplaced: list[int]
-    closing: str = ""
+    unplaced: list[int]  # indices of assistant messages that could not be located; none of them is supervised
+    closing: str = ""  # the token that ends the last turn, where the template writes it with the next message only
 
 
 class AnswerTexts(NamedTuple):
@@ -134,8 +115,7 @@ class AssistantSpanFinder:
     def _count(self, text: str) -> str:
         self.characters += len(text)
         if self.characters > MAX_RENDERED_CHARACTERS:
-            reason = f"the chat template renders more than {MAX_RENDERED_CHARACTERS} characters for it"
-            raise RejectedRecord(reason)
+            raise RejectedRecord(f"the chat template renders more than {MAX_RENDERED_CHARACTERS} characters for it")
         return text
 
     def _find_turns(self, whole: str) -> dict[int, AssistantTurn]:
@@ -239,12 +219,9 @@ class AssistantSpanFinder:
         return AnswerTexts(prompt, before, answered, ending)
 
     def _find_closing(self, index: int) -> str:
-        """Return the text after an answer up to the token that begins the next message.
+        """Return the text after an answer, up to the token that begins the next message; require that token.
 
         GLM-4 stops by writing whose turn is next, the user's or a tool's; its template has no other end of turn.
-
-        Raises:
-            RejectedRecord: no control token follows the answer.
         """
         if index + 1 == len(self.messages) or self.messages[index + 1].role != "assistant":
             # Without the answer, whose thoughts may be dropped by then.
@@ -275,7 +252,7 @@ class AssistantSpanFinder:
         content_end = len(texts.answered) - len(texts.ending)
         if texts.answered.endswith(texts.ending) and content_end >= start:
             return content_end, self._find_end(texts.answered, content_end)
-        tokens = self.control_tokens.finditer(texts.answered, start)
+        tokens = self.control_tokens.pattern.finditer(texts.answered, start)
         last = max(tokens, key=lambda token: token.start(), default=None)
         if last is None or texts.answered[last.end() :].strip():
             raise RejectedRecord(NO_END)
@@ -289,7 +266,7 @@ class AssistantSpanFinder:
         if text[content_end : first.start()].strip():
             raise RejectedRecord("the chat template adds text to the answer")
         end = first.end()
-        while token := self.control_tokens.match(text, end):
+        while token := self.control_tokens.pattern.match(text, end):
             end = token.end()
         # Where words follow, the next header has begun with one of these tokens; which one cannot be known, except that
         # it is not the first.
@@ -320,11 +297,7 @@ def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, in
 
 
 def split_at_turns(rendered: RenderedText) -> list[str]:
-    """Cut a text at the edges of its turns; every second piece is a turn.
-
-    Raises:
-        RejectedRecord: its turns do not follow each other.
-    """
+    """Cut a text at the edges of its turns, so that every second piece is one; raise RejectedRecord if they overlap."""
     pieces = []
     position = 0
     for turn in rendered.turns:

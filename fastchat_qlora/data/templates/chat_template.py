@@ -23,9 +23,8 @@ from fastchat_qlora.data.templates.assistant_spans import (
     split_at_turns,
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
-from fastchat_qlora.data.templates.sentinels import SENTINEL, replace_content
+from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL, SENTINEL, replace_content
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
-from fastchat_qlora.data.templates.template_skeleton import fill_skeleton
 
 NEXT_QUESTION = Message("user", "-")
 
@@ -76,12 +75,19 @@ class ChatTemplate:
         )
 
     def _fill(self, skeleton: RenderedText, messages: Sequence[Message]) -> list[Segment] | None:
-        """Return the segments of a conversation's own text, or None if the skeleton is not that text."""
+        """Return the segments of a conversation's own text, or None if the skeleton with its contents is not that."""
+        if any(not messages[i].train for i in skeleton.unplaced):
+            return None
         try:
             text = self._apply(messages[: skeleton.count])
         except RejectedRecord:  # raised again by careful rendering if it is the conversation's fault
             return None
-        return fill_skeleton(skeleton, messages, text)
+        contents = [message.content for message in messages]
+        for variant in (contents, [content.strip() for content in contents]):
+            pieces = [_insert_contents(piece, variant) for piece in split_at_turns(skeleton)]
+            if "".join(pieces) == text + skeleton.closing:
+                return make_segments(pieces, skeleton.turns, messages)
+        return None
 
     def _render_carefully(self, conversation: Conversation, wanted: set[int]) -> list[list[Segment]]:
         """Render and compare each answer; needed where contents may change what the template does."""
@@ -93,7 +99,12 @@ class ChatTemplate:
         return [make_segments(split_at_turns(rendered), rendered.turns, conversation.messages) for rendered in texts]
 
     def _get_skeletons(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:
-        """Return the skeletons of this sequence of roles; none where contents may change what the template does."""
+        """Return the skeletons of this sequence of roles; none where contents may change what the template does.
+
+        A skeleton is the text that the template writes around contents, with sentinels in place of these:
+
+            <|im_start|>user\\n {content 0} <|im_end|>\\n<|im_start|>assistant\\n {content 1} <|im_end|>
+        """
         messages = conversation.messages
         if conversation.tools or not all(message.is_plain for message in messages):
             return []
@@ -130,6 +141,10 @@ class ChatTemplate:
             return render_chat_template(self.tokenizer, shown, tools, add_generation_prompt=prompt)
         except TemplateRefusal as refusal:
             raise RejectedRecord(f"the chat template refuses the conversation: {refusal}") from refusal
+
+
+def _insert_contents(piece: str, contents: Sequence[str]) -> str:
+    return NUMBERED_SENTINEL.sub(lambda sentinel: contents[int(sentinel.group(1))], piece)
 
 
 def _find_literals(template: Any) -> StringMatcher:

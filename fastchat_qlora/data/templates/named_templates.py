@@ -1,6 +1,6 @@
 """Messages -> segments by a named prompt template, without the tokenizer's own chat template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -14,24 +14,15 @@ class ConversationTemplate:
 
     `{bos}` and `{eos}` stand for the tokenizer's tokens. A supervised turn starts where a server stops writing the
     prompt: the blank before the answer is supervised with it, since it is often part of the first token.
-
-    Attributes:
-        system: text before and after a system message.
-        user: text before and after a user message.
-        assistant: the generation prompt, the blank between it and the answer, and the end of the turn.
-        default_system: the system message of a conversation without one; empty for none.
-        system_in_user: whether the system message stands in the first user turn, before the content.
-        after_assistant: text after an ended turn, not supervised.
-        tokens: special tokens that it writes beside {bos} and {eos}; a tokenizer must have them.
     """
 
-    system: tuple[str, str]
-    user: tuple[str, str]
-    assistant: tuple[str, str, str]
-    default_system: str = ""
-    system_in_user: bool = False
-    after_assistant: str = ""
-    tokens: tuple[str, ...] = ()
+    system: tuple[str, str]  # text before and after a system message
+    user: tuple[str, str]  # text before and after a user message
+    assistant: tuple[str, str, str]  # generation prompt, blank between it and the answer, end of the turn
+    default_system: str = ""  # system message of a conversation without one; empty for none
+    system_in_user: bool = False  # the system message stands in the first user turn, before the content
+    after_assistant: str = ""  # text after an ended turn, not supervised
+    tokens: tuple[str, ...] = ()  # that it writes beside {bos} and {eos}; a tokenizer must have them as special ones
 
     def render(self, messages: Sequence[Message], bos: str, eos: str) -> list[Segment]:
         """Render a conversation as segments.
@@ -39,23 +30,23 @@ class ConversationTemplate:
         Raises:
             RejectedRecord: a role is not supported, or roles do not alternate.
         """
-        check_turns(messages)
-        tokens = {"{bos}": bos, "{eos}": eos}
-        prompt, blank, end = (_insert_special_tokens(part, tokens) for part in self.assistant)
+        _check_turns(messages)
+        own = (*self.system, *self.user, *self.assistant, self.after_assistant)
+        texts = [text.replace("{bos}", bos).replace("{eos}", eos) for text in own]
+        system_before, system_after, user_before, user_after, prompt, blank, end, after_assistant = texts
         has_system = messages[0].role == "system"
         system = messages[0].content if has_system else self.default_system
-        system = _surround(system, self.system, tokens) if system or has_system else ""
+        system = system_before + system + system_after if system or has_system else ""
         segments = [] if self.system_in_user or not system else [Segment(system)]
-        for i, message in enumerate(messages[1:] if has_system else messages):
+        for i, message in enumerate(messages[has_system:]):
             if message.role == "user":
-                content = system + message.content if self.system_in_user and i == 0 else message.content
-                segments.append(Segment(_surround(content, self.user, tokens)))
+                first = system if self.system_in_user and i == 0 else ""
+                segments.append(Segment(user_before + first + message.content + user_after))
                 continue
             answer = blank + message.content + end
             segments += [Segment(prompt)] if prompt else []
             segments.append(Segment(answer, supervised=message.train, ends_turn=True, masked=not message.train))
-            if self.after_assistant:
-                segments.append(Segment(_insert_special_tokens(self.after_assistant, tokens)))
+            segments += [Segment(after_assistant)] if after_assistant else []
         return segments
 
     def to_jinja(self, *, add_bos: bool) -> str:
@@ -91,12 +82,8 @@ class ConversationTemplate:
         return commonprefix(openings)  # noqa: RUF071  # by characters, as wanted
 
 
-def check_turns(messages: Sequence[Message]) -> None:
-    """Require plain messages: user and assistant in turn, after an optional system message.
-
-    Raises:
-        RejectedRecord: naming the message that does not fit.
-    """
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Require plain messages: user and assistant in turn, after an optional system message."""
     for i, message in enumerate(messages):
         unsupported = "tool calls" if message.tool_calls else "reasoning" if message.reasoning else ""
         unsupported = "the role 'tool'" if message.role == "tool" else unsupported
@@ -108,16 +95,6 @@ def check_turns(messages: Sequence[Message]) -> None:
         if message.role != expected:
             reason = f"expected {expected}, found {message.role}; roles must alternate"
             raise RejectedRecord(f"message {first + i}: {reason}")
-
-
-def _insert_special_tokens(text: str, tokens: Mapping[str, str]) -> str:
-    for name, token in tokens.items():
-        text = text.replace(name, token)
-    return text
-
-
-def _surround(content: str, around: tuple[str, str], tokens: Mapping[str, str]) -> str:
-    return _insert_special_tokens(around[0], tokens) + content + _insert_special_tokens(around[1], tokens)
 
 
 def _quote(text: str) -> str:
@@ -199,11 +176,7 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> ConversationTemplate:
-    """Return the template of a name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the template of a name; raise UserError if there is none."""
     if name not in TEMPLATES:
         raise UserError(f"--conv_template {name}: not found; choose auto or one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -33,14 +33,6 @@ class StringMatcher:
                 return self.pattern.search(text, position)
         return None
 
-    def match(self, text: str, position: int = 0) -> re.Match[str] | None:
-        """Return the match that starts at a position."""
-        return self.pattern.match(text, position)
-
-    def finditer(self, text: str, position: int = 0) -> Iterator[re.Match[str]]:
-        """Yield all matches from a position on."""
-        return self.pattern.finditer(text, position)
-
 
 def find_control_tokens(tokenizer: Any) -> StringMatcher:
     """Return a matcher for each token that could end or forge a turn.
@@ -68,11 +60,7 @@ def _render_samples(tokenizer: Any) -> str:
 
 
 def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> None:
-    """Require messages and tools without control tokens.
-
-    Raises:
-        RejectedRecord: naming the message and the token.
-    """
+    """Require messages and tools without control tokens; raise RejectedRecord for the first one."""
     for i, message in enumerate(conversation.messages):
         found = control_tokens.search(message.content)
         if not found and not message.is_plain:

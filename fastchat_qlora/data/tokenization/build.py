@@ -33,27 +33,18 @@ MIN_WORKER_BYTES = 64 * 1024 * 1024  # of data; a process costs seconds to start
 GARBAGE_OBJECTS = 5000  # new ones after which Python looks for garbage; some batches of records
 MAX_REASONS = 200  # different reasons that are counted separately
 
-MESSAGE_INDEX = re.compile(r"message \d+: ")
-
 NumberedRecords = list[tuple[int, RawRecord]]
 
 
 @dataclass
 class RejectionSummary:
-    """Counts of the records that were read and rejected.
-
-    Attributes:
-        too_long: rejected records that are too long, under `--overlong drop` and `error`.
-        reasons: generalized reason -> count, the most frequent first.
-        first: the first other rejected record with its source and reason; empty if there is none.
-        first_too_long: the first record that is too long.
-    """
+    """Counts of the records that were read and rejected."""
 
     read: int = 0
     rejected: int = 0
-    too_long: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    first: str = ""
+    too_long: int = 0  # of the rejected ones, under `--overlong drop` and `error`
+    reasons: dict[str, int] = field(default_factory=dict)  # generalized reason -> count, the most frequent first
+    first: str = ""  # source and reason of the first rejected record that is not too long; empty if there is none
     first_too_long: str = ""
 
     def add(self, batch: PreprocessedBatch) -> None:
@@ -110,7 +101,7 @@ def to_json(rejection: Rejection) -> str:
 
 def generalize(reason: str) -> str:
     """Return a reason without its message index, quotations and numbers, which differ from record to record."""
-    reason = re.sub(r"'.*'|\".*\"", "...", reason.partition(": ")[2] if MESSAGE_INDEX.match(reason) else reason)
+    reason = re.sub(r"'.*'|\".*\"", "...", re.sub(r"^message \d+: ", "", reason))
     return textwrap.shorten(re.sub(r"(?<![-\w])\d+", "N", reason), 80, placeholder=" ...")
 
 

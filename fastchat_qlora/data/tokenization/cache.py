@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,7 @@ def get_key(fingerprint: str, contents: Sequence[tuple[str, str]]) -> str:
 
 
 def hash_content(path: Path) -> str:
-    """Return the XXH3 hash of a file's bytes, which detects accidents, not forgery.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the XXH3 hash of a file's bytes, which detects accidents, not forgery; raise OSError if unreadable."""
     return hash_file(path, xxhash.xxh3_128())
 
 
@@ -54,7 +50,7 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
         UserError: the cache cannot be written.
     """
     entry, unfinished = root / key, root / f"{key}.building"
-    with _require_writable(root):
+    try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{key}.lock"):
             facts = read_entry(entry)
@@ -66,11 +62,18 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
             unfinished.mkdir()
             try:
                 facts = build(unfinished)
-                _write_manifest(unfinished, facts)
+                _write_json(unfinished / FACTS_FILE, facts)
+                hashes = {path.name: hash_content(path) for path in sorted(unfinished.iterdir())}
+                _write_json(unfinished / ENTRY_MANIFEST, hashes)
                 unfinished.rename(entry)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
             prune(root)
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir: tokenized data cannot be stored in {root}: {error.strerror or error}; free some space or "
+            "give a folder you may write to"
+        ) from error
     return entry, facts, True
 
 
@@ -85,11 +88,6 @@ def read_entry(entry: Path) -> dict[str, Any] | None:
         return facts if is_complete and FACTS_FILE in hashes else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-
-
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    _write_json(folder / FACTS_FILE, facts)
-    _write_json(folder / ENTRY_MANIFEST, {path.name: hash_content(path) for path in sorted(folder.iterdir())})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -120,14 +118,3 @@ def prune(root: Path) -> None:
         if now - used > DAY_SECONDS and (i >= MAX_ENTRIES or folder.suffix == ".building"):
             with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _require_writable(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--cache_dir: tokenized data cannot be stored in {root}: {error.strerror or error}; free some space or "
-            "give a folder you may write to"
-        ) from error

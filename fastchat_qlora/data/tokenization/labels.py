@@ -19,18 +19,12 @@ characters, and as a whole where they turn out to hold too few tokens."""
 
 
 class TokenizedConversation(NamedTuple):
-    """One conversation as the model sees it.
+    """One conversation as the model sees it."""
 
-    Attributes:
-        input_ids, labels: shape (tokens,); labels are the ids of supervised tokens, IGNORE_INDEX elsewhere.
-        turn_ends: for each assistant turn, the number of tokens up to its end.
-        full_length: tokens of the whole conversation; an estimate where only its beginning was tokenized.
-    """
-
-    input_ids: Ids
-    labels: Ids
-    turn_ends: list[int]
-    full_length: int
+    input_ids: Ids  # shape (tokens,)
+    labels: Ids  # shape (tokens,): the ids of supervised tokens, IGNORE_INDEX elsewhere
+    turn_ends: list[int]  # for each assistant turn, the number of tokens up to its end
+    full_length: int  # tokens of the whole conversation; an estimate where only its beginning was tokenized
 
 
 class EncodedText(NamedTuple):
@@ -174,7 +168,7 @@ class Encoder:
         added, is_added = self.token_bytes.added, self.token_bytes.is_added
         made = [added[i].content for i in ids[is_added[ids]].tolist()]
         made = [token for token in made if token in self.control_tokens.strings]
-        if made != [match.group() for match in self.control_tokens.finditer(text)]:
+        if made != [match.group() for match in self.control_tokens.pattern.finditer(text)]:
             raise RejectedRecord("the tokenizer finds special tokens in text that contains none")
 
 

@@ -47,7 +47,7 @@ class Preprocessor:
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
-        lazy: keep texts in place of tokens; for the others see the flags.
+        lazy: keep texts in place of tokens; the other arguments are flags.
 
     Raises:
         UserError: there is no such template, or the tokenizer lacks a token that it writes.
@@ -122,9 +122,7 @@ class Preprocessor:
 
     def encode(self, drafts: Sequence[Draft]) -> list[EncodedText]:
         """Tokenize all texts, on all cores and outside of Python."""
-        return self._encode_texts([segments for draft in drafts for segments in draft.texts])
-
-    def _encode_texts(self, texts: Sequence[Sequence[Segment]]) -> list[EncodedText]:
+        texts = [segments for draft in drafts for segments in draft.texts]
         return self.encoder.encode(texts, enough=self.max_length if self.overlong == "truncate" else None)
 
     def finish(self, drafts: Sequence[Draft], encoded: Sequence[EncodedText]) -> PreprocessedBatch:
@@ -214,7 +212,7 @@ class Preprocessor:
         full_length = 0
         for part in parts:
             try:
-                sequences += self._fit(part, self._encode_texts(self.render(part)))
+                sequences += self._fit(part, self.encoder.encode(self.render(part)))
             except RejectedRecord as error:
                 if error.kind is not RejectionKind.NOTHING_SUPERVISED:
                     raise

@@ -22,15 +22,11 @@ def find_safe_cuts(tokenizer: Any) -> tuple[str, ...]:
 
 
 class TokenPositions(NamedTuple):
-    """The first byte of each token in a text and the byte behind its last one; shape (tokens,).
-
-    Attributes:
-        has_gaps: whether some bytes may be in no token.
-    """
+    """The first byte of each token in a text and the byte behind its last one; shape (tokens,)."""
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
-    has_gaps: bool
+    has_gaps: bool  # some bytes may be in no token
 
 
 class ByteVocabulary:

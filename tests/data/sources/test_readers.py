@@ -585,7 +585,7 @@ def test_find_files_tells_data_from_other_entries(tmp_path: Path) -> None:
     assert [str(file.relative_to(data)) for file in files] == ["b.jsonl", "link.json", "sub/a.json"]
     names = ["broken.json", "e.json.bz2", "linked", "notes.txt", "pipe.jsonl"]
     assert [str(file.relative_to(data)) for file in left_out] == names
-    assert data / "run" / "d.json" in find_files(str(data)).files
+    assert data / "run" / "d.json" in find_files(str(data))[0]
 
 
 def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
