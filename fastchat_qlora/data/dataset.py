@@ -261,7 +261,7 @@ def _load(
 
 
 def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None) -> str:
-    """Return why too few records are left to train on; nothing if there are enough."""
+    """Return the error that too few records are left to train on; empty if there are enough."""
     summary, flag = loaded.summary, loaded.flag
     invalid = summary.rejected - summary.too_long
     listed = f"; all are listed in {listed_in}" if listed_in and summary.rejected else ""

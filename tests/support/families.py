@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma2Config,
@@ -27,10 +28,10 @@ from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
-from fastchat_qlora.model.ops.attention import register_attention
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION, attend_per_conversation
 from fastchat_qlora.training.trainer import LoraTrainer
 
-register_attention()  # as choose_attention does in a run
+AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)  # as choose_attention does in a run
 
 VOCABULARY = 89
 WINDOW = 8  # shorter than most conversations of the tests

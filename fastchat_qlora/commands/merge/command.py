@@ -121,7 +121,7 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
 
 
 def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path) -> None:
-    free, need = shutil.disk_usage(folder).free, safetensors_files.count_bytes(tensors) + TOKENIZER_BYTES
+    free, need = shutil.disk_usage(folder).free, sum(one.nbytes for one in tensors.values()) + TOKENIZER_BYTES
     if free < need:
         sizes = f"{free / 2**20:,.0f} MiB are free and the model needs {need / 2**20:,.0f} MiB"
         raise UserError(f"--output_dir {output_dir}: {sizes}; free space, or give another folder")

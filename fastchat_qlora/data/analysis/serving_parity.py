@@ -106,7 +106,7 @@ def _reload(tokenizer: Any) -> Any:
 
 
 def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, preprocessor: Preprocessor) -> str:
-    """Describe what differs before the answers of a sequence; empty if nothing does."""
+    """Describe the first difference before an answer of a sequence; empty if there is none."""
     try:
         prompts, has_generation_prompt = _get_prompts(tokenizer, conversation, preprocessor.choose(conversation))
     except TemplateRefusal as refusal:
@@ -128,11 +128,7 @@ def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, pr
 
 
 def _get_prompts(tokenizer: Any, conversation: Conversation, answers: Sequence[int]) -> tuple[list[Prompt], bool]:
-    """Return a server's prompts for these answers, and whether the chat template has a generation prompt.
-
-    Raises:
-        TemplateRefusal: the template refuses the messages before one of them.
-    """
+    """Return a server's prompts for these answers, and whether the chat template has a generation prompt."""
     prompts = []
     has_generation_prompt = False
     for i in answers:

@@ -43,7 +43,7 @@ def _get_last_token(ids: list[int], can_end: set[int], tokenizer: Any) -> int:
 
 
 def describe_stop_tokens(stop_tokens: list[int], tokenizer: Any) -> str:
-    """Return what a server must know beyond the tokenizer's eos_token so that the model stops, if anything."""
+    """Describe what a server needs beyond the tokenizer's eos_token for the model to stop; empty if nothing."""
     if not stop_tokens:
         return "No answer ends within --model_max_length tokens, so the model does not learn to stop; raise it."
     if others := [token for token in stop_tokens if token != tokenizer.eos_token_id]:

@@ -202,7 +202,7 @@ def _read_part(part: Any) -> str:
 
 
 def _read_flag(turn: dict[str, Any]) -> bool:
-    """Return whether `train` and `weight` allow that the message is supervised."""
+    """Return whether a message may be supervised by its `train` and `weight`."""
     flags = [turn[key] for key in ("train", "weight") if turn.get(key) is not None]
     for flag in flags:
         if not isinstance(flag, bool | int | float) or flag not in (0, 1):

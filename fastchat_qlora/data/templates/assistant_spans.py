@@ -233,7 +233,7 @@ class AssistantSpanFinder:
         raise RejectedRecord(NO_END)
 
     def _find_start(self, texts: AnswerTexts) -> int:
-        """Return where the model begins to write an answer.
+        """Return the position where the model begins to write an answer.
 
         Text between the generation prompt and the content is not the assistant's, unless it is blank: a blank is often
         part of the first token.
@@ -248,7 +248,7 @@ class AssistantSpanFinder:
         return len(texts.before)
 
     def _find_structured_end(self, texts: AnswerTexts, start: int) -> tuple[int, int]:
-        """Return where the content of an answer with thoughts or calls ends, and where its turn ends."""
+        """Return the end of the content of an answer with thoughts or calls, and the end of its turn."""
         content_end = len(texts.answered) - len(texts.ending)
         if texts.answered.endswith(texts.ending) and content_end >= start:
             return content_end, self._find_end(texts.answered, content_end)
@@ -259,7 +259,7 @@ class AssistantSpanFinder:
         return last.start(), last.end()
 
     def _find_end(self, text: str, content_end: int) -> int:
-        """Return where the tokens that end a turn end; only blanks may stand between the content and them."""
+        """Return the end of the tokens that end a turn; only blanks may stand between the content and them."""
         first = self.control_tokens.search(text, content_end)
         if first is None:
             raise RejectedRecord(NO_END)
@@ -274,7 +274,7 @@ class AssistantSpanFinder:
 
 
 def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, int]:
-    """Return where a plain answer starts, `start` in general, and where its content ends.
+    """Return the start of a plain answer, which is nearly always `start`, and the end of its content.
 
     In an answer with its reasoning in tags, blanks beside tags may differ from the record.
     """

@@ -76,7 +76,7 @@ class ConversationTemplate:
         return "".join(parts)
 
     def _get_opening(self) -> str:
-        """Return what conversations with and without a system message begin with; it may be the BOS token itself."""
+        """Return the common beginning of conversations with and without a system message, such as the BOS token."""
         openings = [] if self.system_in_user else [self.system[0]]
         openings += [] if self.default_system and openings else [self.user[0]]
         return commonprefix(openings)  # noqa: RUF071  # by characters, as wanted

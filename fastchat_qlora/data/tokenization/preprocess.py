@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,12 @@ class Preprocessor:
             return False  # a chat template writes its own BOS
         name = "vicuna" if conv_template == "auto" else conv_template
         self.template, self.name = get_template(name), f"the {name} template"
-        _check_tokens(self.template.tokens, name, self.tokenizer)
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        if missing := [token for token in self.template.tokens if token not in special]:
+            raise UserError(
+                f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn "
+                "would end; choose auto, vicuna or the template of this model"
+            )
         first = self.tokenizer("a").input_ids[0]
         add_bos = first is not None and first == self.tokenizer.bos_token_id
         # The template that was trained with is saved beside the adapter.
@@ -230,13 +235,3 @@ def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) ->
     if sequences and full_length > sequences[0].tokens.full_length:
         sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences
-
-
-def _check_tokens(tokens: Iterable[str], name: str, tokenizer: Any) -> None:
-    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    missing = [token for token in tokens if token not in special]
-    if missing:
-        raise UserError(
-            f"--conv_template {name}: writes {', '.join(missing)}, which this tokenizer does not have, so no turn "
-            "would end; choose auto, vicuna or the template of this model"
-        )

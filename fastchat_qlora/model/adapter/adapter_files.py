@@ -68,7 +68,7 @@ def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
             raise UserError(
                 f"{where} has {pattern[:80]!r}, which is not a regular expression: {error}; fix it"
             ) from error
-    _read_shapes(path, flag)
+    read_tensor_shapes(path, flag)
     config.inference_mode = False
     # PEFT saves these as it finds them; a new adapter must name the model that it is trained on now.
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
@@ -106,11 +106,10 @@ def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, 
     Args:
         path: of the folder; nothing is checked without one.
         expected: name in the file -> shape, from `lora.compute_adapter_shapes`; None where that cannot be known.
-        flag: the flag that named the folder, for errors.
     """
     if not path or expected is None:
         return
-    shapes, remedy = _read_shapes(path, flag), "give an adapter of this base model"
+    shapes, remedy = read_tensor_shapes(path, flag), "give an adapter of this base model"
     if missing := sorted(expected.keys() - shapes.keys()):
         raise UserError(f"{flag} {path}: {len(missing)} tensors are not in it, such as {missing[0]}; {remedy}")
     # PEFT would ignore these without a warning.
@@ -138,7 +137,8 @@ def check_adapter_finite(path: str, *, flag: str = START_FLAG) -> None:
         )
 
 
-def _read_shapes(path: str, flag: str) -> dict[str, tuple[int, ...]]:
+def read_tensor_shapes(path: str, flag: str = START_FLAG) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors in an adapter's file, by its header alone."""
     try:
         with safe_open(Path(path).expanduser() / ADAPTER_FILE, framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in list(tensors.keys())}

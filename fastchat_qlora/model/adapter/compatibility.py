@@ -93,9 +93,8 @@ def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) 
         return False
     if meta_model is None:
         return True
-    biased = [
-        name for name, m in meta_model.named_modules() if isinstance(getattr(m, "bias", None), torch.nn.Parameter)
-    ]
+    modules = meta_model.named_modules()
+    biased = [name for name, module in modules if isinstance(getattr(module, "bias", None), torch.nn.Parameter)]
     if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
         return bool(biased)
     return any(_matches(name, lora_config.target_modules or ()) for name in biased)

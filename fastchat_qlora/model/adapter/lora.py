@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
+from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
@@ -20,7 +19,7 @@ from fastchat_qlora.utils.text import one_line
 logger = logging.getLogger(__name__)
 
 PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
-"""What PEFT raises for an adapter that does not fit a model."""
+"""Errors of PEFT for an adapter that does not fit a model."""
 
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
@@ -94,11 +93,9 @@ def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, path: str) ->
         peft_model = PeftModel.from_pretrained(model, path, config=lora_config, is_trainable=True)
     except PEFT_ERRORS as error:
         raise RunError(f"--lora_weight_path {path}: cannot be attached to the model: {one_line(error, 300)}") from error
-    with safe_open(f"{path}/{ADAPTER_FILE}", framework="pt") as file:
-        saved = set(file.keys())
     # PEFT only warns of missing tensors, and leaves them at their random initial values.
-    missing = sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - saved)
-    if missing:
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+    if missing := sorted(expected - read_tensor_shapes(path).keys()):
         raise RunError(f"--lora_weight_path {path}: {len(missing)} tensors are not in it, such as {missing[0]}")
     return peft_model
 
@@ -129,5 +126,5 @@ def compute_adapter_shapes(
 
 
 def get_trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
-    """Return name -> parameter of what is trained."""
+    """Return name -> trained parameter."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -28,7 +28,7 @@ def compute_flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[A
 
 
 def measure_flops_per_second(config: Any, dtype: torch.dtype, device: torch.device) -> float:
-    """Return what the device reaches in products of the size of the model's MLP, measured for half a second."""
+    """Return the device's rate in products of the size of the model's MLP, measured for half a second."""
     text = config.get_text_config()
     inner, outer = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     rows = torch.ones((TIMED_ROWS, inner), dtype=dtype, device=device)

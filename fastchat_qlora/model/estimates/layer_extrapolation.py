@@ -72,5 +72,5 @@ def extrapolate_layers(first: ModelCost, second: ModelCost, layers: int) -> Mode
         total=extrapolate(first.weights.total, second.weights.total),
         scales=extrapolate(first.weights.scales, second.weights.scales),
     )
-    trained = first.trained + (layers - depth) * (second.trained - first.trained)
+    trained = int(extrapolate(first.trained, second.trained))
     return second._replace(layers=layers, token=token, weights=weights, trained=trained)

@@ -126,7 +126,7 @@ def _register_traced_attention(device_type: str, dtype: torch.dtype) -> str:
 def measure_model_cost(
     model: Any, *, supervised_share: float, quantization: BaseQuantization = NOT_QUANTIZED, device_type: str = "cpu"
 ) -> ModelCost:
-    """Count what a model costs.
+    """Count the cost of a model.
 
     Args:
         model: a PeftModel on the meta device, in the compute dtype of the run; it is used up.
@@ -169,15 +169,14 @@ def compute_memory_phases(
     scale: float = 1.0,
     accumulates: bool = True,
 ) -> tuple[MemoryNeed, MemoryNeed]:
-    """Return what one device needs at the start of backward and in the optimizer step; the peak is one of these.
+    """Return the memory of one device at the start of backward and in the optimizer step; the peak is one of these.
 
     The first layers are checkpointed. Backward reaches them last, when what the other layers saved is freed, so that
     recomputing one adds to the peak only where nearly all layers are checkpointed.
 
     Args:
-        model: from measure_model_cost.
         tokens: of the largest micro-batch, padding included.
-        checkpointed: number of checkpointed layers.
+        checkpointed: number of layers.
         optimizer: its name in transformers.
         scale: factor for activations and temporary parts, from a measured step.
         accumulates: whether gradients of earlier micro-batches exist while a later one is computed. If not, gradients
@@ -212,7 +211,7 @@ def compute_memory_phases(
 def compute_peak_memory(
     model: ModelCost, tokens: int, checkpointed: int, *, shards: int = 1, **settings: Any
 ) -> MemoryNeed:
-    """Return what one device needs at the peak of a step; arguments as for compute_memory_phases.
+    """Return the peak memory of one device in a step; arguments as for compute_memory_phases.
 
     The optimizer's state, and with it the update, is divided into `shards`.
     """
@@ -227,10 +226,8 @@ def count_layers_to_checkpoint(model: ModelCost, tokens: int, available: float, 
 
     None if it does not fit with all of them; further arguments as for compute_peak_memory.
     """
-    for count in range(model.layers + 1):
-        if compute_peak_memory(model, tokens, count, **settings).step_bytes <= available:
-            return count
-    return None
+    phases = (compute_peak_memory(model, tokens, count, **settings) for count in range(model.layers + 1))
+    return next((count for count, phase in enumerate(phases) if phase.step_bytes <= available), None)
 
 
 def _measure_weights(base: PreTrainedModel, quantization: BaseQuantization) -> tuple[WeightBytes, int]:

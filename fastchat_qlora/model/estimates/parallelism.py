@@ -51,7 +51,7 @@ class ParallelStrategy(NamedTuple):
 def compute_device_memory(
     model: ModelCost, tokens: int, checkpointed: int, parallel: ParallelStrategy, **settings: Any
 ) -> MemoryNeed:
-    """Return what one of the devices needs at the peak of a step; arguments as for compute_memory_phases."""
+    """Return the peak memory of one of the devices in a step; arguments as for compute_memory_phases."""
     computing, stepping = compute_memory_phases(model, tokens, checkpointed, **settings)
     if parallel.name == DDP:
         reduced = 4 * model.trained
@@ -76,10 +76,8 @@ def _shard_by_zero(
         "gradients": masters + (in_compute_dtype if parallel.zero_stage == 1 else 0),
         "optimizer": optimizer_share * computing.optimizer,
     }
-    bucket, gathered = (
-        model.itemsize * parallel.bucket_elements,
-        min(computing.weights, model.itemsize * parallel.max_resident_parameters),
-    )
+    bucket = model.itemsize * parallel.bucket_elements
+    gathered = min(computing.weights, model.itemsize * parallel.max_resident_parameters)
     buffers = bucket + gathered if shards_weights else 2 * bucket
     return (
         computing._replace(**sharded, buffers=computing.buffers + buffers),

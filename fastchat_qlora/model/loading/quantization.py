@@ -1,4 +1,4 @@
-"""How the base model is quantized: one description for all who need it."""
+"""Flags -> the quantization of the base model, for all who need it."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # one byte for a scale, and th
 
 
 class BaseQuantization(NamedTuple):
-    """How the weights of linear layers are stored."""
+    """The storage of the weights of linear layers."""
 
     kind: QuantizationKind = "none"  # int8 is LLM.int8
     double_quant: bool = False  # the scales of 4-bit weights are quantized too; False for other kinds

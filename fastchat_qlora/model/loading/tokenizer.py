@@ -41,9 +41,7 @@ def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **setti
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     for template in templates:  # each is saved in a file of its name
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", template):
-            raise UserError(
-                f"{flag} {name}: its tokenizer has a chat template of the name {template[:80]!r}; rename it"
-            )
+            raise UserError(f"{flag} {name}: its tokenizer has a chat template named {template[:80]!r}; rename it")
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no eos_token to end a turn with; set one")
     if hasattr(tokenizer, "legacy"):

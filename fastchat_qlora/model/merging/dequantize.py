@@ -27,7 +27,7 @@ def log_casts_once() -> None:
 
 
 class WeightRounding(NamedTuple):
-    """What quantization does to a model's weights."""
+    """The effect of quantization on a model's weights."""
 
     modules: Collection[str]  # names of those with quantized weights
     apply: Callable[[torch.Tensor], torch.Tensor]  # quantizes and dequantizes; the result is in fp32 on the CPU
@@ -36,7 +36,7 @@ class WeightRounding(NamedTuple):
 def make_weight_rounding(
     config: PretrainedConfig, quantization_config: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
 ) -> WeightRounding:
-    """Return what loading a model with this quantization, in this dtype and to this device, does to its weights.
+    """Return the effect of loading a model with this quantization, in this dtype and to this device.
 
     The device matters, since kernels of another one may round differently.
     """

@@ -19,9 +19,8 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if base.config.get_text_config().tie_word_embeddings and any(
-        isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
-    ):
+    is_changed = any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
+    if is_changed and base.config.get_text_config().tie_word_embeddings:
         raise RunError(
             "the adapter changes the embeddings or the head, which share one weight in this model, and its files have "
             "other names than the model: merging is not supported with both"

@@ -65,7 +65,7 @@ class LayerwiseMerge:
         rounding: WeightRounding | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._files, self._rounding, self._dtype = files, rounding, dtype
+        self._files, self._rounding = files, rounding
         self._squared_change = self._squared_norm = 0.0  # of the rounded weights, summed up as they are merged
         self._conv1d = {name for name, module in meta_model.named_modules() if isinstance(module, Conv1D)}
         tied = _find_tied_parameters(meta_model)
@@ -83,10 +83,13 @@ class LayerwiseMerge:
         self._source = _find_sources(meta_model, files, needed, tied)
         self._check_sources(shapes)
         self._name = {source: name for name, source in self._source.items() if name.endswith(source)}
-        self.headers = {name: self._cast(header) for name, header in files.headers.items()}
         # Of tied weights the files hold one; the others are added under their own names.
         added = [name for name in untied if not name.endswith(self._source[name])]
-        self.headers |= {name: self._cast(files.headers[self._source[name]]) for name in added}
+        headers = files.headers | {name: files.headers[self._source[name]] for name in added}
+        self.headers = {
+            name: header.to(dtype) if dtype and header.is_floating_point() else header
+            for name, header in headers.items()
+        }
 
     def _check_sources(self, shapes: Mapping[str, torch.Size]) -> None:
         for name, source in self._source.items():
@@ -95,9 +98,6 @@ class LayerwiseMerge:
                 raise NeedsFullModel(f"{source} has another shape in the files than in the model")
             if not header.is_floating_point():
                 raise UserError(f"{source} holds integers in the base's files; give a base that is not quantized")
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
 
     @property
     def relative_change(self) -> float | None:
@@ -156,13 +156,12 @@ def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, f
         raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base's weights too")
     config = copy.deepcopy(lora_config)
     config.init_lora_weights = False  # the values come from the file
-    tensors = load_file(Path(folder) / ADAPTER_FILE)
     try:
         model = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
         for _, layer in _find_lora_layers(model):  # PEFT puts the adapter's values on the device of the weight
             base = layer.get_base_layer()
             base.weight = torch.nn.Parameter(torch.zeros(()).expand(base.weight.shape), requires_grad=False)
-        set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER_FILE), low_cpu_mem_usage=True)
     except PEFT_ERRORS as error:
         raise UserError(f"{folder}: the adapter cannot be attached to this model: {one_line(error, 300)}") from error
     return model.float()

@@ -35,16 +35,14 @@ class WeightFiles:
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor on the CPU, in memory-mapped pages that the operating system may drop again."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+            return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
     """Return a base model's safetensors files, downloaded if the model is on the hub; raise UserError without them."""
     flag = f"--model_name_or_path {name}"
     try:
-        single = fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir)
-        if single is not None:
+        if single := fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir):
             return [single]
         index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
         files = [fetch_file(name, file, cache_dir) for file in read_weight_index(index, flag)] if index else []
@@ -81,7 +79,6 @@ def write_weight_files(
     Args:
         folder: without weights.
         headers: name -> a tensor of its shape and dtype, in the order to write.
-        get: returns the tensor of a name.
         max_shard_size: most bytes of a file; a larger tensor has a file of its own.
     """
     plan = split_torch_state_dict_into_shards(
@@ -112,8 +109,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     """Return whether the smallest and the largest value are finite, which takes no memory to find."""
     plain = tensor.float() if tensor.itemsize == 1 else tensor  # torch supports little on 8-bit floats
     return not plain.numel() or all(bool(bound.isfinite()) for bound in plain.aminmax())
-
-
-def count_bytes(headers: Mapping[str, torch.Tensor]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in headers.values())

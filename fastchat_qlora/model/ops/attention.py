@@ -78,12 +78,6 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     return torch.cat([attend(q, k, v, settings).transpose(1, 2) for q, k, v in parts], dim=1), None
 
 
-@functools.cache
-def register_attention() -> None:
-    """Register `attend_per_conversation` with transformers."""
-    AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
-
-
 def _attend_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
@@ -117,22 +111,20 @@ def _attend_softcapped(
 
 
 def _make_window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return which token attends to which, shape (length, length): to the last `window` ones, itself included."""
+    """Return a mask, shape (length, length), of the last `window` tokens up to each token, itself included."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
 
 
 @functools.cache
-def _load_varlen_attn() -> tuple[Any, bool] | None:
+def _load_varlen_attn() -> tuple[Any, bool]:
     """Return torch's FlashAttention for packed sequences, and whether it needs `enable_gqa` for grouped heads.
 
     That flag came with torch 2.12 and disables a check that 2.11, the oldest supported here, does not make: the kernel
     takes grouped heads in both (`mha_varlen_fwd` and `mha_varlen_bwd` in aten's flash_api.cpp).
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -143,7 +135,7 @@ def _is_ampere_or_newer() -> bool:
 
 def _supports_varlen(query: torch.Tensor, value: torch.Tensor, conversations: int) -> bool:
     """Return whether FlashAttention takes these tensors: half precision, heads up to 256 wide, Ampere or newer."""
-    if query.device.type != "cuda" or query.dtype not in HALF_PRECISION_DTYPES or _load_varlen_attn() is None:
+    if query.device.type != "cuda" or query.dtype not in HALF_PRECISION_DTYPES:
         return False
     _, heads, tokens, width = query.shape
     elements = (tokens + 128 * conversations) * heads * ((width + 31) // 32 * 32)
@@ -156,9 +148,7 @@ def _attend_varlen(
     inputs: tuple[torch.Tensor, ...], boundaries: torch.Tensor, longest: int, settings: AttentionSettings
 ) -> torch.Tensor:
     """Return attention of all conversations at once, shape (tokens, heads, head size)."""
-    found = _load_varlen_attn()
-    assert found is not None  # checked by _supports_varlen
-    varlen_attn, needs_enable_gqa = found
+    varlen_attn, needs_enable_gqa = _load_varlen_attn()
     query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
     window = (-1 if settings.window is None else settings.window - 1, 0)
     options: dict[str, Any] = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
@@ -183,7 +173,7 @@ def choose_attention(
     """
     from transformers.utils import is_flash_attn_2_available
 
-    register_attention()
+    AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)
     has_flash = accelerator == "cuda" and is_flash_attn_2_available()
     if flash_attn and accelerator is None:
         logger.warning("--flash_attn True: ignored, FlashAttention needs an accelerator.")
@@ -204,7 +194,7 @@ def choose_attention(
 
 
 def _explain_unsupported(config: PretrainedConfig) -> str:
-    """Return why a model cannot use `attend_per_conversation`, or an empty text if it can."""
+    """Return the reason why a model cannot use `attend_per_conversation`; empty if it can."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "the model's code lies outside transformers"
     if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False):

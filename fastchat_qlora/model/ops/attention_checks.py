@@ -76,8 +76,7 @@ def measure_leakage(
 
 
 def _get_last_logits(outputs: Any, count: int) -> torch.Tensor:
-    logits: torch.Tensor = outputs.logits[0, -count:].float()
-    return logits
+    return outputs.logits[0, -count:].float()  # type: ignore[no-any-return]
 
 
 def _compute_relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ TILE_POSITIONS = 128  # that an accelerator's matrix products take at once; chun
 
 
 def get_chunk_length(vocabulary: int, device_type: str) -> int:
-    """Return how many positions have their logits computed at once."""
+    """Return the number of positions whose logits are computed at once."""
     length = LOGITS_BYTES.get(device_type, LOGITS_BYTES_ON_ACCELERATOR) // (4 * vocabulary)
     if device_type not in LOGITS_BYTES and length > TILE_POSITIONS:
         length -= length % TILE_POSITIONS
@@ -26,7 +26,7 @@ def get_chunk_length(vocabulary: int, device_type: str) -> int:
 
 
 def get_softmax_length(vocabulary: int, device_type: str) -> int:
-    """Return how many positions of a chunk are cast to fp32 at once."""
+    """Return the number of positions of a chunk that are cast to fp32 at once."""
     return max(1, SOFTMAX_BYTES.get(device_type, SOFTMAX_BYTES_ON_ACCELERATOR) // (4 * vocabulary))
 
 
@@ -77,7 +77,7 @@ class LossHead(torch.nn.Linear):
 
     @contextmanager
     def expecting(self, supervised: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> Iterator[None]:
-        """Return losses from forward within the block; arguments as for token_losses."""
+        """Return losses from forward within the block; arguments as for compute_token_losses."""
         self._expected = supervised, labels, label_smoothing
         try:
             yield
@@ -178,14 +178,9 @@ def _compute_losses(
     return losses[:, 0]
 
 
-def _get_base_model(model: Any) -> Any:
-    """Return a model without the adapter that may be on it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def explain_plain_loss(model: Any) -> str:
-    """Return why a LossHead cannot replace the head of a model with its adapter, or an empty text if it can."""
-    base = _get_base_model(model)
+    """Return the reason why a LossHead cannot replace the head of a model with its adapter; empty if it can."""
+    base = getattr(model, "get_base_model", lambda: model)()
     head = base.get_output_embeddings()
     config = base.config.get_text_config()
     if type(head) is not torch.nn.Linear:
@@ -200,7 +195,7 @@ def explain_plain_loss(model: Any) -> str:
 
 def install_loss_head(model: Any) -> LossHead:
     """Replace the head of a model for which `explain_plain_loss` gives no reason."""
-    base = _get_base_model(model)
+    base = getattr(model, "get_base_model", lambda: model)()
     head = LossHead(base.get_output_embeddings())
     base.set_output_embeddings(head)
     return head

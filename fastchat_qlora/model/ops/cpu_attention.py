@@ -103,7 +103,7 @@ class _Block:
 
 @functools.lru_cache(maxsize=32)
 def _make_mask(queries: int, before: int, window: int | None) -> torch.Tensor:
-    """Return which query must not attend to which key; `before` keys lie before the first query."""
+    """Return a mask of the keys that a query must not attend to; `before` keys lie before the first query."""
     distance = torch.arange(before, before + queries)[:, None] - torch.arange(before + queries)
     return (distance < 0) | (distance >= (window or before + queries))
 

@@ -12,16 +12,12 @@ MAX_KERNELS = 1024  # oneDNN's default
 
 
 def limit_kernel_caches(longest: int, conversations: int) -> None:
-    """Make torch and oneDNN keep the kernels of about one micro-batch, not of every length so far.
+    """Make torch and oneDNN keep the kernels of about one micro-batch: `conversations` of up to `longest` tokens.
 
     oneDNN makes a kernel for each shape of a matrix product, torch keeps what it calls it with, and both keep 1,024 of
     them. Without padding nearly every micro-batch has a length of its own and some thirty new shapes, whose kernels
     fragment the heap: 300 MiB of 2,000 in a run of SmolLM2-135M with 24 conversations of up to 1,024 tokens. Values set
     by the user stay. Call this before the first matrix product.
-
-    Args:
-        longest: most tokens of a conversation.
-        conversations: most conversations of a micro-batch.
     """
     blocks = -(-longest // BLOCK_QUERIES) + conversations  # the last block of a conversation has its own length
     kernels = min(LINEAR_KERNELS + KERNELS_PER_ATTENTION_BLOCK * blocks, MAX_KERNELS)

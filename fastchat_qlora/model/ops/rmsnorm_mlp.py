@@ -90,14 +90,13 @@ class _GatedProduct(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad_outputs[0])
 
 
-def use_memory_efficient_modules(model: torch.nn.Module, excluded_classes: Collection[str] = ()) -> int:
-    """Replace a frozen model's norms and MLPs that compute the same as Llama's, and return how many there were.
+def use_memory_efficient_modules(model: torch.nn.Module, excluded_classes: Collection[str] = ()) -> None:
+    """Replace a frozen model's norms and MLPs that compute the same as Llama's.
 
     These are found by the bytecode of their forward: 140 norms and 134 MLPs of transformers 5.23 have that of Llama's.
     Modules with hooks, with a forward of their own or of a class in `excluded_classes` stay.
     """
     made: dict[int, torch.nn.Module] = {}  # a module with two names keeps both
-    replaced = 0
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module).__name__ in excluded_classes:
             continue
@@ -105,8 +104,6 @@ def use_memory_efficient_modules(model: torch.nn.Module, excluded_classes: Colle
         if efficient is not None:
             made[id(module)] = efficient
             model.set_submodule(name, efficient)
-            replaced += 1
-    return replaced
 
 
 def _make_efficient(module: Any) -> torch.nn.Module | None:
