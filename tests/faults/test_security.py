@@ -115,7 +115,7 @@ def templates(folder: Path, marker: Path) -> None:
         (kernel("org/kernel@main:f", "attn_implementation"), "requests the kernel org/kernel@main:f, which is code"),
         (kernel("org/kernel", "experts_implementation"), "requests the kernel org/kernel, which is code"),
         (adapter_beside, "has an adapter_config.json"),
-        (templates, "has a chat template of the name '../../../evil'"),
+        (templates, "has a chat template named '../../../evil'"),
     ],
     ids=lambda value: value.__qualname__.split(".")[0] if callable(value) else None,
 )
