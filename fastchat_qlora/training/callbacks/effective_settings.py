@@ -4,7 +4,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,6 @@ from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class HeldBytes(NamedTuple):
-    """Bytes of the frozen base weights in this process, and of all of them."""
-
-    held: int
-    whole: int
 
 
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -134,8 +127,8 @@ def _describe_quantization(model: torch.nn.Module) -> str:
     return f"{int8} of {len(linear)} linear layers: LLM.int8" if int8 else "none"
 
 
-def get_base_bytes(model: torch.nn.Module) -> HeldBytes:
-    """Return how much of the frozen base model this process holds between two steps.
+def get_base_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the bytes of the frozen base model that this process holds between two steps, and all of its bytes.
 
     Counted are the weights that a strategy leaves in this process (its partitions, and the small weights that ZeRO-3
     does not partition) and the constants of 4-bit layers, which no strategy shards.
@@ -148,7 +141,7 @@ def get_base_bytes(model: torch.nn.Module) -> HeldBytes:
         whole += getattr(parameter, "ds_numel", parameter.numel()) * size
         held += _count_held(parameter) * size
     constants = sum(_count_constant_bytes(getattr(layer, "quant_state", None)) for layer in _get_linear_layers(model))
-    return HeldBytes(held + constants, whole + constants)
+    return held + constants, whole + constants
 
 
 def _count_held(parameter: Any) -> int:

@@ -1,4 +1,4 @@
-"""ProgressLog of a run: a bar in a terminal, and a plain line for each log entry."""
+"""Progress of a run: a bar in a terminal, and a plain line for each log entry."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastchat_qlora.config.arguments import TrainingArguments
@@ -35,16 +35,12 @@ class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is un
         hidden = not _shows_bars(args, state)
         self.training_bar = tqdm(**steps, desc="Training", dynamic_ncols=True, disable=hidden)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Move the bar of the evaluation."""
         if _shows_bars(args, state):
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, *rest, **kwargs)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Log the entry as a line above the bar."""
         logs = logs or {}
         if not state.is_world_process_zero:

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.distributed.process_group import agree, gather
 from fastchat_qlora.errors import AgreedError
-from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase, StepReport, build_bad_step_error
+from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.utils.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
-
+LISTED_RECORDS = 10  # records of a bad step that an error names
 MAX_OVERFLOWS = 50
 """Consecutive steps whose gradient may overflow in fp16: the loss is scaled by 2^16 at first, and by half each time."""
 
@@ -47,10 +47,10 @@ class Step:
         norm = torch.as_tensor(0.0 if self.grad_norm is None else self.grad_norm, dtype=torch.float32)
         return torch.where(torch.isfinite(norm), 0, before + 1)
 
-    def report(self) -> StepReport:
-        """Return the step in plain numbers, which waits for the device."""
+    def to_host(self) -> "Step":
+        """Return the step without tensors of the device, after waiting for it."""
         norm = None if self.grad_norm is None else float(self.grad_norm)
-        return StepReport([float(loss) for loss in self.losses], norm, self.sources)
+        return replace(self, losses=[loss.detach().cpu() for loss in self.losses], grad_norm=norm)
 
 
 class Verdict(NamedTuple):
@@ -163,10 +163,9 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def _stop_if_bad(self, bad: Verdict | None, number: float) -> None:
         if not number:
             return
-        own = StepReport([], None, []) if bad is None else bad.step.report()
-        everyone = gather((bad and bad.number, own), self._group)
-        step = next(found for found, _ in everyone if found)
-        raise build_bad_step_error(step, [report for _, report in everyone], self.trainer.last_checkpoint)
+        everyone = gather(bad and (bad.number, bad.step.to_host()), self._group)
+        steps = [found for found in everyone if found]
+        raise build_bad_step_error(steps[0][0], [step for _, step in steps], self.trainer.last_checkpoint)
 
 
 def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
@@ -177,3 +176,24 @@ def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
     arrived = torch.Event(is_bad.device)
     arrived.record()
     return Verdict(number, step, copied, arrived)
+
+
+def build_bad_step_error(step: int, reports: list[Step], checkpoint: str | None) -> AgreedError:
+    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0, in any process."""
+    pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
+    guilty = [sources for loss, sources in pairs if not torch.isfinite(loss)]
+    norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+    if not guilty and norm == 0:
+        return AgreedError(
+            f"step {step}: the gradient is exactly 0 in all of the adapter, so nothing is trained any more; {last}: "
+            "lower --learning_rate, and check the data with fastchat-qlora inspect"
+        )
+    suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
+    records = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
+    problem = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
+    more = f" and {len(records) - LISTED_RECORDS} more" if len(records) > LISTED_RECORDS else ""
+    return AgreedError(
+        f"step {step}: {problem}; its records: {', '.join(records[:LISTED_RECORDS])}{more}; {last}: check the "
+        "records, lower --learning_rate, or use --bf16 instead of --fp16"
+    )

@@ -75,8 +75,7 @@ class Throughput:
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
         new = [seen - logged for seen, logged in zip(self.seen, self._logged, strict=True)]
         self._since, self._paused, self._logged = now, 0.0, list(self.seen)
-        own = torch.tensor([[*new, round(get_memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
-        everyone = accelerator.gather(own)
+        everyone = accelerator.gather(torch.tensor([[*new, get_memory_bytes(device)]], device=device))
         tokens, supervised, _ = everyone.sum(0).tolist()
         added, before = TokenTotal(tokens, supervised, seconds), self.total
         self.total = TokenTotal(before.tokens + tokens, before.supervised + supervised, before.seconds + seconds)
@@ -87,11 +86,9 @@ class Throughput:
         }
 
 
-def get_memory_gib(device: torch.device) -> float:
-    """Return the GiB that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+def get_memory_bytes(device: torch.device) -> int:
+    """Return the bytes that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,7 +1,8 @@
-"""The trained adapter: gathered, written by PEFT, and verified on the disk."""
+"""The trained adapter: gathered, written by PEFT, and verified on the disk; its generation settings."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
@@ -59,14 +61,9 @@ def verify_saved_adapter(
     *,
     allow_zero: bool = False,
 ) -> None:
-    """Read a saved adapter and compare it with the trained tensors and with the shapes of its configuration.
+    """Compare a saved adapter with the tensors of `gather_adapter` and the shapes of `compute_adapter_shapes`.
 
-    Args:
-        folder: where the adapter was saved.
-        model: the model it was saved from, which knows PEFT's names for the tensors in the file.
-        trained: the tensors from `gather_adapter`.
-        shapes: name in the file -> shape, from `compute_adapter_shapes`; None if they cannot be known.
-        allow_zero: accept an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
+    `allow_zero` accepts an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
     """
     path = folder / ADAPTER_FILE
     try:
@@ -111,3 +108,16 @@ def replace_adapter_files(source: Path, target: Path) -> None:
         destination.parent.mkdir(exist_ok=True)
         os.replace(path, destination)
     sync(target)
+
+
+def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: Sequence[int]) -> GenerationConfig:
+    """Return the base model's generation settings, with `stop_tokens` added to its own and the tokenizer's."""
+    config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
+    own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
+    ids = [token for found in own if found is not None for token in ([found] if isinstance(found, int) else found)]
+    config.eos_token_id = list(dict.fromkeys([*stop_tokens, *map(int, ids)]))
+    config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    config._from_model_config = False  # else transformers may rebuild it from the base model's configuration
+    return config

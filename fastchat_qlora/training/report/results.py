@@ -23,21 +23,20 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
     trainer, output_dir = summary.trainer, Path(summary.args.training.output_dir)
     if trainer.eval_dataset is not None:
         metrics = metrics | trainer.evaluate()
-    tokens, supervised = trainer.count_tokens()
-    total = trainer.throughput.total
+    total = trainer.throughput.total  # the last step has been logged
     metrics |= {
-        "tokens": tokens,
-        "supervised_tokens": supervised,
+        "tokens": total.tokens,
+        "supervised_tokens": total.supervised,
         "tokens_per_second": round(total.rate, 1),
         "supervised_tokens_per_second": round(total.supervised_rate, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
     }
     if not trainer.args.should_save:
         return
-    if not tokens and (output_dir / RESULTS_FILE).exists():
+    if not total.tokens and (output_dir / RESULTS_FILE).exists():
         logger.warning("The run had finished before: nothing was left to train, and its results are kept.")
         return
-    if not tokens:  # an earlier process was killed between its last step and its results
+    if not total.tokens:  # an earlier process was killed between its last step and its results
         metrics = {name: value for name, value in metrics.items() if not name.startswith(TRAINING_METRICS)}
     with saving("the results", output_dir):
         trainer.save_state()
