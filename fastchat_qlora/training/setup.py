@@ -112,10 +112,7 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:
-    """Return the shapes of the adapter's tensors, and check that an adapter to start from has them.
-
-    The base's meta model is used up by it.
-    """
+    """Return the shapes of the adapter's tensors, which uses up the meta model, and check an adapter to start from."""
     shapes = compute_adapter_shapes(base.meta_model, base.lora_config)
     check_adapter_tensors(args.lora.lora_weight_path, shapes)
     return shapes
@@ -145,7 +142,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     data = prepare_data(args, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     check_vocabulary(data.tokenizer, base.config, args.model.model_name_or_path)
     stop_tokens = _find_stop_tokens(data, training_args.model_max_length)
-    identity = _identify(args, base, data)
+    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, training_args.seed)
@@ -192,11 +190,6 @@ def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
     if notice := describe_stop_tokens(found, data.tokenizer):
         logger.warning(notice)
     return found
-
-
-def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, Any]:
-    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
-    return fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:

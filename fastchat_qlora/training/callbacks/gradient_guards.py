@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError
@@ -66,15 +66,6 @@ class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 f"step {state.global_step}: the loss is exactly 0, so nothing is trained; check the data with "
                 "fastchat-qlora inspect, or lower --learning_rate"
             )
-
-
-class LastStepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Logs the last step: without a log entry, `train_loss` would hold the first process's share of it only."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a log entry at the end of the run."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
 
 
 class FrozenBase:

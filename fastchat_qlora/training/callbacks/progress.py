@@ -42,21 +42,17 @@ class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is un
 
     def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Log the entry as a line above the bar."""
-        logs = logs or {}
+        logs, step = logs or {}, state.global_step
         if not state.is_world_process_zero:
             return
-        if "train_runtime" in logs and state.global_step == self._first_step:
-            logger.info(f"All {state.global_step:,} steps had been done before; none was left to train.")
-        elif line := format_log_entry(logs, state.global_step, state.max_steps, self._seconds_left(state)):
+        seconds_per_step = (time.monotonic() - self._began_at) / max(step - self._first_step, 1)
+        if "train_runtime" in logs and step == self._first_step:
+            logger.info(f"All {step:,} steps had been done before; none was left to train.")
+        elif line := format_log_entry(logs, step, state.max_steps, seconds_per_step * (state.max_steps - step)):
             logger.info(line)
         if self.training_bar is not None and "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s")
-
-    def _seconds_left(self, state: TrainerState) -> float:
-        """Return the time of the remaining steps, if they take as long as those of this process."""
-        done, remaining = int(state.global_step - self._first_step), int(state.max_steps - state.global_step)
-        return (time.monotonic() - self._began_at) / max(done, 1) * remaining
 
 
 def disable_bars_without_terminal() -> None:

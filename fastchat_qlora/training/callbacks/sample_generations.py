@@ -33,8 +33,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Generate the answers, unless training began in an earlier process."""
-        saved = (state.stateful_callbacks.get(STATE_KEY) or {}).get("attributes", {})
-        self.before = self.before or dict(saved)
+        self.before = self.before or dict((state.stateful_callbacks.get(STATE_KEY) or {}).get("attributes", {}))
         if state.global_step:
             if late := self._prompts.keys() - self.before.keys():
                 logger.warning(

@@ -89,9 +89,11 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._overflows = step.count_overflows(self._overflows)
         is_bad = step.is_bad(may_overflow=args.fp16) | (self._overflows > MAX_OVERFLOWS)
         self._verdicts.append(send_verdict(state.global_step, step, is_bad))
+        is_last = state.global_step >= state.max_steps
+        if is_last:
+            control.should_log = True  # else `train_loss` would hold the first process's share of this step only
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
-        is_settled = may_save or state.global_step >= state.max_steps
-        bad = self._find_bad(later=0 if is_settled else 1)
+        bad = self._find_bad(later=0 if may_save or is_last else 1)
         received = self._signals.received
         terms, interrupts, supervised, number = agree(
             [received == signal.SIGTERM, received == signal.SIGINT, step.supervised, 0 if bad is None else bad.number],

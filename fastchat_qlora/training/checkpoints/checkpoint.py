@@ -59,11 +59,7 @@ def choose_checkpoint(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from: the one that the user named, or the newest complete one in output_dir.
 
-    Args:
-        output_dir: the folder of the run.
-        wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
-        restart: whether to begin from nothing.
-        trusted: whether pickles are not audited.
+    `wanted` is --resume_from_checkpoint: a folder, or True, False or nothing. Pickles of a trusted one are not audited.
     """
     if restart or wanted.lower() == "false":
         return None
@@ -90,7 +86,8 @@ def _open_chosen(folder: Path, *, trusted: bool) -> Checkpoint:
     except IncompleteCheckpoint as error:
         if (folder / MANIFEST_FILE).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
-        if missing := _find_missing([path.name for path in folder.glob("*") if _has_content(path)]):
+        present = [path.name for path in folder.glob("*") if path.is_file() and path.stat().st_size]
+        if missing := _find_missing(present):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
             ) from error
@@ -161,7 +158,3 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
         if match and folder.is_dir():
             steps[int(match.group(1))] = folder
     return sorted(steps.items(), reverse=True)
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

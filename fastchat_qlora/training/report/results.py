@@ -43,7 +43,7 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         trainer.save_metrics("train", metrics, combined=False)
         write_model_card(output_dir, summary, metrics)
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
-        groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective}
+        groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
         groups["processes"] = trainer.args.world_size
         with write_atomically(output_dir / RESULTS_FILE) as target:  # last: a run without it has not finished
             target.write(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n")
