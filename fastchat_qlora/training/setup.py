@@ -141,7 +141,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     shapes = compute_shapes(args, base)
     data = prepare_data(args, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     check_vocabulary(data.tokenizer, base.config, args.model.model_name_or_path)
-    stop_tokens = _find_stop_tokens(data, training_args.model_max_length)
+    stop_tokens = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, training_args.model_max_length)
+    if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
+        logger.warning(notice)
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
     identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
@@ -183,13 +185,6 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     )
     check_attention(base.meta_model, attention, topology.accelerator)
     return LoadingSettings(quantization_config, attention, sharded_classes)
-
-
-def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
-    found = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, max_length)
-    if notice := describe_stop_tokens(found, data.tokenizer):
-        logger.warning(notice)
-    return found
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:

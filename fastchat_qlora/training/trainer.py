@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
-from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens
+from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
@@ -247,8 +247,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(examples))
-        return batch
+        return dict(self._prepare_inputs(self.data_collator(examples)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""
@@ -349,8 +348,3 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages in each call: 2 ms
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
-
-    def find_max_batch_tokens(self) -> int:
-        """Return the most tokens that a micro-batch of this run can have, padding included."""
-        batch_size = self._train_batch_size  # --auto_find_batch_size changes it
-        return find_max_batch_tokens(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.data.batching.packing import find_max_batch_tokens
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import extrapolate_layers, make_shallow_configs
@@ -69,12 +70,14 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             )
             checkpoint_layers(self._trainer, len(get_repeated_layers(self._trainer.adapter)))
             return
-        device = args.device
-        self._tokens = self._trainer.find_max_batch_tokens()
+        device, trainer = args.device, self._trainer
+        layout = {"padding_free": trainer.data_collator.padding_free}
+        # --auto_find_batch_size changes the batch size.
+        self._tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, **layout)
         self._available = get_free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
         self._held = torch.cuda.memory_allocated(device) if device.type == "cuda" else get_memory_bytes(device)
         self._peak_before = peak_memory_mib(device)
-        shards = args.world_size if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled else 1
+        shards = args.world_size if trainer.is_wrapped_late else 1
         self._options: dict[str, Any] = {"optimizer": OptimizerNames(args.optim).value, "shards": shards}
         self._apply(self._choose(1.0), "")
 

@@ -53,10 +53,11 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
     data, is_packed = trainer.train_dataset, isinstance(trainer.train_dataset, PackedDataset)
     unit = "packed sequences" if is_packed else "conversations"
+    device = "cpu" if args.device.type == "cpu" else args.device
     layout = "padding-free" if trainer.data_collator.padding_free else "padded to the longest conversation"
     return {
         "strategy": _get_strategy(trainer.model_wrapped, engine),
-        "devices": _describe_devices(args.device),
+        "devices": _count_names(gather_object([f"{device} on {socket.gethostname()}"])),
         "compute dtype": _describe_dtype(trainer, engine),
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
@@ -81,11 +82,6 @@ def _get_strategy(wrapped: torch.nn.Module, engine: Any) -> str:
         return "FSDP2"
     replicated = engine or isinstance(wrapped, DistributedDataParallel)
     return "DDP" if replicated and dist.get_world_size() > 1 else "one process"
-
-
-def _describe_devices(device: torch.device) -> str:
-    own = [f"{'cpu' if device.type == 'cpu' else device} on {socket.gethostname()}"]
-    return _count_names(gather_object(own) if dist.is_initialized() else own)
 
 
 def _count_names(names: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Guards against silent failures: no gradient, a bad loss, changed base weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -94,20 +93,16 @@ class FrozenBase:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after an evaluation some are still unsharded
-        named = dict(self._find_tensors())
-        sums = [_sum_bits(tensor) for tensor in named.values()]
+        sums = {}
+        for name, parameter in self._model.named_parameters():
+            tensor: Any = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's part of it
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if tensor.numel() and not parameter.requires_grad:  # ZeRO-3 may have offloaded it to NVMe
+                sums[name] = _sum_bits(tensor)
         if not sums:
             return {}
-        return dict(zip(named, torch.stack([value.to(sums[0].device) for value in sums]).tolist(), strict=True))
-
-    def _find_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                continue
-            tensor: Any = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's part of it
-            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if tensor.numel():  # ZeRO-3 may have offloaded it to NVMe
-                yield name, tensor.detach()
+        device = next(iter(sums.values())).device
+        return dict(zip(sums, torch.stack([value.to(device) for value in sums.values()]).tolist(), strict=True))
 
 
 def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:

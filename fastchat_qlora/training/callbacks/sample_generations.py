@@ -129,8 +129,7 @@ def _choose_next_tokens(trainer: LoraTrainer, model: torch.nn.Module, sequences:
         chosen = _compute_last_logits(trainer, model, sequences).argmax(-1)
     except Exception as error:
         failure = error
-    failed = int(reduce(torch.tensor(int(failure is not None), device=chosen.device), reduction="sum"))
-    if failed:
+    if int(reduce(torch.tensor(int(failure is not None), device=chosen.device), reduction="sum")):
         raise failure or RunError("another process of the run has failed at it")
     return [int(token) for token in broadcast(chosen).tolist()]
 

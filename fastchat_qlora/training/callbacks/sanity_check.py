@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
@@ -84,8 +83,8 @@ def find_failures(trainer: LoraTrainer) -> Failures:
 
 def _agree_on_failures(found: Failures) -> Failures:
     """Return the first reason that any process has found: all must fall back alike."""
-    everyone = gather_object([found]) if dist.is_initialized() else [found]
-    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in zip(*everyone, strict=True)))
+    everyone = zip(*gather_object([found]), strict=True)
+    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in everyone))
 
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:

@@ -138,13 +138,11 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if not self.stopped_by:
             return
         args, checkpoint = self.trainer.args, self.trainer.last_checkpoint
-        how = f"start again with the same command to resume from {checkpoint}"
+        named = args.resume_from_checkpoint not in (None, "", "True", "true")
+        change = "without --resume_from_checkpoint" if named else "with the same command"
+        how = f"start again {'without --restart' if args.restart else change} to resume from {checkpoint}"
         if args.save_only_model:
             how = f"--save_only_model True: no run can resume from {checkpoint}, only --lora_weight_path can use it"
-        elif args.restart:
-            how = f"start again without --restart to resume from {checkpoint}"
-        elif args.resume_from_checkpoint not in (None, "", "True", "true"):
-            how = f"start again without --resume_from_checkpoint to resume from {checkpoint}"
         raise Stopped(self.stopped_by, f"stopped; {how}")
 
     def _settle(self) -> None:

@@ -22,9 +22,10 @@ CARD_FILE = "README.md"
 
 SAVED_DTYPE = torch.float32  # dtype of every tensor in an adapter's file, whatever the strategy
 Shapes = Mapping[str, torch.Size]
+Tensors = dict[str, torch.Tensor]
 
 
-def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+def gather_adapter(model: PeftModel) -> Tensors:
     """Return the trained parameters on the CPU in `SAVED_DTYPE`, in full shape under every strategy.
 
     One parameter is gathered at a time, and the base model never. Every process must call this.
@@ -38,28 +39,22 @@ def _gather(parameter: Any) -> torch.Tensor:
 
         # The parameter itself is rounded to the compute dtype; the optimizer holds the fp32 value behind it.
         master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        if master is not None:
-            return master.detach().cpu().clone()  # type: ignore[no-any-return]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
+        is_partitioned = master is None and hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
+            return (parameter if master is None else master).detach().cpu().clone()  # type: ignore[no-any-return]
     if hasattr(parameter, "full_tensor"):  # a DTensor of FSDP2
         parameter = parameter.full_tensor()
     return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
+def save_adapter(model: PeftModel, tensors: Tensors, folder: str) -> None:
     """Write an adapter as PEFT does; embeddings only if they were trained, without asking the hub about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     copy_permissions(Path(folder), like=CONFIG_NAME)
 
 
 def verify_saved_adapter(
-    folder: Path,
-    model: PeftModel,
-    trained: dict[str, torch.Tensor],
-    shapes: Shapes | None = None,
-    *,
-    allow_zero: bool = False,
+    folder: Path, model: PeftModel, trained: Tensors, shapes: Shapes | None = None, *, allow_zero: bool = False
 ) -> None:
     """Compare a saved adapter with the tensors of `gather_adapter` and the shapes of `compute_adapter_shapes`.
 

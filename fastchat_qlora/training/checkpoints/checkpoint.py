@@ -22,10 +22,7 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE, SCHEDULE_FILE = "trainer_state.json", "scheduler.pt"
-REQUIRED_FILES = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
-"""Files that every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
-
+STATE_FILE = "trainer_state.json"
 DEEPSPEED_TAG = "latest"  # DeepSpeed's file that names the newest of its states in the folder
 
 
@@ -136,9 +133,9 @@ def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
 
 
 def _find_missing(files: Collection[str]) -> list[str]:
-    """Return the required files that a checkpoint lacks."""
-    required = [name for name in REQUIRED_FILES if name != SCHEDULE_FILE or DEEPSPEED_TAG not in files]
-    return [name for name in required if name not in files]  # DeepSpeed may keep the schedule in its own state
+    """Return the required files that a checkpoint lacks; one of `--save_only_model` lacks the schedule."""
+    schedule = [] if DEEPSPEED_TAG in files else ["scheduler.pt"]  # DeepSpeed may keep it in its own state
+    return [name for name in (STATE_FILE, *schedule, ADAPTER_FILE) if name not in files]
 
 
 def _check_pickles(folder: Path, *, trusted: bool) -> None:

@@ -26,11 +26,6 @@ from fastchat_qlora.utils.text import mask_secrets, one_line
 logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's `--max-lora-rank` may have
-EFFECTIVE_NAMES = ("strategy", "batch", "compute dtype", "quantized layers", "attention", "sequences", "optimizer")
-"""Effective settings on the card; `devices` has the machine's name in it."""
-
-PROCESS_METRICS = ("train_loss", "tokens", "supervised_tokens", "train_runtime")
-"""Metrics of this process only: not of the whole run if it was resumed."""
 
 
 def write_model_card(folder: Path, summary: RunSummary, metrics: Mapping[str, Any]) -> None:
@@ -48,8 +43,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     is_local = os.path.isdir(summary.model)
     base = Path(summary.model).resolve().name if is_local else summary.model
     prepared, lora, metrics = summary.prepared, summary.args.lora, summary.figures | dict(metrics)
-    metrics = {key: value for key, value in metrics.items() if not (prepared.checkpoint and key in PROCESS_METRICS)}
-    config, tokenizer, effective = prepared.base.lora_config, prepared.data.tokenizer, summary.effective.settings
+    config, tokenizer = prepared.base.lora_config, prepared.data.tokenizer
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -71,7 +65,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         loaded=prepared.data.loaded.named(),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
         config=config,
-        effective={key: effective[key] for key in EFFECTIVE_NAMES if key in effective},
+        effective=summary.effective.settings,
         metrics=metrics,
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
