@@ -49,8 +49,7 @@ MAY_DIFFER_BY_PROCESS = (
 )
 """Flags that name folders or processes, which machines may have in other places."""
 
-AdapterShapes = dict[str, torch.Size] | None
-"""Name in the adapter's file -> shape; None where the model's code lies outside transformers."""
+AdapterShapes = dict[str, torch.Size] | None  # by name in the file; None if the model's code lies outside transformers
 
 
 class PreparedData(NamedTuple):

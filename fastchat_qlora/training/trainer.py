@@ -35,8 +35,7 @@ from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
 logger = logging.getLogger(__name__)
 
-TARGET_NAMES = ("supervised", "labels")
-"""Tensors of a batch that the loss is computed from: indices of supervised positions, and their labels."""
+TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped

@@ -24,8 +24,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-USABLE_MEMORY_SHARE = {"cpu": 0.8}
-"""Share of the free memory that a step may take; on a CPU other programs want some too."""
+USABLE_MEMORY_SHARE = {"cpu": 0.8}  # of the free memory that a step may take; on a CPU other programs want some too
 USABLE_ACCELERATOR_SHARE = 0.92
 GIB = 2**30
 
@@ -71,9 +70,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             checkpoint_layers(self._trainer, len(get_repeated_layers(self._trainer.adapter)))
             return
         device, trainer = args.device, self._trainer
-        layout = {"padding_free": trainer.data_collator.padding_free}
-        # --auto_find_batch_size changes the batch size.
-        self._tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, **layout)
+        batch_size = trainer._train_batch_size  # --auto_find_batch_size changes it
+        padding_free = trainer.data_collator.padding_free
+        self._tokens = find_max_batch_tokens(trainer.train_dataset, batch_size, padding_free=padding_free)
         self._available = get_free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
         self._held = torch.cuda.memory_allocated(device) if device.type == "cuda" else get_memory_bytes(device)
         self._peak_before = peak_memory_mib(device)

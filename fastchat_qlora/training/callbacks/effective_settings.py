@@ -135,16 +135,11 @@ def get_base_bytes(model: torch.nn.Module) -> tuple[int, int]:
             continue
         size = parameter.element_size()
         whole += getattr(parameter, "ds_numel", parameter.numel()) * size
-        held += _count_held(parameter) * size
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
+        held += (local.numel() + partition) * size  # a parameter that ZeRO-3 has partitioned is empty itself
     constants = sum(_count_constant_bytes(getattr(layer, "quant_state", None)) for layer in _get_linear_layers(model))
     return held + constants, whole + constants
-
-
-def _count_held(parameter: Any) -> int:
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().numel()
-    partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
-    return int(parameter.numel() + partition)  # a parameter that ZeRO-3 has partitioned is empty itself
 
 
 def _count_constant_bytes(state: Any) -> int:

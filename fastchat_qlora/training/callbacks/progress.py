@@ -31,8 +31,8 @@ class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is un
         """Start the clock, and the bar at the step that the run resumes from."""
         self._began_at, self._first_step = time.monotonic(), state.global_step
         self.current_step = state.global_step
-        look = {"desc": "Training", "unit": "step", "dynamic_ncols": True, "disable": not _shows_bars(args, state)}
-        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **look)
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.training_bar = tqdm(**steps, desc="Training", dynamic_ncols=True, disable=not _shows_bars(args, state))
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Move the bar of the evaluation."""

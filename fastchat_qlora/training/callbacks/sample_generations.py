@@ -16,9 +16,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 48
-"""Tokens of an answer, enough for who somebody is or a list's beginning; each is a pass over the whole model."""
-
+MAX_NEW_TOKENS = 48  # enough for who somebody is or a list's beginning; each is a pass over the whole model
 STATE_KEY = "sample_answers"  # key in the trainer's state, so that a resumed run knows the answers from before training
 
 

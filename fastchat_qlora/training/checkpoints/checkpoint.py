@@ -38,16 +38,17 @@ class Checkpoint(NamedTuple):
         """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it."""
         changes = find_changes(self.run, run)
         refused = [change for change in changes if not (self.is_chosen and change.is_tolerable)]
+        differences = "; ".join(map(str, refused or changes))
+        problem = f"{self.folder}: settings changed since this checkpoint ({differences})"
         if refused:
             raise UserError(
-                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, refused))}); restore "
-                "them, or use --restart True, or train in another --output_dir, where --lora_weight_path starts from "
-                "the adapter in this folder"
+                f"{problem}; restore them, or use --restart True, or train in another --output_dir, where "
+                "--lora_weight_path starts from the adapter in this folder"
             )
         if changes:
             logger.warning(
-                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, changes))}); the run "
-                "continues because --resume_from_checkpoint names it, with other results than an uninterrupted run."
+                f"{problem}; the run continues because --resume_from_checkpoint names it, with other results than an "
+                "uninterrupted run."
             )
 
 

@@ -16,8 +16,7 @@ from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.loading.quantization import get_base_quantization
 
 NO_STRATEGY = "none"
-REPLICATED = (NO_STRATEGY, "DDP")
-"""Strategies under which every process has all of the adapter and of the optimizer's state."""
+REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state
 
 OPTIMIZER_FLAGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 """Flags whose values a checkpoint's optimizer brings along: another value would have no effect."""

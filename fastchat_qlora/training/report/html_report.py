@@ -3,6 +3,7 @@
 import logging
 import platform
 import time
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ WIDE_CHART, NARROW_CHART = (770, 536), (370, 238)
 """Width and height in pixels of the first chart on a large screen, and of all others."""
 
 
-class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class RunReport(AbstractContextManager["RunReport"], TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Writes the page at checkpoints, now and then when something is logged, and at the end, by the first process.
 
     As a context manager it encloses all that may end a run, and reports how it ended. An error in making the page is
@@ -48,9 +49,6 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self._has_failed = False
         self._restarts: list[int] = []
         self.is_written = False
-
-    def __enter__(self) -> "RunReport":
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self.is_written:

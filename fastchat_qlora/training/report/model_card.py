@@ -47,25 +47,16 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {
-        "cell": lambda value: one_line(value).replace("|", "\\|"),
-        "number": _number,
-        "code": _code,
-        "plain": _plain_name,
-        "shell": shlex.quote,
-    }
+    environment.filters |= {"cell": _cell, "number": _number, "code": _code, "plain": _plain_name, "shell": shlex.quote}
     text = environment.get_template("model_card.md.jinja").render(
         summary=summary,
         name=name,
         version=__version__,
         base=base,
         is_local=is_local,
-        is_quantized=prepared.base.quantization.is_quantized,
         dtype=get_dtype_name(get_compute_dtype(summary.args.training)),
-        loaded=prepared.data.loaded.named(),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
         config=config,
-        effective=summary.effective.settings,
         metrics=metrics,
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
@@ -107,3 +98,7 @@ def _code(path: str) -> str:
         return f"`{text}`"
     escaped = re.sub(r"[&<>|`*_\[\]]", lambda match: f"&#{ord(match.group())};", one_line(text))
     return f"<code>{escaped}</code>"
+
+
+def _cell(value: Any) -> str:
+    return one_line(value).replace("|", "\\|")

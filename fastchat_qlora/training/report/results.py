@@ -14,8 +14,7 @@ from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
-TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")
-"""How the names of metrics begin that only a process which has trained knows."""
+TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")  # how names of metrics of training begin
 
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
