@@ -13,8 +13,7 @@ from fastchat_qlora.training.schedule import count_steps
 
 FP32_BYTES = 4
 BYTES_PER_MIB = 2**20
-OTHER_FILES_BYTES = 32 * BYTES_PER_MIB
-"""For a tokenizer, random states and logs; tokenizers with a large vocabulary take some 20 MiB."""
+OTHER_FILES_BYTES = 32 * BYTES_PER_MIB  # random states, logs, and a tokenizer of up to some 20 MiB
 
 
 class CheckpointSize(NamedTuple):

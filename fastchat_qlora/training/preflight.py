@@ -15,11 +15,8 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
 
 TRIAL_STEPS = 100  # steps of a schedule that is tried out, if their number follows from the data
-RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""Parameters of a schedule that the run gives."""
-
-MODEL_PARAMETERS = ("params", "model", "optimizer_dict")
-"""Parameters of optimizers that need the whole model, and so cannot be tried out on one parameter."""
+RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # of a schedule, set by the run
+MODEL_PARAMETERS = ("params", "model", "optimizer_dict")  # of optimizers that need the whole model, not one parameter
 
 
 def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> None:
@@ -63,9 +60,9 @@ def _check_hub(args: TrainingArguments) -> None:
     try:
         whoami(args.hub_token)
     except Exception as error:  # of the network, of the hub, of an invalid token
-        reason = one_line(error, 200)
         raise UserError(
-            f"--push_to_hub True: the hub does not know you: {reason}; log in with `hf auth login` or drop the flag"
+            f"--push_to_hub True: the hub does not know you: {one_line(error, 200)}; log in with `hf auth login` or "
+            "drop the flag"
         ) from error
 
 

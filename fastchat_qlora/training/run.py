@@ -15,12 +15,12 @@ from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, load_model
 from fastchat_qlora.training.callbacks.activation_checkpointing import AutoCheckpointing
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
-from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LastStepLog, LossGuard
+from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LossGuard
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal, show_progress
 from fastchat_qlora.training.callbacks.sample_generations import SampleGenerations, encode_prompts
 from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sanity_check
-from fastchat_qlora.training.callbacks.startup_timer import FirstStepClock
 from fastchat_qlora.training.callbacks.step_monitor import StepMonitor
+from fastchat_qlora.training.callbacks.throughput import FirstStepClock
 from fastchat_qlora.training.checkpoints.checkpoint_writer import PrepareOutputDir
 from fastchat_qlora.training.checkpoints.output_lock import lock_output_dir
 from fastchat_qlora.training.report.html_report import RunReport
@@ -55,7 +55,7 @@ def train(args: RunArguments) -> Path:
         set_seed(training_args.seed)  # the adapter's first values are random
         model = _load_model(args, prepared, topology, dtype)
         clock = FirstStepClock()
-        trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), LastStepLog(), clock])
+        trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
         run_sanity_check(trainer)
         effective, answers = EffectiveSettings(trainer, topology), SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)

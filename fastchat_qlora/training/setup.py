@@ -49,8 +49,7 @@ MAY_DIFFER_BY_PROCESS = (
 )
 """Flags that name folders or processes, which machines may have in other places."""
 
-AdapterShapes = dict[str, torch.Size] | None
-"""Name in the adapter's file -> shape; None where the model's code lies outside transformers."""
+AdapterShapes = dict[str, torch.Size] | None  # by name in the file; None if the model's code lies outside transformers
 
 
 class PreparedData(NamedTuple):
@@ -112,10 +111,7 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:
-    """Return the shapes of the adapter's tensors, and check that an adapter to start from has them.
-
-    The base's meta model is used up by it.
-    """
+    """Return the shapes of the adapter's tensors, which uses up the meta model, and check an adapter to start from."""
     shapes = compute_adapter_shapes(base.meta_model, base.lora_config)
     check_adapter_tensors(args.lora.lora_weight_path, shapes)
     return shapes
@@ -144,8 +140,11 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     shapes = compute_shapes(args, base)
     data = prepare_data(args, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     check_vocabulary(data.tokenizer, base.config, args.model.model_name_or_path)
-    stop_tokens = _find_stop_tokens(data, training_args.model_max_length)
-    identity = _identify(args, base, data)
+    stop_tokens = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, training_args.model_max_length)
+    if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
+        logger.warning(notice)
+    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, training_args.seed)
@@ -185,18 +184,6 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     )
     check_attention(base.meta_model, attention, topology.accelerator)
     return LoadingSettings(quantization_config, attention, sharded_classes)
-
-
-def _find_stop_tokens(data: PreparedData, max_length: int) -> list[int]:
-    found = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, max_length)
-    if notice := describe_stop_tokens(found, data.tokenizer):
-        logger.warning(notice)
-    return found
-
-
-def _identify(args: RunArguments, base: PreparedBase, data: PreparedData) -> dict[str, Any]:
-    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
-    return fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:

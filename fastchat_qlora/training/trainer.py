@@ -15,9 +15,10 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
-from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens
+from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
@@ -30,13 +31,11 @@ from fastchat_qlora.training.callbacks.throughput import Throughput
 from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_writer
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
-from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 
 logger = logging.getLogger(__name__)
 
-TARGET_NAMES = ("supervised", "labels")
-"""Tensors of a batch that the loss is computed from: indices of supervised positions, and their labels."""
+TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -71,8 +70,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             self.loss_head = chunked_loss.install_loss_head(self.adapter)
         base = self.adapter.get_base_model()
-        if self.args.compile_layers:
-            compile_layers(base)
+        if self.args.compile_layers:  # each by itself on its first call, so that the code of one serves all of them
+            layers = get_repeated_layers(base)
+            logger.info(f"Compiling {len(layers)} layers with the first batches, which takes some minutes.")
+            for layer in layers:
+                layer.compile()
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def use_plain_loss(self, reason: str) -> None:
@@ -234,10 +236,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Yield the model, with a strategy's wrapper, for forward passes as in evaluation."""
         model = self.model_wrapped if self.is_wrapped_late else self.model
         was_training = model.training
-        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
         model.eval()
         try:
-            with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=self.accelerator.native_amp):
+            with torch.no_grad(), self.accelerator.autocast():
                 yield model
         finally:
             model.train(was_training)
@@ -245,8 +246,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(examples))
-        return batch
+        return dict(self._prepare_inputs(self.data_collator(examples)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""
@@ -269,7 +269,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         with saving(f"the adapter in {output_dir or final}", final):
             adapter_export.save_adapter(self.adapter, tensors, str(folder))
             self.processing_class.save_pretrained(str(folder))
-            write_generation_config(folder, self.generation_config)
+            # Unchecked: save_pretrained refuses what some bases have, such as a temperature without sampling.
+            self.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
         adapter_export.verify_saved_adapter(folder, self.adapter, tensors, self._shapes, allow_zero=_internal_call)
         if not output_dir:
             (folder / adapter_export.CARD_FILE).unlink(missing_ok=True)  # PEFT's; the run's own comes with its results
@@ -337,7 +338,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     @property
     def generation_config(self) -> GenerationConfig:
         """The trained model's generation settings, with its stop tokens."""
-        return build_generation_config(self.adapter.get_base_model(), self.processing_class, self._stop_tokens)
+        base, tokenizer = self.adapter.get_base_model(), self.processing_class
+        return adapter_export.build_generation_config(base, tokenizer, self._stop_tokens)
 
     @property
     def adapter(self) -> PeftModel:
@@ -345,22 +347,3 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages in each call: 2 ms
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
-
-    def find_max_batch_tokens(self) -> int:
-        """Return the most tokens that a micro-batch of this run can have, padding included."""
-        batch_size = self._train_batch_size  # --auto_find_batch_size changes it
-        return find_max_batch_tokens(self.train_dataset, batch_size, padding_free=self.data_collator.padding_free)
-
-    def count_tokens(self) -> tuple[int, int]:
-        """Return the real and supervised tokens since the start of this process, over all processes."""
-        seen = torch.tensor(self.throughput.seen, device=self.args.device)
-        real, supervised = self.accelerator.reduce(seen, reduction="sum").tolist()
-        return int(real), int(supervised)
-
-
-def compile_layers(model: torch.nn.Module) -> None:
-    """Compile each repeated layer by itself on its first call, so that the code of one serves all of them."""
-    layers = get_repeated_layers(model)
-    for layer in layers:
-        layer.compile()
-    logger.info(f"Compiling {len(layers)} layers with the first batches, which takes some minutes.")

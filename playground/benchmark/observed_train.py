@@ -39,7 +39,7 @@ class ObservedTrainer(LoraTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             torch.save(logits.float().cpu(), folder / "live_logits.pt")
-            (folder / "base_bytes.json").write_text(json.dumps(held._asdict()))
+            (folder / "base_bytes.json").write_text(json.dumps(dict(zip(("held", "whole"), held, strict=True))))
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def zeroed_lora_b() -> None:
             if "lora_B" in name:
                 parameter.data.zero_()
 
-    class Forgetful(guards.LastStepLog):
+    class Forgetful(guards.LossGuard):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             forget(kwargs["model"])
 
-    run.LastStepLog = Forgetful
+    run.LossGuard = Forgetful
 
 
 def changed_base() -> None:
@@ -174,7 +174,7 @@ def _change_model(change: Any) -> None:
 def _at_step(step: int, fault: Any, *, slow: bool = True) -> None:
     import time
 
-    class Planted(guards.LastStepLog):
+    class Planted(guards.LossGuard):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if slow:
                 time.sleep(SLOW_STEP)
@@ -182,4 +182,4 @@ def _at_step(step: int, fault: Any, *, slow: bool = True) -> None:
                 fault(kwargs["model"])
                 Path(args.output_dir, ".planted").touch()
 
-    run.LastStepLog = Planted
+    run.LossGuard = Planted

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
-from fastchat_qlora.training.callbacks.startup_timer import seconds_since_start
+from fastchat_qlora.training.callbacks.throughput import seconds_since_start
 
 EXPECTED_FILES = {
     ".lock",

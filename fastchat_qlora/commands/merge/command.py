@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from fastchat_qlora.commands import load_adapter
 from fastchat_qlora.commands.adapter_flags import check_output_dir, parse_merge
@@ -25,7 +25,6 @@ from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.merging.full_model import merge_full_model
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
-from fastchat_qlora.training.checkpoints.generation_config import write_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def _write_model(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Pat
     _log_merged_weights(adapter, relative_change)
     safetensors_files.copy_permissions(folder, like=CONFIG_NAME)
     adapter.tokenizer.save_pretrained(folder)
-    write_generation_config(folder, adapter.generation)
+    adapter.generation.to_json_file(folder / GENERATION_CONFIG_NAME)  # save_pretrained refuses settings of some bases
 
 
 def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> LayerwiseMerge:

@@ -13,18 +13,18 @@ from transformers import PretrainedConfig, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.data.batching.packing import find_max_batch_tokens
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import extrapolate_layers, make_shallow_configs
 from fastchat_qlora.model.loading.base_model import build_meta_model, get_repeated_layers
-from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
+from fastchat_qlora.training.callbacks.throughput import get_memory_bytes, peak_memory_mib
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-USABLE_MEMORY_SHARE = {"cpu": 0.8}
-"""Share of the free memory that a step may take; on a CPU other programs want some too."""
+USABLE_MEMORY_SHARE = {"cpu": 0.8}  # of the free memory that a step may take; on a CPU other programs want some too
 USABLE_ACCELERATOR_SHARE = 0.92
 GIB = 2**30
 
@@ -32,7 +32,7 @@ GIB = 2**30
 def estimate_model_cost(
     config: PretrainedConfig, lora_config: LoraConfig, dtype: torch.dtype, **options: Any
 ) -> memory.ModelCost | str:
-    """Return what the model of a run will need, before its weights are loaded, or why that cannot be known.
+    """Estimate the memory of a run's model before its weights are loaded, or return why that is not possible.
 
     `options` are further arguments of measure_model_cost.
     """
@@ -59,8 +59,6 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
     def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:
         self._trainer = trainer
         self._model: Any = model  # a text is why the cost is unknown
-        self._tokens = self._checkpointed = 0
-        self._available = self._held = self._peak_before = 0.0
         self._is_corrected = False
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
@@ -71,13 +69,16 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             )
             checkpoint_layers(self._trainer, len(get_repeated_layers(self._trainer.adapter)))
             return
-        device = args.device
-        self._tokens = self._trainer.find_max_batch_tokens()
+        device, trainer = args.device, self._trainer
+        batch_size = trainer._train_batch_size  # --auto_find_batch_size changes it
+        padding_free = trainer.data_collator.padding_free
+        self._tokens = find_max_batch_tokens(trainer.train_dataset, batch_size, padding_free=padding_free)
         self._available = get_free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
-        self._held, self._peak_before = get_held_bytes(device), peak_memory_mib(device)
-        shards = args.world_size if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled else 1
+        self._held = torch.cuda.memory_allocated(device) if device.type == "cuda" else get_memory_bytes(device)
+        self._peak_before = peak_memory_mib(device)
+        shards = args.world_size if trainer.is_wrapped_late else 1
         self._options: dict[str, Any] = {"optimizer": OptimizerNames(args.optim).value, "shards": shards}
-        self._apply(self._choose(scale=1.0), "")
+        self._apply(self._choose(1.0), "")
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Choose again by the peak memory of the first step; a collective operation."""
@@ -86,7 +87,8 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._is_corrected = True
         scale, peak = 1.0, peak_memory_mib(args.device)
         if peak > self._peak_before:  # else loading took more, and what the step needed is unknown
-            estimate = self._estimate(self._trainer.largest_batch_tokens, self._checkpointed)
+            tokens = self._trainer.largest_batch_tokens
+            estimate = memory.compute_peak_memory(self._model, tokens, self._checkpointed, **self._options)
             unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
             # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
@@ -98,27 +100,23 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         if count != self._checkpointed:
             self._apply(count, f" (the first step needed {scale:.2f} times the estimate)")
 
-    def _estimate(self, tokens: int, checkpointed: int, scale: float = 1.0) -> memory.MemoryNeed:
-        return memory.compute_peak_memory(self._model, tokens, checkpointed, scale=scale, **self._options)
-
     def _choose(self, scale: float) -> int:
         """Return the number of layers, the same in all processes: recomputed layers are gathered again by all."""
-        options = {"scale": scale, **self._options}
-        count = memory.count_layers_to_checkpoint(self._model, self._tokens, self._available, **options)
+        self._options["scale"] = scale
+        count = memory.count_layers_to_checkpoint(self._model, self._tokens, self._available, **self._options)
+        self._fits = count is not None
         chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
-        self._fits, self._scale = count is not None, scale
         return int(self._trainer.accelerator.gather(chosen).max())
 
     def _apply(self, count: int, because: str) -> None:
         self._checkpointed = count
         checkpoint_layers(self._trainer, count)
-        need = self._estimate(self._tokens, count, self._scale)
+        need = memory.compute_peak_memory(self._model, self._tokens, count, **self._options)
         line = (
             f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
             f"{self._tokens:,} tokens needs {need.step_bytes / GIB:.2f} GiB (activations "
             f"{need.activations / GIB:.2f}, temporary {need.temporary / GIB:.2f}, gradients and optimizer "
-            f"{(need.gradients + need.optimizer) / GIB:.2f}) of {self._available / GIB:.2f} GiB "
-            "available."
+            f"{(need.gradients + need.optimizer) / GIB:.2f}) of {self._available / GIB:.2f} GiB available."
         )
         if self._fits:
             logger.info(line)
@@ -169,10 +167,3 @@ def _read_container_bytes() -> tuple[float, float]:
         return float("inf") if limit == "max" else float(limit), float(used)
     except (OSError, ValueError):
         return float("inf"), 0.0
-
-
-def get_held_bytes(device: torch.device) -> float:
-    """Return the bytes that this process holds now: on the device, or resident on the CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.memory_allocated(device))
-    return float(psutil.Process().memory_info().rss)

@@ -4,7 +4,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,6 @@ from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class HeldBytes(NamedTuple):
-    """Bytes of the frozen base weights in this process, and of all of them."""
-
-    held: int
-    whole: int
 
 
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -60,10 +53,11 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
     data, is_packed = trainer.train_dataset, isinstance(trainer.train_dataset, PackedDataset)
     unit = "packed sequences" if is_packed else "conversations"
+    device = "cpu" if args.device.type == "cpu" else args.device
     layout = "padding-free" if trainer.data_collator.padding_free else "padded to the longest conversation"
     return {
         "strategy": _get_strategy(trainer.model_wrapped, engine),
-        "devices": _describe_devices(args.device),
+        "devices": _count_names(gather_object([f"{device} on {socket.gethostname()}"])),
         "compute dtype": _describe_dtype(trainer, engine),
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
@@ -88,11 +82,6 @@ def _get_strategy(wrapped: torch.nn.Module, engine: Any) -> str:
         return "FSDP2"
     replicated = engine or isinstance(wrapped, DistributedDataParallel)
     return "DDP" if replicated and dist.get_world_size() > 1 else "one process"
-
-
-def _describe_devices(device: torch.device) -> str:
-    own = [f"{'cpu' if device.type == 'cpu' else device} on {socket.gethostname()}"]
-    return _count_names(gather_object(own) if dist.is_initialized() else own)
 
 
 def _count_names(names: Iterable[str]) -> str:
@@ -134,8 +123,8 @@ def _describe_quantization(model: torch.nn.Module) -> str:
     return f"{int8} of {len(linear)} linear layers: LLM.int8" if int8 else "none"
 
 
-def get_base_bytes(model: torch.nn.Module) -> HeldBytes:
-    """Return how much of the frozen base model this process holds between two steps.
+def get_base_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the bytes of the frozen base model that this process holds between two steps, and all of its bytes.
 
     Counted are the weights that a strategy leaves in this process (its partitions, and the small weights that ZeRO-3
     does not partition) and the constants of 4-bit layers, which no strategy shards.
@@ -146,16 +135,11 @@ def get_base_bytes(model: torch.nn.Module) -> HeldBytes:
             continue
         size = parameter.element_size()
         whole += getattr(parameter, "ds_numel", parameter.numel()) * size
-        held += _count_held(parameter) * size
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
+        held += (local.numel() + partition) * size  # a parameter that ZeRO-3 has partitioned is empty itself
     constants = sum(_count_constant_bytes(getattr(layer, "quant_state", None)) for layer in _get_linear_layers(model))
-    return HeldBytes(held + constants, whole + constants)
-
-
-def _count_held(parameter: Any) -> int:
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().numel()
-    partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
-    return int(parameter.numel() + partition)  # a parameter that ZeRO-3 has partitioned is empty itself
+    return held + constants, whole + constants
 
 
 def _count_constant_bytes(state: Any) -> int:

@@ -1,18 +1,15 @@
 """Guards against silent failures: no gradient, a bad loss, changed base weights."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import AgreedError, RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
-
-LISTED_RECORDS = 10  # records of a bad step that an error names
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -37,19 +34,16 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
             for name, parameter in parameters.items()
         ]
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, *_: Any, model: Any = None, **__: Any) -> None:
         """Check the gradients of the first step, without waiting for the device."""
         if self._has_checked:
             return
         self._has_checked = True
         parameters = get_trainable_parameters(model)
+        for hook in self._hooks:
+            hook.remove()
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
-        if args.deepspeed:
-            without = sorted(self._silent)
-        while self._hooks:
-            self._hooks.pop().remove()
+        without = sorted(self._silent) if args.deepspeed else without
         some_may = args.ddp_find_unused_parameters and len(without) < len(parameters)
         if without and not some_may:
             raise RunError(
@@ -61,9 +55,7 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
 class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Stops the run if a logged evaluation is not finite, or a logged loss is 0."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Check the values of one log entry."""
         value = (logs or {}).get("eval_loss")
         if value is not None and not torch.isfinite(torch.tensor(float(value))):
@@ -75,23 +67,12 @@ class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             )
 
 
-class LastStepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Logs the last step: without a log entry, `train_loss` would hold the first process's share of it only."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a log entry at the end of the run."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
 class FrozenBase:
     """Checksums of the base weights, which training must not change.
 
     Weights are summed as integers, bit patterns and not values, in place: one pass at the speed of memory. A change of
-    one value changes the sum; changes of several would have to cancel out exactly.
-
-    Args:
-        model: as it is trained; of sharded weights, each process looks at its own part.
+    one value changes the sum; changes of several would have to cancel out exactly. Of sharded weights, each process
+    looks at its own part.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -112,20 +93,16 @@ class FrozenBase:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after an evaluation some are still unsharded
-        named = dict(self._find_tensors())
-        sums = [_sum_bits(tensor) for tensor in named.values()]
+        sums = {}
+        for name, parameter in self._model.named_parameters():
+            tensor: Any = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's part of it
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if tensor.numel() and not parameter.requires_grad:  # ZeRO-3 may have offloaded it to NVMe
+                sums[name] = _sum_bits(tensor)
         if not sums:
             return {}
-        return dict(zip(named, torch.stack([value.to(sums[0].device) for value in sums]).tolist(), strict=True))
-
-    def _find_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                continue
-            tensor: Any = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's part of it
-            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if tensor.numel():  # ZeRO-3 may have offloaded it to NVMe
-                yield name, tensor.detach()
+        device = next(iter(sums.values())).device
+        return dict(zip(sums, torch.stack([value.to(device) for value in sums.values()]).tolist(), strict=True))
 
 
 def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,32 +112,3 @@ def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
     if content.storage_offset() % 8:  # cannot be viewed as int64
         return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(content, 1 << 22)]).sum()
     return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
-
-
-class StepReport(NamedTuple):
-    """A Step of one process in plain numbers."""
-
-    losses: list[float]
-    grad_norm: float | None
-    sources: list[list[tuple[Any, Any, Any]]]
-
-
-def build_bad_step_error(step: int, reports: list[StepReport], checkpoint: str | None) -> AgreedError:
-    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0, in any process."""
-    pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
-    guilty = [sources for loss, sources in pairs if not torch.isfinite(torch.tensor(loss))]
-    norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)
-    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
-    if not guilty and norm == 0:
-        return AgreedError(
-            f"step {step}: the gradient is exactly 0 in all of the adapter, so nothing is trained any more; {last}: "
-            "lower --learning_rate, and check the data with fastchat-qlora inspect"
-        )
-    suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
-    records = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
-    problem = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
-    more = f" and {len(records) - LISTED_RECORDS} more" if len(records) > LISTED_RECORDS else ""
-    return AgreedError(
-        f"step {step}: {problem}; its records: {', '.join(records[:LISTED_RECORDS])}{more}; {last}: check the "
-        "records, lower --learning_rate, or use --bf16 instead of --fp16"
-    )

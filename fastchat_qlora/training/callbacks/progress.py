@@ -1,4 +1,4 @@
-"""ProgressLog of a run: a bar in a terminal, and a plain line for each log entry."""
+"""Progress of a run: a bar in a terminal, and a plain line for each log entry."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastchat_qlora.config.arguments import TrainingArguments
@@ -32,35 +32,26 @@ class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is un
         self._began_at, self._first_step = time.monotonic(), state.global_step
         self.current_step = state.global_step
         steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        hidden = not _shows_bars(args, state)
-        self.training_bar = tqdm(**steps, desc="Training", dynamic_ncols=True, disable=hidden)
+        self.training_bar = tqdm(**steps, desc="Training", dynamic_ncols=True, disable=not _shows_bars(args, state))
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Move the bar of the evaluation."""
         if _shows_bars(args, state):
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, *rest, **kwargs)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Log the entry as a line above the bar."""
-        logs = logs or {}
+        logs, step = logs or {}, state.global_step
         if not state.is_world_process_zero:
             return
-        if "train_runtime" in logs and state.global_step == self._first_step:
-            logger.info(f"All {state.global_step:,} steps had been done before; none was left to train.")
-        elif line := format_log_entry(logs, state.global_step, state.max_steps, self._seconds_left(state)):
+        seconds_per_step = (time.monotonic() - self._began_at) / max(step - self._first_step, 1)
+        if "train_runtime" in logs and step == self._first_step:
+            logger.info(f"All {step:,} steps had been done before; none was left to train.")
+        elif line := format_log_entry(logs, step, state.max_steps, seconds_per_step * (state.max_steps - step)):
             logger.info(line)
         if self.training_bar is not None and "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s")
-
-    def _seconds_left(self, state: TrainerState) -> float:
-        """Return the time of the remaining steps, if they take as long as those of this process."""
-        done, remaining = int(state.global_step - self._first_step), int(state.max_steps - state.global_step)
-        return (time.monotonic() - self._began_at) / max(done, 1) * remaining
 
 
 def disable_bars_without_terminal() -> None:

@@ -16,10 +16,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 48
-"""Tokens of an answer, enough for who somebody is or a list's beginning; each is a pass over the whole model."""
-
-SHOWN_CHARACTERS = 60  # characters of a prompt in an error
+MAX_NEW_TOKENS = 48  # enough for who somebody is or a list's beginning; each is a pass over the whole model
 STATE_KEY = "sample_answers"  # key in the trainer's state, so that a resumed run knows the answers from before training
 
 
@@ -34,8 +31,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Generate the answers, unless training began in an earlier process."""
-        saved = (state.stateful_callbacks.get(STATE_KEY) or {}).get("attributes", {})
-        self.before = self.before or dict(saved)
+        self.before = self.before or dict((state.stateful_callbacks.get(STATE_KEY) or {}).get("attributes", {}))
         if state.global_step:
             if late := self._prompts.keys() - self.before.keys():
                 logger.warning(
@@ -68,15 +64,11 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
     def _generate(self) -> dict[str, str]:
         trainer = self._trainer
         logger.info(f"Generating answers to {len(self._prompts)} sample prompts.")
+        stop_tokens = set(trainer.generation_config.eos_token_id)
         with trainer.paused_training():
-            answers = generate_greedily(
-                trainer, list(self._prompts.values()), set(trainer.generation_config.eos_token_id)
-            )
-        decode = trainer.processing_class.decode
-        return {
-            prompt: decode(answer, skip_special_tokens=True).strip()
-            for prompt, answer in zip(self._prompts, answers, strict=True)
-        }
+            answers = generate_greedily(trainer, list(self._prompts.values()), stop_tokens)
+        texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
+        return {prompt: text.strip() for prompt, text in zip(self._prompts, texts, strict=True)}
 
 
 def encode_prompts(
@@ -86,7 +78,7 @@ def encode_prompts(
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     encoded = {}
     for number, prompt in enumerate(prompts, 1):
-        shown = f"--sample_prompts {one_line(prompt, SHOWN_CHARACTERS)!r} (number {number})"
+        shown = f"--sample_prompts {one_line(prompt, 60)!r} (number {number})"
         try:
             text = render_chat_template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         except TemplateRefusal as refusal:
@@ -135,8 +127,7 @@ def _choose_next_tokens(trainer: LoraTrainer, model: torch.nn.Module, sequences:
         chosen = _compute_last_logits(trainer, model, sequences).argmax(-1)
     except Exception as error:
         failure = error
-    failed = int(reduce(torch.tensor(int(failure is not None), device=chosen.device), reduction="sum"))
-    if failed:
+    if int(reduce(torch.tensor(int(failure is not None), device=chosen.device), reduction="sum")):
         raise failure or RunError("another process of the run has failed at it")
     return [int(token) for token in broadcast(chosen).tolist()]
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
@@ -84,8 +83,8 @@ def find_failures(trainer: LoraTrainer) -> Failures:
 
 def _agree_on_failures(found: Failures) -> Failures:
     """Return the first reason that any process has found: all must fall back alike."""
-    everyone = gather_object([found]) if dist.is_initialized() else [found]
-    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in zip(*everyone, strict=True)))
+    everyone = zip(*gather_object([found]), strict=True)
+    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in everyone))
 
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
@@ -99,7 +98,7 @@ def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
 
 
 def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
-    """Return whether the second conversation's logits change with the one before it in its row."""
+    """Return how the second conversation's logits change with the one before it in its row; empty if they do not."""
     model = trainer.adapter.get_base_model()
     neighbors = (first, first[::-1])
     shared, changed = (trainer.model_inputs(trainer.build_batch([neighbor, second])) for neighbor in neighbors)
@@ -116,7 +115,7 @@ def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: l
 
 
 def _check_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
-    """Return whether the losses of the loss head differ from those of the model's logits."""
+    """Return how the losses of the loss head differ from those of the model's logits; empty if they do not."""
     assert trainer.loss_head is not None
     batch = trainer.build_batch(conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}

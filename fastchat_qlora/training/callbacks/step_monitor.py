@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.distributed.process_group import agree, gather
 from fastchat_qlora.errors import AgreedError
-from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase, StepReport, build_bad_step_error
+from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.utils.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
-
+LISTED_RECORDS = 10  # records of a bad step that an error names
 MAX_OVERFLOWS = 50
 """Consecutive steps whose gradient may overflow in fp16: the loss is scaled by 2^16 at first, and by half each time."""
 
@@ -47,10 +47,10 @@ class Step:
         norm = torch.as_tensor(0.0 if self.grad_norm is None else self.grad_norm, dtype=torch.float32)
         return torch.where(torch.isfinite(norm), 0, before + 1)
 
-    def report(self) -> StepReport:
-        """Return the step in plain numbers, which waits for the device."""
+    def to_host(self) -> "Step":
+        """Return the step without tensors of the device, after waiting for it."""
         norm = None if self.grad_norm is None else float(self.grad_norm)
-        return StepReport([float(loss) for loss in self.losses], norm, self.sources)
+        return replace(self, losses=[loss.detach().cpu() for loss in self.losses], grad_norm=norm)
 
 
 class Verdict(NamedTuple):
@@ -89,9 +89,11 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._overflows = step.count_overflows(self._overflows)
         is_bad = step.is_bad(may_overflow=args.fp16) | (self._overflows > MAX_OVERFLOWS)
         self._verdicts.append(send_verdict(state.global_step, step, is_bad))
+        is_last = state.global_step >= state.max_steps
+        if is_last:
+            control.should_log = True  # else `train_loss` would hold the first process's share of this step only
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
-        is_settled = may_save or state.global_step >= state.max_steps
-        bad = self._find_bad(later=0 if is_settled else 1)
+        bad = self._find_bad(later=0 if may_save or is_last else 1)
         received = self._signals.received
         terms, interrupts, supervised, number = agree(
             [received == signal.SIGTERM, received == signal.SIGINT, step.supervised, 0 if bad is None else bad.number],
@@ -136,13 +138,11 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if not self.stopped_by:
             return
         args, checkpoint = self.trainer.args, self.trainer.last_checkpoint
-        how = f"start again with the same command to resume from {checkpoint}"
+        named = args.resume_from_checkpoint not in (None, "", "True", "true")
+        change = "without --resume_from_checkpoint" if named else "with the same command"
+        how = f"start again {'without --restart' if args.restart else change} to resume from {checkpoint}"
         if args.save_only_model:
             how = f"--save_only_model True: no run can resume from {checkpoint}, only --lora_weight_path can use it"
-        elif args.restart:
-            how = f"start again without --restart to resume from {checkpoint}"
-        elif args.resume_from_checkpoint not in (None, "", "True", "true"):
-            how = f"start again without --resume_from_checkpoint to resume from {checkpoint}"
         raise Stopped(self.stopped_by, f"stopped; {how}")
 
     def _settle(self) -> None:
@@ -163,10 +163,9 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def _stop_if_bad(self, bad: Verdict | None, number: float) -> None:
         if not number:
             return
-        own = StepReport([], None, []) if bad is None else bad.step.report()
-        everyone = gather((bad and bad.number, own), self._group)
-        step = next(found for found, _ in everyone if found)
-        raise build_bad_step_error(step, [report for _, report in everyone], self.trainer.last_checkpoint)
+        everyone = gather(bad and (bad.number, bad.step.to_host()), self._group)
+        steps = [found for found in everyone if found]
+        raise build_bad_step_error(steps[0][0], [step for _, step in steps], self.trainer.last_checkpoint)
 
 
 def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
@@ -177,3 +176,24 @@ def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
     arrived = torch.Event(is_bad.device)
     arrived.record()
     return Verdict(number, step, copied, arrived)
+
+
+def build_bad_step_error(step: int, reports: list[Step], checkpoint: str | None) -> AgreedError:
+    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0, in any process."""
+    pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
+    guilty = [sources for loss, sources in pairs if not torch.isfinite(loss)]
+    norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+    if not guilty and norm == 0:
+        return AgreedError(
+            f"step {step}: the gradient is exactly 0 in all of the adapter, so nothing is trained any more; {last}: "
+            "lower --learning_rate, and check the data with fastchat-qlora inspect"
+        )
+    suspects = [source for sources in guilty or [sources for _, sources in pairs] for source in sources]
+    records = [f"{file}:{line} (id {identity})" for file, line, identity in suspects]
+    problem = "the loss is not finite" if guilty else f"the gradient norm is {norm}"
+    more = f" and {len(records) - LISTED_RECORDS} more" if len(records) > LISTED_RECORDS else ""
+    return AgreedError(
+        f"step {step}: {problem}; its records: {', '.join(records[:LISTED_RECORDS])}{more}; {last}: check the "
+        "records, lower --learning_rate, or use --bf16 instead of --fp16"
+    )

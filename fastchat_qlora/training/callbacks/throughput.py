@@ -1,14 +1,24 @@
-"""Throughput: tokens/s of training alone, and the memory of a process."""
+"""Measurements of a process: tokens/s of training alone, memory, and the time to the first optimizer step."""
 
+import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
+from transformers import TrainerCallback
+
+from fastchat_qlora.config.arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+IMPORTED_AT = time.monotonic()
 
 
 class TokenTotal(NamedTuple):
@@ -75,8 +85,7 @@ class Throughput:
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
         new = [seen - logged for seen, logged in zip(self.seen, self._logged, strict=True)]
         self._since, self._paused, self._logged = now, 0.0, list(self.seen)
-        own = torch.tensor([[*new, round(get_memory_gib(device) * 2**30)]], dtype=torch.int64, device=device)
-        everyone = accelerator.gather(own)
+        everyone = accelerator.gather(torch.tensor([[*new, get_memory_bytes(device)]], device=device))
         tokens, supervised, _ = everyone.sum(0).tolist()
         added, before = TokenTotal(tokens, supervised, seconds), self.total
         self.total = TokenTotal(before.tokens + tokens, before.supervised + supervised, before.seconds + seconds)
@@ -87,11 +96,9 @@ class Throughput:
         }
 
 
-def get_memory_gib(device: torch.device) -> float:
-    """Return the GiB that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+def get_memory_bytes(device: torch.device) -> int:
+    """Return the bytes that this process holds: of the device, with its allocator's cache, or resident on the CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -100,3 +107,33 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def seconds_since_start() -> float:
+    """Return the age of this process, with the start of Python and all imports.
+
+    Linux knows it to a hundredth of a second (proc(5): field 22 of stat, in ticks since the machine was booted).
+    Elsewhere it is counted from the import of this module, some seconds later.
+    """
+    try:
+        stat = Path("/proc/self/stat").read_text()
+    except OSError:
+        return time.monotonic() - IMPORTED_AT
+    fields_from_third = stat.rpartition(")")[2].split()  # the second is the program's name, which may hold anything
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields_from_third[19]) / os.sysconf("SC_CLK_TCK")
+
+
+class FirstStepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Logs the time from the start of the process, without its launcher, to the end of its first optimizer step."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def on_optimizer_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Read the clock once, when the device is done with the step."""
+        if self.metrics:
+            return
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.metrics["time_to_first_step"] = round(seconds_since_start(), 2)
+        logger.info(f"First step done {self.metrics['time_to_first_step']} s after the start of the process.")

@@ -1,7 +1,8 @@
-"""The trained adapter: gathered, written by PEFT, and verified on the disk."""
+"""The trained adapter: gathered, written by PEFT, and verified on the disk; its generation settings."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
@@ -20,9 +22,10 @@ CARD_FILE = "README.md"
 
 SAVED_DTYPE = torch.float32  # dtype of every tensor in an adapter's file, whatever the strategy
 Shapes = Mapping[str, torch.Size]
+Tensors = dict[str, torch.Tensor]
 
 
-def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+def gather_adapter(model: PeftModel) -> Tensors:
     """Return the trained parameters on the CPU in `SAVED_DTYPE`, in full shape under every strategy.
 
     One parameter is gathered at a time, and the base model never. Every process must call this.
@@ -36,37 +39,26 @@ def _gather(parameter: Any) -> torch.Tensor:
 
         # The parameter itself is rounded to the compute dtype; the optimizer holds the fp32 value behind it.
         master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        if master is not None:
-            return master.detach().cpu().clone()  # type: ignore[no-any-return]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
+        is_partitioned = master is None and hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned):
+            return (parameter if master is None else master).detach().cpu().clone()  # type: ignore[no-any-return]
     if hasattr(parameter, "full_tensor"):  # a DTensor of FSDP2
         parameter = parameter.full_tensor()
     return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: str) -> None:
+def save_adapter(model: PeftModel, tensors: Tensors, folder: str) -> None:
     """Write an adapter as PEFT does; embeddings only if they were trained, without asking the hub about them."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     copy_permissions(Path(folder), like=CONFIG_NAME)
 
 
 def verify_saved_adapter(
-    folder: Path,
-    model: PeftModel,
-    trained: dict[str, torch.Tensor],
-    shapes: Shapes | None = None,
-    *,
-    allow_zero: bool = False,
+    folder: Path, model: PeftModel, trained: Tensors, shapes: Shapes | None = None, *, allow_zero: bool = False
 ) -> None:
-    """Read a saved adapter and compare it with the trained tensors and with the shapes of its configuration.
+    """Compare a saved adapter with the tensors of `gather_adapter` and the shapes of `compute_adapter_shapes`.
 
-    Args:
-        folder: where the adapter was saved.
-        model: the model it was saved from, which knows PEFT's names for the tensors in the file.
-        trained: the tensors from `gather_adapter`.
-        shapes: name in the file -> shape, from `compute_adapter_shapes`; None if they cannot be known.
-        allow_zero: accept an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
+    `allow_zero` accepts an adapter whose every lora_B is zero, as a checkpoint within the warm-up may be.
     """
     path = folder / ADAPTER_FILE
     try:
@@ -111,3 +103,16 @@ def replace_adapter_files(source: Path, target: Path) -> None:
         destination.parent.mkdir(exist_ok=True)
         os.replace(path, destination)
     sync(target)
+
+
+def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: Sequence[int]) -> GenerationConfig:
+    """Return the base model's generation settings, with `stop_tokens` added to its own and the tokenizer's."""
+    config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
+    own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
+    ids = [token for found in own if found is not None for token in ([found] if isinstance(found, int) else found)]
+    config.eos_token_id = list(dict.fromkeys([*stop_tokens, *map(int, ids)]))
+    config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    config._from_model_config = False  # else transformers may rebuild it from the base model's configuration
+    return config

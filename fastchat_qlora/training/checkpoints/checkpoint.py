@@ -22,10 +22,7 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE, SCHEDULE_FILE = "trainer_state.json", "scheduler.pt"
-REQUIRED_FILES = (STATE_FILE, SCHEDULE_FILE, ADAPTER_FILE)
-"""Files that every strategy writes. `--save_only_model` leaves out the scheduler, and the optimizer with it."""
-
+STATE_FILE = "trainer_state.json"
 DEEPSPEED_TAG = "latest"  # DeepSpeed's file that names the newest of its states in the folder
 
 
@@ -41,16 +38,17 @@ class Checkpoint(NamedTuple):
         """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it."""
         changes = find_changes(self.run, run)
         refused = [change for change in changes if not (self.is_chosen and change.is_tolerable)]
+        differences = "; ".join(map(str, refused or changes))
+        problem = f"{self.folder}: settings changed since this checkpoint ({differences})"
         if refused:
             raise UserError(
-                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, refused))}); restore "
-                "them, or use --restart True, or train in another --output_dir, where --lora_weight_path starts from "
-                "the adapter in this folder"
+                f"{problem}; restore them, or use --restart True, or train in another --output_dir, where "
+                "--lora_weight_path starts from the adapter in this folder"
             )
         if changes:
             logger.warning(
-                f"{self.folder}: settings changed since this checkpoint ({'; '.join(map(str, changes))}); the run "
-                "continues because --resume_from_checkpoint names it, with other results than an uninterrupted run."
+                f"{problem}; the run continues because --resume_from_checkpoint names it, with other results than an "
+                "uninterrupted run."
             )
 
 
@@ -59,11 +57,7 @@ def choose_checkpoint(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from: the one that the user named, or the newest complete one in output_dir.
 
-    Args:
-        output_dir: the folder of the run.
-        wanted: --resume_from_checkpoint: a folder, or True, False or nothing.
-        restart: whether to begin from nothing.
-        trusted: whether pickles are not audited.
+    `wanted` is --resume_from_checkpoint: a folder, or True, False or nothing. Pickles of a trusted one are not audited.
     """
     if restart or wanted.lower() == "false":
         return None
@@ -90,7 +84,8 @@ def _open_chosen(folder: Path, *, trusted: bool) -> Checkpoint:
     except IncompleteCheckpoint as error:
         if (folder / MANIFEST_FILE).exists():
             raise UserError(f"--resume_from_checkpoint {folder}: {error}; choose another one") from error
-        if missing := _find_missing([path.name for path in folder.glob("*") if _has_content(path)]):
+        present = [path.name for path in folder.glob("*") if path.is_file() and path.stat().st_size]
+        if missing := _find_missing(present):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: it has no {' and no '.join(missing)}; choose another one"
             ) from error
@@ -139,9 +134,9 @@ def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
 
 
 def _find_missing(files: Collection[str]) -> list[str]:
-    """Return the required files that a checkpoint lacks."""
-    required = [name for name in REQUIRED_FILES if name != SCHEDULE_FILE or DEEPSPEED_TAG not in files]
-    return [name for name in required if name not in files]  # DeepSpeed may keep the schedule in its own state
+    """Return the required files that a checkpoint lacks; one of `--save_only_model` lacks the schedule."""
+    schedule = [] if DEEPSPEED_TAG in files else ["scheduler.pt"]  # DeepSpeed may keep it in its own state
+    return [name for name in (STATE_FILE, *schedule, ADAPTER_FILE) if name not in files]
 
 
 def _check_pickles(folder: Path, *, trusted: bool) -> None:
@@ -161,7 +156,3 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
         if match and folder.is_dir():
             steps[int(match.group(1))] = folder
     return sorted(steps.items(), reverse=True)
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

@@ -20,9 +20,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED_FOLDER = ".saving"
-"""Folder in output_dir in which checkpoints are written; whatever is left there was never finished."""
-
+UNFINISHED_FOLDER = ".saving"  # in output_dir: checkpoints are written there, and what is left was never finished
 SET_ASIDE_FOLDER = "_set_aside"
 """Folder in output_dir for checkpoints that the run does not resume from and would overwrite. The hub gets no names
 that begin with `_`."""

@@ -96,10 +96,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
             raise IncompleteCheckpoint(f"{name} has changed: its SHA-256 differs")
-    added = (
-        {path.relative_to(folder).as_posix() for path in _find_files(folder)} - manifest.files.keys() - {MANIFEST_FILE}
-    )
-    if added:
+    present = {path.relative_to(folder).as_posix() for path in _find_files(folder)}
+    if added := present - manifest.files.keys() - {MANIFEST_FILE}:
         raise IncompleteCheckpoint(f"{min(added)} was added later")
 
 

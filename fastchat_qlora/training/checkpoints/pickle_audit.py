@@ -64,11 +64,7 @@ def find_unloadable(folder: Path) -> list[str]:
 
 
 def find_unsafe(folder: Path) -> list[str]:
-    """Return what could run code, or read files elsewhere, when DeepSpeed or DCP load a checkpoint.
-
-    Returns:
-        Problems that begin with a file's path in the folder; none if the checkpoint is safe.
-    """
+    """Return the files that could run code, or read files elsewhere, when DeepSpeed or DCP load them, with reasons."""
     problems = []
     for path in sorted(folder.rglob("*")):  # links to folders are not followed
         is_link = path.is_dir() and path.is_symlink()
@@ -86,17 +82,14 @@ def _audit_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
             if path.name in TAG_FILES:
-                return _audit_tag(file.read(1000).decode("utf-8", "replace").strip())
+                tag = file.read(1000).decode("utf-8", "replace").strip()
+                is_inside = tag and tag == Path(tag).name and tag not in (".", "..")
+                return "" if is_inside else f"names {tag[:100]!r}, which is not a folder of this checkpoint"
             return _audit_metadata(path.parent, file.read()) if path.name == METADATA else _audit_torch_file(file)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     except Exception as error:  # an untrusted file may break its reader in any way
         return f"cannot be audited: {one_line(error, 150) or type(error).__name__}"
-
-
-def _audit_tag(tag: str) -> str:
-    is_inside = tag and tag == Path(tag).name and tag not in (".", "..")
-    return "" if is_inside else f"names {tag[:100]!r}, which is not a folder of this checkpoint"
 
 
 def _audit_torch_file(file: IO[bytes]) -> str:

@@ -16,8 +16,7 @@ from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.loading.quantization import get_base_quantization
 
 NO_STRATEGY = "none"
-REPLICATED = (NO_STRATEGY, "DDP")
-"""Strategies under which every process has all of the adapter and of the optimizer's state."""
+REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state
 
 OPTIMIZER_FLAGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 """Flags whose values a checkpoint's optimizer brings along: another value would have no effect."""
@@ -106,24 +105,15 @@ def fingerprint_settings(
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
         "lora_r": lora_config.r,
-        "lora_alpha": lora_config.lora_alpha,
-        "lora_dropout": lora_config.lora_dropout,
         "lora_target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
         "lora_bias": lora_config.bias,
-        "use_rslora": lora_config.use_rslora,
-        "use_dora": lora_config.use_dora,
+        **{name: getattr(lora_config, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
         "modules_to_save": sorted(lora_config.modules_to_save or ()),
     }
 
 
 def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -> dict[str, Any]:
-    """Return short digests of the data, the chat template, the tokenizer and the base model.
-
-    Args:
-        tokenizer: with the chat template that was used.
-        contents: hashes of the training data's files.
-        base_files: fingerprint of the base model's files.
-    """
+    """Return short digests of the data (`contents` are hashes of its files), the tokenizer and the base model."""
     return {
         "data": _short_digest(" ".join(contents)),
         "chat_template": _short_digest(str(tokenizer.chat_template)),

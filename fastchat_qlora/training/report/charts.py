@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+import numpy as np
+
 MAX_POINTS = 400  # points of a curve; longer curves are drawn as means of neighbors
 MAX_VISIBLE_POINTS = 60  # points of a curve that are all visible; of longer curves a point appears under the pointer
 MIN_SMOOTHED_POINTS = 24  # points of a noisy curve from which on a smoothed one is drawn over it
@@ -68,15 +70,10 @@ def thin_out(curve: Curve) -> Curve:
 def smooth(values: Sequence[float]) -> list[float]:
     """Return an exponential moving average over about a twelfth of the values.
 
-    As in Adam (Kingma and Ba 2014, algorithm 1) the average is divided by the sum of its weights, or it would be pulled
-    to 0 at its start.
+    It is divided by the sum of its weights, as in Adam (Kingma and Ba 2014, algorithm 1), or it would begin near 0.
     """
-    keep = 1 - 1 / max(len(values) / 12, 4)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(average / weight)
-    return smoothed
+    weights = (1 - 1 / max(len(values) / 12, 4)) ** np.arange(len(values))
+    return list(np.convolve(values, weights)[: len(values)] / weights.cumsum())
 
 
 def draw(chart: Chart, width: int, height: int) -> str:

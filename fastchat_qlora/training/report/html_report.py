@@ -3,16 +3,17 @@
 import logging
 import platform
 import time
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.data.analysis.statistics import format_rejections, format_statistics, get_examples
 from fastchat_qlora.training.callbacks.sample_generations import MAX_NEW_TOKENS, SampleGenerations
-from fastchat_qlora.training.callbacks.startup_timer import seconds_since_start
+from fastchat_qlora.training.callbacks.throughput import seconds_since_start
 from fastchat_qlora.training.checkpoints.manifest import get_versions
 from fastchat_qlora.training.report.charts import draw
 from fastchat_qlora.training.report.report_data import RunSummary, get_charts, get_flags, get_hardware, get_tiles
@@ -34,14 +35,7 @@ WIDE_CHART, NARROW_CHART = (770, 536), (370, 238)
 """Width and height in pixels of the first chart on a large screen, and of all others."""
 
 
-class Outcome(NamedTuple):
-    """State of a run."""
-
-    kind: str  # a class of the page
-    said: str
-
-
-class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class RunReport(AbstractContextManager["RunReport"], TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Writes the page at checkpoints, now and then when something is logged, and at the end, by the first process.
 
     As a context manager it encloses all that may end a run, and reports how it ended. An error in making the page is
@@ -56,12 +50,9 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self._restarts: list[int] = []
         self.is_written = False
 
-    def __enter__(self) -> "RunReport":
-        return self
-
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self.is_written:
-            self._write(_describe_outcome(error, self._summary.trainer.state))
+            self._write(*_describe_outcome(error, self._summary.trainer.state))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Start the clock; a run that had finished before keeps its page."""
@@ -89,27 +80,28 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if self.is_written:
             with self._summary.trainer.throughput.paused():
                 began = time.monotonic()
-                self._write(Outcome("running", "running"))
+                self._write("running", "running")
                 took = time.monotonic() - began
                 self._due_at = began + max(MIN_SECONDS_BETWEEN_PAGES, took / MAX_SHARE_OF_TIME)
 
-    def _write(self, outcome: Outcome) -> None:
-        """Write the page atomically; failures are logged and ignored."""
+    def _write(self, status: str, text: str) -> None:
+        """Write the page atomically, with a status and its text; failures are logged and ignored."""
         try:
             with write_atomically(self._path) as target:
-                target.writelines(stream_page(__package__, "report", **self._get_content(outcome)))
+                target.writelines(
+                    stream_page(__package__, "report", **self._get_content(), status=status, status_text=text)
+                )
         except Exception as error:  # of a library that draws, or of a disk
             if not self._has_failed:
                 logger.warning(f"{self._path}: cannot be written ({one_line(error, 200)}); the run continues without.")
             self._has_failed = True
 
-    def _get_content(self, outcome: Outcome) -> dict[str, Any]:
+    def _get_content(self) -> dict[str, Any]:
         summary, answers, trainer = self._summary, self._answers, self._summary.trainer
         charts = get_charts(trainer.state.log_history, summary.statistics["train"], self._restarts)
         prompts = summary.args.training.sample_prompts or ()
         return {
             "summary": summary,
-            "outcome": outcome,
             "tiles": get_tiles(trainer.state, trainer.throughput.total, seconds_since_start()),
             "restarts": self._restarts,
             "charts": [(chart, draw(chart, *NARROW_CHART)) for chart in charts],
@@ -117,7 +109,7 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             "answers": [(prompt, answers.before.get(prompt), answers.after.get(prompt)) for prompt in prompts],
             "max_new_tokens": MAX_NEW_TOKENS,
             "failure": mask_secrets(answers.failure),
-            "settings": mask_secrets(summary.effective),
+            "settings": mask_secrets(summary.effective.settings),
             "is_public": summary.args.training.push_to_hub,
             **self._lasting,
         }
@@ -137,10 +129,11 @@ class RunReport(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         }
 
 
-def _describe_outcome(error: BaseException | None, state: TrainerState) -> Outcome:
+def _describe_outcome(error: BaseException | None, state: TrainerState) -> tuple[str, str]:
+    """Return the status, which is a class of the page, and its text."""
     at = f"step {state.global_step:,} of {state.max_steps:,}"
     if error is None:
-        return Outcome("done", "done")
+        return "done", "done"
     if isinstance(error, Stopped):
-        return Outcome("stopped", f"stopped at {at}: {mask_secrets(one_line(error))}")
-    return Outcome("failed", f"ended at {at}: {mask_secrets(one_line(error, 500)) or type(error).__name__}")
+        return "stopped", f"stopped at {at}: {mask_secrets(one_line(error))}"
+    return "failed", f"ended at {at}: {mask_secrets(one_line(error, 500)) or type(error).__name__}"

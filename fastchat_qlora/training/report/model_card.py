@@ -26,29 +26,10 @@ from fastchat_qlora.utils.text import mask_secrets, one_line
 logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's `--max-lora-rank` may have
-EFFECTIVE_NAMES = ("strategy", "batch", "compute dtype", "quantized layers", "attention", "sequences", "optimizer")
-"""Effective settings on the card; `devices` has the machine's name in it."""
-
-RESULT_NAMES = {
-    "loss": "loss of the last steps",
-    "train_loss": "mean loss",
-    "eval_loss": "evaluation loss",
-    "steps": "steps",
-    "best_step": "step of this adapter, with the best evaluation",
-    "epoch": "epochs",
-    "tokens": "tokens",
-    "supervised_tokens": "supervised tokens",
-    "train_runtime": "seconds",
-    "tokens_per_second": "tokens/s of training alone",
-}
-"""Metric -> its name on the card."""
-
-PROCESS_METRICS = ("train_loss", "tokens", "supervised_tokens", "train_runtime")
-"""Metrics of this process only: not of the whole run if it was resumed."""
 
 
 def write_model_card(folder: Path, summary: RunSummary, metrics: Mapping[str, Any]) -> None:
-    """Write the card with the metrics in RESULT_NAMES atomically; failures are logged and ignored."""
+    """Write the card atomically; failures are logged and ignored."""
     try:
         text = build_model_card(folder.resolve().name, summary, metrics)
         with write_atomically(folder / CARD_FILE, durable=True) as target:
@@ -62,7 +43,6 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     is_local = os.path.isdir(summary.model)
     base = Path(summary.model).resolve().name if is_local else summary.model
     prepared, lora, metrics = summary.prepared, summary.args.lora, summary.figures | dict(metrics)
-    hidden = PROCESS_METRICS if prepared.checkpoint else ()
     config, tokenizer = prepared.base.lora_config, prepared.data.tokenizer
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -74,27 +54,21 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         version=__version__,
         base=base,
         is_local=is_local,
-        is_quantized=prepared.base.quantization.is_quantized,
         dtype=get_dtype_name(get_compute_dtype(summary.args.training)),
-        loaded=prepared.data.loaded.named(),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
         config=config,
-        effective={key: summary.effective[key] for key in EFFECTIVE_NAMES if key in summary.effective},
-        results={RESULT_NAMES[key]: metrics[key] for key in RESULT_NAMES if key in metrics and key not in hidden},
+        metrics=metrics,
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",
     )
-    head = _build_head("" if is_local else base, quantized=lora.q_lora).to_yaml()
+    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if lora.q_lora else [])]
+    of_base: dict[str, Any] = {}
+    if not is_local:  # a local folder is not a base model that the hub knows
+        of_base = {"base_model": base, "base_model_relation": "adapter"}
+        tags.insert(0, f"base_model:adapter:{base}")
+    head = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **of_base).to_yaml()
     return str(mask_secrets(f"---\n{head}\n---\n\n{text}"))
-
-
-def _build_head(base: str, *, quantized: bool) -> ModelCardData:
-    """Return what the hub reads; a local folder is not a base model that it knows."""
-    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantized else [])]
-    of_base: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
-    tags = [f"base_model:adapter:{base}", *tags] if base else tags
-    return ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **of_base)
 
 
 def explain_vllm_refusal(config: LoraConfig) -> str:

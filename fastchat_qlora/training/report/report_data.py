@@ -9,7 +9,7 @@ from datetime import timedelta
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -35,16 +35,11 @@ class RunSummary:
     def __init__(
         self, trainer: LoraTrainer, args: RunArguments, prepared: PreparedRun, effective: EffectiveSettings
     ) -> None:
-        self.trainer, self.args, self.prepared, self._effective = trainer, args, prepared, effective
+        self.trainer, self.args, self.prepared, self.effective = trainer, args, prepared, effective
         self.model = args.model.model_name_or_path
         self.method = "QLoRA" if args.lora.q_lora else "LoRA"
         # Read at once: the cache may be removed while the run goes on.
         self.rejections = {data.flag: summarize_rejections(data) for data in prepared.data.loaded.named().values()}
-
-    @property
-    def effective(self) -> dict[str, str]:
-        """The effective settings, once training has begun."""
-        return self._effective.settings
 
     @cached_property
     def splits(self) -> dict[str, Dataset]:
@@ -65,14 +60,6 @@ class RunSummary:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         figures = {"steps": state.global_step} | ({"loss": losses[-1]} if losses else {})
         return figures | ({"best_step": best_step} if best_step else {})
-
-
-class Tile(NamedTuple):
-    """One number that stands out."""
-
-    name: str
-    value: str
-    note: str
 
 
 def get_charts(
@@ -99,20 +86,20 @@ def get_charts(
     return [chart for chart in kept if chart.curves]
 
 
-def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[Tile]:
-    """Return the numbers at the top of the page; total and seconds are those of this process."""
+def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[tuple[str, str, str]]:
+    """Return name, value and note of the numbers at the top; total and seconds are those of this process."""
     passes = f"{state.epoch:.2f} times through the data" if state.epoch else ""
-    tiles = [Tile("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
+    tiles = [("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
         if values := get_curve(state.log_history, key).values:
             first = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
-            tiles.append(Tile(name, f"{values[-1]:.3g}", first + best))
+            tiles.append((name, f"{values[-1]:.3g}", first + best))
     if total.tokens:
-        tiles.append(Tile("tokens/s", f"{total.rate:,.0f}", f"{total.supervised_rate:,.0f} of them supervised"))
+        tiles.append(("tokens/s", f"{total.rate:,.0f}", f"{total.supervised_rate:,.0f} of them supervised"))
     if memory := get_curve(state.log_history, "memory_gib").values:
-        tiles.append(Tile("memory", f"{max(memory):.2f} GiB", "highest logged value of a process"))
-    return [*tiles, Tile("time", str(timedelta(seconds=round(seconds))), "since the process began")]
+        tiles.append(("memory", f"{max(memory):.2f} GiB", "highest logged value of a process"))
+    return [*tiles, ("time", str(timedelta(seconds=round(seconds))), "since the process began")]
 
 
 def get_flags(groups: Iterable[Any]) -> dict[str, str]:

@@ -14,8 +14,7 @@ from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
-TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")
-"""How the names of metrics begin that only a process which has trained knows."""
+TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")  # how names of metrics of training begin
 
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
@@ -23,28 +22,27 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
     trainer, output_dir = summary.trainer, Path(summary.args.training.output_dir)
     if trainer.eval_dataset is not None:
         metrics = metrics | trainer.evaluate()
-    tokens, supervised = trainer.count_tokens()
-    total = trainer.throughput.total
+    total = trainer.throughput.total  # the last step has been logged
     metrics |= {
-        "tokens": tokens,
-        "supervised_tokens": supervised,
+        "tokens": total.tokens,
+        "supervised_tokens": total.supervised,
         "tokens_per_second": round(total.rate, 1),
         "supervised_tokens_per_second": round(total.supervised_rate, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
     }
     if not trainer.args.should_save:
         return
-    if not tokens and (output_dir / RESULTS_FILE).exists():
+    if not total.tokens and (output_dir / RESULTS_FILE).exists():
         logger.warning("The run had finished before: nothing was left to train, and its results are kept.")
         return
-    if not tokens:  # an earlier process was killed between its last step and its results
+    if not total.tokens:  # an earlier process was killed between its last step and its results
         metrics = {name: value for name, value in metrics.items() if not name.startswith(TRAINING_METRICS)}
     with saving("the results", output_dir):
         trainer.save_state()
         trainer.save_metrics("train", metrics, combined=False)
         write_model_card(output_dir, summary, metrics)
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
-        groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective}
+        groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
         groups["processes"] = trainer.args.world_size
         with write_atomically(output_dir / RESULTS_FILE) as target:  # last: a run without it has not finished
             target.write(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n")

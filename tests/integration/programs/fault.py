@@ -10,7 +10,7 @@ from fastchat_qlora.training import run
 from fastchat_qlora.training.callbacks import gradient_guards as guards
 
 
-class Fault(guards.LastStepLog):
+class Fault(guards.LossGuard):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2 and os.environ["RANK"] == os.environ["FAULT_RANK"]:
             if os.environ["FAULT"] == "kill":
@@ -18,5 +18,5 @@ class Fault(guards.LastStepLog):
             raise {"raise": MemoryError, "stop": RunError}[os.environ["FAULT"]]("planted fault")
 
 
-run.LastStepLog = Fault
+run.LossGuard = Fault
 cli.program(["train", *sys.argv[1:]])

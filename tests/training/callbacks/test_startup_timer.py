@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from fastchat_qlora.training.callbacks import startup_timer
-from fastchat_qlora.training.callbacks.startup_timer import FirstStepClock, seconds_since_start
+from fastchat_qlora.training.callbacks import throughput
+from fastchat_qlora.training.callbacks.throughput import FirstStepClock, seconds_since_start
 
 CPU = SimpleNamespace(device=torch.device("cpu"))
 
@@ -17,7 +17,7 @@ CPU = SimpleNamespace(device=torch.device("cpu"))
 def test_time_counts_from_the_start_of_the_process() -> None:
     """Not with the import: this module is imported long after pytest has begun."""
     assert seconds_since_start() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
-    assert seconds_since_start() > time.monotonic() - startup_timer.IMPORTED_AT
+    assert seconds_since_start() > time.monotonic() - throughput.IMPORTED_AT
 
 
 def test_name_of_the_program_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_time_counts_from_the_import_elsewhere(monkeypatch: pytest.MonkeyPatch) 
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    monkeypatch.setattr(startup_timer, "IMPORTED_AT", time.monotonic() - 100)
+    monkeypatch.setattr(throughput, "IMPORTED_AT", time.monotonic() - 100)
     assert 100 <= seconds_since_start() < 101
 
 
@@ -40,7 +40,7 @@ def test_time_of_the_first_step_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
 ) -> None:
     times = iter([12.346, 99.0])
-    monkeypatch.setattr(startup_timer, "seconds_since_start", lambda: next(times))
+    monkeypatch.setattr(throughput, "seconds_since_start", lambda: next(times))
     clock = FirstStepClock()
     assert clock.metrics == {}
     for _ in range(2):

@@ -12,7 +12,7 @@ from quick_runs import command as quick_command
 from quick_runs import train
 
 from fastchat_qlora.training.callbacks import throughput
-from fastchat_qlora.training.callbacks.throughput import Throughput, get_memory_gib
+from fastchat_qlora.training.callbacks.throughput import Throughput, get_memory_bytes
 from fastchat_qlora.training.trainer import LoraTrainer
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_rates_cover_the_time_since_the_last_reading(clock: list[float]) -> None
     assert (second["tokens_per_second"], second["supervised_tokens_per_second"]) == (100, 0)
     assert counter.seen == [450, 120]
     assert first.keys() == NAMES
-    assert first["memory_gib"] == pytest.approx(get_memory_gib(CPU), rel=0.1)
+    assert first["memory_gib"] == pytest.approx(get_memory_bytes(CPU) / 2**30, rel=0.1)
 
 
 def test_pause_ended_by_an_error_counts(clock: list[float]) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens
 from fastchat_qlora.training import run
-from fastchat_qlora.training.checkpoints.generation_config import build_generation_config, write_generation_config
+from fastchat_qlora.training.checkpoints.adapter_export import build_generation_config
 
 NAME = "generation_config.json"
 
@@ -84,7 +84,7 @@ def test_stop_tokens_come_first_in_every_family(
 ) -> None:
     base = make_base(family)
     base.generation_config.eos_token_id = own
-    write_generation_config(tmp_path, build_generation_config(base, Tokens(), ends))
+    build_generation_config(base, Tokens(), ends).to_json_file(tmp_path / NAME)
     found = GenerationConfig.from_pretrained(tmp_path)
     assert (found.eos_token_id, found.pad_token_id, found.bos_token_id) == (stops, 3, 1)
     assert base.generation_config.eos_token_id == own, "the base is left alone"
@@ -102,7 +102,7 @@ def test_contradictory_base_settings_are_written(tmp_path: Path) -> None:
     """transformers refuses to save a temperature without sampling, which some published models have."""
     base = make_base("llama")
     base.generation_config.temperature, base.generation_config.do_sample = 0.1, False
-    write_generation_config(tmp_path, build_generation_config(base, Tokens(), [2]))
+    build_generation_config(base, Tokens(), [2]).to_json_file(tmp_path / NAME)
     assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.1
 
 
