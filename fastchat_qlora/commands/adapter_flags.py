@@ -9,13 +9,13 @@ from pathlib import Path
 
 from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
 from fastchat_qlora.config.validation.paths import check_model_path
+from fastchat_qlora.config.validation.ranges import check_ranges
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import is_text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
 MERGED_DTYPES = ("auto", "float32", "bfloat16", "float16")
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # beyond these, probabilities are not numbers, or all the same
 STDIN_MESSAGE = "-"  # stands for the text on standard input
 SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
@@ -53,12 +53,7 @@ def build_merge_parser() -> FlagParser:
 
 
 def _build_parser(command: str, *, description: str, quantization: str) -> FlagParser:
-    parser = FlagParser(
-        prog=f"fastchat-qlora {command}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser(prog=f"fastchat-qlora {command}", description=description)
     add, trust_code = parser.add_argument, "Run the code of the base model's repository."
     add("adapter", metavar="ADAPTER", help="Folder of the adapter: an output_dir or a checkpoint-N.")
     add("--model_name_or_path", help="Base model, if it is not the one that the adapter names.")
@@ -71,7 +66,7 @@ def _build_parser(command: str, *, description: str, quantization: str) -> FlagP
 def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line of `chat`; UserError lists all mistakes in it and in the adapter's folder."""
     values, errors = _parse_adapter_flags(build_chat_parser(), argv)
-    messages, temperature = values.message or [], values.temperature
+    messages = values.message or []
     texts = [*(f"--message {text}" for text in messages), f"--system {values.system or ''}"]
     errors += [f"{text}: must be UTF-8 text; write it in that encoding" for text in texts if not is_text(text)]
     if not all(text.strip() for text in messages):
@@ -80,16 +75,7 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         errors.append(f"--message {STDIN_MESSAGE}: standard input can be read only once; give it once")
     if sys.stdin is None and (STDIN_MESSAGE in messages or not messages):  # Python's sign of a closed descriptor
         errors.append("standard input is closed, so nothing can be asked; give --message TEXT")
-    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        allowed = f"0, which is greedy decoding, or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-        errors.append(f"--temperature {temperature:g}: must be {allowed}")
-    if not 0 < values.top_p <= 1:
-        errors.append(f"--top_p {values.top_p}: must be above 0 and at most 1")
-    if not 1 <= values.max_new_tokens < 2**31:
-        errors.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1 and below 2^31")
-    if not 0 <= values.seed < 2**32:
-        errors.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
-    raise_errors(errors)
+    raise_errors([*errors, *check_ranges(values)])
     return values
 
 

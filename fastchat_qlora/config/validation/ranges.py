@@ -36,6 +36,9 @@ STEP_COUNT = Range(
     lambda value: 0 < value <= 1 or (1 < value < INT_LIMIT and value == int(value)),
     "must be a whole number of steps, or a share of the run below 1",
 )
+TEMPERATURE = Range(  # beyond these, probabilities are not numbers, or all the same
+    lambda value: value == 0 or 0.001 <= value <= 1000, "must be 0, which is greedy decoding, or from 0.001 to 1000"
+)
 TOKENS_PER_SECOND = Range(lambda value: value == 0 or value >= 1e-3, "must be at least 0.001, or 0 if it is not known")
 LOADERS = Range(lambda value: 0 <= value <= MAX_PROCESSES, f"must be at least 0 and at most {MAX_PROCESSES}")
 TOKENIZERS = Range(lambda value: 1 <= value <= MAX_PROCESSES, f"must be at least 1 and at most {MAX_PROCESSES}")
@@ -44,7 +47,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "model_max_length", "gradient_accumulation_steps", "devices"), COUNT),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), COUNT),
     **dict.fromkeys(("torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
-    **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),
+    **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout", "max_new_tokens"), COUNT),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
     "device_memory_gib": NOT_NEGATIVE,
@@ -53,6 +56,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("max_rejected", "label_smoothing_factor"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "eval_split": SHARE_OR_COUNT,
+    "temperature": TEMPERATURE,
+    "top_p": Range(lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
     "tokens_per_second": TOKENS_PER_SECOND,
     "dataloader_num_workers": LOADERS,
     "preprocessing_num_workers": TOKENIZERS,
@@ -62,10 +67,11 @@ RANGES: dict[str, Range] = {
 
 def check_numbers(values: argparse.Namespace) -> list[str]:
     """Return errors about numbers."""
-    return [*_check_ranges(values)] or [*_check_steps(values)]
+    return [*check_ranges(values)] or [*_check_steps(values)]
 
 
-def _check_ranges(values: argparse.Namespace) -> Iterator[str]:
+def check_ranges(values: argparse.Namespace) -> Iterator[str]:
+    """Yield an error for each number outside the range of its flag."""
     for name, value in vars(values).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
