@@ -71,10 +71,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the command's name and its flags; `sys.argv[1:]` by default.
+    """Run the command that `argv`, or else `sys.argv`, names first.
 
     Returns:
         The exit code: 0 done; 2 a user's mistake found before weights are loaded; 1 a run that failed later; 143 and

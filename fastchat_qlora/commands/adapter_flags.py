@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
-from fastchat_qlora.config.validation.paths import check_model_path
+from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, string_to_bool
+from fastchat_qlora.config.validation.paths import ADAPTER_FILES, check_model_path
 from fastchat_qlora.config.validation.ranges import check_ranges
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import is_text
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
 MERGED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 STDIN_MESSAGE = "-"  # stands for the text on standard input
@@ -96,20 +95,13 @@ def _parse_adapter_flags(parser: FlagParser, argv: Sequence[str]) -> tuple[argpa
         path = getattr(values, name, None) or ""
         if "\0" in path or not is_text(path):
             errors.append(f"{flag} {path}: must be UTF-8 text without NUL characters; rename it, or give another one")
-    errors += _find_adapter_errors(values.adapter)
+    folder = os.path.expanduser(values.adapter)
+    if missing := [file for file in ADAPTER_FILES if not os.path.isfile(os.path.join(folder, file))]:
+        remedy = "give the output_dir of a run, a checkpoint-N in it, or another folder with a LoRA adapter of PEFT"
+        errors.append(f"{values.adapter or 'ADAPTER'}: {' and '.join(missing)} not found; {remedy}")
     if values.model_name_or_path is not None:
         errors += check_model_path(values.model_name_or_path)
     return values, errors
-
-
-def _find_adapter_errors(name: str) -> list[str]:
-    folder = Path(os.path.expanduser(name))
-    try:
-        missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
-    except OSError:  # a name longer than the file system takes
-        missing = [*ADAPTER_FILES]
-    remedy = "give the output_dir of a training, a checkpoint-N in it, or another folder with a LoRA adapter of PEFT"
-    return [f"{name or 'ADAPTER'}: {' and '.join(missing)} not found; {remedy}"] if missing else []
 
 
 def parse_size(text: str) -> int:

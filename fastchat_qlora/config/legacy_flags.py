@@ -33,10 +33,6 @@ def _check_warmup_ratio(value: str) -> str:
     return value
 
 
-def _set_logging_dir(value: str) -> None:
-    os.environ["TENSORBOARD_LOGGING_DIR"] = value
-
-
 def _check_save_safetensors(value: str) -> None:
     if value == "False":
         raise UserError(f"--save_safetensors {value}: adapters are saved as safetensors only; drop the flag")
@@ -53,7 +49,8 @@ LEGACY_FLAGS = {
     ),
     "--no_cuda": LegacyFlag("--use_cpu", is_boolean=True),
     "--logging_dir": LegacyFlag(
-        translate=_set_logging_dir, note="is the environment variable TENSORBOARD_LOGGING_DIR today"
+        translate=lambda value: os.environ.update(TENSORBOARD_LOGGING_DIR=value),
+        note="is the environment variable TENSORBOARD_LOGGING_DIR today",
     ),
     "--save_safetensors": LegacyFlag(
         "", True, _check_save_safetensors, "has no effect: adapters are always saved as safetensors"

@@ -21,8 +21,7 @@ CHECKPOINTING = {
     "determinism_check": one_of("default", "none"),
     "every_n_layers": WHOLE_NUMBER,
 }
-NOT_REENTRANT = ("early_stop", "debug", "determinism_check")
-"""Settings of checkpointing that torch takes only without use_reentrant."""
+NOT_REENTRANT = ("early_stop", "debug", "determinism_check")  # torch takes them only without use_reentrant
 
 ACCELERATOR = {
     **dict.fromkeys(("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"), SWITCH),
