@@ -69,7 +69,7 @@ AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
 
 
 def get_current_name(name: str) -> str:
-    """Return what a flag is called today."""
+    """Return today's name of a flag."""
     return name if name not in LEGACY_FLAGS else LEGACY_FLAGS[name].new or name
 
 

@@ -66,8 +66,8 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
 def parse_command(argv: Sequence[str], prog: str, own: type[Group]) -> tuple[RunArguments, Group]:
     """Parse and check the command line of a command that takes train's flags and starts no run.
 
-    `output_dir` is optional and is not written to; nothing is logged about this machine. For the arguments and errors,
-    see build_parser and parse_args.
+    `output_dir` is optional and is not written to; nothing is logged about this machine. The errors are those of
+    parse_args.
     """
     flags = read_flags(argv, build_parser(prog, own))
     args, _ = _build_run(flags)

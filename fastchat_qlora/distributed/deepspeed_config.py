@@ -32,7 +32,7 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "fp16": {"fp16_master_weights_and_grads": False},
     "data_types": {"grad_accum_dtype": None},
 }
-"""Settings by which DeepSpeed lays out what it flattens -> defaults; read with others, values reach other parameters."""
+"""Settings by which DeepSpeed orders what it flattens -> defaults; read with others, values reach other parameters."""
 
 SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's name -> transformers' for the same curve."""
@@ -76,7 +76,7 @@ def get_setting(config: Mapping[str, Any], name: str) -> Any:
 
 
 def get_offload_device(config: Mapping[str, Any], section: str) -> str:
-    """Return where optimizer state (`offload_optimizer`) or parameters (`offload_param`) are: cpu, nvme or none."""
+    """Return the place of optimizer state (`offload_optimizer`) or parameters (`offload_param`): cpu, nvme or none."""
     return str(get_setting(config, f"zero_optimization.{section}.device") or "none")
 
 

@@ -26,7 +26,7 @@ def rename_fsdp_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_fsdp_flag(fsdp: str | bool | None) -> str | bool:
-    """Return whether `--fsdp` is on, or its words."""
+    """Return the words of `--fsdp`, or else True or False."""
     switch = parse_switch(fsdp)
     return fsdp if fsdp and switch is None else bool(switch)
 

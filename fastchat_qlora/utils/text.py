@@ -74,6 +74,6 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return what to do about an unknown name: take the nearest one, or drop it."""
+    """Return the advice about an unknown name: the nearest known one, or to drop it."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {nearest[0]}?" if nearest else "drop it"

@@ -143,7 +143,7 @@ def _check_schedule(name: str, params: Mapping[str, Any]) -> Iterator[str]:
 
 
 def find_deepspeed_errors(args: Any, given: Collection[str], *, has_processes: bool) -> list[str]:
-    """Return contradictions between a configuration and the flags, and what DeepSpeed refuses.
+    """Return contradictions between a configuration and the flags, and errors found by DeepSpeed.
 
     transformers and DeepSpeed would report them after loading the weights.
 
@@ -177,7 +177,7 @@ def _find_other_optimizer(config: Mapping[str, Any], args: Any, given: Collectio
 
 
 def _find_refused(config: Mapping[str, Any]) -> list[str]:
-    """Return what DeepSpeed's own models refuse of a configuration that is filled in; they take "auto" as missing."""
+    """Return the errors that DeepSpeed's own models find once all is filled in; they take "auto" as missing."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

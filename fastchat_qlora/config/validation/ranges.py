@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fastchat_qlora.config.validation.json_schema import Kind
 
 INT_LIMIT = 2**31  # no count of anything here is as large, and the libraries keep some of them in 32 bits
-MAX_PROCESSES = max(64, 4 * (os.cpu_count() or 1))  # more would stop the machine, and are probably mistyped
+MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))  # more would stop the machine, and are probably mistyped
 
 COUNT = Kind("at least 1 and below 2**31", lambda value: 1 <= value < INT_LIMIT)
 NOT_NEGATIVE = Kind("at least 0", lambda value: value >= 0)
@@ -45,8 +45,8 @@ RANGES = {
     "temperature": TEMPERATURE,
     "top_p": Kind("above 0 and at most 1", lambda value: 0 < value <= 1),
     "tokens_per_second": TOKENS_PER_SECOND,
-    "dataloader_num_workers": Kind(f"from 0 to {MAX_PROCESSES}", lambda value: 0 <= value <= MAX_PROCESSES),
-    "preprocessing_num_workers": Kind(f"from 1 to {MAX_PROCESSES}", lambda value: 1 <= value <= MAX_PROCESSES),
+    "dataloader_num_workers": Kind(f"at least 0, at most {MAX_WORKERS}", lambda value: 0 <= value <= MAX_WORKERS),
+    "preprocessing_num_workers": Kind(f"at least 1, at most {MAX_WORKERS}", lambda value: 1 <= value <= MAX_WORKERS),
 }
 """Flag -> its range; whole numbers of other flags must be an INTEGER."""
 
