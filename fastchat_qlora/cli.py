@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from fastchat_qlora import __version__
+from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
+from fastchat_qlora.config.fast_help import check_fast
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
@@ -21,14 +23,8 @@ FIRST_PROCESS_SECONDS = 30.0  # for which processes leave a user's mistake to th
 LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher after another one has ended
 
 
-def _check_fast(command: str, argv: Sequence[str]) -> None:
-    from fastchat_qlora.config.fast_help import check_fast
-
-    check_fast(command, argv)
-
-
 def _run_train(argv: Sequence[str]) -> None:
-    _check_fast("train", argv)
+    check_fast("train", argv)
     from fastchat_qlora.config.parser import parse_args
 
     args = parse_args(argv)
@@ -38,31 +34,27 @@ def _run_train(argv: Sequence[str]) -> None:
 
 
 def _run_inspect(argv: Sequence[str]) -> None:
-    _check_fast("inspect", argv)
+    check_fast("inspect", argv)
     from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
 
 
 def _run_plan(argv: Sequence[str]) -> None:
-    _check_fast("plan", argv)
+    check_fast("plan", argv)
     from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
 
 
 def _run_chat(argv: Sequence[str]) -> None:
-    from fastchat_qlora.commands.adapter_flags import parse_chat
-
-    parse_chat(argv)  # --help and mistakes, before the libraries are imported
+    parse_chat(argv)  # answers --help and mistakes before the libraries are imported
     from fastchat_qlora.commands.chat.command import chat
 
     chat(argv)
 
 
 def _run_merge(argv: Sequence[str]) -> None:
-    from fastchat_qlora.commands.adapter_flags import parse_merge
-
     parse_merge(argv)
     from fastchat_qlora.commands.merge.command import merge
 
@@ -79,23 +71,19 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the command's name and its flags; `sys.argv[1:]` by default.
+    """Run the command that `argv`, or else `sys.argv`, names first.
 
     Returns:
         The exit code: 0 done; 2 a user's mistake found before weights are loaded; 1 a run that failed later; 143 and
         130 stopped by SIGTERM and SIGINT; 141 nobody reads standard output. Other exceptions pass through.
     """
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-V", "--version"):
         sys.stdout.write(f"fastchat-qlora {__version__}\n")
         return 0
     if name in ("-h", "--help"):
-        lines = [f"  {command:<8} {summary}" for command, (_, summary) in COMMANDS.items()]
-        text = ["usage: fastchat-qlora COMMAND [flags]", "", *lines, "", "COMMAND --help lists the flags.", ""]
-        sys.stdout.write("\n".join(text))
+        lines = "".join(f"  {command:<8} {summary}\n" for command, (_, summary) in COMMANDS.items())
+        sys.stdout.write(f"usage: fastchat-qlora COMMAND [flags]\n\n{lines}\nCOMMAND --help lists the flags.\n")
         return 0
     _set_up_logging()
     try:
@@ -155,19 +143,15 @@ def _fail_among_several(error: Exception) -> int:
     return 1
 
 
-class _Formatter(logging.Formatter):
-    """Formatter of bare messages, whose untrusted parts must not control the terminal."""
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class at run time
+    """Handler of messages whose untrusted parts must not control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the message with control characters escaped and secrets masked."""
         return escape_control(mask_secrets(super().format(record)))
 
-
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generic class at run time
-    """Handler that writes above a progress bar, not through it."""
-
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record while progress bars, if there are any, are cleared."""
+        """Write above progress bars, if there are any, not through them."""
         tqdm = sys.modules.get("tqdm")
         with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
             super().emit(record)
@@ -175,9 +159,8 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # is no generi
 
 def _set_up_logging() -> None:
     """Log once: in the first process of the run."""
-    handler, package = _Handler(), logging.getLogger("fastchat_qlora")
-    handler.setFormatter(_Formatter("%(message)s"))
-    package.handlers = [handler]
+    package = logging.getLogger("fastchat_qlora")
+    package.handlers = [_Handler()]
     package.propagate = False
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     # Two warnings of libraries for their own developers, which puzzle whoever starts a first run. bitsandbytes 0.50
@@ -188,14 +171,14 @@ def _set_up_logging() -> None:
 
 
 def _stop(message: str, code: int) -> int:
-    """Report in the first process that a signal has ended the run."""
+    """Report in the first process that a signal has ended the run, and return the exit code."""
     if _is_first_process():
         sys.stderr.write(f"{escape_control(one_line(message))}\n")
     return code
 
 
 def _is_first_process() -> bool:
-    """Return whether this is the first process; others leave it a second, since the launcher ends all when one ends."""
+    """Return whether this is the first process; others give it a second, since the launcher ends all when one ends."""
     if os.environ.get("RANK", "0") == "0":
         return True
     time.sleep(1)
@@ -203,7 +186,7 @@ def _is_first_process() -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print the one `error:` line.
+    """Print the one `error:` line, and return the exit code.
 
     Every process of a node finds the same user's mistake. The first one reports it; the others wait to be ended by the
     launcher, which ends all as soon as one ends, and report it too if they are not. What stops a run later may be known

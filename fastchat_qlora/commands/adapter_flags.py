@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, raise_errors, string_to_bool
-from fastchat_qlora.config.validation.paths import check_model_path
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, string_to_bool
+from fastchat_qlora.config.validation.paths import ADAPTER_FILES, check_model_path
+from fastchat_qlora.config.validation.ranges import check_ranges
+from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import is_text
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("as_trained", "none", "nf4", "fp4", "int8")
 MERGED_DTYPES = ("auto", "float32", "bfloat16", "float16")
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # beyond these, probabilities are not numbers, or all the same
 STDIN_MESSAGE = "-"  # stands for the text on standard input
 SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?)?B", re.IGNORECASE)
 
@@ -53,12 +52,7 @@ def build_merge_parser() -> FlagParser:
 
 
 def _build_parser(command: str, *, description: str, quantization: str) -> FlagParser:
-    parser = FlagParser(
-        prog=f"fastchat-qlora {command}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser(prog=f"fastchat-qlora {command}", description=description)
     add, trust_code = parser.add_argument, "Run the code of the base model's repository."
     add("adapter", metavar="ADAPTER", help="Folder of the adapter: an output_dir or a checkpoint-N.")
     add("--model_name_or_path", help="Base model, if it is not the one that the adapter names.")
@@ -71,7 +65,7 @@ def _build_parser(command: str, *, description: str, quantization: str) -> FlagP
 def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line of `chat`; UserError lists all mistakes in it and in the adapter's folder."""
     values, errors = _parse_adapter_flags(build_chat_parser(), argv)
-    messages, temperature = values.message or [], values.temperature
+    messages = values.message or []
     texts = [*(f"--message {text}" for text in messages), f"--system {values.system or ''}"]
     errors += [f"{text}: must be UTF-8 text; write it in that encoding" for text in texts if not is_text(text)]
     if not all(text.strip() for text in messages):
@@ -80,16 +74,7 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         errors.append(f"--message {STDIN_MESSAGE}: standard input can be read only once; give it once")
     if sys.stdin is None and (STDIN_MESSAGE in messages or not messages):  # Python's sign of a closed descriptor
         errors.append("standard input is closed, so nothing can be asked; give --message TEXT")
-    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        allowed = f"0, which is greedy decoding, or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-        errors.append(f"--temperature {temperature:g}: must be {allowed}")
-    if not 0 < values.top_p <= 1:
-        errors.append(f"--top_p {values.top_p}: must be above 0 and at most 1")
-    if not 1 <= values.max_new_tokens < 2**31:
-        errors.append(f"--max_new_tokens {values.max_new_tokens}: must be at least 1 and below 2^31")
-    if not 0 <= values.seed < 2**32:
-        errors.append(f"--seed {values.seed}: must be at least 0 and below 2^32")
-    raise_errors(errors)
+    raise_errors([*errors, *check_ranges(values)])
     return values
 
 
@@ -110,20 +95,13 @@ def _parse_adapter_flags(parser: FlagParser, argv: Sequence[str]) -> tuple[argpa
         path = getattr(values, name, None) or ""
         if "\0" in path or not is_text(path):
             errors.append(f"{flag} {path}: must be UTF-8 text without NUL characters; rename it, or give another one")
-    errors += _find_adapter_errors(values.adapter)
+    folder = os.path.expanduser(values.adapter)
+    if missing := [file for file in ADAPTER_FILES if not os.path.isfile(os.path.join(folder, file))]:
+        remedy = "give the output_dir of a run, a checkpoint-N in it, or another folder with a LoRA adapter of PEFT"
+        errors.append(f"{values.adapter or 'ADAPTER'}: {' and '.join(missing)} not found; {remedy}")
     if values.model_name_or_path is not None:
         errors += check_model_path(values.model_name_or_path)
     return values, errors
-
-
-def _find_adapter_errors(name: str) -> list[str]:
-    folder = Path(os.path.expanduser(name))
-    try:
-        missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
-    except OSError:  # a name longer than the file system takes
-        missing = [*ADAPTER_FILES]
-    remedy = "give the output_dir of a training, a checkpoint-N in it, or another folder with a LoRA adapter of PEFT"
-    return [f"{name or 'ADAPTER'}: {' and '.join(missing)} not found; {remedy}"] if missing else []
 
 
 def parse_size(text: str) -> int:

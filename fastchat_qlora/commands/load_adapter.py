@@ -14,19 +14,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_qlora.commands.stop_tokens import load_generation_config
+from fastchat_qlora.commands.stop_tokens import load_generation_config, make_id_list
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
-from fastchat_qlora.model.loading.base_model import (
-    build_meta_model,
-    get_compute_dtype,
-    get_dtype_name,
-    load_config,
-    load_model,
-)
+from fastchat_qlora.model.loading import base_model
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
     QuantizationKind,
@@ -75,8 +69,7 @@ class TrainedAdapter(NamedTuple):
     @property
     def stop_ids(self) -> list[int]:
         """Ids of the tokens that end an answer."""
-        ids = self.generation.eos_token_id
-        return list(ids) if isinstance(ids, list) else [ids]
+        return make_id_list(self.generation.eos_token_id)
 
 
 def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
@@ -90,8 +83,8 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     lora_config = read_lora_config(str(folder), flag=ADAPTER_FLAG)
     base = _choose_base(folder, flags.model_name_or_path)
     model_args = ModelArguments(model_name_or_path=base, trust_remote_code=flags.trust_remote_code)
-    config = load_config(model_args, cache_dir)
-    meta_model = build_meta_model(config)
+    config = base_model.load_config(model_args, cache_dir)
+    meta_model = base_model.build_meta_model(config)
     precision, trained_on = _choose_precision(folder, flags.quantization, config)
     shapes = compute_adapter_shapes(meta_model, lora_config, flag=f"{ADAPTER_FLAG} {folder}")
     check_adapter_tensors(str(folder), shapes, flag=ADAPTER_FLAG)
@@ -133,7 +126,7 @@ def _choose_precision(
             how = "not quantized; if it was quantized, give --quantization nf4, fp4 or int8"
         logger.warning(
             f"{folder}: {trained}, so the precision of its training is unknown. The base model is loaded in "
-            f"{get_dtype_name(precision.dtype)}, {how}."
+            f"{base_model.get_dtype_name(precision.dtype)}, {how}."
         )
     if quantization == "as_trained":
         return precision, trained_on
@@ -173,7 +166,7 @@ def _from_manifest(manifest: Any) -> Precision:
 
 def _from_training_args(groups: Any) -> Precision:
     lora, training = (cast(Any, SimpleNamespace(**groups[name])) for name in ("lora", "training"))
-    precision = Precision(get_base_quantization(lora), get_compute_dtype(training))
+    precision = Precision(get_base_quantization(lora), base_model.get_compute_dtype(training))
     if precision.quantization.kind not in get_args(QuantizationKind):
         raise ValueError(f"bnb_4bit_quant_type {precision.quantization.kind!r}")
     return precision
@@ -214,7 +207,7 @@ def load_base(adapter: TrainedAdapter) -> PreTrainedModel:
     if adapter.precision.quantization.kind == "int8":
         log_casts_once()
     device = get_device()
-    return load_model(
+    return base_model.load_model(
         adapter.model_args,
         dtype=adapter.precision.dtype,
         quantization_config=build_quantization_config(*adapter.precision),

@@ -38,7 +38,7 @@ def load_generation_config(
     settings = config.to_dict()
     settings.pop("_from_model_config", None)  # else transformers may rebuild it from the model's configuration
     config = GenerationConfig.from_dict(settings)
-    own = (*_make_id_list(tokenizer.eos_token_id), *_make_id_list(config.eos_token_id))
+    own = (*make_id_list(tokenizer.eos_token_id), *make_id_list(config.eos_token_id))
     config.eos_token_id = list(dict.fromkeys([*own, *find_end_of_turn(tokenizer)]))
     config.pad_token_id = tokenizer.pad_token_id
     return config
@@ -50,7 +50,7 @@ def _read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfi
         config = GenerationConfig.from_pretrained(path.parent, path.name)
     except Exception as error:  # transformers raises whatever the content leads to
         raise UserError(f"{path} cannot be read: {one_line(error, 300)}; remove or correct it") from error
-    ids = _make_id_list(config.eos_token_id)
+    ids = make_id_list(config.eos_token_id)
     is_valid = [type(one) is int and 0 <= one < vocabulary_size for one in ids]
     if not all(is_valid):
         invalid = str(ids[is_valid.index(False)])[:80]
@@ -62,7 +62,8 @@ def _read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfi
     return config
 
 
-def _make_id_list(value: Any) -> list[Any]:
+def make_id_list(value: Any) -> list[Any]:
+    """Return the tokens of a setting that may be one id, several or None."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -18,21 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastchat_qlora.config.flag_parsing import (
-    CONFIG_SUFFIXES,
-    FlagParser,
-    find_nearest_flag,
-    normalize_flag,
-    raise_errors,
-)
+from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, find_nearest_flag, normalize_flag
 from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, read_small_file, reject_duplicates
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
-MAX_VALUES = 10_000
-"""Values of one file; a few nested anchors stand for billions."""
-
+MAX_VALUES = 10_000  # of one file; a few nested anchors stand for billions
 TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 NULLS = ("", "~", "null", "Null", "NULL")
 JSON_BOOLS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}

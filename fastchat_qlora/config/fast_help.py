@@ -19,19 +19,12 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from fastchat_qlora.config.config_file import expand_config_file
-from fastchat_qlora.config.flag_parsing import (
-    YAML_SUFFIXES,
-    FlagParser,
-    find_given,
-    find_unknown_flags,
-    raise_errors,
-    string_to_bool,
-)
+from fastchat_qlora.config.flag_parsing import YAML_SUFFIXES, FlagParser, find_given, find_unknown_flags, string_to_bool
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
 from fastchat_qlora.config.print_config import print_config
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.json_flags import json_object
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 
 logger = logging.getLogger(__name__)
 

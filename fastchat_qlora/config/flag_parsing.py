@@ -11,8 +11,7 @@ TRUE = ("yes", "true", "t", "y", "1", "on")
 FALSE = ("no", "false", "f", "n", "0", "off")
 
 YAML_SUFFIXES = (".yaml", ".yml")
-CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")
-"""Suffixes of configuration files, one of which may precede the flags."""
+CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")  # of configuration files, one of which may precede the flags
 
 NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_memory_gib": None}
 """Values of `plan`'s flags with every other command: the run is for this machine as it is."""
@@ -73,10 +72,3 @@ def find_nearest_flag(name: str, known: Collection[str], own_flags: Collection[s
     """Return the known flag most similar to an unknown one, this program's own first; "" if none is similar."""
     own = difflib.get_close_matches(name, [flag for flag in own_flags if flag in known], n=1, cutoff=0.7)
     return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
-
-
-def raise_errors(errors: Sequence[str]) -> None:
-    """Raise all errors as one UserError, if there are any."""
-    if errors:
-        listed = "; ".join(f"({i}) {error}" for i, error in enumerate(errors, 1))
-        raise UserError(errors[0] if len(errors) == 1 else f"{len(errors)} problems: {listed}")

@@ -15,68 +15,52 @@ from fastchat_qlora.errors import UserError
 
 
 class LegacyFlag(NamedTuple):
-    """An old flag.
+    """An old flag."""
 
-    Attributes:
-        translate: value, True or False of a boolean -> today's arguments.
-        new: the flag of the same meaning today, if there is one.
-        is_boolean: the bare flag means True.
-        note: what it means today, if there is no such flag.
-    """
-
-    translate: Callable[[str], list[str]]
-    new: str = ""
-    is_boolean: bool = False
-    note: str = ""
+    new: str = ""  # the flag of the same meaning today, if there is one
+    is_boolean: bool = False  # the bare flag means True
+    translate: Callable[[str], str | None] = str  # value, True or False of a boolean -> that of the new flag
+    note: str = ""  # what the old flag means today, if there is no new one
 
 
-def _translate_warmup_ratio(value: str) -> list[str]:
+def _check_warmup_ratio(value: str) -> str:
     try:
         ratio = float(value)
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio < 1:
         raise UserError(f"--warmup_ratio {value}: must be at least 0 and below 1; use --warmup_steps for a count")
-    return ["--warmup_steps", value]
+    return value
 
 
-def _translate_logging_dir(value: str) -> list[str]:
-    os.environ["TENSORBOARD_LOGGING_DIR"] = value
-    return []
-
-
-def _translate_save_safetensors(value: str) -> list[str]:
+def _check_save_safetensors(value: str) -> None:
     if value == "False":
         raise UserError(f"--save_safetensors {value}: adapters are saved as safetensors only; drop the flag")
-    return []
 
 
 LEGACY_FLAGS = {
-    "--evaluation_strategy": LegacyFlag(lambda value: ["--eval_strategy", value], "--eval_strategy"),
-    "--warmup_ratio": LegacyFlag(_translate_warmup_ratio, "--warmup_steps"),
+    "--evaluation_strategy": LegacyFlag("--eval_strategy"),
+    "--warmup_ratio": LegacyFlag("--warmup_steps", translate=_check_warmup_ratio),
     "--group_by_length": LegacyFlag(
-        lambda value: ["--train_sampling_strategy", "group_by_length" if value == "True" else "random"],
-        "--train_sampling_strategy",
-        is_boolean=True,
+        "--train_sampling_strategy", True, lambda value: "group_by_length" if value == "True" else "random"
     ),
     "--fsdp_transformer_layer_cls_to_wrap": LegacyFlag(
-        lambda value: ["--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})],
-        "--fsdp_config",
+        "--fsdp_config", translate=lambda value: json.dumps({"transformer_layer_cls_to_wrap": value.split(",")})
     ),
-    "--no_cuda": LegacyFlag(lambda value: ["--use_cpu", value], "--use_cpu", is_boolean=True),
+    "--no_cuda": LegacyFlag("--use_cpu", is_boolean=True),
     "--logging_dir": LegacyFlag(
-        _translate_logging_dir, note="is the environment variable TENSORBOARD_LOGGING_DIR today"
+        translate=lambda value: os.environ.update(TENSORBOARD_LOGGING_DIR=value),
+        note="is the environment variable TENSORBOARD_LOGGING_DIR today",
     ),
     "--save_safetensors": LegacyFlag(
-        _translate_save_safetensors, is_boolean=True, note="has no effect: adapters are always saved as safetensors"
+        "", True, _check_save_safetensors, "has no effect: adapters are always saved as safetensors"
     ),
     "--overwrite_output_dir": LegacyFlag(
-        lambda value: [],
         is_boolean=True,
         note="has no effect: a run resumes from the last checkpoint in output_dir, or starts over without one",
     ),
     "--include_tokens_per_second": LegacyFlag(
-        lambda value: [], is_boolean=True, note="has no effect: train_results.json always has the tokens/s"
+        is_boolean=True, note="has no effect: train_results.json always has the tokens/s"
     ),
 }
 
@@ -85,7 +69,7 @@ AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
 
 
 def get_current_name(name: str) -> str:
-    """Return what a flag is called today."""
+    """Return today's name of a flag."""
     return name if name not in LEGACY_FLAGS else LEGACY_FLAGS[name].new or name
 
 
@@ -121,9 +105,10 @@ def _translate(flag: str, values: Sequence[str], argv: Sequence[str]) -> tuple[l
         raise UserError(f"{flag}: needs a value; give one or drop the flag")
     value = values[0] if values else "True"
     try:
-        new = old.translate(str(string_to_bool(value)) if old.is_boolean else value)
+        translated = old.translate(str(string_to_bool(value)) if old.is_boolean else value)
     except ArgumentTypeError as error:
         raise UserError(f"{flag} {value}: must be True or False") from error
-    if new and any(normalize_flag(given.partition("=")[0]) == new[0] for given in argv):
-        raise UserError(f"{flag} {value}: {new[0]}, its name today, is given too; drop {flag}")
+    if any(normalize_flag(given.partition("=")[0]) == old.new for given in argv):
+        raise UserError(f"{flag} {value}: {old.new}, its name today, is given too; drop {flag}")
+    new = [old.new, str(translated)] if old.new else []
     return new, f"{flag} {value}: {old.note or f'is called {shlex.join(new)} today'}."

@@ -10,12 +10,12 @@ from transformers import HfArgumentParser
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.fast_help import ParsedFlags, read_flags
-from fastchat_qlora.config.flag_parsing import FlagParser, raise_errors, string_to_bool
+from fastchat_qlora.config.flag_parsing import FlagParser, string_to_bool
 from fastchat_qlora.config.resolve import resolve_flags
 from fastchat_qlora.config.validation.deepspeed import find_deepspeed_errors
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.config.validation.paths import check_writable
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,7 @@ DESCRIPTION = (
 
 
 def build_parser(prog: str = "train_lora.py", own: type | None = None) -> FlagParser:
-    """Build the parser of `train`, or of a command that takes train's flags and starts no run.
-
-    Args:
-        prog: name of the command in its help.
-        own: dataclass of the command's own flags; with it, --output_dir is optional.
-    """
+    """Build the parser of `train`, or of a command with flags of its `own`, for which --output_dir is optional."""
     groups = (*GROUPS, own) if own else GROUPS
     flags = HfArgumentParser(groups, add_help=False, allow_abbrev=False)
     parser = FlagParser(prog=prog, description=DESCRIPTION, parents=[flags])
@@ -57,9 +52,6 @@ def build_parser(prog: str = "train_lora.py", own: type | None = None) -> FlagPa
 def parse_args(argv: Sequence[str]) -> RunArguments:
     """Parse and check the command line of `train`, and create its output folder.
 
-    Args:
-        argv: arguments after the program's name; FastChat's old flag names are accepted.
-
     Raises:
         UserError: all mistakes that can be found without loading the model or the data.
     """
@@ -74,8 +66,8 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
 def parse_command(argv: Sequence[str], prog: str, own: type[Group]) -> tuple[RunArguments, Group]:
     """Parse and check the command line of a command that takes train's flags and starts no run.
 
-    `output_dir` is optional and is not written to; nothing is logged about this machine. For the arguments and errors,
-    see build_parser and parse_args.
+    `output_dir` is optional and is not written to; nothing is logged about this machine. The errors are those of
+    parse_args.
     """
     flags = read_flags(argv, build_parser(prog, own))
     args, _ = _build_run(flags)

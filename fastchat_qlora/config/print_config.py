@@ -23,27 +23,14 @@ from fastchat_qlora.utils.stdout import OutputClosed, open_stdout
 from fastchat_qlora.utils.text import mask_secrets, one_line
 
 LINE_WIDTH = 120
-
-NOT_SETTINGS = ("help", "local_rank", "print_config")
-"""Flags that the launcher gives, or that only ask for something."""
-
-SET_BY_DEEPSPEED = ("optim", "lr_scheduler_type")
-"""Settings that the configuration of --deepspeed may decide: they stay null unless given."""
-
-LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
-"""Environment variable that the old flag `--logging_dir` sets; the file uses that name."""
-
-PLAIN_WORD = re.compile(r"[A-Za-z_/.][\w./+@-]*", re.ASCII)
-"""Texts that need no quotes, unless YAML reads them as something else."""
+NOT_SETTINGS = ("help", "local_rank", "print_config")  # given by the launcher, or only asking for something
+SET_BY_DEEPSPEED = ("optim", "lr_scheduler_type")  # null unless given: the configuration of --deepspeed may decide
+LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"  # the old flag `--logging_dir` sets it; the file uses that name
+PLAIN_WORD = re.compile(r"[A-Za-z_/.][\w./+@-]*", re.ASCII)  # no quotes, unless YAML reads it as something else
 
 
 def print_config(parser: FlagParser, values: argparse.Namespace, given: Collection[str]) -> list[str]:
     """Write the settings in the first process, and return messages about where they are and what is left out.
-
-    Args:
-        parser: of the command, with the groups of settings.
-        values: as parsed.
-        given: names of the flags on the command line.
 
     Raises:
         UserError: the file of `--print_config` cannot be written, or has another suffix.

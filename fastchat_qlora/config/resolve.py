@@ -23,14 +23,10 @@ def resolve_flags(values: argparse.Namespace) -> list[str]:
         if isinstance(given := getattr(values, name, None), str) and given:  # transformers reads files for some only
             setattr(values, name, json_text(given))
     for name in PATHS:
-        setattr(values, name, _expand_users(getattr(values, name)))
+        given = getattr(values, name)
+        expanded = [*map(os.path.expanduser, given)] if isinstance(given, list) else given and os.path.expanduser(given)
+        setattr(values, name, expanded)
     return warnings
-
-
-def _expand_users(path: str | list[str] | None) -> str | list[str] | None:
-    if isinstance(path, list):
-        return [os.path.expanduser(name) for name in path]
-    return os.path.expanduser(path) if path else path
 
 
 def _resolve_device(values: argparse.Namespace) -> list[str]:

@@ -14,8 +14,7 @@ AUTO_KEYS = (
 )
 """Settings that follow the flags unless the configuration has them."""
 
-DATA_DEPENDENT_KEYS = ("total_num_steps", "warmup_num_steps")
-"""Parameters of a scheduler that follow from the data."""
+DATA_DEPENDENT_KEYS = ("total_num_steps", "warmup_num_steps")  # parameters of a scheduler
 
 STEPPED_BY_CPU_ADAM = ("adamw_torch", "adamw_torch_fused")
 """Optimizers whose mathematics DeepSpeed's CPU Adam has; accelerate replaces them by it when they are offloaded."""
@@ -33,16 +32,9 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "fp16": {"fp16_master_weights_and_grads": False},
     "data_types": {"grad_accum_dtype": None},
 }
-"""Settings by which DeepSpeed orders and keeps what it flattens, and their defaults.
+"""Settings by which DeepSpeed orders what it flattens -> defaults; read with others, values reach other parameters."""
 
-Read with others, values would go to other parameters.
-"""
-
-SCHEDULERS = {
-    "WarmupLR": "constant_with_warmup",
-    "WarmupDecayLR": "linear",
-    "WarmupCosineLR": "cosine",
-}
+SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's name -> transformers' for the same curve."""
 
 SCHEDULER_PARAMS = {
@@ -84,7 +76,7 @@ def get_setting(config: Mapping[str, Any], name: str) -> Any:
 
 
 def get_offload_device(config: Mapping[str, Any], section: str) -> str:
-    """Return where optimizer state (`offload_optimizer`) or parameters (`offload_param`) are: cpu, nvme or none."""
+    """Return the place of optimizer state (`offload_optimizer`) or parameters (`offload_param`): cpu, nvme or none."""
     return str(get_setting(config, f"zero_optimization.{section}.device") or "none")
 
 

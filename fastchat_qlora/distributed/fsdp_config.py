@@ -11,11 +11,8 @@ FSDP_CHOICES = {
 }
 WRAPPED_LAYERS = "transformer_layer_cls_to_wrap"
 
-FSDP_OPTIONS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
-"""Words that `--fsdp` accepts in place of True; transformers is about to drop them."""
-
-FSDP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
-"""Optimizers of torch, which step on shards; others expect whole parameters."""
+FSDP_OPTIONS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")  # or True; transformers will drop the words
+FSDP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")  # others expect whole parameters
 
 
 def get_fsdp_name(name: str) -> str:
@@ -29,7 +26,7 @@ def rename_fsdp_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_fsdp_flag(fsdp: str | bool | None) -> str | bool:
-    """Return whether `--fsdp` is on, or its words."""
+    """Return the words of `--fsdp`, or else True or False."""
     switch = parse_switch(fsdp)
     return fsdp if fsdp and switch is None else bool(switch)
 
@@ -67,9 +64,8 @@ def complete_fsdp_config(config: Mapping[str, Any], *, quantized: bool) -> tuple
     """
     completed = rename_fsdp_settings(config)
     completed |= {name: parse_switch(completed[name]) for name in FSDP_SWITCHES if name in completed}
-    completed |= {
-        name: str(completed[name]).upper() for name in ("state_dict_type", "auto_wrap_policy") if name in completed
-    }
+    words = ("state_dict_type", "auto_wrap_policy")
+    completed |= {name: str(completed[name]).upper() for name in words if name in completed}
     if WRAPPED_LAYERS in completed:
         completed[WRAPPED_LAYERS] = parse_layer_names(completed[WRAPPED_LAYERS])
     checkpointing = bool(completed.pop("activation_checkpointing", False))

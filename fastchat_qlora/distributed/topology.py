@@ -16,20 +16,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Topology:
-    """One process among `world_size`.
+    """One process among `world_size`."""
 
-    Attributes:
-        local_rank: index of this process on its machine; decides the device.
-        rank: index of this process in the run; decides who writes.
-        accelerator: type of the device, or None on the CPU.
-        zero_stage: DeepSpeed's ZeRO stage, 0 without DeepSpeed.
-    """
-
-    local_rank: int
-    rank: int
+    local_rank: int  # index of this process on its machine; decides the device
+    rank: int  # index of this process in the run; decides who writes
     world_size: int
-    accelerator: str | None
-    zero_stage: int
+    accelerator: str | None  # type of the device, or None on the CPU
+    zero_stage: int  # of DeepSpeed; 0 without it
     fsdp: bool
 
     @property
@@ -81,17 +74,14 @@ def get_device_map(topology: Topology, *, quantized: bool) -> dict[str, int | st
 
 
 def get_quant_storage(wanted: str, compute_dtype: torch.dtype, topology: Topology) -> torch.dtype:
-    """Return the storage dtype of packed 4-bit weights.
+    """Return the storage dtype of packed 4-bit weights; `wanted` is auto or the name of one.
 
     FSDP2 shards floating-point parameters only, and gathers those of a layer as one dtype; so where parameters are
     sharded, the bytes are stored as the compute dtype. DeepSpeed converts other floating-point dtypes to it, which
     would destroy the packed weights; uint8 is not converted.
 
-    Args:
-        wanted: `--bnb_4bit_quant_storage`: auto, or a dtype's name.
-
     Raises:
-        UserError: parameters are sharded, and it is another floating-point dtype.
+        UserError: parameters are sharded, and another floating-point dtype is wanted.
     """
     storage: Any = None if wanted == "auto" else getattr(torch, wanted)
     if not topology.shards_parameters:

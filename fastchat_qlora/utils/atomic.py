@@ -6,8 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-LONGEST_STEM = 80
-"""Characters of the name that the unfinished file's name repeats, so that a name of any length leaves space for it."""
+LONGEST_STEM = 80  # characters that the unfinished file's name repeats: a name of any length leaves space for it
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from typing import Any
 from fastchat_qlora import __version__
 from fastchat_qlora.utils.text import escape_control
 
-BUFFERED_PIECES = 64
-"""Pieces of a page that are written at once."""
+BUFFERED_PIECES = 64  # of a page, written at once
 
 
 def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:

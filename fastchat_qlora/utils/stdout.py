@@ -9,8 +9,7 @@ from typing import IO
 
 from fastchat_qlora.errors import UserError
 
-BROKEN_PIPE_EXIT_CODE = 141
-"""Exit code by which shells know a program whose reader has left: 128 plus the number of SIGPIPE."""
+BROKEN_PIPE_EXIT_CODE = 141  # 128 plus SIGPIPE, by which shells know a program whose reader has left
 
 
 class OutputClosed(Exception):

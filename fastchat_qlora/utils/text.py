@@ -11,9 +11,7 @@ from typing import Any
 VISIBLE_CONTROLS = "\n\t\u200c\u200d"  # the last two join letters of Indic and Persian scripts, and emoji
 
 SECRET_NAME = re.compile(r"(?:token|secret|password|passwd|credentials?|(?:^|[_-])key)$", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")
-"""User and password of a URL, and tokens of the hub."""
-
+SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")  # user:password@ of a URL, hub tokens
 MIN_SECRET_LENGTH = 8  # characters; shorter values of environment variables stand in any text
 MASK = "<hidden>"
 
@@ -76,6 +74,6 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return what to do about an unknown name: take the nearest one, or drop it."""
+    """Return the advice about an unknown name: the nearest known one, or to drop it."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {nearest[0]}?" if nearest else "drop it"

@@ -76,13 +76,7 @@ def _describe_chat(adapter: TrainedAdapter, decoding: Decoding) -> str:
 
 
 class ChatSession:
-    """A conversation that the user's lines continue or restart.
-
-    Args:
-        model: that answers.
-        system: the system message; None for the chat template's own.
-        is_terminal: whether Ctrl-C stops an answer and not the program.
-    """
+    """A conversation that the user's lines continue or restart; at a terminal, Ctrl-C stops only an answer."""
 
     def __init__(self, model: ChatModel, system: str | None, *, is_terminal: bool) -> None:
         self._model, self._system, self._is_terminal = model, system, is_terminal

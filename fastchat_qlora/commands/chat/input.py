@@ -38,7 +38,7 @@ def read_pipe() -> Iterator[str]:
 
 
 def read_terminal() -> Iterator[str]:
-    """Yield what the user types until Ctrl-D; prompts go to stderr where answers go to a file."""
+    """Yield the lines that the user types until Ctrl-D; prompts go to stderr where answers go to a file."""
     with suppress(ImportError):  # some builds of Python lack it; lines are then plain
         import readline  # noqa: F401  # gives input() line editing and a history
     _open_stdin()

@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
-from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.arguments import RunArguments, flag
 from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
 from fastchat_qlora.data.dataset import Splits, split_datasets
@@ -25,10 +25,8 @@ INSPECT_PROG = "fastchat-qlora inspect"
 class InspectArguments:
     """What to show, and where."""
 
-    num_examples: int = field(default=5, metadata={"help": "Sequences of each split to show or write; 0 for all."})
-    output: str = field(
-        default="", metadata={"help": "Write the sequences to this .html page or .jsonl file, not to the terminal."}
-    )
+    num_examples: int = flag("Sequences of each split to show or write; 0 for all.", 5)
+    output: str = flag("Write the sequences to this .html page or .jsonl file, not to the terminal.", "")
 
 
 def inspect(argv: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path
 
 
 def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) -> None:
-    """Log which weights the adapter was added to, on which it was trained, and what follows."""
+    """Log the weights that the adapter was merged into, and warn if it was trained on others."""
     kind, trained_on = adapter.precision.quantization.kind, adapter.trained_on
     merged = f"Merged into {_describe_weights(kind)}"
     if relative_change is not None:

@@ -20,13 +20,7 @@ OCCUPIED_ERRORS = (errno.ENOTEMPTY, errno.EEXIST)
 
 @contextmanager
 def stage_folder(output_dir: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces the output folder, empty or new, at the end of the block.
-
-    Raises:
-        UserError: it cannot be created.
-        RunError: a file cannot be written, or another program has written to it meanwhile.
-        Stopped: by SIGTERM or Ctrl-C; nothing is left.
-    """
+    """Yield a new folder that replaces the output folder, empty or new, at the end of the block; see merge's errors."""
     target = output_dir.resolve()
     try:
         with StopSignals(), _make_staging_folder(output_dir, target.parent) as folder:

@@ -140,13 +140,13 @@ def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices
     deepspeed = training.hf_deepspeed_config.config
     zero = deepspeed["zero_optimization"]
     bucket = zero.get("reduce_bucket_size", parallelism.DEFAULT_BUCKET_SIZE)
+    if bucket == "auto":  # as transformers does
+        bucket = config.get_text_config().hidden_size ** 2
     live = zero.get("stage3_max_live_parameters", parallelism.DEFAULT_LIVE_PARAMETERS)
     return ParallelStrategy(
         f"ZeRO-{zero['stage']}",
         devices,
-        bucket_elements=config.get_text_config().hidden_size ** 2
-        if bucket == "auto"
-        else int(bucket),  # as transformers does
+        bucket_elements=int(bucket),
         max_resident_parameters=parallelism.DEFAULT_LIVE_PARAMETERS if live == "auto" else int(live),
         offloads_optimizer=get_offload_device(deepspeed, "offload_optimizer") != "none",
         offloads_weights=get_offload_device(deepspeed, "offload_param") != "none",

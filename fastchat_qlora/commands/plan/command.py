@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from fastchat_qlora.commands.output import check_output, open_output
 from fastchat_qlora.commands.plan.build import build_plan, find_devices
 from fastchat_qlora.commands.plan.plan import Speed
 from fastchat_qlora.commands.plan.views import format_json, print_plan
+from fastchat_qlora.config.arguments import flag
 from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
@@ -25,19 +26,14 @@ PLAN_PROG = "fastchat-qlora plan"
 class PlanArguments:
     """The devices that the run is planned for."""
 
-    devices: int = field(default=1, metadata={"help": "Devices of the run, over all machines; fewer are shown too."})
-    device_memory_gib: float = field(
-        default=0.0, metadata={"help": "Memory of one device in GiB; by default that of this machine's device."}
+    devices: int = flag("Devices of the run, over all machines; fewer are shown too.", 1)
+    device_memory_gib: float = flag("Memory of one device in GiB; by default that of this machine's device.", 0.0)
+    device_type: Literal["auto", "cuda", "cpu"] = flag(
+        "Kind of device; auto is this machine's, or cuda if --device_memory_gib is given.", "auto"
     )
-    device_type: Literal["auto", "cuda", "cpu"] = field(
-        default="auto",
-        metadata={"help": "Kind of device; auto is this machine's, or cuda if --device_memory_gib is given."},
-    )
-    tokens_per_second: float = field(default=0.0, metadata={"help": "Tokens/s of one device, padding not counted."})
-    speed_from: str = field(default="", metadata={"help": "Folder of an earlier run; its measured speed is used."})
-    output: str = field(
-        default="", metadata={"help": "Write the plan to this .json file, or as JSON to the terminal if it is -."}
-    )
+    tokens_per_second: float = flag("Tokens/s of one device, padding not counted.", 0.0)
+    speed_from: str = flag("Folder of an earlier run; its measured speed is used.", "")
+    output: str = flag("Write the plan to this .json file, or as JSON to the terminal if it is -.", "")
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -78,7 +74,7 @@ def _get_known_speed(own: PlanArguments) -> Speed | None:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
         processes = int(json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["processes"])
         measured = float(results["tokens_per_second"])
-        if processes < 1 or not TOKENS_PER_SECOND.holds(measured) or not 0 < measured < math.inf:
+        if processes < 1 or not TOKENS_PER_SECOND.accepts(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens/s in {processes} processes")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no results of a run found ({one_line(repr(error), 120)})"

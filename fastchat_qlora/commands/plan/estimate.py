@@ -96,7 +96,7 @@ class RunSettings:
         return DeviceEstimate(self.strategy, "", need, checkpointed, need.total <= usable, largest)
 
     def _find_refusal(self) -> str:
-        """Return why `train` refuses the strategy; empty if it does not."""
+        """Return the reason for which `train` refuses the strategy; empty if it accepts it."""
         strategy = self.strategy
         is_fsdp, quantization = strategy.name == parallelism.FSDP2, self.precision.quantization
         optimizer = OptimizerNames(self.args.training.optim).value

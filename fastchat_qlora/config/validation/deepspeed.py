@@ -33,7 +33,7 @@ DEEPSPEED_SETTINGS = {
 }
 UNSUPPORTED_DEEPSPEED = {
     "activation_checkpointing": "give --gradient_checkpointing True",
-    "amp": "give --bf16 True or --fp16 True",
+    **dict.fromkeys(("amp", "torch_autocast"), "give --bf16 True or --fp16 True"),
     "autotuning": "run DeepSpeed's tuner separately",
     "bfloat16": "it is called bf16",
     "checkpoint": "a run resumes with the number of processes that it started with",
@@ -41,18 +41,15 @@ UNSUPPORTED_DEEPSPEED = {
     "dataloader_drop_last": "give --dataloader_drop_last True",
     "elasticity": "the flags set the batch size",
     "gradient_allreduce_op": "gradients are averaged, or the step would depend on the number of processes",
-    "gradient_predivide_factor": "gradients are averaged",
-    "prescale_gradients": "gradients are averaged",
+    **dict.fromkeys(("gradient_predivide_factor", "prescale_gradients"), "gradients are averaged"),
     "tensor_parallel": "choose a ZeRO stage; the layers of a PEFT model are not split",
-    "torch_autocast": "give --bf16 True or --fp16 True",
 }
 """Settings that would be applied twice, or not at all, unless they are off -> what to do."""
 
 ZERO_SETTINGS = dict.fromkeys(("offload_optimizer", "offload_param"), OPTIONAL_OBJECT)
 UNSUPPORTED_ZERO = {
     "cpu_offload": 'give offload_optimizer {"device": "cpu"}',
-    "cpu_offload_param": 'give offload_param {"device": "cpu"}',
-    "cpu_offload_params": 'give offload_param {"device": "cpu"}',
+    **dict.fromkeys(("cpu_offload_param", "cpu_offload_params"), 'give offload_param {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": 'give offload_optimizer {"device": "cpu", "pin_memory": true}',
 }
 
@@ -146,12 +143,12 @@ def _check_schedule(name: str, params: Mapping[str, Any]) -> Iterator[str]:
 
 
 def find_deepspeed_errors(args: Any, given: Collection[str], *, has_processes: bool) -> list[str]:
-    """Return contradictions between a configuration and the flags, and what DeepSpeed refuses.
+    """Return contradictions between a configuration and the flags, and errors found by DeepSpeed.
 
     transformers and DeepSpeed would report them after loading the weights.
 
     Args:
-        args: TrainingArguments with --deepspeed, which have filled in what is "auto".
+        args: TrainingArguments, which have filled in what is "auto".
         given: names of the flags on the command line.
         has_processes: the processes of the run are there, so that the total batch size is known.
     """
@@ -180,7 +177,7 @@ def _find_other_optimizer(config: Mapping[str, Any], args: Any, given: Collectio
 
 
 def _find_refused(config: Mapping[str, Any]) -> list[str]:
-    """Return what DeepSpeed's own models refuse of a configuration that is filled in; they take "auto" as missing."""
+    """Return the errors that DeepSpeed's own models find once all is filled in; they take "auto" as missing."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

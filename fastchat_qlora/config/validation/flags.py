@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
-from fastchat_qlora.config.validation.paths import check_data_path, check_folders
+from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag
 from fastchat_qlora.utils.text import is_text
@@ -48,8 +48,7 @@ def find_flag_errors(values: Values) -> list[str]:
     """Return all errors that can be found by looking at the parsed values."""
     checks = (
         *(check_numbers, _check_tables, _check_devices, _check_strategy, _check_sequences, _check_checkpointing),
-        *(_check_adapter, _check_availability, _check_reporters, _check_evaluation, _check_data, check_folders),
-        check_json_flags,
+        *(_check_adapter, _check_availability, _check_reporters, _check_evaluation, check_paths, check_json_flags),
     )
     return [error for check in checks for error in check(values)]
 
@@ -206,9 +205,3 @@ def _check_reporters(values: Values) -> list[str]:
         else f"--report_to {name}: unknown; choose from {available}"
         for name in sorted(wanted - {*reporters})
     ]
-
-
-def _check_data(values: Values) -> Iterator[str]:
-    for flag in ("data_path", "eval_data_path"):
-        for name in getattr(values, flag) or []:
-            yield from check_data_path(flag, name)

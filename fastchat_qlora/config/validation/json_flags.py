@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ CHECKPOINTING = {
     "determinism_check": one_of("default", "none"),
     "every_n_layers": WHOLE_NUMBER,
 }
-NOT_REENTRANT = ("early_stop", "debug", "determinism_check")
-"""Settings of checkpointing that torch takes only without use_reentrant."""
+NOT_REENTRANT = ("early_stop", "debug", "determinism_check")  # torch takes them only without use_reentrant
 
 ACCELERATOR = {
     **dict.fromkeys(("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"), SWITCH),
@@ -49,24 +49,34 @@ def parse_json(given: str) -> Any:
     return settings
 
 
+def _read_object(given: str, examples: str = "") -> dict[str, Any]:
+    """Parse a JSON object; a ValueError says what is wrong and what to do."""
+    try:
+        settings = parse_json(given)
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file; give a JSON object or a file with one{examples}") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}); give a JSON object or a file with one") from error
+    except ValueError as error:
+        raise ValueError(f"cannot be read as JSON: {error}; correct it") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"must be a JSON object, not {type(settings).__name__}; correct it")
+    return settings
+
+
 def parse_object(given: Any) -> dict[str, Any]:
     """Return the JSON object of a flag, or an empty one if it is malformed, which is reported elsewhere."""
-    try:
-        settings = parse_json(given) if given else {}
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    with suppress(ValueError):
+        return _read_object(given) if given else {}
+    return {}
 
 
 def json_object(given: str) -> dict[str, Any]:
     """Parse a JSON object for argparse."""
     try:
-        settings = parse_json(given)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{given}: cannot be read as JSON: {error}; correct it") from error
-    if not isinstance(settings, dict):
-        raise argparse.ArgumentTypeError(f"{given}: must be a JSON object, not {type(settings).__name__}; correct it")
-    return settings
+        return _read_object(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
 
 
 def json_text(given: str) -> str:
@@ -121,20 +131,11 @@ def check_json_flags(values: argparse.Namespace) -> Iterator[str]:
     """Yield errors about flags with JSON objects."""
     for flag, check in JSON_FLAGS.items():
         given = getattr(values, flag, None)  # older versions of transformers lack some
-        if isinstance(given, str) and given:
-            yield from (f"--{flag} {given}: {error}" for error in _check(given, check))
-
-
-def _check(given: str, check: Callable[[Mapping[str, Any]], Iterable[str]]) -> Iterable[str]:
-    try:
-        settings = parse_json(given)
-    except FileNotFoundError:
-        examples = " (playground/ has some)" if check is find_malformed_config else ""
-        return [f"no such file; give a JSON object or a file with one{examples}"]
-    except OSError as error:
-        return [f"cannot be read ({error.strerror}); give a JSON object or a file with one"]
-    except ValueError as error:
-        return [f"cannot be read as JSON: {error}; correct it"]
-    if not isinstance(settings, dict):
-        return [f"must be a JSON object, not {type(settings).__name__}; correct it"]
-    return check(settings)
+        if not isinstance(given, str) or not given:
+            continue
+        try:
+            settings = _read_object(given, " (playground/ has some)" if flag == "deepspeed" else "")
+        except ValueError as error:
+            yield f"--{flag} {given}: {error}"
+        else:
+            yield from (f"--{flag} {given}: {error}" for error in check(settings))

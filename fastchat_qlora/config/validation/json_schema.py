@@ -1,4 +1,4 @@
-"""Schema of a JSON object: names of settings, and what each of them may be."""
+"""Values that flags and settings may have, and schemas of JSON objects: names of settings and their kinds."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ from fastchat_qlora.utils.text import did_you_mean
 
 
 class Kind(NamedTuple):
-    """Values that a setting may have, and their description."""
+    """Values that a flag or setting may have, and their description after "must be"."""
 
     text: str
-    accepts: Callable[[Any], bool]
+    accepts: Callable[[Any], object]  # true or false
 
 
 def one_of(*choices: str) -> Kind:

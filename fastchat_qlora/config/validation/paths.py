@@ -9,14 +9,18 @@ from pathlib import Path
 from fastchat_qlora.utils.file_types import is_data_file
 from fastchat_qlora.utils.text import is_text
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_HUB_NAME_LENGTH = 200  # characters; the hub allows 96 for each half of org/model
 
 
-def check_folders(values: argparse.Namespace) -> Iterator[str]:
-    """Yield errors about the folders of the model, the output, the adapter and the checkpoint."""
+def check_paths(values: argparse.Namespace) -> Iterator[str]:
+    """Yield errors about the data and the folders of the model, the output, the adapter and the checkpoint."""
+    for flag in ("data_path", "eval_data_path"):
+        for name in getattr(values, flag) or []:
+            yield from check_data_path(flag, name)
     yield from check_model_path(values.model_name_or_path)
     output = _expand(values.output_dir)
-    if not values.output_dir or (_exists(output) and not output.is_dir()):
+    if not values.output_dir or (os.path.exists(output) and not output.is_dir()):
         yield f"--output_dir {values.output_dir}: is a file or empty; give a folder"
     for flag in ("model_name_or_path", "output_dir", "cache_dir"):
         name = getattr(values, flag) or ""
@@ -25,22 +29,22 @@ def check_folders(values: argparse.Namespace) -> Iterator[str]:
         elif str(_expand(name)).startswith("~"):
             yield f"--{flag} {name}: no such user; give the full path"
     adapter = _expand(values.lora_weight_path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if values.lora_weight_path and not _exists(adapter / name):
+    for name in ADAPTER_FILES:
+        if values.lora_weight_path and not os.path.exists(adapter / name):
             yield f"--lora_weight_path {adapter}: no {name} found there; give a folder that PEFT saved"
     resume = values.resume_from_checkpoint or "true"
     parts = [_expand(resume) / name for name in ("trainer_state.json", "adapter_model.safetensors")]
-    if resume.lower() not in ("true", "false") and not all(map(_exists, parts)):
+    if resume.lower() not in ("true", "false") and not all(map(os.path.exists, parts)):
         yield f"--resume_from_checkpoint {resume}: no checkpoint found there; give a folder checkpoint-N, or True"
 
 
 def check_model_path(name: str) -> list[str]:
-    """Return what is wrong with the name of a base model: a folder, or a repository on the hub."""
+    """Return the error in the name of a base model, a folder or a repository on the hub, if there is one."""
     path, flag = _expand(name), f"--model_name_or_path {name}"
-    if name and _exists(path) and path.is_dir():
+    if name and os.path.exists(path) and path.is_dir():
         has_config = (path / "config.json").is_file()
         return [] if has_config else [f"{flag}: no config.json found in that folder; give a model's folder"]
-    if name and _exists(path):
+    if name and os.path.exists(path):
         return [f"{flag}: is a file; give the folder of a model in safetensors format"]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > MAX_HUB_NAME_LENGTH:
         return [f"{flag}: no such folder; give a local folder or a hub id such as org/model"]
@@ -48,9 +52,9 @@ def check_model_path(name: str) -> list[str]:
 
 
 def check_data_path(flag: str, name: str) -> list[str]:
-    """Return what is wrong with the name of data: a file, a folder, or a dataset on the hub."""
+    """Return the error in the name of data, a file, a folder or a dataset on the hub, if there is one."""
     path = _expand(name)
-    if name and _exists(path):
+    if name and os.path.exists(path):
         if path.is_dir():
             return []
         if not path.is_file():  # a pipe can be read once only, and this program hashes before it reads
@@ -58,7 +62,7 @@ def check_data_path(flag: str, name: str) -> list[str]:
         is_empty = path.stat().st_size == 0
         return [f"--{flag} {name}: the file is empty; it must contain conversations"] if is_empty else []
     hub_name, _, split = name.partition(":")
-    if split and _exists(Path(hub_name)):
+    if split and os.path.exists(Path(hub_name)):
         is_repository = Path(hub_name).is_dir()
         return [] if is_repository else [f"--{flag} {name}: a file has no splits; give {hub_name}"]
     looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
@@ -85,10 +89,3 @@ def check_writable(output_dir: str) -> list[str]:
 def _expand(name: str) -> Path:
     """Return the path without ~ and ~user; an unknown user stays, for which pathlib would raise."""
     return Path(os.path.expanduser(name))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name longer than the file system takes
-        return False

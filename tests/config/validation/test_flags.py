@@ -16,7 +16,7 @@ from fastchat_qlora.cli import main
 from fastchat_qlora.config.parser import build_parser
 from fastchat_qlora.config.validation.flags import find_flag_errors
 from fastchat_qlora.config.validation.paths import check_writable
-from fastchat_qlora.config.validation.ranges import MAX_PROCESSES
+from fastchat_qlora.config.validation.ranges import MAX_WORKERS
 
 Run = Callable[..., str]
 
@@ -433,9 +433,9 @@ def test_count_must_be_at_least_one(name: str, value: int) -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("preprocessing_num_workers", 1), ("dataloader_num_workers", 0)])
 @settings(deadline=None)
-@given(value=st.integers() | st.integers(-2, MAX_PROCESSES + 2))
+@given(value=st.integers() | st.integers(-2, MAX_WORKERS + 2))
 def test_number_of_processes_is_limited(name: str, least: int, value: int) -> None:
-    assert is_refused(name, value) == (not least <= value <= MAX_PROCESSES)
+    assert is_refused(name, value) == (not least <= value <= MAX_WORKERS)
 
 
 @pytest.mark.parametrize("what", ["logging", "save", "eval"])
