@@ -91,10 +91,14 @@ class PreparedRun(NamedTuple):
     stop_tokens: list[int]  # ids of the tokens that supervised answers end with
 
 
-def prepare_data(args: RunArguments, *, output_dir: Path | None, mode: LoadMode) -> PreparedData:
-    """Load the tokenizer, and read, check and tokenize the data, but for files in output_dir."""
+def prepare_data(
+    args: RunArguments, config: PretrainedConfig | None, *, output_dir: Path | None, mode: LoadMode
+) -> PreparedData:
+    """Load the tokenizer, check it against the model's config if given, and tokenize the data outside output_dir."""
     max_length, cache_dir = args.training.model_max_length, args.training.cache_dir
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=max_length)
+    if config is not None:
+        check_vocabulary(tokenizer, config, args.model.model_name_or_path)
     loaded = load_dataset(
         args.data, tokenizer, max_length=max_length, output_dir=output_dir, cache_dir=cache_dir, mode=mode
     )
@@ -138,8 +142,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     loading = _choose_loading(args, base, topology, dtype)
     run_preflight(training_args, base.meta_model)
     shapes = compute_shapes(args, base)
-    data = prepare_data(args, output_dir=output_dir, mode="main" if topology.is_main else "worker")
-    check_vocabulary(data.tokenizer, base.config, args.model.model_name_or_path)
+    data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, training_args.model_max_length)
     if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
         logger.warning(notice)

@@ -280,3 +280,15 @@ def test_dry_run_checks_and_loads_no_weights(
     assert capsys.readouterr().err.splitlines()[-1].startswith("Dry run: ")
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock"}
     assert main(["train", *arguments, "--lora_target_modules", "nothing"]) == 2
+
+
+def test_data_is_not_read_for_a_tokenizer_that_does_not_fit_the_model(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 5}), encoding="utf-8")
+    cache = tmp_path / "cache"
+    assert main(["train", *command(model, data_file, tmp_path / "out", dry_run=True, cache_dir=cache)]) == 2
+    assert "and the model embeddings for 5" in capsys.readouterr().err
+    assert not cache.exists() and not (tmp_path / "out" / "rejected.jsonl").exists()

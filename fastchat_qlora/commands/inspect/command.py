@@ -77,7 +77,7 @@ WRITERS = {".html": write_page, ".jsonl": write_json_lines}
 
 
 def _prepare_report(args: RunArguments, limit: int) -> Report:
-    tokenizer, loaded = prepare_data(args, output_dir=get_output_dir(args), mode="preview")
+    tokenizer, loaded = prepare_data(args, None, output_dir=get_output_dir(args), mode="preview")
     splits = Splits(loaded.train.sequences).named()
     if len(splits["train"]):  # else nothing can be held out
         splits = split_datasets(loaded, args.data.eval_split, args.training.seed).named()

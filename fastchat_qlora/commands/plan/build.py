@@ -24,7 +24,6 @@ from fastchat_qlora.model.estimates.flops import compute_flops_per_token, measur
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.loading.base_model import build_meta_model, get_compute_dtype, get_dtype_name
-from fastchat_qlora.model.loading.tokenizer import check_vocabulary
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
 from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
@@ -98,8 +97,7 @@ def _count_trainable(shapes: setup.AdapterShapes) -> dict[str, int]:
 
 
 def _read_sequences(args: RunArguments, config: PretrainedConfig) -> Dataset:
-    tokenizer, loaded = setup.prepare_data(args, output_dir=None, mode="preview")
-    check_vocabulary(tokenizer, config, args.model.model_name_or_path)
+    loaded = setup.prepare_data(args, config, output_dir=None, mode="preview").loaded
     if not len(loaded.train.sequences):
         raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; correct it")
     return split_datasets(loaded, args.data.eval_split, args.training.seed).train
