@@ -19,10 +19,10 @@ MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(
 
 VERBS = """
 Add Answer Ask Attach Audit Block Build Check Checkpoint Choose Clear Collect Compare Compile Compute Convert Copy
-Count Create Cut Defer Describe Disable Double Drop Escape Estimate Evaluate Extend Flush Generate Give Hold Ignore Keep Label
-Leave Limit Load Log Make Mask Merge Move Open Pack Parse Plan Plot Prepare Preprocess Prevent Print Push Raise Read
-Record Register Remove Render Replace Report Require Resolve Return Run Save Set Show Start Stop Switch Take Talk
-Tokenize Train Unlink Wait Watch Write Yield
+Count Create Cut Defer Describe Disable Double Drop Escape Estimate Evaluate Extend Flush Generate Give Hold Ignore
+Keep Label Leave Limit Load Log Make Mask Merge Move Open Pack Parse Plan Plot Prepare Preprocess Prevent Print Push
+Raise Read Record Register Remove Render Replace Report Require Resolve Return Run Save Set Show Start Stop Switch
+Take Talk Tokenize Train Unlink Wait Watch Write Yield
 """
 """First words of docstrings of functions: a new one is added here on purpose."""
 

@@ -80,9 +80,7 @@ def test_plain_peft_gives_the_trained_models_logits(
     base = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, quantization_config=live.config.quantization_config if quantized else None
     )
-    keep_cpu_weights_trainable(
-        base
-    )  # bitsandbytes' CPU kernel for inference rounds to bf16; see base_model.py
+    keep_cpu_weights_trainable(base)  # bitsandbytes' CPU kernel for inference rounds to bf16; see base_model.py
     untrained = base(input_ids=torch.arange(3, 40)[None]).logits
     loaded = PeftModel.from_pretrained(base, output).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
