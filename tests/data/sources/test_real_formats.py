@@ -249,7 +249,7 @@ class TestWholeConversations:
         assert "user\nMore" in said
 
     def test_later_answer_is_never_cut(self) -> None:
-        """Only the first answer may be cut inside. A sequence with a later answer that is too long is lost and counted."""
+        """Only the first answer may be cut inside. A sequence whose later answer is too long is lost and counted."""
         tokenizer = byte_level("qwen3")
         whole = prepare(tokenizer, {"messages": TALK}).sequences.to_pylist()
         length = whole[1]["length"] - 3
