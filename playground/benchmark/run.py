@@ -90,7 +90,7 @@ class Contestant(NamedTuple):
     settings: str
 
 
-TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation marks added by hand"
+TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation markers added by hand"
 FACTORY_SETTINGS = "its train command, template chatml with SmolLM2's system message"
 CONTESTANTS = {
     "ours": Contestant("this program", "ours", {"sharegpt": 1, "alpaca": 4}, {}, False, "defaults"),

@@ -183,7 +183,7 @@ def settings(**values: object) -> Plant:
 @pytest.mark.parametrize(
     ("plant", "reason"),
     [
-        (adapter_pickled, "no adapter_model.safetensors there"),
+        (adapter_pickled, "no adapter_model.safetensors found there"),
         (adapter_under_the_safe_name, "adapter_model.safetensors cannot be read"),
         (header(2**62), "adapter_model.safetensors cannot be read"),
         (header(2**64 - 1), "adapter_model.safetensors cannot be read"),
