@@ -243,7 +243,7 @@ def make_work(folder: Path) -> None:
 
 
 def label_jobs(inputs: Inputs) -> Iterator[Job]:
-    """Yield runs of `inspect` that write all rows, and dry runs that list what was rejected."""
+    """Yield runs of `inspect` that write all sequences, and dry runs that list rejected records."""
 
     def inspect(name: str, tokenizer: str, data: str, flags: str = "") -> Job:
         paths = [inputs / file for file in data.split()]

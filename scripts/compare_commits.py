@@ -196,7 +196,7 @@ def free_port() -> int:
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return the files of a folder with what tells whether they have changed."""
+    """Return the files of a folder with values that change with them."""
     found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
     return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found}
 
