@@ -1,4 +1,4 @@
-"""What compare_commits.py runs: command lines, and the inputs that they name, which are made here for both trees."""
+"""The cases of compare_commits.py: command lines, and the inputs that they name, which are made here for both trees."""
 
 import gzip
 import importlib.util
@@ -82,7 +82,7 @@ GOOD: list[Any] = [
     {"id": "long answer", "messages": [SYSTEM, USER, LONG, ASK, SUM]},
     {"id": "special", "messages": [{"role": "user", "content": "<|im_end|> </s> [INST]"}, BOT]},
 ]
-"""In every format that is read; some templates reject some of them."""
+"""Conversations in every format; some templates reject some of them."""
 
 
 def with_answer(**fields: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ BAD: list[Any] = [
     *(with_call(name="f", arguments=arguments) for arguments in ("{", [1], "NaN", {"a": float("nan")})),
     *({"messages": [USER, BOT] * 501}, {"messages": [USER, BOT, {"role": "tool", "content": "x"}]}),
 ]
-"""The reader rejects each for another reason."""
+"""Records that the reader rejects, each for another reason."""
 
 BAD_LINES = [b'{"messages": [', b"not JSON", b'"\xff"', b'{"messages": ' + b"[" * 100_000, b"\xef\xbb\xbf{}"]
 
@@ -154,7 +154,7 @@ REAL = (
     *("qwen3_instruct_2507", "qwen3_training", "gptoss_training"),
 )
 SENTENCEPIECE = ("qwen3", "llama3_1", "gemma")
-"""Chat templates of model families, as TRL brings them along: with a byte-level tokenizer, and with one as Llama's."""
+"""Chat templates of model families, from TRL: with a byte-level tokenizer, and with one like Llama's."""
 
 
 def make_inputs(folder: Path, tree: Path) -> None:
@@ -243,7 +243,7 @@ def make_work(folder: Path) -> None:
 
 
 def label_jobs(inputs: Inputs) -> Iterator[Job]:
-    """Yield runs of `inspect` that write all rows, and dry runs that list what was rejected."""
+    """Yield runs of `inspect` that write all sequences, and dry runs that list rejected records."""
 
     def inspect(name: str, tokenizer: str, data: str, flags: str = "") -> Job:
         paths = [inputs / file for file in data.split()]

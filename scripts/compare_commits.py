@@ -58,7 +58,7 @@ def serve() -> None:
     for module in pkgutil.walk_packages(package.__path__, "fastchat_qlora."):
         importlib.import_module(module.name)
     gc.collect()
-    gc.freeze()  # so that the forked processes leave the memory of what is imported alone
+    gc.freeze()  # so that the forked processes share the memory of the imports
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         process = os.fork()
@@ -67,7 +67,7 @@ def serve() -> None:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # to take the interpreter down would take longer than most command lines
+            os._exit(code)  # a normal exit of the interpreter would take longer than most command lines
         print(wait_for(process), file=answers, flush=True)
 
 
@@ -150,7 +150,7 @@ class Side:
         found["files"] = {str(path.relative_to(folder)): read_file(path) for path in changed}
         paths = {str(folder): "<folder>", str(self._folder): "<side>", str(self._tree): "<tree>"}
         found = Normalizer(paths, self._renames, is_run=job.argv[0] == "train").free(found)
-        if job.launcher:  # its processes speak in any order
+        if job.launcher:  # its processes write in any order
             found |= {name: Lines(sorted(found[name])) for name in streams}
         return found
 
@@ -196,7 +196,7 @@ def free_port() -> int:
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return the files of a folder with what tells whether they have changed."""
+    """Return the files of a folder with values that change with them."""
     found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
     return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found}
 
@@ -292,7 +292,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 def read_file(path: Path) -> Any:
     """Read a file as JSON-like data."""
-    is_cached = re.search(r"/[0-9a-f]{32}/", str(path))  # nobody reads it but the code that it is keyed by
+    is_cached = re.search(r"/[0-9a-f]{32}/", str(path))  # only the code in its key reads it
     try:
         return READERS[path.suffix](path) if path.suffix in READERS and not is_cached else "is there"
     except ValueError:

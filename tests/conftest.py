@@ -1,8 +1,8 @@
-"""Small stand-ins with the real classes: a tokenizer trained in-process, a model of two layers, a few conversations."""
+"""Small stand-ins with the real classes: a tokenizer trained in-process, a two-layer model, a few conversations."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use a hub; read when huggingface_hub is imported
 
 import json
 import logging
@@ -26,7 +26,7 @@ from launching import free_port
 from stand_in import CHATML as CHATML
 from stand_in import SMALL, make_model, make_tokenizer
 
-# A second thread is waited for rather than used by models of two layers: fifty times as long on a busy machine.
+# Models of two layers gain nothing from a second thread; waiting for it takes fifty times as long on a busy machine.
 torch.set_num_threads(1)
 
 CONVERSATIONS = [
@@ -44,7 +44,7 @@ def sharegpt(turns: list[tuple[str, str]], identity: str = "c") -> dict:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with ChatML tokens, saved."""
+    """Save a byte-level BPE tokenizer with ChatML tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
     return folder
@@ -58,7 +58,7 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with that tokenizer, saved."""
+    """Save a Llama of two layers with that tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     make_model(folder, SMALL)
     PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder)
@@ -85,19 +85,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    """For a rendezvous."""
+    """Return a free port for a rendezvous."""
     return free_port()
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenised data of a test lies in a folder of its own, and no test finds another's."""
+    """Keep the tokenized data of each test in a folder of its own."""
     monkeypatch.setattr("fastchat_qlora.data.tokenization.cache.HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
 
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
-    """The environment and the log as plain `python` leaves them; what a test sets in them ends with it."""
+    """Set environment and log as for plain `python`, and restore them after the test."""
     package = logging.getLogger("fastchat_qlora")
     log = (package.handlers, package.propagate, package.level)
     saved = dict(os.environ)
@@ -112,7 +112,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture
 def notices(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the package logs, also after a test that ran the command line and so gave the package its own handler."""
+    """Return the log of the package, also after a command line has given it a handler of its own."""
     package = logging.getLogger("fastchat_qlora")
     monkeypatch.setattr(package, "propagate", True)
     monkeypatch.setattr(package, "handlers", [])

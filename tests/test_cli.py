@@ -1,4 +1,4 @@
-"""argv -> exit code: what goes to which stream, and what exceptions become."""
+"""argv -> exit code: the stream of each output, and the effect of exceptions."""
 
 import importlib.metadata
 import logging
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def train_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Sequence[str]], None]], None]:
-    """Return a function that replaces what `train` does."""
+    """Return a function that replaces `train`."""
 
     def replace(action: Callable[[Sequence[str]], None]) -> None:
         monkeypatch.setitem(cli.COMMANDS, "train", (action, "train an adapter"))
@@ -115,7 +115,7 @@ def test_unexpected_exception_keeps_its_traceback(error: BaseException, train_do
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_first_process_reports_what_all_know(
+def test_only_the_first_process_reports_an_error_of_all(
     error: BaseException,
     code: int,
     message: str,
@@ -176,7 +176,7 @@ def test_first_process_of_each_machine_reports_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All find a user's mistake: the others wait to be ended by the launcher, and report it if they are not."""
+    """All processes find a user's mistake: the others wait for the launcher to end them, or report it themselves."""
     printed_before_waiting: list[tuple[float, str]] = []
     for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
@@ -225,7 +225,7 @@ def test_train_lora_is_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_process_ends_with_the_exit_code(
     world_size: str, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One among several leaves at once, after its exit functions."""
+    """One of several processes ends at once, after its exit functions."""
     seen: list[tuple[str, int]] = []
 
     def leave(code: int) -> None:

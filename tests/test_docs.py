@@ -1,8 +1,8 @@
 """The pages say what the program does: every command on them is run here, or read by its own program's parser.
 
-A command is a line of a bash block, and whatever else stands as code and begins with the name of a program. Each page
-is walked from top to bottom in a folder of its own that looks like a clone in which everything is installed, with a
-model of two layers in place of the quickstart's.
+A command is a line of a bash block, or other code that begins with the name of a program. Each page is read from top to
+bottom in a folder of its own that looks like a clone in which everything is installed, with a model of two layers in
+place of the quickstart's.
 """
 
 import argparse
@@ -37,7 +37,7 @@ IN_PROJECT = ("scripts/", "playground/", "data/", "docs/", "tests/", "fastchat_q
 VLLM = {"--enable-lora", "--lora-modules", "--max-lora-rank", "--tokenizer", "--generation-config"}
 """Flags of `vllm serve`, which is not installed here, as vLLM's documentation has them."""
 STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy", "lint-imports")
-"""Programs that scripts start; what they are started with is written down, and asked of their parsers afterwards."""
+"""Programs that scripts start; their arguments are recorded, and checked with their parsers afterwards."""
 STAND_IN = """#!/bin/sh
 printf '%s\\037' "${0##*/}" "$@" >> "$CALLS"
 printf '\\036' >> "$CALLS"
@@ -65,7 +65,7 @@ class Command(NamedTuple):
 
 
 def blocks(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, kind and text of everything that stands as code; kind is a block's language, indented or inline."""
+    """Yield line number, kind and text of all code; the kind is a block's language, indented or inline."""
     fence = ""
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
@@ -78,7 +78,7 @@ def blocks(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def commands(name: str) -> list[Command]:
-    """All commands of a page; lines that end in a backslash go on in the next one."""
+    """Return all commands of a page; a line that ends in a backslash continues in the next one."""
     found, waiting = [], ""
     for number, kind, text in blocks(TEXTS[ROOT / name]):
         if kind not in ("bash", "indented", "inline"):
@@ -97,20 +97,20 @@ def commands(name: str) -> list[Command]:
 
 
 def _is_command(text: str, kind: str) -> bool:
-    """Whether code begins with a program and something for it to do; its bare name is none."""
+    """Return whether code begins with a program and has arguments; a bare name is no command."""
     words = re.sub(r"^([A-Z_]+=\S+ )+", "", text).split()
     known = bool(words) and words[0] in PROGRAMS
     return known and len(words) > (2 if kind == "inline" and words[0] == "fastchat-qlora" else 1)
 
 
 def settings_files(name: str) -> list[tuple[str, str]]:
-    """Names and contents of the files that a reader is to make: YAML blocks with the name in their first line."""
+    """Return names and contents of the files that a reader is to make: YAML blocks whose first line is the name."""
     blocks_of_files = r"^```yaml\n# (\S+\.yaml)\n(.*?)^```"
     return re.findall(blocks_of_files, TEXTS[ROOT / name], re.DOTALL | re.MULTILINE)
 
 
 def make_clone(folder: Path, model: Path) -> None:
-    """What a reader has who has installed the project, and the files that the pages have him make."""
+    """Make the folder of a reader who has installed the project and made the files of the pages."""
     for name in ("data", "playground", "train_lora.py"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("pyproject.toml", "constraints.txt"):
@@ -137,7 +137,7 @@ def make_clone(folder: Path, model: Path) -> None:
 
 
 def run_here(argv: list[str]) -> None:
-    """Run a command of the program, with nobody at the terminal."""
+    """Run a command of the program, without a terminal."""
     try:
         assert cli.main(argv) == 0
     except SystemExit as ended:  # after --print_config
@@ -145,7 +145,7 @@ def run_here(argv: list[str]) -> None:
 
 
 def check_train(command: Command, *, processes: int = 1) -> None:
-    """Run what trains the quickstart's model in one process, and read the rest as it is read where there are GPUs."""
+    """Run what trains the quickstart's model in one process, and only parse the rest, as on a machine with GPUs."""
     argv = command.words
     parser = build_parser(plan.PLAN_PROG, plan.PlanArguments)
     elsewhere = ["--devices", str(processes), "--device_type", "cuda"]
@@ -157,7 +157,7 @@ def check_train(command: Command, *, processes: int = 1) -> None:
 
 
 def check_program(command: Command) -> None:
-    """`fastchat-qlora` itself."""
+    """Check a command of `fastchat-qlora`."""
     _, name, *argv = command.words
     if name == "train":
         check_train(command._replace(words=argv))
@@ -166,7 +166,7 @@ def check_program(command: Command) -> None:
 
 
 def check_python(command: Command) -> None:
-    """train_lora.py, making an environment, and scripts, which read their flags before they print their help."""
+    """Check train_lora.py, creating an environment, and scripts, which read their flags before printing their help."""
     first, *argv = command.words[command.words[0] != "train_lora.py" :]
     if first == "train_lora.py":
         check_train(command._replace(words=argv))
@@ -192,7 +192,7 @@ def check_deepspeed(command: Command) -> None:
 
 
 def check_script(command: Command) -> None:
-    """Run a script with stand-ins for the programs that it starts, and check what it starts them with."""
+    """Run a script with stand-ins for the programs that it starts, and check their arguments."""
     calls = Path("calls").resolve()
     calls.write_text("")
     path = f"{Path('.venv/bin').resolve()}:/usr/bin:/bin"
@@ -209,7 +209,7 @@ def check_script(command: Command) -> None:
 
 
 def check_pip(command: Command) -> None:
-    """The extras that it is to install are declared, and its files are there."""
+    """Check that the extras to install are declared, and that the files exist."""
     words = command.words[1:]
     declared = (ROOT / "pyproject.toml").read_text()
     assert words[:2] == ["install", "-e"] and words[3:] in ([], ["-c", "constraints.txt"])
@@ -226,7 +226,7 @@ def check_vllm(command: Command) -> None:
 
 
 def check_hub(command: Command) -> None:
-    """hf reads its flags before it prints its help."""
+    """Check the flags of hf, which reads them before it prints its help."""
     done = subprocess.run([*command.words, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert [word for word in command.words if word.startswith("--") and word not in done.stdout] == []
@@ -255,7 +255,7 @@ PROGRAMS: dict[str, Callable[[Command], None]] = {
 
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the tutorial's training has been done."""
+    """Return a clone in which the tutorial's training has been run."""
     folder = tmp_path_factory.mktemp("trained")
     make_clone(folder, model_folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -297,7 +297,7 @@ def _known_flags() -> set[str]:
 
 
 def test_every_flag_that_a_page_names_exists() -> None:
-    """The right column of docs/migration.md among them; flags in commands are read by their programs."""
+    """This includes the right column of docs/migration.md; flags in commands are read by their programs."""
     known = _known_flags() | VLLM
     unknown = [
         f"{name}:{number}: {flag}"
@@ -310,8 +310,8 @@ def test_every_flag_that_a_page_names_exists() -> None:
     assert unknown == []
 
 
-def test_our_names_of_others_settings() -> None:
-    """Each row of docs/migration.md says what there is here: a flag, or that there is none."""
+def test_flags_in_the_tables_of_migration_exist() -> None:
+    """Each row of docs/migration.md has a flag of this program, or none."""
     tables = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", TEXTS[ROOT / "docs" / "migration.md"], re.MULTILINE)
     assert len(tables) > 60
     named = {flag for _, here, _ in tables for flag in re.findall(r"--\w+", here)}
@@ -319,7 +319,7 @@ def test_our_names_of_others_settings() -> None:
 
 
 def _slugs(text: str) -> set[str]:
-    """The anchors that GitHub gives to headings."""
+    """Return the anchors that GitHub gives to headings."""
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -340,7 +340,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_named_exist() -> None:
-    """Scripts, configurations and data that the pages name are there."""
+    """These are scripts, configurations and data."""
     named = {
         word.partition(":")[0].rstrip("./")
         for text in TEXTS.values()
@@ -351,7 +351,7 @@ def test_files_named_exist() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
+def test_no_page_has_a_comment_to_fill_in() -> None:
     for page in PAGES:
         left = [line for line in TEXTS[page].splitlines() if "<!--" in line and "is written by" not in line]
         assert not left, page

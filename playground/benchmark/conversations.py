@@ -1,6 +1,6 @@
-"""Conversations to measure with: as long as people's are, of words that a tokenizer takes as it takes English.
+"""Conversations for benchmarks: as long as people's, of words that tokenize as English does.
 
-Nothing but the standard library up here: contestants import this in environments of their own.
+Only the standard library is imported at the top: contestants import this in environments of their own.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, NamedTuple
 
 DUMMY_DATA = Path(__file__).resolve().parents[2] / "data" / "dummy_conversation.json"
 SEED = 20
-SHORTEST_RUN, LONGEST_RUN = 5, 60  # words that are copied in one go, so that spacing and phrases stay those of prose
+SHORTEST_RUN, LONGEST_RUN = 5, 60  # words copied at once, which keeps the spacing and phrases of prose
 
-# Lengths are drawn in tokens and written in words, so one number turns the one into the other. It is set so that the
-# SmolLM2 tokenizer makes about 1,440 tokens of a ShareGPT-like conversation, template included, which is somewhat more
-# than it makes of a word: by the means below a conversation would be a tenth longer.
+# Lengths are drawn in tokens and written in words; this number converts between them. With it the SmolLM2 tokenizer
+# makes about 1,440 tokens of a ShareGPT-like conversation, template included. The tokenizer makes fewer tokens of a
+# word: by the means below a conversation would be a tenth longer.
 TOKENS_PER_WORD = 1.92
 
 
 class Shape(NamedTuple):
-    """How long the conversations of a data set are.
+    """Lengths of the conversations of a data set.
 
     Attributes:
-        mean_exchanges: mean of a geometric distribution: questions with their answers.
-        most_exchanges: no conversation has more.
-        user_tokens: mean of a log-normal distribution, by message.
+        mean_exchanges: mean of a geometric distribution of questions with their answers.
+        most_exchanges: maximum in a conversation.
+        user_tokens: mean of a log-normal distribution of a message's tokens.
         user_sigma: its sigma.
-        assistant_tokens: the same of the answers.
+        assistant_tokens: the same for answers.
         assistant_sigma: its sigma.
     """
 
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # WildChat's paper counts 3.51 exchanges of 94.46 and 348.45 tokens; ShareGPT's conversations are like them.
+    # WildChat's paper counts 3.51 exchanges of 94.46 and 348.45 tokens; ShareGPT's conversations are similar.
     "sharegpt": Shape(3.51, 60, 94.46, 1.3, 348.45, 0.85),
     # One question and one answer: 189 tokens with SmolLM2's template (31 of them its own), 68 % of them the answer's.
     "alpaca": Shape(1, 1, 34.5, 0.8, 145.5, 0.8),
@@ -52,10 +52,10 @@ SHAPES = {
 
 
 def collect_words() -> list[str]:
-    """Words with the punctuation and the white space that follow them, as real English has them.
+    """Return words of English with the punctuation and the white space that follow them.
 
-    They come from the example conversations, from Python's licence and from the docstrings of its standard library.
-    Words with a "<" are left out: some tool or tokenizer may take "<image>" or "</s>" for more than text.
+    They come from the example conversations, from Python's license and from the docstrings of its standard library.
+    Words with a "<" are omitted: a tool or tokenizer may give "<image>" or "</s>" a special meaning.
     """
     records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
     texts = [message["value"] for record in records for message in record["conversations"]]
@@ -69,7 +69,7 @@ def collect_words() -> list[str]:
 
 
 def read_docstrings(path: Path) -> list[str]:
-    """The docstrings of a Python file; none if it cannot be parsed."""
+    """Return the docstrings of a Python file; none if it cannot be parsed."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -80,13 +80,7 @@ def read_docstrings(path: Path) -> list[str]:
 
 
 def draw_conversations(count: int, shape: Shape, seed: int = SEED) -> list[dict[str, Any]]:
-    """ShareGPT records; the same numbers, the same Python and the same words make the same text.
-
-    Args:
-        count: how many.
-        shape: how long they are.
-        seed: of the random numbers.
-    """
+    """Return that many ShareGPT records; the same arguments, Python and words give the same text."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -114,7 +108,7 @@ def draw_conversations(count: int, shape: Shape, seed: int = SEED) -> list[dict[
 
 
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write a JSON array, a record a line."""
+    """Write a JSON array with one record per line."""
     with path.open("w", encoding="utf-8") as file:
         for i, record in enumerate(records):
             file.write(("[\n" if i == 0 else ",\n") + json.dumps(record, ensure_ascii=False))
@@ -127,27 +121,28 @@ def make_data(path: Path, conversations: int, seed: int = SEED) -> None:
 
 
 def count_words(record: dict[str, Any]) -> int:
-    """Words of a conversation."""
+    """Return the number of words of a conversation."""
     return sum(len(turn["value"].split()) for turn in record["conversations"])
 
 
 def has_something_to_learn(record: dict[str, Any], max_length: int) -> bool:
-    """Whether an answer begins within so many tokens; taken from the words of the first question, to be safe.
+    """Return whether an answer surely begins within that many tokens, by the words of the first question.
 
-    This program rejects a conversation without, others train on it in vain: so it would not be the same data for all.
+    This program rejects a conversation without a supervised token, and others train on it without effect, so the data
+    would not be the same for all.
     """
     return len(record["conversations"][0]["value"].split()) * 1.5 * TOKENS_PER_WORD < max_length
 
 
 def cut_to_fit(record: dict[str, Any], limit: int, count: Callable[[list[dict[str, str]]], int]) -> dict[str, Any]:
-    """The exchanges that fit, at least the first one, of whose answer as many words are kept as fit.
+    """Cut a conversation to the exchanges that fit, but keep the first one, and cut its answer if necessary.
 
-    Every contestant would shorten a longer conversation in its own way, and learn another number of tokens.
+    Otherwise every contestant would shorten it in its own way, and supervise another number of tokens.
 
     Args:
         record: a ShareGPT record whose first question fits.
-        limit: the most tokens.
-        count: tokens of a conversation.
+        limit: maximum of tokens.
+        count: returns the tokens of a conversation.
     """
     turns = record["conversations"]
     while len(turns) > 2 and count(turns) > limit:
@@ -163,16 +158,16 @@ def cut_to_fit(record: dict[str, Any], limit: int, count: Callable[[list[dict[st
 def pick_typical(
     records: Sequence[dict[str, Any]], groups: int, size: int, length: Callable[[dict[str, Any]], float], seed: int
 ) -> list[dict[str, Any]]:
-    """Groups of records, each with lengths that are spread as those of all.
+    """Pick groups of records, each with the same distribution of lengths as all records.
 
-    Sorted by length, the records at evenly spaced ranks are taken for a group, and shuffled. A run that takes a group
-    at a step can be short: no step of it has too many short conversations or too many long ones.
+    Sorted by length, the records at evenly spaced ranks form a group, which is shuffled. A run that takes one group per
+    step can be short: none of its steps has too many short or too many long conversations.
 
     Args:
-        records: all of them; more than are picked.
-        groups: how many groups, one behind the other in the result.
+        records: more than are picked.
+        groups: number of groups, which follow each other in the result.
         size: records of a group.
-        length: of a record, in any unit.
+        length: returns the length of a record, in any unit.
         seed: of the shuffling.
 
     Raises:

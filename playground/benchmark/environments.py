@@ -1,4 +1,4 @@
-"""The peers' environments: each made once, of pinned requirements, with Python's own venv and pip."""
+"""The peers' environments: each is created once, of pinned requirements, with Python's own venv and pip."""
 
 import subprocess
 import sys
@@ -8,12 +8,11 @@ REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
 
 
 def prepare_environment(name: str, folder: Path) -> str:
-    """The interpreter of a peer's environment, which is made if its requirements are not those it was made of.
+    """Return the interpreter of a peer's environment, which is created if its requirements have changed.
 
     Args:
-        name: of the requirements: NAME.txt and, where there is one, NAME-no-deps.txt, installed without what it asks
-            for.
-        folder: where the environment lies, under its name.
+        name: of the requirements: NAME.txt, and NAME-no-deps.txt, if it exists, installed without dependencies.
+        folder: in which the environment is, under its name.
     """
     place = folder / name
     files = [path for path in (REQUIREMENTS / f"{name}.txt", REQUIREMENTS / f"{name}-no-deps.txt") if path.is_file()]
@@ -22,7 +21,7 @@ def prepare_environment(name: str, folder: Path) -> str:
     python = str(place / "bin" / "python")
     if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
         return python
-    print(f"Making the environment {place}; this takes some minutes.", file=sys.stderr)
+    print(f"Creating the environment {place}; this takes some minutes.", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
     for path in files:
         flags = ["--no-deps"] if path.name.endswith("-no-deps.txt") else []

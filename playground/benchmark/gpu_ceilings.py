@@ -96,7 +96,7 @@ def _adapter(size: Size, tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """Time forward and backward of one layer's attention in one row: by conversation, and with a mask over the row."""
+    """Time one layer's attention, forward and backward: by conversation, and with a mask over the packed sequence."""
     width, tokens = size.hidden // size.heads, sum(lengths)
     query, upper = (_random(1, size.heads, tokens, width, device=device) for _ in range(2))
     key, value = (_random(1, size.key_heads, tokens, width, device=device) for _ in range(2))

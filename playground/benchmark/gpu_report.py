@@ -113,7 +113,7 @@ def _describe(about: dict[str, Any]) -> Iterator[str]:
         f"LoRA of rank {about['rank']} on all linear layers, {about['optimizer']}."
     )
     yield (
-        f"- Conversations as long as ShareGPT's, cut at {about['max_length']} tokens unless a row is shorter; "
+        f"- Conversations as long as ShareGPT's, cut at {about['max_length']} tokens or a packed sequence's; "
         f"{about['warmup']} steps to warm up, {about['steps']} timed."
     )
 
@@ -194,7 +194,7 @@ def _targets(runs: dict[str, Any], about: dict[str, Any]) -> Iterator[list[str]]
 
 
 def _peak(runs: dict[str, Any]) -> float | None:
-    """Return the peak of the run of one row of 2048 tokens with all layers checkpointed; unknown on a CPU."""
+    """Return the peak with one packed sequence of 2048 tokens and all layers checkpointed; unknown on a CPU."""
     for run in runs.values():
         setup = run["setup"]
         if (setup["rows"], setup["capacity"], setup["checkpointing"]) == (1, 2048, "full") and setup["quantized"]:

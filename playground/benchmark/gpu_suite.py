@@ -45,14 +45,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("ceilings", "ours", "compile", "sweep", "lora", "peers", "profile")
 CONVERSATIONS = 1500
 COMPILED_WARMUP_STEPS = 6
-"""More steps to warm up compiled layers, since some of the first batches have shapes that are compiled anew."""
+"""More steps to warm up compiled layers: some of the first batches have new shapes, which are compiled again."""
 PROFILED_STEPS = 3
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 def list_setups(part: str, longest: int) -> Iterator[Setup]:
-    """Yield the configurations of a part, with rows of `longest` tokens (4096, but for a small model)."""
+    """Yield the configurations of a part, with sequences of `longest` tokens (4096, but for a small model)."""
     if part == "ours":
         yield from (Setup(f"NF4, 1 x {longest}, {kind}", 1, longest, kind) for kind in ("auto", "full", "none"))
         yield Setup(f"NF4, 1 x {longest // 2}, full", 1, longest // 2, "full")
@@ -176,7 +176,7 @@ def read_options(arguments: list[str] | None) -> tuple[argparse.Namespace, Size]
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="all of them by default; on the CPU all but compile")
     parser.add_argument("--folder", type=Path, required=True, help="where results.json and table.md are or go")
     parser.add_argument("--device", default="cuda", help="cpu: a tiny model, to try the command; measures nothing")
-    parser.add_argument("--max_length", type=int, help="tokens of a row; 4096")
+    parser.add_argument("--max_length", type=int, help="tokens of a packed sequence; 4096")
     parser.add_argument("--warmup", type=int, help="steps that are not timed; 3")
     parser.add_argument("--steps", type=int, help="steps that are timed; 10")
     parser.add_argument("--seconds", type=float, default=540, help="after so long no further configuration is begun")

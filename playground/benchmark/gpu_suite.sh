@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What this program makes of one GPU; see gpu_suite.py. At most ten minutes a call: choose parts, and keep FOLDER.
+# Speed and memory of this program on one GPU; see gpu_suite.py. A call takes at most ten minutes: choose parts, and keep
+# FOLDER.
 # usage: [WHEELS=folder of wheels] [COMMIT=...] [FOLDER=...] bash playground/benchmark/gpu_suite.sh [--parts ours sweep]
 #
-# WHEELS holds bitsandbytes alone, cut down where there is a package index, for CUDA 13.0 (torch says which:
+# WHEELS holds only bitsandbytes. On a machine with a package index, cut it down to CUDA 13.0 (or the version in
 # torch.version.cuda) as follows; bitsandbytes finds the library by its name:
 #   pip download --no-deps bitsandbytes==0.50.2 -d whole && python3 -m wheel unpack whole/bitsandbytes-*.whl -d cut
 #   find cut -name 'libbitsandbytes_*.so' ! -name '*_cuda130.so' -delete && mkdir -p wheels

@@ -49,8 +49,8 @@ class Setup(NamedTuple):
 
     Attributes:
         name: in the table.
-        rows: of a micro-batch, which is a step; of a peer the conversations.
-        capacity: tokens of a row, and the most of a conversation.
+        rows: packed sequences of a micro-batch, which is a step; conversations of a peer's.
+        capacity: tokens of a packed sequence, and maximum of a conversation.
         checkpointing: "auto", "none", "full", or the number of layers.
         quantized: NF4; else bf16.
         compiled: with --compile_layers.

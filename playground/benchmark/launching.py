@@ -1,4 +1,4 @@
-"""How a command line is started and what it leaves is read, for the matrix of strategies and for the tests."""
+"""Starting a command line and reading its results, for the matrix of strategies and for the tests."""
 
 import json
 import os
@@ -20,7 +20,7 @@ QUICK = "--max_steps 4 --logging_steps 1 --learning_rate 1e-2 --lora_dropout 0 -
 
 
 def free_port() -> int:
-    """A port that is free now, for a rendezvous."""
+    """Return a port that is free now, for a rendezvous."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -34,10 +34,10 @@ def launch(command: str, timeout: float = 600, **environment: str) -> subprocess
 
 
 def succeed(command: str, timeout: float = 600, **environment: str) -> str:
-    """Run a command line that must end well, and give back what it said.
+    """Run a command line and return its output.
 
     Raises:
-        RuntimeError: it did not; with the end of what it said.
+        RuntimeError: it failed; the message has the end of its output.
     """
     done = launch(command, timeout, **environment)
     output = done.stdout + done.stderr
@@ -47,11 +47,11 @@ def succeed(command: str, timeout: float = 600, **environment: str) -> str:
 
 
 def step_logs(output: Path) -> list[dict[str, float]]:
-    """What a run logged of its training steps."""
+    """Return the log entries of a run with a loss."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry]
 
 
 def losses(output: Path) -> list[float]:
-    """The loss of each of them."""
+    """Return the loss of each log entry."""
     return [entry["loss"] for entry in step_logs(output)]

@@ -1,6 +1,6 @@
-"""The clock inside a contestant's process: what its trainer computes in each step, and how long that takes.
+"""The clock in a contestant's process: tokens and time of each step of its trainer.
 
-It stands around transformers' Trainer, on which all contestants build, so it is the same for all.
+It wraps transformers' Trainer, on which all contestants build, so it is the same for all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import transformers
 from machine import read_memory
 from training_task import Task
 
-IGNORED = -100  # the label of what is not learnt, the same in all four tools
+IGNORED = -100  # the label of tokens that are not supervised, the same in all four tools
 
 
 class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Times optimizer steps and counts their tokens, ends the run when it has lasted long enough, writes JSON."""
+    """A callback that times optimizer steps, counts their tokens, ends the run in time, and writes JSON."""
 
     def __init__(self, trainer: Any, task: Task, packages: tuple[str, ...]) -> None:
         self.trainer, self.task, self.packages = trainer, task, packages
@@ -28,16 +28,16 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         self.steps: list[dict[str, float]] = []
         self.warmup = task.warmup
         trainer.model.get_input_embeddings().register_forward_pre_hook(self.count_positions)
-        if not hasattr(trainer, "tokens_seen"):
+        if not hasattr(trainer, "count_tokens"):
             self.inner_step = trainer.training_step
             trainer.training_step = self.training_step
 
     def count_positions(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Count what goes into the model, padding included."""
+        """Count the positions that the model computes, padding included."""
         self.positions += inputs[0].numel()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        """Count a micro-batch of a trainer that does not count itself, and train on it."""
+        """Count the tokens of a micro-batch, for a trainer that does not count itself, and train on it."""
         real, supervised = count_tokens(inputs)
         self.real, self.supervised = self.real + real, self.supervised + supervised
         loss: torch.Tensor = self.inner_step(model, inputs, *rest)
@@ -48,12 +48,12 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         self.last = self.phase_began = time.monotonic()
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
-        """Take the time and the counts of one optimizer step."""
+        """Record the time and the counts of one optimizer step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.monotonic()
         real, supervised = (
-            self.trainer.tokens_seen() if hasattr(self.trainer, "tokens_seen") else (self.real, self.supervised)
+            self.trainer.count_tokens() if hasattr(self.trainer, "count_tokens") else (self.real, self.supervised)
         )
         counts = {"real": real, "supervised": supervised, "positions": self.positions}
         self.steps.append({"ended": now, "seconds": now - self.last, **counts})
@@ -70,7 +70,7 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
             control.should_training_stop = True
 
     def on_train_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Write what was measured."""
+        """Write the measurements."""
         on_gpu = torch.cuda.is_available()
         measured = {
             "warmup": self.warmup,
@@ -88,9 +88,9 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
 
 
 def count_tokens(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Real tokens of a micro-batch, and those that are a target of the loss."""
+    """Return the real tokens of a micro-batch, and those that are a target of the loss."""
     ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
-    if mask is None:  # rows without padding, one behind the other
+    if mask is None:  # sequences without padding, end to end
         real = ids.numel()
     elif mask.dim() == 2:
         real = int((mask != 0).sum())
@@ -101,7 +101,7 @@ def count_tokens(inputs: dict[str, Any]) -> tuple[int, int]:
 
 
 def watch_training(task: Task, packages: tuple[str, ...]) -> None:
-    """From now on whatever trainer is told to train is measured."""
+    """Measure every trainer that begins to train from now on."""
     train = transformers.Trainer.train
 
     def measured_train(self: Any, *arguments: Any, **settings: Any) -> Any:

@@ -1,7 +1,7 @@
 """train_lora.py, which also writes the logits of the live model.
 
-Beside every adapter it saves `live_logits.pt`, the logits of PROBE as the wrapped model of the run computes them at
-that moment, and `base_bytes.json`, the bytes of the base in the first process and in total.
+With every adapter it saves `live_logits.pt`, the logits of PROBE computed by the wrapped model of the run at that
+moment, and `base_bytes.json`, the bytes of the base model in the first process and in total.
 """
 
 import json
@@ -19,11 +19,11 @@ PROBE = torch.arange(3, 40)[None]
 """Token ids, shape (1, 37); every vocabulary has them."""
 
 BOUNDARIES = torch.tensor([0, PROBE.numel()], dtype=torch.int32)
-"""Of one conversation."""
+"""Boundaries of one conversation."""
 
 
 class ObservedTrainer(LoraTrainer):
-    """The trainer, which runs the live model whenever an adapter is saved."""
+    """A trainer that runs the live model whenever an adapter is saved."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, then run the live one; every process takes part."""

@@ -1,4 +1,4 @@
-"""What a peer needs before it takes SmolLM2 and ShareGPT records. Nothing but the standard library.
+"""Preparations without which peers do not read SmolLM2 and ShareGPT records. Only the standard library is imported.
 
 Contestants import this in environments of their own.
 """
@@ -23,7 +23,7 @@ def write_first(source: Path, target: Path, count: int) -> None:
 
 
 def write_old_tokenizer(model: Path, folder: Path) -> None:
-    """Copy a tokenizer so that the tokenizers library of FastChat's days can read it: a merge was one string then."""
+    """Copy a tokenizer for the tokenizers library of FastChat's time, in which a merge was one string."""
     folder.mkdir()
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     merges = tokenizer["model"]["merges"]
@@ -59,7 +59,7 @@ def write_old_model(model: Path, folder: Path) -> None:
 
 
 def _count_as_llama(tokenizer: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
-    """A tokenizer.json that begins every text with one token and takes "</s>" for one."""
+    """Change a tokenizer.json so that every text begins with one token, and "</s>" is one."""
     used = set(settings.values())
     spare = [token for token in tokenizer["added_tokens"] if token["content"] not in used]
     if not spare:
@@ -78,23 +78,23 @@ def _count_as_llama(tokenizer: dict[str, Any], settings: dict[str, str]) -> dict
 
 
 def to_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """A ShareGPT record as messages; TRL would rename the fields itself, but not the roles."""
+    """Convert a ShareGPT record to messages; TRL would rename the fields itself, but not the roles."""
     roles = {"human": "user", "gpt": "assistant"}
     turns = record["conversations"]
     return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
 
 
 def mark_answers(template: str) -> str:
-    """SmolLM2's chat template with the marks that TRL needs to find answers; what it writes stays the same.
+    """Add to SmolLM2's chat template the markers by which TRL finds answers; the rendered text stays the same.
 
-    TRL brings such templates for some models, but not for SmolLM2, and asks for one by hand then.
+    TRL has such templates for some models, but not for SmolLM2, for which the user must give one.
 
     Raises:
         ValueError: the template is not SmolLM2's.
     """
     turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     if turn not in template:
-        raise ValueError("the chat template is not SmolLM2's, so where its answers stand is unknown")
+        raise ValueError("the chat template is not SmolLM2's, so the place of its answers is unknown")
     marked = (
         "{{'<|im_start|>' + message['role'] + '\n'}}"
         "{% if message['role'] == 'assistant' %}"
@@ -105,8 +105,10 @@ def mark_answers(template: str) -> str:
 
 
 def do_without_torchaudio() -> None:
-    """Let LLaMA-Factory be imported where torchaudio cannot be: it is for audio only, and its builds want a GPU's
-    libraries."""
+    """Replace torchaudio, which LLaMA-Factory imports, if it cannot be imported.
+
+    It is for audio only, and its builds need a GPU's libraries.
+    """
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError):
@@ -115,7 +117,7 @@ def do_without_torchaudio() -> None:
 
 
 def do_without_flash_attn() -> None:
-    """Let FastChat's train_lora.py be imported without flash-attn, which it imports even where it does not use it."""
+    """Replace flash-attn, which FastChat's train_lora.py imports even if it does not use it."""
     names = {
         "flash_attn": (),
         "flash_attn.flash_attn_interface": ("flash_attn_varlen_qkvpacked_func",),
@@ -128,14 +130,14 @@ def do_without_flash_attn() -> None:
 
 
 def read_system_message(tokenizer: Any) -> str | None:
-    """The system message that a ChatML template writes by itself, for LLaMA-Factory's template, which writes none."""
+    """Return the default system message of a ChatML template, for LLaMA-Factory's template, which has none."""
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
     return found and found.group(1)
 
 
 def write_dataset_info(data: Path, folder: Path) -> Path:
-    """The folder of the file that tells LLaMA-Factory where the data is and what its columns are."""
+    """Write the file in which LLaMA-Factory finds the data and its columns, and return its folder."""
     info = {"talks": {"file_name": str(data), "formatting": "sharegpt", "columns": {"messages": "conversations"}}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return folder

@@ -2,9 +2,8 @@
 
     python playground/benchmark/plan_check.py --model M --folder F --table T.md
 
-Every row of the data is as long as `--model_max_length` allows, so that every step is the largest that is planned for.
-On a CPU what torch has taken for tensors is compared, on a GPU what its allocator has counted; the libraries' own
-memory is in neither.
+Every sequence of the data has `--model_max_length` tokens, so every step is as large as the plan assumes. On a CPU the
+bytes of torch's tensors are compared, on a GPU the count of its allocator; neither includes the libraries' own memory.
 """
 
 import argparse

@@ -248,7 +248,7 @@ class Contestant(NamedTuple):
 MODERN = ("torch", "transformers", "tokenizers", "datasets")
 TRL_SETTINGS = (
     "SFTTrainer's construction, SFTConfig with assistant_only_loss; roles renamed by a map, as a user must; "
-    "SmolLM2's template with generation marks added by hand, for TRL brings none"
+    "SmolLM2's template with generation markers added by hand, because TRL has none"
 )
 CONTESTANTS = {
     "raw": Contestant(
@@ -266,10 +266,10 @@ CONTESTANTS = {
         ("fastchat-qlora", *MODERN),
         None,
         "load_dataset, defaults (below eight cores one process and the tokenizer's threads); cuts after the last "
-        "whole answer that fits, where the others cut in the middle",
+        "complete answer that fits; the others cut in the middle",
     ),
     "ours_warm": Contestant(
-        "this program, again", "ours", run_ours, (), None, "a new process on the cache that the first has left"
+        "this program, again", "ours", run_ours, (), None, "a new process that uses the cache of the first"
     ),
     "fastchat": Contestant(
         "FastChat",
@@ -278,8 +278,8 @@ CONTESTANTS = {
         ("fschat", "torch", "transformers", "tokenizers"),
         None,
         "SupervisedDataset (eager; every sequence is padded to the maximal length), its vicuna template; "
-        "SmolLM2's fast tokenizer, for it has no slow one, which FastChat asks for; its masks count tokens as Llama's "
-        "tokenizer makes them, so here it does all the work, and then ignores each conversation that was not cut",
+        "SmolLM2's fast tokenizer, because it has no slow one, for which FastChat asks; its masks count tokens as "
+        "Llama's tokenizer does, so here it does all the work, and then ignores each conversation that was not cut",
     ),
     "trl": Contestant("TRL", "trl", run_trl, ("trl", *MODERN), None, f"one process (default): {TRL_SETTINGS}"),
     "trl_workers": Contestant(

@@ -1,14 +1,14 @@
-r"""How fast does this program train, and in how much memory? Beside FastChat, TRL and LLaMA-Factory, in turn.
+r"""Speed and memory of training: this program, FastChat, TRL and LLaMA-Factory, in turn.
 
     pip install -e .
     python scripts/quickstart.py --only_model --folder MODELS
     python playground/benchmark/run.py --model MODELS/SmolLM2-135M-Instruct --folder F --report training.md
 
-Every contestant trains the same LoRA adapter (r 8, q_proj and v_proj) on the same model in bf16, on the same
-conversations, cut at the same length, the same number of them in an optimizer step. Each run is a process of its own;
-round after round they take turns, so that a machine that slows down slows them all, and ratios are taken within a
-round. Peers run in environments of their own, which are made in F/environments at the first start. What was measured is
-kept in F/results.json; --report_only writes the report from it again. Linux only, for memory is read from /proc.
+Every contestant trains the same LoRA adapter (r 8, q_proj and v_proj) on the same model in bf16. The conversations,
+the length at which they are cut, and their number in an optimizer step are the same. Each run is a separate process.
+Contestants take turns in every round, so that a machine that slows down slows them all, and ratios are computed within
+a round. Peers run in environments of their own, which are created in F/environments at the first start. F/results.json
+keeps the measurements; --report_only writes the report from it again. Linux only, because memory is read from /proc.
 
 To try a setting of one contestant:
 
@@ -48,18 +48,18 @@ from training_task import Task
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TEMPLATES_DIFFER_BY = 64  # tokens, at most: FastChat's has another system message and other words around turns
+TEMPLATES_DIFFER_BY = 64  # tokens at most: FastChat's template has another system message and other text around turns
 POOL = 2_000  # conversations from which those of a file are picked
 DROPPED = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV", "OMP_")  # variables of this environment
 
 
 class DataSet(NamedTuple):
-    """What one optimizer step takes of a data set.
+    """One optimizer step on a data set.
 
     Attributes:
-        conversations: in every contestant's step.
-        packed_rows: rows of the longest length that hold as many on average.
-        steps: that are timed.
+        conversations: of a step of every contestant.
+        packed_rows: packed sequences of the maximal length that hold as many on average.
+        steps: number of timed steps.
     """
 
     conversations: int
@@ -75,11 +75,11 @@ class Contestant(NamedTuple):
 
     Attributes:
         title: its name there.
-        environment: whose interpreter runs it.
-        micro_batch: rows that go through the model at once, by data set; never more than a step has.
-        options: settings of its own.
-        packed: whether several conversations share a row of the longest length.
-        settings: what a reader has to know about the run.
+        environment: name of the environment whose interpreter runs it.
+        micro_batch: sequences that are computed at once, by data set; never more than a step has.
+        options: its own settings.
+        packed: whether it packs several conversations into sequences of the maximal length.
+        settings: description of the run for a reader.
     """
 
     title: str
@@ -90,7 +90,7 @@ class Contestant(NamedTuple):
     settings: str
 
 
-TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation marks added by hand"
+TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation markers added by hand"
 FACTORY_SETTINGS = "its train command, template chatml with SmolLM2's system message"
 CONTESTANTS = {
     "ours": Contestant("this program", "ours", {"sharegpt": 1, "alpaca": 4}, {}, False, "defaults"),
@@ -117,7 +117,7 @@ CONTESTANTS = {
         {},
         False,
         "train_lora.py, its published flags (per_device_train_batch_size 2) but for what is equal for all; pads every "
-        "row to the longest length; its tokenizer made to count as Llama's, for which its masks are written",
+        "sequence to the maximal length; its tokenizer changed to count as Llama's, for which its masks are written",
     ),
     "trl": Contestant(
         "TRL, best flags",
@@ -125,7 +125,7 @@ CONTESTANTS = {
         {"sharegpt": 1, "alpaca": 1},
         {},
         False,
-        f"{TRL_SETTINGS}; one row at a time, so nothing is padded and no mask is made",
+        f"{TRL_SETTINGS}; one sequence at a time, so nothing is padded and no mask is built",
     ),
     "trl_packed": Contestant(
         "TRL, packed",
@@ -136,7 +136,12 @@ CONTESTANTS = {
         TRL_SETTINGS,
     ),
     "trl_default": Contestant(
-        "TRL, defaults", "trl", {"sharegpt": 8, "alpaca": 8}, {}, False, f"{TRL_SETTINGS}; at most 8 rows at a time"
+        "TRL, defaults",
+        "trl",
+        {"sharegpt": 8, "alpaca": 8},
+        {},
+        False,
+        f"{TRL_SETTINGS}; at most 8 sequences at a time",
     ),
     "llamafactory": Contestant(
         "LLaMA-Factory, best flags",
@@ -144,7 +149,7 @@ CONTESTANTS = {
         {"sharegpt": 1, "alpaca": 1},
         {},
         False,
-        f"{FACTORY_SETTINGS}; one row at a time",
+        f"{FACTORY_SETTINGS}; one sequence at a time",
     ),
     "llamafactory_packed": Contestant(
         "LLaMA-Factory, packed",
@@ -160,18 +165,18 @@ CONTESTANTS = {
         {"sharegpt": 1, "alpaca": 1},
         {},
         False,
-        f"{FACTORY_SETTINGS}; one row at a time, as in its example for LoRA",
+        f"{FACTORY_SETTINGS}; one sequence at a time, as in its example for LoRA",
     ),
 }
 USUAL = ("ours", "ours_packed", "ours_whole", "fastchat", "trl", "llamafactory")
 
 
 class Failure(Exception):
-    """A contestant did not get to its end."""
+    """A contestant failed."""
 
 
 class Round(NamedTuple):
-    """A run among the others."""
+    """One run of a contestant."""
 
     data: str
     checkpointing: bool
@@ -180,7 +185,7 @@ class Round(NamedTuple):
 
 
 def list_rounds(arguments: argparse.Namespace) -> Iterator[Round]:
-    """Every run, in the order of running: all contestants, then the next round of them."""
+    """Yield every run in order: all contestants, then the next round of them."""
     for data in arguments.data:
         for checkpointing in arguments.checkpointing:
             for number in range(arguments.rounds):
@@ -199,7 +204,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
             for record in drawn
             if has_something_to_learn(record, arguments.max_length)
         ]
-        groups = 2 * (arguments.warmup + count_steps(arguments, name))  # packed rows may take more than a step's share
+        # Packed sequences may take more conversations than a step has.
+        groups = 2 * (arguments.warmup + count_steps(arguments, name))
         write_records(folder / f"{name}.json", pick_typical(pool, groups, data.conversations, count_words, SEED))
     shutil.rmtree(folder / "old_model", ignore_errors=True)
     write_old_model(arguments.model.resolve(), folder / "old_model")
@@ -209,7 +215,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def make_counter(model: Path) -> Callable[[list[dict[str, str]]], int]:
-    """Tokens of a conversation as the model's own template writes it."""
+    """Return a function that counts the tokens of a conversation with the model's own template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -223,12 +229,12 @@ def make_counter(model: Path) -> Callable[[list[dict[str, str]]], int]:
 
 
 def count_steps(arguments: argparse.Namespace, data: str) -> int:
-    """Optimizer steps that are timed."""
+    """Return the number of timed optimizer steps."""
     return arguments.steps or DATA[data].steps
 
 
 def make_task(run: Round, arguments: argparse.Namespace, folder: Path) -> Task:
-    """What a contestant is given in a run, in a new folder."""
+    """Build the task of a contestant in a run, in a new folder."""
     place = folder / "run"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -254,7 +260,7 @@ def make_task(run: Round, arguments: argparse.Namespace, folder: Path) -> Task:
 
 
 def make_variables(environment: str, folder: Path, threads: int) -> dict[str, str]:
-    """The variables of a contestant's process: its own empty caches, no hub, nothing of this environment's."""
+    """Return the variables of a contestant's process: own empty caches, no hub, nothing of this environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
     kept |= {name: str(folder / cache) for name, cache in caches.items()}
@@ -266,10 +272,10 @@ def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path
     """Run a contestant in a process of its own.
 
     Returns:
-        What it measured, its task and its place among the runs.
+        Its measurements, its task and its place among the runs.
 
     Raises:
-        Failure: with the last lines of what it said.
+        Failure: the message has the last lines of its output.
     """
     environment = CONTESTANTS[run.contestant].environment
     task = make_task(run, arguments, folder)
@@ -292,11 +298,11 @@ def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run everything; results.json is written anew after every run.
+    """Run everything, and write results.json after every run.
 
     Returns:
-        What is in that file: the machine, the settings, the runs, and why a contestant is not among them. One that
-        fails does not run again.
+        The content of that file: the machine, the settings, the runs, and why a contestant is missing. A contestant
+        that fails does not run again.
     """
     pythons = prepare(arguments, folder)
     results: dict[str, Any] = {"about": describe_run(arguments), "runs": [], "left_out": {}}
@@ -315,7 +321,7 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where and how everything ran, and the contestants as the report shows them."""
+    """Return the machine, the settings, and the contestants as the report shows them."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
     )
@@ -338,25 +344,25 @@ def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_option(text: str) -> tuple[str, Any]:
-    """The name and the value of NAME=VALUE; the value is JSON, so text stands in quotes.
+    """Parse NAME=VALUE; the value is JSON, so text is in quotes.
 
     Raises:
-        ValueError: it is not of that form; argparse tells it.
+        ValueError: it does not have that form; argparse reports it.
     """
     name, _, value = text.partition("=")
     return name, json.loads(value)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--folder", type=Path, required=True, help="environments, data and results lie here")
+    parser.add_argument("--folder", type=Path, required=True, help="for environments, data and results")
     parser.add_argument("--report", type=Path, help="Markdown file for the report, which is also printed")
     parser.add_argument("--plot", type=Path, help="picture of the rates: .svg or .png; needs the extra `benchmark`")
-    parser.add_argument("--report_only", action="store_true", help="write the report from the results that are there")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(USUAL), help="who runs")
-    parser.add_argument("--data", nargs="+", choices=DATA, default=["sharegpt"], help="on what (default: sharegpt)")
+    parser.add_argument("--report_only", action="store_true", help="write the report from the results in --folder")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(USUAL), help="that run")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["sharegpt"], help="data sets (default: sharegpt)")
     parser.add_argument(
         "--checkpointing", nargs="+", choices=["off", "on"], default=["off"], help="of activations (default: off)"
     )
@@ -367,20 +373,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=75,
-        help="warm-up and timed steps both end with the first step that ends after so many (default: %(default)s)",
+        help="after which warm-up and timed steps both end early (default: %(default)s)",
     )
-    parser.add_argument("--max_length", type=int, default=1024, help="the most tokens of a row (default: %(default)s)")
+    parser.add_argument(
+        "--max_length", type=int, default=1024, help="maximum of tokens of a sequence (default: %(default)s)"
+    )
     parser.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=2e-5, help="constant (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=cores(), help="of torch (default: %(default)s, one a core)")
-    parser.add_argument("--micro_batch", type=int, help="another than the contestants' own")
+    parser.add_argument("--micro_batch", type=int, help="in place of the contestants' own")
     parser.add_argument(
         "--option",
         nargs="+",
         type=read_option,
         default=[],
         metavar="NAME=VALUE",
-        help="settings beside the contestants' own; values as in JSON",
+        help="further settings of the contestants; values as in JSON",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""A chat model where none can be fetched: a tokenizer trained on the dummy data, and a Llama with random weights."""
+"""A chat model without downloads: a tokenizer trained on the dummy data, and a Llama with random weights."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ SMALL = {
     "num_key_value_heads": 2,
     "attention_bias": True,
 }
-"""Two layers, for tests."""
+"""Sizes of a model of two layers, for tests."""
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Save a byte-level BPE tokenizer of 600 tokens with ChatML's."""
+    """Save a byte-level BPE tokenizer of 600 tokens with those of ChatML."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,11 +1,11 @@
 """Every strategy against one process: the same losses, the same adapter, resumed in the same way.
 
     python playground/benchmark/strategies.py --model M --data D.json --table docs/strategies.md
-    bash playground/benchmark/strategies_gpu.sh          # one GPU, with weights made up on the spot
+    bash playground/benchmark/strategies_gpu.sh          # one GPU, with random weights
 
-Each case trains for four steps of four rows, saves, and in a second start goes on for two more. The rows of a step are
-taken one by one: all by one process, or half of them by each of two, so that only the strategy differs. Then plain PEFT
-loads the adapter, and what it answers is compared with what the live model answered.
+Each case trains for four steps of four conversations, saves, and resumes in a second start for two more steps. The
+conversations of a step are taken one by one: all by one process, or half of them by each of two, so that only the
+strategy differs. Then plain PEFT loads the adapter, and its logits are compared with those of the live model.
 """
 
 import argparse
@@ -50,10 +50,10 @@ PRECISIONS = {
 SHARDED = ("ZeRO-3", "ZeRO-3 offload", "FSDP2")
 
 TOLERANCE = {"LoRA fp32": 1e-4, "LoRA bf16": 2**-8, "QLoRA bf16": 2**-8}
-"""Relative difference of a loss from one process's. bf16 keeps 8 bits: rounding one number may move it by 2^-8."""
+"""Relative difference from the loss of one process. bf16 keeps 8 bits: rounding may change a number by 2^-8."""
 
 GRADIENT_TOLERANCE = {"LoRA fp32": 1e-3, "LoRA bf16": 0.05, "QLoRA bf16": 0.05}
-"""The same of the gradient's norm, which Adam does not feel and a wrong scale would show in."""
+"""The same for the gradient's norm, which shows a wrong scale. Adam does not depend on the scale."""
 
 FLAGS = (
     "--logging_steps 1 --learning_rate 3e-4 --lr_scheduler_type constant --lora_dropout 0 --lora_r 8 --lora_alpha 32 "
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a case left behind."""
+    """The results of a case."""
 
     losses: list[float]
     gradient_norms: list[float]
@@ -89,7 +89,7 @@ class Outcome(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A case beside one process: what is compared."""
+    """The comparison of a case with one process."""
 
     case: Case
     loss_difference: float
@@ -109,7 +109,7 @@ CASES = [
 
 
 def launch_line(strategy: str | None, port: int, program: str, processes: int = 2) -> str:
-    """How a strategy is launched: a command line up to the flags of the run."""
+    """Return the command line that launches a strategy, up to the flags of the run."""
     return (STRATEGIES[strategy] if strategy else ONE_PROCESS).format(
         program=program,
         torchrun=f"--nproc_per_node {processes} --master_port {port}",
@@ -118,7 +118,7 @@ def launch_line(strategy: str | None, port: int, program: str, processes: int = 
 
 
 def command(case: Case, processes: int) -> str:
-    """The command line of a case without its paths."""
+    """Return the command line of a case without its paths."""
     accumulated = ROWS // processes if case.strategy else ROWS
     return (
         f"{launch_line(case.strategy, free_port(), PROGRAM, processes)} {FLAGS} {PRECISIONS[case.precision]} "
@@ -128,10 +128,10 @@ def command(case: Case, processes: int) -> str:
 
 
 def run(case: Case, model: Path, data: Path, output: Path, *, processes: int = 2, more: str = "") -> Outcome:
-    """Train, save, start again and go on.
+    """Train, save, start again and resume.
 
     Raises:
-        RuntimeError: a start failed; with the end of what it said.
+        RuntimeError: a start failed; the message has the end of its output.
     """
     paths = f"--model_name_or_path {model} --data_path {data} --output_dir {output} {more}"
     for last in (ALL_STEPS,) if case.strategy is None else (FIRST_STEPS, ALL_STEPS):
@@ -152,11 +152,11 @@ def run(case: Case, model: Path, data: Path, output: Path, *, processes: int = 2
 
 
 def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> torch.Tensor:
-    """What plain PEFT answers to the probe with a saved adapter, as logits.
+    """Return the logits that plain PEFT computes for the probe with a saved adapter.
 
-    In bf16 the adapter is rounded to bf16 as well: every strategy computes with it so, whatever its masters are.
+    In bf16 the adapter is rounded to bf16 as well, as every strategy does in its computation, whatever it keeps.
     """
-    torch.set_num_threads(1)  # as the processes of a run here; bf16 kernels split sums by thread
+    torch.set_num_threads(1)  # as in the processes of a run; bf16 kernels split sums by thread
     dtype = torch.float32 if precision.endswith("fp32") else torch.bfloat16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -167,7 +167,7 @@ def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> t
         quantization_config=quantization if precision.startswith("QLoRA") else None,
         device_map=device,
     )
-    keep_cpu_weights_trainable(base)  # else another kernel, which the training did not use
+    keep_cpu_weights_trainable(base)  # otherwise another kernel than in training
     loaded = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
@@ -177,10 +177,10 @@ def answer(model: Path, adapter: Path, precision: str, device: str = "cpu") -> t
 
 
 def compare(reference: Outcome, outcome: Outcome, case: Case, model: Path, device: str = "cpu") -> Row:
-    """A case beside one process with the same precision.
+    """Compare a case with one process of the same precision.
 
     Raises:
-        AssertionError: the adapters differ in keys, shapes or dtype, or the strategy that ran is another one.
+        AssertionError: the adapters differ in keys, shapes or dtype, or another strategy ran.
     """
     expected, found = reference.adapter, outcome.adapter
     assert found.keys() == expected.keys()
@@ -203,36 +203,36 @@ def compare(reference: Outcome, outcome: Outcome, case: Case, model: Path, devic
 
 
 def _furthest(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     assert len(found) == len(expected) == ALL_STEPS, (found, expected)
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
 def problems(row: Row, processes: int) -> list[str]:
-    """What of a case is not as it should be."""
+    """Return the differences of a case that are too large."""
     precision, strategy = row.case.precision, row.case.strategy
     found = []
     if row.loss_difference > TOLERANCE[precision]:
         found.append(f"loss differs by {row.loss_difference:.1e}")
     if row.gradient_difference > GRADIENT_TOLERANCE[precision]:
         found.append(f"gradient norm differs by {row.gradient_difference:.1e}")
-    # In bf16 the live model rounds elsewhere than plain PEFT does: other attention, one operation where PEFT has three.
+    # In bf16 the live model rounds in other places than plain PEFT: other attention, one operation for three of PEFT.
     if row.logits_difference > (1e-5 if precision.endswith("fp32") else 2**-7):
         found.append(f"PEFT's logits differ from the live model's by {row.logits_difference:.1e}")
     if strategy in SHARDED and processes > 1 and row.held > 0.6 * row.whole:
-        found.append(f"holds {row.held} of {row.whole} bytes of the base")
+        found.append(f"holds {row.held} of {row.whole} bytes of the base model")
     return found
 
 
 class OneProcess:
-    """What one process makes of the same conversations; each kind is run when it is first asked for."""
+    """Results of one process with the same conversations; each kind is run when it is first needed."""
 
     def __init__(self, model: Path, data: Path, folder: Path) -> None:
         self.model, self.data, self.folder = model, data, folder
         self._outcomes: dict[tuple[str, bool], Outcome] = {}
 
     def outcome(self, precision: str, checkpointing: bool) -> Outcome:
-        """The rows of a step taken one by one."""
+        """Return the results with the conversations of a step taken one by one."""
         key = (precision, checkpointing)
         if key not in self._outcomes:
             folder = self.folder / f"one-{len(self._outcomes)}"
@@ -240,7 +240,7 @@ class OneProcess:
         return self._outcomes[key]
 
     def noise(self, precision: str) -> float:
-        """How far the losses are from these when the rows of a step are taken as one padded batch."""
+        """Return the difference of the losses if the conversations of a step are one padded batch."""
         case = Case(None, precision, False)
         together = f"--per_device_train_batch_size {ROWS} --gradient_accumulation_steps 1"
         folder = self.folder / f"together-{precision.replace(' ', '-')}"
@@ -249,7 +249,7 @@ class OneProcess:
 
 
 def sweep(cases: Iterable[Case], alone: OneProcess, processes: int, device: str) -> list[Row]:
-    """Run the cases and what they are compared with; say how each went."""
+    """Run the cases and the runs that they are compared with, and print the result of each."""
     rows = []
     for case in cases:
         reference = alone.outcome(case.precision, case.checkpointing)
@@ -264,12 +264,12 @@ def sweep(cases: Iterable[Case], alone: OneProcess, processes: int, device: str)
 
 
 def table(rows: Sequence[Row], heading: Sequence[str]) -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     lines = [
         *heading,
         "",
-        "| strategy | precision | checkpointing | loss | gradient norm | adapter | PEFT's logits | base in a process |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
     ]
     for row in rows:
         held = f"{row.held / 2**20:.1f} of {row.whole / 2**20:.1f} MiB"
@@ -280,21 +280,27 @@ def table(rows: Sequence[Row], heading: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+HEADINGS = (
+    *("strategy", "precision", "checkpointing", "loss", "gradient norm", "adapter", "PEFT's logits"),
+    "base model in a process",
+)
 EXPLANATION = """\
-Each line: {first} steps of {rows} conversations, saved, and in a second start {more} steps more; LoRA of rank 8 on all
-linear layers, AdamW. A step's conversations are taken one by one, by one process or by all in turn. The numbers are the
-largest relative differences from one process: of the loss and of the gradient's norm over all steps, of the adapter
-after the last one, and of the logits that plain PEFT computes with the saved adapter from those of the live model.
-Keys, shapes and dtype (fp32) of the adapter files are equal. The last column is what one process holds of the frozen
-base between two steps, constants of 4-bit layers included.
+Each line is a run of {first} steps of {rows} conversations, saved, and of {more} more steps after a restart, with LoRA
+of rank 8 on all linear layers and AdamW. The conversations of a step are taken one by one, by one process or by all in
+turn.
 
-Allowed are {fp32:.0e} for losses in fp32 and {bf16:.1e} in bf16: it keeps 8 bits, so rounding one number may move it by
-2^-8. For comparison, one process that takes the {rows} conversations as one padded batch differs from itself by
-{spread}."""
+The numbers are the largest relative differences from one process: of the loss and of the gradient's norm over all
+steps, of the adapter after the last step, and of the logits that plain PEFT computes with the saved adapter from those
+of the live model. Keys, shapes and dtype (fp32) of the adapter files are equal. The last column is the part of the
+frozen base model that one process holds between two steps, with the constants of 4-bit layers.
+
+The tolerance of losses is {fp32:.0e} in fp32 and {bf16:.1e} in bf16, which keeps 8 bits: rounding may change a number
+by 2^-8. For comparison, the losses of one process change by {spread} if the
+{rows} conversations are one padded batch."""
 
 
 def heading(title: str, model: str, processes: int, device: str, spread: dict[str, float]) -> list[str]:
-    """What was run and how to read the table."""
+    """Return the lines above the table: the runs, and how to read it."""
     libraries = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     explanation = EXPLANATION.format(
@@ -308,7 +314,7 @@ def heading(title: str, model: str, processes: int, device: str, spread: dict[st
     return [
         f"# {title}",
         "",
-        "Written by `playground/benchmark/strategies.py`, which fails if a line is not as it should be.",
+        "Written by `playground/benchmark/strategies.py`, which fails if a difference is too large.",
         "",
         f"{model}; processes: {processes}, on {device}; Python {platform.python_version()}, {versions}.",
         "",
@@ -319,12 +325,14 @@ def heading(title: str, model: str, processes: int, device: str, spread: dict[st
 def main() -> None:
     """Run the matrix and write its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a chat model; a small made-up one by default")
+    parser.add_argument("--model", type=Path, help="folder of a chat model; by default a small one with random weights")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "dummy_conversation.json")
-    parser.add_argument("--layers", type=int, default=2, help="of the made-up model; above 2 it is as wide as a 1B")
+    parser.add_argument(
+        "--layers", type=int, default=2, help="of the model with random weights; above 2 it is as wide as a 1B"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="words that a case's name must have, such as 'FSDP2, QLoRA'")
+    parser.add_argument("--only", default="", help="text in the names of the cases to run, such as 'FSDP2, QLoRA'")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs' output goes")
     parser.add_argument("--table", type=Path, required=True)
     options = parser.parse_args()
@@ -342,11 +350,11 @@ def main() -> None:
     page = table(rows, heading(title, name, options.processes, where, spread))
     options.table.write_text(page, encoding="utf-8")
     print(page)
-    sys.exit(f"not as they should be: {wrong}" if wrong else 0)
+    sys.exit(f"differences are too large: {wrong}" if wrong else 0)
 
 
 def made_up(folder: Path, layers: int) -> Path:
-    """A model with random weights: of two small layers, or of the width of a model of a billion parameters."""
+    """Save a model with random weights: two small layers, or the width of a model of a billion parameters."""
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     make_tokenizer(folder)
     make_model(folder, SMALL if layers == 2 else wide | {"num_hidden_layers": layers})

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The matrix of strategies on one GPU: each of them with a single process, against plain python, on a Llama with random
-# weights as wide as a model of a billion parameters.
+# The matrix of strategies on one GPU: each strategy with a single process is compared with plain python, on a Llama with
+# random weights as wide as a model of a billion parameters.
 # usage: [WHEELS=folder of wheels] bash playground/benchmark/strategies_gpu.sh [--only 'FSDP2, QLoRA']
-# Runs on an image with Python, torch, transformers, peft and accelerate. bitsandbytes, datasets, deepspeed and what else
-# the image lacks are installed from WHEELS, where there is no package index.
+# It needs Python with torch, transformers, peft and accelerate. Where there is no package index, the other libraries
+# (bitsandbytes, datasets, deepspeed) are installed from WHEELS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ -z "${WHEELS:-}" ] || python3 -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl

@@ -13,7 +13,7 @@ PACKAGES = ("fschat", "torch", "transformers", "peft", "accelerate")
 
 
 def take_in_order() -> None:
-    """Take the rows in the order of the file, which is a setting in the other tools' libraries."""
+    """Train on sequences in the order of the file, for which the other tools have a setting."""
 
     def sampler(self: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -22,7 +22,7 @@ def take_in_order() -> None:
 
 
 def mark_legacy() -> None:
-    """Give the tokenizer the attribute that only Llama's have and FastChat reads, as theirs was."""
+    """Set the attribute `legacy` of the tokenizer, which FastChat reads and only Llama's tokenizers have."""
     load = transformers.AutoTokenizer.from_pretrained
 
     def load_legacy(*arguments: Any, **settings: Any) -> Any:

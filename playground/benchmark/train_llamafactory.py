@@ -12,7 +12,7 @@ PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "data
 
 
 def main() -> None:
-    """Train as `llamafactory-cli train` would, with what its example for LoRA says beside the task."""
+    """Train as `llamafactory-cli train` would, with the task and otherwise the settings of its example for LoRA."""
     task = read_task()
     do_without_torchaudio()
     from llamafactory.train.tuner import run_exp

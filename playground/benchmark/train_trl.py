@@ -16,7 +16,7 @@ PACKAGES = ("trl", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def make_config(task: Task, template: Path) -> SFTConfig:
-    """The task as TRL's settings."""
+    """Convert the task to TRL's settings."""
     settings: dict[str, Any] = trainer_flags(task) | {
         "max_length": task.max_length,
         "assistant_only_loss": True,

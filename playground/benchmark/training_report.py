@@ -1,4 +1,4 @@
-"""The report of run.py: rates, ratios within a round, memory, and what a reader needs to do it again."""
+"""The report of run.py: rates, ratios within a round, memory, and the settings to repeat it."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ HEADINGS = (
 EXPLANATION = """\
 Rates are those of the timed steps, median over the rounds with the lowest and the highest; the ratios are medians of \
 the ratios within a round, with the lowest and the highest. Real tokens are those of the conversations, without \
-padding; supervised ones are a target of the loss; positions are what goes into the model, with padding. Peak: the \
-process's highest resident memory (VmHWM), imports and model included, or the GPU's allocated memory where there is \
-one. First step: from the start of the process to the end of the first optimizer step, with empty caches."""
+padding; supervised ones are a target of the loss; positions are those that the model computes, with padding. Peak: \
+the process's highest resident memory (VmHWM), imports and model included, or the GPU's allocated memory where there \
+is one. First step: from the start of the process to the end of the first optimizer step, with empty caches."""
 
 Run = dict[str, Any]
 Runs = list[Run]
 
 
 def timed(run: Run, count: str) -> float:
-    """What the timed steps added to a count that the run kept."""
+    """Return the increase of a count in the timed steps."""
     steps, warmup = run["steps"], run["warmup"]
     return float(steps[-1][count] - (steps[warmup - 1][count] if warmup else 0))
 
 
 def rate(run: Run, count: str) -> float:
-    """Tokens a second in the timed steps."""
+    """Return tokens per second in the timed steps."""
     seconds: float = sum(step["seconds"] for step in run["steps"][run["warmup"] :])
     return timed(run, count) / seconds
 
 
 def peak(run: Run) -> float:
-    """MiB at the most."""
+    """Return the peak memory in MiB."""
     most: float = run["gpu_peak_mib"] or run["peak_mib"]
     return most
 
 
 def pair_ratios(ours: Runs, theirs: Runs, measure: Callable[[Run], float]) -> list[float]:
-    """The ratio of what was measured in every round in which both ran."""
+    """Return the ratio of the measurements for every round in which both ran."""
     by_round = {run["number"]: run for run in theirs}
     return [measure(run) / measure(by_round[run["number"]]) for run in ours if run["number"] in by_round]
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the lowest and the highest if there are several; "-" for nothing."""
+    """Return the median, with the lowest and the highest if there are several; "-" for no value."""
     if not values:
         return "-"
     middle = format(statistics.median(values), form)
@@ -72,7 +72,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def group_runs(results: dict[str, Any]) -> Iterator[tuple[str, bool, dict[str, Runs]]]:
-    """Data set, checkpointing, and the runs of each contestant there."""
+    """Yield each data set and checkpointing with the runs of each contestant."""
     groups: dict[tuple[str, bool], dict[str, Runs]] = {}
     for run in results["runs"]:
         group = groups.setdefault((run["data"], run["checkpointing"]), {})
@@ -82,7 +82,7 @@ def group_runs(results: dict[str, Any]) -> Iterator[tuple[str, bool, dict[str, R
 
 
 def describe_contestant(name: str, group: dict[str, Runs]) -> list[str]:
-    """The measured cells of a contestant's line."""
+    """Return the measured cells of a contestant's line."""
     runs = group[name]
     ratios = [
         "1" if name == ours else spread(pair_ratios(group.get(ours, []), runs, measure), ".2f")
@@ -107,7 +107,7 @@ def describe_contestant(name: str, group: dict[str, Runs]) -> list[str]:
 
 
 def write_report(results: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     contestants = results["about"]["contestants"]
     rows = [
         [data, "on" if checkpointing else "off", contestants[name]["title"], *describe_contestant(name, group)]
@@ -121,13 +121,13 @@ def write_report(results: dict[str, Any]) -> str:
 
 
 def describe_run(results: dict[str, Any]) -> Iterator[str]:
-    """Where and how everything ran."""
+    """Yield lines on the machine and the settings."""
     about = results["about"]
     devices = sorted({run["device"] for run in results["runs"]})
     yield f"- Model: {about['model']} in bf16; LoRA r 8, alpha 16 on q_proj and v_proj, dropout {about['dropout']}."
-    yield f"- AdamW, constant learning rate {about['learning_rate']}; longest row {about['max_length']} tokens."
+    yield f"- AdamW, constant learning rate {about['learning_rate']}; longest sequence {about['max_length']} tokens."
     for name, conversations in about["conversations"].items():
-        yield f"- {name}: {conversations} conversations in an optimizer step; of packed rows as many as hold so many."
+        yield f"- {name}: {conversations} conversations in an optimizer step, or packed sequences that hold as many."
     titles = ", ".join(contestant["title"] for contestant in about["contestants"].values())
     yield f"- {about['rounds']} rounds, in turn: {titles}; a phase ends early after {about['seconds']:g} s."
     yield f"- Device: {', '.join(devices)}; {about['processor']}, {about['cores']} cores, {about['threads']} threads."
@@ -135,7 +135,7 @@ def describe_run(results: dict[str, Any]) -> Iterator[str]:
 
 
 def list_settings(results: dict[str, Any]) -> Iterator[list[str]]:
-    """A line for each contestant: how it ran, and of which versions."""
+    """Yield a line for each contestant, with its settings and versions."""
     for name, contestant in results["about"]["contestants"].items():
         runs = [run for run in results["runs"] if run["contestant"] == name]
         if not runs:
@@ -152,7 +152,7 @@ def list_settings(results: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def draw_plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the rates of real tokens as bars, with the lowest and the highest; a panel for each data set and kind."""
+    """Draw the rates of real tokens as bars with their ranges; one panel for each data set and checkpointing."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,13 +166,13 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
         middles = [statistics.median(values) for values in rates]
         reach = [[middle - min(values) for middle, values in zip(middles, rates, strict=True)]]
         reach += [[max(values) - middle for middle, values in zip(middles, rates, strict=True)]]
-        colours = ["tab:blue" if name.startswith("ours") else "tab:grey" for name in names]
+        colors = ["tab:blue" if name.startswith("ours") else "tab:grey" for name in names]
         titles = [results["about"]["contestants"][name]["title"] for name in names]
-        bars = panel.barh(titles, middles, xerr=reach, color=colours, capsize=3)
+        bars = panel.barh(titles, middles, xerr=reach, color=colors, capsize=3)
         panel.bar_label(bars, fmt="{:,.0f}", padding=6)
         panel.margins(x=0.12)
         panel.set_title(f"{data}-like, checkpointing {'on' if checkpointing else 'off'}")
-        panel.set_xlabel("real tokens a second")
+        panel.set_xlabel("real tokens per second")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""What a contestant of run.py is given to train. Nothing but the standard library."""
+"""The task of a contestant of run.py. Only the standard library is imported."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 
 
 class Task(NamedTuple):
-    """One run; it travels to the contestant's process as JSON.
+    """One run; the contestant's process gets it as JSON.
 
     Attributes:
-        model: the model's folder.
+        model: folder of the model.
         data: the ShareGPT file.
-        folder: where everything goes that the run writes.
-        max_length: the most tokens of a row.
-        micro_batch: rows that go through the model at once.
+        folder: for everything that the run writes.
+        max_length: maximum of tokens of a sequence.
+        micro_batch: sequences that are computed at once.
         accumulation: micro-batches of an optimizer step.
         warmup: steps before the clock starts.
         steps: steps that are timed.
-        seconds: warm-up and timed steps both end early, with the first step that ends after so long.
-        checkpointing: whether activations are computed again in the backward pass.
+        seconds: after which warm-up and timed steps both end early.
+        checkpointing: whether activations are recomputed in the backward pass.
         dropout: on the adapter's input.
         learning_rate: constant.
-        options: settings of the contestant's own.
-        started: when its process was started, by time.monotonic().
+        options: the contestant's own settings.
+        started: start of its process, by time.monotonic().
     """
 
     model: str
@@ -45,11 +45,11 @@ class Task(NamedTuple):
 
     @property
     def results(self) -> Path:
-        """The file of what was measured."""
+        """The file of the measurements."""
         return Path(self.folder) / "measured.json"
 
     def write(self) -> Path:
-        """Write it into its folder."""
+        """Write the task into its folder and return the path."""
         path = Path(self.folder) / "task.json"
         path.write_text(json.dumps(self._asdict(), indent=1), encoding="utf-8")
         return path
@@ -59,12 +59,12 @@ RANK, ALPHA, TARGETS = 8, 16, ("q_proj", "v_proj")  # the adapter, the same for 
 
 
 def read_task() -> Task:
-    """The task whose file the command line names."""
+    """Read the task from the file that the command line names."""
     return Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 
 
 def trainer_flags(task: Task) -> dict[str, Any]:
-    """Settings that every contestant's TrainingArguments know by the same name."""
+    """Return the settings with the same names in the TrainingArguments of all contestants."""
     return {
         "output_dir": str(Path(task.folder) / "output"),
         "per_device_train_batch_size": task.micro_batch,
@@ -80,7 +80,7 @@ def trainer_flags(task: Task) -> dict[str, Any]:
 
 
 def lora_flags(task: Task) -> dict[str, Any]:
-    """Model, data and adapter, by the names that FastChat gave the flags and this program has kept."""
+    """Return the flags of model, data and adapter, which have the same names in FastChat and here."""
     return {
         "model_name_or_path": task.model,
         "data_path": task.data,
@@ -94,7 +94,7 @@ def lora_flags(task: Task) -> dict[str, Any]:
 
 
 def to_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as they stand on a command line; of a list, one after the other."""
+    """Convert settings to the words of a command line; a list becomes several words."""
     words: list[str] = []
     for name, value in settings.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]

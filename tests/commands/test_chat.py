@@ -256,7 +256,7 @@ def test_closed_standard_input(
 def test_oldest_turns_are_left_out_when_the_context_is_full(
     made: tuple[Path, Path], adapter: Path, tmp_path: Path, chat: Chat
 ) -> None:
-    """The system message stays, and a message that alone is too long is not asked."""
+    """The system message stays, and a message that is too long alone is not answered."""
     base = Path(shutil.copytree(made[0], tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))

@@ -30,7 +30,7 @@ MODEL_MAX_LENGTH = "120"
 
 @pytest.fixture
 def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder without its weights, which `inspect` does not read."""
+    """Return a model's folder without weights, which `inspect` does not read."""
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(model_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder

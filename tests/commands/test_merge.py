@@ -512,7 +512,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
         "its files and its config.json differ in shapes of tensors; download it again",
     ),
     "a size": (lambda base, adapter: ["--max_shard_size", "5 apples"], "5 apples: is no size; give one such as 5GB"),
-    "a flag": (lambda base, adapter: ["--quantisation", "none"], "did you mean --quantization?"),
+    "a flag": (lambda base, adapter: ["--quantizaton", "none"], "did you mean --quantization?"),
     "no base": (lambda base, adapter: [_rename(base)], "is neither a local model's folder nor a hub id"),
     "another base": (lambda base, adapter: [_widen(adapter)], "has the shape"),
     "a smaller base": (lambda base, adapter: [_deepen(adapter)], "1 of its tensors do not fit this model"),

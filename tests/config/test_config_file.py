@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settings(text: str, *flags: str, name: str = "run.yaml") -> dict[str, Any]:
-    """All settings of a file with these lines, and of flags behind it."""
+    """Return all settings of a file with these lines, and of flags after it."""
     Path(name).write_text(NEEDED + text if name.endswith("yaml") else text, encoding="utf-8")
     return values([name, *flags])
 

@@ -1,4 +1,4 @@
-"""`--help` and mistakes are answered at once, word for word as the live parser answers them."""
+"""`--help` and mistakes are answered at once, with the text of the live parser."""
 
 import argparse
 import json

@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def comparable(values: argparse.Namespace) -> dict[str, str]:
-    """Values as text, for nan is not nan. A bare --fsdp is True, as the word is; 0, 0.0 and -0.0 are one number."""
+    """Return values as text, because nan differs from nan. A bare --fsdp is True; 0, 0.0 and -0.0 are one number."""
     return {name: _comparable(value, name) for name, value in vars(values).items() if name not in NOT_SETTINGS}
 
 
@@ -49,7 +49,7 @@ def _comparable(value: Any, name: str) -> str:
 
 
 def settings_in(text: str) -> dict[str, str]:
-    """The settings in a file, to be compared likewise."""
+    """Return the settings in a file, to be compared in the same way."""
     return {name: _comparable(value, name) for name, value in yaml.safe_load(text).items()}
 
 

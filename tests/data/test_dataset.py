@@ -1,4 +1,4 @@
-"""Files become rows: every record is accepted or listed with its reason, and what is saved serves as it was trained."""
+"""Files become sequences: every record is accepted or listed with its reason, and the used template is saved."""
 
 import json
 import logging
@@ -29,12 +29,12 @@ def build(
     output_dir: Path,
     **options: Any,
 ) -> dict[str, Dataset]:
-    """Load files; any share of the records may be rejected unless a test says otherwise."""
+    """Load files; any share of the records may be rejected unless a test sets it."""
     return load_splits(paths, tokenizer, output_dir, **{"max_rejected": 1.0, **options})
 
 
 def write(path: Path, *records: Any) -> Path:
-    """JSON Lines of records, or of text as it is."""
+    """Write records, or text as it is, as JSON Lines."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -239,7 +239,7 @@ class TestRefusals:
 
 
 class TestPlaces:
-    """Where data and the run's own files lie: nothing is left out unsaid, and nothing of the user's is lost."""
+    """Places of data and of the run's own files: nothing is ignored silently, and nothing of the user's is lost."""
 
     @pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])
     @pytest.mark.parametrize("linked", [False, True])
@@ -273,7 +273,7 @@ class TestPlaces:
     def test_output_inside_the_data_is_not_read(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Neither the list of an earlier run nor a checkpoint's JSON becomes records of the next one."""
+        """Neither an earlier run's list nor a checkpoint's JSON becomes records of the next run."""
         monkeypatch.chdir(tmp_path)
         (tmp_path / "data").mkdir()
         write(tmp_path / "data" / "a.jsonl", sharegpt(HI), "{broken")
@@ -306,7 +306,7 @@ class TestPlaces:
     def test_unreadable_subfolder_is_an_error(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Training on what happens to be readable would be training on something else."""
+        """The run would train on other data than the user named."""
         locked = tmp_path / "data" / "locked"
         locked.mkdir(parents=True)
         write(tmp_path / "data" / "a.jsonl", sharegpt(HI))
@@ -337,7 +337,7 @@ class TestPlaces:
     def test_size_counts_files_and_hub_datasets(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By it the number of processes is chosen, and the progress bar ends at it."""
+        """The number of processes and the end of the progress bar depend on it."""
         hub = Dataset.from_list([sharegpt(turns) for turns in CONVERSATIONS * 200])
         monkeypatch.setattr("fastchat_qlora.data.dataset.load_hub_dataset", lambda *args: hub)
         source = DataSource(["org/name", str(data_file), "org/name"], "--data_path", None, show_progress=False)
@@ -380,7 +380,7 @@ class TestOverlong:
         assert "<|im_end|>" not in supervised_text(short[2], tokenizer)  # its only turn is too long, so it does not end
 
     def test_drop(self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """Dropping is what was asked for: max_rejected does not count it, the list does."""
+        """Dropping was requested: max_rejected does not count it, the list does."""
         whole = build(data_file, tokenizer, tmp_path)["train"]
         limit = whole[1]["length"]
         long = [row["id"] for row in whole if row["length"] > limit]
@@ -403,7 +403,7 @@ class TestOverlong:
 
 
 class TestEvaluation:
-    """Evaluation data is taken off the training data, or read from files of its own."""
+    """Evaluation data is split off the training data, or read from files of its own."""
 
     @pytest.mark.parametrize(("eval_split", "count"), [(0.25, 3), (0.5, 6), (1, 1), (5, 5), (11, 11)])
     @pytest.mark.parametrize("lazy", [False, True])
@@ -470,7 +470,7 @@ class TestEvaluation:
 
 
 class TestPreprocessing:
-    """However the work is done, the rows are the same."""
+    """The sequences are the same, however the work is divided."""
 
     @pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
     @pytest.mark.parametrize(("conv_template", "max_length"), [("auto", 40), ("vicuna", 110)])
@@ -532,7 +532,7 @@ class TestPreprocessing:
 
 
 class TestTemplate:
-    """The chat template that is saved afterwards is the one that was used, and serves the same ids."""
+    """The saved chat template is the one that was used, and gives the same ids."""
 
     def assert_serves(self, row: dict[str, Any], turns: list[tuple[str, str]], tokenizer: Any) -> None:
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -564,7 +564,7 @@ class TestTemplate:
 
     @pytest.mark.parametrize("own", ["{{ bos_token }}" + CHATML, None], ids=["written by the template", "vicuna"])
     def test_bos_stands_once(self, own: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """From wherever it comes, even where tokenizer and template both write one; it is not supervised."""
+        """Even if tokenizer and template both write one; it is not supervised."""
         path = write(tmp_path / "a.jsonl", sharegpt([("system", "Be kind."), *HI]), sharegpt(HI * 2))
         add_bos(tokenizer).chat_template = own
         train = build(path, tokenizer, tmp_path)["train"]
@@ -577,7 +577,7 @@ class TestTemplate:
     def test_no_bos_where_the_tokenizer_adds_none(
         self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
-        """As SmolLM2's tokenizer: it has a BOS token and does not put it in front."""
+        """SmolLM2's tokenizer has a BOS token, but does not add it."""
         tokenizer.bos_token = "<|im_start|>"
         train = build(data_file, tokenizer, tmp_path, conv_template="vicuna")["train"]
         assert tokenizer.bos_token_id not in train[0]["input_ids"]

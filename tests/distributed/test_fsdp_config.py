@@ -14,7 +14,7 @@ from fastchat_qlora.errors import UserError
 
 @pytest.fixture
 def parse(model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As in the first of two processes, without waiting for the other."""
+    """Parse as the first of two processes, without waiting for the other."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))

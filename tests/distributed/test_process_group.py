@@ -14,7 +14,7 @@ ONE_CPU_PROCESS = Topology(local_rank=0, rank=0, world_size=1, accelerator=None,
 
 @pytest.fixture
 def open_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
+    """Open a process group of one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     if dist.is_initialized():
@@ -30,7 +30,7 @@ def test_process_group_is_closed() -> None:
 
 @pytest.mark.usefixtures("open_group")
 def test_failed_process_leaves_the_group_open() -> None:
-    """Closing it is collective, and the others may be waiting in it; the launcher ends them."""
+    """Closing it is a collective operation, and the others may be waiting; the launcher ends them."""
     with pytest.raises(ValueError, match="on the way"), process_group(ONE_CPU_PROCESS):
         raise ValueError("on the way")
     assert dist.is_initialized()

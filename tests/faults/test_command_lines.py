@@ -1,8 +1,8 @@
 """Any command line ends with 0, or with 2 and one line that starts with `error:` and names a flag.
 
-Command lines are drawn from the flags that the real parser has: some right, most wrong in one of the ways that people
-or scripts get them wrong. They go through the real `main`, with `--dry_run True` at the end: everything is checked and
-prepared, and no weights are loaded. CI runs the same two hundred each time. A thousand others, with a seed of choice:
+Command lines are drawn from the flags of the real parser: some correct, most wrong as people or scripts get them wrong.
+They go through the real `main`, with `--dry_run True` at the end: everything is checked and prepared, and no weights
+are loaded. CI runs the same two hundred each time. This runs a thousand others, with a seed of your choice:
 
     FAULTS_EXAMPLES=1000 pytest tests/faults/test_command_lines.py --hypothesis-seed=1
 """

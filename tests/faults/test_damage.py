@@ -32,7 +32,7 @@ DAMAGES = (truncate, empty, flip, Path.unlink)
 
 
 def damage_one_by_one(output: Path, notices: pytest.LogCaptureFixture) -> int:
-    """Damage checkpoint-6, each file in each way: checkpoint-4 is taken, and the file is named."""
+    """Damage each file of checkpoint-6 in each way: checkpoint-4 is chosen, and the damaged file is named."""
     tried = 0
     for path in sorted(file for file in (output / "checkpoint-6").rglob("*") if file.is_file()):
         for damage in DAMAGES:
@@ -91,7 +91,7 @@ def finished(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFa
 def test_damaged_run_ends_with_the_same_adapter(
     name: str, finished: Path, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Through the front door: from the checkpoint before, and from none."""
+    """The whole run resumes from the checkpoint before, or starts from nothing."""
     output = Path(shutil.copytree(finished, tmp_path / "out"))
     expected = (output / "adapter_model.safetensors").read_bytes()
     truncate(output / "checkpoint-6" / name)

@@ -1,4 +1,4 @@
-"""Disks that are full, lose what was written, or may not be written; files that vanish. All of it real but for EIO."""
+"""Disks that are full, lose writes, or are read-only; files that vanish. All of it is real except EIO."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a file system in memory, of a size such as 64m."""
+    """Return a function that mounts a file system in memory, of a size such as 64m."""
     mounted = []
 
     def mount(size: str) -> Path:
@@ -110,7 +110,7 @@ def test_failed_save_keeps_earlier_checkpoints(
 def test_results_that_cannot_be_written_are_an_error(
     model_folder: Path, data: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    """Those of an earlier, shorter run are not left for those of this one."""
+    """Results of an earlier, shorter run are not left in their place."""
     given = arguments(model_folder, data, tmp_path / "out")
     assert train([*given, "--max_steps", "4"], tmp_path).codes == [0]
     ended = train(given, tmp_path, PREPARE="planted:no_results")
@@ -168,7 +168,7 @@ def test_read_only_folder_is_refused(
 
 
 def test_data_may_vanish_during_the_run(model_folder: Path, data: Path, tmp_path: Path, tally: Tally) -> None:
-    """The run has read it; what it has made of it stays with it until its end."""
+    """The run has read it, and keeps its own copy until its end."""
     for flags in ("", "--lazy_preprocess True"):
         folder = tmp_path / (flags.split()[0].strip("-") if flags else "eager")
         own = folder / "own" / "conversations.json"

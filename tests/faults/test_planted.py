@@ -1,4 +1,4 @@
-"""Each guard stops a real run with a planted fault; what was saved before stays as it was."""
+"""Each guard stops a real run with a planted fault; earlier checkpoints stay as they were."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 
 
 def assert_stopped(ended: Ended, output: Path, reason: str, steps: list[int], *, code: int = 1) -> None:
-    """Error lines with that reason; the checkpoints of those steps are complete, and there is nothing else."""
+    """Assert error lines with that reason, complete checkpoints of those steps, and nothing else."""
     errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     assert set(ended.codes) <= {code, -9} and code in ended.codes, ended.said
     assert errors and all(re.search(reason, error) for error in errors), ended.said
@@ -96,7 +96,7 @@ def poisoned(model_folder: Path, data: Path, tmp_path: Path) -> tuple[Path, int]
 def test_record_that_gives_nan_is_named(
     processes: int, flags: str, poisoned: tuple[Path, int], data: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    """Whichever process has it, and no record outside its micro-batch."""
+    """In any process, and without records outside its micro-batch."""
     model, line = poisoned
     given = arguments(model, data, tmp_path / "out", f"--max_steps 20 --save_steps 1 --padding_free False {flags}")
     ended = train(given, tmp_path, processes=processes)

@@ -1,4 +1,4 @@
-"""Resuming otherwise than the last run: from nothing, from an earlier checkpoint, in other processes."""
+"""Resuming in other ways than the last run: from nothing, from an earlier checkpoint, with other processes."""
 
 import json
 from collections.abc import Callable
@@ -106,7 +106,7 @@ BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eva
     "strategy", ["--eval_strategy steps --eval_steps 1 --save_steps 1", "--eval_strategy epoch --save_strategy epoch"]
 )
 def test_stop_keeps_the_best_checkpoint(strategy: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """The evaluation of the step that was stopped at decides, so it is done."""
+    """The evaluation at the step of the stop decides, so it is run."""
     flags = f"{BEST} {strategy} --max_steps 10 --per_device_train_batch_size 3"
     whole, parts = tmp_path / "whole" / "out", tmp_path / "parts" / "out"
     assert train(arguments(model_folder, data, whole, flags), whole.parent).codes == [0]
@@ -127,7 +127,7 @@ def test_best_checkpoint_moves_with_its_folder(model_folder: Path, data: Path, t
 
 
 def test_best_checkpoint_is_kept_and_found(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """Written beside its place, it is still known by the place where it appears."""
+    """It is written in another folder, but known by its final place."""
     output = tmp_path / "out"
     more = "--eval_split 4 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True --save_total_limit 1"
     worst = f"{more} --metric_for_best_model eval_loss --greater_is_better True"  # and so not the last one

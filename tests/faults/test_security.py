@@ -1,7 +1,6 @@
-"""Folders of models and adapters from strangers: nothing in them runs code; they are refused in one line or harmless.
+"""Untrusted folders of models and adapters: nothing in them runs code; they are refused in one line or harmless.
 
-Every artefact is real: what is planted is shown to make a file when it is read carelessly, and after the run there is
-none.
+Every artifact is real: it creates a file when it is read carelessly, and after the run there is none.
 """
 
 import json
@@ -30,7 +29,7 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def modules_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies the code of a model that it is allowed to run."""
+    """Return the folder into which transformers copies the code of a model that it may run."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
@@ -119,7 +118,7 @@ def templates(folder: Path, marker: Path) -> None:
     ],
     ids=lambda value: value.__qualname__.split(".")[0] if callable(value) else None,
 )
-def test_a_model_is_refused(
+def test_unsafe_model_is_refused(
     plant: Plant, reason: str, model_folder: Path, data_file: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = copy(model_folder, marker.parent / "model")
@@ -129,18 +128,16 @@ def test_a_model_is_refused(
 
 
 @pytest.mark.parametrize("plant", [pickled, code(), generation_code], ids=["pickle beside", "code", "generation"])
-def test_what_a_model_brings_along_is_left_alone(
-    plant: Plant, model_folder: Path, data_file: Path, marker: Path
-) -> None:
-    """The run ends well: what transformers has itself is used."""
+def test_code_beside_a_known_model_is_not_run(plant: Plant, model_folder: Path, data_file: Path, marker: Path) -> None:
+    """The run ends well: transformers' own classes are used."""
     model = copy(model_folder, marker.parent / "model")
     plant(model, marker)
     assert main(start(model, data_file, marker.parent / "out")) == 0
     assert not marker.exists()
 
 
-def test_code_runs_by_leave_of_the_user(model_folder: Path, data_file: Path, marker: Path) -> None:
-    """The meaning of the flag, and the proof that the tests above plant what can run."""
+def test_code_runs_with_trust_remote_code(model_folder: Path, data_file: Path, marker: Path) -> None:
+    """The flag has its effect, which proves that the artifacts above can run."""
     model = copy(model_folder, marker.parent / "model")
     code(model_type="evil")(model, marker)
     assert main(start(model, data_file, marker.parent / "out", trust_remote_code=True)) == 0
@@ -149,7 +146,7 @@ def test_code_runs_by_leave_of_the_user(model_folder: Path, data_file: Path, mar
 
 @pytest.fixture(scope="module")
 def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained one."""
+    """Return a trained adapter."""
     folder = tmp_path_factory.mktemp("adapter")
     data = folder / "data.jsonl"
     data.write_text(json.dumps({"instruction": "Say it.", "output": "So be it."}) + "\n")
@@ -186,7 +183,7 @@ def settings(**values: object) -> Plant:
 @pytest.mark.parametrize(
     ("plant", "reason"),
     [
-        (adapter_pickled, "no adapter_model.safetensors there"),
+        (adapter_pickled, "no adapter_model.safetensors found there"),
         (adapter_under_the_safe_name, "adapter_model.safetensors cannot be read"),
         (header(2**62), "adapter_model.safetensors cannot be read"),
         (header(2**64 - 1), "adapter_model.safetensors cannot be read"),
@@ -208,7 +205,7 @@ def settings(**values: object) -> Plant:
         (lambda folder, _: (folder / "adapter_config.json").write_text("[1]") and None, "cannot be read"),
     ],
 )
-def test_an_adapter_is_refused(
+def test_unsafe_adapter_is_refused(
     plant: Plant,
     reason: str,
     model_folder: Path,
@@ -223,7 +220,7 @@ def test_an_adapter_is_refused(
     assert not marker.exists()
 
 
-def test_an_adapter_of_another_shape(
+def test_adapter_of_another_shape_is_refused(
     model_folder: Path, adapter: Path, data_file: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy(adapter, marker.parent / "adapter")
@@ -248,7 +245,7 @@ def test_an_adapter_of_another_shape(
     ],
     ids=["pickle beside", "auto_mapping", "other names", "expression"],
 )
-def test_an_adapter_is_gone_on_from(
+def test_training_starts_from_a_sound_adapter(
     plant: Plant, model_folder: Path, adapter: Path, data_file: Path, marker: Path
 ) -> None:
     folder = copy(adapter, marker.parent / "adapter")

@@ -1,6 +1,6 @@
 """Untrusted checkpoints: a pickle that would run code is found before it is read, whatever it is called.
 
-Every artifact is shown to be live with the reader that a library uses; what the libraries themselves write passes.
+Every artifact is proven live with the reader of a library; files that the libraries write pass.
 """
 
 import copyreg
@@ -51,7 +51,7 @@ def find_problems(folder: Path) -> list[str]:
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
-    """Write the manifest again, as whoever plants a file can."""
+    """Write the manifest again, as anyone who plants a file could."""
     run = read_manifest(checkpoint).run
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, 1, run)
@@ -67,7 +67,7 @@ def test_run_does_not_resume_from_code(
     torch.save({"state": {}, "x": Malice(marker)}, checkpoint / name)
     assert torch_is_live(checkpoint / name, marker)
     rewrite_manifest(checkpoint)
-    flags = RESUMED | {"trust_checkpoint": True}  # which is about other files
+    flags = RESUMED | {"trust_checkpoint": True}  # which concerns other files
     if not has_manifest:
         (checkpoint / "manifest.json").unlink()
         flags |= {"resume_from_checkpoint": checkpoint}
@@ -79,7 +79,7 @@ def test_run_does_not_resume_from_code(
 def test_transformers_would_not_run_it_either(
     finished: Path, marker: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without our trial a run ends in a traceback, but runs nothing."""
+    """Without our trial the run would end in a traceback, but would not run the code."""
     monkeypatch.setattr("fastchat_qlora.training.checkpoints.checkpoint.find_unloadable", lambda folder: [])
     root = copy(finished, marker.parent / "run")
     torch.save({"state": {}, "x": Malice(marker)}, root / "out" / "checkpoint-1" / "optimizer.pt")
@@ -127,7 +127,7 @@ def test_trusted_checkpoint_is_not_audited(finished: Path, marker: Path, model_f
 
 
 def test_real_checkpoints_are_safe(finished: Path, folder: Path) -> None:
-    """A run's own, what DeepSpeed keeps of ZeRO beside tensors, and a distributed checkpoint."""
+    """Checkpoints of a run, DeepSpeed's states of ZeRO, and a distributed checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -265,7 +265,7 @@ def test_torchscript_program_is_refused(name: str, folder: Path) -> None:
 
 
 def test_only_exact_names_pass(folder: Path) -> None:
-    """What lies beside an allowed name in its module is not allowed with it."""
+    """Other names of the same module are not allowed."""
     from deepspeed.runtime.fp16 import loss_scaler
 
     (folder / STATE).parent.mkdir()
@@ -276,7 +276,7 @@ def test_only_exact_names_pass(folder: Path) -> None:
 
 
 def test_pickle_in_a_distributed_checkpoint_is_refused(folder: Path, marker: Path) -> None:
-    """What is no tensor is pickled in the `.distcp` files, and read without `weights_only`."""
+    """Values that are no tensors are pickled in the `.distcp` files, and read without `weights_only`."""
     state: dict[str, Any] = {"weight": torch.zeros(4), "step": Malice(marker)}
     dcp.save(state, checkpoint_id=folder)
     assert is_live(lambda: dcp.load({"weight": torch.zeros(4), "step": 0}, checkpoint_id=folder), marker)
@@ -286,7 +286,7 @@ def test_pickle_in_a_distributed_checkpoint_is_refused(folder: Path, marker: Pat
 
 
 class Place(NamedTuple):
-    """A change to where a distributed checkpoint's metadata says its values lie, and what is said of it."""
+    """A change to the place of values in a distributed checkpoint's metadata, and the message."""
 
     change: dict[str, Any]
     reason: str
@@ -324,7 +324,7 @@ def test_deepspeed_is_not_led_elsewhere(name: str, named: str, folder: Path) -> 
 def test_links_and_pipes_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "global_step1").symlink_to(tmp_path)
     (folder / "global_step2").mkdir()
-    os.mkfifo(folder / "global_step2" / "zero_optim_states.pt")  # to read it would wait for ever
+    os.mkfifo(folder / "global_step2" / "zero_optim_states.pt")  # reading it would wait forever
     (folder / "latest").symlink_to("nowhere")
     assert find_unsafe(folder) == [
         "global_step1: is a link to another folder",

@@ -31,7 +31,7 @@ GIVEN = "hf_GivenAsAFlag0123456"
 
 @pytest.fixture
 def world(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all that a run may touch: work/ to start in, with model and data, and what lies around it."""
+    """Return a folder with all files that a run may touch: work/ to start in, model and data, and its surroundings."""
     (tmp_path / "world" / "work").mkdir(parents=True)
     copy(model_folder, tmp_path / "world" / "work" / "model")
     (tmp_path / "world" / "beside.json").write_text("[]")
@@ -73,7 +73,7 @@ def more_templates(model: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [lambda model: None, vocabulary_elsewhere, config_elsewhere, more_templates])
-def test_a_run_writes_in_its_folder_only(plant: Callable[[Path], None], world: Path) -> None:
+def test_run_writes_in_its_folder_only(plant: Callable[[Path], None], world: Path) -> None:
     plant(world / "work" / "model")
     write_data(world / "work" / "data.jsonl", *EVIL)
     before = tree(world)
@@ -99,7 +99,7 @@ def test_a_run_writes_in_its_folder_only(plant: Callable[[Path], None], world: P
         ({"resume_from_checkpoint": "../../evil"}, "--resume_from_checkpoint"),
     ],
 )
-def test_names_with_ways_in_them(
+def test_names_with_path_separators_are_harmless(
     flags: dict[str, object], reason: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data(world / "work" / "data.jsonl", "a")
@@ -108,8 +108,8 @@ def test_names_with_ways_in_them(
     assert {name for name in tree(world) if name not in before} <= {"work/out/.lock", "work/out/run.lock"}
 
 
-def test_links_in_a_folder_of_data(world: Path) -> None:
-    """A link to a folder is not followed; a file that is linked is read and stays as it is."""
+def test_links_in_a_folder_of_data_are_not_followed(world: Path) -> None:
+    """This holds for links to folders; a linked file is read and stays as it is."""
     folder = world / "work" / "data"
     folder.mkdir()
     write_data(world / "outside.jsonl", "outside")
@@ -140,8 +140,10 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_unpacks_without_bounds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each megabyte of it is ten gigabytes; here the limits are smaller and so is the file."""
+def test_archive_that_unpacks_without_bounds_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each megabyte of it unpacks to ten gigabytes; here the limits are smaller and so is the file."""
     monkeypatch.setattr(json_reader, "MAX_LINE_BYTES", MIB)
     monkeypatch.setattr(json_reader, "MAX_ITEM_CHARACTERS", 2 * MIB)
     beginning, filling = BOMBS[name]
@@ -161,10 +163,10 @@ def test_what_unpacks_without_bounds(name: str, tmp_path: Path, monkeypatch: pyt
     assert peak < 48 * MIB
 
 
-def test_no_secret_is_written_down(
+def test_no_secret_is_saved_or_logged(
     world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither in a file of the run, checkpoints included, nor in what it says."""
+    """Files of the run include its checkpoints."""
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     write_data(world / "work" / "data.jsonl", "a", "b")
@@ -179,8 +181,8 @@ def test_no_secret_is_written_down(
     assert json.loads(files["training_args.json"])["training"]["hub_token"] == "<hidden>"
 
 
-def test_a_token_is_not_pickled(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """Trainer pickles its arguments beside what it pushes to the hub."""
+def test_token_is_not_pickled(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Trainer pickles its arguments with the files that it pushes to the hub."""
     arguments = parse_args(start(model_folder, data, tmp_path / "out", hub_token=GIVEN)[1:]).training
     assert arguments.hub_token == GIVEN
     file = io.BytesIO()
@@ -189,7 +191,7 @@ def test_a_token_is_not_pickled(model_folder: Path, data: Path, tmp_path: Path) 
     assert torch.load(io.BytesIO(file.getvalue()), weights_only=False).output_dir == arguments.output_dir
 
 
-def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     flags = {
@@ -218,7 +220,7 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_processes_that_differ_tell_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_differing_processes_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(everyone: list[dict[str, str]], own: dict[str, str]) -> None:
         everyone[:] = [own, own | {"--hub_token": GIVEN + "other", "--seed": "2"}]
 

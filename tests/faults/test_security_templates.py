@@ -124,7 +124,7 @@ def test_text_equals_transformers(
 def test_tokenizer_may_render_in_its_own_way(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its code was loaded with --trust_remote_code, and is asked as it is."""
+    """Its code was loaded with --trust_remote_code, so its own method is called."""
 
     def apply(self: PreTrainedTokenizerBase, conversation: object, **options: object) -> str:
         return json.dumps([conversation, options["add_generation_prompt"]])

@@ -81,7 +81,7 @@ def test_signal_saves_a_checkpoint_and_the_run_resumes(
 def test_second_signal_ends_the_run_at_once(
     signum: int, model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]
 ) -> None:
-    """In the middle of a long step, and nothing incomplete is left."""
+    """It ends within a long step, and leaves nothing incomplete."""
     given = arguments(model_folder, data, tmp_path / "out")
     run = Run(given, tmp_path / "log.txt", PREPARE="planted:endless_third_step")
     run.wait_for("third step")
@@ -111,7 +111,7 @@ def test_signal_before_the_first_step_ends_the_run(signum: int, model_folder: Pa
 def test_ctrl_c_in_a_terminal_saves_a_checkpoint(
     model_folder: Path, data: Path, tmp_path: Path, tally: Callable[[str, int, int], None]
 ) -> None:
-    """A Ctrl-C reaches every process in the foreground; those that make batches are needed until the step is done."""
+    """A Ctrl-C reaches every process in the foreground; those that build batches are needed until the step is done."""
     given = " ".join(arguments(model_folder, data, tmp_path / "out", "--dataloader_num_workers 2"))
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(
@@ -130,7 +130,7 @@ def test_ctrl_c_in_a_terminal_saves_a_checkpoint(
     said = (tmp_path / "log.txt").read_text()
     assert "Traceback" not in said and said.rstrip().splitlines()[-1].startswith("SIGINT: stopped; start again")
     assert_saved(tmp_path / "out")
-    tally("Ctrl-C in a terminal, with processes that make batches", 1, 1)
+    tally("Ctrl-C in a terminal, with processes that build batches", 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_signal_to_a_launcher_reaches_all_processes(
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
             while "stopped; start again" not in (said := (tmp_path / "log.txt").read_text()):
-                time.sleep(0.1)  # DeepSpeed's runner leaves before those it has started
+                time.sleep(0.1)  # DeepSpeed's runner ends before its processes
         finally:
             process.kill()
     assert said.count("SIGTERM: stopped; start again") == 1

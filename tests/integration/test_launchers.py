@@ -1,4 +1,4 @@
-"""The published commands as a user types them, with two processes where they take several, on the CPU."""
+"""The published commands as a user types them, on the CPU, with two processes if they take several."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 
 def assert_adapter_works(output: Path, model_folder: Path) -> None:
-    """Plain PEFT loads what a run left, in full shapes and fp32, and it changes the model's answer."""
+    """Assert that plain PEFT loads the adapter, in full shapes and fp32, and that it changes the model's answer."""
     saved = load_file(output / "adapter_model.safetensors")
     config = json.loads((output / "adapter_config.json").read_text())
     assert all(config["r"] in tensor.shape and tensor.dtype == torch.float32 for tensor in saved.values())
@@ -30,7 +30,7 @@ def assert_adapter_works(output: Path, model_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of one process with batch 4, fp32 LoRA, through plain python."""
+    """Return losses of one process with batch 4, fp32 LoRA, through plain python."""
     output = tmp_path_factory.mktemp("alone") / "out"
     succeed(
         f"python train_lora.py --model_name_or_path {model_folder} --data_path {data} --output_dir {output} {QUICK} "
@@ -76,7 +76,7 @@ def test_masters_are_saved(model_folder: Path, data: Path, tmp_path: Path, port:
 
 
 def test_evaluation_does_not_depend_on_the_ranks(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
-    """Seven rows on two ranks: one is repeated to make the batches even, and must not count twice."""
+    """Of seven sequences on two ranks one is repeated for even batches, and must not count twice."""
     results = {}
     for name, launcher in {"one": "python train_lora.py", "two": TWO_PROCESSES["ddp"].format(port=port)}.items():
         forked.succeed(
@@ -88,7 +88,7 @@ def test_evaluation_does_not_depend_on_the_ranks(model_folder: Path, data: Path,
     assert results["two"]["train_loss"] == pytest.approx(results["one"]["train_loss"], rel=1e-5)
 
 
-# FastChat's docs/training.md and scripts/train_lora.sh; changed are paths, steps and hardware flags (--tf32, --fp16,
+# FastChat's docs/training.md and scripts/train_lora.sh, with other paths, steps and hardware flags (--tf32, --fp16,
 # the number of devices).
 FASTCHAT_QLORA = """
 deepspeed --num_accelerators 2 --master_port {port} train_lora.py
@@ -110,8 +110,8 @@ deepspeed --num_accelerators 2 --master_port {port} train_lora.py
 """
 
 
-def test_fastchats_commands(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
-    """QLoRA first, then LoRA from the adapter that it left."""
+def test_fastchats_commands_train(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """QLoRA first, then LoRA from its adapter."""
     first, second = tmp_path / "qlora", tmp_path / "lora"
     said = succeed(FASTCHAT_QLORA.format(port=port, model=model_folder, data=data, output=first, adapter=""))
     assert said.count("--evaluation_strategy no:") == 1 and said.count("--warmup_ratio 0.03:") == 1
@@ -132,8 +132,8 @@ def assert_adapter_works_though_barely_trained(output: Path) -> None:
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
 
 
-def test_resume_under_zero2(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
-    """A second start goes on from the checkpoint of the first and ends where one run in one go ends."""
+def test_run_resumes_under_zero_2(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
+    """A second start resumes from the checkpoint of the first, and ends as an uninterrupted run."""
     command = (
         f"{TWO_PROCESSES['zero2'].format(port=port)} --model_name_or_path {model_folder} --data_path {data} "
         "--logging_steps 1 --learning_rate 1e-2 --lora_dropout 0 --disable_tqdm True --save_steps 2 "
@@ -151,7 +151,7 @@ def test_resume_under_zero2(model_folder: Path, data: Path, tmp_path: Path, port
 @pytest.mark.parametrize(
     "script", ["train_lora.sh", "train_qlora.sh", "train_qlora_torchrun.sh", "train_lora_zero3.sh"]
 )
-def test_scripts(script: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_scripts_train(script: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     succeed(
         f"bash scripts/{script} --max_steps 2 --save_strategy no --learning_rate 1e-2",
@@ -163,8 +163,8 @@ def test_scripts(script: str, model_folder: Path, data: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("slow_rank", [None, "0", "1"])
-def test_a_users_mistake_is_said_once(slow_rank: str | None, model_folder: Path, tmp_path: Path, port: int) -> None:
-    """Whoever comes to it first: a launcher ends every process as soon as one has left."""
+def test_mistake_is_reported_once(slow_rank: str | None, model_folder: Path, tmp_path: Path, port: int) -> None:
+    """Any process may find it first: a launcher ends every process as soon as one has failed."""
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(

@@ -1,6 +1,6 @@
-"""The README's first command on the real model, which learns a new identity.
+"""The README's first command on the real model, which is trained on a new identity.
 
-The same test merges the adapter and talks to it, since training takes minutes.
+The same test merges the adapter and chats with it, because training takes minutes.
 """
 
 import json
@@ -32,7 +32,7 @@ QUESTIONS = [
 ]
 
 
-def test_quickstart(tmp_path: Path) -> None:
+def test_quickstart_trains_a_new_identity(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/quickstart.py", "--folder", str(tmp_path)]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")
@@ -62,7 +62,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 
 def _merge_and_ask(folder: Path) -> None:
-    """Assert that the merged model answers as the base model with its adapter does, in a dtype that breaks no ties."""
+    """Assert that the merged model answers as the base model with its adapter, in a dtype without ties."""
     adapter, merged = folder / "adapter", folder / "merged"
     assert cli.main(["merge", str(adapter), "--output_dir", str(merged), "--dtype", "float32"]) == 0
     reference = load_reference(folder / "SmolLM2-135M-Instruct", adapter, quantization="nf4", dtype="float32")

@@ -63,12 +63,12 @@ FASTCHAT_S3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }
-"""The settings of FastChat's playground/deepspeed_config_s2.json and _s3.json: none of them says how to clip."""
+"""The settings of FastChat's playground/deepspeed_config_s2.json and _s3.json, without gradient clipping."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
-    """Processes that are forked; tests/integration/test_launchers.py starts the launchers, and so do some below."""
+    """Use forked processes; tests/integration/test_launchers.py and some tests below start the launchers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies, "succeed", succeed)
         yield
@@ -76,7 +76,7 @@ def quickly() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
-    """What the strategies are compared with."""
+    """Return the results of one process, for comparison."""
     return OneProcess(model_folder, data, tmp_path_factory.mktemp("alone"))
 
 
@@ -119,7 +119,7 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
 def test_padding_free_batches_train_as_padded_ones(
     strategy: str, flags: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """In fp32: two conversations, padding-free, in each of two processes, and four padded ones in one."""
+    """In fp32: two padding-free conversations in each of two processes, and four padded ones in one process."""
     paths = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} {flags}"
     padded, laid = tmp_path / "padded", tmp_path / "laid"
     succeed(f"python {TRAIN} {paths} --output_dir {padded} --padding_free False --per_device_train_batch_size 4")
@@ -132,7 +132,7 @@ def test_padding_free_batches_train_as_padded_ones(
 
 
 def test_comparison_finds_another_run(alone: OneProcess, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """A run with another seed has other batches: it must not pass for the same."""
+    """A run with another seed has other batches, so it must fail the comparison."""
     case = Case(None, "LoRA fp32", False)
     reference = alone.outcome(case.precision, case.checkpointing)
     other = run(case, model_folder, data, tmp_path / "other", more="--data_seed 5")
@@ -184,7 +184,7 @@ def test_clipping_follows_the_command_line(
 def test_dora_with_rslora_trains_as_one_process(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """The same losses as one process, and magnitudes that are saved whole."""
+    """The losses equal those of one process, and magnitudes are saved in full."""
     flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --use_dora True --use_rslora True"
     succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
     succeed(
@@ -202,7 +202,7 @@ def test_dora_with_rslora_trains_as_one_process(
 def test_zero_3_trains_more_than_the_adapter(
     more: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """What DeepSpeed has partitioned while it was loaded, beside what PEFT has made since, in bf16."""
+    """DeepSpeed has partitioned some weights while loading, and PEFT has created others since, in bf16."""
     trained = "--lora_bias all --modules_to_save lm_head"
     flags = f"--model_name_or_path {model_folder} --data_path {data} {QUICK} --bf16 True {trained} {more}"
     succeed(f"python train_lora.py {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
@@ -219,7 +219,7 @@ def test_zero_3_trains_more_than_the_adapter(
 def test_best_checkpoint_is_loaded_at_the_end(
     strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """Where the highest loss is the best, that is an earlier checkpoint, and it becomes the adapter."""
+    """If the highest loss is the best, an earlier checkpoint becomes the adapter."""
     output = tmp_path / "out"
     succeed(
         f"{launch_line(strategy, port, TRAIN)} --model_name_or_path {model_folder} --data_path {data} "
@@ -244,7 +244,7 @@ def test_best_checkpoint_is_loaded_at_the_end(
     "strategy", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("DDP", "FSDP2")), "ZeRO-3"]
 )
 def test_killed_process_ends_the_run(strategy: str, model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
-    """SIGKILL of one process at its third step: all end, and the run resumes from the checkpoint after the second."""
+    """After SIGKILL of one process at its third step all end, and the run resumes from the second step's checkpoint."""
     output = tmp_path / "out"
     flags = (
         f"--model_name_or_path {model_folder} --data_path {data} --output_dir {output} {QUICK} --save_strategy steps "
@@ -268,7 +268,7 @@ def test_killed_process_ends_the_run(strategy: str, model_folder: Path, data: Pa
 def test_error_of_the_failed_process_is_shown(
     fault: str, line: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
-    """Not the ones whose connections it took down."""
+    """Errors of processes that lost their connections are not shown."""
     started = time.monotonic()
     done = launch(
         f"{launch_line('DDP', port, FAULT)} --model_name_or_path {model_folder} "

@@ -9,7 +9,7 @@ from gpu_report import count_operations, vendor_peak, write_report
 
 
 def test_operations_match_the_documentation() -> None:
-    """performance.md 2.1: GFLOP of a token of Llama-3-8B, without and with all layers recomputed."""
+    """GFLOP of a token of Llama-3-8B, without and with all layers recomputed, by the 4 N formula."""
     found = count_operations(LLAMA_8B, rank=16, mean_length=4096, head_share=1.0, checkpointed=1.0)
     assert found.model / 1e9 == pytest.approx(33.5, abs=0.1)
     assert (found.model + found.recomputed) / 1e9 == pytest.approx(48.6, abs=0.1)
@@ -65,7 +65,7 @@ def test_tiny_mode_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert page == (tmp_path / "table.md").read_text()
     assert "nothing here says whether they are met" in page
 
-    # Invented results, to see the arithmetic of the targets.
+    # Invented results, to check the arithmetic of the targets.
     made_up = results | {"about": results["about"] | {"card": "NVIDIA H200", "size": LLAMA_8B._asdict()}}
     made_up["about"]["max_length"] = 4096
     for run in made_up["runs"].values():

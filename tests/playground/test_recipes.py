@@ -1,4 +1,4 @@
-"""Every recipe parses under the launcher in its first lines, for a model whose shapes are known."""
+"""Every recipe parses under the launcher in its first lines, for a model of known shapes."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def processes(words: list[str]) -> int:
 
 @pytest.fixture(autouse=True)
 def no_deepspeed_left() -> Iterator[None]:
-    """Keep the ZeRO-3 configuration of a recipe from later tests."""
+    """Keep the ZeRO-3 configuration of a recipe away from later tests."""
     yield
     unset_hf_deepspeed_config()
 

@@ -62,7 +62,7 @@ def test_typical_groups_are_as_long_as_all() -> None:
     ids=["none", "by document", "boolean", "additive"],
 )
 def test_real_and_supervised_tokens_of_a_batch(mask: torch.Tensor | None, real: int) -> None:
-    labels = torch.tensor([[5, -100, 5, -100], [-100, 5, 5, 5]])  # the first position of a row is no target
+    labels = torch.tensor([[5, -100, 5, -100], [-100, 5, 5, 5]])  # the first position of a sequence is no target
     inputs = {"input_ids": torch.ones(2, 4), "labels": labels, "attention_mask": mask}
     assert count_tokens(inputs) == (real, 4)
 

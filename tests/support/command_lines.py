@@ -109,14 +109,14 @@ LIKELY = {
 
 
 class Folder(NamedTuple):
-    """A place where a command line is run: everything it may name lies in it."""
+    """The folder in which a command line is run, with everything that the line may name."""
 
     path: Path
     required: dict[str, str]
 
 
 def right(action: argparse.Action) -> st.SearchStrategy[str]:
-    """Values of the type that a flag takes; what they mean together is another question."""
+    """Draw values of the type that a flag takes, whatever they mean together."""
     name, kind = action.dest, getattr(action.type, "__name__", "")
     if name in PATHS:
         return st.sampled_from([*[LIKELY.get(name, "none")] * len(PLACES), *PLACES])
@@ -137,7 +137,7 @@ def right(action: argparse.Action) -> st.SearchStrategy[str]:
 
 
 def wrong(action: argparse.Action) -> st.SearchStrategy[str]:
-    """Values that are mostly of another type, or nearly right."""
+    """Draw values that are mostly of another type, or nearly correct."""
     choices = [str(choice) for choice in action.choices or ()]
     near = [choices[0].upper(), f"{choices[0]} "] if choices else [*FLOATS]
     return st.sampled_from([*near, *NO_NUMBERS, "maybe", "{", "0"]) | words.filter(lambda word: not word.isdecimal())
@@ -145,7 +145,7 @@ def wrong(action: argparse.Action) -> st.SearchStrategy[str]:
 
 @st.composite
 def one_flag(draw: st.DrawFn) -> list[str]:
-    """A flag that the parser has, with as many values as come to somebody's mind."""
+    """Draw a flag of the parser with any number of values."""
     action = ACTIONS[draw(st.sampled_from(FLAGS))]
     spelling = draw(st.sampled_from(action.option_strings))
     values = draw(st.sampled_from([right] * 19 + [wrong]))(action)
@@ -175,7 +175,7 @@ def old_flag(draw: st.DrawFn) -> list[str]:
 
 @st.composite
 def no_flag(draw: st.DrawFn) -> list[str]:
-    """A name that is not quite one, a stray value, or what no flag looks like."""
+    """Draw a name that is nearly a flag's, a stray value, or a word unlike any flag."""
     name = draw(st.sampled_from(SPELLINGS))
     at = draw(st.integers(3, len(name)))
     letter = draw(st.sampled_from("aez_-9A é="))
@@ -190,7 +190,7 @@ pieces = st.sampled_from([one_flag()] * 26 + [old_flag()] * 2 + [no_flag()]).fla
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> tuple[list[str], list[str]]:
-    """The names of required flags that are left out, mostly none, and the flags drawn."""
+    """Draw the required flags that are missing, mostly none, and the flags given."""
     left_out = draw(st.sampled_from([[]] * 30 + [["--data_path"], ["--output_dir"], ["--model_name_or_path"]]))
     drawn = draw(st.lists(pieces, min_size=1, max_size=6))
     help_wanted = draw(st.sampled_from([[]] * 40 + [["--help"], ["-h"]]))
@@ -199,7 +199,7 @@ def command_lines(draw: st.DrawFn) -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Where the examples are run: a model, conversations, and things that a flag may wrongly point to."""
+    """Return the folder of the examples: a model, conversations, and files that a flag may wrongly name."""
     path = tmp_path_factory.mktemp("faults") / "work"
     contents = {
         "data.json": data.read_text(encoding="utf-8"),
@@ -228,7 +228,7 @@ def folder(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFact
 
 @contextlib.contextmanager
 def as_a_new_process(folder: Path) -> Iterator[None]:
-    """The libraries' global state as a new process has it, and after it everything as it was."""
+    """Set the libraries' global state as in a new process, and restore it afterwards."""
     environment, here, caught = dict(os.environ), Path.cwd(), warnings.catch_warnings()
     verbosity = transformers.logging.get_verbosity()
     loggers = {name: logging.getLogger(name).level for name in ("fastchat_qlora", "transformers", "accelerate")}
@@ -251,7 +251,7 @@ def as_a_new_process(folder: Path) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """How `main` ended, with what it said on stderr and stdout."""
+    """End of `main`, and its output on stderr and stdout."""
 
     code: int
     err: str
@@ -259,7 +259,7 @@ class Outcome(NamedTuple):
 
 
 def run_command_line(folder: Folder, left_out: list[str], drawn: list[str]) -> Outcome:
-    """Run `train` as the command line would, with streams that take what a terminal's take."""
+    """Run `train` as the command line would, with streams that accept what a terminal's do."""
     required = [text for name, value in folder.required.items() if name not in left_out for text in (name, value)]
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", write_through=True)
@@ -273,7 +273,7 @@ def run_command_line(folder: Folder, left_out: list[str], drawn: list[str]) -> O
 
 
 def complaint(outcome: Outcome, drawn: list[str]) -> str:
-    """What is wrong with how a command line ended, if anything is."""
+    """Return what is wrong with the end of a command line; empty if nothing is."""
     lines = outcome.err.splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     if "Traceback" in outcome.err + outcome.out:

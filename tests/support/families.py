@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "initializer_range": 0.2,  # so that attention is not all but uniform, and caps and windows matter
+    "initializer_range": 0.2,  # so that attention is not nearly uniform, and caps and windows matter
 }
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -112,21 +112,21 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def plain_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
-    """Attach an adapter as PEFT and transformers do, without anything of ours."""
+    """Attach an adapter as PEFT and transformers do, without this program."""
     model = get_peft_model(base, lora_config(**changes))
     randomize(model)
     return model
 
 
 def our_peft(base: PreTrainedModel, **changes: Any) -> PeftModel:
-    """Attach an adapter with our layers."""
+    """Attach an adapter with this program's layers."""
     model = attach_adapter(base, lora_config(**changes))
     randomize(model)
     return model
 
 
 class Padding:
-    """All that a collator asks of a tokenizer."""
+    """The attributes of a tokenizer that a collator reads."""
 
     def __init__(self, side: str = "right") -> None:
         self.padding_side = side
@@ -157,7 +157,7 @@ def make_trainer(model: PeftModel, folder: Path, layout: str = "end to end", **k
     side = "left" if layout.endswith("left") else "right"
     collator = Collator(Padding(side), padding_free=layout == "end to end")
     trainer = LoraTrainer(model=model, args=arguments.training, data_collator=collator, **kwargs)
-    trainer.state.max_steps = 10  # it is asked for batches without having been started
+    trainer.state.max_steps = 10  # it makes batches without having been started
     return trainer
 
 
@@ -178,7 +178,7 @@ class Largest(TorchDispatchMode):
 
 
 def conversation(length: int, seed: int, supervised_share: float = 0.6) -> dict[str, list[int]]:
-    """Draw random tokens, a share of them supervised; the first is not, for nothing comes before it."""
+    """Draw random tokens, a share of them supervised, but not the first, which no token precedes."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
     keep = torch.rand(length, generator=generator) < supervised_share

@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT / "playground" / "benchmark"))
 from machine import cores, describe_versions, make_table, name_processor
 
 LONG = os.environ.get("FAULTS") == "long"
-"""Whether to try all that is promised, rather than what fits into every CI run."""
+"""Whether to run the long form of the tests, rather than the form for every CI run."""
 
 PAGE = ROOT / "docs" / "reliability.md"
 MARK = "<!-- the table below is written by scripts/faults.sh -->"
 
 
 class Tried(NamedTuple):
-    """A fault, how often it was tried, how often the program did as promised, and the test that tries it."""
+    """A fault, the number of tries, the number that went as promised, and the test."""
 
     fault: str
     tried: int

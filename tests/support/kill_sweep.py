@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     """Result of a sweep."""
 
     kills: Counter[str]  # by phase: starting, tokenizing, stepping, saving, finishing
-    completed: int  # runs that came to their end
+    completed: int  # runs that ended
     equal: int  # those of them with the adapter of the undisturbed run, byte for byte
     problems: list[str]
 
@@ -84,7 +84,7 @@ def sweep(case: Case, kills: int, model: Path, data: Path, folder: Path, seed: i
         arguments = command(model, data, attempt / "out", case.flags)
         while seen.total() < kills and (where := _kill_once(case, arguments, attempt, seconds, draw)):
             seen[where] += 1
-        # either there were enough kills, or it came to its end before it could be killed: then this changes nothing
+        # there were enough kills, or the run had ended before it could be killed: then this changes nothing
         ended = train(arguments, attempt, processes=case.processes)
         completed += 1
         if any(ended.codes):

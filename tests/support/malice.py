@@ -1,4 +1,4 @@
-"""Artifacts that run code or write files when they are read carelessly, and the entry point that must not let them."""
+"""Artifacts that run code or write files when they are read carelessly, and the command line that must prevent it."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ class T(PreTrainedTokenizerFast):
 
 
 class Malice:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -36,7 +36,7 @@ class Malice:
 
 
 def is_live(read: Callable[[], object], marker: Path) -> bool:
-    """Return whether a careless reader makes the file, which is removed again."""
+    """Return whether a careless reader creates the file, which is removed again."""
     assert not marker.exists()
     with suppress(Exception):
         read()

@@ -19,12 +19,12 @@ SLOW_STEP = 0.15  # seconds
 
 
 def slow() -> None:
-    """Have steps last long enough for a signal."""
+    """Make steps last long enough for a signal."""
     _at_step(0, lambda model: None)
 
 
 def endless_third_step() -> None:
-    """Have a third step that ends when the process does, and writes when it begins."""
+    """Make the third step last as long as the process, and write a line when it begins."""
 
     def stay(model: Any) -> None:
         sys.stderr.write("third step\n")
@@ -54,7 +54,7 @@ def small_files_on_rank_1() -> None:
 
 
 def full_disk() -> None:
-    """Have another program fill the disk in the third step."""
+    """Fill the disk in the third step, as another program might."""
 
     def fill(model: Any) -> None:
         ballast = os.open(os.environ["BALLAST"], os.O_WRONLY | os.O_CREAT)
@@ -68,7 +68,7 @@ def full_disk() -> None:
 
 
 def lost_writes() -> None:
-    """Have the disk lose what it has taken from the third step on, and report it on fsync."""
+    """Let the disk lose writes from the third step on, and report it on fsync."""
 
     def lose(model: Any) -> None:
         def fsync(descriptor: int) -> None:
@@ -85,7 +85,7 @@ def stop_at_the_best() -> None:
 
 
 def no_results() -> None:
-    """Have a full disk when a run is done."""
+    """Let the disk be full at the end of the run."""
 
     def fail(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -103,7 +103,7 @@ def _detached(out: Any) -> Any:
 
 
 def zeroed_lora_b() -> None:
-    """Set the adapter back to zero at the end."""
+    """Reset the adapter to zero at the end."""
 
     def forget(model: Any) -> None:
         for name, parameter in get_trainable_parameters(model).items():
@@ -127,7 +127,7 @@ def changed_base() -> None:
 
 
 def corrupt_writer() -> None:
-    """Have safetensors write a file of which a tensor differs."""
+    """Let safetensors write a file in which a tensor differs."""
     save = run.LoraTrainer.save_model
 
     class CorruptWriter(run.LoraTrainer):
@@ -147,7 +147,7 @@ def corrupt_writer() -> None:
 
 
 def no_answers_after_on_rank_1() -> None:
-    """Have no memory for prompts in the second process after the first step."""
+    """Let the second process have no memory for prompts after the first step."""
     from fastchat_qlora.training.callbacks import sample_generations
 
     ask = sample_generations._compute_last_logits

@@ -1,4 +1,4 @@
-"""Runs of ten quick steps of a two-layer model through the entry point, and what tests look at in them."""
+"""Runs of ten quick steps of a two-layer model through the command line, and access to their live objects."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Chat templates of the common model families, each with a small tokenizer of either kind that has its tokens.
 
-The templates are those that TRL brings along: stock templates, and their twins with `{% generation %}` markers.
+The templates are those that TRL has: stock templates, and their twins with `{% generation %}` markers.
 """
 
 import re
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "golden"))
 from sentencepiece_model import train_llama_sentencepiece
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
-# What ends a turn of the assistant in each family, as its model card or generation_config says.
+# The text that ends a turn of the assistant in each family, by its model card or generation_config.
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
@@ -31,7 +31,7 @@ ENDS = {
     "gemma3": "<end_of_turn>",
     "gemma4": "<turn|>",
     "gemma4_v5": "<turn|>",
-    "glm4moe": "<|user|>",  # whose turn is next
+    "glm4moe": "<|user|>",  # the role of the next turn
     "gptoss": "<|return|>",
     "lfm2": "<|im_end|>",
     "lfm2_2_5": "<|im_end|>",
@@ -58,14 +58,14 @@ SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜\s]+｜>|</?s>|<(?:start|end)_of
 
 @cache
 def byte_level(name: str) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer with the template and the special tokens that it writes."""
+    """Return a byte-level tokenizer with the template and the special tokens that it writes."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDERS["byte-level"])
     return with_template(tokenizer, name)
 
 
 @cache
 def sentencepiece(name: str) -> PreTrainedTokenizerBase:
-    """The same for a SentencePiece model as Llama's."""
+    """Return the same with a SentencePiece model like Llama's."""
     return with_template(AutoTokenizer.from_pretrained(FOLDERS["sentencepiece"]), name)
 
 
@@ -86,7 +86,7 @@ def with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
 
 
 def make_folders(byte_level_folder: Path, sentencepiece_folder: Path) -> None:
-    """Tell where a byte-level tokenizer lies, and make the other one."""
+    """Set the folder of a byte-level tokenizer, and create the other one."""
     train_llama_sentencepiece(
         ["The quick brown fox says: hello, user! I am an assistant.\nOne two three."] * 50
         + ["".join(chr(i) for i in range(32, 127)) * 3],

@@ -1,4 +1,4 @@
-"""In every layout, each conversation is trained on as if it were alone."""
+"""In every layout, each conversation is trained on as if by itself."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def truth(model: PeftModel) -> LossAndGradients:
-    """Loss and gradients of transformers and PEFT, conversation by conversation."""
+    """Return loss and gradients of transformers and PEFT, conversation by conversation."""
     losses = []
     for row in CONVERSATIONS:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
@@ -60,7 +60,7 @@ def truths() -> dict[str, LossAndGradients]:
 
 
 def batch_of(trainer: LoraTrainer, layout: str) -> dict[str, Any]:
-    """All conversations as one batch; packed in rows of 24 they come in another order."""
+    """Return all conversations as one batch; packed in sequences of 24 tokens, they have another order."""
     if layout != "packed":
         return trainer.data_collator(CONVERSATIONS)
     sampler = PackingSampler([len(row["input_ids"]) for row in CONVERSATIONS], 24, seed=0)
@@ -81,7 +81,7 @@ def train_step(model: PeftModel, folder: Path, layout: str, checkpointing: str) 
 
 
 def require_equal(found: LossAndGradients, expected: LossAndGradients) -> None:
-    """Up to rounding in fp32: of the loss, and of each gradient as a whole."""
+    """Require equality up to rounding in fp32: of the loss, and of each gradient as a whole."""
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert found[1].keys() == expected[1].keys() and found[1]
     for name, gradient in found[1].items():
@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_those_of_each_conversation_alone(
     assert isinstance(model.get_output_embeddings(), LossHead) == (family != "gemma2")
 
 
-def test_with_4_bit_weights(tmp_path: Path) -> None:
+def test_loss_and_gradients_with_4_bit_weights(tmp_path: Path) -> None:
     expected = truth(plain_peft(make_quantized_base(tmp_path)).train())
     for layout, (attention, _) in LAYOUTS.items():
         for checkpointing in CHECKPOINTING:
@@ -109,7 +109,7 @@ def test_with_4_bit_weights(tmp_path: Path) -> None:
 
 
 def test_models_of_these_tests_depend_on_their_layout() -> None:
-    """Their windows, caps and positions matter to these conversations: without them the loss is another."""
+    """Their windows, caps and positions have an effect on these conversations: without them the loss differs."""
     without = {
         "mistral": {"sliding_window": None},
         "gemma2": {"attn_logit_softcapping": None},
@@ -133,7 +133,7 @@ def losses_by_conversation(trainer: LoraTrainer, rows: list[dict[str, Any]]) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversation_is_independent_of_its_neighbors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Bit for bit, whichever of them changes; in bf16 the CPU attends in blocks."""
+    """Bit for bit, whichever neighbor changes; in bf16 the CPU computes attention in blocks."""
     trainer = make_trainer(our_peft(make_base(family, PER_CONVERSATION, dtype)).eval(), tmp_path)
     before = losses_by_conversation(trainer, CONVERSATIONS)
     for changed, row in enumerate(CONVERSATIONS):

@@ -45,7 +45,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Sequences]:
 
 @pytest.fixture
 def alphabet(tmp_path: Path) -> Path:
-    """Fifteen conversations, five of each length, no two alike."""
+    """Return fifteen conversations, five of each length, all different."""
     path = tmp_path / "alphabet.json"
     turns = [[("human", f"Say {c}"), ("gpt", f"{c} " * (1 + 12 * (i % 3)))] for i, c in enumerate("ABCDEFGHIJKLMNO")]
     path.write_text(json.dumps([sharegpt(each, str(i)) for i, each in enumerate(turns)]))

@@ -1,4 +1,4 @@
-"""What Trainer builds after the weights are loaded is refused before."""
+"""Objects that Trainer builds after loading the weights are tried before."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_unusable_settings_fail_early(required: list[str], given: list[str], exp
     ids=lambda given: " ".join(given),
 )
 def test_usable_settings_pass(required: list[str], given: list[str]) -> None:
-    """And draw nothing random."""
+    """They draw no random numbers."""
     before = torch.random.get_rng_state()
     run_preflight(parse_args([*required, *given]).training, None)
     assert torch.equal(torch.random.get_rng_state(), before)

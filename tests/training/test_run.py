@@ -1,4 +1,4 @@
-"""The whole run in one process on a two-layer model, through the front door."""
+"""The whole run in one process on a two-layer model, through the command line."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_plain_peft_gives_the_trained_models_logits(
     base = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, quantization_config=live.config.quantization_config if quantized else None
     )
-    keep_cpu_weights_trainable(base)  # bitsandbytes' inference kernel on the CPU rounds to bf16; see loading.py
+    keep_cpu_weights_trainable(base)  # bitsandbytes' CPU kernel for inference rounds to bf16; see base_model.py
     untrained = base(input_ids=torch.arange(3, 40)[None]).logits
     loaded = PeftModel.from_pretrained(base, output).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -130,7 +130,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(model_folder: Path, data_fil
 
 
 def test_evaluation_is_a_mean_over_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """The same whatever the batches, and kept in the results."""
+    """It does not depend on the batches, and is in the results."""
     results = []
     for batch in (1, 3):
         output = tmp_path / str(batch)
@@ -210,7 +210,7 @@ def test_checkpoint_of_other_settings_is_refused(
 
 
 def test_biases_of_quantized_layers_resume(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """bitsandbytes keeps them in the compute dtype, whatever they are turned to."""
+    """bitsandbytes keeps them in the compute dtype, whatever they are cast to."""
     flags = {"lora_bias": "all", "bf16": True, "q_lora": True, "save_strategy": "steps", "save_steps": 2}
     train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=2))
     train(command(model_folder, data_file, tmp_path / "out", **flags, max_steps=4))
@@ -220,7 +220,7 @@ def test_biases_of_quantized_layers_resume(model_folder: Path, data_file: Path, 
 def test_adapter_that_lacks_tensors_is_refused(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """PEFT would only warn, and train the missing ones from random values."""
+    """PEFT would only warn, and train missing tensors from random values."""
     first = train(command(model_folder, data_file, tmp_path / "first", max_steps=1))
     path = first / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "blocks.1"): tensor for name, tensor in load_file(path).items()}, path)
@@ -252,7 +252,7 @@ def test_checkpoint_asked_for_must_exist(model_folder: Path, data_file: Path, tm
 def test_untrained_adapter_ends_with_exit_code_1(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A learning rate next to zero trains nothing: the saved adapter fails its check."""
+    """A learning rate near zero trains nothing: the saved adapter fails its check."""
     code = main(["train", *command(model_folder, data_file, tmp_path / "out", learning_rate=1e-320, max_steps=2)])
     assert code == 1
     assert "error:" in capsys.readouterr().err
@@ -273,7 +273,7 @@ def test_vicuna_template_is_saved_and_renders_the_training_prompt(
 def test_dry_run_checks_and_loads_no_weights(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model's folder has everything but the weights, and that is enough."""
+    """A model's folder without weights is enough."""
     model = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     arguments = command(model, data_file, tmp_path / "out", dry_run=True)
     assert main(["train", *arguments]) == 0

@@ -13,7 +13,7 @@ from fastchat_qlora.training.schedule import count_steps
 
 
 class Sized:
-    """Something of a length, as Trainer asks a data loader."""
+    """An object with a length, as Trainer needs of a data loader."""
 
     def __init__(self, length: int) -> None:
         self._length, self.dataset = length, range(1)

@@ -1,4 +1,4 @@
-"""Counts, losses and evaluations of the trainer, without a run around it."""
+"""Counts, losses and evaluations of the trainer, without a whole run."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def attention(layout: str) -> str | None:
 
 
 def step(trainer: LoraTrainer, *micro_batches: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of an optimizer step and its gradients, with as many micro-batches."""
+    """Return the loss of an optimizer step and its gradients, with that many micro-batches."""
     trainer.model.zero_grad()
     loader = (trainer.data_collator(rows) for rows in micro_batches)
     batches, count = trainer.get_batch_samples(loader, len(micro_batches), CPU)
@@ -56,7 +56,7 @@ def test_token_counts_are_those_of_the_data(layout: str, tmp_path: Path) -> None
     trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
     batches = [CONVERSATIONS[:2], CONVERSATIONS[2:5], [CONVERSATIONS[5], UNSUPERVISED]]
     loader = iter([trainer.data_collator(rows) for rows in batches])
-    for taken in (2, 1, 0):  # two micro-batches a step are asked for, and the data ends in the middle of one
+    for taken in (2, 1, 0):  # the step has two micro-batches, and the data ends within a step
         micro_batches, count = trainer.get_batch_samples(loader, 2, CPU)
         assert len(micro_batches) == taken
         assert count == sum(len(batch["labels"]) for batch in micro_batches)
@@ -75,7 +75,7 @@ def test_finished_run_takes_no_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_evaluation_is_the_same_in_every_layout(family: str, tmp_path: Path) -> None:
-    """A mean over tokens, of the head's losses (Llama) and of the plain ones (Gemma-2)."""
+    """It is a mean over tokens, of the head's losses (Llama) and of plain ones (Gemma-2)."""
     data = Dataset.from_list(CONVERSATIONS)
     evaluated = []
     for layout in (*LAYOUTS, "padded on the left"):
@@ -100,7 +100,7 @@ def test_evaluation_is_the_same_in_every_layout(family: str, tmp_path: Path) -> 
 def test_evaluation_keeps_no_logits(
     family: str, rows_of_logits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor makes any but of chunks, or without a LossHead of supervised positions."""
+    """It creates logits of chunks only, or without a LossHead of supervised positions only."""
     vocabulary = 900
     monkeypatch.setitem(loss.LOGITS_BYTES, "cpu", 4 * vocabulary * 3)
     data = Dataset.from_list(CONVERSATIONS)

@@ -62,7 +62,7 @@ def test_unwritable_output_ends_the_command(
     assert not error or lines[-1] == error
     assert [line for line in lines if "error" in line] == ([error] if error else []), "reported once"
     if stdout is not None:
-        stdout.close()  # as Python does when it ends: nothing is left to write
+        stdout.close()  # as Python does at its end: nothing is left to write
 
 
 @pytest.mark.parametrize("command", COMMANDS)

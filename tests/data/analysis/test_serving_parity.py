@@ -1,4 +1,4 @@
-"""What a server would write in front of an answer is what stands there in training; where not, the token is named."""
+"""A server's prompt is compared with the tokens before an answer in training; a difference names the token."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def load(tokenizer: Any, data: Path, tmp_path: Path, *flags: str, model_max_length: int = 512) -> Any:
-    """The training rows as a run has them, with what was parity_lines about parity in the log."""
+    """Return the sequences as a run loads them; the log is in `notices`."""
     argv = f"--model_name_or_path org/m --data_path {data} --output_dir {tmp_path / 'out'}"
     args = parse_args([*argv.split(), *flags])
     loaded = load_dataset(args.data, tokenizer, max_length=model_max_length, output_dir=None, cache_dir=str(tmp_path))
@@ -83,7 +83,7 @@ def foxes(folder: Path) -> Path:
 
 
 def test_tokenizer_that_changes_when_saved_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
-    """transformers loses the switch `legacy` of a Llama tokenizer, for which model/loading.py sees to it."""
+    """transformers loses the switch `legacy` of a Llama tokenizer, so model/loading/tokenizer.py keeps it."""
     load(copy.deepcopy(real_templates.sentencepiece("phi3")), foxes(tmp_path), tmp_path)
     [line] = parity_lines(notices)
     assert line.startswith("Serve parity: 0 of 3 sequences") and "as token 1, a server has '\\n'" in line
@@ -94,10 +94,10 @@ def test_tokenizer_that_changes_when_saved_is_found(tmp_path: Path, notices: pyt
 def test_families_of_templates_agree_with_a_server(
     family: str, name: str, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
-    """Also templates that rewrite earlier turns: each row is what a server would have shown."""
+    """Templates may rewrite earlier turns: each sequence is the text that a server would render."""
     tokenizer = copy.deepcopy(real_templates.FAMILIES[family](name))
     if family == "sentencepiece":
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # as model/loading.py does
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # as model/loading/tokenizer.py does
     rows = load(tokenizer, foxes(tmp_path), tmp_path)
     assert parity_lines(notices)[0].startswith(ALIKE.format(len(rows)))
     end = real_templates.ENDS[name]
@@ -107,7 +107,7 @@ def test_families_of_templates_agree_with_a_server(
 
 @pytest.fixture
 def other_server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A server whose tokenizer has another template than the one that was trained with."""
+    """Let the server have a tokenizer with another template than in training."""
 
     def install(change: Any) -> None:
         real = serving_parity._reload
@@ -225,7 +225,7 @@ def test_compared_sequences_are_spread_over_files(
 def test_missing_generation_prompt_is_logged(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """The sequence has all that a server writes, and yet the model would have to write an unsupervised header."""
+    """The sequence begins with the server's prompt, but the model would have to generate an unsupervised header."""
     start = tokenizer.chat_template.index("{% if add_gen")
     tokenizer.chat_template = tokenizer.chat_template[:start]
     rows = load(tokenizer, data_file, tmp_path)
@@ -241,7 +241,7 @@ def test_missing_generation_prompt_is_logged(
 def test_template_may_need_no_generation_prompt(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """As Llama-2's, in which an answer follows the question at once."""
+    """In templates such as Llama-2's, an answer follows the question directly."""
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% else %}"
         " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
@@ -255,11 +255,11 @@ def test_template_may_need_no_generation_prompt(
 def test_cut_sequences_are_compared(
     train_on: str, length: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, notices: Any, capfd: Any
 ) -> None:
-    """With the prompt of the last answer that is left, and without transformers' remarks about long texts."""
+    """They are compared with the prompt of the last remaining answer, without warnings about long texts."""
     turns = [("human", "One two"), ("gpt", "three")] * 5
     data = tmp_path / "data.json"
     data.write_text(json.dumps([sharegpt(turns)] * 2))
-    tokenizer.model_max_length = length  # as model/loading.py does
+    tokenizer.model_max_length = length  # as model/loading/tokenizer.py does
     rows = load(tokenizer, data, tmp_path, "--train_on", train_on, model_max_length=length)
     assert all(row["full_length"] > row["length"] for row in rows)
     assert parity_lines(notices)[0].startswith(ALIKE.format(2))
@@ -305,7 +305,7 @@ def test_cut_answers_have_no_stop_token(tokenizer: PreTrainedTokenizerFast, data
 def test_sequences_cut_after_an_answer_have_stop_tokens(
     overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Whole answers they are, and whoever has none but such rows does teach the model to stop."""
+    """Such sequences end with a complete answer, so the model learns to stop."""
     turns = [("human", "hi"), ("gpt", "One"), ("human", "And then? " * 9), ("gpt", "Two " * 40)]
     data = tmp_path / "data.json"
     data.write_text(json.dumps([sharegpt(turns)] * 3))

@@ -48,7 +48,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
 def test_targets_are_all_supervised_tokens_but_first_ones(layout: str, rows: list[dict[str, Any]]) -> None:
-    """A first token has nothing of its own before it: in a row of several its neighbor's last one would be."""
+    """The token before a conversation's first token belongs to its neighbor, so a first token is no target."""
     batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
     *counted, sources = [batch[name] for name in BATCH_INFO]
@@ -74,9 +74,10 @@ def test_end_to_end_batch_has_all_tokens_and_boundaries(rows: list[dict[str, Any
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_mask_goes_by_length(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The mask goes by length: both rows hold the padding token itself and keep seeing it.
+    """The mask depends on the length, not on the token.
 
-    What is masked is the first token of the vocabulary, for which every model has an embedding.
+    Both sequences contain the padding token itself, which stays visible. The padding that is masked is the first token
+    of the vocabulary, which every model can embed.
     """
     pad = tokenizer.pad_token_id
     rows: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""Lengths -> rows: everything once, nothing too long, and the same again for the same seed and epoch."""
+"""Lengths -> packed sequences: each conversation once, nothing too long, the same for the same seed and epoch."""
 
 import random
 
@@ -21,7 +21,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 def naive(lengths: list[int], capacity: int) -> list[int]:
-    """Return the room left in each bin by best-fit decreasing as its definition says."""
+    """Return the room left in each bin by a direct implementation of best-fit decreasing."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -64,7 +64,10 @@ def test_order_of_conversations_does_not_matter(problem: tuple[list[int], int], 
 
 
 def test_packed_sequences_are_nearly_full() -> None:
-    """Spread like chats: many short ones, a long tail. Laying them out in the order they come leaves a fifth empty."""
+    """Lengths are distributed as in chats: many short ones and a long tail.
+
+    In their original order, packed sequences would be a fifth empty.
+    """
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.8, 2000).astype(int), 8, 2048)
     rows = pack_best_fit(lengths, 2048)
     assert lengths.sum() / (len(rows) * 2048) > 0.99
@@ -92,7 +95,7 @@ def test_seed_and_epoch_decide_the_packing() -> None:
 
 
 def test_conversations_of_equal_length_change_places() -> None:
-    """Else two of them would meet in every epoch."""
+    """Otherwise two of them would share a packed sequence in every epoch."""
     sampler = PackingSampler([5] * 8, 10, seed=1)
     partners = {tuple(sorted(row)) for epoch in range(10) for row in rows_of(sampler, epoch) if 0 in row}
     assert len(partners) > 2
@@ -110,9 +113,9 @@ def test_batch_is_the_conversations_of_its_packed_sequences() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_accelerate_sets_the_epoch(processes: int, skipped: int) -> None:
-    """Every process takes its share of the epoch's rows, after a resume in the middle of an epoch too.
+    """Every process takes its share of the epoch's packed sequences, also after a resume within an epoch.
 
-    What Trainer does: `set_epoch` on the loader that accelerate has prepared and, on resume, cut short.
+    Trainer calls `set_epoch` on the loader that accelerate has prepared and, on resume, cut short.
     """
     for epoch in (0, 2):
         expected = rows_of(PackingSampler(LENGTHS, 10, seed=1), epoch)

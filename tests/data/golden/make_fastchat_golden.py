@@ -73,7 +73,7 @@ def main() -> None:
 
     data = args.data.read_bytes()
     conversations: list[list[dict[str, str]]] = [entry["conversations"] for entry in json.loads(data)]
-    fastchat_train.local_rank = 0  # otherwise FastChat keeps its warnings to itself
+    fastchat_train.local_rank = 0  # otherwise FastChat suppresses its warnings
     with tempfile.TemporaryDirectory() as folder:
         train_llama_sentencepiece([turn["value"] for turns in conversations for turn in turns], folder + "/tokenizer")
         model_file = Path(folder, "tokenizer.model")

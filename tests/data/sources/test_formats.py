@@ -85,7 +85,7 @@ def test_alpaca_input_follows_the_instruction() -> None:
     ids=["object", "JSON", "older name", "ShareGPT", "ShareGPT, object", "all in JSON"],
 )
 def test_all_forms_of_tool_calls_are_equal(said: dict[str, Any]) -> None:
-    """However it is written down, a call is one; the tool's result and description are kept for the template."""
+    """Every form gives the same call; the tool's result and description are kept for the template."""
     result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
     answer = {"role": "assistant", "content": "Three"}
     record = {"messages": [{"role": "user", "content": "Add"}, said, result, answer], "tools": json.dumps([ADD])}
@@ -140,7 +140,7 @@ SAID_BEFORE = [{"role": "system", "content": SYSTEM}, *HI]
 @pytest.mark.parametrize("system", [5, True, 1.5, ["Be brief."], {"content": "Be brief."}])
 @pytest.mark.parametrize("turns", [{"messages": HI}, {"messages": SAID_BEFORE}, {"instruction": "Hi", "output": "Ho"}])
 def test_system_message_must_be_text(turns: dict[str, Any], system: Any) -> None:
-    """What a run says to the model all through is not dropped without a word."""
+    """A system message is never dropped silently."""
     with pytest.raises(RejectedRecord, match=r"^'system' must be text$"):
         to_conversation({"system": system, **turns})
 
@@ -177,7 +177,7 @@ def supervised_text(row: dict[str, Any], tokenizer: Any) -> str:
 
 
 def write_all(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
-    """The records in every kind of file."""
+    """Write the records into every kind of file."""
     lines = "\n".join(json.dumps(record) for record in records).encode()
     contents = {
         "a.json": json.dumps(records, indent=1).encode(),
@@ -210,7 +210,7 @@ def test_files_of_every_kind_make_the_same_sequences(tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize("split", ["train", "test", "train[:1]"])
 def test_split_of_a_dataset_repository_is_read(split: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """`name:split`, as for a hub id: what the datasets library makes of the repository's files."""
+    """`name:split` works as for a hub id; the datasets library reads the repository's files."""
     repository = tmp_path / "repository"
     (repository / "data").mkdir(parents=True)
     for name, count in (("train", 3), ("test", 2)):
@@ -250,7 +250,7 @@ def test_flags_of_messages_decide_on_supervision(
 
 
 def test_train_on_all_supervises_every_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Every token but the first, which nothing could predict."""
+    """Every token but the first, which no token precedes."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps([OPENAI]))
     [row] = build(path, tokenizer, tmp_path, train_on="all")["train"]
@@ -292,7 +292,7 @@ DROPS_THOUGHTS = CHATML.replace(
 
 
 def test_rewriting_template_makes_several_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A template that drops earlier reasoning: each answer is supervised with its own, after answers without."""
+    """If a template drops earlier reasoning, each answer is supervised with its own, after answers without."""
     tokenizer.chat_template = DROPS_THOUGHTS
     turns = [("Hi", "<think>hm</think>Hello"), ("And?", "<think>so</think>Well")]
     record = [

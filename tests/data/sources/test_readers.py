@@ -31,7 +31,7 @@ from fastchat_qlora.errors import UserError
 
 
 class Conversation(NamedTuple):
-    """A record that was understood."""
+    """An accepted record."""
 
     source: Source
     messages: list[Message]
@@ -42,7 +42,7 @@ def to_messages(record: Any) -> list[Message]:
 
 
 def read_conversations(path: str, flag: str = "--data_path") -> list[Conversation | Rejection]:
-    """What becomes of each record of a file."""
+    """Return the result of each record of a file."""
     read: list[Conversation | Rejection] = []
     for record in read_file(Path(path), flag):
         source = record.source
@@ -119,7 +119,7 @@ def test_good_records_become_conversations(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_bad_record_is_rejected_and_its_neighbors_are_read(record: Any, reason: str, tmp_path: Path) -> None:
-    """It is rejected in an array and in lines alike, and its neighbors are read."""
+    """It is rejected in arrays and in lines."""
     with pytest.raises(RejectedRecord, match=f"^{reason}"):
         to_messages(record)
     array = read(tmp_path / "a.json", line([GOOD, record, GOOD]))
@@ -292,7 +292,7 @@ def test_missing_file_is_an_error(name: str, tmp_path: Path) -> None:
         list(read_conversations(str(tmp_path / name)))
 
 
-# Escapes in an answer, as they stand in the file, and what they mean; None where that is no text.
+# Escapes in an answer of a file, and their meaning; None if that is no text.
 ESCAPES = {
     rb"\ud83d.": None,
     rb"\ud83dabc": None,
@@ -313,13 +313,13 @@ ESCAPES = {
 
 
 def array_with(escape: bytes, padding: int = 0) -> bytes:
-    """Three records, the second with that escape at the end of its answer, so many bytes later."""
+    """Return three records, the second with that escape at the end of its answer, after that many bytes."""
     bad = line(sharegpt([("human", "Hi"), ("gpt", "PLACE")], "x" * padding)).replace(b"PLACE", escape)
     return b"[" + b",".join([line(), bad, line()]) + b"]"
 
 
 def assert_means(records: list[Conversation | Rejection], meaning: str | None) -> None:
-    """Compare what became of array_with."""
+    """Compare the results of array_with."""
     if meaning is None:
         assert places(records) == [(1, "Conversation"), (2, "Rejection"), (3, "Conversation")]
         assert isinstance(records[1], Rejection)
@@ -416,7 +416,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory in use")
 def test_unclosed_brackets_take_little_memory(tmp_path: Path) -> None:
-    """A parser that keeps the path to each of them would need gigabytes; half of one has to do here."""
+    """A parser that keeps the path to each bracket would need gigabytes; half of one must be enough."""
     paths = [tmp_path / f"{name}.json" for name in BRACKETS]
     for path, content in zip(paths, BRACKETS.values(), strict=True):
         path.write_bytes(content)
@@ -450,7 +450,7 @@ def test_tolerated_json_is_read(name: str, tmp_path: Path) -> None:
 
 
 def pack(content: bytes, name: str) -> bytes:
-    """The content as a file of that name holds it."""
+    """Return the content as a file of that name contains it."""
     if name.endswith(".gz"):
         return gzip.compress(content)
     return bytes(pa.compress(content, "zstd", asbytes=True)) if name.endswith(".zst") else content
@@ -467,7 +467,7 @@ def test_utf_16_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 @pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
 def test_pretty_printed_object_is_an_error(before: bytes, name: str, tmp_path: Path) -> None:
-    """Not one rejected line for each of its lines."""
+    """It is one error, not one rejected record per line."""
     content = before + json.dumps({"data": [GOOD, GOOD]}, indent=2).encode()
     with pytest.raises(UserError, match=r"must be an array of records, not an object; JSON Lines files end in \.jsonl"):
         read(tmp_path / name, pack(content, name))
@@ -477,7 +477,7 @@ def test_pretty_printed_object_is_an_error(before: bytes, name: str, tmp_path: P
 @pytest.mark.parametrize("length", [1, 10_000, 3 << 20])
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_json_file_may_contain_lines_of_any_length(end: bytes, length: int, name: str, tmp_path: Path) -> None:
-    """The first of them may be longer than what is read at once, and all there is."""
+    """The first line may be longer than a chunk, and may be the only one."""
     long = sharegpt([("human", "Hi" * length), ("gpt", "Hello")])
     assert places(read(tmp_path / name, pack(line(long) + end, name))) == [(1, "Conversation")]
     content = b"\n".join([line(long), b"{broken", line(long)]) + end
@@ -489,12 +489,12 @@ def test_json_file_may_contain_lines_of_any_length(end: bytes, length: int, name
 
 
 def not_utf_8(*texts: bytes) -> pa.Array:
-    """A column of texts in whatever bytes."""
+    """Return a column of texts with arbitrary bytes."""
     return pa.array(texts, pa.binary()).cast(pa.large_binary()).view(pa.large_utf8())
 
 
 def turns_with(contents: pa.Array) -> pa.Array:
-    """A column of conversations, with a question and an answer from these texts each."""
+    """Return a column of conversations, each with a question and an answer of these texts."""
     roles = pa.array(["user", "assistant"] * (len(contents) // 2), pa.large_utf8())
     messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
     return pa.ListArray.from_arrays(pa.array(range(0, len(contents) + 1, 2), pa.int32()), messages)
@@ -522,7 +522,7 @@ with_unreadable_values = pytest.mark.parametrize(
 def test_parquet_row_with_an_unreadable_value_is_rejected(
     columns: dict[str, pa.Array], good: list[bool], before: int, tmp_path: Path
 ) -> None:
-    """Such a value costs its own row, wherever in a batch it stands, and none where nobody looks at it."""
+    """Only its own row is rejected, anywhere in a batch, and none if the column is not read."""
     table = pa.table(columns)
     table = pa.concat_tables([table.slice(0, 1)] * before + [table])
     path = tmp_path / "a.parquet"
@@ -548,7 +548,7 @@ def cut(content: bytes) -> bytes:
 
 
 def flip(content: bytes) -> bytes:
-    """The checksum of a gzip file is wrong, and so is the frame of a zstd file."""
+    """Change the checksum of a gzip file, or the frame of a zstd file."""
     return content[:-6] + bytes([content[-6] ^ 1]) + content[-5:]
 
 
@@ -570,7 +570,7 @@ def test_damaged_archive_is_an_error(name: str, damage: Callable[[bytes], bytes]
 
 
 def test_find_files_tells_data_from_other_entries(tmp_path: Path) -> None:
-    """What is not read is named, but for hidden files, which nobody means to give."""
+    """Ignored files are named, but for hidden ones, which nobody gives on purpose."""
     data, run = tmp_path / "data", tmp_path / "data" / "run"
     for folder in (data / "sub", data / ".git", run, tmp_path / "elsewhere"):
         folder.mkdir(parents=True)

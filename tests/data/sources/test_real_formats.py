@@ -1,4 +1,4 @@
-"""Tool calls and reasoning through real chat templates: exactly these texts are supervised, no result of a tool is."""
+"""Tool calls and reasoning through real chat templates: exactly these texts are supervised, and no results of tools."""
 
 import json
 import re
@@ -139,7 +139,7 @@ SAID = [
     ids=["announced", "named as the end token", "thought"],
 )
 def test_unsupported_parts_are_missed_where_the_same_words_are_in_the_content(name: str, message: Any) -> None:
-    """The words of a call or a thought may well stand in the content, or in the token that ends the turn."""
+    """The words of a call or of reasoning may be in the content too, or in the token that ends the turn."""
     done = prepare(byte_level(name), {"messages": [SAID[0], message]})
     reasons = [rejection.reason for rejection in done.rejections]
     assert len(reasons) == 1
@@ -147,7 +147,7 @@ def test_unsupported_parts_are_missed_where_the_same_words_are_in_the_content(na
     assert len(done.sequences) == 0
 
 
-@pytest.mark.parametrize("name", sorted({*SUPERVISED_OF_TOOLS} - {"llama3_1"}))  # it has no words for both at once
+@pytest.mark.parametrize("name", sorted({*SUPERVISED_OF_TOOLS} - {"llama3_1"}))  # it cannot render both at once
 def test_call_with_content_is_supervised(name: str) -> None:
     tokenizer = byte_level(name)
     record = {"messages": [SAID[0], {**SAID[1], "tool_calls": [CALL]}], "tools": [ADD]}
@@ -160,7 +160,7 @@ def test_call_with_content_is_supervised(name: str) -> None:
 @pytest.mark.parametrize("place", ["content", "reasoning_content", "arguments", "id", "tools"])
 @pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
 def test_sentinel_characters_are_rejected(place: str, character: str) -> None:
-    """They are Unicode's noncharacters; in a message they could be taken for the places that are looked for."""
+    """They are Unicode's noncharacters; in a message they could be confused with the sentinels."""
     call = json.loads(json.dumps(CALL))
     tool = json.loads(json.dumps(ADD))
     answer: dict[str, Any] = {"role": "assistant", "content": "Hello", "tool_calls": [call]}
@@ -179,7 +179,7 @@ def test_sentinel_characters_are_rejected(place: str, character: str) -> None:
 
 
 def test_private_use_characters_are_text() -> None:
-    """Icon fonts have them; one at the end of a question was once taken for the answer."""
+    """Icon fonts use them; one at the end of a question was once confused with the answer."""
     messages = [
         {"role": "user", "content": "Hi \ue000"},
         {"role": "assistant", "content": "Hello \ue001", "reasoning_content": "thought"},
@@ -191,7 +191,7 @@ def test_private_use_characters_are_text() -> None:
 
 @pytest.mark.parametrize("thoughts", [False, True])
 def test_rewriting_template_is_rendered_few_times_per_answer(thoughts: bool) -> None:
-    """Of n answers Qwen3 makes n texts, in each of which the earlier answers have to be found again."""
+    """Of n answers Qwen3 makes n texts, and the earlier answers must be found in each of them."""
     tokenizer = byte_level("qwen3")
     messages = [
         {"role": role, "content": f"{role} {i}", **({"reasoning_content": "R"} if thoughts and i % 2 else {})}
@@ -230,7 +230,7 @@ TALK = [
 
 
 class TestWholeConversations:
-    """What `train_on` and lengths make of a conversation, also if its template rewrites earlier answers (Qwen3's)."""
+    """Effects of `train_on` and of lengths on a conversation, also with a rewriting template (Qwen3's)."""
 
     def mask(self, *indices: int) -> dict[str, Any]:
         return {"messages": [{**turn, "weight": 0} if i in indices else turn for i, turn in enumerate(TALK)]}
@@ -238,7 +238,7 @@ class TestWholeConversations:
     @pytest.mark.parametrize("name", ["qwen3", "qwen3_8"])
     @pytest.mark.parametrize(("index", "kept"), [(1, "nine ten"), (3, "SECRET")])
     def test_masked_answer_is_never_supervised(self, name: str, index: int, kept: str) -> None:
-        """Not even by `train_on all`, wherever it stands; and everything else is."""
+        """`train_on all` does not supervise it either, at any position; everything else is supervised."""
         tokenizer = byte_level(name)
         [texts] = supervised_texts_of(tokenizer, self.mask(index), train_on="all")
         said = "".join(texts)
@@ -249,7 +249,7 @@ class TestWholeConversations:
         assert "user\nMore" in said
 
     def test_later_answer_is_never_cut(self) -> None:
-        """Only the first one may be cut inside. A row whose later answer is too long is lost, and that is counted."""
+        """Only the first answer may be cut inside. A sequence whose later answer is too long is lost and counted."""
         tokenizer = byte_level("qwen3")
         whole = prepare(tokenizer, {"messages": TALK}).sequences.to_pylist()
         length = whole[1]["length"] - 3
@@ -268,7 +268,7 @@ class TestWholeConversations:
             ["assistant 5 and so on<|im_end|>"]
         ]
         [last] = prepare(tokenizer, {"messages": turns}, train_on="last", **options).sequences.to_pylist()
-        assert last["length"] < last["full_length"]  # the other parts are in no row, which is counted
+        assert last["length"] < last["full_length"]  # the other parts are in no sequence, which is counted
         parts = supervised_texts_of(tokenizer, {"messages": turns}, **options)
         assert len(parts) > 1
         assert [text for part in parts for text in part] == [f"assistant {i} and so on<|im_end|>" for i in range(6)]
@@ -294,7 +294,7 @@ class TestWholeConversations:
 @pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("strips", [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}])
 def test_special_tokens_may_swallow_blanks(conv_template: str, family: str, strips: dict[str, bool]) -> None:
-    """As Phi-3's do: the line break behind <|end|> is in no token, and the answer is as exact as ever."""
+    """In Phi-3's tokenizer, no token has the line break after <|end|>, and the answer is exact all the same."""
     tokenizer = FAMILIES[family].__wrapped__("phi3")
     names = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False, **strips) for name in names])
@@ -305,19 +305,17 @@ def test_special_tokens_may_swallow_blanks(conv_template: str, family: str, stri
     preprocessor = Preprocessor(tokenizer, conv_template, 1000, "truncate")
     done = preprocessor([(i, RawRecord(Source("f", i), record)) for i, record in enumerate(records)])
     rows = {row["line"]: row for row in done.sequences.to_pylist()}
-    # A blank that a special token swallows is in no token, so such an answer cannot be supervised exactly.
+    # A special token may swallow a blank, which is then in no token, so the answer cannot be supervised exactly.
     swallowed = {2} if "rstrip" in strips else set()
     swallowed |= {3} if "lstrip" in strips else set()
     assert set(rows) == {0, 1, 2, 3} - swallowed
     for line, row in rows.items():
-        said = texts[line].removeprefix(
-            " " if family == "sentencepiece" else ""
-        )  # its decoder leaves a first blank out
+        said = texts[line].removeprefix(" " if family == "sentencepiece" else "")  # its decoder drops a first blank
         assert supervised_texts(row, tokenizer) == [f"{said}<|end|>"] * 2
 
 
 def test_special_tokens_made_by_normalization_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    """NFKC turns wide characters into narrow ones, and special tokens are looked for afterwards if they say so."""
+    """NFKC turns wide characters into narrow ones before special tokens are matched, if a token asks for it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
         token["normalized"] = True

@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template: what the assistant says is found in it, or the record is rejected."""
+"""A tokenizer's own chat template: the assistant's text is found in its output, or the record is rejected."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -28,7 +28,7 @@ LLAMA_2 = (
     "{{ '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
 )
-# A reasoning model's: the prompt opens a thought that a rendered answer does not have.
+# As of a reasoning model: the prompt opens reasoning, which a rendered answer does not have.
 THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
@@ -45,13 +45,13 @@ def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast)
 def render_chat_template(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, _: StringMatcher
 ) -> list[Segment]:
-    """The only row."""
+    """Return the only text."""
     [segments] = render_rows(messages, tokenizer)
     return segments
 
 
 def supervised_texts(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
-    """What is supervised; all segments together must be the text that the template writes."""
+    """Return the supervised texts; all segments together must be the rendered text."""
     tokenizer.chat_template = template
     messages = to_messages(turns)
     segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
@@ -81,7 +81,7 @@ INDENTED = ["  indented\n  twice", "\n\nleading", "\t\u00a0tab"]
 
 
 def assert_supervised(content: str, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say `content` after another text and after itself."""
+    """Check `content` after another text and after itself."""
     turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
     assert supervised_texts(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
 
@@ -140,14 +140,14 @@ def test_answers_equal_to_their_questions_are_found(tokenizer: PreTrainedTokeniz
 
 
 def test_trimmed_contents_are_supervised_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The text of the template is supervised, since the model will be shown that."""
+    """The rendered text is supervised, because the model reads that."""
     template = CHATML.replace(CONTENT, CONTENT + " | trim")
     turns = [("user", " Count. "), ("assistant", " \n one two\n"), ("user", "And?"), ("assistant", "three ")]
     assert supervised_texts(tokenizer, template, turns) == ["one two<|im_end|>", "three<|im_end|>"]
 
 
 def test_llama_2_blank_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The blank before an answer is supervised with it, for the prompt ends before that blank."""
+    """The blank before an answer is supervised with it, because the prompt ends before that blank."""
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     assert supervised_texts(tokenizer, LLAMA_2, TALK) == [" one two </s>", " three </s>"]
 
@@ -216,7 +216,7 @@ def test_template_with_a_python_error_is_refused(expression: str, tokenizer: Pre
 def test_rewritten_answers_are_supervised_in_several_texts(
     earlier: str, shown: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Each answer is supervised in the text in which a server would have asked for it."""
+    """Each answer is supervised in the text with the prompt of a server."""
     later = f"({earlier} if message.role == 'assistant' and not loop.last else {CONTENT})"
     tokenizer.chat_template = CHATML.replace(CONTENT, later)
     talk = [("user", "Count."), ("assistant", "<think>easy</think>one"), ("user", "And?"), ("assistant", "two")]
@@ -227,7 +227,7 @@ def test_rewritten_answers_are_supervised_in_several_texts(
         Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True),
         Segment("\n"),
     ]
-    # What is left of the earlier answer is a turn too: a text may be cut behind it, and `train_on all` must know it.
+    # The rest of the earlier answer is a turn too: a text may be cut after it, and `train_on all` needs it.
     then = "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     earlier_turn = [Segment(asked), Segment(f"{shown}<|im_end|>", ends_turn=True), Segment(then)]
     assert second == [
@@ -267,7 +267,7 @@ def test_turn_may_end_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_end_token_of_the_next_message_closes_the_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    """As GLM-4 does it: what ends the last turn, too, is what the template writes when the user speaks again."""
+    """In GLM-4's template, the text before the next user message also ends the last turn."""
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         "{{ ('' if loop.first else '<|im_end|>') + 'Q: ' + message.content + ' A:' }}"
@@ -289,7 +289,7 @@ def test_end_token_of_the_next_message_closes_the_turn(tokenizer: PreTrainedToke
 
 
 def test_end_token_that_replaces_other_text_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The last answer's line break goes once a message follows, so no text has both it and the end of the turn."""
+    """A following message removes the last answer's line break, so no text has both it and the end of the turn."""
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
@@ -303,7 +303,7 @@ def test_end_token_that_replaces_other_text_is_rejected(tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize("between", ["", "\n"])
 def test_next_header_is_not_supervised(between: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Llama-3's first template writes the generation prompt whether asked to or not."""
+    """Llama-3's first template always writes the generation prompt."""
     prompt = f"{between}<|im_start|>assistant\n"
     tokenizer.chat_template = (
         f"{{% for message in messages %}}{{{{ '{between}<|im_start|>' + message['role'] + '\n' + message['content'] "

@@ -31,7 +31,7 @@ AWKWARD = ConversationTemplate(
 def render(
     template: ConversationTemplate, messages: list[Message], eos: str = "</s>", bos: str = ""
 ) -> tuple[str, list[str]]:
-    """The whole text, and the supervised pieces of it."""
+    """Return the whole text, and its supervised pieces."""
     segments = template.render(messages, bos, eos)
     return "".join(segment.text for segment in segments), [segment.text for segment in segments if segment.supervised]
 
@@ -39,7 +39,7 @@ def render(
 def render_jinja(
     template: ConversationTemplate, messages: list[Message], tokenizer: PreTrainedTokenizerFast, *, prompt: bool = False
 ) -> str:
-    """The same conversation as a serving program writes it."""
+    """Render the same conversation as a serving program does."""
     return str(
         tokenizer.apply_chat_template(
             [message.to_template() for message in messages],
@@ -142,7 +142,7 @@ def test_eos_is_the_token_of_the_tokenizer() -> None:
 
 
 def test_eos_of_a_message_is_not_replaced() -> None:
-    """`{eos}` is a field of templates; in a message it is five characters like others."""
+    """`{eos}` is a field of templates; in a message it is plain text."""
     messages = [Message("user", "What is {eos}?"), Message("assistant", "{eos} is a field.")]
     text, supervised = render(get_template("vicuna"), SYSTEM + messages)
     assert text == "Be kind. USER: What is {eos}? ASSISTANT: {eos} is a field.</s>"
@@ -200,7 +200,7 @@ def test_jinja_renders_the_same_text(
 def test_jinja_prompt_equals_the_text_before_an_answer(
     template: ConversationTemplate, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """A server asks with exactly the text that stood before the answer in training."""
+    """A server's prompt is exactly the text before the answer in training."""
     messages = SYSTEM + HI + BYE
     segments = template.render(messages, tokenizer.bos_token or "", tokenizer.eos_token)
     answers = [i for i, segment in enumerate(segments) if segment.supervised]

@@ -1,8 +1,7 @@
-"""Real chat templates x both families of tokenizers x any text: what is supervised is the assistant's text, or nothing.
+"""Real chat templates x both families of tokenizers x any text: only the assistant's text is supervised, or nothing.
 
-The templates are those that TRL brings along: stock templates of the common model families, and their twins with
-`{% generation %}` markers. What is expected is written here from the conversation alone; the package is only asked for
-rows.
+The templates are those that TRL has: stock templates of the common model families, and their twins with `{% generation
+%}` markers. The expected text is computed here from the conversation alone; the package gives only the sequences.
 """
 
 import random
@@ -62,10 +61,10 @@ def tokenizer_folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
     make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
 
 
-def is_said(decoded: str, content: str, end: str) -> bool:
-    """Whether it is the content and the end, but for blanks at the content's edges, which templates trim.
+def equals_answer(decoded: str, content: str, end: str) -> bool:
+    """Return whether a text is the content and the end, apart from blanks at the content's edges, which templates trim.
 
-    Around the tag that ends a thought, templates lay the text out anew, in blanks only.
+    Around the tag that ends reasoning, templates change blanks only.
     """
     if decoded.endswith(end.replace("▁", " ")):  # as a SentencePiece decoder writes it
         end = end.replace("▁", " ")
@@ -94,15 +93,15 @@ class TestEveryTemplate:
             return
         said = [text for row in rows for text in supervised_texts(row, tokenizer)]
         assert len(said) == len(turns)
-        for _, answer in turns:  # rows follow each other by their last answers, so the order may differ
-            said.remove(next(text for text in said if is_said(text, answer, ENDS[name])))
+        for _, answer in turns:  # sequences are ordered by their last answers, so the order may differ
+            said.remove(next(text for text in said if equals_answer(text, answer, ENDS[name])))
 
     @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), guess=st.sampled_from([1, 5]))
     @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
     def test_beginning_has_the_tokens_of_the_whole_text(
         self, name: str, family: str, turns: list[tuple[str, str]], guess: int
     ) -> None:
-        """Of a text that will be cut only the beginning is tokenized; the sequences are those of the whole text."""
+        """Only the beginning of a text that will be cut is tokenized; its sequences equal those of the whole text."""
         tokenizer = FAMILIES[family](name)
         long = [(asked, f"{answer} {i} and so on " * 4) for i, (asked, answer) in enumerate([*turns, *turns])]
         rows, shares = [], []
@@ -118,7 +117,7 @@ class TestEveryTemplate:
             columns = ("input_ids", "labels", "length", "supervised", "turns")
             rows.append([{column: row[column] for column in columns} for row in done.sequences.to_pylist()])
             shares.append([part.share for part in encoded])
-        if rows[1]:  # what cannot be supervised exactly may be only in the end that is cut off
+        if rows[1]:  # only the end that is cut off may hold what cannot be supervised exactly
             assert rows[0] == rows[1]
         assert all(share == 1 for share in shares[1])
         characters = sum(len(text) for turn in long for text in turn)
@@ -126,17 +125,17 @@ class TestEveryTemplate:
             assert shares[0][0] < 1
 
     def test_plain_conversations_are_accepted(self, name: str, family: str) -> None:
-        """So that the property above is not one of rejections only."""
+        """Otherwise the property above would hold for rejections only."""
         tokenizer = FAMILIES[family](name)
         turns = [("Count, please!", "One, two."), ("And then?", "Three 🙂\n\nfour"), ("Thanks", "  welcome")]
         done = run(tokenizer, chat(turns[:2]), chat(turns[:2], "Be brief."), chat(turns[1:2]))
         rejected = [rejection.source.line for rejection in done.rejections]
         assert rejected == ([2] if name in NO_SYSTEM else [])
         [said] = supervised_texts(done.sequences.to_pylist()[-1], tokenizer)
-        assert is_said(said, "Three 🙂\n\nfour", ENDS[name])
+        assert equals_answer(said, "Three 🙂\n\nfour", ENDS[name])
 
     def test_odd_contents_are_rarely_rejected(self, name: str, family: str) -> None:
-        """Odd contents are no reason to; but "▁" is a blank in tokens, and templates cut off half a thought."""
+        """Odd contents are accepted, but "▁" is a blank in tokens, and templates cut off incomplete reasoning."""
         chance = random.Random(0)
         pieces = [text for text in AWKWARD if text not in ("▁", "</think>")] + ["Some ", "words, ", "and ", "others "]
         turns = [["".join(chance.sample(pieces, 4)) + "." for _ in range(4)] for _ in range(60)]
@@ -145,7 +144,7 @@ class TestEveryTemplate:
         assert len(done.rejections) <= 12, [rejection.reason for rejection in done.rejections]
 
     def test_sequences_begin_with_the_prompts_of_a_server(self, name: str, family: str) -> None:
-        """Up to each answer, the ids are those of the prompt that a server would make of the messages before it."""
+        """Up to each answer, the ids equal the prompt of a server for the messages before it."""
         tokenizer = FAMILIES[family](name)
         messages = chat([("Count, please!", "One, two."), ("And then?", "Three.")])
         rows = run(tokenizer, messages).sequences.to_pylist()
@@ -162,7 +161,7 @@ class TestEveryTemplate:
 
 @pytest.mark.parametrize("name", sorted(name for name in ENDS if f"{name}_training" in ENDS and name not in REWRITES))
 def test_generation_markers_change_nothing(name: str, tokenizer_folder: Path) -> None:
-    """Where the twin with markers writes the same text, it gives the same rows."""
+    """If the twin with markers renders the same text, it gives the same sequences."""
     turns = [("Count, please!", "One, two."), ("And then?", "Three.")]
     plain, marked = byte_level(name), byte_level(f"{name}_training")
     texts = [tokenizer.apply_chat_template(chat(turns), tokenize=False) for tokenizer in (plain, marked)]

@@ -68,7 +68,7 @@ HALF = "x" * (MAX_BATCH_CHARACTERS // 2)
 
 
 def batch_sizes(values: list[Any]) -> list[int]:
-    """How many of these records each batch holds."""
+    """Return the number of records in each batch."""
     numbered = list(make_batches(RawRecord(Source("f", i + 1), value) for i, value in enumerate(values)))
     assert [number for batch in numbered for number, _ in batch] == list(range(len(values)))
     return [len(batch) for batch in numbered]
@@ -88,7 +88,7 @@ def batch_sizes(values: list[Any]) -> list[int]:
     ids=["line", "field", "message", "content part", "argument", "tool", "history"],
 )
 def test_batches_are_limited_by_text_anywhere_in_a_record(record: Any) -> None:
-    """Two such records make a batch; a hundred of them at once would take the memory of a hundred."""
+    """Two such records fill a batch; a hundred of them at once would need a hundred times the memory."""
     assert batch_sizes([record] * 5) == [2, 2, 1]
 
 

@@ -26,7 +26,7 @@ Build = Callable[..., Dataset]
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A line for every time that rows are really made."""
+    """Return a list with an entry for each time that sequences are built."""
     calls: list[str] = []
     make = building.build_sequences
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def test_other_bytes_make_another_entry(build: Build, built: list[str], data_fil
     build()
     times = data_file.stat()
     data_file.write_text(data_file.read_text(encoding="utf-8").replace("Pellico", "Pellica"), encoding="utf-8")
-    os.utime(data_file, (times.st_atime, times.st_mtime))  # the same size and time: only the content tells
+    os.utime(data_file, (times.st_atime, times.st_mtime))  # the same size and time: only the content differs
     build()
     assert len(built) == 2
 
@@ -122,7 +122,7 @@ def test_damaged_entry_is_rebuilt(
 def test_entry_with_something_else_than_files_is_rebuilt(
     name: str, thing: str, build: Build, built: list[str], tmp_path: Path
 ) -> None:
-    """Built again, and nobody waits at a pipe for ever."""
+    """It is built again, without waiting at a pipe."""
     first = build().to_list()
     path = entries(tmp_path)[0] / name
     path.unlink()
@@ -148,7 +148,7 @@ def test_file_in_place_of_an_entry_is_replaced(build: Build, built: list[str], t
 def test_data_must_not_change_while_it_is_read(
     build: Build, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rows must not be found again under what it was before."""
+    """Its sequences must not be cached for the earlier content."""
     make = building.build_sequences
 
     def changing(*args: Any) -> Any:
@@ -179,7 +179,7 @@ def test_failed_build_leaves_no_entry(build: Build, tmp_path: Path, data_file: P
 
 
 def make_old_entries(root: Path, count: int) -> None:
-    """Each of them a day older than the one before."""
+    """Make entries, each a day older than the one before."""
     for age in range(count):
         folder = root / f"old{age:02}"
         folder.mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_unfinished_entries_are_pruned_unless_they_are_being_built(held: bool, a
 
 
 def test_old_entry_in_use_is_not_pruned(tmp_path: Path) -> None:
-    """Its process checks it, and is about to say that it was used now."""
+    """Its process is checking it, and will mark it as used."""
     make_old_entries(tmp_path, cache.MAX_ENTRIES + 3)
     with FileLock(tmp_path / "old11.lock"):
         cache.prune(tmp_path)
@@ -223,7 +223,7 @@ def test_old_entry_in_use_is_not_pruned(tmp_path: Path) -> None:
 
 
 def test_locks_are_not_pruned(build: Build, tmp_path: Path) -> None:
-    """One that is removed while a process waits for it lets two processes in."""
+    """If a lock is removed while a process waits for it, two processes build at once."""
     build()
     [entry] = entries(tmp_path)
     lock = entry.with_suffix(".lock")

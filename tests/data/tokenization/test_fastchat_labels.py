@@ -1,4 +1,4 @@
-"""The vicuna template on a Llama tokenizer in legacy mode: token for token what FastChat trains on."""
+"""The vicuna template on a Llama tokenizer in legacy mode gives FastChat's training data, token for token."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def llama_tokenizer(golden: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """A Llama tokenizer as its folder holds it, loaded as a run loads it."""
+    """Return a Llama tokenizer, loaded from its folder as in a run."""
     folder = tmp_path_factory.mktemp("llama")
     records = json.loads(DATA.read_text(encoding="utf-8"))
     texts = [turn["value"] for record in records for turn in record["conversations"]]
@@ -72,7 +72,7 @@ def test_labels_equal_fastchat(llama_tokenizer: PreTrainedTokenizerBase, golden:
 def test_saved_tokenizer_still_equals_fastchat(
     llama_tokenizer: PreTrainedTokenizerBase, golden: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """What is saved beside the adapter splits text as it did in training."""
+    """The tokenizer saved with the adapter splits text as in training."""
     llama_tokenizer.save_pretrained(tmp_path)
     saved = load_tokenizer(ModelArguments(str(tmp_path)), cache_dir=None, model_max_length=2048)
     assert_equals_fastchat(preprocess(saved), golden)

@@ -24,7 +24,7 @@ AWKWARD = [*"\n \t🙂한\u0301\u200b\x85\x1c\x00", "\n\n", "  a", "a  ", "\u00a
 
 @pytest.fixture(scope="module")
 def shared_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
-    """For tests that change nothing."""
+    """Return the tokenizer, for tests that do not change it."""
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
 
 
@@ -35,7 +35,7 @@ def check_plain(messages: list[Message], special: StringMatcher) -> None:
 def render_chat_template(
     messages: list[Message], tokenizer: PreTrainedTokenizerFast, special: StringMatcher
 ) -> list[Segment]:
-    """One row with all answers."""
+    """Return one text with all answers."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
     return segments
@@ -67,7 +67,7 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def pieces(tokens: TokenizedConversation, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
-    """The text of each run of tokens, and whether it is supervised."""
+    """Return the text of each run of tokens, and whether it is supervised."""
     pairs = zip(tokens.input_ids, tokens.labels, strict=True)
     return [
         (decode([token for token, _ in run], tokenizer), supervised)
@@ -144,7 +144,7 @@ def test_chatml_labels_are_the_answers(turns: list[tuple[str, str]], shared_toke
 @given(turns=conversations)
 @settings(max_examples=200, deadline=None)
 def test_vicuna_labels_are_the_answers(turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    """None crosses an edge: with this tokenizer nothing grows together with the colon before the answer."""
+    """No token crosses an edge: this tokenizer merges nothing with the colon before the answer."""
     assume(not holds_special_token(turns))
     segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], "<s>", END)
     tokens = tokenize(segments, shared_tokenizer)
@@ -153,7 +153,7 @@ def test_vicuna_labels_are_the_answers(turns: list[tuple[str, str]], shared_toke
 
 
 def test_labels_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    """By eye: letters that are tokens of their own."""
+    """Letters are tokens of their own, so the labels are easy to read."""
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
     segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
     tokens = tokenize([*segments, Segment("X")], shared_tokenizer)
@@ -181,7 +181,7 @@ def test_token_across_an_edge_is_rejected(
 )
 @settings(max_examples=150, deadline=None)
 def test_merged_blanks_are_exact_or_rejected(before: str, answer: str, after: str, trim_offsets: bool) -> None:
-    """Even where a tokenizer leaves blanks out of its offsets, the labels are exact or the record is rejected."""
+    """Also if a tokenizer omits blanks from its offsets."""
     tokenizer = blank_tokenizer(trim_offsets)
     tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], tokenizer)
     if not isinstance(tokens, RejectedRecord):
@@ -194,7 +194,7 @@ def test_merged_blanks_are_exact_or_rejected(before: str, answer: str, after: st
 
 @cache
 def blank_tokenizer(trim_offsets: bool) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with tokens of several blanks and of several line breaks."""
+    """Return a byte-level tokenizer with tokens of several blanks and of several line breaks."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -206,7 +206,7 @@ def blank_tokenizer(trim_offsets: bool) -> PreTrainedTokenizerFast:
 
 
 def test_normalized_answer_is_rejected_and_normalized_question_is_not(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A normalizer may change a question, which the model is only shown, but not an answer."""
+    """A normalizer may change a question, which is not supervised, but not an answer."""
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     decomposed, composed = "cafe\u0301", "caf\u00e9"
     asked = tokenize([Segment(f"{decomposed}?"), Segment("Yes" + END, supervised=True)], tokenizer)
@@ -225,7 +225,7 @@ def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast
 
 
 def test_batch_equals_single_conversations(shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    """A rejected neighbor and the others' lengths change nothing."""
+    """A rejected neighbor and other lengths have no effect."""
     said = ["a", "b " * 50, "Γειά 🙂"]
     batch = [[Segment("Q"), Segment(text + END, supervised=True)] for text in said]
     batch.insert(1, [Segment("Is th"), Segment("is so", supervised=True)])
@@ -246,7 +246,7 @@ def test_empty_batch(shared_tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    """It stands in front, is not supervised and moves the ends of turns."""
+    """It is the first token, is not supervised, and shifts the ends of turns."""
     tokenizer.bos_token = "<|endoftext|>"
     bos = tokenizer.bos_token_id
     segments = [Segment("Q"), Segment("A" + END, supervised=True)]

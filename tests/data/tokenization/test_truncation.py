@@ -13,7 +13,7 @@ END = 2
 
 
 def conversation(*turns: tuple[int, int], tail: int = 0) -> TokenizedConversation:
-    """Turns of (tokens of the prompt, tokens of the answer with its end token), then a tail that is not supervised."""
+    """Return turns of (tokens of the prompt, tokens of the answer with its end token), then an unsupervised tail."""
     ids: list[int] = []
     labels: list[int] = []
     ends = []
@@ -64,7 +64,7 @@ ROLES: st.SearchStrategy[Role] = st.sampled_from(["user", "user", "assistant", "
 
 @given(roles=st.lists(ROLES, max_size=12), has_system=st.booleans(), max_length=st.integers(1, 60))
 def test_parts_have_all_messages_before_an_answer(roles: list[Role], has_system: bool, max_length: int) -> None:
-    """Users may say several things in a row, and all of them are what is answered."""
+    """Several user messages may precede an answer, and all of them stay with it."""
     system: list[Role] = ["system"] if has_system else []
     messages = [Message(role, f"{i}") for i, role in enumerate([*system, "user", "assistant", *roles])]
     ends = [10 * i for i, message in enumerate(messages, 1) if message.role == "assistant"]
@@ -102,7 +102,7 @@ def test_truncation_keeps_a_beginning_with_supervised_tokens(
         assert plain(kept) == plain(tokens)
     elif max_length >= prompt + answer:
         assert kept.input_ids[-1] == END
-        assert not [end for end in tokens.turn_ends if length < end <= max_length]  # no more turns would have fitted
+        assert not [end for end in tokens.turn_ends if length < end <= max_length]  # no further turn would have fit
     else:
         assert length == max_length
         assert END not in kept.labels

@@ -93,7 +93,7 @@ QWEN2 = Qwen2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, i
 
 
 class BiasCase(NamedTuple):
-    """A model, the biases to train, and whether it has any of these."""
+    """A model, the biases to train, and whether the model has any of these."""
 
     config: PretrainedConfig
     bias: str
@@ -122,7 +122,7 @@ def test_biases_are_refused_only_where_there_are_some(case: BiasCase) -> None:
 
 
 def test_square_layers_are_not_taken_for_the_head() -> None:
-    """Here the vocabulary is as large as the model is wide."""
+    """The vocabulary is as large as the hidden size."""
     tied = LlamaConfig(**LLAMA.to_dict() | {"tie_word_embeddings": True})
     check_sharding(tied, build_meta_model(tied), LoraConfig(target_modules=["q_proj"]), FSDP)
     with pytest.raises(UserError, match="--lora_target_modules lm_head"):

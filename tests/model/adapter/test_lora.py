@@ -22,7 +22,7 @@ def model(model_folder: Path) -> PreTrainedModel:
 
 
 def adapted(model: PreTrainedModel, **arguments: object) -> set[str]:
-    """Last names of the modules that got an adapter."""
+    """Return the last names of the modules with an adapter."""
     peft_model = attach_adapter(model, build_lora_config(LoraArguments(**arguments)))
     return {
         name.split(".lora_A")[0].rpartition(".")[2] for name in get_trainable_parameters(peft_model) if "lora_A" in name

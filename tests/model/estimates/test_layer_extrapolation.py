@@ -1,4 +1,4 @@
-"""Two shallow models tell what a deep one needs, exactly, and are not asked where layers differ."""
+"""Two shallow models give the exact cost of a deep one; models with different layers are not extrapolated."""
 
 import copy
 from typing import Any

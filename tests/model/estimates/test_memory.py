@@ -1,4 +1,4 @@
-"""The arithmetic of memory against what torch really keeps."""
+"""The estimates of memory compared with what torch saves."""
 
 import copy
 from pathlib import Path
@@ -32,7 +32,7 @@ def profile(
 
 
 def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
-    """What autograd keeps of one forward pass, each storage once, weights not."""
+    """Return the bytes that autograd saves in one forward pass, each storage once, without weights."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     alive, total = [], 0
 
@@ -115,7 +115,7 @@ def test_bytes_per_token_of_a_llama_match_the_formula() -> None:
 
 def test_bytes_per_layer_do_not_depend_on_depth() -> None:
     few, many = (profile(LlamaConfig(**SIZES | {"num_hidden_layers": n}), BF16).token for n in (2, 5))
-    # The first layer's input needs no gradient, which the mean over few layers shows more of.
+    # The first layer's input needs no gradient, which matters more in a mean over few layers.
     assert many.layer == pytest.approx(few.layer, rel=0.05)
 
 

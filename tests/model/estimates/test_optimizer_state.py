@@ -1,4 +1,4 @@
-"""What is said of optimizers against what torch's and bitsandbytes' own keep."""
+"""Predicted states of optimizers compared with those of torch and bitsandbytes."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from transformers.training_args import OptimizerNames
 from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes, get_state_bytes
 
 SIDES = (8, 8192)
-"""Of a matrix of an adapter; bitsandbytes keeps those of fewer than 4,096 numbers in fp32."""
+"""Elements of an adapter's matrix; bitsandbytes keeps the states of fewer than 4,096 in fp32."""
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors among the states but the step."""
+    """Return the bytes of all tensors of the states, without the step."""
     states: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value) and value.numel() > 1)
 

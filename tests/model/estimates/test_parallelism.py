@@ -1,4 +1,4 @@
-"""What the strategies divide, and what they leave whole; measured in tests/playground/test_plan_check.py."""
+"""Parts that the strategies shard, and parts that they keep; measured in tests/playground/test_plan_check.py."""
 
 import copy
 
@@ -54,7 +54,7 @@ def test_a_strategy_on_one_device_still_offloads_and_gathers(model: ModelCost) -
 
 
 def test_phases_are_sharded_before_the_larger_is_taken(model: ModelCost) -> None:
-    """Alone the step of a large adapter counts; among many devices, which share that, it is what backward needs."""
+    """On one device the step of a large adapter counts; among many devices, which shard it, backward counts."""
     large = model._replace(trained=50 * model.trained)
     alone = compute_peak_memory(large, 100, 0)
     assert alone.activations == 0, "the optimizer's step"
@@ -111,7 +111,7 @@ def test_offloaded_parts_are_not_on_the_device(model: ModelCost) -> None:
 
 
 def test_layers_stay_gathered_without_resharding(model: ModelCost) -> None:
-    """Two layers are gathered at once in any case, and here there are two; without resharding it is all of them."""
+    """Two layers are always gathered at once, and here there are two; without resharding, all layers are."""
     deep = model._replace(layers=10)
     lets_go, keeps = (
         compute_device_memory(deep, 100, 0, ParallelStrategy(FSDP2, 2, reshards=on)).buffers for on in (True, False)
@@ -121,7 +121,7 @@ def test_layers_stay_gathered_without_resharding(model: ModelCost) -> None:
 
 
 def test_only_the_larger_of_gradients_and_activations_counts(model: ModelCost) -> None:
-    """Without accumulation only one of both counts; in a long row it is the activations, in a short one the update."""
+    """Without accumulation only one counts: the activations of a long sequence, or the update of a short one."""
     long = compute_peak_memory(model, 10_000, 0, accumulates=False)
     assert (long.gradients, long.activations) == (0, compute_peak_memory(model, 10_000, 0).activations)
     tiny = compute_peak_memory(model, 0, 0, accumulates=False)

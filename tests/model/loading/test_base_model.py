@@ -49,7 +49,7 @@ def test_qlora_quantizes_every_linear_layer_but_the_head(model_folder: Path, qua
 
 
 def test_4_bit_models_train_after_an_evaluation(model_folder: Path) -> None:
-    """bitsandbytes on the CPU repacks a weight in eval mode for a kernel without gradient; see loading.py."""
+    """On the CPU, bitsandbytes repacks a weight in eval mode for a kernel without gradient; see base_model.py."""
     model = attach_adapter(
         load(model_folder, torch.bfloat16, q_lora=True), build_lora_config(LoraArguments(lora_dropout=0))
     )

@@ -42,7 +42,7 @@ WITHOUT_UNKNOWN.pre_tokenizer = pre_tokenizers.Whitespace()
     ],
 )
 def test_broken_tokenizers_are_refused_in_one_line(name: str, content: str, model_folder: Path, tmp_path: Path) -> None:
-    """The libraries fail over such files in as many ways: KeyError, TypeError, AttributeError, Rust's own."""
+    """The libraries fail in many ways: KeyError, TypeError, AttributeError, Rust's own."""
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template.jinja"))
     (folder / name).write_text(content)
@@ -62,6 +62,6 @@ def test_pad_token_ends_no_turn(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_missing_pad_token_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "<|endoftext|><|im_start|><|im_end|>"  # every special token has a duty
+    tokenizer.chat_template = "<|endoftext|><|im_start|><|im_end|>"  # every special token has a use
     with pytest.raises(UserError, match="pad"):
         choose_pad_token(tokenizer)

@@ -1,4 +1,4 @@
-"""Attention of one row is that of each conversation by itself, by whatever kernel it is computed."""
+"""Attention over conversations laid end to end equals that of each by itself, with any kernel."""
 
 import inspect
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Written out over the whole row, with all that is forbidden masked; shape (1, tokens, heads, width)."""
+    """Compute attention over all tokens, with a mask between conversations; shape (1, tokens, heads, width)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -133,7 +133,7 @@ def test_unsupported_inputs_are_refused(changes: dict[str, Any], said: str) -> N
 
 
 class TestVarlen:
-    """torch's FlashAttention runs on GPUs only; here stands one that does what torch says of its arguments."""
+    """Calls of torch's FlashAttention, which runs on GPUs only; a stand-in follows torch's documentation."""
 
     @staticmethod
     def older(
@@ -148,9 +148,9 @@ class TestVarlen:
         scale: float | None = None,
         window_size: tuple[int, int] = (-1, -1),
     ) -> torch.Tensor:
-        """Tokens come first; a query sees `window_size` keys to its left and right, all if that is -1."""
+        """Tokens come first; a query attends to `window_size` keys to its left and right, to all if that is -1."""
         assert key.shape[1] == value.shape[1], "as many heads of values as of keys"
-        groups = query.shape[1] // key.shape[1]  # taken by the kernel; torch 2.11 does not ask
+        groups = query.shape[1] // key.shape[1]  # as the kernel supports it; torch 2.11 does not check
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
         outputs = []
@@ -172,7 +172,7 @@ class TestVarlen:
         enable_gqa: bool = False,
         **options: Any,
     ) -> torch.Tensor:
-        """The same, but fewer key heads have to be announced."""
+        """The same, but fewer key heads need a flag."""
         assert enable_gqa or query.shape[1] == key.shape[1], "try setting enable_gqa=True"
         return TestVarlen.older(query, key, value, *rest, **options)
 
@@ -238,7 +238,7 @@ def test_stand_ins_have_the_signature_of_torchs_varlen_attention() -> None:
 def test_varlen_attention_supports_these_tensors(
     changes: dict[str, Any], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2^31 numbers of one tensor are too many, with 128 tokens more for each conversation."""
+    """2^31 elements of one tensor are too many, with 128 more tokens for each conversation."""
     case = {"device": "cuda", "dtype": BF16, "heads": 4, "tokens": 100, "width": 64, "conversations": 2}
     case |= {"capability": (8, 0)} | changes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -253,7 +253,7 @@ def test_varlen_attention_supports_these_tensors(
 
 
 class Elsewhere(PretrainedConfig):
-    """Of a model whose code comes with its weights."""
+    """Attention of a model whose code comes with its weights."""
 
     model_type = "elsewhere"
 

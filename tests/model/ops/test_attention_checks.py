@@ -1,4 +1,4 @@
-"""Leakage between the conversations of a row is measured."""
+"""Leakage between conversations that are laid end to end is measured."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class TestLeakage:
-    """The measure of the self-test."""
+    """The measurement of the sanity check."""
 
     @staticmethod
     def measured(family: str, forward: Any = None, dtype: torch.dtype = FP32) -> Leakage:
@@ -57,7 +57,7 @@ class TestLeakage:
         assert not leak.is_tight(FP32) and not leak.is_tight(BF16)
 
     def test_shifted_positions_leak_against_a_row_alone(self) -> None:
-        """Logits do not change with the neighbor, but queries and keys have other positions than alone."""
+        """Logits do not depend on the neighbor, but queries and keys have other positions than by themselves."""
 
         def later(model: torch.nn.Module) -> Any:
             def forward(**inputs: Any) -> Any:

@@ -31,7 +31,7 @@ def random_batch(rows: int = 4, length: int = 9) -> tuple[torch.Tensor, torch.Te
     logits = torch.randn(rows, length, VOCABULARY, generator=generator, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
     labels[:, :3] = IGNORED
-    labels[1, 3:7] = IGNORED  # rows differ in how much they teach
+    labels[1, 3:7] = IGNORED  # rows differ in their supervised tokens
     return logits, labels
 
 
@@ -56,7 +56,7 @@ class TestPlainLoss:
         )
 
     def test_micro_batches_add_up_to_the_batch(self) -> None:
-        """The mean is one over tokens: 4 x 1 rows give the loss and the gradient of 1 x 4."""
+        """The mean is over tokens: 4 x 1 sequences give the loss and the gradient of 1 x 4."""
         logits, labels = random_batch()
         count = (labels[:, 1:] != IGNORED).sum()
         whole = compute_mean_loss(compute_token_losses(logits, **targets(labels)), count)
@@ -123,7 +123,7 @@ class Case:
         self.weights = torch.rand(supervised, generator=generator)  # a gradient of its own for each loss
 
     def of_head(self, smoothing: float = 0.0) -> list[torch.Tensor]:
-        """Losses and the gradient of the hidden states from a LossHead."""
+        """Return losses and the gradient of the hidden states from a LossHead."""
         head = LossHead(self.head)
         with head.expecting(**self.targets, label_smoothing=smoothing):
             losses = head(self.hidden).flatten()
@@ -136,7 +136,7 @@ class Case:
 
 @contextmanager
 def chunks_of(targets: int, vocabulary: int = VOCABULARY, piece: int = 1000) -> Iterator[None]:
-    """So many targets at once, a piece of them in fp32 at once."""
+    """Use chunks of that many targets, and pieces of them in fp32."""
     with (
         mock.patch.dict(loss.LOGITS_BYTES, cpu=4 * vocabulary * targets),
         mock.patch.dict(loss.SOFTMAX_BYTES, cpu=4 * vocabulary * piece),
@@ -157,7 +157,7 @@ class TestLossHead:
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
     def test_bf16_is_as_accurate_as_the_plain_loss(self) -> None:
-        """As exact as the plain way in bf16, which rounds the gradient of the logits as well."""
+        """As exact as the plain loss in bf16, which rounds the gradient of the logits as well."""
         case, exact = (Case(40, 25, bias=True, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
         with torch.no_grad():
             for name, parameter in exact.head.named_parameters():
@@ -193,7 +193,7 @@ class TestLossHead:
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_logits_never_exist_whole(self, grad: bool) -> None:
-        """Nothing larger than a chunk of them is made, forward or backward, in a whole model."""
+        """In a whole model, no tensor larger than a chunk is created, forward or backward."""
         vocabulary, chunk = 3000, 4
         model = our_peft(make_base("llama", vocab_size=vocabulary)).train()
         row = conversation(30, seed=0, supervised_share=0.9)
@@ -287,7 +287,7 @@ class TestExplainPlainLoss:
             assert explain_plain_loss(model) == "the model names no head"
 
     def test_the_installed_head_keeps_ties_and_names(self) -> None:
-        """Tied to the embeddings as before, and named as before."""
+        """The head is tied to the embeddings as before, with the same name."""
         base = make_base("gemma3")
         names = set(base.state_dict())
         model = our_peft(base)

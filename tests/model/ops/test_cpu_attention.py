@@ -1,4 +1,4 @@
-"""Attention in blocks is attention, whatever the block."""
+"""Attention in blocks equals attention, for any block size."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def random_inputs(heads: int, key_heads: int, length: int, dtype: torch.dtype, w
 
 
 def sdpa(inputs: Inputs, scale: float, window: int | None) -> torch.Tensor:
-    """torch's own, with a mask written out."""
+    """Compute torch's own attention, with an explicit mask."""
     length = inputs[0].shape[2]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     if window is not None:
@@ -74,7 +74,7 @@ def test_bf16_is_as_accurate_as_torchs_kernel(length: int, window: int | None) -
 
 
 def test_backward_takes_a_noncontiguous_gradient() -> None:
-    """The output is transposed before it goes on, and so comes its gradient."""
+    """The output is transposed afterwards, and so is its gradient."""
     inputs = random_inputs(4, 2, BLOCK_QUERIES + 3, torch.float64)
     weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, BLOCK_QUERIES + 3, 4, 8)
     for ours, theirs in zip(
@@ -86,7 +86,7 @@ def test_backward_takes_a_noncontiguous_gradient() -> None:
 
 
 def test_inputs_may_be_views_of_one_projection() -> None:
-    """Heads lie side by side in memory, as a model's projection leaves them."""
+    """Heads are adjacent in memory, as a model's projection writes them."""
     base = torch.randn(1, BLOCK_QUERIES + 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     views = [tensor.transpose(1, 2) for tensor in base.unbind(2)]
     attended, gradient = with_gradients(attend_in_blocks(*views, 0.3, 50), [base])
@@ -114,7 +114,7 @@ def test_only_the_inputs_are_saved_for_backward() -> None:
 def test_blocks_are_used_for_bf16_without_dropout_only(
     dtype: torch.dtype, dropout: float, blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 on a CPU; it has no dropout."""
+    """They are for bf16 on a CPU, and have no dropout."""
     calls: list[float] = []
     monkeypatch.setattr(
         attention, "attend_in_blocks", lambda q, k, v, scale, window: calls.append(scale) or torch.zeros_like(q)

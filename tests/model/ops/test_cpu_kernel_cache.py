@@ -1,4 +1,4 @@
-"""How many kernels a CPU run keeps."""
+"""The number of kernels that a CPU run caches."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def test_capacity_grows_with_the_batch(
     longest: int, conversations: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in NAMES:
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.setenv(name, "")  # so that it is restored afterwards
         monkeypatch.delenv(name)
     limit_kernel_caches(longest, conversations)
     assert [os.environ[name] for name in NAMES] == [str(kept), str(TORCH_KERNELS)]
@@ -43,7 +43,7 @@ for length in [*range(128, 278), 128]:
 
 
 def kernels_made(program: str) -> list[str]:
-    """What oneDNN says of each kernel that a program had it make."""
+    """Return oneDNN's log lines about kernels that a program created."""
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     folders = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
     run = subprocess.run(
@@ -60,7 +60,7 @@ def kernels_made(program: str) -> list[str]:
 
 
 def test_limits_apply_after_torch_is_imported() -> None:
-    """The first of many shapes has been forgotten when it comes again."""
+    """The first of many shapes is no longer cached when it occurs again."""
     assert len([line for line in kernels_made(PRODUCTS) if ",128x576:576x576" in line]) == 2
 
 
@@ -85,7 +85,7 @@ for text in ("AGAIN", ""):
 
 
 def test_all_kernels_of_a_micro_batch_are_cached() -> None:
-    """A second pass over a row of many lengths makes none anew: else every layer would make all of its own."""
+    """A second pass over a batch of many lengths creates none; otherwise every layer would create its own."""
     made = kernels_made(PASSES)
     assert made.index("AGAIN") > 100
     assert made[-1] == "AGAIN"

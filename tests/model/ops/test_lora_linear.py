@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=BASES)
 def base(request: pytest.FixtureRequest, folder: Path) -> Callable[[], PreTrainedModel]:
-    """Makes base models, the same every time."""
+    """Return a function that builds base models with the same weights every time."""
     return lambda: make_base("llama") if request.param == "plain" else make_quantized_base(folder)
 
 
@@ -40,7 +40,7 @@ def efficient_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def outcome(model: PeftModel, **options: Any) -> dict[str, torch.Tensor]:
-    """Logits, and gradients of all that is trained."""
+    """Return logits, and gradients of all trained parameters."""
     model.zero_grad()
     logits = model(input_ids=IDS, **options).logits
     if logits.requires_grad:
@@ -50,7 +50,7 @@ def outcome(model: PeftModel, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Up to the order of rounding in fp32, of each tensor as a whole."""
+    """Require tensors that are equal up to the order of rounding in fp32, each as a whole."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
@@ -80,7 +80,7 @@ def test_dropout_is_seeded(base: Callable[[], PreTrainedModel]) -> None:
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_is_independent_with_its_probability(p: float, dtype: torch.dtype) -> None:
-    """Each number goes with that probability, whatever its neighbors do, and the rest makes up for it."""
+    """Each element is dropped with that probability, independent of its neighbors, and the others are scaled up."""
     torch.manual_seed(0)
     x = torch.ones(1000, 250, dtype=dtype, requires_grad=True)
     dropped, factor = _apply_dropout(x, torch.nn.Dropout(p).train())
@@ -159,7 +159,7 @@ def chosen_by_row(model: PeftModel) -> dict[str, torch.Tensor]:
 def test_other_states_use_pefts_forward(
     does: Callable[[PeftModel], dict[str, torch.Tensor]], is_another: bool, base: Callable[[], PreTrainedModel]
 ) -> None:
-    """The adapter is not added where it should not be, nor twice."""
+    """The adapter is not added where it should not be, and not added twice."""
     ours = our_peft(base())
     usual = outcome(ours)["logits"]
     result = does(ours)
@@ -182,7 +182,7 @@ def test_embedding_layers_stay_pefts() -> None:
 
 
 def kept_in_fp32(model: PeftModel) -> int:
-    """The most fp32 numbers of one activation that wait for backward, outside of what the model itself keeps."""
+    """Return the most fp32 elements of one activation that are saved for backward, beyond the model's own."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes = [0]
 
@@ -207,7 +207,7 @@ def test_no_fp32_copy_of_an_input_is_saved(dropout: float) -> None:
 
 
 def test_bf16_is_as_accurate_as_peft_under_autocast() -> None:
-    """Against the same bf16 weights in fp32; gradients come in the adapter's fp32."""
+    """Compared with the same bf16 weights in fp32; gradients have the adapter's fp32."""
 
     def rounded(dtype: torch.dtype) -> PreTrainedModel:
         return make_base("llama", dtype=torch.bfloat16).to(dtype)
@@ -258,7 +258,7 @@ def test_saved_files_equal_pefts(base: Callable[[], PreTrainedModel], tmp_path: 
 def test_autocast_is_needed_for_other_fp32_parameters(changes: dict[str, Any], needed: bool) -> None:
     model = attach_adapter(make_base("qwen2", dtype=torch.bfloat16), lora_config(**changes))
     assert needs_autocast(model) is needed
-    if not needed:  # and then it goes without
+    if not needed:  # and then it is not needed
         logits = model(input_ids=IDS).logits
         assert logits.dtype == torch.bfloat16
         logits.sum().backward()

@@ -1,4 +1,4 @@
-"""Norms and MLPs that keep less, against transformers' own."""
+"""Norms and MLPs that save less for backward, compared with transformers' own."""
 
 import copy
 from typing import Any
@@ -40,7 +40,7 @@ def kinds(model: torch.nn.Module) -> tuple[int, int]:
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_replaced_modules_keep_logits_and_names(family: str, norms: int, mlps: int, dtype: torch.dtype) -> None:
-    """Logits to the bit, and the same names for the same weights."""
+    """Logits are equal to the bit, and weights have the same names."""
     stock, efficient = (make_base(family, dtype=dtype) for _ in range(2))
     efficient.requires_grad_(False)
     use_memory_efficient_modules(efficient)
@@ -109,7 +109,7 @@ def test_adapters_get_the_same_gradients(family: str, changes: dict[str, Any]) -
 
 @pytest.mark.parametrize("saved", [["norm"], ["input_layernorm"], ["mlp"]])
 def test_saved_modules_get_the_same_gradients(saved: list[str]) -> None:
-    """--modules_to_save makes a copy that is trained, norms too."""
+    """--modules_to_save trains a copy of a module, also of a norm."""
     row = conversation(30, seed=3)
     changes = {"modules_to_save": saved, "target_modules": ["q_proj"]}
     gradients = []
@@ -159,7 +159,7 @@ def test_excluded_classes_are_not_replaced() -> None:
 
 
 def count_saved_bytes(module: torch.nn.Module) -> int:
-    """For ten tokens, without the weights."""
+    """Return the bytes saved for ten tokens, without weights."""
     kept: list[torch.Tensor] = []
     x = torch.randn(1, 10, 64, dtype=BF16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -170,7 +170,7 @@ def count_saved_bytes(module: torch.nn.Module) -> int:
 
 
 def test_norm_and_mlp_save_few_bytes() -> None:
-    """A norm its input and one number a token; an MLP gate and up."""
+    """A norm saves its input and one number per token; an MLP saves gate and up."""
     norm = MemoryEfficientRMSNorm(LlamaRMSNorm(64).to(BF16).requires_grad_(False))
     mlp = MemoryEfficientMLP(LlamaMLP(FAMILIES["llama"]).to(BF16).requires_grad_(False))
     assert count_saved_bytes(norm) == 10 * (2 * 64 + 4)

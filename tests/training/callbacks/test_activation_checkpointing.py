@@ -1,4 +1,4 @@
-"""--activation_checkpointing auto, through the front door."""
+"""--activation_checkpointing auto, through the command line."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def checkpointed(trainer: object) -> int:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """How much memory there seems to be."""
+    """Set the amount of free memory."""
     memory = {"bytes": 1e12}
     monkeypatch.setattr(activation_checkpointing, "get_free_bytes", lambda device: memory["bytes"])
     return memory
@@ -45,7 +45,7 @@ def test_checkpointing_changes_memory_only(
     free: dict,
     notices: pytest.LogCaptureFixture,
 ) -> None:
-    """Dropout draws the same numbers when a layer is computed again."""
+    """Dropout draws the same numbers when a layer is recomputed."""
     plain = train(command(model_folder, data_file, tmp_path / "plain", **FLAGS))
     free["bytes"] = 1.0
     tight = train(command(model_folder, data_file, tmp_path / "tight", **FLAGS))

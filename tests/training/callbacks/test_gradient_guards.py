@@ -58,7 +58,7 @@ def test_loss_of_zero_stops_the_run() -> None:
 
 
 def test_deepspeed_gradients_are_seen_by_hooks() -> None:
-    """It keeps gradients to itself; hooks on the tensors see them."""
+    """DeepSpeed does not expose gradients; hooks on the tensors see them."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     arguments = SimpleNamespace(deepspeed="configuration", ddp_find_unused_parameters=False)
     guard = GradientGuard()
@@ -73,7 +73,7 @@ def test_deepspeed_gradients_are_seen_by_hooks() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_one_changed_base_value_is_found(offset: int, dtype: torch.dtype) -> None:
-    """Also in the last bytes, and where the tensor begins in the middle of eight of them."""
+    """This includes the last bytes, and tensors that begin within eight bytes."""
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(1), False) for name in "ab"})
     for parameter in model.values():
         parameter.data = torch.ones(16 + offset, dtype=dtype)[offset:][:15]
@@ -121,7 +121,7 @@ def test_bad_step_names_its_records(value: float) -> None:
 
 
 def test_fp16_scale_that_never_fits_stops_the_run() -> None:
-    """With fp16 each of these steps is skipped, so nothing would be trained to the end."""
+    """With fp16 each of these steps is skipped, so nothing would ever be trained."""
     with pytest.raises(AgreedError, match="gradient norm is nan"):
         check_step(float("nan"), [1.0, 2.0], fp16=True, times=51)
 
@@ -138,7 +138,7 @@ def test_step_without_supervised_tokens_stops_the_run() -> None:
 
 
 def test_device_is_read_one_step_later_and_before_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small accelerator, whose verdict is there after waiting for it."""
+    """A small accelerator, whose verdict arrives only after waiting for it."""
     waited: list[int] = []
 
     def send(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:

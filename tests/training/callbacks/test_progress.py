@@ -49,7 +49,7 @@ def test_last_step_leaves_no_time() -> None:
 def test_file_gets_one_line_for_each_log_entry(
     hidden: bool, model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither carriage returns nor dictionaries, whether bars are asked for or not."""
+    """There are neither carriage returns nor dictionaries, with or without bars."""
     output = tmp_path / "out"
     flags = {"max_steps": 4, "logging_steps": 2, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 4}
     assert main(["train", *command(model_folder, data_file, output, **flags, disable_tqdm=hidden)]) == 0
@@ -66,13 +66,13 @@ def test_file_gets_one_line_for_each_log_entry(
 
 
 def in_a_terminal(arguments: list[str]) -> str:
-    """Run the command with a terminal of 200 columns as standard error; what has been written to it."""
+    """Run the command with a terminal of 200 columns as standard error, and return what it wrote there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     written: list[bytes] = []
 
     def read() -> None:
-        with suppress(OSError):  # what a terminal says when the last one has left it
+        with suppress(OSError):  # the error of a terminal that all processes have closed
             while part := os.read(ours, 65536):
                 written.append(part)
 
@@ -86,7 +86,7 @@ def in_a_terminal(arguments: list[str]) -> str:
 
 
 def test_terminal_gets_a_bar(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """With the loss, the rate and the time left; lines stand above it, whole."""
+    """It has the loss, the rate and the time left; complete lines are above it."""
     flags = {"max_steps": 3, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3, "disable_tqdm": False}
     shown = in_a_terminal(command(model_folder, data_file, tmp_path / "out", **flags))
     bar = r"\rTraining: +\d+%\|[^\r]*\| (\d)/3 \[[\d:]+<([\d:?]+), [^\r]*, loss [\d.]+, [\d,]+ tokens/s\]"

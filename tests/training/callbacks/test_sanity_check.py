@@ -1,4 +1,4 @@
-"""A model that mixes conversations, or changes logits after its head, is found before the first step."""
+"""A model that mixes conversations, or changes its logits after the head, is found before the first step."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ ROWS = [conversation(length, seed, supervised_share=1.0) for seed, length in enu
 
 
 def leaky(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:
-    """Causal over the whole row, wherever conversations meet."""
+    """Attend causally over all tokens, across the edges of conversations."""
     attended = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
     )
@@ -36,7 +36,7 @@ def registered() -> None:
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama's logits are doubled after the head, in a way that no configuration names."""
+    """Double Llama's logits after the head, without any sign of it in the configuration."""
     forward = LlamaForCausalLM.forward
 
     def doubled(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> N
 
 
 def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
-    """A run starts where it would without the check."""
+    """A run starts in the same state as without the check."""
     trainer = trainer_of("llama", tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -121,7 +121,7 @@ def test_leaking_run_trains_as_a_padded_one(
     monkeypatch: pytest.MonkeyPatch,
     notices: pytest.LogCaptureFixture,
 ) -> None:
-    """To the last bit, with dropout: the check has taken nothing from the run's random numbers."""
+    """Equal to the bit, with dropout: the check draws none of the run's random numbers."""
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
@@ -151,7 +151,7 @@ def test_run_with_scaled_logits_uses_the_plain_loss(
 
 
 class TestWrappedLate:
-    """Under DeepSpeed and FSDP there is nothing to compute with before training begins."""
+    """Under DeepSpeed and FSDP, nothing can be computed before training begins."""
 
     @staticmethod
     def late(folder: Path, attention: str) -> Any:
@@ -198,7 +198,7 @@ class TestWrappedLate:
 
 
 def test_cache_is_no_leak(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """With a cache transformers would make no mask between the conversations of a row."""
+    """With a cache, transformers would build no mask between conversations."""
     flags = {"max_steps": 3, "attn_implementation": "sdpa", "lora_dropout": 0}
     plain = train(command(model_folder, data_file, tmp_path / "plain", **flags))
     cached = train(command(model_folder, data_file, tmp_path / "cached", **flags, use_cache=True))
@@ -213,7 +213,7 @@ def test_dora_in_fp32_is_checked_in_fp32(
 
 
 def test_all_processes_take_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fell back alone would have other batches than the others, and wait for them for ever."""
+    """If only one fell back, it would have other batches than the others, and wait for them forever."""
     everyone = [Failures("", ""), Failures("a leak", ""), Failures("another", "scaled")]
     monkeypatch.setattr(sanity_check, "gather_object", lambda mine: everyone)
     assert sanity_check._agree_on_failures(everyone[0]) == ("a leak", "scaled")

@@ -15,7 +15,7 @@ CPU = SimpleNamespace(device=torch.device("cpu"))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not know")
 def test_time_counts_from_the_start_of_the_process() -> None:
-    """Not with the import: this module is imported long after pytest has begun."""
+    """It does not count from the import: this module is imported long after pytest has started."""
     assert seconds_since_start() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
     assert seconds_since_start() > time.monotonic() - throughput.IMPORTED_AT
 

@@ -1,4 +1,4 @@
-"""Tokens/s of training, and of nothing else."""
+"""Tokens/s cover training only."""
 
 import json
 import re
@@ -29,7 +29,7 @@ class Alone:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, as the test sets it."""
+    """Replace the clock by one that the test sets."""
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     return now
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_rates_cover_the_time_since_the_last_reading(clock: list[float]) -> None:
     counter = Throughput()
-    with counter.paused():  # before the first step: nobody's time
+    with counter.paused():  # before the first step: not counted
         clock[0] += 50
     counter.begin()
     counter.count(300, 100)
@@ -70,7 +70,7 @@ def test_pause_ended_by_an_error_counts(clock: list[float]) -> None:
 
 
 class WithAnother:
-    """An accelerator of two processes, the other of which has seen a thousand tokens in a gibibyte."""
+    """An accelerator of two processes; the other one has counted a thousand tokens and has a gibibyte."""
 
     @staticmethod
     def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class WithAnother:
 
 
 def test_rates_and_totals_cover_all_processes(clock: list[float]) -> None:
-    """Also of more tokens than a float counts one by one."""
+    """This holds for more tokens than a float counts exactly."""
     counter = Throughput()
     counter.begin()
     for pause in (0, 1000):
@@ -97,7 +97,7 @@ def test_rates_and_totals_cover_all_processes(clock: list[float]) -> None:
 def test_every_logged_loss_has_rates(
     clock: list[float], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing else has: the tokens of the log add up to those of the results, over steps of two seconds each."""
+    """Only such entries have rates: the tokens of the log add up to those of the results, with steps of two seconds."""
     evaluate, step = LoraTrainer.evaluation_loop, LoraTrainer.training_step
 
     def lasting(method: Any, seconds: float) -> Any:
@@ -123,7 +123,7 @@ def test_every_logged_loss_has_rates(
 
 
 def test_tokens_of_processes_are_added_up(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """Two processes with half of the data each: the tokens are those of all sequences, by the page that counts them."""
+    """Two processes with half of the data each: the page counts the tokens of all sequences."""
     flags = "--max_steps 1 --logging_steps 1 --per_device_train_batch_size 15 --save_strategy no --use_cpu True"
     given = " ".join(command(model_folder, data, tmp_path / "out", flags))
     succeed(f"torchrun --nproc_per_node 2 train_lora.py {given}")

@@ -78,7 +78,7 @@ def test_saved_adapter_is_accepted(saved: Saved, model_folder: Path) -> None:
 def test_adapter_of_another_configuration_is_refused(
     arguments: LoraArguments, said: str, saved: Saved, model_folder: Path
 ) -> None:
-    """The live model and the file agree with each other here, and not with what was asked for."""
+    """The live model and the file agree, but not with the given configuration."""
     with pytest.raises(RunError, match=said):
         verify_saved_adapter(*saved, shapes_of(model_folder, arguments))
 
@@ -165,7 +165,7 @@ MORE = {
     ids=str,
 )
 def test_shapes_are_known_without_weights(family: str, settings: dict[str, Any]) -> None:
-    """What PEFT makes of the real model has the names and shapes that were foretold of the bare one."""
+    """PEFT gives the real model the names and shapes predicted from the meta model."""
     targets = ["q_proj", "o_proj"] if family == "mixtral" else ["all-linear"]  # PEFT has no DoRA on fused experts
     arguments = LoraArguments(lora_target_modules=targets, **settings)
     config = (FAMILIES | MORE)[family]

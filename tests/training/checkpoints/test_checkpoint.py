@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, what it must agree with, and how checkpoints come and go."""
+"""The checkpoint that a run resumes from, its fingerprint, and how checkpoints are written and removed."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ FILES = ("trainer_state.json", "scheduler.pt", "adapter_model.safetensors", "nes
 
 
 def make(output: Path, step: int, run: dict[str, Any] = RUN, leave_out: str = "") -> Path:
-    """Publish a checkpoint as a run does, with files of no meaning."""
+    """Publish a checkpoint as a run does, with files of arbitrary content."""
     unfinished = output / ".saving" / f"checkpoint-{step}"
     for name in FILES:
         path = unfinished / name
@@ -38,7 +38,7 @@ def edit_manifest(folder: Path, **change: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not look for pickles: the files here are none, and pickles have tests of their own."""
+    """Skip the audit of pickles: these files are none, and the audit has tests of its own."""
     for name in ("find_unloadable", "find_unsafe"):
         monkeypatch.setattr(f"fastchat_qlora.training.checkpoints.checkpoint.{name}", lambda folder: [])
 
@@ -93,7 +93,7 @@ def test_a_named_checkpoint_is_chosen(tmp_path: Path, notices: pytest.LogCapture
     (named / "scheduler.pt").write_text("scheduler.pt of 4")
     with pytest.raises(UserError, match=r"kept: scheduler.pt has changed: its SHA-256 differs; choose"):
         choose(tmp_path, str(named))
-    (named / "manifest.json").unlink()  # of an earlier version, or of another program
+    (named / "manifest.json").unlink()  # of another program
     chosen = choose_checkpoint(tmp_path, str(named))
     assert chosen == Checkpoint(named, 3, {}, is_chosen=True)
     assert "may be damaged, or from another run" in notices.text
@@ -164,7 +164,7 @@ def test_deepspeed_may_keep_the_schedule_itself(tmp_path: Path) -> None:
 
 
 def test_a_named_checkpoint_may_differ_in_some_settings(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
-    """Data, seeds and the number of processes if each has all of the state; not what the state is of."""
+    """Data, seeds, and the number of processes if each has the whole state; other settings may not change."""
     named = Checkpoint(make(tmp_path, 5), 5, RUN, is_chosen=True)
     named.check(RUN | {"data": "2b", "processes": 1, "strategy": "none"})
     assert "with other results than an uninterrupted run" in notices.text
@@ -228,7 +228,7 @@ def test_disk_errors_become_one_sentence(tmp_path: Path) -> None:
 
 
 class Forgery(NamedTuple):
-    """A change to a manifest, and what is said of it."""
+    """A change to a manifest, and the error."""
 
     change: dict[str, Any]
     said: str

@@ -34,7 +34,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_stop_tokens_are_added_to_the_bases_settings(model: Path, data_file: Path, tmp_path: Path) -> None:
-    """A base that stops at <|endoftext|> only, and samples."""
+    """The base model stops at <|endoftext|> only, and samples."""
     edit(model / NAME, eos_token_id=0, do_sample=True, temperature=0.6, top_p=0.9)
     edit(model / "config.json", eos_token_id=0)
     config = train(model, data_file, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
@@ -91,7 +91,7 @@ def test_stop_tokens_come_first_in_every_family(
 
 
 class Tokens:
-    """The part of a tokenizer that is used: without a BOS, and with the base's own end."""
+    """The attributes of a tokenizer that are read: without a BOS token, and with the base model's end token."""
 
     eos_token_id = 2
     pad_token_id = 3

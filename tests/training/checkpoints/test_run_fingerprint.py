@@ -1,4 +1,4 @@
-"""What a run is compared by when it resumes."""
+"""The values that are compared when a run resumes."""
 
 import json
 from pathlib import Path

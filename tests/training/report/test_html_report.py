@@ -1,4 +1,4 @@
-"""report.html: its content, when it is written, and that a run never suffers from it."""
+"""report.html: its content, when it is written, and that its failures never harm a run."""
 
 import html
 import json
@@ -44,7 +44,7 @@ def read(output: Path) -> str:
 
 
 def points(page: str, chart: str) -> list[str]:
-    """Return the titles of a chart's points; those of the first one are there twice, wide and narrow."""
+    """Return the titles of a chart's points; those of the first chart occur twice, wide and narrow."""
     figure = page.partition(f'id="{chart}"')[2].partition("</figure>")[0]
     narrow = figure.partition('<div class="narrow">')[2]
     return [html.unescape(text) for text in re.findall(r"<use[^>]*><title>(.*?)</title>", narrow)]
@@ -103,7 +103,7 @@ def test_resumed_run_shows_all_steps(model_folder: Path, data_file: Path, tmp_pa
 def test_run_killed_at_its_end_is_done_when_started_again(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last page, of the last checkpoint, said that it was running; nothing is said of a loss that nobody took."""
+    """The page of the last checkpoint showed a running run; a loss that was not computed is not shown."""
     output = tmp_path / "out"
     arguments = command(model_folder, data_file, output, save_strategy="steps", save_steps=2, max_steps=2)
     arguments += ["--sample_prompts", "Who are you?"]
@@ -127,7 +127,7 @@ def test_run_killed_at_its_end_is_done_when_started_again(
 
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """When pages are written, and what the run is said to be at."""
+    """Record when pages are written, and the state that they show."""
     seen: list[tuple[int, str]] = []
     write = html_report.RunReport._write
 
@@ -154,7 +154,7 @@ def test_pages_come_at_intervals(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No more often than the constants say, and at a small share of the time."""
+    """The constants limit how often, and the share of the time."""
     monkeypatch.setattr(html_report, "MIN_SECONDS_BETWEEN_PAGES", 0.0)
     monkeypatch.setattr(html_report, "MAX_SHARE_OF_TIME", 1e9)
     train(command(model_folder, data_file, tmp_path / "a", max_steps=4, logging_steps=2))
@@ -198,7 +198,7 @@ def test_page_that_fails_does_not_stop_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Said once; the earlier page stays, and nothing is left beside it."""
+    """It is logged once; the earlier page stays, and no other file."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "report.html").write_text("earlier")
@@ -227,7 +227,7 @@ def test_public_page_shows_no_sequences(
 
 
 def test_flags_are_those_that_were_given(model_folder: Path, data_file: Path) -> None:
-    """And use_cpu with what follows from it, on a machine without an accelerator."""
+    """With use_cpu and its effects, on a machine without an accelerator."""
     flags = {"q_lora": True, "lora_dropout": 0, "bnb_4bit_use_double_quant": False, "lr_scheduler_type": "cosine"}
     args = parse_args(command(model_folder, data_file, Path("/tmp/o"), **flags))
     found = get_flags(args)
@@ -273,7 +273,7 @@ def test_tiles() -> None:
 
 @drawn(st.lists(st.floats(0.1, 9), min_size=1, max_size=50), st.sampled_from([1, MAX_POINTS]))
 def test_tiles_cover_the_whole_log(values: list[float], repeated: int) -> None:
-    """However long: only what is drawn is made of means."""
+    """The log may be long: only what is drawn is thinned by means."""
     values = [value for value in values for _ in range(repeated)] + [0.05, 20.0, 10.0]
     history = [{"step": n, "loss": value, "memory_gib": value} for n, value in enumerate(values, 1)]
     state = TrainerState(log_history=history, global_step=1, max_steps=2)
@@ -283,7 +283,7 @@ def test_tiles_cover_the_whole_log(values: list[float], repeated: int) -> None:
 
 
 def test_long_curve_is_thinned_by_means() -> None:
-    """No point is lost: the mean over all of it stays."""
+    """Every point counts: the mean over the whole curve stays."""
     count = 3 * MAX_POINTS
     history = [{"step": n, "loss": float(n)} for n in range(1, count + 1)]
     [curve] = get_charts(history, compute_statistics(Dataset.from_list([ROW])))[0].curves
@@ -296,7 +296,7 @@ def test_long_curve_is_thinned_by_means() -> None:
 def test_page_results_and_card_agree_on_the_speed(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of training: a second of saving is not in it."""
+    """The speed is that of training: a second of saving does not count."""
     real = LoraTrainer._save_checkpoint
 
     def save(self: Any, *args: Any) -> None:
@@ -330,7 +330,7 @@ def test_smoothing_stays_within_the_values(values: list[float]) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 23, 24, 400])
 def test_chart_has_every_point(count: int) -> None:
-    """A smoothed line comes with enough of them; all of it is well-formed and in colors of the page only."""
+    """A smoothed line is drawn if there are enough points; the SVG is well-formed and has the page's colors only."""
     curve = Curve("a<b", "c1", [float(n) for n in range(count)], [math.sin(n) for n in range(count)], is_noisy=True)
     drawn = draw(Chart("loss", 'Loss "<&"', [curve]), 370, 238)
     svg = ElementTree.fromstring(drawn)
@@ -368,7 +368,7 @@ def test_any_values_are_drawn(values: list[float], is_bars: bool) -> None:
 @drawn(st.floats(1e-12, 1e12), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(1e-9, 1))
 @settings(max_examples=30, deadline=None)
 def test_ticks_can_be_told_apart(least: float, values: list[float], spread: float) -> None:
-    """Also those of a curve that hardly moves, such as a constant learning rate."""
+    """Also those of a nearly constant curve, such as a learning rate."""
     curve = Curve("a", "c1", [float(n) for n in range(len(values))], [least * (1 + spread * v) for v in values])
     svg = ElementTree.fromstring(draw(Chart("rate", "Rate", [curve]), 370, 238))
     groups = [group for group in svg.iter(f"{SVG}g") if group.get("class", "").startswith("ytick")]

@@ -92,7 +92,7 @@ def test_card_describes_the_run_and_its_code_runs(
 
 
 def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
-    """Return the card of a run that was not made: of a base model on the hub, and of nothing but settings."""
+    """Return the card of a run that was not run: of a base model on the hub, with settings only."""
     data, rejected = tmp_path / "data.json", tmp_path / "rejected.jsonl"
     data.write_text("[{}]")
     rejected.write_text("")
@@ -146,7 +146,7 @@ def test_secrets_are_masked(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_best_step_is_named(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """Where the last state is not the best, the adapter is an earlier one; the log keeps what it has measured."""
+    """If the last state is not the best, the adapter is an earlier one; the log keeps all measurements."""
     output = tmp_path / "out"
     best = "--eval_strategy steps --save_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end True"
     card = train(model_folder, data_file, output, *best.split(), "--eval_split", "3", "--learning_rate", "10")
