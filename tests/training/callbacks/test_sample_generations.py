@@ -206,12 +206,12 @@ def test_failure_before_training_stops_the_run(
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        (["Hi", " "], "--sample_prompts '': an empty question has no answer; give words, or drop the flag"),
+        (["Hi", " "], "--sample_prompts '': a prompt is empty; give it a text, or drop the flag"),
         (
             ["Hi", "Say no"],
             "--sample_prompts 'Say no' (number 2): the chat template refuses it (not that); give another prompt",
         ),
-        (["Hi", "a\udcff"], "--sample_prompts: a question is not UTF-8"),
+        (["Hi", "a\udcff"], "--sample_prompts: a prompt is not UTF-8"),
         (
             ["one two " * 300],
             f"--sample_prompts '{'one two ' * 7}one ' (number 1): has ",
