@@ -84,10 +84,10 @@ def test_plan_counts_trained_parameters_by_module(plan: Any) -> None:
 
 def test_plan_lists_every_strategy_for_every_number_of_devices(plan: Any) -> None:
     planned = plan(f"--devices 5 --device_memory_gib 1 {ALL_LINEAR}")
-    shown = [(one["strategy"]["devices"], one["strategy"]["strategy"]) for one in planned["devices"]]
+    shown = [(one["strategy"]["devices"], one["strategy"]["name"]) for one in planned["devices"]]
     several = ["DDP", "ZeRO-2", "ZeRO-3", "FSDP2"]
     assert shown == [(1, "one process"), *((count, name) for count in (2, 3, 4, 5) for name in several)]
-    assert planned["given"]["strategy"] == "DDP"
+    assert planned["given"]["name"] == "DDP"
     for one in planned["devices"]:
         need = one["need"]
         assert need["total"] == pytest.approx(sum(size for name, size in need.items() if name != "total"), abs=8)
@@ -106,7 +106,7 @@ def test_plan_lists_every_strategy_for_every_number_of_devices(plan: Any) -> Non
 )
 def test_plan_includes_the_given_strategy(flags: str, strategy: str, plan: Any) -> None:
     planned = plan(f"--devices 2 {ENOUGH_MEMORY} {flags}")
-    assert planned["given"]["strategy"] == strategy and given_estimate(planned)["fits"] is True
+    assert planned["given"]["name"] == strategy and given_estimate(planned)["fits"] is True
     assert planned["given"]["offloads_weights"] == ("offload" in flags)
 
 
@@ -114,7 +114,7 @@ def test_plan_includes_the_given_strategy(flags: str, strategy: str, plan: Any) 
 def test_plan_keeps_the_given_strategy_on_one_device(config: str, plan: Any) -> None:
     """Offloading helps most there."""
     planned = plan(f"{ENOUGH_MEMORY} {ALL_LINEAR} --deepspeed playground/deepspeed_config_{config}.json")
-    assert [one["strategy"]["strategy"] for one in planned["devices"]] == ["one process", f"ZeRO-{config[1]}"]
+    assert [one["strategy"]["name"] for one in planned["devices"]] == ["one process", f"ZeRO-{config[1]}"]
     run = given_estimate(planned)
     assert planned["fits"] is True and run["strategy"]["offloads_weights"] == ("offload" in config)
     assert (run["need"]["weights"] == 0) == ("offload" in config)
@@ -124,12 +124,12 @@ def test_plan_shows_zero_1_where_it_is_given(plan: Any, tmp_path: Path) -> None:
     config = tmp_path / "s1.json"
     config.write_text('{"zero_optimization": {"stage": 1}}')
     planned = plan(f"--devices 2 {ENOUGH_MEMORY} --deepspeed {config}")
-    assert planned["given"]["strategy"] == "ZeRO-1" and planned["fits"] is True
+    assert planned["given"]["name"] == "ZeRO-1" and planned["fits"] is True
 
 
 def test_plan_reports_why_a_strategy_is_refused(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     planned = plan(f"--devices 2 {ENOUGH_MEMORY} --q_lora True --use_dora True --optim adafactor")
-    refused = {one["strategy"]["strategy"]: one["refused"] for one in planned["devices"]}
+    refused = {one["strategy"]["name"]: one["refused"] for one in planned["devices"]}
     assert "Adafactor".lower() in refused["ZeRO-2"] and "adafactor" in refused["FSDP2"] and not refused["DDP"]
     assert "flattens the shapes" in capsys.readouterr().out
     plan(f"--devices 2 {ENOUGH_MEMORY} --q_lora True --use_dora True --deepspeed playground/deepspeed_config_s3.json")
@@ -220,7 +220,7 @@ def test_changes_replace_zero(plan: Any) -> None:
     assert changes and all(
         "in place of --deepspeed" in change["flags"] or change["flags"] == "no --deepspeed"
         for change in changes
-        if change["on_device"]["strategy"]["strategy"] != "ZeRO-2"
+        if change["on_device"]["strategy"]["name"] != "ZeRO-2"
     )
 
 
@@ -297,7 +297,7 @@ def test_json_on_standard_output(model_folder: Path, data: Path, capsys: pytest.
         )
         == 0
     )
-    assert json.loads(capsys.readouterr().out)["given"]["strategy"] == "one process"
+    assert json.loads(capsys.readouterr().out)["given"]["name"] == "one process"
 
 
 def test_optimizer_of_a_deepspeed_configuration(plan: Any, tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_optimizer_of_a_deepspeed_configuration(plan: Any, tmp_path: Path) -> No
     )
     assert given_estimate(planned)["need"]["optimizer"] == given_estimate(lion)["need"]["optimizer"]
     assert planned["settings"]["optimizer"] == "Lion" and planned["disk"] == lion["disk"] != adam["disk"]
-    by_ddp = [one["need"] for one in planned["devices"] if one["strategy"]["strategy"] == "DDP"]
-    assert by_ddp == [one["need"] for one in adam["devices"] if one["strategy"]["strategy"] == "DDP"]
+    by_ddp = [one["need"] for one in planned["devices"] if one["strategy"]["name"] == "DDP"]
+    assert by_ddp == [one["need"] for one in adam["devices"] if one["strategy"]["name"] == "DDP"]
 
 
 def test_changes_shard_4_bit_weights_in_place_of_8_bit_ones(plan: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
