@@ -182,5 +182,5 @@ def _estimate_speed(settings: RunSettings, cost: ModelCost, checkpointed: int) -
         return None
     reached = measure_flops_per_second(config, settings.precision.dtype, device)
     needed = compute_flops_per_token(cost, config, settings.lengths, checkpointed)
-    source = f"this machine's matrix products reach {reached / 1e12:.2f} TFLOP/s"
+    source = f"this machine's matrix products reach {reached / 1e12:.2g} TFLOP/s"
     return Speed(reached / needed, source, is_upper_bound=True)

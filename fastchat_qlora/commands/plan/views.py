@@ -90,12 +90,12 @@ def _build_facts(plan: Plan) -> Table:
 def _format_time(time: TrainingTime | None) -> str:
     if time is None:
         return "unknown: give --tokens_per_second, or --speed_from the folder of an earlier run"
-    least, most = ("at least ", "at most ") if time.is_upper_bound else ("", "")
+    least, rate = ("at least ", ", with at most") if time.is_upper_bound else ("", " at")
     minutes, hours = time.seconds / 60, time.seconds / 3600
     duration = f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
     if minutes < 2:
         duration = f"{time.seconds:.0f} s"
-    return f"{least}{duration} at {most}{time.tokens_per_second:,.0f} tokens/s on each device ({time.source})"
+    return f"{least}{duration}{rate} {time.tokens_per_second:,.0f} tokens/s on each device ({time.source})"
 
 
 def _build_memory_table(plan: Plan, parts: dict[str, Sequence[str]]) -> Table:

@@ -53,7 +53,7 @@ def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
     where = f"{flag} {path}: its adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(path)
-    except Exception as error:  # PEFT builds an object from any JSON, and fails in as many ways
+    except Exception as error:  # PEFT builds an object from any JSON, and may raise anything
         raise UserError(f"{where} cannot be read: {one_line(error, 300)}; save the adapter again") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{flag} {path}: holds a {config.peft_type} adapter; give a LoRA adapter")

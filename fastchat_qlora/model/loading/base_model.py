@@ -44,7 +44,7 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
-    except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
+    except Exception as error:  # libraries raise anything on untrusted files
         reason = one_line(error, 300)
         raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
     has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -92,7 +92,7 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except Exception as error:  # untrusted sizes fail in as many ways as there are models
+    except Exception as error:  # models raise anything on untrusted sizes
         name = config.name_or_path or config.model_type
         raise UserError(
             f"--model_name_or_path {name}: no model can be made of its config.json: {type(error).__name__}: "

@@ -34,7 +34,7 @@ def load_raw_tokenizer(name: str, *, flag: str = "--model_name_or_path", **setti
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **settings)
         tokenizer("a")  # some load and cannot be used
-    except Exception as error:  # untrusted files fail in as many ways as there are libraries reading them
+    except Exception as error:  # libraries raise anything on untrusted files
         raise UserError(f"{flag} {name}: its tokenizer cannot be loaded: {one_line(error, 300)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{flag} {name}: has no fast tokenizer, which exact labels need; add tokenizer.json")

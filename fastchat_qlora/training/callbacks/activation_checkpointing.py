@@ -45,7 +45,7 @@ def estimate_model_cost(
             return _measure_cost(meta_model, lora_config, dtype, **options)
         few, more = (_measure_cost(build_meta_model(of), lora_config, dtype, **options) for of in shallow)
         return extrapolate_layers(few, more, len(get_repeated_layers(meta_model)))
-    except Exception as error:  # models fail in as many ways as there are authors
+    except Exception as error:  # untrusted code of a model may raise anything
         return f"the model cannot run without weights: {one_line(error, 200)}"
 
 

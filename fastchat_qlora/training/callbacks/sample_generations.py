@@ -41,7 +41,7 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
         elif self._prompts and not self.before:
             try:
                 self.before = self._generate()
-            except Exception as error:  # models fail in as many ways as there are authors
+            except Exception as error:  # untrusted code of a model may raise anything
                 raise RunError(
                     f"--sample_prompts: the model cannot generate before training ({one_line(error, 300)}); give fewer "
                     "or shorter prompts, or drop the flag"

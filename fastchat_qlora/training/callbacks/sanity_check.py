@@ -104,7 +104,7 @@ def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: l
     shared, changed = (trainer.model_inputs(trainer.build_batch([neighbor, second])) for neighbor in neighbors)
     try:
         leak = measure_leakage(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
-    except Exception as error:  # models fail in as many ways as there are authors
+    except Exception as error:  # untrusted code of a model may raise anything
         return f"the model cannot run on padding-free batches: {one_line(error, 300)}"
     if leak.is_tight(model.dtype):
         return ""
