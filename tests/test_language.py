@@ -133,3 +133,16 @@ def test_no_private_or_british_words(path: Path) -> None:
 def test_the_map_of_contributing_is_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert insert_map(page) == page, "run python scripts/write_map.py"
+
+
+def test_places_that_contributing_names_exist() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
+    assert len(places) > 20
+    for path, name in places:
+        file = next((root / path for root in (PACKAGE, ROOT) if (root / path).is_file()), None)
+        assert file is not None, path
+        definition = re.compile(
+            rf"^ *((async )?def|class) {re.escape(name.rpartition('.')[2])}\b|^ *{name}\b.* = ", re.MULTILINE
+        )
+        assert definition.search(file.read_text(encoding="utf-8")), f"{path}: {name}"

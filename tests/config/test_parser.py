@@ -31,7 +31,7 @@ from fastchat_qlora.errors import UserError
 GROUPS = [ModelArguments, DataArguments, TrainingArguments, LoraArguments]
 DECLARED = [(group, name) for group in GROUPS for name in inspect.get_annotations(group)]
 
-# FastChat's train_lora.py (ModelArguments, DataArguments, TrainingArguments, LoraArguments) and section 2 of the spec.
+# FastChat's train_lora.py (ModelArguments, DataArguments, TrainingArguments, LoraArguments) and our own additions.
 DEFAULTS: dict[str, dict[str, object]] = {
     "model": {"trust_remote_code": False, "padding_side": "right", "attn_implementation": "auto"},
     "data": {

@@ -14,7 +14,7 @@ from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
-from fastchat_qlora.data.sources.formats import to_conversation
+from fastchat_qlora.data.sources.formats import FIELDS, to_conversation
 from fastchat_qlora.errors import UserError
 
 SYSTEM = "Be brief."
@@ -61,6 +61,7 @@ SAME: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(SAME))
 def test_formats_mean_the_same(name: str) -> None:
     assert to_conversation(SAME[name]) == to_conversation(OPENAI)
+    assert SAME[name].keys() <= FIELDS, "a key that is not read from Parquet"
 
 
 def test_alpaca_input_follows_the_instruction() -> None:
