@@ -307,13 +307,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a value": (["--max_new_tokens", "many"], "--max_new_tokens: invalid int value: 'many'"),
     "several": (
         ["--max_new_tokens", "0", "--temperature", "-1", "--top_p", "2", "--seed", "-1"],
-        "4 problems: (1) --temperature -1: must be 0, which is greedy decoding, or from 0.001 to 1000; "
-        "(2) --top_p 2.0: must be above 0 and at most 1; (3) --max_new_tokens 0: must be at least 1 and below 2^31; "
-        "(4) --seed -1: must be at least 0 and below 2^32",
+        "4 problems: (1) --temperature -1.0: must be 0, which is greedy decoding, or from 0.001 to 1000; "
+        "(2) --top_p 2.0: must be above 0 and at most 1; (3) --max_new_tokens 0: must be at least 1 and below 2**31; "
+        "(4) --seed -1: must be at least 0 and below 2**32",
     ),
-    "no number": (["--temperature", "nan"], "--temperature nan: must be 0, which is greedy decoding, or from"),
+    "no number": (["--temperature", "nan"], "--temperature nan: must be a finite number"),
     "too cold": (["--temperature", "1e-45"], "or from 0.001 to 1000"),
-    "too hot": (["--temperature", "inf"], "or from 0.001 to 1000"),
+    "too hot": (["--temperature", "inf"], "--temperature inf: must be a finite number"),
     "nothing": (["--message", ""], "--message: must not be empty; give it a text, or - to read standard input"),
     "twice the same": (["--message", "-", "--message", "-"], "standard input can be read only once; give it once"),
     "no text": (["--message", "a\udcff"], "--message a\\udcff: must be UTF-8 text; write it in that encoding"),

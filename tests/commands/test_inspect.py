@@ -18,7 +18,7 @@ from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.analysis.statistics import split_by_label
+from fastchat_qlora.data.analysis.statistics import Example
 from fastchat_qlora.data.dataset import load_dataset, split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
@@ -253,7 +253,7 @@ def test_parts_add_up_to_the_sequence(tokenizer: PreTrainedTokenizerFast) -> Non
     ids = tokenizer("Γειά σου 🙂 and so on", add_special_tokens=False).input_ids
     for edge in range(1, len(ids)):
         labels = [IGNORE_INDEX] * edge + ids[edge:]
-        parts = split_by_label(ids, labels, tokenizer)
+        parts = Example("train", "1 of 1", "file", None, ids, labels, len(ids), tokenizer).parts
         assert [part.supervised for part in parts] == [False, True]
         if tokenizer.decode(ids).startswith(tokenizer.decode(ids[:edge])):  # not between the bytes of one character
             assert "".join(part.text for part in parts) == "Γειά σου 🙂 and so on"

@@ -139,7 +139,7 @@ def test_comparison_finds_another_run(alone: OneProcess, model_folder: Path, dat
     row = compare(reference, other, case, model_folder)
     assert any("loss differs" in problem for problem in problems(row, 1))
     whole = Row(Case("FSDP2", "LoRA fp32", False), 0.0, 0.0, 0.0, 0.0, held=100, whole=100)
-    assert problems(whole, 2) == ["holds 100 of 100 bytes of the base"]
+    assert problems(whole, 2) == ["holds 100 of 100 bytes of the base model"]
 
 
 # FastChat's configurations offload, and are otherwise those of ZeRO-2 and of ZeRO-3 with offload.

@@ -42,7 +42,7 @@ def test_recipe_fits_its_gpus(
     assert cli.main(["plan", str(recipe), *shlex.split(flags)]) == 0, capsys.readouterr().err
     planned = json.loads(output.read_text())
     assert planned["fits"] is True, capsys.readouterr().out
-    asked = planned["given"]["strategy"], planned["given"]["devices"]
+    asked = planned["given"]["name"], planned["given"]["devices"]
     named = {"fsdp": "FSDP2", "zero3": "ZeRO-3", "ddp": "DDP", "1gpu": "one process"}
     assert asked[0] == named[recipe.stem.rpartition("-")[2]]
     billions = float(re.search(r"([\d.]+)B", name, re.IGNORECASE)[1])  # type: ignore[index]

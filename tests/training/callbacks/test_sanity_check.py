@@ -125,7 +125,7 @@ def test_leaking_run_trains_as_a_padded_one(
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
-    monkeypatch.setitem(AttentionInterface._global_mapping, PER_CONVERSATION, leaky)
+    monkeypatch.setattr("fastchat_qlora.model.ops.attention.attend_per_conversation", leaky)
     output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
     assert f"Batches are padded{' and sequences not packed' if packing else ''}, slower" in notices.text
     assert losses(output) == losses(padded) and len(losses(output)) == 3
