@@ -103,7 +103,11 @@ BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eva
 
 
 @pytest.mark.parametrize(
-    "strategy", ["--eval_strategy steps --eval_steps 1 --save_steps 1", "--eval_strategy epoch --save_strategy epoch"]
+    "strategy",
+    [
+        "--eval_strategy steps --eval_steps 1 --save_steps 1",
+        pytest.param("--eval_strategy epoch --save_strategy epoch", marks=pytest.mark.matrix),
+    ],
 )
 def test_stop_keeps_the_best_checkpoint(strategy: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
     """The evaluation at the step of the stop decides, so it is run."""

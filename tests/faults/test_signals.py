@@ -43,9 +43,9 @@ def assert_saved(output: Path) -> int:
     ("signum", "processes", "ranks", "flags"),
     [
         (signal.SIGTERM, 1, None, ""),
-        (signal.SIGINT, 1, None, "--q_lora True --bf16 True"),
+        pytest.param(signal.SIGINT, 1, None, "--q_lora True --bf16 True", marks=pytest.mark.matrix),
         (signal.SIGTERM, 2, [1], ""),
-        (signal.SIGINT, 2, None, DEEPSPEED),
+        pytest.param(signal.SIGINT, 2, None, DEEPSPEED, marks=pytest.mark.matrix),
     ],
     ids=["SIGTERM", "SIGINT", "one of two processes", "ZeRO-2"],
 )

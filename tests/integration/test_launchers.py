@@ -162,7 +162,7 @@ def test_scripts_train(script: str, model_folder: Path, data: Path, tmp_path: Pa
     assert_adapter_works(output, model_folder)
 
 
-@pytest.mark.parametrize("slow_rank", [None, "0", "1"])
+@pytest.mark.parametrize("slow_rank", [pytest.param(None, marks=pytest.mark.matrix), "0", "1"])
 def test_mistake_is_reported_once(slow_rank: str | None, model_folder: Path, tmp_path: Path, port: int) -> None:
     """Any process may find it first: a launcher ends every process as soon as one has failed."""
     slow = tmp_path / "slow"

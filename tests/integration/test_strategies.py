@@ -21,10 +21,7 @@ pytestmark = pytest.mark.integration
 
 TRAIN, FAULT = "train_lora.py", "tests/integration/programs/fault.py"
 
-CORE = [
-    *(case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)),
-    Case("ZeRO-3", "LoRA bf16", False),
-]
+CORE = [case for case in CASES if (case.precision, case.checkpointing) == ("QLoRA bf16", True)]
 """Cases of every CI run; `pytest -m matrix` runs the rest."""
 
 FASTCHAT_S2 = {
@@ -300,7 +297,7 @@ def nodes(launcher: str, port: int, tmp_path: Path, model_folder: Path, data: Pa
     return [common | own | rank[node] for node in range(2)]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.matrix)])
 def test_two_nodes_train_as_two_processes(
     launcher: str, model_folder: Path, data: Path, tmp_path: Path, port: int
 ) -> None:
