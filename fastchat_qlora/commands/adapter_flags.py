@@ -116,7 +116,7 @@ def parse_size(text: str) -> int:
 
 
 def check_output_dir(output_dir: str, adapter: str, base: str) -> None:
-    """Check that a folder is empty or new, and not that of the adapter or the base model; else raise UserError."""
+    """Check that a folder is empty or new, and not that of the adapter or the base model."""
     try:
         error = _find_folder_error(output_dir, {"adapter": adapter, "base model": base})
     except OSError as refused:

@@ -38,11 +38,12 @@ logger = logging.getLogger(__name__)
 TRAINING_ARGS_FILE = "training_args.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-[0-9]+")
 ADAPTER_FLAG = "ADAPTER"
+FORMAT_1_KINDS: dict[str, QuantizationKind] = {"nf4": "nf4", "fp4": "fp4", "8 bits": "int8"}  # in old manifests
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Precision(NamedTuple):
-    """How the weights of the base model are stored, and the dtype that it computes in."""
+    """Storage of the base model's weights, and the dtype that it computes in."""
 
     quantization: BaseQuantization
     dtype: torch.dtype
@@ -158,9 +159,11 @@ def _read_training_precision(folder: Path) -> Precision | str:
 
 
 def _from_manifest(manifest: Any) -> Precision:
-    if manifest["manifest"]["format"] == 1:  # its values are sentences; the run's arguments say the same
-        raise ValueError("format 1, of an older version")
     run = manifest["manifest"]["run"]
+    if manifest["manifest"]["format"] == 1:  # "nf4" or "nf4, ..." for double quantization, "8 bits", or a dtype
+        kind, _, double_quant = run["base weights"].partition(", ")
+        quantization = BaseQuantization(FORMAT_1_KINDS.get(kind, "none"), bool(double_quant))
+        return Precision(quantization, DTYPES[run["compute dtype"]])
     return Precision(BaseQuantization(**run["base_quantization"]), DTYPES[run["compute_dtype"]])
 
 
@@ -191,7 +194,7 @@ def get_context_length(config: PretrainedConfig) -> int | None:
 
 
 def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = None) -> PeftModel:
-    """Load the adapter onto a base model, which is loaded if it is not given; RunError if PEFT cannot attach it."""
+    """Load the adapter onto a base model, loaded if not given; RunError if PEFT cannot attach it."""
     base = base or load_base(adapter)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), config=copy.deepcopy(adapter.lora_config))

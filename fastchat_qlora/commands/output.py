@@ -24,7 +24,7 @@ class Screen(Console):
 
 
 def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
-    """Check that a file can be written, and that no data and no other file of the command line is lost by it."""
+    """Check that a file can be written, and replaces no data and no other file of the command line."""
     if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
     output, run = os.path.realpath(path), get_output_dir(args)

@@ -69,11 +69,11 @@ class PreparedBase(NamedTuple):
 
 
 class LoadingSettings(NamedTuple):
-    """How the base model is loaded."""
+    """Settings with which the base model is loaded."""
 
     quantization_config: BitsAndBytesConfig | None
     attention: str | None  # backend; None leaves it to transformers
-    sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 was told to shard one by one
+    sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 shards one by one
 
 
 class PreparedRun(NamedTuple):
@@ -94,7 +94,7 @@ class PreparedRun(NamedTuple):
 def prepare_data(
     args: RunArguments, config: PretrainedConfig | None, *, output_dir: Path | None, mode: LoadMode
 ) -> PreparedData:
-    """Load the tokenizer, check it against the model's config if given, and tokenize the data outside output_dir."""
+    """Load the tokenizer, check it against a config, and tokenize the data; files in output_dir are no data."""
     max_length, cache_dir = args.training.model_max_length, args.training.cache_dir
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=max_length)
     if config is not None:
@@ -171,7 +171,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
 
 
 def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, dtype: torch.dtype) -> LoadingSettings:
-    """Choose how the base is loaded, and require that the strategy and the attention backend can be used with it."""
+    """Choose how the base model is loaded, and check that it works with the strategy and the attention backend."""
     quantization_config = build_run_quantization_config(args.lora, dtype, topology)
     quantized = base.quantization.is_quantized
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)

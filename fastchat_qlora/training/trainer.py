@@ -324,7 +324,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Load the best checkpoint after auditing it: a resumed run has its folder from a file."""
         best = Path(self.state.best_model_checkpoint)
         if not self.args.trust_checkpoint and (unsafe := find_unsafe(best)):
-            raise RunError(f"{best}: {'; '.join(unsafe)}; the best checkpoint is not loaded")
+            advice = "the best checkpoint is not loaded; if you trust it, resume with --trust_checkpoint True"
+            raise RunError(f"{best}: {'; '.join(unsafe)}; {advice}")
         super()._load_best_model()
         if self.state.best_global_step != self.state.global_step:
             self.best_step = self.state.best_global_step

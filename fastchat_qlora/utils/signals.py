@@ -121,7 +121,7 @@ def _reset_in_child() -> None:
 
 @cache
 def _handle_forks() -> None:
-    """Block signals in a forked process until it has let go of the pipe; its parent would count them as its own."""
+    """Block signals in a forked process until it has closed the pipe: they would count as its parent's."""
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),

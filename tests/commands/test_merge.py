@@ -211,7 +211,9 @@ def test_given_quantization_of_the_base_model(
 
 FP4 = {"base_quantization": {"kind": "fp4", "double_quant": True}, "compute_dtype": "bfloat16"}
 FP4_RUN = json.dumps({"manifest": {"format": 2, "run": FP4}})
-OLD_RUN = json.dumps({"manifest": {"format": 1, "run": {"base weights": "fp4", "compute dtype": "bfloat16"}}})
+OLD_RUN = json.dumps(
+    {"manifest": {"format": 1, "run": {"base weights": "fp4, quantised twice", "compute dtype": "bfloat16"}}}
+)
 NF4_RUN = json.dumps({"lora": {"q_lora": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
                       "bnb_4bit_use_double_quant": True}, "training": {"bf16": True, "fp16": False}})  # fmt: skip
 NF4_MESSAGE = "Merged into the dequantized nf4 weights, which differ from the original ones by "
@@ -224,7 +226,7 @@ FP4_MESSAGE = NF4_MESSAGE.replace("nf4", "fp4")
         ("checkpoint-7", {}, "has no training_args.json, so the precision of its training is unknown"),
         ("checkpoint-7", {"manifest.json": FP4_RUN, "training_args.json": NF4_RUN}, FP4_MESSAGE),
         ("checkpoint-7", {"manifest.json": "{}", "training_args.json": NF4_RUN}, NF4_MESSAGE),
-        ("checkpoint-7", {"manifest.json": OLD_RUN, "../training_args.json": NF4_RUN}, NF4_MESSAGE),
+        ("checkpoint-7", {"manifest.json": OLD_RUN}, FP4_MESSAGE),
         ("checkpoint-7", {"../training_args.json": NF4_RUN}, NF4_MESSAGE),
         ("best", {"training_args.json": NF4_RUN}, NF4_MESSAGE),
         ("best", {"../training_args.json": NF4_RUN}, "best: has no training_args.json, so the "),

@@ -326,6 +326,8 @@ def test_links_and_pipes_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "global_step2").mkdir()
     os.mkfifo(folder / "global_step2" / "zero_optim_states.pt")  # reading it would wait forever
     (folder / "latest").symlink_to("nowhere")
+    os.mkfifo(folder / "optimizer.pt")
+    assert find_unloadable(folder) == ["optimizer.pt: is not a regular file"]
     assert find_unsafe(folder) == [
         "global_step1: is a link to another folder",
         "global_step2/zero_optim_states.pt: is not a regular file",

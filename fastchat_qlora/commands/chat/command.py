@@ -40,7 +40,7 @@ def chat(argv: Sequence[str]) -> None:
         reason = "neither it nor its base model has a chat template; add the chat_template.jinja of its training"
         raise UserError(f"ADAPTER {adapter.folder}: {reason}")
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
-    render_prompt(adapter.tokenizer, _start(flags.system, "Hi"))  # fails where the system message is refused
+    render_prompt(adapter.tokenizer, _make_messages(flags.system, "Hi"))  # fails where the system message is refused
     with open_stdout():
         pass  # fails where it is closed
     messages = [read_stdin() if message == STDIN_MESSAGE else message for message in flags.message or ()]
@@ -80,7 +80,7 @@ class ChatSession:
 
     def __init__(self, model: ChatModel, system: str | None, *, is_terminal: bool) -> None:
         self._model, self._system, self._is_terminal = model, system, is_terminal
-        self._messages = _start(system)
+        self._messages = _make_messages(system)
 
     def run(self, lines: Iterable[str]) -> None:
         """Take line after line until the user leaves."""
@@ -105,7 +105,7 @@ class ChatSession:
         if command == "/help":
             logger.info(HELP)
         elif command == "/reset":
-            self._messages = _start(self._system)
+            self._messages = _make_messages(self._system)
             logger.info("The conversation is reset.")
         elif command == "/system":
             self._set_system(rest.strip() or None)
@@ -119,13 +119,13 @@ class ChatSession:
 
     def ask(self, question: str) -> None:
         """Answer a question and keep both; UserError if it is too long or the chat template refuses it."""
-        asked = self._messages + _start(None, question)
+        asked = self._messages + _make_messages(None, question)
         answer = self._answer(asked, adapter=True)
         self._messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _ask_base(self, question: str) -> None:
         """Show the base model's answer; the conversation stays as it is."""
-        asked = self._messages + _start(None, question) if question else self._messages[:-1]
+        asked = self._messages + _make_messages(None, question) if question else self._messages[:-1]
         if asked and asked[-1]["role"] == "user":
             self._answer(asked, adapter=False)
         else:
@@ -147,14 +147,14 @@ class ChatSession:
         return answer.text
 
     def _set_system(self, system: str | None) -> None:
-        render_prompt(self._model.tokenizer, _start(system, "Hi"))  # fails where the system message is refused
-        self._system, self._messages = system, _start(system)
+        render_prompt(self._model.tokenizer, _make_messages(system, "Hi"))  # fails where the system message is refused
+        self._system, self._messages = system, _make_messages(system)
         start = "this system message" if system else "the chat template's own start"
         logger.info(f"A new conversation, with {start}.")
 
 
-def _start(system: str | None, *questions: str) -> list[TemplateMessage]:
-    """Return the messages of a new conversation."""
+def _make_messages(system: str | None, *questions: str) -> list[TemplateMessage]:
+    """Return a system message, if any, and questions."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": "user", "content": question} for question in questions]
 

@@ -17,7 +17,7 @@ ShowText = Callable[[str], None]  # takes each piece of an answer as soon as it 
 
 
 class Decoding(NamedTuple):
-    """How the tokens of an answer are chosen: the flags of the same names."""
+    """Rules by which the tokens of an answer are chosen: the flags of the same names."""
 
     temperature: float
     top_p: float

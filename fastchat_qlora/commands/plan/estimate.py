@@ -41,8 +41,8 @@ class Devices(NamedTuple):
 
     def get_usable_bytes(self, processes: int) -> float | None:
         """Return the bytes that each process may use; None if the memory is not known."""
-        gib, accelerator_share = self.get_gib(processes), activation_checkpointing.USABLE_ACCELERATOR_SHARE
-        share = activation_checkpointing.USABLE_MEMORY_SHARE.get(self.kind, accelerator_share)
+        gib, shares = self.get_gib(processes), activation_checkpointing
+        share = shares.USABLE_CPU_SHARE if self.kind == "cpu" else shares.USABLE_ACCELERATOR_SHARE
         return gib and gib * activation_checkpointing.GIB * share
 
 

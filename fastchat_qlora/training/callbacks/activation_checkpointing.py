@@ -24,7 +24,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-USABLE_MEMORY_SHARE = {"cpu": 0.8}  # of the free memory that a step may take; on a CPU other programs want some too
+USABLE_CPU_SHARE = 0.8  # of the free memory that a step may take: other programs want some too
 USABLE_ACCELERATOR_SHARE = 0.92
 GIB = 2**30
 
@@ -54,7 +54,7 @@ def _measure_cost(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, 
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Checkpoints the fewest layers with which a step fits, and corrects that after the first step."""
+    """Callback that checkpoints the fewest layers with which a step fits, and corrects that after the first step."""
 
     def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:
         self._trainer = trainer
@@ -73,7 +73,9 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         batch_size = trainer._train_batch_size  # --auto_find_batch_size changes it
         padding_free = trainer.data_collator.padding_free
         self._tokens = find_max_batch_tokens(trainer.train_dataset, batch_size, padding_free=padding_free)
-        self._available = get_free_bytes(device) * USABLE_MEMORY_SHARE.get(device.type, USABLE_ACCELERATOR_SHARE)
+        self._available = get_free_bytes(device) * (
+            USABLE_CPU_SHARE if device.type == "cpu" else USABLE_ACCELERATOR_SHARE
+        )
         self._held = torch.cuda.memory_allocated(device) if device.type == "cuda" else get_memory_bytes(device)
         self._peak_before = peak_memory_mib(device)
         shards = args.world_size if trainer.is_wrapped_late else 1
@@ -91,8 +93,8 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             estimate = memory.compute_peak_memory(self._model, tokens, self._checkpointed, **self._options)
             unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
-            # The optimizer's state came when activations had gone, so the peak holds one of the two: activations if
-            # it is larger than the state. From a smaller step nothing can be concluded.
+            # Activations are freed before the optimizer's state is made. The peak is therefore that of the activations
+            # if it is larger than the state; otherwise it says nothing about them.
             state = estimate.gradients + estimate.optimizer
             if in_backward > state:
                 scale = max(0.5, in_backward / (estimate.step_bytes - state - unpacked))

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Logs the effective settings when training begins, and stops if the strategy is not the one asked for."""
+    """Callback that logs the effective settings, and stops the run if the strategy is not the one asked for."""
 
     def __init__(self, trainer: LoraTrainer, topology: Topology) -> None:
         self._trainer, self._topology = trainer, topology

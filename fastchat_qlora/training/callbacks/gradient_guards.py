@@ -13,7 +13,7 @@ from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stops the run if tensors of the adapter get no gradient in the first step.
+    """Callback that stops the run if tensors of the adapter get no gradient in the first step.
 
     With `--ddp_find_unused_parameters True` some may get none, such as those of an expert without tokens.
     """
@@ -53,7 +53,7 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
 
 class LossGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stops the run if a logged evaluation is not finite, or a logged loss is 0."""
+    """Callback that stops the run if a logged evaluation is not finite, or a logged loss is 0."""
 
     def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Check the values of one log entry."""

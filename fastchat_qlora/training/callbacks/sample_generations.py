@@ -21,7 +21,7 @@ STATE_KEY = "sample_answers"  # key in the trainer's state, so that a resumed ru
 
 
 class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Generates answers before the first step and after the last one, in all processes: the model may be sharded."""
+    """Answers of the model before the first step and after the last one, in all processes: it may be sharded."""
 
     def __init__(self, trainer: LoraTrainer, prompts: dict[str, list[int]]) -> None:
         self._trainer, self._prompts = trainer, prompts  # from encode_prompts

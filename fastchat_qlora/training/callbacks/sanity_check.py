@@ -24,14 +24,14 @@ MAX_CHECKED_TOKENS = 1024
 
 
 class Failures(NamedTuple):
-    """What is wrong with padding-free batches, and with the loss head; empty if nothing is."""
+    """Faults of padding-free batches, and of the loss head; empty if there are none."""
 
     padding_free: str
     loss: str
 
 
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Runs the check when training begins under DeepSpeed and FSDP, whose models cannot run earlier."""
+    """Callback for the check under DeepSpeed and FSDP, whose models cannot run before training begins."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
@@ -109,8 +109,8 @@ def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: l
     if leak.is_tight(model.dtype):
         return ""
     return (
-        f"conversations in one row are not kept apart: logits change by {leak.by_neighbor:.1e} with the conversation "
-        f"before, and by {leak.by_row:.1e} against a row of their own"
+        f"conversations in one batch are not kept apart: logits change by {leak.by_neighbor:.1e} with the conversation "
+        f"before, and by {leak.by_row:.1e} against a batch of its own"
     )
 
 

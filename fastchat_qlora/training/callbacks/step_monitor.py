@@ -54,7 +54,7 @@ class Step:
 
 
 class Verdict(NamedTuple):
-    """Whether a step is bad, on its way from the device; `arrived` is None if it is on the host already."""
+    """Flag of a bad step, copied from the device; `arrived` is None if it is on the host already."""
 
     number: int
     step: Step
@@ -63,7 +63,7 @@ class Verdict(NamedTuple):
 
 
 class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stops the run at a bad step, or after a signal, in all processes at the same step.
+    """Callback that stops the run at a bad step or after a signal, in all processes at the same step.
 
     Processes agree by one small sum on the host at the end of a step. The device's verdict is read one step later, so
     that the device never waits, but at once before anything is saved. `trainer` is to be set before training.
@@ -179,7 +179,7 @@ def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:
 
 
 def build_bad_step_error(step: int, reports: list[Step], checkpoint: str | None) -> AgreedError:
-    """Return the error for a step whose loss or gradient is not finite, or whose gradient is 0, in any process."""
+    """Return the error for a step with a loss or gradient that is not finite, or without gradient."""
     pairs = [pair for report in reports for pair in zip(report.losses, report.sources, strict=True)]
     guilty = [sources for loss, sources in pairs if not torch.isfinite(loss)]
     norm = next((report.grad_norm for report in reports if report.grad_norm is not None), None)

@@ -40,7 +40,7 @@ class TokenTotal(NamedTuple):
 
 
 class Throughput:
-    """Counts the tokens of this process and the time in which it trained on them.
+    """Counter of the tokens of this process, and of the time in which it trained on them.
 
     Within `paused` the clock stands: evaluations, saves and the like do not count. A device may still be at work on the
     last step then, which counts as part of the pause.
@@ -124,7 +124,7 @@ def seconds_since_start() -> float:
 
 
 class FirstStepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Logs the time from the start of the process, without its launcher, to the end of its first optimizer step."""
+    """Callback that logs the time from the start of the process to the end of its first optimizer step."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}

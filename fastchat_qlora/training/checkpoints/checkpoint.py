@@ -107,7 +107,7 @@ def _read_step(folder: Path) -> int:
 
 
 def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
-    """Read a checkpoint and check that a run can resume from it; the pickles of a trusted one are not audited.
+    """Read a checkpoint and check that a run can resume from it; without the audit if it is trusted.
 
     Raises:
         IncompleteCheckpoint: it is incomplete or corrupt.
@@ -118,7 +118,8 @@ def open_checkpoint(folder: Path, *, trusted: bool = False) -> Checkpoint:
         version = "an older" if manifest.format < FORMAT else "a newer"
         raise UserError(
             f"{folder}: saved by {version} version of fastchat-qlora (manifest format {manifest.format}, this version "
-            f"reads format {FORMAT}); finish the run with that version, or start over with --restart True"
+            f"reads format {FORMAT}); finish the run with that version, start over with --restart True, or train its "
+            f"adapter further in another --output_dir with --lora_weight_path {folder}"
         )
     check_files(folder, manifest)
     if missing := _find_missing(manifest.files):
@@ -140,11 +141,11 @@ def _find_missing(files: Collection[str]) -> list[str]:
 
 
 def _check_pickles(folder: Path, *, trusted: bool) -> None:
-    problems = find_unloadable(folder) + ([] if trusted else find_unsafe(folder))
-    if problems:
+    unloadable, unsafe = find_unloadable(folder), [] if trusted else find_unsafe(folder)
+    if unloadable or unsafe:
+        trust = "; --trust_checkpoint True skips the audit of DeepSpeed's and DCP's files" if unsafe else ""
         raise UserError(
-            f"{folder}: {'; '.join(problems)}; do not use it, or start over with --restart True; --trust_checkpoint "
-            "True skips the audit of DeepSpeed's and DCP's files"
+            f"{folder}: {'; '.join(unloadable + unsafe)}; do not use it, or start over with --restart True{trust}"
         )
 
 

@@ -29,7 +29,7 @@ RESULTS_FILE = "training_args.json"  # the last file that a run writes: a run wi
 
 
 class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Makes way for a run's checkpoints when training begins, and tells the trainer the one it resumes from."""
+    """Callback that makes way for a run's checkpoints, and sets the one that the trainer resumes from."""
 
     def __init__(self, trainer: Any, checkpoint: Checkpoint | None) -> None:
         self._trainer, self._checkpoint = trainer, checkpoint

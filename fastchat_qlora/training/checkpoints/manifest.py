@@ -102,7 +102,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk, or raise the OSError of a disk that fails."""
+    """Wait until a file or a folder's entries are on the disk; OSError if the disk fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Audit of a checkpoint's pickles: finds those that could run code, unread.
+"""Audit of a checkpoint's pickles: finds those that could run code, before they are loaded.
 
 transformers 5.23, accelerate 1.15 and PEFT 0.21 read their files (optimizer.pt, scheduler.pt, rng_state.pth ...) by
 `torch.load(weights_only=True)`, which runs no code; here they are only tried out, so that a refusal is an error message
@@ -52,7 +52,10 @@ def find_unloadable(folder: Path) -> list[str]:
     """Return the files of a checkpoint that `weights_only` refuses to load, each with the reason."""
     problems = []
     for path in sorted(path for pattern in WEIGHTS_ONLY for path in folder.glob(pattern)):
-        if path.name == NEVER_READ or not path.is_file():
+        if path.name == NEVER_READ or path.is_dir():
+            continue
+        if not path.is_file():
+            problems.append(f"{path.relative_to(folder)}: is not a regular file")
             continue
         try:
             with safe_globals():  # of NumPy, whose random state is in rng_state.pth

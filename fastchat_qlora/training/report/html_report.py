@@ -36,7 +36,7 @@ WIDE_CHART, NARROW_CHART = (770, 536), (370, 238)
 
 
 class RunReport(AbstractContextManager["RunReport"], TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Writes the page at checkpoints, now and then when something is logged, and at the end, by the first process.
+    """Callback that writes the page at checkpoints, while something is logged, and at the end, in the first process.
 
     As a context manager it encloses all that may end a run, and reports how it ended. An error in making the page is
     logged once and ignored.

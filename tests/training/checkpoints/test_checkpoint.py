@@ -118,7 +118,8 @@ def test_checkpoint_of_an_older_format_is_refused(is_named: bool, tmp_path: Path
         choose(tmp_path, str(older) if is_named else "")
     assert str(caught.value) == (
         f"{older}: saved by an older version of fastchat-qlora (manifest format 1, this version reads format 2); "
-        "finish the run with that version, or start over with --restart True"
+        "finish the run with that version, start over with --restart True, or train its adapter further in another "
+        f"--output_dir with --lora_weight_path {older}"
     )
     assert choose(tmp_path, restart=True) is None
 
