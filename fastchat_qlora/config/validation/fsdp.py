@@ -3,12 +3,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastchat_qlora.config.validation.json_schema import SWITCH, Kind, find_invalid, one_of
+from fastchat_qlora.config.validation.json_schema import SWITCH, Kind, find_invalid
 from fastchat_qlora.distributed import fsdp_config
+
+
+def _one_of(*choices: str) -> Kind:
+    """Build the kind of a word among several in capitals, written in either case."""
+    return Kind(" or ".join(choices), lambda value: str(value).upper() in choices)
+
 
 FSDP_SETTINGS = {
     **dict.fromkeys(fsdp_config.FSDP_SWITCHES, SWITCH),
-    **{name: one_of(*choices) for name, choices in fsdp_config.FSDP_CHOICES.items()},
+    **{name: _one_of(*choices) for name, choices in fsdp_config.FSDP_CHOICES.items()},
     fsdp_config.WRAPPED_LAYERS: Kind("a name or a list of names", fsdp_config.parse_layer_names),
 }
 UNSUPPORTED_FSDP = {
@@ -29,9 +35,7 @@ def find_fsdp_config_errors(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield errors about settings that FSDP2 does not have or would read otherwise."""
     names = [fsdp_config.get_fsdp_name(name) for name in config]
     yield from (f"{name} is given in two spellings; drop one" for name in FSDP_SETTINGS if names.count(name) > 1)
-    settings = fsdp_config.rename_fsdp_settings(config)
-    words = {name: str(settings[name]).upper() for name in fsdp_config.FSDP_CHOICES if name in settings}
-    yield from find_invalid(settings | words, FSDP_SETTINGS, UNSUPPORTED_FSDP)
+    yield from find_invalid(fsdp_config.rename_fsdp_settings(config), FSDP_SETTINGS, UNSUPPORTED_FSDP)
 
 
 def find_fsdp_errors(fsdp: str | bool, config: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.parser import build_parser
 from fastchat_qlora.config.validation.flags import find_flag_errors
+from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.config.validation.ranges import MAX_WORKERS
 
@@ -505,6 +506,13 @@ def test_gpu_settings_are_accepted_with_a_gpu_only(name: str, monkeypatch: pytes
 def test_hub_id_is_accepted_unchecked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert errors_with(model_name_or_path=name) == []
+
+
+def test_fsdp_settings_are_shown_as_given() -> None:
+    given = {"version": 1, "state_dict_type": "sharded", "auto_wrap_policy": "transformer_based_wrap"}
+    version, state = find_fsdp_config_errors(given)
+    assert version == "version must be 2, not 1; change it or leave it out"
+    assert state.startswith("state_dict_type must be FULL_STATE_DICT or SHARDED_STATE_DICT, not 'sharded'")
 
 
 def test_deepspeed_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
