@@ -36,7 +36,7 @@ REQUIREMENTS = (
 """Flags with their defaults, and the flag without which another value has no effect."""
 
 PACKAGES = (
-    ("deepspeed", "deepspeed", "fastchat-qlora[deepspeed]"),
+    ("deepspeed", "deepspeed", '"fastchat-qlora[deepspeed]"'),
     ("use_liger_kernel", "liger_kernel", "liger-kernel"),
 )
 """Flags, the packages that they need, and what to install."""

@@ -527,7 +527,7 @@ def test_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     inline = '{"zero_optimization": {"stage": 2}}'
-    install = "pip install fastchat-qlora[deepspeed], or drop the flag"
+    install = 'pip install "fastchat-qlora[deepspeed]", or drop the flag'
     assert errors_with(deepspeed=inline) == [f"--deepspeed {inline}: the package deepspeed is not installed; {install}"]
 
 
