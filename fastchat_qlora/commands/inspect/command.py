@@ -36,8 +36,6 @@ def inspect(argv: Sequence[str]) -> None:
         UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
     """
     args, own = parse_command(argv, INSPECT_PROG, InspectArguments)
-    if own.num_examples < 0:
-        raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all sequences")
     output = Path(os.path.expanduser(own.output)) if own.output else None
     if output and output.suffix.lower() not in WRITERS:
         raise UserError(f"--output {own.output}: must end in .html (a page) or .jsonl (sequences); give such a name")

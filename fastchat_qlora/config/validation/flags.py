@@ -4,12 +4,13 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
-from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag
+from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_text
 
 Values = argparse.Namespace
@@ -80,11 +81,16 @@ def _check_tables(values: Values) -> Iterator[str]:
             yield f"--{first} {getattr(values, first)} and --{second} {getattr(values, second)}: {why}"
     for flag, default, needed in REQUIREMENTS:
         value = getattr(values, flag)
-        if value not in (default, None, "", {}) and not parse_fsdp_flag(getattr(values, needed)):
+        if value not in (default, None, "", {}) and _is_off(getattr(values, needed)):
             yield f"--{flag} {value}: has no effect without --{needed} True; add that or drop this"
     for flag, package, name in PACKAGES:
         if (value := getattr(values, flag)) and importlib.util.find_spec(package) is None:
             yield f"--{flag} {value}: the package {package} is not installed; pip install {name}, or drop the flag"
+
+
+def _is_off(value: Any) -> bool:
+    """Return whether a flag is left out or False, also as a word."""
+    return not value or parse_switch(value) is False
 
 
 def _check_devices(values: Values) -> Iterator[str]:
