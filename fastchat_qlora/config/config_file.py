@@ -25,9 +25,7 @@ from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
 MAX_VALUES = 10_000  # of one file; a few nested anchors stand for billions
-TAGS = {
-    f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int", "float", "timestamp", "seq", "map")
-}
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int", "float", "timestamp", "seq", "map")}
 NULLS = ("", "~", "null", "Null", "NULL")
 JSON_BOOLS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
