@@ -17,7 +17,7 @@ Values = argparse.Namespace
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
-"""Prefixes of optimizers that treat a matrix otherwise than its elements in a row."""
+"""Prefixes of optimizers whose steps depend on the shape of a parameter, which ZeRO flattens."""
 
 EXCLUSIVE = (
     ("fp16", "bf16", "two precisions; choose bf16 if the device has it"),
@@ -119,13 +119,18 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
-    if values.deepspeed and values.optim.startswith(SHAPE_AWARE_OPTIMIZERS):
-        yield f"--optim {values.optim}: needs the shapes that ZeRO flattens; choose adamw_torch, or no ZeRO"
-    if fsdp and is_launched(values) and values.optim not in FSDP_OPTIMIZERS:
-        yield f"--optim {values.optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
+    yield from find_optimizer_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
         yield f"{pair}: with --fsdp or --deepspeed only complete checkpoints can be loaded; drop one"
+
+
+def find_optimizer_errors(optim: str, *, zero: bool, fsdp: bool) -> Iterator[str]:
+    """Yield an error for each strategy of a run with which the optimizer does not work."""
+    if zero and optim.startswith(SHAPE_AWARE_OPTIMIZERS):
+        yield f"--optim {optim}: needs the shapes that ZeRO flattens; choose adamw_torch, or no ZeRO"
+    if fsdp and optim not in FSDP_OPTIMIZERS:
+        yield f"--optim {optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
 
 
 def _check_sequences(values: Values) -> Iterator[str]:
