@@ -159,7 +159,7 @@ class ConfigFile:
 
 
 def _read_scalar(node: Any, in_object: bool) -> Any:
-    """Return a text, or None for a plain null; in objects `1e-4` is a number as in YAML 1.2, and `yes` is true."""
+    """Return a text, or None for a plain null. In objects `1e-4` is a number as in YAML 1.2, and `yes` is true."""
     if node.style is None and node.value in NULLS:
         return None
     if node.style is None and in_object:

@@ -40,9 +40,7 @@ def _check_save_safetensors(value: str) -> None:
 
 LEGACY_FLAGS = {
     "--evaluation_strategy": LegacyFlag("--eval_strategy"),
-    "--warmup_ratio": LegacyFlag(
-        "--warmup_steps", translate=_check_warmup_ratio, note="; below 1 it is a share of all steps"
-    ),
+    "--warmup_ratio": LegacyFlag("--warmup_steps", translate=_check_warmup_ratio, note="; below 1 it is a share"),
     "--group_by_length": LegacyFlag(
         "--train_sampling_strategy", True, lambda value: "group_by_length" if value == "True" else "random"
     ),

@@ -101,7 +101,7 @@ def _build_group(group: type[Group], flags: ParsedFlags) -> Group:
 
 
 def _find_blamed(given: Mapping[str, Any], reason: str) -> list[str]:
-    """Return the flags whose name, or else whose value, is a word of an error; all of them if none is."""
+    """Return the flags whose name, or else whose value, is a word of an error; else all."""
     values = {name: str(getattr(value, "value", value)) for name, value in given.items() if not isinstance(value, bool)}
     named = [name for name in given if re.search(rf"\b{name}\b", reason)]
     quoted = [name for name, text in values.items() if re.search(rf"(?<![\w.-]){re.escape(text)}(?!\.?\w)", reason)]

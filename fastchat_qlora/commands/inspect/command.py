@@ -23,7 +23,7 @@ INSPECT_PROG = "fastchat-qlora inspect"
 
 @dataclass
 class InspectArguments:
-    """What to show, and where."""
+    """The number of sequences to show, and their file."""
 
     num_examples: int = flag("Sequences of each split to show or write; 0 for all.", 5)
     output: str = flag("Write the sequences to this .html page or .jsonl file, not to the terminal.", "")

@@ -47,7 +47,7 @@ class Devices(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What decides the memory of a device; the settings from `strategy` on can be changed to make a run fit."""
+    """The settings behind the memory of a device."""
 
     args: RunArguments
     base: PreparedBase
@@ -55,7 +55,7 @@ class RunSettings:
     dataset: Any  # sequences, or packed sequences
     lengths: NDArray[np.int64]  # of the sequences before packing
     supervised_share: float
-    strategy: ParallelStrategy
+    strategy: ParallelStrategy  # this and what follows can be changed to make a run fit
     precision: Precision
     batch_size: int  # sequences of a micro-batch
     accumulation: int  # micro-batches of an optimizer step

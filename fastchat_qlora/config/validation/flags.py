@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
@@ -81,16 +80,11 @@ def _check_tables(values: Values) -> Iterator[str]:
             yield f"--{first} {getattr(values, first)} and --{second} {getattr(values, second)}: {why}"
     for flag, default, needed in REQUIREMENTS:
         value = getattr(values, flag)
-        if value not in (default, None, "", {}) and _is_off(getattr(values, needed)):
+        if value not in (default, None, "", {}) and parse_switch(getattr(values, needed) or False) is False:
             yield f"--{flag} {value}: has no effect without --{needed} True; add that or drop this"
     for flag, package, name in PACKAGES:
         if (value := getattr(values, flag)) and importlib.util.find_spec(package) is None:
             yield f"--{flag} {value}: the package {package} is not installed; pip install {name}, or drop the flag"
-
-
-def _is_off(value: Any) -> bool:
-    """Return whether a flag is left out or False, also as a word."""
-    return not value or parse_switch(value) is False
 
 
 def _check_devices(values: Values) -> Iterator[str]:

@@ -3,18 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastchat_qlora.config.validation.json_schema import SWITCH, Kind, find_invalid
+from fastchat_qlora.config.validation.json_schema import SWITCH, Kind, find_invalid, one_of
 from fastchat_qlora.distributed import fsdp_config
-
-
-def _one_of(*choices: str) -> Kind:
-    """Build the kind of a word among several in capitals, written in either case."""
-    return Kind(" or ".join(choices), lambda value: str(value).upper() in choices)
-
 
 FSDP_SETTINGS = {
     **dict.fromkeys(fsdp_config.FSDP_SWITCHES, SWITCH),
-    **{name: _one_of(*choices) for name, choices in fsdp_config.FSDP_CHOICES.items()},
+    **{name: one_of(*choices) for name, choices in fsdp_config.FSDP_CHOICES.items()},
     fsdp_config.WRAPPED_LAYERS: Kind("a name or a list of names", fsdp_config.parse_layer_names),
 }
 UNSUPPORTED_FSDP = {
