@@ -10,7 +10,7 @@ cd "$root"
 
 require_deepspeed() {
     command -v deepspeed >/dev/null && return
-    echo "error: deepspeed: not found in this environment; pip install fastchat-qlora[deepspeed]" >&2
+    echo "error: deepspeed: not found in this environment; pip install \"fastchat-qlora[deepspeed]\"" >&2
     exit 2
 }
 

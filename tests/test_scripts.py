@@ -46,5 +46,5 @@ def test_script_reports_a_missing_deepspeed(script: str, tmp_path: Path) -> None
     }
     command = ["bash", str(SCRIPTS / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
-    error = "error: deepspeed: not found in this environment; pip install fastchat-qlora[deepspeed]\n"
+    error = 'error: deepspeed: not found in this environment; pip install "fastchat-qlora[deepspeed]"\n'
     assert (done.returncode, done.stdout, done.stderr) == (2, "", error)

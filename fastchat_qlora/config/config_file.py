@@ -25,7 +25,7 @@ from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
 MAX_VALUES = 10_000  # of one file; a few nested anchors stand for billions
-TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int", "float", "timestamp", "seq", "map")}
 NULLS = ("", "~", "null", "Null", "NULL")
 JSON_BOOLS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     name: str
     flag: str  # with underscores; both spellings are accepted
     value: Any  # a text, a list of texts, a JSON object, or None if it is not given
-    place: str  # file and line, as the beginning of an error
+    line: int | None  # in a YAML file
 
 
 def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
@@ -53,12 +53,13 @@ def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
         return list(argv)
     given = {_get_main_name(text.partition("=")[0]) for text in words[1:] if text.startswith("--")}
     arguments, errors = [], []
-    for setting in ConfigFile(words[0]).read():
+    file = ConfigFile(words[0])
+    for setting in file.read():
         try:
             texts = _to_arguments(setting, parser)
             arguments += [] if _get_main_name(setting.flag) in given else texts
         except UserError as error:
-            errors.append(f"{setting.place}: {error}")
+            errors.append(f"{file.get_place(setting.line)}: {error}")
     raise_errors(errors)
     return [*before, *arguments, *words[1:]]
 
@@ -81,11 +82,11 @@ class ConfigFile:
         settings: dict[str, Setting] = {}
         load = self._load_json if self.name.lower().endswith(".json") else self._load_yaml
         try:
-            for name, value, place in load(read_small_file(Path(os.path.expanduser(self.name))).decode("utf-8-sig")):
-                setting = Setting(name, normalize_flag(f"--{name}"), value, place)
+            for name, value, line in load(read_small_file(Path(os.path.expanduser(self.name))).decode("utf-8-sig")):
+                setting = Setting(name, normalize_flag(f"--{name}"), value, line)
                 if first := settings.get(setting.flag):
-                    where = f"{first.name}{first.place.removeprefix(self.name).replace(':', ' in')}"
-                    raise UserError(f"{place}: {name} is there twice, first as {where}; drop one")
+                    where = f"{first.name} in line {first.line}" if first.line else first.name
+                    raise UserError(f"{self.get_place(line)}: {name} is there twice, first as {where}; drop one")
                 settings[setting.flag] = setting
         except RecursionError as error:
             raise UserError(f"{self.name}: lists or objects are nested too deeply; flatten them") from error
@@ -96,22 +97,26 @@ class ConfigFile:
             raise UserError(f"{self.name}: {reason}; give a YAML or JSON file of flags and their values") from error
         return [*settings.values()]
 
-    def _load_json(self, text: str) -> Iterator[tuple[str, Any, str]]:
+    def get_place(self, line: int | None) -> str:
+        """Return the file, with the line if it is known, as the beginning of an error."""
+        return f"{self.name}: line {line}" if line else self.name
+
+    def _load_json(self, text: str) -> Iterator[tuple[str, Any, int | None]]:
         try:
             settings = json.loads(text, object_pairs_hook=reject_duplicates)
         except ValueError as error:
-            place = f"{self.name}: line {error.lineno}" if isinstance(error, json.JSONDecodeError) else self.name
+            place = self.get_place(error.lineno if isinstance(error, json.JSONDecodeError) else None)
             raise UserError(f"{place}: cannot be read as JSON: {getattr(error, 'msg', error)}") from error
         if not isinstance(settings, dict):
             raise self._no_mapping(type(settings).__name__)
         for name, value in settings.items():
-            yield name, [*map(_json_to_text, value)] if isinstance(value, list) else _json_to_text(value), self.name
+            yield name, [*map(_json_to_text, value)] if isinstance(value, list) else _json_to_text(value), None
 
     def _no_mapping(self, kind: str) -> UserError:
         wanted = "must hold flags and their values (learning_rate: 1e-4)"
         return UserError(f"{self.name}: {wanted}, holds {kind}; give data with --data_path")
 
-    def _load_yaml(self, text: str) -> Iterator[tuple[str, Any, str]]:
+    def _load_yaml(self, text: str) -> Iterator[tuple[str, Any, int | None]]:
         import yaml  # which slows every other command line down
 
         try:
@@ -123,12 +128,12 @@ class ConfigFile:
         if not isinstance(root, yaml.MappingNode):
             raise self._no_mapping("nothing" if root is None else root.id)
         for key, value in root.value:
-            yield self._read_name(key), self._read_node(value), self._place(key)
+            yield self._read_name(key), self._read_node(value), key.start_mark.line + 1
 
     def _place(self, node: Any) -> str:
         """Return the file and the line of a node or an error."""
         mark = getattr(node, "start_mark", None) or getattr(node, "problem_mark", None)
-        return f"{self.name}: line {mark.line + 1}" if mark else self.name
+        return self.get_place(mark.line + 1 if mark else None)
 
     def _read_name(self, node: Any) -> str:
         if node.id != "scalar" or not node.value:
@@ -154,7 +159,7 @@ class ConfigFile:
 
 
 def _read_scalar(node: Any, in_object: bool) -> Any:
-    """Return a text, or None for a plain null; in objects `1e-4` is a number as in YAML 1.2, and `yes` is true."""
+    """Return a text, or None for a plain null. In objects `1e-4` is a number as in YAML 1.2, and `yes` is true."""
     if node.style is None and node.value in NULLS:
         return None
     if node.style is None and in_object:

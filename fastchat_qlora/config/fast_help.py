@@ -35,7 +35,7 @@ DECLARATIONS = ("config/arguments.py", "commands/inspect/command.py", "commands/
 
 
 class NotInTable(Exception):
-    """A flag or a value that only the installed libraries can judge."""
+    """A flag or a value unknown to the table, for the installed libraries to judge."""
 
 
 def leave_to_library(value: str) -> Any:
@@ -83,7 +83,7 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
 def _parse(
     arguments: Sequence[str], given: Collection[str], parser: FlagParser
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values and what argparse leaves over; add to its error if missing flags may be in a later file."""
+    """Return the values and what argparse leaves over. An error names a file that comes too late."""
     try:
         return parser.parse_known_args(arguments)
     except UserError as error:

@@ -14,11 +14,11 @@ YAML_SUFFIXES = (".yaml", ".yml")
 CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")  # of configuration files, one of which may precede the flags
 
 NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_memory_gib": None}
-"""Values of `plan`'s flags with every other command: the run is for this machine as it is."""
+"""Values that `plan`'s own flags have in other commands, which run on this machine's devices."""
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser that raises a UserError instead of printing two hundred lines of usage."""
+    """An argument parser with a UserError in place of two hundred lines of usage."""
 
     def __init__(self, **settings: Any) -> None:
         formatter = argparse.ArgumentDefaultsHelpFormatter

@@ -20,7 +20,7 @@ class LegacyFlag(NamedTuple):
     new: str = ""  # the flag of the same meaning today, if there is one
     is_boolean: bool = False  # the bare flag means True
     translate: Callable[[str], str | None] = str  # value, True or False of a boolean -> that of the new flag
-    note: str = ""  # what the old flag means today, if there is no new one
+    note: str = ""  # what the old flag means today, if there is no new one, or else a remark on the new one
 
 
 def _check_warmup_ratio(value: str) -> str:
@@ -40,7 +40,7 @@ def _check_save_safetensors(value: str) -> None:
 
 LEGACY_FLAGS = {
     "--evaluation_strategy": LegacyFlag("--eval_strategy"),
-    "--warmup_ratio": LegacyFlag("--warmup_steps", translate=_check_warmup_ratio),
+    "--warmup_ratio": LegacyFlag("--warmup_steps", translate=_check_warmup_ratio, note="; below 1 it is a share"),
     "--group_by_length": LegacyFlag(
         "--train_sampling_strategy", True, lambda value: "group_by_length" if value == "True" else "random"
     ),
@@ -111,4 +111,5 @@ def _translate(flag: str, values: Sequence[str], argv: Sequence[str]) -> tuple[l
     if any(normalize_flag(given.partition("=")[0]) == old.new for given in argv):
         raise UserError(f"{flag} {value}: {old.new}, its name today, is given too; drop {flag}")
     new = [old.new, str(translated)] if old.new else []
-    return new, f"{flag} {value}: {old.note or f'is called {shlex.join(new)} today'}."
+    today = f"is called {shlex.join(new)} today" if new else ""
+    return new, f"{flag} {value}: {today}{old.note}."

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -89,13 +89,20 @@ def _build_run(flags: ParsedFlags) -> tuple[RunArguments, list[str]]:
 
 
 def _build_group(group: type[Group], flags: ParsedFlags) -> Group:
-    """Build an argument group; an error names the flags that it is about, or else all that were given."""
+    """Build an argument group; an error names the flags that it is about."""
     values = {field.name: getattr(flags.values, field.name) for field in fields(group) if field.init}  # type: ignore[arg-type]
     try:
         return group(**values)
     except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
         reason = one_line(error) or type(error).__name__
-        given = [name for name in flags.given if name in values]
-        named = [name for name in given if re.search(rf"\b{name}\b", reason)] or given
-        shown = ", ".join(f"--{name} {one_line(values[name], 200)}" for name in named)
+        given = {name: values[name] for name in flags.given if name in values}
+        shown = ", ".join(f"--{name} {one_line(given[name], 200)}" for name in _find_blamed(given, reason))
         raise UserError(f"{shown or 'the flags'}: {reason}; change or drop them") from error
+
+
+def _find_blamed(given: Mapping[str, Any], reason: str) -> list[str]:
+    """Return the flags whose name, or else whose value, is a word of an error; else all."""
+    values = {name: str(getattr(value, "value", value)) for name, value in given.items() if not isinstance(value, bool)}
+    named = [name for name in given if re.search(rf"\b{name}\b", reason)]
+    quoted = [name for name, text in values.items() if re.search(rf"(?<![\w.-]){re.escape(text)}(?!\.?\w)", reason)]
+    return named or [name for name in quoted if values[name]] or [*given]

@@ -66,6 +66,7 @@ def format_config(parser: FlagParser, values: argparse.Namespace, given: Collect
         lines = [f"# {title}"]
         for action in (action for action in parser._actions if action.dest in wanted and action.nargs != 0):
             value = None if action.dest in left_open else getattr(values, action.dest)
+            value = "True" if value is True and action.type is str else value  # as a bare --fsdp is read back
             if value is not None and mask_secrets(value, action.dest) != value:
                 secrets.append(action.dest)
                 value = None
@@ -85,7 +86,7 @@ def to_yaml(value: Any) -> str:
     if value is None or isinstance(value, bool | dict):
         return json.dumps(value)
     if isinstance(value, int | float):
-        return repr(value)
+        return repr(value).removesuffix(".0")  # 0 and 0.0 read back as the same number
     return _quote_yaml(str(getattr(value, "value", value)))  # some choices are enumerations
 
 

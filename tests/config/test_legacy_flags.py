@@ -98,6 +98,8 @@ def test_each_old_flag_gives_a_warning(flags: list[str], notices: pytest.LogCapt
     )
     assert args.training.get_warmup_steps(100) == 10
     assert args.training.eval_strategy == "epoch" and args.training.use_cpu
+    share = "--warmup_ratio 0.1: is called --warmup_steps 0.1 today; below 1 it is a share."
+    assert notices.messages[0] == share
     flags_named = [message.split()[0] for message in notices.messages]
     assert flags_named == ["--warmup_ratio", "--evaluation_strategy", "--overwrite_output_dir", "--no_cuda"]
 

@@ -398,3 +398,9 @@ def test_parsers_share_no_defaults(flags: list[str]) -> None:
     """Each run gets its own list."""
     parse_args(flags).lora.lora_target_modules.append("o_proj")
     assert parse_args(flags).lora.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_error_that_names_no_flag_is_about_the_value_in_it(flags: list[str]) -> None:
+    others = ["--max_steps", "5", "--save_steps", "1", "--run_name", "", "--logging_nan_inf_filter"]
+    with pytest.raises(UserError, match=r"^--optim foo: foo is not a valid OptimizerNames"):
+        parse_args([*flags, *others, "--optim", "foo"])

@@ -23,7 +23,7 @@ INSPECT_PROG = "fastchat-qlora inspect"
 
 @dataclass
 class InspectArguments:
-    """What to show, and where."""
+    """The number of sequences to show, and their file."""
 
     num_examples: int = flag("Sequences of each split to show or write; 0 for all.", 5)
     output: str = flag("Write the sequences to this .html page or .jsonl file, not to the terminal.", "")
@@ -36,8 +36,6 @@ def inspect(argv: Sequence[str]) -> None:
         UserError: the flags, the tokenizer or the data cannot be used, or the output cannot be written.
     """
     args, own = parse_command(argv, INSPECT_PROG, InspectArguments)
-    if own.num_examples < 0:
-        raise UserError(f"--num_examples {own.num_examples}: must be at least 0; 0 shows all sequences")
     output = Path(os.path.expanduser(own.output)) if own.output else None
     if output and output.suffix.lower() not in WRITERS:
         raise UserError(f"--output {own.output}: must end in .html (a page) or .jsonl (sequences); give such a name")

@@ -20,10 +20,10 @@ MORE_DEVICES = "more devices"
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A run with changes that may make it fit; one that only divides a step into smaller batches has no kind."""
+    """A run with changes, and their flags and costs."""
 
     run: RunSettings
-    kinds: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()  # of the changes; smaller batches in the same step are of no kind
     flags: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
 
@@ -133,7 +133,7 @@ def _shorten(candidate: _Candidate) -> Iterator[_Candidate]:
 
 
 def _add_devices(candidate: _Candidate) -> Iterator[_Candidate]:
-    """Yield the run on 2, 4, ... times as many devices; the sequences of a step stay the same if they divide evenly."""
+    """Yield the run on 2, 4, ... times as many devices. A step keeps its sequences if they divide evenly."""
     run, devices = candidate.run, candidate.run.strategy.devices
     if devices == 1 or run.strategy.name not in (ZERO_3, FSDP2):
         candidate = _shard(candidate)

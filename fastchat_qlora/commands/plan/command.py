@@ -24,7 +24,7 @@ PLAN_PROG = "fastchat-qlora plan"
 
 @dataclass
 class PlanArguments:
-    """The devices that the run is planned for."""
+    """The devices of the run, the speed of one, and the file of the plan."""
 
     devices: int = flag("Devices of the run, over all machines; fewer are shown too.", 1)
     device_memory_gib: float = flag("Memory of one device in GiB; by default that of this machine's device.", 0.0)

@@ -12,11 +12,10 @@ from transformers.training_args import OptimizerNames
 from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
 from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.config.validation.flags import SHAPE_AWARE_OPTIMIZERS
+from fastchat_qlora.config.validation.flags import find_optimizer_errors
 from fastchat_qlora.data.batching.collator import count_max_batch_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
-from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.compatibility import check_sharding
@@ -48,7 +47,7 @@ class Devices(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What decides the memory of a device; the settings from `strategy` on can be changed to make a run fit."""
+    """The settings behind the memory of a device."""
 
     args: RunArguments
     base: PreparedBase
@@ -56,7 +55,7 @@ class RunSettings:
     dataset: Any  # sequences, or packed sequences
     lengths: NDArray[np.int64]  # of the sequences before packing
     supervised_share: float
-    strategy: ParallelStrategy
+    strategy: ParallelStrategy  # this and what follows can be changed to make a run fit
     precision: Precision
     batch_size: int  # sequences of a micro-batch
     accumulation: int  # micro-batches of an optimizer step
@@ -101,10 +100,8 @@ class RunSettings:
         is_fsdp, quantization = strategy.name == parallelism.FSDP2, self.precision.quantization
         optimizer = OptimizerNames(self.args.training.optim).value
         topology = Topology(0, 0, strategy.devices, "cuda", strategy.zero_stage, is_fsdp)
-        if is_fsdp and optimizer not in FSDP_OPTIMIZERS:
-            return f"--optim {optimizer}: is not supported with FSDP2"
-        if strategy.zero_stage and optimizer.startswith(SHAPE_AWARE_OPTIMIZERS):
-            return f"--optim {optimizer}: is not supported with ZeRO, which flattens the shapes that it depends on"
+        if errors := [*find_optimizer_errors(optimizer, zero=bool(strategy.zero_stage), fsdp=is_fsdp)]:
+            return errors[0]
         if quantization.kind == "int8" and topology.shards_parameters:
             return "--load_in_8bit True: 8-bit weights cannot be sharded"
         config, meta_model, lora_config = self.base.config, self.base.meta_model, self.base.lora_config

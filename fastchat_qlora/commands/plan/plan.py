@@ -9,10 +9,10 @@ from fastchat_qlora.training.schedule import Schedule
 
 
 class DeviceEstimate(NamedTuple):
-    """The memory that one device needs under one strategy; nothing but the reason if `train` refuses the strategy."""
+    """The memory of one device under one strategy."""
 
     strategy: ParallelStrategy
-    refused: str = ""
+    refused: str = ""  # why `train` refuses the strategy; nothing else is set then
     need: MemoryNeed | None = None
     checkpointed: int = 0  # layers whose activations are recomputed
     fits: bool | None = None  # None where the memory of the device is not known
@@ -20,7 +20,7 @@ class DeviceEstimate(NamedTuple):
 
 
 class ProposedChange(NamedTuple):
-    """Flags with which a run fits, what they cost, and what one device then needs."""
+    """The flags of a fitting run, their costs, and the memory of one device."""
 
     flags: str
     costs: str
@@ -28,15 +28,15 @@ class ProposedChange(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """The speed of one device, where it is from, and whether training can only be slower."""
+    """The speed of one device and its source."""
 
     tokens_per_second: float
     source: str
-    is_upper_bound: bool = False
+    is_upper_bound: bool = False  # whether training can only be slower
 
 
 class TrainingTime(NamedTuple):
-    """Seconds of training, without evaluations and saving, and the speed that they follow from."""
+    """Seconds of training, without evaluations and saving, and the speed behind them."""
 
     seconds: float
     tokens_per_second: float
@@ -45,7 +45,7 @@ class TrainingTime(NamedTuple):
 
 
 class DiskUsage(NamedTuple):
-    """The number of checkpoints that a run leaves, bytes of each, and bytes of the adapter."""
+    """The number of a run's checkpoints, bytes of each, and bytes of the adapter."""
 
     checkpoints: int
     a_checkpoint: int
@@ -59,7 +59,7 @@ class DiskUsage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run before its weights are loaded."""
+    """The properties of a run before the loading of its weights."""
 
     model: str
     settings: dict[str, str]  # as texts

@@ -82,7 +82,7 @@ def find_malformed_config(config: Mapping[str, Any]) -> list[str]:
 
 def _is_off(name: str, value: Any) -> bool:
     """Return whether a setting that this program does not support is switched off."""
-    return name in UNSUPPORTED_DEEPSPEED | UNSUPPORTED_ZERO and value in (False, {"enabled": False})
+    return name in UNSUPPORTED_DEEPSPEED | UNSUPPORTED_ZERO and (value is False or value == {"enabled": False})
 
 
 def _check_zero(config: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _check_stage(config: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator
 
 def _check_named_sections(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield errors about the optimizer and the scheduler, each of which has a type and may have params."""
-    for section, check in (("optimizer", _check_optimizer), ("scheduler", _check_schedule)):
+    for section in ("optimizer", "scheduler"):
         settings = config.get(section, {"type": "", "params": {}})
         name, params = settings.get("type"), settings.get("params", {})
         for key in settings.keys() - {"type", "params"}:
@@ -124,7 +124,8 @@ def _check_named_sections(config: Mapping[str, Any]) -> Iterator[str]:
         elif not isinstance(params, dict):
             yield f"{section}.params must be an object, not {params!r}; change it or leave it out"
         elif section in config:
-            yield from (f"{section}.{error}" for error in check(name, params))
+            errors = _check_optimizer(name, params) if section == "optimizer" else _check_schedule(params)
+            yield from (f"{section}.{error}" for error in errors)
 
 
 def _check_optimizer(name: str, params: Mapping[str, Any]) -> Iterator[str]:
@@ -136,7 +137,7 @@ def _check_optimizer(name: str, params: Mapping[str, Any]) -> Iterator[str]:
             yield f"params.{key} is unknown; {did_you_mean(key, known)}"
 
 
-def _check_schedule(name: str, params: Mapping[str, Any]) -> Iterator[str]:
+def _check_schedule(params: Mapping[str, Any]) -> Iterator[str]:
     for key in DATA_DEPENDENT_KEYS:
         if params.get(key, "auto") != "auto":
             yield f"params.{key} is {params[key]!r}, but depends on the data; leave it out"

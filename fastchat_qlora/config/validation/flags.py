@@ -9,14 +9,14 @@ from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
-from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag
+from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_text
 
 Values = argparse.Namespace
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
-"""Prefixes of optimizers that treat a matrix otherwise than its elements in a row."""
+"""Prefixes of optimizers whose steps depend on the shape of a parameter, which ZeRO flattens."""
 
 EXCLUSIVE = (
     ("fp16", "bf16", "two precisions; choose bf16 if the device has it"),
@@ -36,7 +36,7 @@ REQUIREMENTS = (
 """Flags with their defaults, and the flag without which another value has no effect."""
 
 PACKAGES = (
-    ("deepspeed", "deepspeed", "fastchat-qlora[deepspeed]"),
+    ("deepspeed", "deepspeed", '"fastchat-qlora[deepspeed]"'),
     ("use_liger_kernel", "liger_kernel", "liger-kernel"),
 )
 """Flags, the packages that they need, and what to install."""
@@ -80,7 +80,7 @@ def _check_tables(values: Values) -> Iterator[str]:
             yield f"--{first} {getattr(values, first)} and --{second} {getattr(values, second)}: {why}"
     for flag, default, needed in REQUIREMENTS:
         value = getattr(values, flag)
-        if value not in (default, None, "", {}) and not parse_fsdp_flag(getattr(values, needed)):
+        if value not in (default, None, "", {}) and parse_switch(getattr(values, needed) or False) is False:
             yield f"--{flag} {value}: has no effect without --{needed} True; add that or drop this"
     for flag, package, name in PACKAGES:
         if (value := getattr(values, flag)) and importlib.util.find_spec(package) is None:
@@ -113,13 +113,18 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
-    if values.deepspeed and values.optim.startswith(SHAPE_AWARE_OPTIMIZERS):
-        yield f"--optim {values.optim}: needs the shapes that ZeRO flattens; choose adamw_torch, or no ZeRO"
-    if fsdp and is_launched(values) and values.optim not in FSDP_OPTIMIZERS:
-        yield f"--optim {values.optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
+    yield from find_optimizer_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
         yield f"{pair}: with --fsdp or --deepspeed only complete checkpoints can be loaded; drop one"
+
+
+def find_optimizer_errors(optim: str, *, zero: bool, fsdp: bool) -> Iterator[str]:
+    """Yield an error for each strategy of a run with which the optimizer does not work."""
+    if zero and optim.startswith(SHAPE_AWARE_OPTIMIZERS):
+        yield f"--optim {optim}: needs the shapes that ZeRO flattens; choose adamw_torch, or no ZeRO"
+    if fsdp and optim not in FSDP_OPTIMIZERS:
+        yield f"--optim {optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
 
 
 def _check_sequences(values: Values) -> Iterator[str]:

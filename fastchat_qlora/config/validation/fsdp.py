@@ -29,9 +29,7 @@ def find_fsdp_config_errors(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield errors about settings that FSDP2 does not have or would read otherwise."""
     names = [fsdp_config.get_fsdp_name(name) for name in config]
     yield from (f"{name} is given in two spellings; drop one" for name in FSDP_SETTINGS if names.count(name) > 1)
-    settings = fsdp_config.rename_fsdp_settings(config)
-    words = {name: str(settings[name]).upper() for name in fsdp_config.FSDP_CHOICES if name in settings}
-    yield from find_invalid(settings | words, FSDP_SETTINGS, UNSUPPORTED_FSDP)
+    yield from find_invalid(fsdp_config.rename_fsdp_settings(config), FSDP_SETTINGS, UNSUPPORTED_FSDP)
 
 
 def find_fsdp_errors(fsdp: str | bool, config: Mapping[str, Any]) -> Iterator[str]:

@@ -36,7 +36,7 @@ UNSUPPORTED_ACCELERATOR = {
 
 
 def parse_json(given: str) -> Any:
-    """Parse JSON given in place, or in the file of that name; raise an OSError or a ValueError if it cannot be read."""
+    """Parse JSON given in place, or in the file of that name. Without any, raise an OSError or a ValueError."""
     try:
         settings = json.loads(json_text(given), object_pairs_hook=reject_duplicates)
     except RecursionError as error:

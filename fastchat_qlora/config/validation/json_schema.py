@@ -7,15 +7,15 @@ from fastchat_qlora.utils.text import did_you_mean
 
 
 class Kind(NamedTuple):
-    """Values that a flag or setting may have, and their description after "must be"."""
+    """The values allowed for a flag or setting, and their description after "must be"."""
 
     text: str
     accepts: Callable[[Any], object]  # true or false
 
 
 def one_of(*choices: str) -> Kind:
-    """Build the kind of a word among several."""
-    return Kind(" or ".join(choices), lambda value: value in choices)
+    """Build the kind of a word among several; those in capitals may be written small."""
+    return Kind(" or ".join(choices), lambda value: value in choices or str(value).upper() in choices)
 
 
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))

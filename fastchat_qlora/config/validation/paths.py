@@ -39,7 +39,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
 
 
 def check_model_path(name: str) -> list[str]:
-    """Return the error in the name of a base model, a folder or a repository on the hub, if there is one."""
+    """Return the error in the name of a base model (a folder or a repository on the hub), if any."""
     path, flag = _expand(name), f"--model_name_or_path {name}"
     if name and os.path.exists(path) and path.is_dir():
         has_config = (path / "config.json").is_file()
@@ -52,7 +52,7 @@ def check_model_path(name: str) -> list[str]:
 
 
 def check_data_path(flag: str, name: str) -> list[str]:
-    """Return the error in the name of data, a file, a folder or a dataset on the hub, if there is one."""
+    """Return the error in the name of data (a file, a folder or a dataset on the hub), if any."""
     path = _expand(name)
     if name and os.path.exists(path):
         if path.is_dir():

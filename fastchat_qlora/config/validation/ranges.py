@@ -37,6 +37,7 @@ RANGES = {
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
     "device_memory_gib": NOT_NEGATIVE,
+    "num_examples": Kind("at least 0; 0 shows all sequences", NOT_NEGATIVE.accepts),
     "learning_rate": Kind("above 0", lambda value: value > 0),
     "adam_epsilon": Kind("at least 1e-37, which keeps 0 / 0 out of the first step", lambda value: value >= 1e-37),
     **dict.fromkeys(("max_rejected", "label_smoothing_factor"), SHARE),

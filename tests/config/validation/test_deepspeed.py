@@ -173,6 +173,7 @@ MALFORMED = [
     ({"torch_autocast": {"enabled": True}}, "give --bf16 True or --fp16 True"),
     ({"activation_checkpointing": {}}, "give --gradient_checkpointing True"),
     ({"gradient_allreduce_op": "sum"}, "gradients are averaged"),
+    ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is not supported here (gradients are averaged)"),
 ]
 """Configurations that DeepSpeed would accept, or that can be refused without it."""
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastchat_qlora.cli import main
 from fastchat_qlora.config.parser import build_parser
 from fastchat_qlora.config.validation.flags import find_flag_errors
+from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.config.validation.ranges import MAX_WORKERS
 
@@ -507,6 +508,13 @@ def test_hub_id_is_accepted_unchecked(name: str, tmp_path: Path, monkeypatch: py
     assert errors_with(model_name_or_path=name) == []
 
 
+def test_fsdp_settings_are_shown_as_given() -> None:
+    given = {"version": 1, "state_dict_type": "sharded", "auto_wrap_policy": "transformer_based_wrap"}
+    version, state = find_fsdp_config_errors(given)
+    assert version == "version must be 2, not 1; change it or leave it out"
+    assert state.startswith("state_dict_type must be FULL_STATE_DICT or SHARDED_STATE_DICT, not 'sharded'")
+
+
 def test_deepspeed_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     inline = '{"zero_optimization": {"stage": 2}}'
     monkeypatch.delenv("RANK", raising=False)
@@ -519,7 +527,7 @@ def test_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     inline = '{"zero_optimization": {"stage": 2}}'
-    install = "pip install fastchat-qlora[deepspeed], or drop the flag"
+    install = 'pip install "fastchat-qlora[deepspeed]", or drop the flag'
     assert errors_with(deepspeed=inline) == [f"--deepspeed {inline}: the package deepspeed is not installed; {install}"]
 
 
