@@ -24,7 +24,7 @@ MAX_DIGITS = 4_000  # of an integer; Python refuses to parse much longer ones, a
 
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
-NUMBER_GOES_ON = ("", ".", "e", "E")
+NUMBER_MAY_GO_ON = ("", ".", "e", "E", "e+", "e-", "E+", "E-")  # if the text ends so behind one
 NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -139,8 +139,9 @@ class JsonStream:
                     continue
                 self.position += ahead
                 raise self.fail(error.msg) from error
-            if self.text[end : end + 1] not in NUMBER_GOES_ON or not self._read_more():
-                self.position = end
+            length = end - self.position
+            if self.text[end : end + 3] not in NUMBER_MAY_GO_ON or not self._read_more():
+                self.position += length
                 self.values += 1
                 return value
 
@@ -151,7 +152,10 @@ class JsonStream:
             return RejectedRecord("nested too deep"), _find_end(self.text, self.position)
 
     def _read_more(self) -> bool:
-        """Double the text from the position on, so that a long value is parsed few times; return False at the end."""
+        """Read at least as much text as is left, so that a long value is parsed few times; return False at the end.
+
+        In both cases the text then begins at the position, which becomes 0.
+        """
         held = self.text[self.position :]
         if len(held) > MAX_ITEM_CHARACTERS:
             raise self.fail(f"no record's end within {MAX_ITEM_CHARACTERS >> 20} Mi characters")

@@ -369,6 +369,9 @@ def test_items_are_read_across_chunks(
         (b'[{},\n {"a": x}]', "after record 1: Expecting value: line 2 .char 12"),
         (b"[{}]\n\n{}", "after record 1: Extra data: line 3 .char 6"),
         (b"[{}", "after record 1: .*: line 1 .char 3"),
+        (b"[1.]", "after record 1: .*: line 1 .char 2"),
+        (b"[1e]", "after record 1: .*: line 1 .char 2"),
+        (b"[{},{},1e,{},{}]", "after record 3: .*: line 1 .char 8"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
