@@ -467,6 +467,19 @@ def test_utf_16_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
         read(tmp_path / name, pack(text.encode(encoding), name))
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_error_names_the_byte_that_is_not_utf_8(
+    size: int, before: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+    content = before + '["caf\u00e9", "'.encode() + b"caf\xe9"
+    place = f"not UTF-8 at byte {len(content) - 1}; convert the file to UTF-8"
+    with pytest.raises(UserError, match=rf"--data_path .*{name}: {place}"):
+        read(tmp_path / name, pack(content + b'"]', name))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 @pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
 def test_pretty_printed_object_is_an_error(before: bytes, name: str, tmp_path: Path) -> None:
