@@ -1,8 +1,11 @@
 """An untrusted adapter's folder -> its LoRA configuration, checked with its tensors."""
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
@@ -17,6 +21,7 @@ from fastchat_qlora.utils.text import one_line
 ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME
 START_FLAG = "--lora_weight_path"
 MAX_RANK = 65_536
+PATTERN_SECONDS = 5.0  # for all regular expressions of an adapter
 
 SUPPORTED_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("r", "rank_pattern", "layers_to_transform", "trainable_token_indices"), (int,)),
@@ -98,6 +103,34 @@ def _get_module_patterns(config: LoraConfig) -> list[str]:
     layers = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
     patterns += [rf".*\.[^.]*{pattern}\.(\d+)\." for pattern in layers]
     return patterns + [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+
+
+def check_pattern_time(config: LoraConfig, meta_model: PreTrainedModel | None) -> None:
+    """Require that an adapter's regular expressions can be matched with a model's module names in little time.
+
+    Without a meta model one usual name is tried. Outside of the main thread, where no signal can stop the matching,
+    nothing is checked.
+    """
+    patterns = [re.compile(pattern) for pattern in _get_module_patterns(config)]
+    if not patterns or threading.current_thread() is not threading.main_thread():
+        return
+    names = dict(meta_model.named_modules()) if meta_model is not None else ["model.layers.0.self_attn.q_proj"]
+
+    def stop(*_: Any) -> None:
+        raise UserError(
+            f"the regular expressions of the adapter take more than {PATTERN_SECONDS:g} seconds on the names of the "
+            "model's modules; write target_modules in its adapter_config.json as a list of names"
+        )
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+    try:
+        for pattern, name in product(patterns, names):
+            pattern.match(name)
+            pattern.fullmatch(name)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:
