@@ -70,10 +70,8 @@ def _begins_with_a_line(file: io.BufferedReader) -> bool:
         return line.startswith(b"{")
     try:
         json.loads(line)
-    except ValueError:
-        return False
-    except RecursionError:
-        pass
+    except (ValueError, RecursionError) as error:
+        return isinstance(error, RecursionError)
     return True
 
 
@@ -109,9 +107,8 @@ class JsonStream:
     """A reader of JSON values one by one, with little more than one of them in memory."""
 
     def __init__(self, file: io.BufferedReader, name: str, skipped: int) -> None:
-        self.file = file
+        self.file, self.name = file, name
         self.bytes_read = skipped  # counted here, since a .zst file does not know its position
-        self.name = name
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.parse = json.JSONDecoder(parse_int=_parse_int).raw_decode
         self.text, self.position = "", 0
@@ -159,10 +156,7 @@ class JsonStream:
             return RejectedRecord("nested too deep"), _find_end(self.text, self.position)
 
     def _read_more(self) -> bool:
-        """Read at least as much text as is left, so that a long value is parsed few times; return False at the end.
-
-        In both cases the text then begins at the position, which becomes 0.
-        """
+        """Drop the text before the position, now 0, and read as much again or more; return False at the end."""
         held = self.text[self.position :]
         if len(held) > MAX_ITEM_CHARACTERS:
             raise self.fail(f"no record's end within {MAX_ITEM_CHARACTERS >> 20} Mi characters")
