@@ -9,7 +9,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class RejectionKind(Enum):
-    """The group of reasons that a rejection belongs to; each has consequences of its own."""
+    """A group of reasons for rejection, with consequences of its own."""
 
     INVALID = "invalid"
     TOO_LONG = "too long"
@@ -17,7 +17,7 @@ class RejectionKind(Enum):
 
 
 class RejectedRecord(ValueError):
-    """A record that cannot be trained on; rejected.jsonl lists the reason."""
+    """A record unfit for training, with the reason, as listed in rejected.jsonl."""
 
     def __init__(self, reason: str, kind: RejectionKind = RejectionKind.INVALID) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class RejectedRecord(ValueError):
 
 
 class Message(NamedTuple):
-    """One message; a tuple, since there are millions and dataclasses take longer to make."""
+    """One message; a tuple and no dataclass, for speed with millions of them."""
 
     role: Role
     content: str
@@ -51,7 +51,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of one record, and the functions that the assistant may call, as JSON Schema objects."""
+    """The messages of one record, and the functions available to the assistant, as JSON Schema objects."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()

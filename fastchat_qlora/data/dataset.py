@@ -45,7 +45,7 @@ preview (inspect, plan) shows progress, writes nothing, and only warns where a r
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """One value for the training data and one for the evaluation data, if there is any."""
+    """One value for the training data, and perhaps one for evaluation data."""
 
     train: T
     eval: T | None = None

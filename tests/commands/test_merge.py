@@ -503,7 +503,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     ),
     "a base of integers": (
         lambda base, adapter: [_change_base(base, _to_integers)],
-        "holds integers in the base's files",
+        "holds integers in the files; give a base model",
     ),
     "a missing tensor": (
         lambda base, adapter: [_change_base(base, lambda tensors: tensors.pop("model.norm.weight"))],

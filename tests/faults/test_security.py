@@ -5,6 +5,7 @@ Every artifact is real: it creates a file when it is read carelessly, and after 
 
 import json
 import runpy
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.integrations.hub_kernels import is_kernel
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_pattern_time, read_lora_config
 
 Plant = Callable[[Path, Path], None]
 
@@ -180,6 +181,9 @@ def settings(**values: object) -> Plant:
     return lambda folder, _: edit(folder / "adapter_config.json", **values)
 
 
+ENDLESS = "(([a-z._0-9]+)+)+!"
+
+
 @pytest.mark.parametrize(
     ("plant", "reason"),
     [
@@ -199,6 +203,8 @@ def settings(**values: object) -> Plant:
         (settings(layer_replication=[[0, 2]] * 100_000), "has layer_replication"),
         (settings(target_modules=[1, 2]), "has target_modules"),
         (settings(target_modules="(" * 5000), "is not a regular expression"),
+        (settings(target_modules=ENDLESS), "take more than"),
+        (settings(rank_pattern={ENDLESS: 4}), "take more than"),
         (settings(modules_to_save=["../../x"]), "--modules_to_save ../../x: matches no module"),
         (settings(peft_type="IA3"), "holds a"),
         (settings(peft_type="../x"), "adapter_config.json cannot be read"),
@@ -213,7 +219,9 @@ def test_unsafe_adapter_is_refused(
     data_file: Path,
     marker: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("fastchat_qlora.model.adapter.adapter_files.PATTERN_SECONDS", 0.3)
     folder = copy(adapter, marker.parent / "adapter")
     plant(folder, marker)
     assert_refused(start(model_folder, data_file, marker.parent / "out", lora_weight_path=folder), capsys, reason)
@@ -255,3 +263,21 @@ def test_training_starts_from_a_sound_adapter(
     assert not marker.exists()
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(model_folder) and saved["revision"] is None
+
+
+def test_endless_expression_is_refused_when_an_adapter_is_opened(
+    model_folder: Path, adapter: Path, marker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastchat_qlora.model.adapter.adapter_files.PATTERN_SECONDS", 0.3)
+    folder = copy(adapter, marker.parent / "adapter")
+    settings(target_modules=ENDLESS)(folder, marker)
+    arguments = ["chat", str(folder), "--model_name_or_path", str(model_folder)]
+    assert_refused(arguments, capsys, "take more than")
+
+
+def test_timer_is_restored(adapter: Path) -> None:
+    config = read_lora_config(str(adapter))
+    config.target_modules = r".*\.[qv]_proj"
+    before = signal.getsignal(signal.SIGALRM)
+    check_pattern_time(config, None)
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -35,7 +35,7 @@ Prompt = list[int]  # the tokens with which a server asks for an answer
 
 
 class Mismatch(NamedTuple):
-    """The first token of a prompt that differs in training; None where one of both has ended."""
+    """The first differing token of a prompt, in serving and in training; None after the end of either."""
 
     position: int
     served: int | None
@@ -159,7 +159,7 @@ def find_mismatch(
     span: SupervisedSpan,
     may_precede_answer: Callable[[Sequence[int]], bool] = lambda tokens: True,
 ) -> Mismatch | None:
-    """Return None if a prompt is the beginning of the sequence up to the answer; else where the nearest one differs.
+    """Return where the nearest prompt differs from the sequence before the answer; None if one does not.
 
     Args:
         prompts: of the answers that the span may be.
@@ -169,8 +169,8 @@ def find_mismatch(
     for prompt in prompts:
         differing = (i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
         common = next(differing, min(len(prompt), len(ids)))
-        is_whole = common == len(prompt) and span.previous_end <= common < span.end
-        if is_whole and may_precede_answer(ids[common : span.start]):
+        is_complete = common == len(prompt) and span.previous_end <= common < span.end
+        if is_complete and may_precede_answer(ids[common : span.start]):
             return None
         if nearest is None or common > nearest.position:
             served, trained = ((tokens[common] if common < len(tokens) else None) for tokens in (prompt, ids))

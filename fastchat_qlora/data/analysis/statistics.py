@@ -25,7 +25,7 @@ PERCENTILES = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence as training gets it; `full_length` counts the tokens of the conversation, approximately."""
+    """One sequence as input of training, with the approximate number of its conversation's tokens (`full_length`)."""
 
     set: str
     position: str
@@ -88,7 +88,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Counts over the sequences (`rows`) of a split; `lengths` are percentiles of a sequence's tokens."""
+    """Counts over the sequences (`rows`) of a split, and percentiles of their tokens (`lengths`)."""
 
     rows: int
     conversations: int

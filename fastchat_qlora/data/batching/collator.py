@@ -23,7 +23,7 @@ def count_max_batch_tokens(lengths: np.ndarray[Any, Any], batch_size: int, *, pa
 
 
 class Collator:
-    """A collator that lays conversations end to end in one sequence, or pads them to the longest one.
+    """A collator of conversations: end to end in one sequence, or padded to the longest one.
 
     Beside the model's inputs a batch contains BATCH_INFO and:
 

@@ -84,7 +84,7 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
 
 
 class PackedDataset(torch.utils.data.Dataset[list[Any]]):
-    """A dataset whose items are packed sequences: lists of conversations, as the sampler chooses them."""
+    """A dataset of packed sequences: lists of conversations, chosen by the sampler."""
 
     def __init__(self, conversations: Any, sampler: PackingSampler) -> None:
         self.conversations = conversations

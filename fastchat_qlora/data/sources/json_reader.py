@@ -24,7 +24,7 @@ MAX_DIGITS = 4_000  # of an integer; Python refuses to parse much longer ones, a
 
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
-NUMBER_GOES_ON = ("", ".", "e", "E")
+NUMBER_MAY_GO_ON = ("", ".", "e", "E", "e+", "e-", "E+", "E-")  # if the text ends so behind one
 NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -38,13 +38,13 @@ def read_json_records(path: Path, raw: io.BufferedReader, flag: str) -> Iterator
         UserError: it is not an array of valid JSON in UTF-8, and does not contain lines.
     """
     file = _decompress(path.name.lower(), raw)
-    if file.peek(3).startswith(codecs.BOM_UTF8):
-        file.read(3)
+    skipped = len(file.read(3)) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
     if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{flag} {path}: is text in UTF-16; convert the file to UTF-8")
-    if strip_compression_suffix(path.name).endswith(LINE_SUFFIXES) or _begins_with_a_line(file):
+    if strip_compression_suffix(path.name).endswith(LINE_SUFFIXES):
         return _read_lines(file)
-    return _read_array(JsonStream(file, f"{flag} {path}"))
+    skipped += _skip_blanks(file)
+    return _read_lines(file) if _begins_with_a_line(file) else _read_array(JsonStream(file, f"{flag} {path}", skipped))
 
 
 def _decompress(name: str, raw: io.BufferedReader) -> io.BufferedReader:
@@ -55,19 +55,23 @@ def _decompress(name: str, raw: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(raw, MIN_READ_BYTES)
 
 
-def _begins_with_a_line(file: io.BufferedReader) -> bool:
-    """Return whether a file begins, after blanks, with an object in one line, as JSON Lines do."""
+def _skip_blanks(file: io.BufferedReader) -> int:
+    """Move to the first byte that is not blank, and return the number of bytes before it."""
+    skipped = 0
     while (start := file.peek(1))[:1].isspace():
-        file.read(len(start) - len(start.lstrip()))  # byte by byte would take minutes for a file of blanks
-    line, line_end, _ = start.partition(b"\n")
+        skipped += len(file.read(len(start) - len(start.lstrip())))  # byte by byte would take minutes
+    return skipped
+
+
+def _begins_with_a_line(file: io.BufferedReader) -> bool:
+    """Return whether a file begins with an object in one line, as JSON Lines do."""
+    line, line_end, _ = file.peek(1).partition(b"\n")
     if not line_end or not line.startswith(b"{"):  # without an end the line may be longer than what is buffered
         return line.startswith(b"{")
     try:
         json.loads(line)
-    except ValueError:
-        return False
-    except RecursionError:
-        pass
+    except (ValueError, RecursionError) as error:
+        return isinstance(error, RecursionError)
     return True
 
 
@@ -100,11 +104,11 @@ def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
 
 
 class JsonStream:
-    """Reader of JSON values one by one, with about as much of the file in memory as one of them needs."""
+    """A reader of JSON values one by one, with little more than one of them in memory."""
 
-    def __init__(self, file: io.BufferedReader, name: str) -> None:
-        self.file = file
-        self.name = name
+    def __init__(self, file: io.BufferedReader, name: str, skipped: int) -> None:
+        self.file, self.name = file, name
+        self.bytes_read = skipped  # counted here, since a .zst file does not know its position
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.parse = json.JSONDecoder(parse_int=_parse_int).raw_decode
         self.text, self.position = "", 0
@@ -139,8 +143,9 @@ class JsonStream:
                     continue
                 self.position += ahead
                 raise self.fail(error.msg) from error
-            if self.text[end : end + 1] not in NUMBER_GOES_ON or not self._read_more():
-                self.position = end
+            length = end - self.position
+            if self.text[end : end + 3] not in NUMBER_MAY_GO_ON or not self._read_more():
+                self.position += length
                 self.values += 1
                 return value
 
@@ -151,15 +156,16 @@ class JsonStream:
             return RejectedRecord("nested too deep"), _find_end(self.text, self.position)
 
     def _read_more(self) -> bool:
-        """Double the text from the position on, so that a long value is parsed few times; return False at the end."""
+        """Drop the text before the position, now 0, and read as much again or more; return False at the end."""
         held = self.text[self.position :]
         if len(held) > MAX_ITEM_CHARACTERS:
             raise self.fail(f"no record's end within {MAX_ITEM_CHARACTERS >> 20} Mi characters")
         chunk = self.file.read(max(MIN_READ_BYTES, len(held)))
+        self.bytes_read += len(chunk)
         try:
             more = self.decode(chunk, not chunk)
         except UnicodeDecodeError as error:
-            place = self.file.tell() - len(error.object) + error.start
+            place = self.bytes_read - len(error.object) + error.start
             raise UserError(f"{self.name}: not UTF-8 at byte {place}; convert the file to UTF-8") from error
         self.lines += self.text.count("\n", 0, self.position)
         self.characters += self.position

@@ -22,7 +22,7 @@ BATCH_ROWS = 256  # taken at once out of Arrow data
 
 
 class Source(NamedTuple):
-    """The place of a record: its file, its line (JSON Lines) or number (other formats) from 1, and its own id."""
+    """The place of a record: its file, its line (JSON Lines) or number from 1, and its own id."""
 
     file: str
     line: int
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A record that is not trained on, with the reason."""
+    """The place of a rejected record, and the reason."""
 
     source: Source
     reason: str
@@ -38,7 +38,7 @@ class Rejection(NamedTuple):
 
 
 class RawRecord(NamedTuple):
-    """A record as it was read: parsed, a line of JSON as bytes, or a RejectedRecord where it could not be read."""
+    """A record as read: parsed, a line of JSON as bytes, or a RejectedRecord for an unreadable one."""
 
     source: Source
     value: Any
@@ -48,7 +48,7 @@ ReportBytes = Callable[[int], object]  # called with the number of bytes read si
 
 
 def find_files(path: str, without: Path | None = None) -> tuple[list[Path], list[Path]]:
-    """Return the data files in a folder and its subfolders, and their other entries, sorted; or the file at a path.
+    """Return the data files below a folder and its other entries, both sorted; for a file, itself.
 
     Args:
         without: a subfolder to leave out, such as the run's own output.
@@ -75,7 +75,7 @@ def _raise(error: OSError) -> None:
 
 
 def read_file(path: Path, flag: str, progress: ReportBytes = lambda count: None) -> Iterator[RawRecord]:
-    """Yield the records of a file, whose suffixes tell the format: Parquet, JSON Lines or JSON, also in .gz and .zst.
+    """Yield the records of a Parquet, JSON Lines or JSON file, by its suffixes; also from .gz and .zst.
 
     Raises:
         UserError: the file cannot be read, or is not valid.

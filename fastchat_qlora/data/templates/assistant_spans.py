@@ -63,7 +63,7 @@ class RenderedText:
 
 
 class AnswerTexts(NamedTuple):
-    """The texts around one answer; see above. `before` and `ending` are the text around the sentinel."""
+    """The texts of one answer (see above), with `before` and `ending` around the sentinel."""
 
     prompt: str
     before: str
@@ -75,9 +75,9 @@ class AssistantSpanFinder:
     """A search for the assistant turns of one conversation.
 
     Args:
-        render: renders the first messages of it. One more than there is must be there, a user's: some templates write
-            the end of a turn only where the next one begins.
-        control_tokens: that can end a turn or begin one.
+        render: renders the first messages. Asked for one more than there are, it adds a user's, since some templates
+            write the end of a turn only where the next one begins.
+        control_tokens: tokens that can end a turn or begin one.
     """
 
     def __init__(self, messages: Sequence[Message], render: Render, control_tokens: StringMatcher) -> None:
@@ -93,15 +93,15 @@ class AssistantSpanFinder:
         Raises:
             RejectedRecord: the template refuses the conversation, omits something or changes a content.
         """
-        whole = self._count(self.render(len(self.messages), False, UNCHANGED))
-        turns = self._find_turns(whole)
+        complete = self._count(self.render(len(self.messages), False, UNCHANGED))
+        turns = self._find_turns(complete)
         texts: list[RenderedText] = []
         left = {i: turn for i, turn in turns.items() if i in wanted}
         while left:
             last = left[max(left)]
-            is_whole = not texts and last.text is whole
-            count = len(self.messages) if is_whole else last.index + 1
-            text = whole if is_whole else self._count(self.render(count, False, UNCHANGED))
+            is_complete = not texts and last.text is complete
+            count = len(self.messages) if is_complete else last.index + 1
+            text = complete if is_complete else self._count(self.render(count, False, UNCHANGED))
             shown = last.text[: last.end]
             closing = shown[len(text) :] if shown.startswith(text) else ""
             rendered = self._place_turns(RenderedText(count, text + closing, [], [], closing), turns, set(left))
@@ -118,8 +118,8 @@ class AssistantSpanFinder:
             raise RejectedRecord(f"the chat template renders more than {MAX_RENDERED_CHARACTERS} characters for it")
         return text
 
-    def _find_turns(self, whole: str) -> dict[int, AssistantTurn]:
-        """Return each assistant turn; those that stand in the whole text share that one string."""
+    def _find_turns(self, complete: str) -> dict[int, AssistantTurn]:
+        """Return each assistant turn; those that stand in the complete text share that one string."""
         turns = {}
         for i, message in enumerate(self.messages):
             if message.role == "assistant":
@@ -127,7 +127,7 @@ class AssistantSpanFinder:
                     turn = self._find_turn(i)
                 except RejectedRecord as error:
                     raise RejectedRecord(f"message {i}: {error}") from error
-                turns[i] = replace(turn, text=whole if turn.is_prefix_of(whole) else self._count(turn.text))
+                turns[i] = replace(turn, text=complete if turn.is_prefix_of(complete) else self._count(turn.text))
         return turns
 
     def _place_turns(self, rendered: RenderedText, turns: dict[int, AssistantTurn], left: set[int]) -> RenderedText:
@@ -288,8 +288,8 @@ def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, in
     opened = opening.group() if opening and "/" not in opening.group() else ""
     if opened and prompt.rstrip().endswith(opened):  # the prompt has written that tag already
         content = content.lstrip()[len(opened) :]
-    is_whole = answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt)
-    if has_reasoning and is_whole and split_at_tags(answered[len(prompt) : content_end]) == split_at_tags(content):
+    is_complete = answered.startswith(prompt) and answered.endswith(ending) and content_end >= len(prompt)
+    if has_reasoning and is_complete and split_at_tags(answered[len(prompt) : content_end]) == split_at_tags(content):
         return len(prompt), content_end
     raise RejectedRecord(
         "the chat template changes the answer's text, or writes more before it than its generation prompt"
@@ -297,7 +297,7 @@ def _find_content(texts: AnswerTexts, content: str, start: int) -> tuple[int, in
 
 
 def split_at_turns(rendered: RenderedText) -> list[str]:
-    """Cut a text at the edges of its turns, so that every second piece is one; raise RejectedRecord if they overlap."""
+    """Cut a text at the edges of its turns: every second piece is one; raise RejectedRecord if they overlap."""
     pieces = []
     position = 0
     for turn in rendered.turns:

@@ -32,7 +32,7 @@ MAX_SKELETONS = 2_000
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; `control_tokens` can end a turn or begin one."""
+    """A tokenizer's chat template, with the tokens at ends and beginnings of turns (`control_tokens`)."""
 
     def __init__(self, tokenizer: Any, control_tokens: StringMatcher) -> None:
         self.tokenizer = tokenizer

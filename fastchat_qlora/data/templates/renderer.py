@@ -8,7 +8,7 @@ MAX_REASON_CHARACTERS = 1000
 
 
 class TemplateRefusal(Exception):
-    """The reason why a chat template, or Jinja, renders no text for a conversation."""
+    """A reason of a chat template, or of Jinja, for rendering no text of a conversation."""
 
 
 def render_chat_template(

@@ -38,7 +38,7 @@ NumberedRecords = list[tuple[int, RawRecord]]
 
 @dataclass
 class RejectionSummary:
-    """Counts of the records that were read and rejected."""
+    """Counts of the records read and rejected."""
 
     read: int = 0
     rejected: int = 0

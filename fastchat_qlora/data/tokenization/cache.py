@@ -78,7 +78,7 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], dict[str, Any]])
 
 
 def read_entry(entry: Path) -> dict[str, Any] | None:
-    """Return the facts of an entry; None if it does not exist, or any byte of it is missing or changed."""
+    """Return the facts of an entry; None if it does not exist, or any byte is missing or changed."""
     try:
         names = [ENTRY_MANIFEST, FACTS_FILE]
         if not all((entry / name).is_file() for name in names):

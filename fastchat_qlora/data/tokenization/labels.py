@@ -19,7 +19,7 @@ characters, and as a whole where they turn out to hold too few tokens."""
 
 
 class TokenizedConversation(NamedTuple):
-    """One conversation as the model sees it."""
+    """One conversation in tokens, as input of the model."""
 
     input_ids: Ids  # shape (tokens,)
     labels: Ids  # shape (tokens,): the ids of supervised tokens, IGNORE_INDEX elsewhere
@@ -44,7 +44,7 @@ class TokenSpan(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer with exact labels; each text is tokenized once, as a whole.
+    """A tokenizer with exact labels, for complete texts.
 
     Pieces of text tokenized on their own do not add up to the tokens of the whole, and counting them is how labels go
     wrong. Here the bytes of each token say which tokens an answer has, and prove it: all tokens together must give the

@@ -47,7 +47,7 @@ class Preprocessor:
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
-        lazy: keep texts in place of tokens; the other arguments are flags.
+        conv_template, max_length, overlong, train_on, lazy: values of flags; `lazy` keeps texts in place of tokens.
 
     Raises:
         UserError: there is no such template, or the tokenizer lacks a token that it writes.
@@ -231,7 +231,7 @@ def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list
 
 
 def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
-    """Extend the first sequence's full length by tokens that are in none, so that the record counts as shortened."""
+    """Raise the first sequence's full length to this one, so that a record with omitted parts counts as shortened."""
     if sequences and full_length > sequences[0].tokens.full_length:
         sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))
     return sequences

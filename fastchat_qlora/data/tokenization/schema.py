@@ -32,7 +32,7 @@ LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
 class TokenizedSequence(NamedTuple):
-    """The text of one sequence to train on, and its tokens, which may be fewer than the text's."""
+    """The text of one sequence to train on, and the tokens of all of it or of its beginning."""
 
     segments: Sequence[Segment]
     tokens: TokenizedConversation
@@ -71,7 +71,7 @@ def _concatenate(arrays: Sequence[Ids]) -> Ids:
 
 
 class TokenizeOnAccess:
-    """A transform of lazy datasets; the encoder must be the one that checked them."""
+    """A transform of lazy datasets, from texts to tokens, with the same encoder as in their check."""
 
     def __init__(self, encoder: Encoder, max_length: int) -> None:
         self.encoder = encoder

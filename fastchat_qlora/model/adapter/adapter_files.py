@@ -1,8 +1,11 @@
 """An untrusted adapter's folder -> its LoRA configuration, checked with its tensors."""
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.text import one_line
@@ -17,6 +21,7 @@ from fastchat_qlora.utils.text import one_line
 ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME
 START_FLAG = "--lora_weight_path"
 MAX_RANK = 65_536
+PATTERN_SECONDS = 5.0  # for all regular expressions of an adapter
 
 SUPPORTED_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("r", "rank_pattern", "layers_to_transform", "trainable_token_indices"), (int,)),
@@ -87,7 +92,7 @@ def _is_supported(name: str, value: Any) -> bool:
 
 
 def _get_items(value: Any) -> list[Any]:
-    """Return a value, or the values in a list, a set, or a dictionary: 2 and 5 of {"embed_tokens": [2, 5]}."""
+    """Return a value, or those in a list, set or dictionary: 2 and 5 of {"embed_tokens": [2, 5]}."""
     parts = value.values() if isinstance(value, dict) else [value]
     return [item for part in parts for item in (part if isinstance(part, list | set) else [part])]
 
@@ -98,6 +103,26 @@ def _get_module_patterns(config: LoraConfig) -> list[str]:
     layers = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
     patterns += [rf".*\.[^.]*{pattern}\.(\d+)\." for pattern in layers]
     return patterns + [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+
+
+def check_pattern_time(config: LoraConfig, meta_model: PreTrainedModel | None) -> None:
+    """Require that an adapter's regular expressions are fast on the model's module names; without a model, on one."""
+    if threading.current_thread() is not threading.main_thread():  # only there a signal can stop the matching
+        return
+    names = dict(meta_model.named_modules()) if meta_model is not None else ["model.layers.0.self_attn.q_proj"]
+
+    def stop(*_: Any) -> None:
+        reason = f"the adapter's regular expressions take more than {PATTERN_SECONDS:g} seconds on the names of modules"
+        raise UserError(f"{reason}; write target_modules in its adapter_config.json as a list of names")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+    try:
+        for pattern, name in product(_get_module_patterns(config), names):
+            re.fullmatch(pattern, name)  # takes no less time than re.match
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def check_adapter_tensors(path: str, expected: Mapping[str, torch.Size] | None, *, flag: str = START_FLAG) -> None:

@@ -10,15 +10,17 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 
 ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 
 
 def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
-    """Require that every module that the adapter names exists.
+    """Require that every module that the adapter names exists, and that its regular expressions are fast.
 
     PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
     """
+    check_pattern_time(lora_config, meta_model)
     if meta_model is None:
         return
     modules = dict(meta_model.named_modules())

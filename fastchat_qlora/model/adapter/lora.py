@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
+from fastchat_qlora.model.adapter.adapter_files import check_pattern_time, read_lora_config, read_tensor_shapes
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
@@ -59,8 +59,8 @@ def attach_adapter(
 
     The base model stays in the dtype that it was loaded in: nothing is copied to fp32 as by PEFT's
     `prepare_model_for_kbit_training` (embeddings and head: 2 GB on an 8B model). Trained parameters are in fp32, except
-    for the biases of quantized layers and under ZeRO-3. Modules of `excluded_classes`, which FSDP2 was told to shard,
-    are not replaced by memory-efficient ones.
+    for the biases of quantized layers and under ZeRO-3. Modules of `excluded_classes`, which FSDP2 is to shard, are
+    not replaced by memory-efficient ones.
 
     Raises:
         RunError: the adapter trains nothing, lacks tensors in its file or does not fit the model.
@@ -73,8 +73,8 @@ def attach_adapter(
     if not trainable:
         raise RunError("--lora_target_modules: the adapter has no parameter to train; name other modules")
     quantized = bool(getattr(model, "is_quantized", False))
-    # DeepSpeed casts models to its compute dtype, but not a base that ZeRO-3 partitioned while it was loaded, nor what
-    # is added to it. DeepSpeed keeps fp32 masters itself.
+    # DeepSpeed casts models to its compute dtype, but not a base model that ZeRO-3 partitioned while it was loaded, nor
+    # what is added to it. DeepSpeed keeps fp32 masters itself.
     dtype = model.dtype if any(_is_partitioned(parameter) for parameter in model.parameters()) else torch.float32
     for name, parameter in trainable.items():
         # bitsandbytes casts the biases of its layers to the compute dtype at every step.
@@ -106,13 +106,14 @@ def compute_adapter_shapes(
     *,
     flag: str = "--lora_target_modules, --modules_to_save",
 ) -> dict[str, torch.Size] | None:
-    """Return name -> shape of the tensors in an adapter's file, or None without a meta model, which is used up.
+    """Return name -> shape of an adapter's tensors in its file; None without a meta model, which is used up.
 
     Raises:
-        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model.
+        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model, or not in time.
     """
     if meta_model is None:
         return None
+    check_pattern_time(lora_config, meta_model)
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # there are no values to initialize from
     meta_model.requires_grad_(False)

@@ -28,7 +28,7 @@ TRACED_TOKENS = (64, 128)  # of two rows; the difference is the cost of tokens w
 
 
 class TokenBytes(NamedTuple):
-    """Bytes that autograd saves for one token, and the FLOPs of its forward pass."""
+    """Bytes saved by autograd for one token, and the FLOPs of its forward pass."""
 
     layer: float  # in a layer that is not checkpointed; the mean over all layers
     checkpointed_layer: float  # its input
@@ -47,7 +47,7 @@ class WeightBytes(NamedTuple):
 
 
 class ModelCost(NamedTuple):
-    """The memory that a model costs with any batch, strategy and optimizer."""
+    """The memory costs of a model, for any batch, strategy and optimizer."""
 
     layers: int  # that can be checkpointed
     token: TokenBytes
@@ -90,7 +90,7 @@ class MemoryNeed(NamedTuple):
 
 
 class _SaveAsAttention(torch.autograd.Function):
-    """An attention kernel that saves what a real one saves, and computes nothing."""
+    """An attention kernel with the saved tensors of a real one, and no computation."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ def compute_memory_phases(
     scale: float = 1.0,
     accumulates: bool = True,
 ) -> tuple[MemoryNeed, MemoryNeed]:
-    """Return the memory of one device at the start of backward and in the optimizer step; the peak is one of these.
+    """Return one device's memory at the start of backward and in the optimizer step; one is the peak.
 
     The first layers are checkpointed. Backward reaches them last, when what the other layers saved is freed, so that
     recomputing one adds to the peak only where nearly all layers are checkpointed.
@@ -286,7 +286,7 @@ def _trace_row(
 
 
 class _SavedBytesCounter(torch.autograd.graph.saved_tensors_hooks):
-    """A counter of the bytes that autograd saves: each storage once, without the model's weights and buffers."""
+    """A counter of the bytes saved by autograd: each storage once, without the model's weights and buffers."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(self._count, lambda tensor: tensor)

@@ -32,7 +32,7 @@ USUAL_BUCKET_SIZE = 50_000_000  # in the configurations of playground/
 
 
 class ParallelStrategy(NamedTuple):
-    """A strategy that divides a run among devices, with its settings."""
+    """A division of a run among devices, with its settings."""
 
     name: str  # one of those above
     devices: int

@@ -68,7 +68,7 @@ def _check_kernels(config: PretrainedConfig, flag: str) -> None:
 
 
 def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
-    """Return the commit of a hub id, or a hash of the start, middle and end of each file of weights.
+    """Return the commit of a hub id, or a hash of the start, middle and end of each weights file.
 
     Hashing all of it would take as long as loading it, and another training of the same model differs everywhere.
     """

@@ -33,26 +33,26 @@ BASE_KEEPING_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # values
 
 
 class NeedsFullModel(Exception):
-    """The reason why a model cannot be merged layer by layer."""
+    """A reason against merging a model layer by layer."""
 
 
 class LayerwiseMerge:
     """The tensors of the merged model, by their names in its files.
 
     Args:
-        meta_model: the base, from `base_model.build_meta_model`; it is used up.
+        meta_model: the base model, from `base_model.build_meta_model`; it is used up.
         lora_config, folder: of the adapter.
-        files: of the base.
-        rounding: what the training's quantization did to the base's weights; None takes them as they are.
+        files: of the base model.
+        rounding: what the training's quantization did to the base model's weights; None takes them as they are.
         dtype: of the merged weights; None keeps each tensor's own.
 
     Attributes:
         headers: name in the file -> a tensor of the merged shape and dtype without memory.
-        untied: whether the head and the embeddings shared one weight in the base and do not in the merged model.
+        untied: whether the head and the embeddings shared one weight in the base model and not in the merged one.
 
     Raises:
         NeedsFullModel: a tensor that the adapter changes has another name or form in the files than in the model.
-        UserError: the adapter adds what a plain model cannot hold, or the base's weights are integers.
+        UserError: the adapter adds what a plain model cannot hold, or the base model's weights are integers.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LayerwiseMerge:
             if shapes.get(name) != header.shape:
                 raise NeedsFullModel(f"{source} has another shape in the files than in the model")
             if not header.is_floating_point():
-                raise UserError(f"{source} holds integers in the base's files; give a base that is not quantized")
+                raise UserError(f"{source}: holds integers in the files; give a base model that is not quantized")
 
     @property
     def relative_change(self) -> float | None:
@@ -153,7 +153,7 @@ def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, f
     """
     meta_model.requires_grad_(False)
     if lora_config.init_lora_weights not in BASE_KEEPING_INITIALIZATIONS:
-        raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base's weights too")
+        raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base model's weights too")
     config = copy.deepcopy(lora_config)
     config.init_lora_weights = False  # the values come from the file
     try:
@@ -175,13 +175,13 @@ def _find_tied_parameters(meta_model: PreTrainedModel) -> dict[str, str]:
 
 
 def _find_lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Yield the name of a module of the base, and the LoRA layer in its place."""
+    """Yield the name of a module of the base model, and the LoRA layer in its place."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, MultiheadAttention | ParamWrapper):
             raise NeedsFullModel(f"{name} has an adapter on several parameters")
         if isinstance(module, LoraLayer):
             if module.lora_bias.get(ADAPTER) and getattr(module.get_base_layer(), "bias", None) is None:
-                raise UserError(f"{name}: the adapter has a bias for it (lora_bias) and the base has none to add it to")
+                raise UserError(f"{name}: the adapter has a bias (lora_bias) and the base model none to add it to")
             yield name, module
         elif isinstance(module, BaseTunerLayer):
             raise NeedsFullModel(f"{name} has an adapter of another kind ({type(module).__name__})")
@@ -190,7 +190,7 @@ def _find_lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def _find_replaced_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name of a parameter of the base, and the adapter's value for it: modules_to_save, and biases."""
+    """Yield the name of a base model's parameter, and the adapter's value for it: modules_to_save, and biases."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for tail, parameter in module.modules_to_save[ADAPTER].named_parameters():
@@ -204,7 +204,7 @@ def _find_replaced_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Ten
 def _find_sources(
     meta_model: PreTrainedModel, files: WeightFiles, names: Collection[str], tied: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return name of a parameter -> its name in the files; raise NeedsFullModel if it is converted when it is loaded.
+    """Return name of a parameter -> its name in the files; raise NeedsFullModel if loading converts it.
 
     Files may omit the model's name in front, as GPT-2's do ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight"), and
     hold one of several tied weights.

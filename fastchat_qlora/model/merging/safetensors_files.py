@@ -54,7 +54,7 @@ def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
 
 
 def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
-    """Return a file of a model, downloaded if the model is on the hub; None if the model has no such file."""
+    """Return a file of a model, downloaded if it is on the hub; None if there is no such file."""
     folder = Path(name).expanduser()
     model = str(folder) if folder.is_dir() else name
     found = cached_file(model, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)

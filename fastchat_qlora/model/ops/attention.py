@@ -1,4 +1,4 @@
-"""Attention within each conversation of a row, never across conversations."""
+"""Attention within each conversation of a packed sequence, never across conversations."""
 
 import functools
 import inspect
@@ -47,7 +47,7 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     conversation_lengths: Sequence[int] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention within each conversation of one row, shape (1, tokens, heads, head size), and no weights.
+    """Return causal attention within each conversation, shape (1, tokens, heads, head size), and no weights.
 
     Args:
         query: shape (1, heads, tokens, head size).
@@ -63,7 +63,7 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
         ValueError: the batch has no boundaries of conversations, or the layer needs what is not supported.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
-        raise ValueError(f"attention {PER_CONVERSATION!r} takes one row without padding and its cu_seq_lens_q")
+        raise ValueError(f"attention {PER_CONVERSATION!r} takes one packed sequence and its cu_seq_lens_q")
     if s_aux is not None:
         raise ValueError(f"attention {PER_CONVERSATION!r} does not support attention sinks")
     if sliding_window is not None and sliding_window >= max_length_q:

@@ -1,4 +1,4 @@
-"""Checks that an attention backend works, and separates the conversations of a row."""
+"""Checks that an attention backend works, and separates the conversations of a packed sequence."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -34,14 +34,14 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
 class Leakage(NamedTuple):
     """Relative changes of a conversation's logits (norm of the difference / norm of the logits)."""
 
-    by_neighbor: float  # between two rows that differ in the conversation before it
-    by_row: float  # between a row that it shares and transformers' own attention on it alone
+    by_neighbor: float  # between two packed sequences that differ in the conversation before it
+    by_row: float  # between a packed sequence and transformers' own attention on it alone
 
     def is_tight(self, dtype: torch.dtype) -> bool:
         """Return whether the changes are no more than rounding.
 
-        Rows that differ in the neighbor only are computed by the same kernels in the same order, so that only mixtures
-        of experts may regroup. Another attention function rounds differently at every layer.
+        Packed sequences that differ in the neighbor only are computed by the same kernels in the same order, so that
+        only mixtures of experts may regroup. Another attention function rounds differently at every layer.
         """
         rounding = torch.finfo(dtype).eps
         return self.by_neighbor <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
@@ -59,20 +59,20 @@ def measure_leakage(
 
     Args:
         model: the base model, in evaluation mode, on its device.
-        shared: inputs of two conversations in one row, on that device, exactly as in training.
+        shared: inputs of two conversations in one packed sequence, on that device, exactly as in training.
         changed: the same with other tokens in the first conversation.
         alone: the second conversation, input_ids of shape (1, tokens).
         forward: the model, or the strategy's wrapper around it; it may raise any error for such inputs.
     """
     tokens = alone.shape[1]
-    in_row, in_changed_row = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
+    packed, changed_packed = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
     in_use = model.config._attn_implementation
     model.set_attn_implementation(get_default_attention(model))
     try:
         by_itself = _get_last_logits(forward(input_ids=alone, use_cache=False), tokens)
     finally:
         model.set_attn_implementation(in_use)
-    return Leakage(_compute_relative_distance(in_changed_row, in_row), _compute_relative_distance(in_row, by_itself))
+    return Leakage(_compute_relative_distance(changed_packed, packed), _compute_relative_distance(packed, by_itself))
 
 
 def _get_last_logits(outputs: Any, count: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ def compute_token_losses(
 
 
 class LossHead(torch.nn.Linear):
-    """The frozen output projection of a model, which can return losses in place of logits.
+    """The frozen output projection of a model, with losses in place of logits on demand.
 
     While it expects targets it takes the hidden states at supervised positions, chunk by chunk, and computes the
     logits, their losses and the gradient of the hidden states, all in the forward pass: since the head is frozen, that
@@ -95,7 +95,7 @@ class LossHead(torch.nn.Linear):
 
 
 class _Chunk(NamedTuple):
-    """Some positions of a batch, and where to write their results."""
+    """Some positions of a batch, and the place of their results."""
 
     hidden: torch.Tensor  # shape (positions, hidden size)
     targets: torch.Tensor  # shape (positions, 1)

@@ -35,7 +35,7 @@ def attend_in_blocks(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attention on (key heads, tokens x heads per key head, head size), where a block of queries is one slice."""
+    """Attention on (key heads, tokens x heads per key head, head size), with each block of queries as one slice."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,7 @@ def _ungroup(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class _Block:
-    """Adjacent queries of a conversation, from `start` on, and the keys that they attend to."""
+    """Adjacent queries of a conversation, from `start` on, and the keys of their attention."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, start: int, scale: float, window: int | None) -> None:
         end, groups = min(start + BLOCK_QUERIES, query.shape[2]), query.shape[1] // key.shape[1]

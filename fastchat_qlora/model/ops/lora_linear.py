@@ -22,7 +22,7 @@ class _EfficientLora(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
         if args or kwargs or not self.is_plain_lora():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
-        tokens = x.flatten(0, -2)  # so that the base's output is no view, and can be added to in place
+        tokens = x.flatten(0, -2)  # so that the base layer's output is no view, and can be added to in place
         result: torch.Tensor = self.base_layer(tokens)
         lora_a, lora_b = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
         dropped, dropout_scale = _apply_dropout(tokens, self.lora_dropout[name])

@@ -76,7 +76,7 @@ class MemoryEfficientMLP(torch.nn.Module):
 
 
 class _GatedProduct(torch.autograd.Function):
-    """The function silu(gate) * up, which computes silu(gate) again in backward."""
+    """The function silu(gate) * up, with silu(gate) recomputed in backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -369,6 +369,9 @@ def test_items_are_read_across_chunks(
         (b'[{},\n {"a": x}]', "after record 1: Expecting value: line 2 .char 12"),
         (b"[{}]\n\n{}", "after record 1: Extra data: line 3 .char 6"),
         (b"[{}", "after record 1: .*: line 1 .char 3"),
+        (b"[1.]", "after record 1: .*: line 1 .char 2"),
+        (b"[1e]", "after record 1: .*: line 1 .char 2"),
+        (b"[{},{},1e,{},{}]", "after record 3: .*: line 1 .char 8"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
@@ -462,6 +465,19 @@ def test_utf_16_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
     text = "\ufeff" + (line([GOOD]) if ".jsonl" not in name else line()).decode()
     with pytest.raises(UserError, match=rf"--data_path .*{name}: is text in UTF-16; convert the file to UTF-8"):
         read(tmp_path / name, pack(text.encode(encoding), name))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("before", [b"", b"\n \t", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_error_names_the_byte_that_is_not_utf_8(
+    size: int, before: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_reader, "MIN_READ_BYTES", size)
+    content = before + '["caf\u00e9", "'.encode() + b"caf\xe9"
+    place = f"not UTF-8 at byte {len(content) - 1}; convert the file to UTF-8"
+    with pytest.raises(UserError, match=rf"--data_path .*{name}: {place}"):
+        read(tmp_path / name, pack(content + b'"]', name))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])

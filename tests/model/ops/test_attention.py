@@ -117,9 +117,9 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cu_seq_lens_q": None}, "one row without padding"),
-        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one row without padding"),
-        ({"query": torch.ones(2, 1, 4, 8)}, "one row without padding"),
+        ({"cu_seq_lens_q": None}, "one packed sequence"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one packed sequence"),
+        ({"query": torch.ones(2, 1, 4, 8)}, "one packed sequence"),
         ({"s_aux": torch.ones(1)}, "does not support attention sinks"),
     ],
 )
