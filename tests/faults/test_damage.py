@@ -59,7 +59,11 @@ def arguments(model_folder: Path, data: Path, output: Path, more: str = "") -> l
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize(
     ("name", "processes", "flags"),
-    [("one process", 1, ""), ("ZeRO-2", 2, DEEPSPEED), ("FSDP2, sharded states", 2, SHARDED)],
+    [
+        ("one process", 1, ""),
+        pytest.param("ZeRO-2", 2, DEEPSPEED, marks=pytest.mark.matrix),
+        ("FSDP2, sharded states", 2, SHARDED),
+    ],
     ids=["one", "ZeRO-2", "FSDP2"],
 )
 def test_damage_to_any_file_is_found(

@@ -90,7 +90,7 @@ def poisoned(model_folder: Path, data: Path, tmp_path: Path) -> tuple[Path, int]
 
 @pytest.mark.parametrize(
     ("processes", "flags"),
-    [(1, ""), (2, ""), (2, DEEPSPEED)],
+    [(1, ""), (2, ""), pytest.param(2, DEEPSPEED, marks=pytest.mark.matrix)],
     ids=["one", "DDP", "ZeRO-2"],
 )
 def test_record_that_gives_nan_is_named(

@@ -38,7 +38,7 @@ def succeed(command: str) -> object:
     return None
 
 
-IN_CI = ("LoRA on q and v ", "QLoRA, two conversations ", "LoRA ZeRO-3", "QLoRA FSDP2")
+IN_CI = ("QLoRA, two conversations ", "LoRA ZeRO-3", "QLoRA FSDP2")
 """Cases of every CI run; `pytest -m matrix` runs the rest."""
 
 

@@ -108,7 +108,7 @@ def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
     ("strategy", "flags"),
     [
         pytest.param("torchrun --nproc_per_node 2", "", marks=pytest.mark.matrix),
-        ("torchrun --nproc_per_node 2", "--fsdp True"),
+        pytest.param("torchrun --nproc_per_node 2", "--fsdp True", marks=pytest.mark.matrix),
         ("deepspeed --num_accelerators 2", "--deepspeed playground/deepspeed_config_s3.json"),
     ],
     ids=["DDP", "FSDP2", "ZeRO-3"],
