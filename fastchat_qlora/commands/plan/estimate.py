@@ -22,6 +22,7 @@ from fastchat_qlora.model.adapter.compatibility import check_sharding
 from fastchat_qlora.model.estimates import parallelism
 from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
+from fastchat_qlora.model.loading.quantization import check_weights_can_be_sharded
 from fastchat_qlora.training.callbacks import activation_checkpointing
 from fastchat_qlora.training.setup import PreparedBase
 
@@ -102,10 +103,9 @@ class RunSettings:
         topology = Topology(0, 0, strategy.devices, "cuda", strategy.zero_stage, is_fsdp)
         if errors := [*find_optimizer_errors(optimizer, zero=bool(strategy.zero_stage), fsdp=is_fsdp)]:
             return errors[0]
-        if quantization.kind == "int8" and topology.shards_parameters:
-            return "--load_in_8bit True: 8-bit weights cannot be sharded"
         config, meta_model, lora_config = self.base.config, self.base.meta_model, self.base.lora_config
         try:
+            check_weights_can_be_sharded(quantization, topology)
             check_sharding(config, meta_model, lora_config, topology, quantized=quantization.is_quantized)
         except UserError as error:
             return str(error)

@@ -81,9 +81,14 @@ def build_run_quantization_config(
 ) -> BitsAndBytesConfig | None:
     """Return the bitsandbytes configuration of a run; None for plain LoRA."""
     quantization = get_base_quantization(lora_args)
-    if quantization.kind == "int8" and topology.shards_parameters:
-        raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")
+    check_weights_can_be_sharded(quantization, topology)
     storage = None
     if quantization.is_4bit:
         storage = get_quant_storage(lora_args.bnb_4bit_quant_storage, compute_dtype, topology)
     return build_quantization_config(quantization, compute_dtype, storage)
+
+
+def check_weights_can_be_sharded(quantization: BaseQuantization, topology: Topology) -> None:
+    """Require that the parallel strategy can shard the base model's weights, if it shards them."""
+    if quantization.kind == "int8" and topology.shards_parameters:
+        raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")
