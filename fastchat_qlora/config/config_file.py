@@ -13,7 +13,7 @@ line.
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +53,10 @@ def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
         return list(argv)
     given = {_get_main_name(text.partition("=")[0]) for text in words[1:] if text.startswith("--")}
     arguments, errors = [], []
-    file = ConfigFile(words[0])
+    file, known = ConfigFile(words[0]), _get_settable_flags(parser)
     for setting in file.read():
         try:
-            texts = _to_arguments(setting, parser)
+            texts = _to_arguments(setting, known, parser)
             arguments += [] if _get_main_name(setting.flag) in given else texts
         except UserError as error:
             errors.append(f"{file.get_place(setting.line)}: {error}")
@@ -172,11 +172,15 @@ def _json_to_text(value: Any) -> Any:
     return repr(value) if isinstance(value, int | float) else value
 
 
-def _to_arguments(setting: Setting, parser: FlagParser) -> list[str]:
+def _get_settable_flags(parser: FlagParser) -> dict[str, argparse.Action]:
+    """Return the flags that a file may set, in all spellings."""
+    named = {name: action for action in parser._actions if action.nargs != 0 for name in action.option_strings}
+    return {name: action for name, action in named.items() if normalize_flag(name) not in NOT_IN_FILES}
+
+
+def _to_arguments(setting: Setting, known: Mapping[str, argparse.Action], parser: FlagParser) -> list[str]:
     """Return the words of a command line that a setting stands for; none if it is not given."""
     name, flag, value, _ = setting
-    known = {name: action for action in parser._actions if action.nargs != 0 for name in action.option_strings}
-    known = {name: action for name, action in known.items() if normalize_flag(name) not in NOT_IN_FILES}
     action = known.get(flag)
     if action is None and flag not in LEGACY_FLAGS:
         nearest = find_nearest_flag(flag, known, parser.own_flags).removeprefix("--")
