@@ -14,12 +14,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_qlora.commands.stop_tokens import load_generation_config, make_id_list
+from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
+from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_finite, check_adapter_tensors, read_lora_config
-from fastchat_qlora.model.adapter.lora import compute_adapter_shapes
+from fastchat_qlora.model.adapter.adapter_files import (
+    check_adapter_finite,
+    check_adapter_tensors,
+    check_pattern_time,
+    read_lora_config,
+)
+from fastchat_qlora.model.adapter.lora import PEFT_ERRORS, compute_adapter_shapes
 from fastchat_qlora.model.loading import base_model
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
@@ -30,12 +36,12 @@ from fastchat_qlora.model.loading.quantization import (
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
+from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGS_FILE = "training_args.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-[0-9]+")
 ADAPTER_FLAG = "ADAPTER"
 FORMAT_1_KINDS: dict[str, QuantizationKind] = {"nf4": "nf4", "fp4": "fp4", "8 bits": "int8"}  # in old manifests
@@ -87,6 +93,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     config = base_model.load_config(model_args, cache_dir)
     meta_model = base_model.build_meta_model(config)
     precision, trained_on = _choose_precision(folder, flags.quantization, config)
+    check_pattern_time(lora_config, meta_model)
     shapes = compute_adapter_shapes(meta_model, lora_config, flag=f"{ADAPTER_FLAG} {folder}")
     check_adapter_tensors(str(folder), shapes, flag=ADAPTER_FLAG)
     check_adapter_finite(str(folder), flag=ADAPTER_FLAG)
@@ -198,7 +205,7 @@ def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = No
     base = base or load_base(adapter)
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), config=copy.deepcopy(adapter.lora_config))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except PEFT_ERRORS as error:
         reason = f"cannot be attached to the model: {one_line(error, 300)}"
         raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
     return model.eval()

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.merging.safetensors_files import fetch_file
@@ -60,13 +61,6 @@ def _read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfi
         )
         config.eos_token_id = [one for one, valid in zip(ids, is_valid, strict=True) if valid] or None
     return config
-
-
-def make_id_list(value: Any) -> list[Any]:
-    """Return the tokens of a setting that may be one id, several or None."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def find_end_of_turn(tokenizer: Any) -> list[int]:

@@ -16,6 +16,7 @@ from fastchat_qlora.config.arguments import flag
 from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.ranges import TOKENS_PER_SECOND
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import one_line
 
@@ -72,7 +73,7 @@ def _get_known_speed(own: PlanArguments) -> Speed | None:
     folder = Path(os.path.expanduser(own.speed_from))
     try:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
-        processes = int(json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["processes"])
+        processes = int(json.loads((folder / TRAINING_ARGS_FILE).read_text(encoding="utf-8"))["processes"])
         measured = float(results["tokens_per_second"])
         if processes < 1 or not TOKENS_PER_SECOND.accepts(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens/s in {processes} processes")

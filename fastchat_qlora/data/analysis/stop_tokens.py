@@ -53,3 +53,10 @@ def describe_stop_tokens(stop_tokens: list[int], tokenizer: Any) -> str:
             "only eos_token does not stop there; generation_config.json beside the adapter names all."
         )
     return ""
+
+
+def make_id_list(value: Any) -> list[Any]:
+    """Return the tokens of a setting that may be one id, several or None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import check_pattern_time, read_lora_config, read_tensor_shapes
+from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
@@ -109,11 +109,10 @@ def compute_adapter_shapes(
     """Return name -> shape of an adapter's tensors in its file; None without a meta model, which is used up.
 
     Raises:
-        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model, or not in time.
+        UserError: the adapter, whose configuration is from `flag`, cannot be attached to such a model.
     """
     if meta_model is None:
         return None
-    check_pattern_time(lora_config, meta_model)
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # there are no values to initialize from
     meta_model.requires_grad_(False)

@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
+from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
@@ -109,7 +110,7 @@ def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: 
     """Return the base model's generation settings, with `stop_tokens` added to its own and the tokenizer's."""
     config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
     own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
-    ids = [token for found in own if found is not None for token in ([found] if isinstance(found, int) else found)]
+    ids = [token for found in own for token in make_id_list(found)]
     config.eos_token_id = list(dict.fromkeys([*stop_tokens, *map(int, ids)]))
     config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:

@@ -25,7 +25,7 @@ SET_ASIDE_FOLDER = "_set_aside"
 """Folder in output_dir for checkpoints that the run does not resume from and would overwrite. The hub gets no names
 that begin with `_`."""
 
-RESULTS_FILE = "training_args.json"  # the last file that a run writes: a run without it has not finished
+TRAINING_ARGS_FILE = "training_args.json"  # the last file that a run writes: a run without it has not finished
 
 
 class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -45,7 +45,7 @@ class PrepareOutputDir(TrainerCallback):  # type: ignore[misc]  # transformers i
             with saving(str(output_dir), output_dir):
                 clear_output_dir(output_dir, self._checkpoint)
                 if state.global_step < state.max_steps:
-                    (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+                    (output_dir / TRAINING_ARGS_FILE).unlink(missing_ok=True)
 
 
 def clear_output_dir(output_dir: Path, checkpoint: Checkpoint | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
-from fastchat_qlora.training.checkpoints.checkpoint_writer import RESULTS_FILE, saving
+from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE, saving
 from fastchat_qlora.training.report.model_card import write_model_card
 from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.utils.atomic import write_atomically
@@ -32,7 +32,7 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
     }
     if not trainer.args.should_save:
         return
-    if not total.tokens and (output_dir / RESULTS_FILE).exists():
+    if not total.tokens and (output_dir / TRAINING_ARGS_FILE).exists():
         logger.warning("The run had finished before: nothing was left to train, and its results are kept.")
         return
     if not total.tokens:  # an earlier process was killed between its last step and its results
@@ -44,5 +44,5 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
         groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
         groups["processes"] = trainer.args.world_size
-        with write_atomically(output_dir / RESULTS_FILE) as target:  # last: a run without it has not finished
+        with write_atomically(output_dir / TRAINING_ARGS_FILE) as target:  # last: a run without it has not finished
             target.write(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n")
