@@ -84,6 +84,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def required(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
+    """Return the three required flags."""
+    output_dir = str(tmp_path / "output")
+    return ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", output_dir]
+
+
+@pytest.fixture
 def port() -> int:
     """Return a free port for a rendezvous."""
     return free_port()

@@ -79,13 +79,6 @@ PUBLISHED_LORA = shlex.split(
 
 
 @pytest.fixture
-def required(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
-    """Return the three required flags."""
-    output_dir = str(tmp_path / "output")
-    return ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", output_dir]
-
-
-@pytest.fixture
 def flags(required: list[str]) -> list[str]:
     """Return the same with --use_cpu, so that parsing gives no warnings."""
     return [*required, "--use_cpu", "True"]

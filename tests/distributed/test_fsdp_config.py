@@ -13,16 +13,14 @@ from fastchat_qlora.errors import UserError
 
 
 @pytest.fixture
-def parse(model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def parse(required: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Parse as the first of two processes, without waiting for the other."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
-    required = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file)]
-    required += ["--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
 
     def parse_with(*flags: str) -> RunArguments:
-        return parse_args([*required, *flags])
+        return parse_args([*required, "--use_cpu", "True", *flags])
 
     return parse_with
 

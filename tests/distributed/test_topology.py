@@ -40,9 +40,8 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def flags(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
-    required = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file)]
-    return [*required, "--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
+def flags(required: list[str]) -> list[str]:
+    return [*required, "--use_cpu", "True"]
 
 
 @pytest.fixture

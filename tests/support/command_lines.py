@@ -30,9 +30,9 @@ ACTIONS = {action.option_strings[0]: action for action in build_parser()._action
 SPELLINGS = [name for action in ACTIONS.values() for name in action.option_strings if name.startswith("--")]
 
 NAMES = """
-model data.json folder empty.json torn.json latin1.json none none.json a/b/c ~ ../work/folder data.json/x ./folder/
-/proc/x /dev/null ~no_such_user/x \udcff.json org/name org/name:train data.json:train folder:test : a:b json adapter
-torn_adapter checkpoint torn_checkpoint true False settings.json ünï🙂
+model data.json folder empty.json incomplete.json latin1.json none none.json a/b/c ~ ../work/folder data.json/x
+./folder/ /proc/x /dev/null ~no_such_user/x \udcff.json org/name org/name:train data.json:train folder:test : a:b json
+adapter incomplete_adapter checkpoint incomplete_checkpoint true False settings.json ünï🙂
 """
 PLACES = [*NAMES.split(), "", " ", "ünï 🙂", "x" * 300, "x" * 5000]
 """Words for every flag that names something on the disk or the hub; nothing outside the example's folder is written."""
@@ -204,16 +204,16 @@ def folder(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     contents = {
         "data.json": data.read_text(encoding="utf-8"),
         "empty.json": "",
-        "torn.json": '[{"id": ',
+        "incomplete.json": '[{"id": ',
         "list.json": "[1, 2]",
         "settings.json": '{"use_reentrant": false}',
         "folder/part.jsonl": json.dumps(json.loads(data.read_text(encoding="utf-8"))[0]),
-        "torn_adapter/adapter_config.json": "{",
-        "torn_adapter/adapter_model.safetensors": "",
+        "incomplete_adapter/adapter_config.json": "{",
+        "incomplete_adapter/adapter_model.safetensors": "",
         "adapter/adapter_config.json": '{"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}',
         "adapter/adapter_model.safetensors": "",
-        "torn_checkpoint/trainer_state.json": "{",
-        "torn_checkpoint/adapter_model.safetensors": "",
+        "incomplete_checkpoint/trainer_state.json": "{",
+        "incomplete_checkpoint/adapter_model.safetensors": "",
         "checkpoint/trainer_state.json": "{}",
         "checkpoint/adapter_model.safetensors": "",
     }

@@ -24,9 +24,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def required(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
-    inputs = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file)]
-    return [*inputs, "--output_dir", str(tmp_path / "output"), "--use_cpu", "True"]
+def required(required: list[str]) -> list[str]:
+    return [*required, "--use_cpu", "True"]
 
 
 @pytest.fixture
