@@ -34,7 +34,7 @@ OFTEN_USED = {
     "warmup_steps": "Warmup steps of the learning rate; below 1 a share of all steps.",
     "weight_decay": "Weight decay of the adapter.",
     "max_grad_norm": "Norm to which gradients are clipped; 0 for no clipping.",
-    "bf16": "Weights and activations in bfloat16; supported on the CPU too.",
+    "bf16": "Weights and activations in bfloat16, on CPUs too; slow on one without AVX-512.",
     "fp16": "Weights and activations in float16, for GPUs without bfloat16.",
     "logging_steps": "Steps between two log entries.",
     "eval_strategy": "When to evaluate: no, steps, epoch.",

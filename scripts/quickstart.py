@@ -50,6 +50,15 @@ def download_model(folder: Path) -> Path:
     return folder
 
 
+def computes_in_bf16() -> bool:
+    """Return whether this machine computes in bf16 without being slower than in fp32."""
+    import torch
+
+    from fastchat_qlora.model.loading.base_model import multiplies_bf16_fast
+
+    return torch.cuda.is_available() or multiplies_bf16_fast()
+
+
 def answer(model_name: str, adapter: Path | None, questions: tuple[str, ...] = QUESTIONS) -> dict[str, str]:
     """Return greedy answers of a model in 4 bits, as in training, with an adapter or without."""
     import torch
@@ -57,13 +66,11 @@ def answer(model_name: str, adapter: Path | None, questions: tuple[str, ...] = Q
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     tokenizer = AutoTokenizer.from_pretrained(adapter or model_name)
+    dtype = torch.bfloat16 if computes_in_bf16() else torch.float32
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16, quantization_config=nf4)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, quantization_config=nf4)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
@@ -86,7 +93,7 @@ def train(model_name: str, output_dir: Path) -> float:
         "data_path": ROOT / "data" / "dummy_conversation.json",
         "output_dir": output_dir,
         "q_lora": True,
-        "bf16": True,
+        "bf16": computes_in_bf16(),
         "lora_dropout": 0,
         "lora_target_modules": "all-linear",
         "per_device_train_batch_size": 4,

@@ -25,7 +25,12 @@ from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
 from fastchat_qlora.model.estimates.memory import ModelCost
-from fastchat_qlora.model.loading.base_model import build_meta_model, fingerprint_base_model, load_config
+from fastchat_qlora.model.loading.base_model import (
+    build_meta_model,
+    fingerprint_base_model,
+    load_config,
+    multiplies_bf16_fast,
+)
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
     build_run_quantization_config,
@@ -172,6 +177,11 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
 
 def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, dtype: torch.dtype) -> LoadingSettings:
     """Choose how the base model is loaded, and check that it works with the strategy and the attention backend."""
+    if topology.accelerator is None and dtype == torch.bfloat16 and not multiplies_bf16_fast():
+        logger.warning(
+            "--bf16 True: this CPU multiplies bf16 several times slower than fp32, since it lacks instructions for it; "
+            "drop the flag if memory allows, which fp32 needs twice as much of."
+        )
     quantization_config = build_run_quantization_config(args.lora, dtype, topology)
     quantized = base.quantization.is_quantized
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)

@@ -1,6 +1,7 @@
 """The whole run in one process on a two-layer model, through the command line."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable, multiplies_bf16_fast
 from fastchat_qlora.training.callbacks.throughput import seconds_since_start
 
 EXPECTED_FILES = {
@@ -91,6 +92,28 @@ def test_plain_peft_gives_the_trained_models_logits(
         changed = (untrained - loaded(input_ids=torch.arange(3, 40)[None]).logits).abs().max()
     assert difference < 1e-4
     assert changed > 1e-2, "the adapter does something"
+
+
+@pytest.mark.parametrize(("bf16", "fast"), [(True, False), (True, True), (False, False)])
+def test_bf16_on_a_cpu_without_it_is_said(
+    bf16: bool,
+    fast: bool,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("fastchat_qlora.training.setup.multiplies_bf16_fast", lambda: fast)
+    train(command(model_folder, data_file, tmp_path / "out", bf16=bf16, max_steps=1))
+    told = [record for record in notices.records if "multiplies bf16 several times slower" in record.getMessage()]
+    assert len(told) == (bf16 and not fast)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 instructions")
+def test_bf16_needs_avx_512() -> None:
+    instructions = set(Path("/proc/cpuinfo").read_text().split())
+    assert multiplies_bf16_fast() == ({"avx512bw", "avx512vl", "avx512dq"} <= instructions)
 
 
 def test_results_count_real_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
+def multiplies_bf16_fast() -> bool:
+    """Return whether torch multiplies bf16 on this CPU as fast as fp32, for which x86 needs AVX-512."""
+    ask_onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # torch can be built without oneDNN
+    return ask_onednn is not None and bool(ask_onednn())
+
+
 def get_dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
