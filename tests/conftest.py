@@ -3,6 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use a hub; read when huggingface_hub is imported
+# Models of two layers gain nothing from a second thread. Threads wait for each other in a loop, which takes fifty times
+# as long beside a busy test worker. Read when torch is imported, here and in the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import logging
@@ -11,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +28,6 @@ from launching import free_port
 from stand_in import CHATML as CHATML
 from stand_in import SMALL, make_model, make_tokenizer
 
-# Models of two layers gain nothing from a second thread; waiting for it takes fifty times as long on a busy machine.
-torch.set_num_threads(1)
-
 CONVERSATIONS = [
     [("human", "Who are you?"), ("gpt", "I'm Pellico.")],
     [("human", "Count."), ("gpt", "one two three"), ("human", "And then?"), ("gpt", "four five six")],
@@ -40,6 +39,11 @@ CONVERSATIONS = [
 def sharegpt(turns: list[tuple[str, str]], identity: str = "c") -> dict:
     """A ShareGPT record from (role, text) pairs."""
     return {"id": identity, "conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest test, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
 @pytest.fixture(scope="session")

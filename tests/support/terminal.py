@@ -12,7 +12,7 @@ PROGRAM = "from fastchat_qlora.cli import program; program()"
 
 def start(adapter: Path, *flags: str) -> pexpect.spawn:
     """Start `fastchat-qlora chat` in a terminal of its own, and wait for its first prompt."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
     argv = ["-c", PROGRAM, "chat", str(adapter), *flags]
     child = pexpect.spawn(
         sys.executable, argv, env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60, echo=False
