@@ -72,15 +72,16 @@ def _merge_and_ask(folder: Path) -> None:
 
 
 def _answers(model: Any, folder: Path) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = []
-    for question in QUESTIONS:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
-        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]))
-    return answers
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    prompts = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": question}] for question in QUESTIONS],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompts, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :])
 
 
 def _chat(adapter: Path) -> None:
