@@ -180,7 +180,7 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     if topology.accelerator is None and dtype == torch.bfloat16 and not multiplies_bf16_fast():
         logger.warning(
             "--bf16 True: this CPU multiplies bf16 several times slower than fp32, since it lacks instructions for it; "
-            "drop the flag if memory allows, which fp32 needs twice as much of."
+            "drop the flag if there is memory for fp32, which needs up to twice as much."
         )
     quantization_config = build_run_quantization_config(args.lora, dtype, topology)
     quantized = base.quantization.is_quantized
