@@ -51,12 +51,12 @@ def download_model(folder: Path) -> Path:
 
 
 def computes_in_bf16() -> bool:
-    """Return whether this machine computes in bf16 without being slower than in fp32."""
+    """Return whether this machine has fast kernels for bf16."""
     import torch
 
-    from fastchat_qlora.model.loading.base_model import multiplies_bf16_fast
+    from fastchat_qlora.model.loading.base_model import has_bf16_kernels
 
-    return torch.cuda.is_available() or multiplies_bf16_fast()
+    return torch.accelerator.is_available() or has_bf16_kernels()
 
 
 def answer(model_name: str, adapter: Path | None, questions: tuple[str, ...] = QUESTIONS) -> dict[str, str]:

@@ -4,7 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use a hub; read when huggingface_hub is imported
 # Models of two layers gain nothing from a second thread. Threads wait for each other in a loop, which takes fifty times
-# as long beside a busy test worker. Read when torch is imported, here and in the programs that tests start.
+# as long beside a busy test worker; so the quickstart's model has one too. Read when torch is imported, here and in the
+# programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json

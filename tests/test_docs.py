@@ -162,7 +162,7 @@ def check_program(command: Command) -> None:
     if name == "train":
         check_train(command._replace(words=argv))
     else:
-        shorter = ["--max_new_tokens", "8"] if name == "chat" else []  # the small model never ends its turn
+        shorter = ["--max_new_tokens", "8"] if name == "chat" else []  # the model of two layers never ends its turn
         run_here([name, *argv, *shorter])
 
 

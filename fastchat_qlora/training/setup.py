@@ -28,8 +28,8 @@ from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
     fingerprint_base_model,
+    has_bf16_kernels,
     load_config,
-    multiplies_bf16_fast,
 )
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
@@ -133,6 +133,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
     training_args, output_dir = args.training, Path(args.training.output_dir)
+    _warn_of_slow_bf16(topology, dtype)
     checkpoint = choose_checkpoint(
         output_dir,
         training_args.resume_from_checkpoint or "",
@@ -175,13 +176,16 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     )
 
 
+def _warn_of_slow_bf16(topology: Topology, dtype: torch.dtype) -> None:
+    if topology.accelerator is None and dtype == torch.bfloat16 and not has_bf16_kernels():
+        logger.warning(
+            "--bf16 True: torch has no fast products in bf16 for this CPU, so the run is several times slower than in "
+            "fp32; drop the flag if there is memory for fp32, which needs up to twice as much."
+        )
+
+
 def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, dtype: torch.dtype) -> LoadingSettings:
     """Choose how the base model is loaded, and check that it works with the strategy and the attention backend."""
-    if topology.accelerator is None and dtype == torch.bfloat16 and not multiplies_bf16_fast():
-        logger.warning(
-            "--bf16 True: this CPU multiplies bf16 several times slower than fp32, since it lacks instructions for it; "
-            "drop the flag if there is memory for fp32, which needs up to twice as much."
-        )
     quantization_config = build_run_quantization_config(args.lora, dtype, topology)
     quantized = base.quantization.is_quantized
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)

@@ -34,9 +34,6 @@ def context() -> Any:
 
 def _work(program: str, arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
     """Run the program in the forked process."""
-    import torch
-
-    torch.set_num_threads(1)
     os.environ |= environment
     os.chdir(ROOT)
     with open(log, "ab") as file:
@@ -84,13 +81,12 @@ class Run:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
         self._said_before = log.stat().st_size
-        shared = {"OMP_NUM_THREADS": "1", **environment}
         port = str(free_port()) if processes > 1 else ""
         self.processes: list[BaseProcess] = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
             own |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(processes)}
-            given = shared | (own if processes > 1 else {})
+            given = environment | (own if processes > 1 else {})
             self.processes.append(context().Process(target=_work, args=(program, list(arguments), given, str(log))))
         for process in self.processes:
             process.start()

@@ -89,7 +89,7 @@ def _check_tables(values: Values) -> Iterator[str]:
 
 def _check_devices(values: Values) -> Iterator[str]:
     if values.fp16 and not values.bf16 and runs_on_cpu(values):
-        yield "--fp16 True: is not supported on a CPU; use --bf16 True or drop the flag"
+        yield "--fp16 True: is not supported on a CPU; drop the flag, or use --bf16 True if the CPU has AVX-512"
     if values.tf32 and runs_on_cpu(values):
         yield "--tf32 True: needs an NVIDIA GPU (Ampere or newer); drop it on a CPU"
     if values.use_cpu and values.device_type == "cuda":

@@ -32,10 +32,9 @@ def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
-def multiplies_bf16_fast() -> bool:
-    """Return whether torch multiplies bf16 on this CPU as fast as fp32, for which x86 needs AVX-512."""
-    ask_onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # torch can be built without oneDNN
-    return ask_onednn is not None and bool(ask_onednn())
+def has_bf16_kernels() -> bool:
+    """Return whether oneDNN multiplies bf16 on this CPU; torch's own kernels are many times slower than fp32."""
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())  # torch may lack oneDNN
 
 
 def get_dtype_name(dtype: torch.dtype) -> str:

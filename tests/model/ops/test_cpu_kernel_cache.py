@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastchat_qlora.model.loading.base_model import multiplies_bf16_fast
+from fastchat_qlora.model.loading.base_model import has_bf16_kernels
 from fastchat_qlora.model.ops.cpu_kernel_cache import TORCH_KERNELS, limit_kernel_caches
 
 NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -57,7 +57,7 @@ def kernels_made(program: str) -> list[str]:
     return [line for line in run.stdout.splitlines() if "create:cache_miss" in line or line == "AGAIN"]
 
 
-with_onednn = pytest.mark.skipif(not multiplies_bf16_fast(), reason="this CPU multiplies bf16 without oneDNN")
+with_onednn = pytest.mark.skipif(not has_bf16_kernels(), reason="this CPU multiplies bf16 without oneDNN")
 
 
 @with_onednn
