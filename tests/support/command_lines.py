@@ -30,7 +30,7 @@ ACTIONS = {action.option_strings[0]: action for action in build_parser()._action
 SPELLINGS = [name for action in ACTIONS.values() for name in action.option_strings if name.startswith("--")]
 
 NAMES = """
-model data.json folder empty.json incomplete.json latin1.json none none.json a/b/c ~ ../work/folder data.json/x
+model data.json folder empty.json incomplete.json latin1.json none none.json a/b/c ~ ../here/folder data.json/x
 ./folder/ /proc/x /dev/null ~no_such_user/x \udcff.json org/name org/name:train data.json:train folder:test : a:b json
 adapter incomplete_adapter checkpoint incomplete_checkpoint true False settings.json ünï🙂
 """
@@ -200,7 +200,7 @@ def command_lines(draw: st.DrawFn) -> tuple[list[str], list[str]]:
 @pytest.fixture(scope="module")
 def folder(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Return the folder of the examples: a model, conversations, and files that a flag may wrongly name."""
-    path = tmp_path_factory.mktemp("faults") / "work"
+    path = tmp_path_factory.mktemp("faults") / "here"
     contents = {
         "data.json": data.read_text(encoding="utf-8"),
         "empty.json": "",

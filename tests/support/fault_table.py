@@ -74,7 +74,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows of this session, and those of other tests on the page."""
+    """Yield the rows of this pytest run, and those of other tests on the page."""
     for file, passed in _counted.items():
         summary = (ast.get_docstring(ast.parse((ROOT / file).read_text("utf-8"))) or "").partition("\n")[0]
         yield summary.rstrip("."), str(len(passed)), str(sum(passed)), f"`{Path(file).name}`"

@@ -1,10 +1,7 @@
 """Objects that Trainer builds after loading the weights are tried before."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import ROOT
 
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
@@ -12,10 +9,8 @@ from fastchat_qlora.training.preflight import run_preflight
 
 
 @pytest.fixture
-def required(model_folder: Path, tmp_path: Path) -> list[str]:
-    data = str(ROOT / "data" / "dummy_conversation.json")
-    output_dir = str(tmp_path / "output")
-    return ["--model_name_or_path", str(model_folder), "--data_path", data, "--output_dir", output_dir, "--use_cpu"]
+def required(required: list[str]) -> list[str]:
+    return [*required, "--use_cpu"]
 
 
 SCHEDULES = {

@@ -97,11 +97,8 @@ def test_flag_decides(model_folder: Path, data_file: Path, tmp_path: Path, seen:
         (["--activation_checkpointing", "False"], False, False),
     ],
 )
-def test_flag_values_of_checkpointing(
-    given: list[str], automatic: bool, on: bool, model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
-    needed = ["--model_name_or_path", str(model_folder), "--data_path", str(data_file), "--output_dir", str(tmp_path)]
-    training = parse_args([*needed, *given]).training
+def test_flag_values_of_checkpointing(given: list[str], automatic: bool, on: bool, required: list[str]) -> None:
+    training = parse_args([*required, *given]).training
     assert training.auto_checkpointing is automatic
     assert training.activation_checkpointing is training.gradient_checkpointing is on
 
