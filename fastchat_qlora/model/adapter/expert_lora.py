@@ -1,0 +1,47 @@
+"""LoRA layers beside the fused weights of experts, without PEFT's sum of weights and adapter."""
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+
+from fastchat_qlora.model.ops.experts import LoraFactors, get_lora_factors, get_quant_states
+
+
+class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
+    """The adapter on one parameter of experts that `ops.experts.compute_experts` serves.
+
+    PEFT refuses any dropout beside such a parameter; here there is none, whatever the other layers have. The second
+    parameter of a module is wrapped only around a layer whose class has this name (0.21.2, `_inject_parameters`).
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.lora_dropout = 0.0
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+
+    def get_param(self) -> Any:
+        """Return the parameter, or for one in 4 bits a tensor without memory of its shape and dtype."""
+        parameter, state = super().get_param(), get_quant_states(self.get_base_layer()).get(self.parameter_name)
+        if state is None:
+            return parameter
+        return torch.empty((), dtype=state.dtype, device=parameter.device).expand(state.shape)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the output of the experts with the adapter, shape (tokens, hidden size)."""
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        factors = get_lora_factors(self.get_base_layer())
+        factors[self.parameter_name] = self._get_factors(names[0])
+        try:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            del factors[self.parameter_name]
+
+    def _get_factors(self, name: str) -> LoraFactors:
+        """Return the factors by expert; in PEFT's file those of the experts lie one beside the other."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = a.view(self.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return LoraFactors(a, b, self.scaling[name])

@@ -1,0 +1,110 @@
+"""A quantizer for transformers that packs experts and linear layers of subclasses into 4 bits too, as they are loaded.
+
+transformers' own quantizer for bitsandbytes replaces modules of the class `torch.nn.Linear` only (5.23,
+`integrations/bitsandbytes.py`), so that a mixture of experts stays in 16 bits. This can go once it packs all weights.
+"""
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from fastchat_qlora.model.loading.text_part import find_text_part
+from fastchat_qlora.model.ops.experts import get_quant_states
+
+BLOCK = 64  # weights under one scale
+METHOD = "bitsandbytes_with_experts"
+
+
+class ExpertsBitsAndBytesConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is untyped
+    """The bitsandbytes configuration of a model whose experts are packed as well."""
+
+    def __init__(self, *, towers: tuple[str, ...] = (), **settings: Any) -> None:
+        super().__init__(**settings)
+        self.quant_method = METHOD
+        self.towers = towers
+
+
+@register_quantizer(METHOD)
+class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """bitsandbytes' 4 bits for all linear layers and experts of the text part."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # type: ignore[assignment]
+        text = find_text_part(model, self.quantization_config.towers)
+        for name, module in text.linear.items():
+            if type(module) not in (torch.nn.Linear, Conv1D):
+                model.set_submodule(name, _make_plain(module))
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+        self.quantization_config.llm_int8_skip_modules = sorted(linear - text.linear.keys())
+        self.experts = {name for name, parameter in text.experts.items() if can_pack(parameter)}
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is packed."""
+        return param_name in self.experts or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> Any:
+        """Return the operation that packs a loaded tensor."""
+        return _Pack(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        for full_name in sorted(self.experts):
+            module_name, _, name = full_name.rpartition(".")
+            _unpack_on_access(model.get_submodule(module_name), name)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def can_pack(parameter: torch.Tensor) -> bool:
+    """Return whether the weights of each expert are whole blocks."""
+    return parameter.ndim >= 2 and parameter[0].numel() % BLOCK == 0
+
+
+def _make_plain(module: Any) -> torch.nn.Linear:
+    with torch.device("meta"):
+        return torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+
+
+class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
+    """Packing of one tensor, of a linear layer as transformers does it, or of all experts of a layer."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Return name -> packed parameter."""
+        experts = {name: value for name, value in input_dict.items() if name in self.hf_quantizer.experts}
+        linear = {name: value for name, value in input_dict.items() if name not in experts}
+        packed = super().convert(linear, *args, model=model, **kwargs) if linear else {}
+        for name, value in experts.items():
+            packed[name] = self._pack(model, name, value[0] if isinstance(value, list) else value)
+        return packed  # type: ignore[no-any-return]
+
+    def _pack(self, model: Any, full_name: str, value: torch.Tensor) -> Any:
+        from bitsandbytes.nn import Params4bit
+
+        config = self.hf_quantizer.quantization_config
+        packed = Params4bit(
+            value,
+            requires_grad=False,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+        ).to(value.device)
+        module_name, _, name = full_name.rpartition(".")
+        # Beside the parameter, since FSDP2 replaces that by one without attributes.
+        get_quant_states(model.get_submodule(module_name))[name] = packed.quant_state
+        return packed
+
+
+def _unpack_on_access(module: torch.nn.Module, name: str) -> None:
+    """Have a class that transformers' experts functions do not serve see unpacked weights."""
+    if hasattr(module, "has_gate"):
+        return
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+    state = get_quant_states(module)[name]
+    constants, device = state.as_dict(packed=True), getattr(module, name).device
+    replace_parameter_4bit_prequantized(module, name, constants, device)

@@ -1,0 +1,112 @@
+"""The weights that text training passes through: linear layers and experts, without routers, towers and head."""
+
+import copy
+import re
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+NARROWEST_WIDTH = 8  # of a layer that is quantized and adapted: gates of one output, AltUp's coefficients are narrower
+EXPERTS_IN_PATH = re.compile(r"(.*\.)?experts(?=\.|$)")
+
+
+class TextPart(NamedTuple):
+    """Names of modules and parameters of a model, with their weights."""
+
+    linear: dict[str, torch.nn.Module]  # by name of the module
+    experts: dict[str, torch.nn.Parameter]  # fused weights of all experts of a layer, by name of the parameter
+    routers: tuple[str, ...]  # linear layers that choose experts
+    other_linear: tuple[str, ...]  # too narrow, or with a forward pass other than x W^T + b
+
+    def count(self) -> dict[str, int]:
+        """Return the number of weights by name of module or parameter."""
+        linear = {name: module.weight.numel() for name, module in self.linear.items()}  # type: ignore[operator,union-attr]
+        return linear | {name: parameter.numel() for name, parameter in self.experts.items()}
+
+
+def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> TextPart:
+    """Return the text part of a model that has not been quantized, on any device.
+
+    Args:
+        model: without adapter.
+        towers: names of modules whose content is left out, such as the vision tower.
+    """
+    head = model.get_output_embeddings()
+    experts = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if is_experts(module) and not _is_inside(name, towers)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2 and not key.endswith("bias")
+    }
+    blocks = _find_expert_blocks(model, experts)
+    linear, routers, others = {}, [], []
+    regular: dict[type, bool] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or _is_inside(name, towers):
+            continue
+        if _is_router(name, blocks):
+            routers.append(name)
+            continue
+        if type(module) not in regular:
+            regular[type(module)] = computes_linear(module)
+        if min(module.weight.shape) < NARROWEST_WIDTH or not regular[type(module)]:
+            others.append(name)
+        else:
+            linear[name] = module
+    return TextPart(linear, experts, tuple(routers), tuple(others))
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Return whether a module holds the weights of several experts in one tensor.
+
+    Classes under transformers' `use_experts_implementation` have `has_gate`; older ones are known by their name.
+    """
+    if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.ModuleList):
+        return False
+    named = "expert" in type(module).__name__.lower()
+    return (named or hasattr(module, "has_gate")) and any(p.ndim >= 2 for p in module.parameters(recurse=False))
+
+
+def _is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _find_expert_blocks(model: torch.nn.Module, experts: dict[str, torch.nn.Parameter]) -> set[str]:
+    """Return the names of the modules that hold experts, and so a router as well."""
+    fused = {name.rpartition(".")[0].rpartition(".")[0] for name in experts}
+    found = (EXPERTS_IN_PATH.match(name) for name, _ in model.named_modules())
+    return fused | {(match[1] or "").removesuffix(".") for match in found if match}
+
+
+def _is_router(name: str, blocks: set[str]) -> bool:
+    """Return whether a linear layer, beside the experts of a block, is named as a router or is within one."""
+    parts = name.split(".")
+    return any(
+        ".".join(parts[:index]) in blocks and ("router" in parts[index] or parts[index] == "gate")
+        for index in range(len(parts))
+    )
+
+
+def computes_linear(module: torch.nn.Module) -> bool:
+    """Return whether a linear layer, perhaps of a subclass, computes x W^T + b and nothing else."""
+    if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    probe = copy.copy(module)
+    probe._parameters = {
+        name: None if parameter is None else torch.nn.Parameter(torch.rand(parameter.shape))
+        for name, parameter in module._parameters.items()
+    }
+    tokens = torch.rand(2, 3, module.in_features)
+    try:
+        with torch.no_grad():
+            found = probe(tokens)
+            return isinstance(found, torch.Tensor) and torch.allclose(
+                found, torch.nn.functional.linear(tokens, probe.weight, probe.bias), rtol=1e-3, atol=1e-3
+            )
+    except Exception:  # untrusted code of a model may raise anything
+        return False
