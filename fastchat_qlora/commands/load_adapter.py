@@ -25,7 +25,8 @@ from fastchat_qlora.model.adapter.adapter_files import (
     check_pattern_time,
     read_lora_config,
 )
-from fastchat_qlora.model.adapter.lora import PEFT_ERRORS, compute_adapter_shapes
+from fastchat_qlora.model.adapter.lora import compute_adapter_shapes, prepare_for_adapter
+from fastchat_qlora.model.adapter.targets import PEFT_ERRORS
 from fastchat_qlora.model.loading import base_model
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
@@ -203,8 +204,10 @@ def get_context_length(config: PretrainedConfig) -> int | None:
 def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = None) -> PeftModel:
     """Load the adapter onto a base model, loaded if not given; RunError if PEFT cannot attach it."""
     base = base or load_base(adapter)
+    lora_config = copy.deepcopy(adapter.lora_config)
+    prepare_for_adapter(base, lora_config)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter.folder), config=copy.deepcopy(adapter.lora_config))
+        model = PeftModel.from_pretrained(base, str(adapter.folder), config=lora_config)
     except PEFT_ERRORS as error:
         reason = f"cannot be attached to the model: {one_line(error, 300)}"
         raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error

@@ -21,9 +21,10 @@ from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_datas
 from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
+from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_pattern_time
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
+from fastchat_qlora.model.adapter.targets import choose_targets, fit_config
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
@@ -36,6 +37,7 @@ from fastchat_qlora.model.loading.quantization import (
     build_run_quantization_config,
     get_base_quantization,
 )
+from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.model.ops.attention_checks import check_attention
@@ -115,7 +117,14 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     quantization = get_base_quantization(args.lora)
     config = load_config(args.model, args.training.cache_dir)
     meta_model = build_meta_model(config)
-    check_targets(meta_model, lora_config, quantized=quantization.is_quantized)
+    if meta_model is None:
+        check_pattern_time(lora_config, None)
+        return PreparedBase(config, lora_config, quantization, meta_model)
+    text = find_text_part(meta_model)
+    check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
+    if not args.lora.lora_weight_path:
+        targets = choose_targets(meta_model, text, lora_config)
+        lora_config = fit_config(lora_config, targets, meta_model, lambda: build_meta_model(config))
     return PreparedBase(config, lora_config, quantization, meta_model)
 
 

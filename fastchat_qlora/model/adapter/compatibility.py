@@ -6,16 +6,21 @@ from collections.abc import Collection
 import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
+from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
+from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
 
-ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 
-
-def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *, quantized: bool = False) -> None:
+def check_targets(
+    meta_model: PreTrainedModel | None,
+    lora_config: LoraConfig,
+    text: TextPart | None = None,
+    *,
+    quantized: bool = False,
+) -> None:
     """Require that every module that the adapter names exists, and that its regular expressions are fast.
 
     PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
@@ -23,10 +28,13 @@ def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, *
     check_pattern_time(lora_config, meta_model)
     if meta_model is None:
         return
+    text = find_text_part(meta_model) if text is None else text
     modules = dict(meta_model.named_modules())
-    adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE_MODULES)}
+    adaptable = find_adaptable(meta_model)
     if not isinstance(lora_config.target_modules, str):
-        _check_module_names("--lora_target_modules", lora_config.target_modules or (), adaptable)
+        _check_module_names(
+            "--lora_target_modules", lora_config.target_modules or (), adaptable | list_fused_names(text)
+        )
     # A quantized weight cannot be trained; the head and the embeddings are never quantized.
     trainable = {name for name in modules if not quantized or name not in adaptable or _is_head_or_embedding(name)}
     trainable -= _find_attention_and_parents(meta_model)

@@ -4,16 +4,18 @@ import copy
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 
-from fastchat_qlora.model.ops.experts import LoraFactors, get_lora_factors, get_quant_states
+from fastchat_qlora.model.loading.text_part import is_experts
+from fastchat_qlora.model.ops.experts import LoraFactors, get_lora_factors, get_quant_states, is_served
 
 
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
-    """The adapter on one parameter of experts that `ops.experts.compute_experts` serves.
+    """The adapter on one parameter of experts.
 
-    PEFT refuses any dropout beside such a parameter; here there is none, whatever the other layers have. The second
-    parameter of a module is wrapped only around a layer whose class has this name (0.21.2, `_inject_parameters`).
+    PEFT refuses any dropout beside such a parameter; here there is none, whatever the other layers have. PEFT wraps the
+    second parameter of a module only if the class around the first one has this name (0.21.2, `_inject_parameters`).
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
@@ -28,10 +30,20 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
             return parameter
         return torch.empty((), dtype=state.dtype, device=parameter.device).expand(state.shape)
 
+    def _remove_parametrizations(self) -> None:
+        # PEFT (0.21.2) looks for the parametrization that it has added by another class than the one that it has added,
+        # and leaves it there where bitsandbytes' own lies beneath. This can go once it finds it.
+        parametrizations = self.get_base_layer().parametrizations[self.parameter_name]
+        if len(parametrizations) > 1:
+            del parametrizations[-1]
+        else:
+            super()._remove_parametrizations()
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the experts with the adapter, shape (tokens, hidden size)."""
         names = self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+        is_plain = not self.disable_adapters and not self.merged and len(names) == 1 and names[0] in self.lora_A
+        if not is_plain or not is_served(self.get_base_layer()):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         factors = get_lora_factors(self.get_base_layer())
         factors[self.parameter_name] = self._get_factors(names[0])
@@ -45,3 +57,9 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         a, b = a.view(self.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
         return LoraFactors(a, b, self.scaling[name])
+
+
+def register_expert_lora(config: LoraConfig, model: torch.nn.Module) -> None:
+    """Make PEFT build these layers when it attaches the adapter of `config` to `model`."""
+    classes = {type(module) for module in model.modules() if is_experts(module)}
+    config._register_custom_module(dict.fromkeys(classes, ParamWrapper))

@@ -1,6 +1,5 @@
 """LoRA arguments -> a LoRA adapter on a frozen base model."""
 
-import copy
 import logging
 from collections.abc import Collection
 from typing import Any
@@ -12,14 +11,14 @@ from transformers import PreTrainedModel
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
+from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
+from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
+from fastchat_qlora.model.ops.experts import use_compute_experts
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
-
-PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
-"""Errors of PEFT for an adapter that does not fit a model."""
 
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
@@ -32,6 +31,8 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=lora_args.lora_target_parameters,
+        exclude_modules=lora_args.lora_exclude_modules,
         bias=lora_args.lora_bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
@@ -67,7 +68,7 @@ def attach_adapter(
     """
     model.requires_grad_(False)
     use_memory_efficient_modules(model, excluded_classes)
-    register_efficient_lora(lora_config, model)
+    prepare_for_adapter(model, lora_config)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
     trainable = get_trainable_parameters(peft_model)
     if not trainable:
@@ -81,6 +82,13 @@ def attach_adapter(
         if not (quantized and name.endswith(".bias")) and not _is_partitioned(parameter):
             parameter.data = parameter.data.to(dtype)
     return peft_model
+
+
+def prepare_for_adapter(model: PreTrainedModel, lora_config: LoraConfig) -> None:
+    """Make PEFT build our layers when it attaches an adapter of this configuration to this model."""
+    use_compute_experts(model)
+    register_efficient_lora(lora_config, model)
+    register_expert_lora(lora_config, model)
 
 
 def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -113,11 +121,8 @@ def compute_adapter_shapes(
     """
     if meta_model is None:
         return None
-    lora_config = copy.deepcopy(lora_config)
-    lora_config.init_lora_weights = False  # there are no values to initialize from
-    meta_model.requires_grad_(False)
     try:
-        model = get_peft_model(meta_model, lora_config, low_cpu_mem_usage=True)
+        model = attach_to_meta(meta_model, lora_config)
     except PEFT_ERRORS as error:
         raise UserError(f"{flag}: the adapter cannot be attached to this model: {one_line(error, 300)}") from error
     trained = {name: parameter.detach() for name, parameter in get_trainable_parameters(model).items()}

@@ -66,8 +66,10 @@ def build_quantization_config(
         return None
     if not quantization.is_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
+    from fastchat_qlora.model.loading.quantizer import ExpertsBitsAndBytesConfig  # it imports bitsandbytes
+
     stored: dict[str, Any] = {} if storage is None else {"bnb_4bit_quant_storage": storage}
-    return BitsAndBytesConfig(
+    return ExpertsBitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,
         bnb_4bit_use_double_quant=quantization.double_quant,

@@ -7,15 +7,16 @@ transformers' own quantizer for bitsandbytes replaces modules of the class `torc
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fastchat_qlora.model.loading.text_part import find_text_part
-from fastchat_qlora.model.ops.experts import get_quant_states
+from fastchat_qlora.model.ops.experts import get_quant_states, is_served, unpack, use_compute_experts
 
 BLOCK = 64  # weights under one scale
 METHOD = "bitsandbytes_with_experts"
@@ -35,7 +36,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """bitsandbytes' 4 bits for all linear layers and experts of the text part."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # type: ignore[assignment]
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         text = find_text_part(model, self.quantization_config.towers)
         for name, module in text.linear.items():
             if type(module) not in (torch.nn.Linear, Conv1D):
@@ -56,8 +57,23 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         for full_name in sorted(self.experts):
             module_name, _, name = full_name.rpartition(".")
-            _unpack_on_access(model.get_submodule(module_name), name)
+            module = model.get_submodule(module_name)
+            if not is_served(module):
+                _unpack_on_access(module, name)
+        use_compute_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        for full_name in self.experts:
+            module_name, _, name = full_name.rpartition(".")
+            module = model.get_submodule(module_name)
+            state = get_quant_states(module).pop(name)
+            if is_served(module):
+                weight = unpack(getattr(module, name), state).to(dtype)
+                setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+            else:
+                remove_parametrizations(module, name)
+        return super()._dequantize(model, dtype)
 
 
 def can_pack(parameter: torch.Tensor) -> bool:
@@ -80,7 +96,7 @@ class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
         packed = super().convert(linear, *args, model=model, **kwargs) if linear else {}
         for name, value in experts.items():
             packed[name] = self._pack(model, name, value[0] if isinstance(value, list) else value)
-        return packed  # type: ignore[no-any-return]
+        return packed
 
     def _pack(self, model: Any, full_name: str, value: torch.Tensor) -> Any:
         from bitsandbytes.nn import Params4bit
@@ -100,9 +116,7 @@ class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
 
 
 def _unpack_on_access(module: torch.nn.Module, name: str) -> None:
-    """Have a class that transformers' experts functions do not serve see unpacked weights."""
-    if hasattr(module, "has_gate"):
-        return
+    """Have a forward pass of the module's own see unpacked weights."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
     state = get_quant_states(module)[name]

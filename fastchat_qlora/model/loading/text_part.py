@@ -2,7 +2,7 @@
 
 import copy
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -15,14 +15,16 @@ EXPERTS_IN_PATH = re.compile(r"(.*\.)?experts(?=\.|$)")
 class TextPart(NamedTuple):
     """Names of modules and parameters of a model, with their weights."""
 
-    linear: dict[str, torch.nn.Module]  # by name of the module
+    linear: dict[str, Any]  # by name of the module
     experts: dict[str, torch.nn.Parameter]  # fused weights of all experts of a layer, by name of the parameter
     routers: tuple[str, ...]  # linear layers that choose experts
-    other_linear: tuple[str, ...]  # too narrow, or with a forward pass other than x W^T + b
+    other_linear: dict[str, Any]  # too narrow, or with a forward pass other than x W^T + b
 
-    def count(self) -> dict[str, int]:
-        """Return the number of weights by name of module or parameter."""
-        linear = {name: module.weight.numel() for name, module in self.linear.items()}  # type: ignore[operator,union-attr]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of weights by name of module or parameter, without routers."""
+        modules = (self.linear | self.other_linear).items()
+        linear = {name: int(module.weight.numel()) for name, module in modules}
         return linear | {name: parameter.numel() for name, parameter in self.experts.items()}
 
 
@@ -42,8 +44,8 @@ def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> Text
         if parameter.ndim >= 2 and not key.endswith("bias")
     }
     blocks = _find_expert_blocks(model, experts)
-    linear, routers, others = {}, [], []
-    regular: dict[type, bool] = {}
+    linear, routers, others = {}, [], {}
+    regular: dict[type[torch.nn.Module], bool] = {}
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or _is_inside(name, towers):
             continue
@@ -53,10 +55,15 @@ def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> Text
         if type(module) not in regular:
             regular[type(module)] = computes_linear(module)
         if min(module.weight.shape) < NARROWEST_WIDTH or not regular[type(module)]:
-            others.append(name)
+            others[name] = module
         else:
             linear[name] = module
-    return TextPart(linear, experts, tuple(routers), tuple(others))
+    return TextPart(linear, experts, tuple(routers), others)
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Return whether a model is a mixture of experts with fused weights."""
+    return any(is_experts(module) for module in model.modules())
 
 
 def is_experts(module: torch.nn.Module) -> bool:

@@ -23,12 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
-from fastchat_qlora.model.adapter.lora import PEFT_ERRORS
+from fastchat_qlora.model.adapter.targets import ADAPTER, PEFT_ERRORS
 from fastchat_qlora.model.merging.dequantize import WeightRounding
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
 from fastchat_qlora.utils.text import one_line
 
-ADAPTER = "default"  # PEFT's name for the adapter that a model is loaded with
 BASE_KEEPING_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 EXPERTS = "per_expert"  # the name of `compute_experts` among transformers' experts functions
@@ -32,9 +33,16 @@ class Groups(NamedTuple):
     sizes: list[int]  # tokens of each expert; empty where grouped products spare waiting for the device
 
 
-def register_experts() -> None:
-    """Register `compute_experts` with transformers."""
+def use_compute_experts(model: PreTrainedModel) -> None:
+    """Compute the model's experts by `compute_experts`, where their classes let transformers choose."""
     ExpertsInterface.register(EXPERTS, compute_experts)
+    if any(is_served(module) for module in model.modules()):
+        model.set_experts_implementation(EXPERTS)
+
+
+def is_served(module: torch.nn.Module) -> bool:
+    """Return whether a module's class leaves its forward pass to transformers' experts functions."""
+    return hasattr(module, "has_gate")
 
 
 def compute_experts(
@@ -149,7 +157,7 @@ def _multiply(inputs: torch.Tensor, factor: torch.Tensor, groups: Groups) -> tor
         return F.linear(inputs, factor[0])  # autograd saves the same
     if not groups.sizes:
         return F.grouped_mm(inputs, factor.transpose(1, 2), offs=groups.ends)
-    parts = zip(inputs.split(groups.sizes), factor.unbind(), strict=True)
+    parts = zip(torch.split(inputs, groups.sizes), factor.unbind(), strict=True)
     return torch.cat([F.linear(part, of_expert) for part, of_expert in parts if len(part)])
 
 
@@ -157,7 +165,8 @@ def unpack(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """Return all weights in 4 bits, in the dtype that they had and in their shape."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(packed.detach(), state)
+    unpacked: torch.Tensor = dequantize_4bit(packed.detach(), state)
+    return unpacked
 
 
 def unpack_absmax(state: Any) -> torch.Tensor:
@@ -166,7 +175,8 @@ def unpack_absmax(state: Any) -> torch.Tensor:
 
     if not state.nested:
         return state.absmax  # type: ignore[no-any-return]
-    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    scales: torch.Tensor = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    return scales
 
 
 def unpack_expert(packed: torch.Tensor, state: Any, absmax: torch.Tensor, expert: int) -> torch.Tensor:
@@ -185,4 +195,5 @@ def unpack_expert(packed: torch.Tensor, state: Any, absmax: torch.Tensor, expert
     )
     size = shape.numel() // 2
     data = packed.detach().view(torch.uint8).flatten()[expert * size : (expert + 1) * size]
-    return dequantize_4bit(data[:, None], own).view(shape)
+    unpacked: torch.Tensor = dequantize_4bit(data[:, None], own)
+    return unpacked.view(shape)

@@ -16,6 +16,7 @@ from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
+from fastchat_qlora.model.adapter.targets import ADAPTER
 from fastchat_qlora.model.merging.safetensors_files import copy_permissions
 from fastchat_qlora.training.checkpoints.manifest import sync
 
@@ -49,8 +50,18 @@ def _gather(parameter: Any) -> torch.Tensor:
 
 
 def save_adapter(model: PeftModel, tensors: Tensors, folder: str) -> None:
-    """Write an adapter as PEFT does; embeddings only if they were trained, without asking the hub about them."""
-    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+    """Write an adapter as PEFT does; embeddings only if they were trained, without asking the hub about them.
+
+    With an adapter on parameters the file has no dropout, which is for training only: PEFT refuses any beside them
+    when it loads the adapter (0.21.2, `ParamWrapper`).
+    """
+    config = model.peft_config[ADAPTER]
+    dropout = config.lora_dropout
+    config.lora_dropout = 0.0 if config.target_parameters else dropout
+    try:
+        model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+    finally:
+        config.lora_dropout = dropout
     copy_permissions(Path(folder), like=CONFIG_NAME)
 
 

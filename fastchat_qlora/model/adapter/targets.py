@@ -1,0 +1,233 @@
+"""The modules and parameters that an adapter is to be on -> a LoRA configuration by which PEFT selects them alone.
+
+PEFT reads a configuration anew wherever the adapter is loaded. For some mixtures of experts it moves names such as
+gate_proj from linear layers to the experts (0.21.2, `utils/transformers_weight_conversion.py`), and it takes vision
+towers for a part of the model. So what PEFT selects is compared with what is wanted, on a model without weights.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as lora
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.text_part import TextPart, has_experts
+from fastchat_qlora.utils.text import one_line
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+ADAPTER = "default"  # PEFT's name for the adapter that a model is loaded with
+PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""Errors of PEFT for an adapter that does not fit a model."""
+
+ADAPTABLE_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+
+FUSED_NAMES = {
+    "gate_up_proj": ({"gate_proj", "up_proj"}, {"w1", "w3"}, {"gate_up_proj"}),
+    "up_proj": ({"up_proj"},),
+    "down_proj": ({"down_proj"}, {"w2"}),
+}
+"""Name of fused weights -> the sets of names by which users know them from the separate experts of other versions."""
+
+MOVED = {one for groups in FUSED_NAMES.values() for group in groups for one in group}
+"""Last parts of names that PEFT may take for those of experts."""
+
+MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBA_MODULES = ("out_proj", "conv1d")
+"""Modules that PEFT refuses in models of these types, whose kernels use the weights alone (`tuners_utils.py`)."""
+
+
+class Targets(NamedTuple):
+    """Full names in the base model."""
+
+    modules: frozenset[str]
+    parameters: frozenset[str]  # of modules that are no linear layers, such as experts
+
+
+def choose_targets(
+    model: PreTrainedModel, text: TextPart, config: LoraConfig, unreached: Collection[str] = ()
+) -> Targets:
+    """Return what the names in a configuration mean in a model.
+
+    Args:
+        model: without weights.
+        text: its text part.
+        config: with target_modules (`ALL_LINEAR`, or ends of names), target_parameters and exclude_modules from flags.
+        unreached: names of modules whose output does not reach the loss.
+
+    Raises:
+        UserError: a name matches nothing.
+    """
+    names, excluded = config.target_parameters or (), config.exclude_modules or ()
+    adaptable = find_adaptable(model)
+    if config.target_modules == ALL_LINEAR:
+        modules, parameters = _choose_all_linear(model, text), {*text.experts}
+    else:
+        modules = {name for name in adaptable if matches(name, config.target_modules)}
+        parameters = find_fused(text, config.target_modules)
+    weights = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 3)}
+    named = {name for name in weights if matches(name, names)}
+    modules |= {name.removesuffix(".weight") for name in named} & adaptable
+    parameters |= {name for name in named if name.removesuffix(".weight") not in adaptable}
+    _check_matches("--lora_target_parameters", names, weights)
+    _check_matches("--lora_exclude_modules", excluded, modules | parameters | {*map(_get_owner, parameters)})
+    kept = (name for name in parameters if not matches(name, excluded) and not matches(_get_owner(name), excluded))
+    return Targets(
+        frozenset(name for name in modules if name not in unreached and not matches(name, excluded)), frozenset(kept)
+    )
+
+
+def find_adaptable(model: torch.nn.Module) -> set[str]:
+    """Return the names of all modules that PEFT has layers for."""
+    return {name for name, module in model.named_modules() if isinstance(module, ADAPTABLE_MODULES)}
+
+
+def _choose_all_linear(model: PreTrainedModel, text: TextPart) -> set[str]:
+    refused = MAMBA_MODULES if model.config.model_type in MAMBA_TYPES else ()
+    return {name for name in text.linear if name.rpartition(".")[2] not in refused}
+
+
+def find_fused(text: TextPart, names: Collection[str]) -> set[str]:
+    """Return the parameters of experts that these names stand for; raise UserError for a part of one."""
+    found = set()
+    for name in text.experts:
+        owner, _, leaf = name.rpartition(".")
+        groups = FUSED_NAMES.get(leaf, ({leaf},))
+        given = [{one for one in group if matches(f"{owner}.{one}", names)} for group in groups]
+        if any(one == group for one, group in zip(given, groups, strict=True)):
+            found.add(name)
+        elif half := [(one, group - one) for one, group in zip(given, groups, strict=True) if one]:
+            one, others = (" ".join(sorted(part)) for part in half[0])
+            raise UserError(
+                f"--lora_target_modules {one}: the experts of this model have it in one tensor with {others}; name both"
+            )
+    return found
+
+
+def list_fused_names(text: TextPart) -> set[str]:
+    """Return the full names that the separate weights of fused experts would have."""
+    names = (name.rpartition(".") for name in text.experts)
+    return {f"{owner}.{one}" for owner, _, leaf in names for group in FUSED_NAMES.get(leaf, ({leaf},)) for one in group}
+
+
+def _get_owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def matches(name: str, ends: Collection[str]) -> bool:
+    """Return whether a name is one of these or ends with one of them."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> None:
+    unmatched = sorted(end for end in ends if not any(matches(name, [end]) for name in names))
+    if unmatched:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {"weight"})) or "none"
+        raise UserError(
+            f"{flag} {' '.join(unmatched)}: matches nothing that can have an adapter; the model has {known}"
+        )
+
+
+def fit_config(
+    config: LoraConfig, targets: Targets, model: PreTrainedModel, build: Callable[[], PreTrainedModel]
+) -> LoraConfig:
+    """Return a configuration by which PEFT selects these targets and no others.
+
+    Args:
+        config: as the user gave it; it is kept if it does so.
+        targets: from `choose_targets`.
+        model: without weights.
+        build: a function that returns such a model, which a try uses up.
+
+    Raises:
+        UserError: PEFT does not do so by any configuration.
+    """
+    if not targets.parameters and not has_experts(model) and _select_by_name(model, config) == targets.modules:
+        return config
+    wanted, selected, reason = targets.modules | targets.parameters, frozenset[str](), ""
+    for attempt in _list_attempts(config, targets, {name for name, _ in model.named_parameters()}):
+        try:
+            peft_model = attach_to_meta(build(), attempt)
+        except PEFT_ERRORS as error:
+            reason = f": {one_line(error, 200)}"
+            continue
+        selected, reason = get_adapted(peft_model), ""
+        # PEFT has given some layers another rank if it has written a pattern.
+        if selected == wanted and peft_model.peft_config[ADAPTER].rank_pattern == attempt.rank_pattern:
+            return attempt
+    difference = sorted(wanted ^ selected)
+    raise UserError(
+        f"--lora_target_modules: PEFT cannot adapt {len(difference)} modules of this model as asked, such as "
+        f"{difference[0]}{reason}; name other modules, or leave these out by --lora_exclude_modules"
+    )
+
+
+def _list_attempts(config: LoraConfig, targets: Targets, parameters: set[str]) -> Iterator[LoraConfig]:
+    """Yield the configuration as given, one of full names, and one in which some modules are named as parameters.
+
+    PEFT moves names of modules to experts, but never the names of parameters, for which it builds the same adapter.
+    """
+    if not targets.parameters:
+        yield copy.deepcopy(config)
+    for moved in (frozenset[str](), frozenset(name for name in targets.modules if name.rpartition(".")[2] in MOVED)):
+        explicit = copy.deepcopy(config)
+        explicit.target_modules, explicit.exclude_modules = sorted(targets.modules - moved), None
+        weights = frozenset(f"{name}.weight" for name in moved)
+        ends = condense(targets.parameters, parameters) + condense(weights, parameters)
+        explicit.target_parameters = ends or None
+        yield explicit
+
+
+def _select_by_name(model: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """Return the modules that PEFT selects in a model that it does not rename anything of."""
+    if config.target_modules == ALL_LINEAR:
+        head = model.get_output_embeddings()
+        linear = (torch.nn.Linear, Conv1D)
+        return {name for name, module in model.named_modules() if isinstance(module, linear) and module is not head}
+    found = {name for name in find_adaptable(model) if matches(name, config.target_modules)}
+    return {name for name in found if not matches(name, config.exclude_modules or ())}
+
+
+def attach_to_meta(meta_model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Attach an adapter without values, as its file will have it, to a model without weights, which is used up."""
+    config = copy.deepcopy(config)
+    config.init_lora_weights = False  # there are no values to initialize from
+    config.lora_dropout = 0.0  # PEFT refuses any for parameters
+    meta_model.requires_grad_(False)
+    return get_peft_model(meta_model, config, low_cpu_mem_usage=True)
+
+
+def get_adapted(model: PeftModel) -> frozenset[str]:
+    """Return the full names in the base model of modules and, in other modules than linear ones, of parameters."""
+    return frozenset(name for name, _ in find_adapters(model))
+
+
+def find_adapters(model: PeftModel) -> list[tuple[str, Any]]:
+    """Return the name of each adapted module or parameter of the base model, and the LoRA layer."""
+    found = []
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            base_name = name.replace(".base_layer", "")  # parameters of one module are wrapped one in the other
+            is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+            is_parameter = isinstance(layer, lora.ParamWrapper) and not is_linear
+            found.append((f"{base_name}.{layer.parameter_name}" if is_parameter else base_name, layer))
+    return found
+
+
+def condense(names: frozenset[str], everything: Collection[str]) -> list[str]:
+    """Return the shortest ends of names, of two parts at least, that match these and no others of everything."""
+    others = {*everything} - names
+    ends = set()
+    for name in names:
+        parts = name.split(".")
+        tails = (".".join(parts[-count:]) for count in range(2, len(parts) + 1))
+        ends.add(next(tail for tail in tails if not any(matches(other, [tail]) for other in others)))
+    return sorted(ends)
