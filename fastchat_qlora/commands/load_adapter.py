@@ -211,6 +211,10 @@ def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = No
     except PEFT_ERRORS as error:
         reason = f"cannot be attached to the model: {one_line(error, 300)}"
         raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
+    if adapter.precision.quantization.is_4bit:
+        from fastchat_qlora.model.loading.quantizer import unpack_on_access  # it imports bitsandbytes
+
+        unpack_on_access(model)
     return model.eval()
 
 

@@ -57,7 +57,8 @@ def train(args: RunArguments) -> Path:
         clock = FirstStepClock()
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
         run_sanity_check(trainer)
-        effective, answers = EffectiveSettings(trainer, topology), SampleGenerations(trainer, prompts)
+        effective = EffectiveSettings(trainer, topology, prepared.base.sizes)
+        answers = SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)
         report, checkpoint = RunReport(summary, answers), prepared.checkpoint
         trainer.add_callback(SanityCheck(trainer))

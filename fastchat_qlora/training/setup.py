@@ -29,16 +29,19 @@ from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
     fingerprint_base_model,
+    get_compute_dtype,
     has_bf16_kernels,
     load_config,
 )
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
+    build_quantization_config,
     build_run_quantization_config,
     get_base_quantization,
 )
-from fastchat_qlora.model.loading.text_part import find_text_part
+from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
+from fastchat_qlora.model.loading.weight_shares import check_quantized_share, compute_share, find_quantized
 from fastchat_qlora.model.ops.attention import choose_attention
 from fastchat_qlora.model.ops.attention_checks import check_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
@@ -73,6 +76,7 @@ class PreparedBase(NamedTuple):
     lora_config: LoraConfig
     quantization: BaseQuantization
     meta_model: PreTrainedModel | None  # without weights; None if the model's code lies outside transformers
+    sizes: dict[str, int]  # weights by name of linear layer or experts' parameter; empty without a meta model
 
 
 class LoadingSettings(NamedTuple):
@@ -119,13 +123,23 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     meta_model = build_meta_model(config)
     if meta_model is None:
         check_pattern_time(lora_config, None)
-        return PreparedBase(config, lora_config, quantization, meta_model)
+        return PreparedBase(config, lora_config, quantization, None, {})
     text = find_text_part(meta_model)
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
     if not args.lora.lora_weight_path:
         targets = choose_targets(meta_model, text, lora_config)
         lora_config = fit_config(lora_config, targets, meta_model, lambda: build_meta_model(config))
-    return PreparedBase(config, lora_config, quantization, meta_model)
+    if quantization.is_4bit:
+        _check_quantized_share(config, quantization, text, get_compute_dtype(args.training))
+    return PreparedBase(config, lora_config, quantization, meta_model, text.sizes)
+
+
+def _check_quantized_share(
+    config: PretrainedConfig, quantization: BaseQuantization, text: TextPart, dtype: torch.dtype
+) -> None:
+    settings = build_quantization_config(quantization, dtype)
+    assert settings is not None
+    check_quantized_share(compute_share(text.sizes, find_quantized(config, settings)), dtype)
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:

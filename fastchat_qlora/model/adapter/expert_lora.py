@@ -1,6 +1,8 @@
 """LoRA layers beside the fused weights of experts, without PEFT's sum of weights and adapter."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 
 from fastchat_qlora.model.loading.text_part import is_experts
-from fastchat_qlora.model.ops.experts import LoraFactors, get_lora_factors, get_quant_states, is_served
+from fastchat_qlora.model.ops.experts import LoraFactors, get_quant_states, is_served
 
 
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
@@ -30,14 +32,25 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
             return parameter
         return torch.empty((), dtype=state.dtype, device=parameter.device).expand(state.shape)
 
-    def _remove_parametrizations(self) -> None:
-        # PEFT (0.21.2) looks for the parametrization that it has added by another class than the one that it has added,
-        # and leaves it there where bitsandbytes' own lies beneath. This can go once it finds it.
-        parametrizations = self.get_base_layer().parametrizations[self.parameter_name]
-        if len(parametrizations) > 1:
-            del parametrizations[-1]
-        else:
-            super()._remove_parametrizations()
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Add the adapter to the weights within the block; PEFT calls this around the forward pass.
+
+        Where bitsandbytes' own parametrization lies beneath, PEFT (0.21.2) reads the weight of the inner one of two
+        wrappers from torch's cache, without its adapter, and does not find what it has added to remove it again. This
+        can go once it does.
+        """
+        parametrizations = getattr(self.get_base_layer(), "parametrizations", {})
+        if self.parameter_name not in parametrizations or not active_adapters:
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        chain = parametrizations[self.parameter_name]
+        chain.append(_AddDelta(self.get_delta_weight(active_adapters[0])))
+        try:
+            yield
+        finally:
+            del chain[-1]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the experts with the adapter, shape (tokens, hidden size)."""
@@ -45,7 +58,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
         is_plain = not self.disable_adapters and not self.merged and len(names) == 1 and names[0] in self.lora_A
         if not is_plain or not is_served(self.get_base_layer()):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        factors = get_lora_factors(self.get_base_layer())
+        factors = self.get_base_layer().__dict__.setdefault("lora_factors", {})
         factors[self.parameter_name] = self._get_factors(names[0])
         try:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -57,6 +70,18 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         a, b = a.view(self.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
         return LoraFactors(a, b, self.scaling[name])
+
+
+class _AddDelta(torch.nn.Module):
+    """A parametrization that adds a tensor to the unpacked weights."""
+
+    def __init__(self, delta: torch.Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the sum."""
+        return weight + self.delta
 
 
 def register_expert_lora(config: LoraConfig, model: torch.nn.Module) -> None:

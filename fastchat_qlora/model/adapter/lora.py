@@ -70,6 +70,10 @@ def attach_adapter(
     use_memory_efficient_modules(model, excluded_classes)
     prepare_for_adapter(model, lora_config)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
+    if getattr(model, "is_loaded_in_4bit", False):
+        from fastchat_qlora.model.loading.quantizer import unpack_on_access  # it imports bitsandbytes
+
+        unpack_on_access(model)
     trainable = get_trainable_parameters(peft_model)
     if not trainable:
         raise RunError("--lora_target_modules: the adapter has no parameter to train; name other modules")

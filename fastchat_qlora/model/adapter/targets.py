@@ -40,6 +40,9 @@ FUSED_NAMES = {
 MOVED = {one for groups in FUSED_NAMES.values() for group in groups for one in group}
 """Last parts of names that PEFT may take for those of experts."""
 
+UNWRAPPABLE_EXPERTS = ("DbrxExpertGLU",)
+"""Classes of experts whose parameters the module around them reads, which it cannot through PEFT's wrapper."""
+
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 MAMBA_MODULES = ("out_proj", "conv1d")
 """Modules that PEFT refuses in models of these types, whose kernels use the weights alone (`tuners_utils.py`)."""
@@ -69,7 +72,7 @@ def choose_targets(
     names, excluded = config.target_parameters or (), config.exclude_modules or ()
     adaptable = find_adaptable(model)
     if config.target_modules == ALL_LINEAR:
-        modules, parameters = _choose_all_linear(model, text), {*text.experts}
+        modules, parameters = _choose_all_linear(model, text), _find_adaptable_experts(model, text)
     else:
         modules = {name for name in adaptable if matches(name, config.target_modules)}
         parameters = find_fused(text, config.target_modules)
@@ -93,6 +96,11 @@ def find_adaptable(model: torch.nn.Module) -> set[str]:
 def _choose_all_linear(model: PreTrainedModel, text: TextPart) -> set[str]:
     refused = MAMBA_MODULES if model.config.model_type in MAMBA_TYPES else ()
     return {name for name in text.linear if name.rpartition(".")[2] not in refused}
+
+
+def _find_adaptable_experts(model: PreTrainedModel, text: TextPart) -> set[str]:
+    owners = {name: type(model.get_submodule(_get_owner(name))).__name__ for name in text.experts}
+    return {name for name, owner in owners.items() if owner not in UNWRAPPABLE_EXPERTS}
 
 
 def find_fused(text: TextPart, names: Collection[str]) -> set[str]:

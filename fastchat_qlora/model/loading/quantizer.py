@@ -55,11 +55,6 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _Pack(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        for full_name in sorted(self.experts):
-            module_name, _, name = full_name.rpartition(".")
-            module = model.get_submodule(module_name)
-            if not is_served(module):
-                _unpack_on_access(module, name)
         use_compute_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
@@ -68,11 +63,11 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             module_name, _, name = full_name.rpartition(".")
             module = model.get_submodule(module_name)
             state = get_quant_states(module).pop(name)
-            if is_served(module):
+            if name in getattr(module, "parametrizations", {}):
+                remove_parametrizations(module, name)
+            else:
                 weight = unpack(getattr(module, name), state).to(dtype)
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
-            else:
-                remove_parametrizations(module, name)
         return super()._dequantize(model, dtype)
 
 
@@ -111,14 +106,20 @@ class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
         ).to(value.device)
         module_name, _, name = full_name.rpartition(".")
         # Beside the parameter, since FSDP2 replaces that by one without attributes.
-        get_quant_states(model.get_submodule(module_name))[name] = packed.quant_state
+        model.get_submodule(module_name).__dict__.setdefault("quant_states", {})[name] = packed.quant_state
         return packed
 
 
-def _unpack_on_access(module: torch.nn.Module, name: str) -> None:
-    """Have a forward pass of the module's own see unpacked weights."""
+def unpack_on_access(model: torch.nn.Module) -> None:
+    """Have experts with a forward pass of their own see unpacked weights, after an adapter has been attached.
+
+    Before that, PEFT would wrap the parameters in another order than in a model in 16 bits.
+    """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
-    state = get_quant_states(module)[name]
-    constants, device = state.as_dict(packed=True), getattr(module, name).device
-    replace_parameter_4bit_prequantized(module, name, constants, device)
+    for module in list(model.modules()):
+        if is_served(module):
+            continue
+        for name, state in get_quant_states(module).items():
+            device = getattr(module, name).device
+            replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), device)

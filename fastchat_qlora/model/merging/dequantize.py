@@ -1,6 +1,5 @@
 """A base model's weights as in training: quantized and dequantized again."""
 
-import copy
 import functools
 import itertools
 import logging
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.weight_shares import find_quantized
 
 CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"  # what bitsandbytes logs at each call of each 8-bit layer
 
@@ -58,19 +57,5 @@ def make_weight_rounding(
         rounded: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(quantized.data, quantized.SCB)
         return rounded.float().cpu()
 
-    modules = _find_quantized_modules(config, quantization_config)
+    modules = find_quantized(config, quantization_config)
     return WeightRounding(modules, round_to_4bit if quantization_config.load_in_4bit else round_to_8bit)
-
-
-def _find_quantized_modules(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
-    """Return the names of the modules that transformers' quantizer replaces when it loads the model."""
-    import bitsandbytes
-    from transformers.quantizers import AutoHfQuantizer
-
-    meta_model = build_meta_model(config)
-    if meta_model is None:
-        return set()
-    quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization_config))
-    quantizer.preprocess_model(model=meta_model, device_map=None)
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return {name for name, module in meta_model.named_modules() if isinstance(module, kinds)}

@@ -101,14 +101,14 @@ def _project(experts: Any, name: str, inputs: torch.Tensor, owners: torch.Tensor
     return outputs
 
 
-def get_quant_states(experts: Any) -> dict[str, Any]:
+def get_quant_states(experts: torch.nn.Module) -> dict[str, Any]:
     """Return the constants of the weights in 4 bits, by name of the parameter."""
-    return experts.__dict__.setdefault("quant_states", {})  # type: ignore[no-any-return]
+    return experts.__dict__.get("quant_states", {})  # type: ignore[no-any-return]
 
 
-def get_lora_factors(experts: Any) -> dict[str, LoraFactors]:
+def get_lora_factors(experts: torch.nn.Module) -> dict[str, LoraFactors]:
     """Return the factors of the adapter in use, by name of the parameter; they are there during a forward pass only."""
-    return experts.__dict__.setdefault("lora_factors", {})  # type: ignore[no-any-return]
+    return experts.__dict__.get("lora_factors", {})  # type: ignore[no-any-return]
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
+from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
+from fastchat_qlora.model.loading.weight_shares import compute_share, count_quantized
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
+from fastchat_qlora.model.ops.experts import get_quant_states
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 
@@ -30,13 +33,13 @@ logger = logging.getLogger(__name__)
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Callback that logs the effective settings, and stops the run if the strategy is not the one asked for."""
 
-    def __init__(self, trainer: LoraTrainer, topology: Topology) -> None:
-        self._trainer, self._topology = trainer, topology
+    def __init__(self, trainer: LoraTrainer, topology: Topology, sizes: Mapping[str, int] | None = None) -> None:
+        self._trainer, self._topology, self._sizes = trainer, topology, sizes
         self.settings: dict[str, str] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Read back and log the settings; a collective operation."""
-        self.settings = read_back(self._trainer)
+        self.settings = read_back(self._trainer, self._sizes)
         found = self.settings["strategy"]
         if found != self._topology.strategy:
             raise RunError(f"the strategy is {found}, and {self._topology.strategy} was asked for; check the libraries")
@@ -45,9 +48,14 @@ class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers 
         logger.info(f"Effective settings:\n{table}")
 
 
-def read_back(trainer: LoraTrainer) -> dict[str, str]:
-    """Return the settings as the live objects have them when training begins; every process must call this."""
+def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None) -> dict[str, str]:
+    """Return the settings as the live objects have them when training begins; every process must call this.
+
+    `sizes` are the weights by name, from `TextPart.sizes`; without them those of all linear layers are counted.
+    """
     args, model = trainer.args, trainer.adapter
+    base = model.get_base_model()
+    sizes = sizes or list_linear(base)
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
     micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size
     accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
@@ -62,9 +70,9 @@ def read_back(trainer: LoraTrainer) -> dict[str, str]:
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
         "loss": _describe_loss(trainer),
-        "quantized layers": _describe_quantization(model),
+        "quantized weights": _describe_quantization(base, sizes),
         "base weights": _describe_base_weights(model),
-        "adapter": _describe_adapter(model),
+        "adapter": f"{_describe_adapter(model)}, on {compute_share(sizes, get_adapted(model))}",
         "optimizer": _describe_optimizer(trainer, engine),
         "gradient clipping": str(engine.gradient_clipping() if engine else args.max_grad_norm),
         "offload": _describe_offload(trainer, engine),
@@ -105,22 +113,31 @@ def _describe_loss(trainer: LoraTrainer) -> str:
     return f"from the logits of {chunk:,} supervised positions at a time, with the gradient in the same pass"
 
 
-def _get_linear_layers(model: torch.nn.Module) -> list[Any]:
-    """Return the base model's linear layers, without those of the adapter."""
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    return [module for module in linear if not module.weight.requires_grad]
+def _describe_quantization(model: Any, sizes: Mapping[str, int]) -> str:
+    share = count_quantized(model, sizes)
+    packed = [module for module in model.modules() if _get_quant_states(module)]
+    if not packed:
+        return f"LLM.int8, {share}" if share.included else "none"
+    (state, *_) = _get_quant_states(packed[0])
+    double = " with double quantization" if state.nested else ""
+    stored = get_dtype_name(next(packed[0].parameters()).dtype)
+    return f"{state.quant_type}{double}, stored as {stored}, {share}"
 
 
-def _describe_quantization(model: torch.nn.Module) -> str:
-    linear = _get_linear_layers(model)
-    quantized = [layer for layer in linear if getattr(layer, "quant_state", None) is not None]
-    if quantized:
-        state = quantized[0].quant_state
-        double = " with double quantization" if state.nested else ""
-        stored = get_dtype_name(quantized[0].weight.dtype)
-        return f"{len(quantized)} of {len(linear)} linear layers: {state.quant_type}{double}, stored as {stored}"
-    int8 = sum(layer.weight.dtype == torch.int8 for layer in linear)
-    return f"{int8} of {len(linear)} linear layers: LLM.int8" if int8 else "none"
+def _get_quant_states(module: Any) -> list[Any]:
+    """Return the constants of a module's own weights in 4 bits."""
+    state = getattr(module, "quant_state", None) if isinstance(module, torch.nn.Linear) else None
+    return [state] if state is not None else list(get_quant_states(module).values())
+
+
+def list_linear(model: torch.nn.Module) -> dict[str, int]:
+    """Return the sizes of the linear layers of a model whose code lies outside transformers."""
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return {
+        name.removesuffix(".base_layer"): module.in_features * module.out_features
+        for name, module in linear
+        if not module.weight.requires_grad
+    }
 
 
 def get_base_bytes(model: torch.nn.Module) -> tuple[int, int]:
@@ -138,13 +155,12 @@ def get_base_bytes(model: torch.nn.Module) -> tuple[int, int]:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         partition = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
         held += (local.numel() + partition) * size  # a parameter that ZeRO-3 has partitioned is empty itself
-    constants = sum(_count_constant_bytes(getattr(layer, "quant_state", None)) for layer in _get_linear_layers(model))
+    states = (state for module in model.modules() for state in _get_quant_states(module))
+    constants = sum(_count_constant_bytes(state) for state in states)
     return held + constants, whole + constants
 
 
 def _count_constant_bytes(state: Any) -> int:
-    if state is None:
-        return 0
     nested = _count_constant_bytes(state.state2) if state.nested else 0
     return int(state.absmax.numel() * state.absmax.element_size() + nested)
 

@@ -1,0 +1,105 @@
+"""Shares of the weights in a model's text part: in 4 or 8 bits, and with an adapter.
+
+Weights are counted, not layers: in a mixture of experts nine layers in ten may hold a twentieth of the weights.
+"""
+
+import copy
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.ops.experts import get_quant_states
+
+LEAST_QUANTIZED = 0.9  # share with which a run may call itself QLoRA
+GIB = 2**30
+
+
+class WeightShare(NamedTuple):
+    """The weights for which something holds, among those of linear layers and experts."""
+
+    included: int
+    total: int
+    others: dict[str, int]  # for which it does not hold: by name without the layer's number
+
+    @property
+    def share(self) -> float:
+        """The share, 1 for a model without such weights."""
+        return self.included / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        text = f"{self.share:.1%} of the {self.total:,} weights in linear layers and experts"
+        return f"{text}, without {', '.join(self.others)}" if self.others else text
+
+
+def compute_share(sizes: Mapping[str, int], chosen: Collection[str]) -> WeightShare:
+    """Return the share of some weights.
+
+    Args:
+        sizes: number of weights by name of module or parameter, from `TextPart.sizes`.
+        chosen: names for which something holds; others than those in sizes are ignored.
+    """
+    others: dict[str, int] = {}
+    for name in sizes.keys() - {*chosen}:
+        kind = re.sub(r"^.*\.\d+\.", "", name)
+        others[kind] = others.get(kind, 0) + sizes[name]
+    ordered = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
+    total = sum(sizes.values())
+    return WeightShare(total - sum(others.values()), total, ordered)
+
+
+def find_quantized(config: PretrainedConfig, quantization_config: BitsAndBytesConfig) -> set[str]:
+    """Return the names of modules and parameters that the quantizer replaces when it loads the model."""
+    import bitsandbytes
+    from transformers.quantizers import AutoHfQuantizer
+
+    meta_model = build_meta_model(config)
+    if meta_model is None:
+        return set()
+    quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization_config), pre_quantized=False)
+    quantizer.preprocess_model(model=meta_model, device_map=None)
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    modules = {name for name, module in meta_model.named_modules() if isinstance(module, kinds)}
+    return modules | getattr(quantizer, "experts", set())
+
+
+def check_quantized_share(share: WeightShare, dtype: torch.dtype) -> None:
+    """Require that most weights are in 4 bits if that is asked for."""
+    if share.share >= LEAST_QUANTIZED:
+        return
+    kept = share.total - share.included
+    raise UserError(
+        f"--q_lora True: {share.share:.0%} of this model's weights in linear layers and experts can be in 4 bits, and "
+        f"{kept * dtype.itemsize / GIB:.1f} GiB would not be, such as {next(iter(share.others))}; train with "
+        "--q_lora False if there is memory for it, or choose another model"
+    )
+
+
+def count_quantized(model: PreTrainedModel, sizes: Mapping[str, int]) -> WeightShare:
+    """Return the share of weights in few bits in a model that has been loaded, perhaps with an adapter on it."""
+    return compute_share(sizes, {name for name in sizes if is_quantized(model, name)})
+
+
+def is_quantized(model: Any, name: str) -> bool:
+    """Return whether the weight of a linear layer, or a parameter of experts, is in few bits."""
+    owner, _, leaf = name.rpartition(".")
+    module = _find_base_layer(model, name)
+    if module is None:
+        experts = _find_base_layer(model, owner)
+        return experts is not None and leaf in get_quant_states(experts)
+    return getattr(module, "quant_state", None) is not None or module.weight.dtype == torch.int8
+
+
+def _find_base_layer(model: torch.nn.Module, name: str) -> Any:
+    """Return the module of this name, without the adapter around it; None if there is none."""
+    for part in name.split("."):
+        model = model._modules.get(part)  # type: ignore[assignment]
+        if model is None:
+            return None
+        while "base_layer" in model._modules:
+            model = model._modules["base_layer"]  # type: ignore[assignment]
+    return model
