@@ -63,6 +63,10 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Choose the layers by the memory that is free beside weights and adapter; a collective operation."""
+        if not self._trainer.adapter.get_base_model().supports_gradient_checkpointing:
+            self._model = "the model does not support it"
+            logger.warning("Activation checkpointing: off, because the model does not support it.")
+            return
         if isinstance(self._model, str):
             logger.warning(
                 f"Activation checkpointing: all layers, because the memory needed is unknown: {self._model}."
