@@ -25,7 +25,7 @@ from fastchat_qlora.model.adapter.adapter_files import (
     check_pattern_time,
     read_lora_config,
 )
-from fastchat_qlora.model.adapter.lora import compute_adapter_shapes, prepare_for_adapter
+from fastchat_qlora.model.adapter.lora import check_loaded, compute_adapter_shapes, prepare_for_adapter
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS
 from fastchat_qlora.model.loading import base_model
 from fastchat_qlora.model.loading.quantization import (
@@ -211,6 +211,7 @@ def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = No
     except PEFT_ERRORS as error:
         reason = f"cannot be attached to the model: {one_line(error, 300)}"
         raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
+    check_loaded(model, adapter.folder, f"{ADAPTER_FLAG} {adapter.folder}")
     if adapter.precision.quantization.is_4bit:
         from fastchat_qlora.model.loading.quantizer import unpack_on_access  # it imports bitsandbytes
 

@@ -87,6 +87,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         **BARE_IS_TRUE,
     )
     gradient_checkpointing: bool | None = flag("Older name of activation_checkpointing.", None, **BARE_IS_TRUE)
+    router_aux_loss_coef: float | None = flag(
+        "Weight of the loss that balances a mixture's use of its experts; by default as the model has it.",
+        None,
+    )
     compile_layers: bool = flag("Compile each repeated layer separately; pays on a GPU in long runs.", False)
     dataloader_num_workers: int | None = flag("Processes that make batches; 2 with an accelerator, else 0.", None)
     logging_nan_inf_filter: bool = flag("Leave non-finite losses out of the log; waits for the device.", False)

@@ -24,10 +24,11 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_pattern_time
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
-from fastchat_qlora.model.adapter.targets import choose_targets, fit_config
+from fastchat_qlora.model.adapter.targets import resolve_targets
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
+    check_router_loss,
     fingerprint_base_model,
     get_compute_dtype,
     has_bf16_kernels,
@@ -120,6 +121,7 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     """Read the base model's configuration, and check that the adapter can be attached to such a model."""
     quantization = get_base_quantization(args.lora)
     config = load_config(args.model, args.training.cache_dir)
+    check_router_loss(config, args.training.router_aux_loss_coef)
     meta_model = build_meta_model(config)
     if meta_model is None:
         check_pattern_time(lora_config, None)
@@ -127,8 +129,7 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     text = find_text_part(meta_model)
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
     if not args.lora.lora_weight_path:
-        targets = choose_targets(meta_model, text, lora_config)
-        lora_config = fit_config(lora_config, targets, meta_model, lambda: build_meta_model(config))
+        lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
     if quantization.is_4bit:
         _check_quantized_share(config, quantization, text, get_compute_dtype(args.training))
     return PreparedBase(config, lora_config, quantization, meta_model, text.sizes)

@@ -21,6 +21,7 @@ from fastchat_qlora.data.batching.collator import BATCH_INFO
 from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.adapter.lora import check_loaded
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
 from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
@@ -64,6 +65,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.throughput = Throughput()
         self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
+        self._router_loss: torch.Tensor | None = None  # of the last micro-batch
+        self._router_part: torch.Tensor | float = 0.0  # of the last micro-batch's loss
+        self._router_losses: list[tuple[torch.Tensor, int]] = []  # since the last log, with their targets
         self.loss_head: chunked_loss.LossHead | None = None
         if reason := chunked_loss.explain_plain_loss(self.adapter):
             self.use_plain_loss(reason)
@@ -143,6 +147,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward of a micro-batch, and keep its loss for the end of the step."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss = loss - self._router_part  # it is logged apart
         self.step.losses.append(loss)
         return loss
 
@@ -162,8 +167,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Return a micro-batch's share of the mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
         loss = chunked_loss.compute_mean_loss(losses, num_items_in_batch)
+        router_loss = self._weigh_router_loss(len(losses), num_items_in_batch)
+        loss = loss + router_loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # strategies average gradients over processes
+            processes = self.accelerator.num_processes  # strategies average gradients over processes
+            loss, router_loss = loss * processes, router_loss * processes
+        self._router_part = router_loss if isinstance(router_loss, float) else router_loss.detach()
         return loss
 
     def _token_losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,12 +182,27 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         smoothing = self.args.label_smoothing_factor
         if self.loss_head is not None:
             with self.loss_head.expecting(**targets, label_smoothing=smoothing):
-                losses = model(**inputs).logits.flatten()
+                outputs = model(**inputs)
+            losses = outputs.logits.flatten()
         else:
             if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]
-            losses = chunked_loss.compute_token_losses(model(**inputs).logits, **targets, label_smoothing=smoothing)
+            outputs = model(**inputs)
+            losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
+        self._router_loss = getattr(outputs, "aux_loss", None)
         return losses, batch["conversation"]
+
+    def _weigh_router_loss(self, targets: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+        """Return the share of a micro-batch of so many targets in the step's router loss, with its weight.
+
+        A router loss is a mean over the tokens of a micro-batch, so that it counts by the micro-batch's targets.
+        """
+        if self._router_loss is None:
+            return 0.0
+        share = targets / torch.clamp(torch.as_tensor(num_items_in_batch or targets), min=1)
+        weight: float = self.adapter.config.get_text_config().router_aux_loss_coef
+        self._router_losses.append((self._router_loss.detach(), targets))
+        return weight * share.to(self._router_loss.device) * self._router_loss
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
@@ -252,6 +276,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Add throughput to log entries with a loss."""
         if "loss" in logs:
             logs |= self.throughput.read(self.accelerator, self.args.device)
+            if self._router_losses:
+                total = sum(float(loss) * targets for loss, targets in self._router_losses)
+                logs["router_loss"] = total / sum(targets for _, targets in self._router_losses)  # of this process
+                self._router_losses.clear()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -319,6 +347,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.state.best_model_checkpoint = str(best) if is_kept else None
             if self.args.should_save:
                 self.state.save_to_json(str(staged / STATE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the adapter of a checkpoint, and require that the model holds it."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_loaded(self.adapter, resume_from_checkpoint, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint after auditing it: a resumed run has its folder from a file."""

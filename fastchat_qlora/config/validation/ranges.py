@@ -36,6 +36,7 @@ RANGES = {
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout", "max_new_tokens"), COUNT),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
+    "router_aux_loss_coef": NOT_NEGATIVE,
     "device_memory_gib": NOT_NEGATIVE,
     "num_examples": Kind("at least 0; 0 shows all sequences", NOT_NEGATIVE.accepts),
     "learning_rate": Kind("above 0", lambda value: value > 0),

@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
+from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
 from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
 from fastchat_qlora.model.ops.experts import use_compute_experts
@@ -105,11 +108,38 @@ def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, path: str) ->
         peft_model = PeftModel.from_pretrained(model, path, config=lora_config, is_trainable=True)
     except PEFT_ERRORS as error:
         raise RunError(f"--lora_weight_path {path}: cannot be attached to the model: {one_line(error, 300)}") from error
-    # PEFT only warns of missing tensors, and leaves them at their random initial values.
-    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
-    if missing := sorted(expected - read_tensor_shapes(path).keys()):
-        raise RunError(f"--lora_weight_path {path}: {len(missing)} tensors are not in it, such as {missing[0]}")
+    check_loaded(peft_model, path, f"--lora_weight_path {path}")
     return peft_model
+
+
+def check_loaded(model: PeftModel, folder: str | Path, source: str) -> None:
+    """Require that a model holds every tensor of an adapter's file as it is there.
+
+    PEFT only warns of tensors that it does not find or cannot place, and leaves those of the model as they were.
+
+    Args:
+        model: as PEFT has loaded it; parameters that are sharded are not looked at.
+        folder: of the adapter.
+        source: what the user knows the folder by.
+
+    Raises:
+        RunError: a tensor is missing, or has other values.
+    """
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    file = load_file(Path(folder).expanduser() / ADAPTER_FILE)
+    held = {name: tensor for name, tensor in live.items() if not _is_sharded(tensor)}
+    if missing := sorted(held.keys() - file.keys()):
+        raise RunError(f"{source}: {len(missing)} tensors are not in it, such as {missing[0]}; save it again")
+    lost = [name for name, tensor in held.items() if not torch.equal(tensor.cpu(), file[name].to(tensor.dtype))]
+    if lost:
+        raise RunError(
+            f"{source}: PEFT has not loaded {len(lost)} of its {len(held)} tensors as they are in the file, such as "
+            f"{lost[0]}; it was saved for another version of the model"
+        )
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return _is_partitioned(tensor) or isinstance(tensor, DTensor) or not tensor.numel()
 
 
 def compute_adapter_shapes(

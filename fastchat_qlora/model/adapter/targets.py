@@ -11,14 +11,16 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.text_part import TextPart, has_experts
+from fastchat_qlora.model.loading.weight_shares import compute_share
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,47 @@ def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> 
         )
 
 
+def resolve_targets(
+    config: LoraConfig, model: PreTrainedModel, text: TextPart, build: Callable[[], PreTrainedModel]
+) -> LoraConfig:
+    """Return a configuration by which PEFT selects what the flags mean, and log what `ALL_LINEAR` leaves out.
+
+    Args:
+        config: from the flags.
+        model, text: without weights, and its text part.
+        build: a function that returns such a model, which is used up.
+
+    Raises:
+        UserError: a name matches nothing, or PEFT cannot adapt it or would not load its adapter.
+    """
+    targets = choose_targets(model, text, config)
+    resolved = fit_config(config, targets, model, build)
+    if get_model_conversion_mapping(model) and (dropped := find_dropped(resolved, build())):
+        if config.target_modules != ALL_LINEAR:
+            raise UserError(
+                f"--lora_target_modules: PEFT loses the adapters of {len(dropped)} modules, such as {min(dropped)}, "
+                "when it loads them; leave them out by --lora_exclude_modules"
+            )
+        targets = Targets(targets.modules - dropped, targets.parameters - dropped)
+        resolved = fit_config(config, targets, model, build)
+    if config.target_modules == ALL_LINEAR:
+        _log_left_out(text, targets)
+    if targets.parameters and config.lora_dropout:
+        logger.warning(
+            f"--lora_dropout {config.lora_dropout:g}: not applied to the {len(targets.parameters)} parameters of "
+            "experts, where PEFT has none; the saved adapter has lora_dropout 0, which matters for training only."
+        )
+    return resolved
+
+
+def _log_left_out(text: TextPart, targets: Targets) -> None:
+    share = compute_share(text.sizes, targets.modules | targets.parameters)
+    routers = f"{len(text.routers)} routers" if text.routers else ""
+    others = f"{1 - share.share:.2%} of the weights ({', '.join(share.others)})" if share.others else ""
+    if left_out := " and ".join(part for part in (routers, others) if part):
+        logger.info(f"--lora_target_modules {ALL_LINEAR}: no adapter on {left_out}.")
+
+
 def fit_config(
     config: LoraConfig, targets: Targets, model: PreTrainedModel, build: Callable[[], PreTrainedModel]
 ) -> LoraConfig:
@@ -160,22 +203,36 @@ def fit_config(
     """
     if not targets.parameters and not has_experts(model) and _select_by_name(model, config) == targets.modules:
         return config
-    wanted, selected, reason = targets.modules | targets.parameters, frozenset[str](), ""
+    wanted, difference, reason = targets.modules | targets.parameters, frozenset[str](), ""
     for attempt in _list_attempts(config, targets, {name for name, _ in model.named_parameters()}):
         try:
             peft_model = attach_to_meta(build(), attempt)
         except PEFT_ERRORS as error:
-            reason = f": {one_line(error, 200)}"
+            difference, reason = wanted, f": {one_line(error, 200)}"
             continue
-        selected, reason = get_adapted(peft_model), ""
+        difference, reason = wanted ^ get_adapted(peft_model), ""
         # PEFT has given some layers another rank if it has written a pattern.
-        if selected == wanted and peft_model.peft_config[ADAPTER].rank_pattern == attempt.rank_pattern:
+        if not difference and peft_model.peft_config[ADAPTER].rank_pattern == attempt.rank_pattern:
             return attempt
-    difference = sorted(wanted ^ selected)
     raise UserError(
         f"--lora_target_modules: PEFT cannot adapt {len(difference)} modules of this model as asked, such as "
-        f"{difference[0]}{reason}; name other modules, or leave these out by --lora_exclude_modules"
+        f"{min(difference)}{reason}; name other modules, or leave these out by --lora_exclude_modules"
     )
+
+
+def find_dropped(config: LoraConfig, meta_model: PreTrainedModel) -> frozenset[str]:
+    """Return the modules whose adapter PEFT drops when it loads it from a file; the model is used up.
+
+    PEFT (0.21.2) renames an adapter's tensors as transformers renames the model's on loading, and so loses those whose
+    names a renaming matches once more: mlp.shared_expert. as a pattern matches mlp.shared_experts too. PEFT only warns.
+    """
+    model = attach_to_meta(meta_model, config)
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+    missing = set_peft_model_state_dict(model, saved, low_cpu_mem_usage=True).missing_keys
+    owners = {id(layer): name for name, layer in find_adapters(model)}
+    lost = (model.get_submodule(name.partition(".lora_")[0]) for name in missing if ".lora_" in name)
+    return frozenset(owners[id(layer)] for layer in lost)
 
 
 def _list_attempts(config: LoraConfig, targets: Targets, parameters: set[str]) -> Iterator[LoraConfig]:

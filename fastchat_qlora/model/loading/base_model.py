@@ -105,6 +105,18 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
         ) from error
 
 
+def check_router_loss(config: PretrainedConfig, weight: float | None) -> None:
+    """Require that a model has a router loss, if a weight for it is given."""
+    if weight is not None and not hasattr(config.get_text_config(), "router_aux_loss_coef"):
+        raise UserError(f"--router_aux_loss_coef {weight:g}: {config.model_type} has no router loss; drop the flag")
+
+
+def set_router_loss(config: PretrainedConfig, weight: float) -> None:
+    """Have a loaded model return its router loss, unless its weight is 0."""
+    for part in (config, config.get_text_config()):
+        part.output_router_logits, part.router_aux_loss_coef = weight > 0, weight
+
+
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """Return the model's layers in their order: those whose activations can be recomputed."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -111,7 +111,7 @@ class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
 
 
 def unpack_on_access(model: torch.nn.Module) -> None:
-    """Have experts with a forward pass of their own see unpacked weights, after an adapter has been attached.
+    """Make experts with a forward pass of their own see unpacked weights, once an adapter has been attached.
 
     Before that, PEFT would wrap the parameters in another order than in a model in 16 bits.
     """

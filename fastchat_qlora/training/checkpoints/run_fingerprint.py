@@ -25,6 +25,7 @@ STEP_FLAGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+    "router_aux_loss_coef",
 )
 """Flags that decide what a step is. `max_steps` and `num_train_epochs` are missing: a run may be made longer."""
 
