@@ -1,6 +1,6 @@
 """The modules and parameters that an adapter is to be on -> a LoRA configuration by which PEFT selects them alone.
 
-PEFT reads a configuration anew wherever the adapter is loaded. For some mixtures of experts it moves names such as
+PEFT reads a configuration again wherever the adapter is loaded. For some mixtures of experts it moves names such as
 gate_proj from linear layers to the experts (0.21.2, `utils/transformers_weight_conversion.py`), and it takes vision
 towers for a part of the model. So what PEFT selects is compared with what is wanted, on a model without weights.
 """

@@ -16,7 +16,6 @@ from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.ops.experts import get_quant_states
 
 LEAST_QUANTIZED = 0.9  # share with which a run may call itself QLoRA
-GIB = 2**30
 
 
 class WeightShare(NamedTuple):
@@ -74,7 +73,7 @@ def check_quantized_share(share: WeightShare, dtype: torch.dtype) -> None:
     kept = share.total - share.included
     raise UserError(
         f"--q_lora True: {share.share:.0%} of this model's weights in linear layers and experts can be in 4 bits, and "
-        f"{kept * dtype.itemsize / GIB:.1f} GiB would not be, such as {next(iter(share.others))}; train with "
+        f"{kept * dtype.itemsize / 2**30:.1f} GiB would not be, such as {next(iter(share.others))}; train with "
         "--q_lora False if there is memory for it, or choose another model"
     )
 
