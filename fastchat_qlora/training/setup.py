@@ -24,6 +24,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
+from fastchat_qlora.model.adapter.tower_exclusion import leave_out_towers
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
@@ -116,6 +117,8 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     config = load_config(args.model, args.training.cache_dir)
     meta_model = build_meta_model(config)
     check_targets(meta_model, lora_config, quantized=quantization.is_quantized)
+    if meta_model is not None and not args.lora.lora_weight_path:
+        lora_config = leave_out_towers(lora_config, meta_model)
     return PreparedBase(config, lora_config, quantization, meta_model)
 
 
