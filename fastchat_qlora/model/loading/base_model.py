@@ -46,15 +46,21 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     name = model_args.model_name_or_path
     flag = f"--model_name_or_path {name}"
     check_model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
-    except Exception as error:  # libraries raise anything on untrusted files
-        reason = one_line(error, 300)
-        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
+    config = _read_config(model_args, cache_dir, flag)
     check_trains_on_text(config, flag)
     if not model_args.trust_remote_code:
         _check_kernels(config, flag)
     return config
+
+
+def _read_config(model_args: ModelArguments, cache_dir: str | None, flag: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            model_args.model_name_or_path, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code
+        )
+    except Exception as error:  # libraries raise anything on untrusted files
+        reason = one_line(error, 300)
+        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
 
 
 def _check_kernels(config: PretrainedConfig, flag: str) -> None:
@@ -121,7 +127,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
     flag = f"--model_name_or_path {model_args.model_name_or_path}"
-    auto_class = get_auto_class(load_config(model_args, cache_dir))
+    auto_class = get_auto_class(_read_config(model_args, cache_dir, flag))
     try:
         model, found = auto_class.from_pretrained(
             model_args.model_name_or_path,
