@@ -43,6 +43,13 @@ def get_model_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config() if takes_text else config
 
 
+def get_text_attention(config: PretrainedConfig, attention: str | None) -> str | dict[str, str] | None:
+    """Return what transformers takes to set the attention of a model's text part; towers may support another one."""
+    if attention is None or "text_config" not in config.sub_configs:
+        return attention
+    return {"": attention, "text_config": attention}
+
+
 def check_trains_on_text(config: PretrainedConfig, flag: str) -> None:
     """Require a model that predicts the next token of a text, from a command line's `flag`."""
     name, model_class = config.model_type, get_model_class(config)

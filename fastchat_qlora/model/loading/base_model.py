@@ -17,6 +17,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_auto_class,
     get_model_class,
     get_model_config,
+    get_text_attention,
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.utils.text import one_line
@@ -127,14 +128,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
     flag = f"--model_name_or_path {model_args.model_name_or_path}"
-    auto_class = get_auto_class(_read_config(model_args, cache_dir, flag))
+    config = _read_config(model_args, cache_dir, flag)
     try:
-        model, found = auto_class.from_pretrained(
+        model, found = get_auto_class(config).from_pretrained(
             model_args.model_name_or_path,
             dtype=dtype,
             quantization_config=quantization_config,
             device_map=device_map,
-            attn_implementation=attn_implementation,
+            attn_implementation=get_text_attention(get_model_config(config), attn_implementation),
             cache_dir=cache_dir,
             trust_remote_code=model_args.trust_remote_code,
             use_safetensors=True,

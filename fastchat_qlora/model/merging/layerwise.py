@@ -84,6 +84,7 @@ class LayerwiseMerge:
         self._source = _find_sources(names.by_parameter, needed, tied)
         self._check_sources(shapes)
         self._name = {source: name for name, source in self._source.items() if names.by_parameter.get(name) == source}
+        self._buffers = {source for name, source in names.by_parameter.items() if name not in shapes}
         # Of tied weights the files hold one; the others are added under their own names.
         added = [name for name in untied if name not in names.by_parameter]
         headers = files.headers | {name: files.headers[self._source[name]] for name in added}
@@ -106,7 +107,9 @@ class LayerwiseMerge:
         return (self._squared_change / self._squared_norm) ** 0.5 if self._squared_norm else None
 
     def get(self, written: str) -> torch.Tensor:
-        """Return one tensor of the merged model, by its name in the file; raise RunError if it is not finite."""
+        """Return one tensor of the merged model, by its name in the file; raise RunError if a weight is not finite."""
+        if written in self._buffers:  # a bound, for example, may be infinite
+            return self._files.read(written).to(self.headers[written].dtype)
         name = self._name.get(written, written)
         module, _, kind = name.rpartition(".")
         is_merged = module in self._layers and (kind == "weight" or module in self._with_bias)
