@@ -67,7 +67,7 @@ def make_multimodal(kind: str) -> PreTrainedModel:
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **IMAGE))
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
     linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    text = TEXT | linear | {"layer_types": ["linear_attention", "full_attention"]}
+    text = TEXT | linear | {"layer_types": ["linear_attention", "full_attention"], "initializer_range": 0.1}
     vision = QWEN_VISION | {"num_position_embeddings": 16}
     return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **IMAGE))
 
