@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
 from fastchat_qlora.commands import load_adapter
 from fastchat_qlora.commands.adapter_flags import check_output_dir, parse_merge
@@ -23,12 +29,14 @@ from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
-from fastchat_qlora.model.merging.full_model import merge_full_model
+from fastchat_qlora.model.merging.file_names import match_file_names
+from fastchat_qlora.model.merging.full_model import merge_full_model, restore_file_tensors
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_BYTES = 64 * 2**20  # with the configurations
+PROCESSOR_FILES = (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME)
 
 
 def merge(argv: Sequence[str]) -> Path:
@@ -100,12 +108,9 @@ def _write_layerwise(adapter: TrainedAdapter, plan: LayerwiseMerge, flags: argpa
             return plan.get(name)
 
         safetensors_files.write_weight_files(folder, plan.headers, get, flags.max_shard_size)
-    config = copy.deepcopy(adapter.config)
-    config.dtype = DTYPES.get(flags.dtype, config.dtype)
     if plan.untied:
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
         logger.info("Embeddings and head share one weight in the base model and are two in the merged model.")
-    config.save_pretrained(folder)
+    _write_config(adapter, flags, folder, is_untied=plan.untied)
 
 
 def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path) -> None:
@@ -116,7 +121,27 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
     merged = merge_full_model(load_adapter.load_with_adapter(adapter, base), dtype)
     merged.generation_config = GenerationConfig()  # transformers refuses to write what some base models bring
     _check_space(merged.state_dict(), flags.output_dir, folder)
-    merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
+    meta_model = build_meta_model(adapter.config)
+    if meta_model is None:
+        merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
+        return
+    files = safetensors_files.WeightFiles(safetensors_files.find_weight_files(adapter.base, adapter.cache_dir))
+    unused = match_file_names(meta_model, files.headers).unused
+    tensors = restore_file_tensors(merged, files, unused, DTYPES.get(flags.dtype))
+    safetensors_files.write_weight_files(folder, tensors, tensors.__getitem__, flags.max_shard_size)
+    _write_config(adapter, flags, folder)
+
+
+def _write_config(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path, *, is_untied: bool = False) -> None:
+    """Write the base model's configuration, that of all of its parts, and the files that prepare other modalities."""
+    config = copy.deepcopy(adapter.config)
+    config.dtype = DTYPES.get(flags.dtype, config.dtype)
+    if is_untied:
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if file := safetensors_files.fetch_file(adapter.base, name, adapter.cache_dir):
+            shutil.copyfile(file, folder / name)
 
 
 def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path) -> None:

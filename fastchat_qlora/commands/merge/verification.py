@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_context_length, get_device, load_with_adapter
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.loading.auto_class import get_auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def verify_merge(adapter: TrainedAdapter, folder: Path) -> None:
     gc.collect()
     effect = compare_logits(expected, base).divergence
     del base
-    merged = AutoModelForCausalLM.from_pretrained(
+    merged = get_auto_class(adapter.config).from_pretrained(
         folder,
         dtype=adapter.precision.dtype,
         trust_remote_code=adapter.model_args.trust_remote_code,

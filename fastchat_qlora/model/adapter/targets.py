@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.text_part import TextPart, has_experts
+from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.loading.weight_shares import compute_share
 from fastchat_qlora.utils.text import one_line
 
@@ -72,7 +73,8 @@ def choose_targets(
         UserError: a name matches nothing.
     """
     names, excluded = config.target_parameters or (), config.exclude_modules or ()
-    adaptable = find_adaptable(model)
+    adaptable = {name for name in find_adaptable(model) if not is_in_tower(name, text.towers)}
+    check_not_in_towers(config, model, text.towers)
     if config.target_modules == ALL_LINEAR:
         modules, parameters = _choose_all_linear(model, text), _find_adaptable_experts(model, text)
     else:

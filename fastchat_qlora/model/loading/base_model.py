@@ -7,18 +7,18 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.auto_class import (
+    check_trains_on_text,
+    get_auto_class,
+    get_model_class,
+    get_model_config,
+    get_text_attention,
+)
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.utils.text import one_line
 
@@ -43,21 +43,25 @@ def get_dtype_name(dtype: torch.dtype) -> str:
 
 
 def load_config(model_args: ModelArguments, cache_dir: str | None) -> PretrainedConfig:
-    """Read the configuration of the base model, which must be a causal language model."""
+    """Read the configuration of the base model, which must predict the next token of a text."""
     name = model_args.model_name_or_path
     flag = f"--model_name_or_path {name}"
     check_model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code)
-    except Exception as error:  # libraries raise anything on untrusted files
-        reason = one_line(error, 300)
-        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
-    has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
-        raise UserError(f"{flag}: {config.model_type} is not a causal language model; choose a chat model")
+    config = _read_config(model_args, cache_dir, flag)
+    check_trains_on_text(config, flag)
     if not model_args.trust_remote_code:
         _check_kernels(config, flag)
     return config
+
+
+def _read_config(model_args: ModelArguments, cache_dir: str | None, flag: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            model_args.model_name_or_path, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code
+        )
+    except Exception as error:  # libraries raise anything on untrusted files
+        reason = one_line(error, 300)
+        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
 
 
 def _check_kernels(config: PretrainedConfig, flag: str) -> None:
@@ -92,15 +96,18 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
     """Return the model without memory for its weights; None where its code lies outside transformers."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = get_model_class(config)
+    if model_class is None:
         return None
+    flag = f"--model_name_or_path {config.name_or_path or config.model_type}"
     try:
         with torch.device("meta"):
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            return model_class(get_model_config(config))
+    except ImportError as error:  # of a package that a part of the model needs, such as timm
+        raise UserError(f"{flag}: needs a package that is not installed; install it: {one_line(error, 200)}") from error
     except Exception as error:  # models raise anything on untrusted sizes
-        name = config.name_or_path or config.model_type
         raise UserError(
-            f"--model_name_or_path {name}: no model can be made of its config.json: {type(error).__name__}: "
+            f"{flag}: no model can be made of its config.json: {type(error).__name__}: "
             f"{one_line(error, 200)}; fix it, or download it again"
         ) from error
 
@@ -133,13 +140,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
     flag = f"--model_name_or_path {model_args.model_name_or_path}"
+    config = _read_config(model_args, cache_dir, flag)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = get_auto_class(config).from_pretrained(
             model_args.model_name_or_path,
             dtype=dtype,
             quantization_config=quantization_config,
             device_map=device_map,
-            attn_implementation=attn_implementation,
+            attn_implementation=get_text_attention(get_model_config(config), attn_implementation),
             cache_dir=cache_dir,
             trust_remote_code=model_args.trust_remote_code,
             use_safetensors=True,

@@ -25,10 +25,9 @@ METHOD = "bitsandbytes_with_experts"
 class ExpertsBitsAndBytesConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is untyped
     """The bitsandbytes configuration of a model whose experts are packed as well."""
 
-    def __init__(self, *, towers: tuple[str, ...] = (), **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.quant_method = METHOD
-        self.towers = towers
 
 
 @register_quantizer(METHOD)
@@ -37,7 +36,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        text = find_text_part(model, self.quantization_config.towers)
+        text = find_text_part(model)
         for name, module in text.linear.items():
             if type(module) not in (torch.nn.Linear, Conv1D):
                 model.set_submodule(name, _make_plain(module))

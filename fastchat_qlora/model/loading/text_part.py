@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
+
 NARROWEST_WIDTH = 8  # of a layer that is quantized and adapted: gates of one output, AltUp's coefficients are narrower
 EXPERTS_IN_PATH = re.compile(r"(.*\.)?experts(?=\.|$)")
 
@@ -19,6 +21,7 @@ class TextPart(NamedTuple):
     experts: dict[str, torch.nn.Parameter]  # fused weights of all experts of a layer, by name of the parameter
     routers: tuple[str, ...]  # linear layers that choose experts
     other_linear: dict[str, Any]  # too narrow, or with a forward pass other than x W^T + b
+    towers: tuple[str, ...]  # modules for images and sounds, with their projectors
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -28,18 +31,13 @@ class TextPart(NamedTuple):
         return linear | {name: parameter.numel() for name, parameter in self.experts.items()}
 
 
-def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> TextPart:
-    """Return the text part of a model that has not been quantized, on any device.
-
-    Args:
-        model: without adapter.
-        towers: names of modules whose content is left out, such as the vision tower.
-    """
-    head = model.get_output_embeddings()
+def find_text_part(model: PreTrainedModel) -> TextPart:
+    """Return the text part of a model that has neither been quantized nor has an adapter, on any device."""
+    head, towers = model.get_output_embeddings(), find_towers(model)
     experts = {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
-        if is_experts(module) and not _is_inside(name, towers)
+        if is_experts(module) and not is_in_tower(name, towers)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2 and not key.endswith("bias")
     }
@@ -47,7 +45,7 @@ def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> Text
     linear, routers, others = {}, [], {}
     regular: dict[type[torch.nn.Module], bool] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or _is_inside(name, towers):
+        if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or is_in_tower(name, towers):
             continue
         if _is_router(name, blocks):
             routers.append(name)
@@ -58,7 +56,7 @@ def find_text_part(model: PreTrainedModel, towers: tuple[str, ...] = ()) -> Text
             others[name] = module
         else:
             linear[name] = module
-    return TextPart(linear, experts, tuple(routers), others)
+    return TextPart(linear, experts, tuple(routers), others, towers)
 
 
 def has_experts(model: torch.nn.Module) -> bool:
@@ -75,10 +73,6 @@ def is_experts(module: torch.nn.Module) -> bool:
         return False
     named = "expert" in type(module).__name__.lower()
     return (named or hasattr(module, "has_gate")) and any(p.ndim >= 2 for p in module.parameters(recurse=False))
-
-
-def _is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _find_expert_blocks(model: torch.nn.Module, experts: dict[str, torch.nn.Parameter]) -> set[str]:

@@ -1,13 +1,16 @@
 """An adapter merged by PEFT into a whole model, where layer by layer is impossible."""
 
+from collections.abc import Iterable
+
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.merging.safetensors_files import round_finite
+from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
 from fastchat_qlora.utils.text import one_line
 
 
@@ -20,7 +23,7 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     is_changed = any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
-    if is_changed and base.config.get_text_config().tie_word_embeddings:
+    if is_changed and getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         raise RunError(
             "the adapter changes the embeddings or the head, which share one weight in this model, and its files have "
             "other names than the model: merging is not supported with both"
@@ -32,3 +35,21 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     for name, parameter in merged.named_parameters():
         parameter.data = round_finite(parameter.data, dtype, name)
     return merged.to(dtype)
+
+
+def restore_file_tensors(
+    model: PreTrainedModel, files: WeightFiles, unused: Iterable[str], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a merged model in the form of the base model's files, with those that it does not use.
+
+    Args:
+        files, unused: of the base model, and names in them of the tensors that loading leaves out.
+        dtype: of the unused tensors; None keeps each tensor's own.
+    """
+    tied = model.all_tied_weights_keys
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    restored: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    for name in unused:
+        tensor = files.read(name)
+        restored[name] = round_finite(tensor, dtype, name) if dtype and tensor.is_floating_point() else tensor
+    return restored

@@ -6,7 +6,6 @@ them, and the whole model is never in memory.
 """
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.model.adapter.targets import ADAPTER, PEFT_ERRORS
 from fastchat_qlora.model.merging.dequantize import WeightRounding
+from fastchat_qlora.model.merging.file_names import match_file_names
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
 from fastchat_qlora.utils.text import one_line
 
@@ -67,7 +66,7 @@ class LayerwiseMerge:
         self._files, self._rounding = files, rounding
         self._squared_change = self._squared_norm = 0.0  # of the rounded weights, summed up as they are merged
         self._conv1d = {name for name, module in meta_model.named_modules() if isinstance(module, Conv1D)}
-        tied = _find_tied_parameters(meta_model)
+        tied, names = _find_tied_parameters(meta_model), match_file_names(meta_model, files.headers)
         shapes = {name: p.shape for name, p in meta_model.named_parameters(remove_duplicate=False)}
         model = attach_to_meta_model(meta_model, lora_config, folder)
         self._layers = dict(_find_lora_layers(model))
@@ -75,15 +74,18 @@ class LayerwiseMerge:
         self._with_bias = {name for name, layer in self._layers.items() if layer.lora_bias.get(ADAPTER)}
         merged = {*(f"{name}.weight" for name in self._layers), *(f"{name}.bias" for name in self._with_bias)}
         changed = merged | self._replaced.keys()
-        untied = sorted({name for pair in tied.items() if changed & set(pair) for name in pair})
+        # One switch of the configuration unties all of a model's weights.
+        is_untied = any(changed & set(pair) for pair in tied.items())
+        untied = sorted({name for pair in tied.items() for name in pair}) if is_untied else []
         self.untied = bool(untied)
         rounded = [f"{name}.weight" for name in rounding.modules] if rounding else []
         needed = [*changed, *rounded, *untied]
-        self._source = _find_sources(meta_model, files, needed, tied)
+        self._source = _find_sources(names.by_parameter, needed, tied)
         self._check_sources(shapes)
-        self._name = {source: name for name, source in self._source.items() if name.endswith(source)}
+        self._name = {source: name for name, source in self._source.items() if names.by_parameter.get(name) == source}
+        self._buffers = {source for name, source in names.by_parameter.items() if name not in shapes}
         # Of tied weights the files hold one; the others are added under their own names.
-        added = [name for name in untied if not name.endswith(self._source[name])]
+        added = [name for name in untied if name not in names.by_parameter]
         headers = files.headers | {name: files.headers[self._source[name]] for name in added}
         self.headers = {
             name: header.to(dtype) if dtype and header.is_floating_point() else header
@@ -104,7 +106,9 @@ class LayerwiseMerge:
         return (self._squared_change / self._squared_norm) ** 0.5 if self._squared_norm else None
 
     def get(self, written: str) -> torch.Tensor:
-        """Return one tensor of the merged model, by its name in the file; raise RunError if it is not finite."""
+        """Return one tensor of the merged model, by its name in the file; raise RunError if a weight is not finite."""
+        if written in self._buffers:  # a bound, for example, may be infinite
+            return self._files.read(written).to(self.headers[written].dtype)
         name = self._name.get(written, written)
         module, _, kind = name.rpartition(".")
         is_merged = module in self._layers and (kind == "weight" or module in self._with_bias)
@@ -200,21 +204,18 @@ def _find_replaced_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Ten
             yield name.replace(".base_layer.", "."), parameter.data
 
 
-def _find_sources(
-    meta_model: PreTrainedModel, files: WeightFiles, names: Collection[str], tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Return name of a parameter -> its name in the files; raise NeedsFullModel if loading converts it.
+def _find_sources(by_parameter: Mapping[str, str], names: Collection[str], tied: Mapping[str, str]) -> dict[str, str]:
+    """Return name of a parameter -> its name in the files, which hold one of several tied weights.
 
-    Files may omit the model's name in front, as GPT-2's do ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight"), and
-    hold one of several tied weights.
+    Raises:
+        NeedsFullModel: loading converts one of them.
     """
-    prefix = f"{meta_model.base_model_prefix}."
-    patterns = [pattern for change in get_model_conversion_mapping(meta_model) for pattern in change.source_patterns]
     sources = {}
     for name in names:
-        same = [name, *(tied.get(name, name), *(other for other, first in tied.items() if first == name))]
-        found = [form for one in same for form in (one, one.removeprefix(prefix)) if form in files.headers]
-        if not found or any(re.search(pattern, found[0]) for pattern in patterns):
-            raise NeedsFullModel(f"{name} has another name or form in the files")
+        first = tied.get(name, name)
+        same = [name, first, *(other for other, of in tied.items() if of == first)]
+        found = [by_parameter[one] for one in same if one in by_parameter]
+        if not found:
+            raise NeedsFullModel(f"{name} has another form in the files")
         sources[name] = found[0]
     return sources

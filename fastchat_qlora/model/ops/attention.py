@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.auto_class import get_model_class
 from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 
 logger = logging.getLogger(__name__)
@@ -188,16 +189,16 @@ def choose_attention(
     if reason := _explain_unsupported(config):
         logger.warning(f"Using transformers' own attention with a mask: {reason}.")
         return None
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    supports_flash = dtype in HALF_PRECISION_DTYPES and getattr(cls, "_supports_flash_attn", False)
+    supports_flash = dtype in HALF_PRECISION_DTYPES and getattr(get_model_class(config), "_supports_flash_attn", False)
     return "flash_attention_2" if has_flash and supports_flash and _is_ampere_or_newer() else PER_CONVERSATION
 
 
 def _explain_unsupported(config: PretrainedConfig) -> str:
     """Return the reason why a model cannot use `attend_per_conversation`; empty if it can."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = get_model_class(config)
+    if model_class is None:
         return "the model's code lies outside transformers"
-    if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False):
+    if not getattr(model_class, "_supports_attention_backend", False):
         return f"{config.model_type} takes no other attention function"
     text = config.get_text_config()
     others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})

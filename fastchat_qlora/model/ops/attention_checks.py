@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.auto_class import get_text_attention
 from fastchat_qlora.model.ops.attention import get_default_attention
 from fastchat_qlora.utils.text import one_line
 
@@ -24,11 +25,11 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
         return
     before = meta_model.config._attn_implementation
     try:
-        meta_model.set_attn_implementation(attention)
+        meta_model.set_attn_implementation(get_text_attention(meta_model.config, attention))
     except (ImportError, ValueError, OSError) as error:
         reason = one_line(error, 300)
         raise UserError(f"--attn_implementation {attention}: cannot be used: {reason}; leave it on auto") from error
-    meta_model.set_attn_implementation(before)
+    meta_model.set_attn_implementation(get_text_attention(meta_model.config, before))
 
 
 class Leakage(NamedTuple):
@@ -67,11 +68,11 @@ def measure_leakage(
     tokens = alone.shape[1]
     packed, changed_packed = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
     in_use = model.config._attn_implementation
-    model.set_attn_implementation(get_default_attention(model))
+    model.set_attn_implementation(get_text_attention(model.config, get_default_attention(model)))
     try:
         by_itself = _get_last_logits(forward(input_ids=alone, use_cache=False), tokens)
     finally:
-        model.set_attn_implementation(in_use)
+        model.set_attn_implementation(get_text_attention(model.config, in_use))
     return Leakage(_compute_relative_distance(changed_packed, packed), _compute_relative_distance(packed, by_itself))
 
 

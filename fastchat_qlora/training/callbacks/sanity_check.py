@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.loading.auto_class import get_text_attention
 from fastchat_qlora.model.ops.attention import get_default_attention
 from fastchat_qlora.model.ops.attention_checks import measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
@@ -67,7 +68,7 @@ def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
         if packing:
             trainer.train_dataset = trainer.train_dataset.conversations
         base = trainer.adapter.get_base_model()
-        base.set_attn_implementation(get_default_attention(base))
+        base.set_attn_implementation(get_text_attention(base.config, get_default_attention(base)))
     if failures.loss:
         trainer.use_plain_loss(failures.loss)
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 
 from fastchat_qlora import __version__
+from fastchat_qlora.model.loading.auto_class import get_auto_class
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_dtype_name
 from fastchat_qlora.training.checkpoints.adapter_export import CARD_FILE
 from fastchat_qlora.training.report.report_data import RunSummary
@@ -53,6 +54,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         name=name,
         version=__version__,
         base=base,
+        auto_class=get_auto_class(prepared.base.config).__name__,
         is_local=is_local,
         dtype=get_dtype_name(get_compute_dtype(summary.args.training)),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
