@@ -88,7 +88,7 @@ def choose_base_quantization(
     wanted, flag = get_base_quantization(lora_args), f"--model_name_or_path {name}"
     if published is None:
         if lora_args.dequantize_base:
-            raise UserError(f"--dequantize_base True: has no effect, since {flag} is not quantized; drop it")
+            raise UserError("--dequantize_base True: has no effect, since the base model is not quantized; drop it")
         return wanted
     if not published.is_bitsandbytes or lora_args.dequantize_base or (published.kind == "int8" and wanted.is_4bit):
         chosen = wanted._replace(published=published.kind)
@@ -96,8 +96,8 @@ def choose_base_quantization(
         chosen = BaseQuantization(cast(QuantizationKind, published.kind), published.double_quant, published.kind)
     else:
         raise UserError(
-            f"--load_in_8bit True: {flag} is published in 4 bits ({published}), from which 8 bits gain nothing; drop "
-            "the flag to train it in 4 bits, or give --dequantize_base True in its place"
+            f"--load_in_8bit True: the base model is published in 4 bits ({published}), from which 8 bits gain nothing; "
+            "drop the flag to train it in 4 bits, or give --dequantize_base True in its place"
         )
     _log_choice(chosen, wanted, flag)
     return chosen
