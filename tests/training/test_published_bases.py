@@ -149,7 +149,6 @@ REFUSALS = {
         {"quant_method": "compressed-tensors"},
     ),
     "no method": Refusal("has no quant_method; add it there", {"bits": 4}),
-    "no object": Refusal("quantization_config in its config.json is not an object; correct it there", 4),
     "another type": Refusal(
         'bnb_4bit_quant_type "nf9" in its config.json must be nf4 or fp4; correct it there',
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf9"},

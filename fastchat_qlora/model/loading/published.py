@@ -82,8 +82,7 @@ def read_published_quantization(config: PretrainedConfig, name: str) -> Publishe
 
 
 def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{flag}: quantization_config in its config.json is not an object; correct it there")
+    settings = settings if isinstance(settings, Mapping) else {}
     if settings.get("load_in_4bit") or settings.get("load_in_8bit") or settings.get("quant_method") == "bitsandbytes":
         return _read_bitsandbytes(settings, flag)
     method = settings.get("quant_method")

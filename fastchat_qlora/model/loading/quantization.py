@@ -96,8 +96,8 @@ def choose_base_quantization(
         chosen = BaseQuantization(cast(QuantizationKind, published.kind), published.double_quant, published.kind)
     else:
         raise UserError(
-            f"--load_in_8bit True: the base model is published in 4 bits ({published}), from which 8 bits gain nothing; "
-            "drop the flag to train it in 4 bits, or give --dequantize_base True in its place"
+            f"--load_in_8bit True: the base model is published in 4 bits ({published}), from which 8 bits gain "
+            "nothing; drop the flag to train it in 4 bits, or give --dequantize_base True in its place"
         )
     _log_choice(chosen, wanted, flag)
     return chosen

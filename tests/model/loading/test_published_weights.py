@@ -74,9 +74,7 @@ def test_4_bit_weights_of_single_experts_are_read(tokenizer_folder: Path, tmp_pa
             plain[name] = dequantize_4bit(packed, state)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = folder / "config.json"
-    config.write_text(
-        config.read_text().replace("{", '{"quantization_config": ' + nf4().to_json_string(False) + ",", 1)
-    )
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": nf4().to_dict()}))
     model = load(folder, torch.float32, nf4())
     experts = model.model.layers[0].mlp.experts.gate_up_proj
     first = [plain[f"model.layers.0.mlp.experts.0.{name}_proj.weight"] for name in ("gate", "up")]
