@@ -28,10 +28,14 @@ from fastchat_qlora.model.adapter.adapter_files import (
 from fastchat_qlora.model.adapter.lora import check_loaded, compute_adapter_shapes, prepare_for_adapter
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS
 from fastchat_qlora.model.loading import base_model
+from fastchat_qlora.model.loading.published import PublishedQuantization, read_published_quantization
+from fastchat_qlora.model.loading.published_weights import build_loading_settings
 from fastchat_qlora.model.loading.quantization import (
+    NOT_QUANTIZED,
     BaseQuantization,
     QuantizationKind,
     build_quantization_config,
+    fit_to_files,
     get_base_quantization,
 )
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
@@ -65,7 +69,8 @@ class TrainedAdapter(NamedTuple):
     cache_dir: str | None
     config: PretrainedConfig  # of the base model
     precision: Precision  # to load the base model in
-    trained_on: QuantizationKind | None  # of the base model in training; None if it is unknown
+    published: PublishedQuantization | None  # of the base model's files
+    trained_on: str | None  # quantization of the weights in training, as `values` has it; None if it is unknown
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig  # with all tokens that end an answer
 
@@ -93,7 +98,10 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     model_args = ModelArguments(model_name_or_path=base, trust_remote_code=flags.trust_remote_code)
     config = base_model.load_config(model_args, cache_dir)
     meta_model = base_model.build_meta_model(config)
-    precision, trained_on = _choose_precision(folder, flags.quantization, config)
+    published = read_published_quantization(config, base)
+    precision, trained_on = _choose_precision(folder, flags.quantization, config, published)
+    quantization = fit_to_files(precision.quantization, published, base)
+    precision = precision._replace(quantization=quantization)
     check_pattern_time(lora_config, meta_model)
     shapes = compute_adapter_shapes(meta_model, lora_config, flag=f"{ADAPTER_FLAG} {folder}")
     check_adapter_tensors(str(folder), shapes, flag=ADAPTER_FLAG)
@@ -103,7 +111,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     check_vocabulary(tokenizer, config, base, remedy)
     generation = load_generation_config(folder, base, tokenizer, config, cache_dir)
     return TrainedAdapter(
-        folder, lora_config, model_args, cache_dir, config, precision, trained_on, tokenizer, generation
+        folder, lora_config, model_args, cache_dir, config, precision, published, trained_on, tokenizer, generation
     )
 
 
@@ -122,17 +130,20 @@ def _choose_base(folder: Path, given: str | None) -> str:
 
 
 def _choose_precision(
-    folder: Path, quantization: str, config: PretrainedConfig
-) -> tuple[Precision, QuantizationKind | None]:
-    """Return the precision to load the base model in, and its quantization in training if that is known."""
+    folder: Path, quantization: str, config: PretrainedConfig, published: PublishedQuantization | None
+) -> tuple[Precision, str | None]:
+    """Return the precision to load the base model in, and the quantization of its weights in training, if known."""
     trained = _read_training_precision(folder)
     if isinstance(trained, Precision):
-        precision, trained_on = trained, trained.quantization.kind
+        precision, trained_on = trained, trained.quantization.values
     else:
-        precision, trained_on = Precision(BaseQuantization(), get_saved_dtype(config)), None
+        as_published = published is not None and published.is_bitsandbytes
+        kind = BaseQuantization(cast(QuantizationKind, published.kind)) if published and as_published else NOT_QUANTIZED
+        precision, trained_on = Precision(kind, get_saved_dtype(config)), None
         how = f"with --quantization {quantization}"
         if quantization == "as_trained":
             how = "not quantized; if it was quantized, give --quantization nf4, fp4 or int8"
+            how = f"in {published}, as it is published" if as_published else how
         logger.warning(
             f"{folder}: {trained}, so the precision of its training is unknown. The base model is loaded in "
             f"{base_model.get_dtype_name(precision.dtype)}, {how}."
@@ -177,7 +188,9 @@ def _from_manifest(manifest: Any) -> Precision:
 
 def _from_training_args(groups: Any) -> Precision:
     lora, training = (cast(Any, SimpleNamespace(**groups[name])) for name in ("lora", "training"))
-    precision = Precision(get_base_quantization(lora), base_model.get_compute_dtype(training))
+    found = groups.get("base_quantization")  # older versions have the flags only
+    quantization = BaseQuantization(**found) if found else get_base_quantization(lora)
+    precision = Precision(quantization, base_model.get_compute_dtype(training))
     if precision.quantization.kind not in get_args(QuantizationKind):
         raise ValueError(f"bnb_4bit_quant_type {precision.quantization.kind!r}")
     return precision
@@ -224,11 +237,11 @@ def load_base(adapter: TrainedAdapter) -> PreTrainedModel:
     disable_bars_without_terminal()
     if adapter.precision.quantization.kind == "int8":
         log_casts_once()
-    device = get_device()
+    device, quantization = get_device(), build_quantization_config(*adapter.precision)
     return base_model.load_model(
         adapter.model_args,
         dtype=adapter.precision.dtype,
-        quantization_config=build_quantization_config(*adapter.precision),
+        quantization=build_loading_settings(adapter.config, adapter.published, quantization, adapter.precision.dtype),
         device_map=None if device.type == "cpu" else {"": f"{device.type}:0"},
         attn_implementation=None,
         cache_dir=adapter.cache_dir,

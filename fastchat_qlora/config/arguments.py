@@ -166,6 +166,7 @@ class LoraArguments:
         "Storage dtype of 4-bit weights; auto is uint8, or the compute dtype where weights are sharded.", "auto"
     )
     load_in_8bit: bool = flag("Load the base model in 8 bits (LLM.int8).", False)
+    dequantize_base: bool = flag("Dequantize a base model that is published in 4 or 8 bits while it is loaded.", False)
 
 
 class RunArguments(NamedTuple):

@@ -87,7 +87,7 @@ def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, d
     model = load_model(
         args.model,
         dtype=dtype,
-        quantization_config=loading.quantization_config,
+        quantization=loading.quantization,
         device_map=get_device_map(topology, quantized=prepared.base.quantization.is_quantized),
         attn_implementation=loading.attention,
         cache_dir=args.training.cache_dir,

@@ -12,7 +12,7 @@ from zlib import crc32
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
@@ -34,11 +34,13 @@ from fastchat_qlora.model.loading.base_model import (
     has_bf16_kernels,
     load_config,
 )
+from fastchat_qlora.model.loading.published import PublishedQuantization, read_published_quantization
+from fastchat_qlora.model.loading.published_weights import build_loading_settings
 from fastchat_qlora.model.loading.quantization import (
     BaseQuantization,
     build_quantization_config,
     build_run_quantization_config,
-    get_base_quantization,
+    choose_base_quantization,
 )
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
@@ -76,6 +78,7 @@ class PreparedBase(NamedTuple):
     config: PretrainedConfig
     lora_config: LoraConfig
     quantization: BaseQuantization
+    published: PublishedQuantization | None  # of its files
     meta_model: PreTrainedModel | None  # without weights; None if the model's code lies outside transformers
     sizes: dict[str, int]  # weights by name of linear layer or experts' parameter; empty without a meta model
 
@@ -83,7 +86,7 @@ class PreparedBase(NamedTuple):
 class LoadingSettings(NamedTuple):
     """Settings with which the base model is loaded."""
 
-    quantization_config: BitsAndBytesConfig | None
+    quantization: dict[str, Any]  # of the base model, from build_loading_settings
     attention: str | None  # backend; None leaves it to transformers
     sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 shards one by one
 
@@ -119,20 +122,21 @@ def prepare_data(
 
 def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     """Read the base model's configuration, and check that the adapter can be attached to such a model."""
-    quantization = get_base_quantization(args.lora)
-    config = load_config(args.model, args.training.cache_dir)
+    config, name = load_config(args.model, args.training.cache_dir), args.model.model_name_or_path
+    published = read_published_quantization(config, name)
+    quantization = choose_base_quantization(args.lora, published, name)
     check_router_loss(config, args.training.router_aux_loss_coef)
     meta_model = build_meta_model(config)
     if meta_model is None:
         check_pattern_time(lora_config, None)
-        return PreparedBase(config, lora_config, quantization, None, {})
+        return PreparedBase(config, lora_config, quantization, published, None, {})
     text = find_text_part(meta_model)
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
     if not args.lora.lora_weight_path:
         lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
-    if quantization.is_4bit:
+    if quantization.is_4bit and not quantization.is_as_published:
         _check_quantized_share(config, quantization, text, get_compute_dtype(args.training))
-    return PreparedBase(config, lora_config, quantization, meta_model, text.sizes)
+    return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes)
 
 
 def _check_quantized_share(
@@ -165,10 +169,10 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         trusted=training_args.trust_checkpoint,
     )
     lora_config = build_lora_config(args.lora)
-    settings = fingerprint_settings(args, lora_config, topology, dtype)
+    base = prepare_base(args, lora_config)
+    settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     if checkpoint:
         checkpoint.check(settings)
-    base = prepare_base(args, lora_config)
     loading = _choose_loading(args, base, topology, dtype)
     run_preflight(training_args, base.meta_model)
     shapes = compute_shapes(args, base)
@@ -210,7 +214,7 @@ def _warn_of_slow_bf16(topology: Topology, dtype: torch.dtype) -> None:
 
 def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, dtype: torch.dtype) -> LoadingSettings:
     """Choose how the base model is loaded, and check that it works with the strategy and the attention backend."""
-    quantization_config = build_run_quantization_config(args.lora, dtype, topology)
+    quantization_config = build_run_quantization_config(args.lora, base.quantization, dtype, topology)
     quantized = base.quantization.is_quantized
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)
     sharded_classes = tuple((args.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
@@ -224,7 +228,8 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
         padding_free=args.data.padding_free,
     )
     check_attention(base.meta_model, attention, topology.accelerator)
-    return LoadingSettings(quantization_config, attention, sharded_classes)
+    quantization = build_loading_settings(base.config, base.published, quantization_config, dtype)
+    return LoadingSettings(quantization, attention, sharded_classes)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:

@@ -523,7 +523,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
         "the tokenizer has 605 tokens and the model embeddings "
         "for 600: '<new 0>' (id 600) has none; give the base model on which the adapter in ",
     ),
-    "quantized": (lambda base, adapter: [_quantize(base)], "its weights are quantized, which is not supported"),
+    "quantized": (lambda base, adapter: [_quantize(base)], "has a quantization_config (int8), and its files hold no"),
     "no biases": (lambda base, adapter: [_configure(adapter, lora_bias=True)], "tensors are not in it"),
     "another kind": (lambda base, adapter: [_configure(adapter, peft_type="IA3")], "give a LoRA adapter"),
 }

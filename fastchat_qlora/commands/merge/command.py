@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -26,12 +27,15 @@ from fastchat_qlora.commands.merge.staging import stage_folder
 from fastchat_qlora.commands.merge.verification import verify_merge
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.published import remove_quantization_settings
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.merging.file_names import match_file_names
 from fastchat_qlora.model.merging.full_model import merge_full_model, restore_file_tensors
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
+from fastchat_qlora.model.merging.published_files import READABLE, PublishedFiles
+from fastchat_qlora.model.merging.safetensors_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +54,6 @@ def merge(argv: Sequence[str]) -> Path:
     flags = parse_merge(argv)
     adapter = load_adapter.open_adapter(flags)
     check_output_dir(flags.output_dir, flags.adapter, adapter.base)
-    if getattr(adapter.config, "quantization_config", None) is not None:
-        reason = "its weights are quantized, which is not supported; give the model that was quantized"
-        raise UserError(f"--model_name_or_path {adapter.base}: {reason}")
     output_dir = Path(os.path.expanduser(flags.output_dir))
     with stage_folder(output_dir) as folder:
         _write_model(adapter, flags, folder)
@@ -84,19 +85,32 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
     meta_model = build_meta_model(adapter.config)
     if meta_model is None:
         raise NeedsFullModel("the model's code lies outside transformers")
-    weight_files = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir)
-    rounding = None
-    if quantization := build_quantization_config(*adapter.precision):
+    files = _open_files(adapter, meta_model)
+    rounding, quantization = None, build_quantization_config(*adapter.precision)
+    if quantization and not adapter.precision.quantization.is_as_published:
         device = load_adapter.get_device()
         rounding = make_weight_rounding(adapter.config, quantization, adapter.precision.dtype, device)
     return LayerwiseMerge(
         meta_model,
         copy.deepcopy(adapter.lora_config),
         str(adapter.folder),
-        safetensors_files.WeightFiles(weight_files),
+        files,
         rounding=rounding,
         dtype=dtype,
     )
+
+
+def _open_files(adapter: TrainedAdapter, meta_model: PreTrainedModel) -> WeightFiles:
+    """Return the base model's tensors, dequantized if its files are quantized."""
+    published = adapter.published
+    paths = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir)
+    if published is None:
+        return WeightFiles(paths)
+    if published.kind not in READABLE:
+        raise NeedsFullModel(f"its weights are published in {published.kind}")
+    if published.is_bitsandbytes and any(isinstance(module, Conv1D) for module in meta_model.modules()):
+        raise NeedsFullModel("its quantized weights are transposed in the files")
+    return PublishedFiles(paths, published, adapter.precision.dtype, load_adapter.get_saved_dtype(adapter.config))
 
 
 def _write_layerwise(adapter: TrainedAdapter, plan: LayerwiseMerge, flags: argparse.Namespace, folder: Path) -> None:
@@ -119,6 +133,8 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
         base = base.dequantize()
     dtype = DTYPES.get(flags.dtype, load_adapter.get_saved_dtype(adapter.config))
     merged = merge_full_model(load_adapter.load_with_adapter(adapter, base), dtype)
+    if adapter.published:
+        merged = _forget_loading(merged)
     merged.generation_config = GenerationConfig()  # transformers refuses to write what some base models bring
     _check_space(merged.state_dict(), flags.output_dir, folder)
     meta_model = build_meta_model(adapter.config)
@@ -134,7 +150,7 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
 
 def _write_config(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path, *, is_untied: bool = False) -> None:
     """Write the base model's configuration, that of all of its parts, and the files that prepare other modalities."""
-    config = copy.deepcopy(adapter.config)
+    config = remove_quantization_settings(adapter.config)
     config.dtype = DTYPES.get(flags.dtype, config.dtype)
     if is_untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
@@ -142,6 +158,18 @@ def _write_config(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Pa
     for name in PROCESSOR_FILES:
         if file := safetensors_files.fetch_file(adapter.base, name, adapter.cache_dir):
             shutil.copyfile(file, folder / name)
+
+
+def _forget_loading(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model with the same weights, which is saved as a plain one.
+
+    transformers reverts on saving what it converted on loading, and so would quantize the weights again.
+    """
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(remove_quantization_settings(model.config))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
 
 
 def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path) -> None:
@@ -153,18 +181,19 @@ def _check_space(tensors: dict[str, torch.Tensor], output_dir: str, folder: Path
 
 def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) -> None:
     """Log the weights that the adapter was merged into, and warn if it was trained on others."""
-    kind, trained_on = adapter.precision.quantization.kind, adapter.trained_on
-    merged = f"Merged into {_describe_weights(kind)}"
+    values, trained_on = adapter.precision.quantization.values, adapter.trained_on
+    merged = f"Merged into {_describe_weights(adapter, values)}"
     if relative_change is not None:
         merged += f", which differ from the original ones by {relative_change:.1%} of their norm"
     if trained_on is None:
         logger.info(f"{merged}; on which ones the adapter was trained is not known.")
-    elif kind != trained_on:
+    elif values != trained_on:
+        trained = _describe_weights(adapter, trained_on)
         logger.warning(
-            f"{merged}; the adapter was trained on {_describe_weights(trained_on)} only, so the merged model may "
-            "answer differently. --quantization as_trained merges into the weights of the training."
+            f"{merged}; the adapter was trained on {trained} only, so the merged model may answer differently. "
+            "--quantization as_trained merges into the weights of the training."
         )
-    elif kind == "none":
+    elif values == "none" or (adapter.published and values == adapter.published.kind):
         logger.info(f"{merged}, on which the adapter was trained.")
     else:
         logger.info(
@@ -173,5 +202,7 @@ def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) 
         )
 
 
-def _describe_weights(kind: str) -> str:
-    return "the original weights" if kind == "none" else f"the dequantized {kind} weights"
+def _describe_weights(adapter: TrainedAdapter, values: str) -> str:
+    if adapter.published and values in ("none", adapter.published.kind):
+        return f"the weights published in {adapter.published.kind}, dequantized"
+    return "the original weights" if values == "none" else f"the dequantized {values} weights"

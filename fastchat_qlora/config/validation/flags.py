@@ -21,6 +21,8 @@ SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "s
 EXCLUSIVE = (
     ("fp16", "bf16", "two precisions; choose bf16 if the device has it"),
     ("q_lora", "load_in_8bit", "the base model is loaded in 4 bits or in 8; drop one"),
+    ("dequantize_base", "q_lora", "the base model is loaded in the compute dtype or in 4 bits; drop one"),
+    ("dequantize_base", "load_in_8bit", "the base model is loaded in the compute dtype or in 8 bits; drop one"),
     ("lazy_preprocess", "remove_unused_columns", "the text is needed later; drop one"),
     ("eval_split", "eval_data_path", "two sources of evaluation data; drop one"),
 )

@@ -1,13 +1,16 @@
 """A model path -> the base model's configuration and weights."""
 
 import hashlib
+import re
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
@@ -20,9 +23,12 @@ from fastchat_qlora.model.loading.auto_class import (
     get_text_attention,
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
+from fastchat_qlora.model.loading.published_weights import read_weights_in_order
 from fastchat_qlora.utils.text import one_line
 
 SAMPLE_BYTES = 1 << 20
+SCALE_NAME = re.compile(r"[._](absmax|SCB|scales?|scale_inv|scales_and_zp|qzeros|weight_packed|qweight)$")
+"""Names of tensors without which quantized weights beside them cannot be read."""
 
 
 def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
@@ -133,27 +139,37 @@ def load_model(
     model_args: ModelArguments,
     *,
     dtype: torch.dtype,
-    quantization_config: BitsAndBytesConfig | None,
+    quantization: Mapping[str, Any],
     device_map: dict[str, int | str] | None,
     attn_implementation: str | None,
     cache_dir: str | None,
 ) -> PreTrainedModel:
-    """Load the base model, quantized if asked for, from safetensors that must hold all of its tensors."""
-    flag = f"--model_name_or_path {model_args.model_name_or_path}"
+    """Load the base model from safetensors that must hold all of its tensors.
+
+    Args:
+        quantization: from `published_weights.build_loading_settings`.
+    """
+    flag, is_published = f"--model_name_or_path {model_args.model_name_or_path}", "config" in quantization
     config = _read_config(model_args, cache_dir, flag)
     try:
-        model, found = get_auto_class(config).from_pretrained(
-            model_args.model_name_or_path,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            device_map=device_map,
-            attn_implementation=get_text_attention(get_model_config(config), attn_implementation),
-            cache_dir=cache_dir,
-            trust_remote_code=model_args.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with read_weights_in_order(needed=is_published):
+            model, found = get_auto_class(config).from_pretrained(
+                model_args.model_name_or_path,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=get_text_attention(get_model_config(config), attn_implementation),
+                cache_dir=cache_dir,
+                trust_remote_code=model_args.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **quantization,
+            )
     except RuntimeError as error:
+        if "CONVERSION" in str(error) and is_published:
+            raise UserError(
+                f"{flag}: its weights cannot be dequantized as quantization_config in its config.json has it; "
+                "compare it with the original's, or download the model again"
+            ) from error
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
@@ -164,6 +180,11 @@ def load_model(
     if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(
             f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
+        )
+    if scales := sorted(name for name in found["unexpected_keys"] if SCALE_NAME.search(name)):
+        raise UserError(
+            f"{flag}: its files hold {scales[0]}, so its weights are quantized, which its config.json does not say; "
+            "give a copy whose config.json has the quantization_config"
         )
     keep_cpu_weights_trainable(model)
     return model

@@ -42,6 +42,15 @@ def check_model_folder(name: str) -> None:
             raise UserError(f"{flag}: {file} cannot be read as safetensors: {error}; download it again") from error
 
 
+def list_tensors(name: str) -> list[str]:
+    """Return the names of the tensors in a folder's safetensors files; none for a model on the hub."""
+    names: list[str] = []
+    for path in sorted(Path(name).expanduser().glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            names += tensors.keys()
+    return names
+
+
 def read_weight_index(index: Path, flag: str) -> list[str]:
     """Return the files that a model's index names, which must be safetensors files beside it; none without an index."""
     if not index.exists():

@@ -1,6 +1,7 @@
-"""Flags -> the quantization of the base model, for all who need it."""
+"""Flags and the base model's configuration -> the quantization of the base model, for all who need it."""
 
-from typing import Any, Literal, NamedTuple
+import logging
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -8,6 +9,9 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology, get_quant_storage
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.published import PublishedQuantization
+
+logger = logging.getLogger(__name__)
 
 QuantizationKind = Literal["none", "nf4", "fp4", "int8"]
 
@@ -21,6 +25,7 @@ class BaseQuantization(NamedTuple):
 
     kind: QuantizationKind = "none"  # int8 is LLM.int8
     double_quant: bool = False  # the scales of 4-bit weights are quantized too; False for other kinds
+    published: str = "none"  # quantization of the base model's files, as PublishedQuantization.kind has it
 
     @property
     def is_quantized(self) -> bool:
@@ -33,26 +38,106 @@ class BaseQuantization(NamedTuple):
         return self.kind in ("nf4", "fp4")
 
     @property
+    def is_as_published(self) -> bool:
+        """Whether the quantized weights are those of the base model's files."""
+        return self.is_quantized and self.kind == self.published
+
+    @property
+    def values(self) -> str:
+        """The quantization that decides the values of the weights, whether they are dequantized or not."""
+        return self.published if self.kind == "none" and self.published in ("nf4", "fp4", "int8") else self.kind
+
+    @property
     def bytes_per_weight(self) -> float:
         """Bytes of a quantized weight with its share of the scales."""
         if not self.is_4bit:
             return 1.0 if self.is_quantized else 0.0
         return NF4_DOUBLE_BYTES if self.double_quant else NF4_SINGLE_BYTES
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; a base model that is not published quantized has none that older runs lack."""
+        return {name: value for name, value in self._asdict().items() if (name, value) != ("published", "none")}
+
     def __str__(self) -> str:
-        return f"{self.kind} with double quantization" if self.double_quant else self.kind
+        text = f"{self.kind} with double quantization" if self.double_quant else self.kind
+        if self.published == "none":
+            return text
+        return f"{text}, as published" if self.is_as_published else f"{text}, dequantized from {self.published}"
 
 
 NOT_QUANTIZED = BaseQuantization()
 
 
 def get_base_quantization(lora_args: LoraArguments) -> BaseQuantization:
-    """Return the quantization that the flags ask for."""
+    """Return the quantization that the flags ask for, of a base model that is not published quantized."""
     if lora_args.load_in_8bit:
         return BaseQuantization("int8")
     if not lora_args.q_lora:
         return NOT_QUANTIZED
     return BaseQuantization(lora_args.bnb_4bit_quant_type, lora_args.bnb_4bit_use_double_quant)
+
+
+def choose_base_quantization(
+    lora_args: LoraArguments, published: PublishedQuantization | None, name: str
+) -> BaseQuantization:
+    """Return the quantization in which the base model of that name is trained, and log what its files decide.
+
+    Raises:
+        UserError: flags ask for what its files do not give.
+    """
+    wanted, flag = get_base_quantization(lora_args), f"--model_name_or_path {name}"
+    if published is None:
+        if lora_args.dequantize_base:
+            raise UserError("--dequantize_base True: has no effect, since the base model is not quantized; drop it")
+        return wanted
+    if not published.is_bitsandbytes or lora_args.dequantize_base or (published.kind == "int8" and wanted.is_4bit):
+        chosen = wanted._replace(published=published.kind)
+    elif published.kind == "int8" or wanted.kind != "int8":
+        chosen = BaseQuantization(cast(QuantizationKind, published.kind), published.double_quant, published.kind)
+    else:
+        raise UserError(
+            f"--load_in_8bit True: the base model is published in 4 bits ({published}), from which 8 bits gain "
+            "nothing; drop the flag to train it in 4 bits, or give --dequantize_base True in its place"
+        )
+    _log_choice(chosen, wanted, flag)
+    return chosen
+
+
+def _log_choice(chosen: BaseQuantization, wanted: BaseQuantization, flag: str) -> None:
+    if not chosen.is_as_published:
+        weights = f"quantized to {chosen._replace(published='none')}" if chosen.is_quantized else "not quantized again"
+        logger.info(f"{flag}: published in {chosen.published}; dequantized while it is loaded, and {weights}.")
+        return
+    method = "QLoRA" if chosen.is_4bit else "LLM.int8"
+    given = chosen._replace(published="none")
+    logger.info(
+        f"{flag}: published in {given}, and trained as it is ({method}); --dequantize_base True trains it without."
+    )
+    if wanted.is_4bit and wanted != given:
+        logger.warning(
+            f"--bnb_4bit_quant_type {wanted.kind}, --bnb_4bit_use_double_quant {wanted.double_quant}: ignored: the "
+            f"base model is published in {given}."
+        )
+
+
+def fit_to_files(
+    quantization: BaseQuantization, published: PublishedQuantization | None, name: str
+) -> BaseQuantization:
+    """Return how a base model is loaded in this quantization, or one like it, from the files of that name.
+
+    Raises:
+        UserError: its files hold 4-bit weights, and other quantized ones are wanted.
+    """
+    if published is None:
+        return quantization._replace(published="none")
+    if quantization.kind == published.kind:
+        return quantization._replace(double_quant=published.double_quant, published=published.kind)
+    if quantization.is_quantized and published.kind in ("nf4", "fp4"):
+        raise UserError(
+            f"--model_name_or_path {name}: published in 4 bits ({published}), from which {quantization.kind} cannot be "
+            f"made; give --quantization {published.kind}, or none to dequantize it"
+        )
+    return quantization._replace(published=published.kind)
 
 
 def build_quantization_config(
@@ -79,18 +164,24 @@ def build_quantization_config(
 
 
 def build_run_quantization_config(
-    lora_args: LoraArguments, compute_dtype: torch.dtype, topology: Topology
+    lora_args: LoraArguments, quantization: BaseQuantization, compute_dtype: torch.dtype, topology: Topology
 ) -> BitsAndBytesConfig | None:
     """Return the bitsandbytes configuration of a run; None for plain LoRA."""
-    quantization = get_base_quantization(lora_args)
     check_weights_can_be_sharded(quantization, topology)
     storage = None
-    if quantization.is_4bit:
+    if quantization.is_4bit and not quantization.is_as_published:
         storage = get_quant_storage(lora_args.bnb_4bit_quant_storage, compute_dtype, topology)
     return build_quantization_config(quantization, compute_dtype, storage)
 
 
 def check_weights_can_be_sharded(quantization: BaseQuantization, topology: Topology) -> None:
     """Require that the parallel strategy can shard the base model's weights, if it shards them."""
-    if quantization.kind == "int8" and topology.shards_parameters:
+    if not topology.shards_parameters:
+        return
+    if quantization.published != "none":
+        raise UserError(
+            f"{topology.strategy}: a base model that is published quantized ({quantization.published}) cannot be "
+            "sharded; choose DDP or ZeRO-2, or give the model in 16 bits, with --q_lora True for 4 bits"
+        )
+    if quantization.kind == "int8":
         raise UserError("--load_in_8bit True: 8-bit weights cannot be sharded by FSDP or ZeRO-3; use --q_lora True")

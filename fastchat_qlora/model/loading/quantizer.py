@@ -35,7 +35,6 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """bitsandbytes' 4 bits for all linear layers and experts of the text part."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         text = find_text_part(model)
         for name, module in text.linear.items():
             if type(module) not in (torch.nn.Linear, Conv1D):
@@ -54,6 +53,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _Pack(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # which other libraries look for
         use_compute_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 

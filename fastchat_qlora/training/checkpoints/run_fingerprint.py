@@ -13,7 +13,7 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import get_dtype_name
-from fastchat_qlora.model.loading.quantization import get_base_quantization
+from fastchat_qlora.model.loading.quantization import BaseQuantization
 
 NO_STRATEGY = "none"
 REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state
@@ -41,7 +41,7 @@ LABELS = {
     "optimizer_offload": "--deepspeed, device of offload_optimizer",
     "deepspeed_state_layout": "--deepspeed, layout of the state",
     "compute_dtype": "compute dtype (--bf16, --fp16)",
-    "base_quantization": "quantization of the base model (--q_lora, --load_in_8bit, --bnb_4bit_*)",
+    "base_quantization": "quantization of the base model (--q_lora, --load_in_8bit, --dequantize_base, --bnb_4bit_*)",
     "packing_capacity": "--packing, tokens of a sequence",
     "fsdp_state_dict_type": "--fsdp_config, state_dict_type",
     "data": "--data_path, content",
@@ -85,7 +85,11 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Settin
 
 
 def fingerprint_settings(
-    args: RunArguments, lora_config: LoraConfig, topology: Topology, dtype: torch.dtype
+    args: RunArguments,
+    lora_config: LoraConfig,
+    quantization: BaseQuantization,
+    topology: Topology,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return as JSON values what the flags decide: the layout of a checkpoint, and what a step is."""
     training, data, targets = args.training, args.data, lora_config.target_modules
@@ -101,7 +105,7 @@ def fingerprint_settings(
         "optimizer_offload": get_offload_device(deepspeed, "offload_optimizer"),
         "deepspeed_state_layout": describe_state_layout(deepspeed),
         "compute_dtype": get_dtype_name(dtype),
-        "base_quantization": get_base_quantization(args.lora)._asdict(),
+        "base_quantization": quantization.to_dict(),
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values

@@ -43,7 +43,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     """Return the card's text, for an adapter of that name."""
     is_local = os.path.isdir(summary.model)
     base = Path(summary.model).resolve().name if is_local else summary.model
-    prepared, lora, metrics = summary.prepared, summary.args.lora, summary.figures | dict(metrics)
+    prepared, metrics = summary.prepared, summary.figures | dict(metrics)
     config, tokenizer = prepared.base.lora_config, prepared.data.tokenizer
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -64,7 +64,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",
     )
-    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if lora.q_lora else [])]
+    tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if prepared.base.quantization.is_4bit else [])]
     of_base: dict[str, Any] = {}
     if not is_local:  # a local folder is not a base model that the hub knows
         of_base = {"base_model": base, "base_model_relation": "adapter"}

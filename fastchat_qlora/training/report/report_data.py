@@ -37,7 +37,7 @@ class RunSummary:
     ) -> None:
         self.trainer, self.args, self.prepared, self.effective = trainer, args, prepared, effective
         self.model = args.model.model_name_or_path
-        self.method = "QLoRA" if args.lora.q_lora else "LoRA"
+        self.method = "QLoRA" if prepared.base.quantization.is_4bit else "LoRA"
         # Read at once: the cache may be removed while the run goes on.
         self.rejections = {data.flag: summarize_rejections(data) for data in prepared.data.loaded.named().values()}
 

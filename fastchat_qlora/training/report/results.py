@@ -44,5 +44,6 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
         groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
         groups["processes"] = trainer.args.world_size
+        groups["base_quantization"] = summary.prepared.base.quantization.to_dict()
         with write_atomically(output_dir / TRAINING_ARGS_FILE) as target:  # last: a run without it has not finished
             target.write(json.dumps(mask_secrets(groups), indent=2, default=str) + "\n")

@@ -12,16 +12,18 @@ from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
 from fastchat_qlora.model.loading.base_model import load_config, load_model
-from fastchat_qlora.model.loading.quantization import build_run_quantization_config
+from fastchat_qlora.model.loading.quantization import build_run_quantization_config, get_base_quantization
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
 
 
 def load(folder: Path, dtype: torch.dtype, **lora: object) -> torch.nn.Module:
+    lora_args = LoraArguments(**lora)
+    bits = build_run_quantization_config(lora_args, get_base_quantization(lora_args), dtype, ALONE)
     return load_model(
         ModelArguments(str(folder)),
         dtype=dtype,
-        quantization_config=build_run_quantization_config(LoraArguments(**lora), dtype, ALONE),
+        quantization={"quantization_config": bits},
         device_map={"": "cpu"} if lora else None,
         attn_implementation=None,
         cache_dir=None,

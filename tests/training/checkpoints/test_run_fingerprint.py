@@ -10,14 +10,15 @@ import torch
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.topology import get_topology
 from fastchat_qlora.model.adapter.lora import build_lora_config
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.loading.quantization import BaseQuantization, get_base_quantization
 from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes, fingerprint_settings
 
 
 def fingerprint(model_folder: Path, data_file: Path, tmp_path: Path, flags: str = "") -> dict[str, Any]:
     paths = f"--model_name_or_path {model_folder} --data_path {data_file} --output_dir {tmp_path}"
     args = parse_args(f"{paths} {flags}".split())
-    return fingerprint_settings(args, build_lora_config(args.lora), get_topology(args.training), torch.float32)
+    quantization, topology = get_base_quantization(args.lora), get_topology(args.training)
+    return fingerprint_settings(args, build_lora_config(args.lora), quantization, topology, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,8 @@ def test_changes_are_described_by_flags(model_folder: Path, data_file: Path, tmp
     before = fingerprint(model_folder, data_file, tmp_path)
     after = fingerprint(model_folder, data_file, tmp_path, "--q_lora True --packing True --lora_r 4 --data_seed 3")
     assert [str(change) for change in find_changes(before, after)] == [
-        "quantization of the base model (--q_lora, --load_in_8bit, --bnb_4bit_*): kind none, double_quant False then, "
+        "quantization of the base model (--q_lora, --load_in_8bit, --dequantize_base, --bnb_4bit_*): kind none, "
+        "double_quant False then, "
         "kind nf4, double_quant True now",
         "--packing, tokens of a sequence: none then, 512 now",
         "--data_seed: none then, 3 now",

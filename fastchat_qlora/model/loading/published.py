@@ -1,0 +1,150 @@
+"""A model's configuration -> the quantization of its files, or a refusal that says what to use."""
+
+import copy
+import importlib.util
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.folder_checks import list_tensors
+
+CONFIG_KEYS = ("quantization_config", "compression_config")
+DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+"""Values of quant_method whose weights are dequantized while they are loaded."""
+
+FORMAT_NAMES = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "eetq": "EETQ",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "gptq": "GPTQ",
+    "gguf": "GGUF",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "modelopt": "ModelOpt",
+    "nvfp4": "NVFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+"""quant_method -> the name that its users know; others are named by their quant_method."""
+
+FOUR_BITS = r"(.+\.weight)\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+)"
+FP8 = r"(.+\.)(weight_scale_inv|weight_scale|qscale_weight|scale|activation_scale|input_scale)"
+CONSTANTS = {"nf4": FOUR_BITS, "fp4": FOUR_BITS, "int8": r"(.+\.)(SCB|weight_format)", "mxfp4": r"(.+)_(blocks|scales)"}
+CONSTANTS |= {
+    "fp8": FP8,
+    "mxfp8": FP8,
+    "compressed-tensors": r"(.+\.)weight_(scale|packed|shape|zero_point|global_scale)",
+}
+"""Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
+
+QUANTIZED_TENSOR = re.compile(
+    r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
+)
+OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, FP8 or MXFP4"
+
+
+class PublishedQuantization(NamedTuple):
+    """The quantization of a base model's files."""
+
+    kind: str  # nf4, fp4 and int8 of bitsandbytes; else the quant_method
+    double_quant: bool
+    settings: Mapping[str, Any]  # as config.json has them
+
+    @property
+    def is_bitsandbytes(self) -> bool:
+        """Whether the weights are trained on as they are."""
+        return self.kind in ("nf4", "fp4", "int8")
+
+    def __str__(self) -> str:
+        return f"{self.kind} with double quantization" if self.double_quant else self.kind
+
+
+def read_published_quantization(config: PretrainedConfig, name: str) -> PublishedQuantization | None:
+    """Return the quantization of a model's files; None if its configuration has none.
+
+    Raises:
+        UserError: no adapter can be trained on such weights, or configuration and files contradict each other.
+    """
+    flag, settings = f"--model_name_or_path {name}", find_quantization_settings(config)
+    published = None if settings is None else _read_settings(settings, flag)
+    check_files(published, list_tensors(name), flag)
+    return published
+
+
+def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
+    settings = settings if isinstance(settings, Mapping) else {}
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit") or settings.get("quant_method") == "bitsandbytes":
+        return _read_bitsandbytes(settings, flag)
+    method = settings.get("quant_method")
+    if not isinstance(method, str):
+        raise UserError(f"{flag}: quantization_config in its config.json has no quant_method; add it there")
+    if method == "compressed-tensors":
+        _check_compressed_tensors(settings, flag)
+    elif method not in DEQUANTIZED_FORMATS:
+        name = FORMAT_NAMES.get(method, method[:60])
+        raise UserError(
+            f"{flag}: its weights are quantized by {name}, on which training is not supported; give {OTHER_COPIES}"
+        )
+    return PublishedQuantization(method, False, settings)
+
+
+def check_files(published: PublishedQuantization | None, names: Collection[str], flag: str) -> None:
+    """Require that a model's files hold quantized weights if its configuration has a quantization, and only then."""
+    if published is None:
+        if found := min(filter(QUANTIZED_TENSOR.fullmatch, names), default=None):
+            raise UserError(
+                f"{flag}: its files hold {found}, so its weights are quantized, and its config.json has no "
+                "quantization_config; give a complete copy"
+            )
+    elif names and not any(re.fullmatch(CONSTANTS[published.kind], name) for name in names):
+        raise UserError(
+            f"{flag}: its config.json has a quantization_config ({published}), and its files hold no such weights; "
+            "remove it there if they are not quantized, or download the model again"
+        )
+
+
+def find_quantization_settings(config: PretrainedConfig) -> Any:
+    """Return the settings of the quantization of a model's files, of the whole model or of its text part."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in CONFIG_KEYS:
+            if (settings := getattr(part, key, None)) is not None:
+                return settings
+    return None
+
+
+def remove_quantization_settings(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a configuration as a plain model has it."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in CONFIG_KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+    return config
+
+
+def _read_bitsandbytes(settings: Mapping[str, Any], flag: str) -> PublishedQuantization:
+    if not settings.get("load_in_4bit"):
+        return PublishedQuantization("int8", False, settings)
+    kind = settings.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+    if kind not in ("nf4", "fp4"):
+        given = json.dumps(kind, default=str)[:60]
+        raise UserError(f"{flag}: bnb_4bit_quant_type {given} in its config.json must be nf4 or fp4; correct it there")
+    return PublishedQuantization(kind, bool(settings.get("bnb_4bit_use_double_quant")), settings)
+
+
+def _check_compressed_tensors(settings: Mapping[str, Any], flag: str) -> None:
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise UserError(
+            f"{flag}: its weights are quantized by compressed-tensors, and the package compressed_tensors, which reads "
+            f"them, is not installed; pip install compressed-tensors, or give {OTHER_COPIES}"
+        )

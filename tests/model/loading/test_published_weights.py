@@ -1,0 +1,92 @@
+"""Quantized weights are read with their scales: as they are, dequantized, or quantized otherwise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantized_bases import nf4, publish, quantize_fp8, save_plain
+from safetensors.torch import load_file, save_file
+
+from fastchat_qlora.config.arguments import ModelArguments
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import load_config, load_model
+from fastchat_qlora.model.loading.published import read_published_quantization
+from fastchat_qlora.model.loading.published_weights import build_loading_settings, dequantize_fp8
+
+
+def load(folder: Path, dtype: torch.dtype, bits: Any = None) -> Any:
+    model_args = ModelArguments(str(folder))
+    config = load_config(model_args, None)
+    published = read_published_quantization(config, str(folder))
+    return load_model(
+        model_args,
+        dtype=dtype,
+        quantization=build_loading_settings(config, published, bits, dtype),
+        device_map={"": "cpu"},
+        attn_implementation=None,
+        cache_dir=None,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("fp8 by tensor", {}),
+        ("fp8 of vLLM's tools", {}),
+        ("fp8 128x128", {"intermediate_size": 192, "hidden_size": 160}),  # incomplete blocks
+    ],
+)
+def test_dequantized_weights_are_exact(
+    layout: str, changes: dict[str, int], dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    base = publish(tmp_path, tokenizer_folder, layout, **changes)
+    found = load(base.published, dtype).state_dict()
+    for name, tensor in load_file(base.plain / "model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor.to(dtype), rtol=0, atol=0)
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), height=st.integers(1, 24), width=st.integers(1, 24))
+@settings(deadline=None, max_examples=60)
+def test_incomplete_blocks_have_their_own_scales(rows: int, columns: int, height: int, width: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    quantized, scales, expected = quantize_fp8(weight, (height, width))
+    torch.testing.assert_close(dequantize_fp8(quantized, scales, (height, width)), expected, rtol=0, atol=0)
+
+
+def test_4_bit_weights_of_single_experts_are_read(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Before transformers 5, experts were linear layers, which bitsandbytes quantized one by one."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    folder = save_plain(tmp_path / "base", tokenizer_folder, "qwen3_moe")
+    tensors, plain = load_file(folder / "model.safetensors"), {}
+    for name, tensor in list(tensors.items()):
+        plain[name] = tensor.float()
+        if name.endswith("proj.weight"):
+            packed, state = quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+            tensors[name] = packed
+            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+            state.dtype = torch.float32
+            plain[name] = dequantize_4bit(packed, state)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": nf4().to_dict()}))
+    model = load(folder, torch.float32, nf4())
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    first = [plain[f"model.layers.0.mlp.experts.0.{name}_proj.weight"] for name in ("gate", "up")]
+    torch.testing.assert_close(experts[0], torch.cat(first), rtol=0, atol=0)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+
+
+def test_scales_that_do_not_fit_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    base = publish(tmp_path, tokenizer_folder, "fp8 128x128")
+    path = base.published / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(7, 3)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot be dequantized as quantization_config in its config.json has it"):
+        load(base.published, torch.float32)
