@@ -173,7 +173,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         smoothing = self.args.label_smoothing_factor
         if self.loss_head is not None:
             with self.loss_head.expecting(**targets, label_smoothing=smoothing):
-                losses = model(**inputs).logits.flatten()
+                losses = self.loss_head.read_losses(model(**inputs).logits)
         else:
             if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]

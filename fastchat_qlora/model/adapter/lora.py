@@ -13,6 +13,7 @@ from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import read_lora_config, read_tensor_shapes
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
+from fastchat_qlora.model.ops.recurrent_layers import split_recurrent_layers
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
@@ -67,6 +68,7 @@ def attach_adapter(
     """
     model.requires_grad_(False)
     use_memory_efficient_modules(model, excluded_classes)
+    split_recurrent_layers(model)
     register_efficient_lora(lora_config, model)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
     trainable = get_trainable_parameters(peft_model)
