@@ -38,7 +38,7 @@ HYBRIDS: dict[str, PretrainedConfig] = {
     "qwen3_next": Qwen3NextConfig(**SIZES | EXPERTS | DELTA | LINEAR_AND_FULL, num_experts=4, head_dim=16),
     "qwen3_5_text": Qwen3_5TextConfig(**SIZES | DELTA | LINEAR_AND_FULL, head_dim=16),
     "kimi_linear": KimiLinearConfig(
-        **SIZES | EXPERTS | LINEAR_AND_FULL,
+        **SIZES | EXPERTS | LINEAR_AND_FULL | {"num_key_value_heads": 4},
         num_local_experts=4,
         linear_num_heads=4,
         linear_head_dim=16,

@@ -17,8 +17,11 @@ from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 logger = logging.getLogger(__name__)
 
 PER_CONVERSATION = "per_conversation"  # the name of `attend_per_conversation` among transformers' attention functions
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe"}
-"""Layers that attend to all tokens or a window, or that recurrent_layers.split_recurrent_layers replaces."""
+SUPPORTED_LAYER_TYPES = {
+    *("full_attention", "sliding_attention"),
+    *("linear_attention", "conv", "hybrid"),  # see recurrent_layers.split_recurrent_layers
+    *("mlp", "moe"),
+}
 HALF_PRECISION_DTYPES = (torch.float16, torch.bfloat16)
 MAX_VARLEN_ELEMENTS = 2**31  # which FlashAttention 2 can index, with up to 128 tokens of padding for each conversation
 MAX_VARLEN_HEAD_SIZE = 256
@@ -68,9 +71,7 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError(f"attention {PER_CONVERSATION!r} takes one packed sequence and its cu_seq_lens_q")
     if s_aux is not None and (dropout or softcap is not None or s_aux.requires_grad):
-        raise ValueError(
-            f"attention {PER_CONVERSATION!r} does not support dropout, a cap or training of attention sinks"
-        )
+        raise ValueError(f"attention {PER_CONVERSATION!r} takes no dropout, cap or gradient with attention sinks")
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
     settings = AttentionSettings(scaling, dropout, sliding_window, softcap)

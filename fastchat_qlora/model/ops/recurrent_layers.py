@@ -41,7 +41,7 @@ class _PerConversation(torch.nn.Module):
         """Return what the original layer returns, with tokens in dimension 1."""
         lengths = self.boundaries.lengths
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if len(lengths) < 2 or hidden.shape[:2] != (1, sum(lengths)):
+        if not lengths or hidden.shape[:2] != (1, sum(lengths)):
             return super().forward(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_ARGUMENTS}
         outputs = [

@@ -74,6 +74,7 @@ def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[i
         reasons.append(reason)
     if trainer.is_wrapped_late:
         raise RunError(f"{reasons[0]}; start again with --padding_free False")
+    base.set_attn_implementation(get_default_attention(base))
     _pad(trainer, reasons[0])
 
 
