@@ -92,7 +92,7 @@ def measure_leakage(
         differentiable: see measure_influence.
     """
     packed = _get_logits(forward(**probe.inputs), probe)
-    influence = _compare(model, probe, packed, forward, differentiable)
+    influence = _measure_change(model, probe, packed, forward, differentiable)
     in_use = model.config._attn_implementation
     model.set_attn_implementation(get_default_attention(model))
     try:
@@ -114,14 +114,14 @@ def measure_influence(
         differentiable: whether `forward` has a gradient outside a training step, which wrappers that gather parameters
             have not. Then mixtures of experts are taken to round, and all other models not to.
     """
-    return _compare(model, probe, _get_logits(forward(**probe.inputs), probe), forward, differentiable)
+    return _measure_change(model, probe, _get_logits(forward(**probe.inputs), probe), forward, differentiable)
 
 
-def _compare(
+def _measure_change(
     model: PreTrainedModel, probe: Probe, logits: torch.Tensor, forward: Callable[..., Any], differentiable: bool
 ) -> Influence:
     changed = _get_logits(forward(**probe.changed), probe)
-    change = float((changed - logits).norm() / logits.norm())
+    change = 0.0 if torch.equal(changed, logits) else float((changed - logits).norm() / logits.norm())
     if change == 0 or not differentiable:
         return Influence(change, has_gradient=not any(name.endswith("experts") for name, _ in model.named_modules()))
     return Influence(change, _has_gradient(model, probe, forward))

@@ -72,7 +72,7 @@ class LogitTransform(NamedTuple):
         return share * self.softcap, share.square_().neg_().add_(1).mul_(self.scale)
 
 
-UNCHANGED = LogitTransform()
+IDENTITY = LogitTransform()
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
@@ -103,7 +103,7 @@ class LossHead(torch.nn.Linear):
     strategy: FSDP2 and ZeRO-3 gather it for as long as that runs.
     """
 
-    def __init__(self, head: torch.nn.Linear, transform: LogitTransform = UNCHANGED) -> None:
+    def __init__(self, head: torch.nn.Linear, transform: LogitTransform = IDENTITY) -> None:
         super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.requires_grad_(False)

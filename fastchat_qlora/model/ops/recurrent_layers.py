@@ -1,4 +1,4 @@
-"""Recurrent layers and short convolutions that begin anew with each conversation of a packed sequence."""
+"""Recurrent layers and short convolutions that start over with each conversation of a packed sequence."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -74,7 +74,7 @@ def _join(outputs: list[Any], lengths: Sequence[int]) -> Any:
 
 
 def split_recurrent_layers(model: torch.nn.Module) -> None:
-    """Replace a model's recurrent layers by ones that begin anew with each conversation.
+    """Replace a model's recurrent layers by ones that start over with each conversation.
 
     transformers passes boundaries of conversations to kernels of other packages, if they are installed. Its own code
     (5.23) refuses or ignores them, and some layers, such as MiniMax's and Mamba's, have no argument for them.

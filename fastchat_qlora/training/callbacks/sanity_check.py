@@ -1,6 +1,7 @@
 """Check of layout, causality and loss head before the first step, on the run's data."""
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def _agree(reason: str) -> str:
 
 
 def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> None:
-    """Find an attention that keeps conversations apart, or pad."""
+    """Set an attention that keeps conversations apart, or pad."""
     base = trainer.adapter.get_base_model()
     reasons: list[str] = []
     for attention in dict.fromkeys((base.config._attn_implementation, PER_CONVERSATION, get_default_attention(base))):
@@ -127,11 +128,13 @@ def _require_causality(trainer: LoraTrainer, forward: torch.nn.Module, conversat
     positions = is_token.nonzero()[:, 0]
     probe = Probe(batches[0], batches[1], positions[-1:], positions[:-1])
     influence = measure_influence(model, probe, forward, differentiable=not trainer.is_wrapped_late)
-    if _agree("" if influence.is_rounding(model.dtype) else "not causal"):
+    # Without numbers there is nothing to tell; the first step reports them.
+    is_causal = influence.is_rounding(model.dtype) or math.isnan(influence.change)
+    if reason := _agree("" if is_causal else f"(by {influence.change:.1e})"):
         raise RunError(
             f"--model_name_or_path {model.name_or_path}: the last token of a conversation changes the logits before it "
-            f"(by {influence.change:.1e}), so the model would see the answers that it is to predict; use a model for "
-            "causal language modeling"
+            f"{reason}, so the model would see the answers that it is to predict; use a model for causal language "
+            "modeling"
         )
 
 
