@@ -183,7 +183,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.loss_head is not None:
             with self.loss_head.expecting(**targets, label_smoothing=smoothing):
                 outputs = model(**inputs)
-            losses = outputs.logits.flatten()
+            losses = self.loss_head.read_losses(outputs.logits)
         else:
             if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
                 inputs["logits_to_keep"] = batch["supervised"]

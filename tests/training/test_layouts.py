@@ -16,6 +16,7 @@ from families import (
     our_peft,
     plain_peft,
 )
+from hybrids import HYBRIDS, SINKS, make_hybrid
 from peft import PeftModel
 
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
@@ -97,7 +98,25 @@ def test_loss_and_gradients_are_those_of_each_conversation_alone(
 ) -> None:
     model = our_peft(make_base(family, LAYOUTS[layout][0]))
     require_equal(train_step(model, tmp_path, layout, checkpointing), truths[family])
-    assert isinstance(model.get_output_embeddings(), LossHead) == (family != "gemma2")
+    assert isinstance(model.get_output_embeddings(), LossHead)
+
+
+MIXER_TARGETS = [
+    *("q_proj", "o_proj", "q_b_proj", "kv_b_proj", "in_proj", "in_proj_qkv", "in_proj_qkvz", "in_proj_ba"),
+    *("qkv_proj", "output_gate", "f_b_proj", "g_b_proj"),
+]
+"""Linear layers before and within attention, recurrent layers and convolutions."""
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("name", HYBRIDS | SINKS)
+def test_padding_free_hybrids_train_as_on_each_conversation_alone(
+    name: str, checkpointing: str, tmp_path: Path
+) -> None:
+    expected = truth(plain_peft(make_hybrid(name), target_modules=MIXER_TARGETS).train())
+    model = our_peft(make_hybrid(name, PER_CONVERSATION), target_modules=MIXER_TARGETS)
+    require_equal(train_step(model, tmp_path, "padding-free", checkpointing), expected)
+    assert isinstance(model.get_output_embeddings(), LossHead)
 
 
 def test_loss_and_gradients_with_4_bit_weights(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
 from fastchat_qlora.model.ops.experts import use_compute_experts
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
+from fastchat_qlora.model.ops.recurrent_layers import split_recurrent_layers
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
@@ -71,6 +72,7 @@ def attach_adapter(
     """
     model.requires_grad_(False)
     use_memory_efficient_modules(model, excluded_classes)
+    split_recurrent_layers(model)
     prepare_for_adapter(model, lora_config)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
     if getattr(model, "is_loaded_in_4bit", False):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 logger = logging.getLogger(__name__)
 
 PER_CONVERSATION = "per_conversation"  # the name of `attend_per_conversation` among transformers' attention functions
+SUPPORTED_LAYER_TYPES = {
+    *("full_attention", "sliding_attention"),
+    *("linear_attention", "conv", "hybrid"),  # see recurrent_layers.split_recurrent_layers
+    *("mlp", "moe"),
+}
 HALF_PRECISION_DTYPES = (torch.float16, torch.bfloat16)
 MAX_VARLEN_ELEMENTS = 2**31  # which FlashAttention 2 can index, with up to 128 tokens of padding for each conversation
 MAX_VARLEN_HEAD_SIZE = 256
@@ -55,7 +61,7 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
         key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
         attention_mask: None; transformers makes no mask for a function that registers no mask function.
         scaling, dropout, sliding_window, softcap: see AttentionSettings.
-        s_aux: attention sinks, which are not supported.
+        s_aux: score of each head's attention sink, shape (heads,), frozen.
         cu_seq_lens_q: start of each conversation and end of the last one, int32, shape (conversations + 1,).
         max_length_q: tokens of the longest conversation.
         conversation_lengths: tokens of each conversation.
@@ -65,18 +71,32 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError(f"attention {PER_CONVERSATION!r} takes one packed sequence and its cu_seq_lens_q")
-    if s_aux is not None:
-        raise ValueError(f"attention {PER_CONVERSATION!r} does not support attention sinks")
+    if s_aux is not None and (dropout or softcap is not None or s_aux.requires_grad):
+        raise ValueError(f"attention {PER_CONVERSATION!r} takes no dropout, cap or gradient with attention sinks")
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
     settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
-    if not dropout and softcap is None and _supports_varlen(query, value, len(cu_seq_lens_q) - 1):
+    if not dropout and softcap is None and s_aux is None and _supports_varlen(query, value, len(cu_seq_lens_q) - 1):
         return _attend_varlen((query, key, value), cu_seq_lens_q, max_length_q, settings)[None], None
     # Without the lengths as integers every layer waits for the device here; see Collator.
     lengths = list(conversation_lengths or cu_seq_lens_q.diff().tolist())
     parts = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
-    attend = _attend_sdpa if softcap is None else _attend_softcapped
-    return torch.cat([attend(q, k, v, settings).transpose(1, 2) for q, k, v in parts], dim=1), None
+    return torch.cat([_attend(q, k, v, settings, s_aux).transpose(1, 2) for q, k, v in parts], dim=1), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Return attention of one conversation."""
+    if settings.softcap is not None:
+        return _attend_softcapped(query, key, value, settings)
+    if sinks is None:
+        return _attend_sdpa(query, key, value, settings)
+    return attend_in_blocks(query, key, value, _get_scale(query, settings), settings.window, sinks)
+
+
+def _get_scale(query: torch.Tensor, settings: AttentionSettings) -> float:
+    return query.shape[3] ** -0.5 if settings.scaling is None else settings.scaling
 
 
 def _attend_sdpa(
@@ -85,8 +105,7 @@ def _attend_sdpa(
     """Return attention of one conversation by torch's kernels, or in bf16 on a CPU by a faster one."""
     length, window = query.shape[2], settings.window
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not settings.dropout:
-        scale = query.shape[3] ** -0.5 if settings.scaling is None else settings.scaling
-        return attend_in_blocks(query, key, value, scale, window)
+        return attend_in_blocks(query, key, value, _get_scale(query, settings), window)
     mask = None if window is None or window >= length else _make_window_mask(length, window, query.device)
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.is_cuda and (mask is not None or query.dtype not in HALF_PRECISION_DTYPES):
@@ -100,10 +119,10 @@ def _attend_softcapped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
     """Return attention of one conversation with capped scores, which no kernel of torch supports."""
-    length, width = query.shape[2:]
+    length = query.shape[2]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (width**-0.5 if settings.scaling is None else settings.scaling)
+    scores = query @ key.transpose(2, 3) * _get_scale(query, settings)
     assert settings.softcap is not None
     scores = settings.softcap * torch.tanh(scores / settings.softcap)
     mask = _make_window_mask(length, settings.window or length, query.device)
@@ -198,10 +217,12 @@ def _explain_unsupported(config: PretrainedConfig) -> str:
     model_class = get_model_class(config)
     if model_class is None:
         return "the model's code lies outside transformers"
-    if not getattr(model_class, "_supports_attention_backend", False):
+    # Hybrids use transformers' registry of attention functions, too, though they do not declare it.
+    has_registry = hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
+    if not getattr(model_class, "_supports_attention_backend", False) and not has_registry:
         return f"{config.model_type} takes no other attention function"
     text = config.get_text_config()
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
     if others:
         return f"{config.model_type} has layers of {', '.join(others)}"
     if getattr(text, "attention_chunk_size", None):

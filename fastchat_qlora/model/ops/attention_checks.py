@@ -32,53 +32,118 @@ def check_attention(meta_model: PreTrainedModel | None, attention: str | None, a
     meta_model.set_attn_implementation(get_text_attention(meta_model.config, before))
 
 
-class Leakage(NamedTuple):
-    """Relative changes of a conversation's logits (norm of the difference / norm of the logits)."""
+class Probe(NamedTuple):
+    """Two batches that differ in some tokens, and the tokens whose logits must not differ.
 
-    by_neighbor: float  # between two packed sequences that differ in the conversation before it
-    by_row: float  # between a packed sequence and transformers' own attention on it alone
+    Positions are those in the flattened batch.
+    """
+
+    inputs: Mapping[str, Any]  # of the model, on its device, exactly as in training
+    changed: Mapping[str, Any]
+    sources: torch.Tensor  # positions of the tokens that differ
+    targets: torch.Tensor  # positions of the logits
+
+
+class Influence(NamedTuple):
+    """The influence of some tokens on the logits of others."""
+
+    change: float  # relative change of the logits (norm of the difference / norm of the logits)
+    has_gradient: bool  # whether the logits have a gradient with respect to those tokens
+
+    def is_rounding(self, dtype: torch.dtype) -> bool:
+        """Return whether the tokens have no influence on the logits beside rounding.
+
+        Batches that differ in other tokens are computed by the same kernels in the same order, so that no logit moves.
+        Mixtures of experts regroup, and 8-bit layers look at all tokens; both then round differently. Their gradient
+        tells: it is exactly 0 where no path leads from those tokens to the logits, in every dtype.
+        """
+        return self.change == 0 or (self.change <= max(8 * torch.finfo(dtype).eps, 1e-5) and not self.has_gradient)
+
+
+class Leakage(NamedTuple):
+    """Faults of conversations that are laid end to end."""
+
+    by_neighbor: Influence  # of the conversation before
+    by_row: float  # median change of a token's logits to those of transformers' own attention on it alone
 
     def is_tight(self, dtype: torch.dtype) -> bool:
         """Return whether the changes are no more than rounding.
 
-        Packed sequences that differ in the neighbor only are computed by the same kernels in the same order, so that
-        only mixtures of experts may regroup. Another attention function rounds differently at every layer.
+        Another attention function rounds differently at every layer, so that some tokens go to other experts: the
+        median over tokens does not see them.
         """
-        rounding = torch.finfo(dtype).eps
-        return self.by_neighbor <= max(4 * rounding, 1e-5) and self.by_row <= max(8 * rounding, 1e-3)
+        return self.by_neighbor.is_rounding(dtype) and self.by_row <= max(8 * torch.finfo(dtype).eps, 1e-3)
+
+
+LAST_TOKENS = 32
+"""Tokens that `by_row` looks at: a sliding window hides nothing from the first ones."""
 
 
 @torch.no_grad()
 def measure_leakage(
-    model: PreTrainedModel,
-    shared: Mapping[str, Any],
-    changed: Mapping[str, Any],
-    alone: torch.Tensor,
-    forward: Callable[..., Any],
+    model: PreTrainedModel, probe: Probe, alone: torch.Tensor, forward: Callable[..., Any], *, differentiable: bool
 ) -> Leakage:
     """Compare the logits of a conversation behind one conversation, behind another one, and alone.
 
     Args:
         model: the base model, in evaluation mode, on its device.
-        shared: inputs of two conversations in one packed sequence, on that device, exactly as in training.
-        changed: the same with other tokens in the first conversation.
+        probe: two conversations in one sequence, with other tokens in the first one when changed.
         alone: the second conversation, input_ids of shape (1, tokens).
         forward: the model, or the strategy's wrapper around it; it may raise any error for such inputs.
+        differentiable: see measure_influence.
     """
-    tokens = alone.shape[1]
-    packed, changed_packed = (_get_last_logits(forward(**inputs), tokens) for inputs in (shared, changed))
+    packed = _get_logits(forward(**probe.inputs), probe)
+    influence = _measure_change(model, probe, packed, forward, differentiable)
     in_use = model.config._attn_implementation
     model.set_attn_implementation(get_text_attention(model.config, get_default_attention(model)))
     try:
-        by_itself = _get_last_logits(forward(input_ids=alone, use_cache=False), tokens)
+        by_itself = forward(input_ids=alone, use_cache=False).logits[0].float()
     finally:
         model.set_attn_implementation(get_text_attention(model.config, in_use))
-    return Leakage(_compute_relative_distance(changed_packed, packed), _compute_relative_distance(packed, by_itself))
+    last, expected = packed[-LAST_TOKENS:], by_itself[-LAST_TOKENS:]
+    return Leakage(influence, float(((last - expected).norm(dim=-1) / expected.norm(dim=-1)).median()))
 
 
-def _get_last_logits(outputs: Any, count: int) -> torch.Tensor:
-    return outputs.logits[0, -count:].float()  # type: ignore[no-any-return]
+@torch.no_grad()
+def measure_influence(
+    model: PreTrainedModel, probe: Probe, forward: Callable[..., Any], *, differentiable: bool
+) -> Influence:
+    """Compare the logits of some tokens before and after others change.
+
+    Args:
+        model, probe, forward: as for measure_leakage.
+        differentiable: whether `forward` has a gradient outside a training step, which wrappers that gather parameters
+            have not. Then mixtures of experts are taken to round, and all other models not to.
+    """
+    return _measure_change(model, probe, _get_logits(forward(**probe.inputs), probe), forward, differentiable)
 
 
-def _compute_relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def _measure_change(
+    model: PreTrainedModel, probe: Probe, logits: torch.Tensor, forward: Callable[..., Any], differentiable: bool
+) -> Influence:
+    changed = _get_logits(forward(**probe.changed), probe)
+    change = 0.0 if torch.equal(changed, logits) else float((changed - logits).norm() / logits.norm())
+    if change == 0 or not differentiable:
+        return Influence(change, has_gradient=not any(name.endswith("experts") for name, _ in model.named_modules()))
+    return Influence(change, _has_gradient(model, probe, forward))
+
+
+def _get_logits(outputs: Any, probe: Probe) -> torch.Tensor:
+    return outputs.logits.flatten(0, 1)[probe.targets].float()  # type: ignore[no-any-return]
+
+
+@torch.enable_grad()
+def _has_gradient(model: PreTrainedModel, probe: Probe, forward: Callable[..., Any]) -> bool:
+    """Return whether the logits of the targets have a gradient with respect to the embeddings of the sources."""
+    embedded: list[torch.Tensor] = []
+    embeddings = model.get_input_embeddings()
+    assert embeddings is not None
+    hook = embeddings.register_forward_hook(lambda *call: embedded.append(call[2].requires_grad_()))
+    try:
+        logits = _get_logits(forward(**probe.inputs), probe)
+    finally:
+        hook.remove()
+    # Weighted, since a sum may have no gradient where its terms have, and by no random numbers of the run.
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), embedded[:1])
+    return bool(gradient.flatten(0, 1)[probe.sources].any())

@@ -1,5 +1,6 @@
 """The loss and its gradient at supervised positions, a chunk of logits at a time."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,22 +58,57 @@ def compute_token_losses(
     return F.cross_entropy(flat.float(), labels, reduction="none", label_smoothing=label_smoothing)
 
 
+class LogitTransform(NamedTuple):
+    """The change that a model makes to its logits after the head: softcap * tanh(scale * logit / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return changed logits, and the derivative of each."""
+        if self.softcap is None:
+            return (logits, 1.0) if self.scale == 1 else (logits * self.scale, self.scale)
+        share = (logits * (self.scale / self.softcap)).tanh_()
+        return share * self.softcap, share.square_().neg_().add_(1).mul_(self.scale)
+
+
+IDENTITY = LogitTransform()
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+def read_logit_transform(config: Any) -> LogitTransform:
+    """Return what the models of transformers do to their logits by these fields of a configuration."""
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in SCALES)
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # Granite and its kin divide by the field, HyperCLOVA X multiplies.
+    scale = scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
+    return LogitTransform(scale, next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None))
+
+
+CAPPED_SHARE = 2.0**-20
+"""Share of losses of which a cap takes nothing in fp32, since tanh(x) is x there."""
+
+
 class LossHead(torch.nn.Linear):
     """The frozen output projection of a model, with losses in place of logits on demand.
 
     While it expects targets it takes the hidden states at supervised positions, chunk by chunk, and computes the
     logits, their losses and the gradient of the hidden states, all in the forward pass: since the head is frozen, that
     gradient is all that backward needs. Logits never exist as a whole, and nothing is computed twice. Losses have the
-    shape (1, targets, 1), so that the model treats them as logits.
+    shape (1, targets, 1), so that the model treats them as logits: scales and caps them. So they are made smaller by
+    its scale, and to be left alone by its cap; `read_losses` reverses this.
 
     It replaces the head (`set_output_embeddings`), because only the head's own forward has the weight under every
     strategy: FSDP2 and ZeRO-3 gather it for as long as that runs.
     """
 
-    def __init__(self, head: torch.nn.Linear) -> None:
+    def __init__(self, head: torch.nn.Linear, transform: LogitTransform = IDENTITY) -> None:
         super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.requires_grad_(False)
+        self._transform = transform
+        self._share = 1.0 if transform.softcap is None else CAPPED_SHARE
         self._expected: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     @contextmanager
@@ -85,13 +121,19 @@ class LossHead(torch.nn.Linear):
             self._expected = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits, shape (..., vocabulary), or losses of the expected targets in fp32, shape (1, targets, 1)."""
+        """Return logits, shape (..., vocabulary), or shares of expected losses in fp32, shape (1, targets, 1)."""
         if self._expected is None:
             return super().forward(hidden)
         supervised, labels, smoothing = self._expected
         chosen = hidden.flatten(0, -2).index_select(0, supervised).to(self.weight.dtype)
-        losses: torch.Tensor = _FrozenHeadLoss.apply(chosen, self.weight, self.bias, labels, smoothing)  # type: ignore[no-untyped-call]
-        return losses[None, :, None]
+        losses: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
+            chosen, self.weight, self.bias, labels, (smoothing, self._transform)
+        )
+        return losses[None, :, None] * (self._share / self._transform.scale)
+
+    def read_losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the losses, shape (targets,), from what a model returns as logits while this head expects targets."""
+        return logits.flatten() / self._share
 
 
 class _Chunk(NamedTuple):
@@ -112,7 +154,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, labels: torch.Tensor, smoothing: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Any,
+        labels: torch.Tensor,
+        settings: tuple[float, LogitTransform],
     ) -> torch.Tensor:
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -121,7 +168,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             for part in _split_into_chunks(len(labels), len(weight), device_type):
                 of_part = None if gradient is None else gradient[part]
                 chunk = _Chunk(hidden[part], labels[part, None], losses[part], of_part)
-                _compute_chunk(chunk, weight, bias, smoothing)  # a function, so that its logits are freed at its end
+                _compute_chunk(chunk, weight, bias, settings)  # a function, so that its logits are freed at its end
         ctx.save_for_backward(gradient)
         return losses
 
@@ -140,19 +187,21 @@ def _split_into_chunks(targets: int, vocabulary: int, device_type: str) -> list[
     return [slice(start, start + length) for start in range(0, targets, length)]
 
 
-def _compute_chunk(chunk: _Chunk, weight: torch.Tensor, bias: torch.Tensor | None, smoothing: float) -> None:
+def _compute_chunk(
+    chunk: _Chunk, weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[float, LogitTransform]
+) -> None:
     """Write the losses of a chunk, and its gradient if that is needed."""
     logits = F.linear(chunk.hidden, weight, bias)
     length = get_softmax_length(len(weight), logits.device.type)
     pieces = (torch.split(tensor, length) for tensor in (logits, chunk.targets, chunk.losses))
     for piece_logits, targets, losses in zip(*pieces, strict=True):
-        losses.copy_(_compute_losses(piece_logits, targets, smoothing, write_gradient=chunk.gradient is not None))
+        losses.copy_(_compute_losses(piece_logits, targets, *settings, write_gradient=chunk.gradient is not None))
     if chunk.gradient is not None:
         torch.mm(logits, weight, out=chunk.gradient)  # `logits` holds softmax minus target by now
 
 
 def _compute_losses(
-    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, write_gradient: bool
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, transform: LogitTransform, *, write_gradient: bool
 ) -> torch.Tensor:
     """Return the losses of some positions, computed in fp32, shape (positions,).
 
@@ -160,9 +209,10 @@ def _compute_losses(
         logits: shape (positions, vocabulary); overwritten.
         targets: shape (positions, 1).
         smoothing: share of each target spread evenly over the vocabulary.
-        write_gradient: overwrite the logits with their gradient, which is softmax minus target.
+        transform: what the model does to its logits.
+        write_gradient: overwrite the logits with their gradient, (softmax - target) times the transform's derivative.
     """
-    exact = logits.float()
+    exact, derivative = transform.apply(logits.float())
     exact -= exact.amax(-1, keepdim=True)
     losses = (smoothing - 1) * exact.gather(1, targets)
     if smoothing:
@@ -174,7 +224,7 @@ def _compute_losses(
         if smoothing:
             exact -= smoothing / exact.shape[1]
         exact.scatter_add_(1, targets, torch.full_like(targets, smoothing - 1, dtype=exact.dtype))
-        logits.copy_(exact)
+        logits.copy_(exact.mul_(derivative))
     return losses[:, 0]
 
 
@@ -182,20 +232,16 @@ def explain_plain_loss(model: Any) -> str:
     """Return the reason why a LossHead cannot replace the head of a model with its adapter; empty if it can."""
     base = getattr(model, "get_base_model", lambda: model)()
     head = base.get_output_embeddings()
-    config = base.config.get_text_config()
     if type(head) is not torch.nn.Linear:
         return f"the head is a {type(head).__name__}" if head is not None else "the model names no head"
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "the head is trained"
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"the model changes its logits ({name})"
     return ""
 
 
 def install_loss_head(model: Any) -> LossHead:
     """Replace the head of a model for which `explain_plain_loss` gives no reason."""
     base = getattr(model, "get_base_model", lambda: model)()
-    head = LossHead(base.get_output_embeddings())
+    head = LossHead(base.get_output_embeddings(), read_logit_transform(base.config.get_text_config()))
     base.set_output_embeddings(head)
     return head

@@ -1,7 +1,8 @@
-"""Check of attention and loss head before the first step, on the run's data."""
+"""Check of layout, causality and loss head before the first step, on the run's data."""
 
 import logging
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from transformers import TrainerCallback
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.loading.auto_class import get_text_attention
-from fastchat_qlora.model.ops.attention import get_default_attention
-from fastchat_qlora.model.ops.attention_checks import measure_leakage
+from fastchat_qlora.model.ops.attention import PER_CONVERSATION, get_default_attention
+from fastchat_qlora.model.ops.attention_checks import Probe, measure_influence, measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
 from fastchat_qlora.training.trainer import TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
@@ -24,13 +25,6 @@ CHECKED_TOKENS = 128
 MAX_CHECKED_TOKENS = 1024
 
 
-class Failures(NamedTuple):
-    """Faults of padding-free batches, and of the loss head; empty if there are none."""
-
-    padding_free: str
-    loss: str
-
-
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Callback for the check under DeepSpeed and FSDP, whose models cannot run before training begins."""
 
@@ -39,53 +33,62 @@ class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Stop if padding-free batches fail, which cannot be changed any more; every process takes part."""
-        trainer = self._trainer
-        if not trainer.is_wrapped_late:
-            return
-        failures = find_failures(trainer)
-        if failures.padding_free:
-            raise RunError(f"{failures.padding_free}; start again with --padding_free False")
-        _fall_back(trainer, failures)
+        if self._trainer.is_wrapped_late:
+            _check(self._trainer)
 
 
 def run_sanity_check(trainer: LoraTrainer) -> None:
-    """Run the check, and fall back to padded batches or the plain loss if it fails."""
+    """Run the check, and fall back to another attention, padded batches or the plain loss where it fails."""
     if not trainer.is_wrapped_late:
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
             # With these flags Trainer leaves the model where it was loaded until training begins.
             trainer._move_model_to_device(trainer.model, trainer.args.device)
-        _fall_back(trainer, find_failures(trainer))
+        _check(trainer)
 
 
-def _fall_back(trainer: LoraTrainer, failures: Failures) -> None:
-    if failures.padding_free:
-        packing = isinstance(trainer.train_dataset, PackedDataset)
-        logger.warning(
-            f"Batches are padded{' and sequences not packed' if packing else ''}, slower and larger than they could "
-            f"be: {failures.padding_free}."
-        )
-        trainer.data_collator.padding_free = False
-        if packing:
-            trainer.train_dataset = trainer.train_dataset.conversations
-        base = trainer.adapter.get_base_model()
-        base.set_attn_implementation(get_text_attention(base.config, get_default_attention(base)))
-    if failures.loss:
-        trainer.use_plain_loss(failures.loss)
-
-
-def find_failures(trainer: LoraTrainer) -> Failures:
-    """Run the model on two conversations of the data, and return what is wrong."""
+def _check(trainer: LoraTrainer) -> None:
     conversations = _choose_conversations(trainer)
     with trainer.inference() as model:
-        leak = _check_padding_free(trainer, model, *conversations) if trainer.data_collator.padding_free else ""
-        loss = _check_loss(trainer, model, conversations) if trainer.loss_head else ""
-    return _agree_on_failures(Failures(leak, loss))
+        if trainer.data_collator.padding_free:
+            _settle_layout(trainer, model, *conversations)
+        _require_causality(trainer, model, conversations[1])
+        loss = _agree(find_loss_failure(trainer, model, conversations)) if trainer.loss_head else ""
+    if loss:
+        trainer.use_plain_loss(loss)
 
 
-def _agree_on_failures(found: Failures) -> Failures:
+def _agree(reason: str) -> str:
     """Return the first reason that any process has found: all must fall back alike."""
-    everyone = zip(*gather_object([found]), strict=True)
-    return Failures(*(next((reason for reason in reasons if reason), "") for reasons in everyone))
+    return next((found for found in gather_object([reason]) if found), "")
+
+
+def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> None:
+    """Set an attention that keeps conversations apart, or pad."""
+    base = trainer.adapter.get_base_model()
+    reasons: list[str] = []
+    for attention in dict.fromkeys((base.config._attn_implementation, PER_CONVERSATION, get_default_attention(base))):
+        base.set_attn_implementation(get_text_attention(base.config, attention))
+        reason = _agree(find_leak(trainer, forward, first, second))
+        if not reason:
+            if reasons:
+                logger.warning(f"Attention is {attention}, the first to pass: {reasons[0]}.")
+            return
+        reasons.append(reason)
+    if trainer.is_wrapped_late:
+        raise RunError(f"{reasons[0]}; start again with --padding_free False")
+    base.set_attn_implementation(get_text_attention(base.config, get_default_attention(base)))
+    _pad(trainer, reasons[0])
+
+
+def _pad(trainer: LoraTrainer, reason: str) -> None:
+    packing = isinstance(trainer.train_dataset, PackedDataset)
+    logger.warning(
+        f"Batches are padded{' and sequences not packed' if packing else ''}, slower and larger than they could "
+        f"be: {reason}."
+    )
+    trainer.data_collator.padding_free = False
+    if packing:
+        trainer.train_dataset = trainer.train_dataset.conversations
 
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
@@ -98,31 +101,52 @@ def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
     return [list(conversations[index]["input_ids"])[: max(tokens, CHECKED_TOKENS)] for index in (0, longest)]
 
 
-def _check_padding_free(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
+def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
     """Return how the second conversation's logits change with the one before it in its row; empty if they do not."""
-    model = trainer.adapter.get_base_model()
-    neighbors = (first, first[::-1])
-    shared, changed = (trainer.model_inputs(trainer.build_batch([neighbor, second])) for neighbor in neighbors)
+    model, device = trainer.adapter.get_base_model(), trainer.args.device
+    batches = [trainer.model_inputs(trainer.build_batch([neighbor, second])) for neighbor in (first, first[::-1])]
+    positions = torch.arange(len(first) + len(second), device=device)
+    probe = Probe(batches[0], batches[1], positions[: len(first)], positions[len(first) :])
     try:
-        leak = measure_leakage(model, shared, changed, torch.tensor([second], device=trainer.args.device), forward)
+        alone = torch.tensor([second], device=device)
+        leak = measure_leakage(model, probe, alone, forward, differentiable=not trainer.is_wrapped_late)
     except Exception as error:  # untrusted code of a model may raise anything
         return f"the model cannot run on padding-free batches: {one_line(error, 300)}"
     if leak.is_tight(model.dtype):
         return ""
     return (
-        f"conversations in one batch are not kept apart: logits change by {leak.by_neighbor:.1e} with the conversation "
-        f"before, and by {leak.by_row:.1e} against a batch of its own"
+        f"conversations in one batch are not kept apart: logits change by {leak.by_neighbor.change:.1e} with the "
+        f"conversation before, and by {leak.by_row:.1e} against a batch of its own"
     )
 
 
-def _check_loss(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
+def _require_causality(trainer: LoraTrainer, forward: torch.nn.Module, conversation: list[int]) -> None:
+    """Raise RunError if the last token has an influence on the logits of those before it."""
+    model = trainer.adapter.get_base_model()
+    changed = [*conversation[:-1], abs(conversation[-1] - 1)]
+    batches = [trainer.model_inputs(trainer.build_batch([ids])) for ids in (conversation, changed)]
+    is_token = batches[0].get("attention_mask", torch.ones_like(batches[0]["input_ids"])).flatten()
+    positions = is_token.nonzero()[:, 0]
+    probe = Probe(batches[0], batches[1], positions[-1:], positions[:-1])
+    influence = measure_influence(model, probe, forward, differentiable=not trainer.is_wrapped_late)
+    # Without numbers there is nothing to tell; the first step reports them.
+    is_causal = influence.is_rounding(model.dtype) or math.isnan(influence.change)
+    if reason := _agree("" if is_causal else f"(by {influence.change:.1e})"):
+        raise RunError(
+            f"--model_name_or_path {model.name_or_path}: the last token of a conversation changes the logits before it "
+            f"{reason}, so the model would see the answers that it is to predict; use a model for causal language "
+            "modeling"
+        )
+
+
+def find_loss_failure(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
     """Return how the losses of the loss head differ from those of the model's logits; empty if they do not."""
     assert trainer.loss_head is not None
     batch = trainer.build_batch(conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}
     try:
         with trainer.loss_head.expecting(**targets):
-            losses = forward(**trainer.model_inputs(batch)).logits.flatten()
+            losses = trainer.loss_head.read_losses(forward(**trainer.model_inputs(batch)).logits)
         plain = compute_token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
+from hybrids import HYBRIDS, SINKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
-from transformers import GPT2Config, Llama4TextConfig, LlamaConfig, PretrainedConfig
+from transformers import BloomConfig, Llama4TextConfig, LlamaConfig, PretrainedConfig
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops import attention
@@ -120,7 +121,9 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
         ({"cu_seq_lens_q": None}, "one packed sequence"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one packed sequence"),
         ({"query": torch.ones(2, 1, 4, 8)}, "one packed sequence"),
-        ({"s_aux": torch.ones(1)}, "does not support attention sinks"),
+        ({"s_aux": torch.ones(1), "dropout": 0.1}, "takes no dropout, cap or gradient with attention sinks"),
+        ({"s_aux": torch.ones(1), "softcap": 5.0}, "takes no dropout, cap or gradient with attention sinks"),
+        ({"s_aux": torch.ones(1, requires_grad=True)}, "takes no dropout, cap or gradient with attention sinks"),
     ],
 )
 def test_unsupported_inputs_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -130,6 +133,27 @@ def test_unsupported_inputs_are_refused(changes: dict[str, Any], said: str) -> N
     assert attend_per_conversation(None, **call)[0].shape == (1, 4, 1, 8)
     with pytest.raises(ValueError, match=said):
         attend_per_conversation(None, **call | changes)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_take_their_share_in_each_conversation(window: int | None) -> None:
+    lengths, (query, key, value) = [5, 1, 7], tensors(4, 2, 13)
+    sinks = torch.linspace(-1, 2, 4, dtype=torch.float64)
+    attended = attend(query, key, value, lengths, sliding_window=window, s_aux=sinks)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        of_sinks = sinks.view(1, 4, 1, 1).expand(-1, -1, end - start, -1)
+        share = torch.cat([_scores(q, k, window), of_sinks], -1).softmax(-1)
+        expected = (share[..., :-1] @ v.repeat_interleave(2, 1)).transpose(1, 2)
+        torch.testing.assert_close(attended[:, start:end], expected)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
+    distance = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+    hidden = (distance < 0) | (distance >= (window or query.shape[2]))
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * query.shape[3] ** -0.5
+    return scores.masked_fill(hidden, -torch.inf)
 
 
 class TestVarlen:
@@ -311,6 +335,11 @@ class TestChoice:
     def test_every_family_is_supported(self, family: str) -> None:
         assert choose_attention("auto", False, None, FAMILIES[family], FP32, padding_free=True) == PER_CONVERSATION
 
+    @pytest.mark.parametrize("name", HYBRIDS | SINKS)
+    def test_hybrids_and_sinks_are_supported(self, name: str) -> None:
+        config = (HYBRIDS | SINKS)[name]
+        assert choose_attention("auto", False, None, config, FP32, padding_free=True) == PER_CONVERSATION
+
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
@@ -324,9 +353,6 @@ class TestChoice:
         assert choose_attention("auto", False, None, config, FP32, padding_free=True) is None
         assert reason in notices.text
 
-    def test_models_without_attention_backends_are_explained(
-        self, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setattr("transformers.GPT2LMHeadModel._supports_attention_backend", False)
-        assert choose_attention("auto", False, None, GPT2Config(), FP32, padding_free=True) is None
-        assert "gpt2 takes no other attention function" in notices.text
+    def test_models_without_attention_backends_are_explained(self, notices: pytest.LogCaptureFixture) -> None:
+        assert choose_attention("auto", False, None, BloomConfig(), FP32, padding_free=True) is None
+        assert "bloom takes no other attention function" in notices.text

@@ -11,10 +11,23 @@ import torch.nn.functional as F
 from families import FAMILIES, Largest, conversation, make_base, our_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, GPT2LMHeadModel, GraniteConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    NanoChatConfig,
+    PretrainedConfig,
+    RecurrentGemmaConfig,
+)
 
 from fastchat_qlora.model.ops import chunked_loss as loss
 from fastchat_qlora.model.ops.chunked_loss import (
+    LogitTransform,
     LossHead,
     compute_mean_loss,
     compute_token_losses,
@@ -240,11 +253,63 @@ class TestLossHead:
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+CHANGING = [
+    GraniteConfig(**SMALL, logits_scaling=8.0),
+    HyperCLOVAXConfig(**SMALL, logits_scaling=3.0),
+    CohereConfig(**SMALL, logit_scale=0.0625),
+    FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, lm_head_multiplier=0.3),
+    Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5),
+    RecurrentGemmaConfig(**SMALL, lru_width=16, logits_soft_cap=0.5),
+    NanoChatConfig(**SMALL, final_logit_softcapping=0.5),
+]
+"""Models that change their logits after the head."""
+
+
+class TestChangedLogits:
+    @settings(max_examples=40, deadline=None)
+    @given(st.sampled_from([0.1, 1.0, 7.0]), st.none() | st.sampled_from([0.5, 30.0]), st.sampled_from([0.0, 0.2]))
+    def test_losses_and_gradients_are_those_of_changed_logits(
+        self, scale: float, softcap: float | None, smoothing: float
+    ) -> None:
+        case = Case(30, 20, bias=True)
+        logits = case.head(case.hidden) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        expected = compute_token_losses(logits, **case.targets, label_smoothing=smoothing)
+        head = LossHead(case.head, LogitTransform(scale, softcap))
+        with head.expecting(**case.targets, label_smoothing=smoothing):
+            returned = head(case.hidden) * scale
+        losses = head.read_losses(returned if softcap is None else softcap * torch.tanh(returned / softcap))
+        torch.testing.assert_close(losses, expected)
+        weights = torch.linspace(-1, 1, len(losses))
+        torch.testing.assert_close(
+            torch.autograd.grad((losses * weights).sum(), case.hidden),
+            torch.autograd.grad((expected * weights).sum(), case.hidden),
+        )
+
+    @pytest.mark.parametrize("config", CHANGING, ids=lambda config: config.model_type)
+    def test_models_of_transformers_give_the_losses_of_their_logits(self, config: PretrainedConfig) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_()
+        row = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+        expected = compute_token_losses(model(input_ids=row, use_cache=False).logits, **targets(row))
+        head = install_loss_head(model)
+        unchanged = F.linear(
+            model(input_ids=row, use_cache=False, output_hidden_states=True).hidden_states[-1], head.weight
+        )
+        assert (compute_token_losses(unchanged, **targets(row)) - expected).abs().max() > 1e-2, "the change matters"
+        with head.expecting(**targets(row)):
+            losses = head.read_losses(model(input_ids=row, use_cache=False).logits)
+        torch.testing.assert_close(losses, expected)
 
 
 class TestExplainPlainLoss:
-    @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma2"}))
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_most_models_support_the_loss_head(self, family: str) -> None:
         assert explain_plain_loss(our_peft(make_base(family))) == ""
 
@@ -253,25 +318,10 @@ class TestExplainPlainLoss:
         [
             ("llama", {"modules_to_save": ["lm_head"]}, "the head is a ModulesToSaveWrapper"),
             ("llama", {"target_modules": ["q_proj", "lm_head"]}, "the head is a EfficientLoraLinear"),
-            ("gemma2", {}, "the model changes its logits (final_logit_softcapping)"),
         ],
     )
-    def test_trained_heads_and_changed_logits_are_explained(
-        self, family: str, lora: dict[str, list[str]], reason: str
-    ) -> None:
+    def test_trained_heads_are_explained(self, family: str, lora: dict[str, list[str]], reason: str) -> None:
         assert explain_plain_loss(our_peft(make_base(family), **lora)) == reason
-
-    @pytest.mark.parametrize(
-        ("config", "reason"),
-        [
-            (GraniteConfig(**SMALL, logits_scaling=8.0), "the model changes its logits (logits_scaling)"),
-            (GraniteConfig(**SMALL, logits_scaling=1.0), ""),
-            (CohereConfig(**SMALL, logit_scale=0.0625), "the model changes its logits (logit_scale)"),
-            (CohereConfig(**SMALL, logit_scale=1.0), ""),
-        ],
-    )
-    def test_scaled_logits_are_explained(self, config: Any, reason: str) -> None:
-        assert explain_plain_loss(AutoModelForCausalLM.from_config(config).requires_grad_(False)) == reason
 
     def test_a_trained_bias_of_the_head_is_explained(self) -> None:
         model = make_base("llama")

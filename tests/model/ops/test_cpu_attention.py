@@ -20,12 +20,14 @@ def random_inputs(heads: int, key_heads: int, length: int, dtype: torch.dtype, w
     ]
 
 
+def make_mask(length: int, window: int | None) -> torch.Tensor:
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    return mask if window is None else mask & mask.new_ones(mask.shape).triu(1 - window)
+
+
 def sdpa(inputs: Inputs, scale: float, window: int | None) -> torch.Tensor:
     """Compute torch's own attention, with an explicit mask."""
-    length = inputs[0].shape[2]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    if window is not None:
-        mask &= mask.new_ones(mask.shape).triu(1 - window)
+    mask = make_mask(inputs[0].shape[2], window)
     return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
@@ -57,6 +59,31 @@ def test_equals_torchs_attention(
     for gradient, of in zip(gradients, expected_gradients, strict=True):
         # Those of keys and values are summed in fp32, whatever the inputs are.
         torch.testing.assert_close(gradient, of, rtol=max(tolerance, 1e-5), atol=max(tolerance, 1e-4))
+
+
+def attend_with_sinks(inputs: Inputs, scale: float, window: int | None, sinks: torch.Tensor) -> torch.Tensor:
+    """Compute attention to one more key for each head, which has a score and no value."""
+    query, key, value = inputs
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    scores = scores.masked_fill(~make_mask(query.shape[2], window), -torch.inf)
+    scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., :-1] @ value
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, st.sampled_from([(1, 1), (4, 2), (3, 1)]), windows, st.sampled_from([8, 12]))
+@example(2 * BLOCK_QUERIES + 1, (4, 2), BLOCK_QUERIES + 1, 12)
+def test_sinks_take_their_share(length: int, heads: tuple[int, int], window: int | None, value_width: int) -> None:
+    inputs = random_inputs(*heads, length, torch.float64)
+    inputs[2] = random_inputs(*heads, length, torch.float64, width=value_width)[2]
+    sinks = torch.linspace(-2, 3, heads[0], dtype=torch.float64)
+    attended, *gradients = with_gradients(attend_in_blocks(*inputs, 0.3, window, sinks), inputs)
+    expected, *expected_gradients = with_gradients(attend_with_sinks(inputs, 0.3, window, sinks), inputs)
+    torch.testing.assert_close(attended, expected, rtol=1e-12, atol=1e-12)
+    for gradient, of in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, of, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -117,7 +144,7 @@ def test_blocks_are_used_for_bf16_without_dropout_only(
     """They are for bf16 on a CPU, and have no dropout."""
     calls: list[float] = []
     monkeypatch.setattr(
-        attention, "attend_in_blocks", lambda q, k, v, scale, window: calls.append(scale) or torch.zeros_like(q)
+        attention, "attend_in_blocks", lambda q, k, v, scale, *_: calls.append(scale) or torch.zeros_like(q)
     )
     inputs = random_inputs(4, 2, 6, dtype, width=16)
     attention.attend_per_conversation(

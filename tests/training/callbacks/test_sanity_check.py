@@ -8,15 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from families import FAMILIES, conversation, make_base, make_trainer, our_peft
+from families import FAMILIES, SIZES, conversation, make_base, make_trainer, our_peft, plain_peft
+from hybrids import HYBRIDS, SINKS, make_hybrid
 from quick_runs import command, losses, train
 from safetensors.torch import load_file
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.callbacks import sanity_check
-from fastchat_qlora.training.callbacks.sanity_check import Failures, SanityCheck, find_failures, run_sanity_check
+from fastchat_qlora.training.callbacks.sanity_check import (
+    SanityCheck,
+    find_leak,
+    find_loss_failure,
+    run_sanity_check,
+)
 
 ROWS = [conversation(length, seed, supervised_share=1.0) for seed, length in enumerate((30, 9, 44))]
 
@@ -29,9 +35,18 @@ def leaky(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return attended.transpose(1, 2), None
 
 
+def bidirectional(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> Any:
+    """Attend to all tokens, later ones too."""
+    attended = F.scaled_dot_product_attention(query, key, value, scale=options["scaling"], enable_gqa=True)
+    return attended.transpose(1, 2), None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     AttentionInterface.register("leaky", leaky)
+    AttentionInterface.register("bidirectional", bidirectional)
 
 
 @pytest.fixture
@@ -48,24 +63,60 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
 
 
+def trainer_with(model: Any, folder: Path, layout: str = "end to end") -> Any:
+    rows = Dataset.from_list([row | {"length": len(row["labels"])} for row in ROWS])
+    return make_trainer(model.train(), folder, layout, train_dataset=rows)
+
+
 def trainer_of(family: str, folder: Path, attention: str = PER_CONVERSATION, **kwargs: Any) -> Any:
-    model = our_peft(make_base(family, attention, **kwargs)).train()
-    return make_trainer(
-        model, folder, train_dataset=Dataset.from_list([r | {"length": len(r["labels"])} for r in ROWS])
-    )
+    return trainer_with(our_peft(make_base(family, attention, **kwargs)), folder)
+
+
+def find_failures(trainer: Any) -> tuple[str, str]:
+    """Return what is wrong with the layout, and with the loss head."""
+    first, second = ROWS[0]["input_ids"], ROWS[2]["input_ids"]
+    with trainer.inference() as model:
+        return find_leak(trainer, model, first, second), find_loss_failure(trainer, model, [first, second])
+
+
+def require_sound(trainer: Any) -> None:
+    """Require that the check changes nothing."""
+    run_sanity_check(trainer)
+    assert find_failures(trainer) == ("", "")
+    assert trainer.data_collator.padding_free and trainer.model.training
+    assert trainer.loss_head is not None
+    assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sound_models_pass(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     trainer = trainer_of(family, tmp_path, dtype=dtype)
-    if dtype == torch.bfloat16:
-        trainer.args.bf16 = True
+    trainer.args.bf16 = dtype == torch.bfloat16
+    require_sound(trainer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", HYBRIDS | SINKS)
+def test_hybrids_and_sinks_pass(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = our_peft(make_hybrid(name, PER_CONVERSATION, dtype), target_modules=["q_proj"])
+    trainer = trainer_with(model, tmp_path)
+    trainer.args.bf16 = dtype == torch.bfloat16
+    require_sound(trainer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["lfm2", "lfm2_moe", "falcon_h1", "minimax"])
+def test_states_that_cross_are_found_in_every_dtype(
+    name: str, dtype: torch.dtype, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """Without this program's layers, with any attention; the loss head is tested with the one that is used then."""
+    model = plain_peft(make_hybrid(name, PER_CONVERSATION, dtype), target_modules=["q_proj"])
+    trainer = trainer_with(model, tmp_path)
     run_sanity_check(trainer)
-    assert find_failures(trainer) == Failures("", "")
-    assert trainer.data_collator.padding_free and trainer.model.training
-    assert (trainer.loss_head is None) == (family == "gemma2")
-    assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
+    assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
+    assert not trainer.data_collator.padding_free and trainer.loss_head is not None
+    assert trainer.adapter.config._attn_implementation == "sdpa"
 
 
 def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
@@ -79,18 +130,18 @@ def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_leak_is_found(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_leaking_attention_is_replaced(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of("llama", tmp_path, "leaky")
-    failures = find_failures(trainer)
-    assert "not kept apart" in failures.padding_free and not failures.loss
+    leak, loss = find_failures(trainer)
+    assert "not kept apart" in leak and not loss
     run_sanity_check(trainer)
-    assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
-    assert not trainer.data_collator.padding_free and trainer.loss_head is not None
-    assert trainer.adapter.config._attn_implementation == "sdpa"
-    assert find_failures(trainer) == Failures("", "")
+    assert "Attention is per_conversation, the first to pass: conversations in one batch are not kept" in notices.text
+    assert trainer.data_collator.padding_free and trainer.loss_head is not None
+    assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
+    assert find_failures(trainer) == ("", "")
 
 
-def test_model_that_fails_falls_back(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_attention_that_fails_is_replaced(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("no such\ncache")
 
@@ -98,15 +149,39 @@ def test_model_that_fails_falls_back(tmp_path: Path, notices: pytest.LogCaptureF
     trainer = trainer_of("llama", tmp_path, "broken")
     run_sanity_check(trainer)
     assert "cannot run on padding-free batches: 'no such" in notices.text
-    assert not trainer.data_collator.padding_free
-    assert trainer.adapter.config._attn_implementation == "sdpa"
+    assert trainer.data_collator.padding_free
+    assert trainer.adapter.config._attn_implementation == PER_CONVERSATION
+
+
+class TestCausality:
+    """A model that sees later tokens is refused, in every layout."""
+
+    @pytest.mark.parametrize("layout", ["padded on the right", "padded on the left"])
+    def test_attention_to_later_tokens_is_refused(self, layout: str, tmp_path: Path) -> None:
+        trainer = trainer_with(our_peft(make_base("llama", "bidirectional")), tmp_path, layout)
+        with pytest.raises(RunError, match=r"the last token of a conversation changes the logits before it .*by \d"):
+            run_sanity_check(trainer)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_encoder_is_refused(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(BertConfig(**SIZES)).to(dtype)
+        trainer = trainer_with(our_peft(base, target_modules=["query"]), tmp_path)
+        with pytest.raises(RunError, match="use a model for causal language modeling"):
+            run_sanity_check(trainer)
+
+    @pytest.mark.parametrize("layout", ["padded on the right", "padded on the left"])
+    def test_causal_model_passes(self, layout: str, tmp_path: Path) -> None:
+        trainer = trainer_with(our_peft(make_base("llama")), tmp_path, layout)
+        run_sanity_check(trainer)
+        assert trainer.loss_head is not None
 
 
 def test_logits_changed_after_the_head_are_found(
     scaled: None, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_of("llama", tmp_path)
-    assert "changes its logits after the head" in find_failures(trainer).loss
+    assert "changes its logits after the head" in find_failures(trainer)[1]
     run_sanity_check(trainer)
     assert "The loss is computed from the logits" in notices.text
     assert trainer.loss_head is None and trainer.data_collator.padding_free
@@ -125,7 +200,7 @@ def test_leaking_run_trains_as_a_padded_one(
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
-    monkeypatch.setattr("fastchat_qlora.model.ops.attention.attend_per_conversation", leaky)
+    monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
     output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
     assert f"Batches are padded{' and sequences not packed' if packing else ''}, slower" in notices.text
     assert losses(output) == losses(padded) and len(losses(output)) == 3
@@ -163,11 +238,12 @@ class TestWrappedLate:
     def begin(trainer: Any) -> None:
         SanityCheck(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
-    def test_stops_if_batches_are_built_already(self, tmp_path: Path) -> None:
-        trainer = self.late(tmp_path, "leaky")
+    def test_stops_if_batches_are_built_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
+        trainer = self.late(tmp_path, PER_CONVERSATION)
         run_sanity_check(trainer)
         assert trainer.data_collator.padding_free, "not checked yet"
-        with pytest.raises(RunError, match=r"not kept apart.*; start again with --padding_free False"):
+        with pytest.raises(RunError, match="a leak; start again with --padding_free False"):
             self.begin(trainer)
 
     def test_falls_back_to_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
@@ -214,6 +290,5 @@ def test_dora_in_fp32_is_checked_in_fp32(
 
 def test_all_processes_take_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """If only one fell back, it would have other batches than the others, and wait for them forever."""
-    everyone = [Failures("", ""), Failures("a leak", ""), Failures("another", "scaled")]
-    monkeypatch.setattr(sanity_check, "gather_object", lambda mine: everyone)
-    assert sanity_check._agree_on_failures(everyone[0]) == ("a leak", "scaled")
+    monkeypatch.setattr(sanity_check, "gather_object", lambda mine: ["", "a leak", "another"])
+    assert sanity_check._agree("") == "a leak"
