@@ -4,6 +4,7 @@ import hashlib
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -118,8 +119,16 @@ def set_router_loss(config: PretrainedConfig, weight: float) -> None:
 
 
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """Return the model's layers in their order: those whose activations can be recomputed."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Return the text model's outermost layers whose activations can be recomputed, in their order."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    found = _find_outermost_layers(base.get_decoder())
+    return found or _find_outermost_layers(base)  # some models take their head for the decoder
+
+
+def _find_outermost_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if id(layer) not in inner]
 
 
 def load_model(
