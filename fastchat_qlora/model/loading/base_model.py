@@ -21,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
+from fastchat_qlora.model.ops.rotary import forget_longest_rows
+from fastchat_qlora.model.ops.unpacking_check import check_unpacking
 from fastchat_qlora.utils.text import one_line
 
 SAMPLE_BYTES = 1 << 20
@@ -167,6 +169,8 @@ def load_model(
             f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
         )
     keep_cpu_weights_trainable(model)
+    check_unpacking(model)
+    forget_longest_rows(model)
     return model
 
 
