@@ -279,6 +279,7 @@ def _estimate_cost(
         base.lora_config,
         dtype,
         supervised_share=get_column(sequences, "supervised").sum() / get_column(sequences, "length").sum(),
+        longest=int(get_column(sequences, "length").max()),
         quantization=base.quantization,
         device_type=topology.accelerator or "cpu",
     )

@@ -26,6 +26,7 @@ from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repea
 from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
+from fastchat_qlora.model.ops.rotary import LongRopeLog
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
 from fastchat_qlora.training.callbacks.throughput import Throughput
@@ -79,7 +80,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             logger.info(f"Compiling {len(layers)} layers with the first batches, which takes some minutes.")
             for layer in layers:
                 layer.compile()
-        self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        parameters = inspect.signature(base.forward).parameters
+        self._chooses_logits, self._takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
+        self._long_rope = LongRopeLog(base)
 
     def use_plain_loss(self, reason: str) -> None:
         """Compute the loss without a LossHead, and log why."""
@@ -185,7 +188,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 outputs = model(**inputs)
             losses = self.loss_head.read_losses(outputs.logits)
         else:
-            if self._chooses_logits and "position_ids" in inputs:  # padding-free: a single row
+            if self._chooses_logits and self.data_collator.padding_free:  # a single row
                 inputs["logits_to_keep"] = batch["supervised"]
             outputs = model(**inputs)
             losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
@@ -212,8 +215,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        # With a cache transformers builds no mask between conversations, whatever their positions are.
-        return inputs | ({"use_cache": False} if self.data_collator.padding_free else {})
+        self._long_rope.note(inputs.get("max_length_q") or inputs["input_ids"].shape[1])
+        if self.data_collator.padding_free:
+            # With a cache transformers builds no mask between conversations, whatever their positions are.
+            return inputs | {"use_cache": False}
+        if self._takes_positions and self.data_collator.padding_side == "left":
+            # GPT-2 and others would count the padding as positions.
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return inputs
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.changes import propose_changes
@@ -41,7 +41,7 @@ def find_devices(args: RunArguments, number: int, kind: str, memory_gib: float) 
 def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None) -> Plan:
     """Plan a run; without the speed of a device, it is estimated where this machine has such a device."""
     base, parameters = _prepare_base_model(args)
-    trainable = _count_trainable(setup.compute_shapes(args, base))
+    trainable = _count_trainable(setup.compute_shapes(args, base), base.meta_model)
     base = base._replace(meta_model=build_meta_model(base.config))  # the first one has an adapter now
     sequences = _read_sequences(args, base.config)
     supervised = int(get_column(sequences, "supervised").sum())
@@ -88,11 +88,16 @@ def _prepare_base_model(args: RunArguments) -> tuple[setup.PreparedBase, int]:
     return base, sum(parameter.numel() for parameter in base.meta_model.parameters())
 
 
-def _count_trainable(shapes: setup.AdapterShapes) -> dict[str, int]:
+def _count_trainable(shapes: setup.AdapterShapes, adapted: PreTrainedModel | None) -> dict[str, int]:
+    """Return kind of module or parameter -> trained parameters; `adapted` is the model with the adapter."""
     trainable: Counter[str] = Counter()
+    modules = dict(adapted.named_modules()) if adapted is not None else {}
     for name, shape in (shapes or {}).items():
         module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
-        trainable[module.rpartition(".")[2]] += shape.numel()
+        layer = modules.get(module.removeprefix("base_model.model."))
+        parameter = getattr(layer, "parameter_name", "weight")  # of experts, whose adapter is on one of theirs
+        kind = module.removesuffix(".base_layer").rpartition(".")[2] if parameter == "weight" else parameter
+        trainable[kind] += shape.numel()
     return dict(trainable)
 
 
@@ -181,6 +186,6 @@ def _estimate_speed(settings: RunSettings, cost: ModelCost, checkpointed: int) -
     if device is None:
         return None
     reached = measure_flops_per_second(config, settings.precision.dtype, device)
-    needed = compute_flops_per_token(cost, config, settings.lengths, checkpointed)
+    needed = compute_flops_per_token(cost, settings.lengths, checkpointed)
     source = f"this machine's matrix products reach {reached / 1e12:.2g} TFLOP/s"
     return Speed(reached / needed, source, is_upper_bound=True)

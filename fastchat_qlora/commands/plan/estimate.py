@@ -62,21 +62,23 @@ class RunSettings:
     accumulation: int  # micro-batches of an optimizer step
     max_length: int  # most tokens of a sequence
     checkpointing: bool | None  # recompute all layers, none, or as few as memory requires (None)
-    _costs: dict[Precision, ModelCost | str] = field(default_factory=dict)
+    _costs: dict[tuple[Precision, int], ModelCost | str] = field(default_factory=dict)
 
     @property
     def cost(self) -> ModelCost | str:
         """The cost of the model in the precision of the run, or why it is not known."""
-        if self.precision not in self._costs:
-            self._costs[self.precision] = activation_checkpointing.estimate_model_cost(
+        longest = min(int(self.lengths.max()), self.max_length)
+        if (self.precision, longest) not in self._costs:
+            self._costs[self.precision, longest] = activation_checkpointing.estimate_model_cost(
                 self.base.config,
                 self.base.lora_config,
                 self.precision.dtype,
                 supervised_share=self.supervised_share,
+                longest=longest,
                 quantization=self.precision.quantization,
                 device_type=self.devices.kind,
             )
-        return self._costs[self.precision]
+        return self._costs[self.precision, longest]
 
     @property
     def step_size(self) -> int:

@@ -46,7 +46,7 @@ class Collator:
 
     def __init__(self, tokenizer: Any, *, padding_free: bool) -> None:
         self.padding_free = padding_free
-        self._side = tokenizer.padding_side
+        self.padding_side = tokenizer.padding_side
         self._pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=PADDING_MULTIPLE)
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -92,6 +92,8 @@ class Collator:
         batch = self._pad([{"input_ids": sequence["input_ids"]} for sequence in sequences])
         ids, mask = batch["input_ids"], batch["attention_mask"]
         width = ids.shape[1]
-        starts = [i * width + (width - length if self._side == "left" else 0) for i, length in enumerate(lengths)]
+        starts = [
+            i * width + (width - length if self.padding_side == "left" else 0) for i, length in enumerate(lengths)
+        ]
         # The tokenizer may pad with a token that the model has no embedding for; masked, any other will do.
         return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}, starts

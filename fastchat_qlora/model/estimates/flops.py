@@ -11,26 +11,33 @@ from fastchat_qlora.model.estimates.memory import ModelCost
 TIMING_SECONDS, TIMED_ROWS = 0.5, 1024
 
 
-def compute_flops_per_token(model: ModelCost, config: Any, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
+def compute_flops_per_token(model: ModelCost, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
     """Return the floating-point operations of training for one real token of conversations of these lengths.
 
     Backward costs as much as forward: a frozen weight needs the gradient of its input only, and the adapter adds
-    little. Causal attention takes two products of head size times keys in forward and twice as many in backward; a
-    token's keys are half of its conversation's tokens on average. A checkpointed layer is computed once more.
+    little. Causal attention takes two products of head size times keys in forward and twice as many in backward. A
+    checkpointed layer is computed once more.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 0  # state space models have none
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
-    keys = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum()) / 2
-    attention = 4 * width * keys * text.num_hidden_layers
+    attention = sum(flops * count_keys(lengths, window) for window, flops in model.token.attention.items())
     recomputed = checkpointed / max(1, model.layers)
     return float(2 * model.token.flops + 3 * attention + recomputed * (model.token.flops + attention))
+
+
+def count_keys(lengths: np.ndarray[Any, Any], window: int) -> float:
+    """Return the mean number of keys of a token of conversations of these lengths; a window of 0 hides none.
+
+    Of the first tokens each has one key more than the one before it, up to the window.
+    """
+    lengths = lengths.astype(np.float64)
+    rising = np.minimum(lengths, window or np.inf)
+    return float((rising**2 / 2 + (lengths - rising) * rising).sum() / lengths.sum())
 
 
 def measure_flops_per_second(config: Any, dtype: torch.dtype, device: torch.device) -> float:
     """Return the device's rate in products of the size of the model's MLP, measured for half a second."""
     text = config.get_text_config()
     inner, outer = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    outer = outer if isinstance(outer, int) else max(outer)  # one for each layer
     rows = torch.ones((TIMED_ROWS, inner), dtype=dtype, device=device)
     weight = torch.ones((inner, outer), dtype=dtype, device=device)
     rows @ weight  # the first product selects a kernel

@@ -2,11 +2,11 @@
 
 import copy
 
-import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.model.estimates.memory import ModelCost
+from fastchat_qlora.model.estimates.repeated_layers import describe_layer
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
 
 SHALLOW_DEPTHS = (2, 3)  # not 1, since the first layer is not like the others: its input needs no gradient
@@ -23,7 +23,7 @@ def make_shallow_configs(
     None where its layers or the adapter's modules in them differ.
     """
     layers = get_repeated_layers(meta_model)
-    alike = len({_describe_layer(layer) for layer in layers}) == 1
+    alike = len({describe_layer(layer) for layer in layers}) == 1
     if not alike or len(layers) <= SHALLOW_DEPTHS[1] or getattr(config, "num_hidden_layers", None) != len(layers):
         return None
     names = [lora_config.target_modules or (), lora_config.exclude_modules or (), lora_config.modules_to_save or ()]
@@ -32,20 +32,6 @@ def make_shallow_configs(
     if patterns or numbered or any(getattr(lora_config, name, None) for name in LAYER_SPECIFIC_FIELDS):
         return None
     return tuple(_copy_with_depth(config, depth) for depth in SHALLOW_DEPTHS)
-
-
-def _describe_layer(layer: torch.nn.Module) -> str:
-    """Return the classes, shapes and settings of all modules of a layer, without its index."""
-    described = []
-    for name, module in layer.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, int | float | str | bool | tuple) and key != "layer_idx"
-        }
-        shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
-        described.append((name, type(module).__name__, sorted(settings.items(), key=str), shapes))
-    return str(described)
 
 
 def _copy_with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
@@ -67,7 +53,15 @@ def extrapolate_layers(first: ModelCost, second: ModelCost, layers: int) -> Mode
         return a + (layers - depth) * (b - a)
 
     inside = extrapolate(depth * first.token.layer, next_depth * second.token.layer)
-    token = second.token._replace(layer=inside / layers, flops=extrapolate(first.token.flops, second.token.flops))
+    windows = {*first.token.attention, *second.token.attention}
+    pairs = {
+        window: (first.token.attention.get(window, 0), second.token.attention.get(window, 0)) for window in windows
+    }
+    token = second.token._replace(
+        layer=inside / layers,
+        flops=extrapolate(first.token.flops, second.token.flops),
+        attention={window: extrapolate(*pair) for window, pair in pairs.items()},
+    )
     weights = second.weights._replace(
         total=extrapolate(first.weights.total, second.weights.total),
         scales=extrapolate(first.weights.scales, second.weights.scales),

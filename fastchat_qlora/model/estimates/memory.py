@@ -7,34 +7,45 @@ a few tokens are sent through it, and every tensor that autograd saves is added 
 any architecture and includes dropout, norms and adapters as they are. For a Llama in bf16 with adapters on all linear
 layers and no dropout it gives the 12 h + 4 k + 6 f bytes for each token and layer that one derives by hand (h: hidden
 size, k: key heads times head size, f: size of the MLP).
+
+Rows of three lengths tell what exists once, what every token adds, and what every pair of tokens of a conversation
+adds: the scores of attention that no kernel computes in blocks.
 """
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes
+from fastchat_qlora.model.estimates.repeated_layers import repeat_layers
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
+from fastchat_qlora.model.loading.quantizer import can_pack
+from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.ops import chunked_loss
+from fastchat_qlora.model.ops.attention import attend_per_conversation
+from fastchat_qlora.model.ops.meta_forward import run_on_meta
 
-TRACED_TOKENS = (64, 128)  # of two rows; the difference is the cost of tokens without what exists once
+TRACED_TOKENS = (256, 512, 768)  # of three rows; state space models compute up to 256 tokens at once
 
 
 class TokenBytes(NamedTuple):
     """Bytes saved by autograd for one token, and the FLOPs of its forward pass."""
 
-    layer: float  # in a layer that is not checkpointed; the mean over all layers
+    layer: float  # in a layer that is not checkpointed, in a conversation of the longest; the mean over all layers
     checkpointed_layer: float  # its input
     outside: float  # of the layers: embeddings, last norm, head and loss
-    widest: float  # output of a linear layer
+    widest: float  # tensor saved in a layer, such as the output of its widest linear layer
     flops: float  # without attention's own products
+    attention: dict[int, float]  # size of the window, 0 for none -> FLOPs for each key in it, of all layers together
 
 
 class WeightBytes(NamedTuple):
@@ -59,7 +70,7 @@ class ModelCost(NamedTuple):
     chunk_length: int | None  # targets whose logits exist at once; all of them if None
     bytes_per_softmax: float  # added for each target that is cast to fp32
     softmax_length: int  # targets that are cast to fp32 at once
-    dequantized: float  # bytes of the largest 4-bit weight when it is dequantized
+    dequantized: float  # bytes of the largest quantized weight that is dequantized at once
 
 
 class MemoryNeed(NamedTuple):
@@ -103,48 +114,69 @@ class _SaveAsAttention(torch.autograd.Function):
         return output
 
 
-def _register_traced_attention(device_type: str, dtype: torch.dtype) -> str:
-    """Register an attention function that saves as the run's does, and return its name.
+class _TracedAttention:
+    """An attention function that saves as the run's does, and counts the FLOPs for each key by size of the window.
 
-    On a CPU `attend_in_blocks` (bf16) saves its inputs only, and other kernels are called for each conversation, which
-    copies their output.
+    On a CPU `attend_in_blocks` (bf16, and everywhere with attention sinks) saves its inputs only, and other kernels are
+    called for each conversation, which copies their output. Capped scores are computed as they are in the run.
     """
-    in_blocks = device_type == "cpu" and dtype == torch.bfloat16
-    copies_output = device_type == "cpu" and not in_blocks
+
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+        self._in_blocks = device_type == "cpu" and dtype == torch.bfloat16
+        self._copies_output = device_type == "cpu" and not self._in_blocks
+        self.flops: Counter[int] = Counter()
+        self.name = f"traced_{device_type}_{dtype}"
+        AttentionInterface.register(self.name, self.attend)
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        **settings: Any,
     ) -> tuple[torch.Tensor, None]:
-        output: torch.Tensor = _SaveAsAttention.apply(query, key, value, not in_blocks)  # type: ignore[no-untyped-call]
-        return output.clone() if copies_output else output, None
-
-    name = f"traced_{device_type}_{dtype}"
-    AttentionInterface.register(name, attend)
-    return name
+        """Return a tensor of the shape of the output, and no weights."""
+        if settings.get("softcap") is not None:
+            tokens = query.shape[2]
+            boundaries = torch.empty(2, dtype=torch.int32, device=query.device)
+            settings |= {"cu_seq_lens_q": boundaries, "max_length_q": tokens, "conversation_lengths": [tokens]}
+            return attend_per_conversation(module, query, key, value, None, **settings)
+        width = query.shape[1] * (query.shape[3] + value.shape[3])
+        self.flops[settings.get("sliding_window") or 0] += 2 * width
+        saves_output = not self._in_blocks and settings.get("s_aux") is None
+        output: torch.Tensor = _SaveAsAttention.apply(query, key, value, saves_output)  # type: ignore[no-untyped-call]
+        return output.clone() if self._copies_output else output, None
 
 
 def measure_model_cost(
-    model: Any, *, supervised_share: float, quantization: BaseQuantization = NOT_QUANTIZED, device_type: str = "cpu"
+    model: Any,
+    *,
+    supervised_share: float,
+    longest: int = TRACED_TOKENS[0],
+    quantization: BaseQuantization = NOT_QUANTIZED,
+    device_type: str = "cpu",
 ) -> ModelCost:
     """Count the cost of a model.
 
     Args:
         model: a PeftModel on the meta device, in the compute dtype of the run; it is used up.
         supervised_share: targets per token.
+        longest: tokens of the longest conversation.
         quantization: of the base model when it will be loaded.
         device_type: of the run's device, which decides on the size of a chunk of logits.
 
     Raises:
-        Exception: any error of a model that cannot run on the meta device; ValueError for capped attention scores.
+        Exception: any error of a model that cannot run on the meta device.
     """
     base: PreTrainedModel = model.get_base_model()
-    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
-        raise ValueError("attention with capped scores saves all of them, so that a token has no fixed cost")
     vocabulary, size = base.get_output_embeddings().weight.shape[0], base.dtype.itemsize
-    weights, largest = _measure_weights(base, quantization)
+    weights, largest = _measure_weights(base, quantization, device_type)
     chunked = not chunked_loss.explain_plain_loss(model)
-    base.set_attn_implementation(_register_traced_attention(device_type, base.dtype))
-    token, layers = _trace_model(model, supervised_share)
+    attention = _TracedAttention(device_type, base.dtype)
+    base.set_attn_implementation(attention.name)
+    token, layers = _trace_model(model, attention, supervised_share, longest)
     return ModelCost(
         layers=layers,
         token=token,
@@ -156,7 +188,7 @@ def measure_model_cost(
         chunk_length=chunked_loss.get_chunk_length(vocabulary, device_type) if chunked else None,
         bytes_per_softmax=4.0 * vocabulary if chunked and size < 4 else 0.0,
         softmax_length=chunked_loss.get_softmax_length(vocabulary, device_type),
-        dequantized=float(largest * size if quantization.is_quantized else 0),
+        dequantized=float(largest * size),
     )
 
 
@@ -230,88 +262,176 @@ def count_layers_to_checkpoint(model: ModelCost, tokens: int, available: float, 
     return next((count for count, phase in enumerate(phases) if phase.step_bytes <= available), None)
 
 
-def _measure_weights(base: PreTrainedModel, quantization: BaseQuantization) -> tuple[WeightBytes, int]:
-    """Return the bytes of the frozen base as it will be loaded, and the elements of its largest quantized weight."""
-    ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
-    linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear)} - ends
-    frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
-    packed = {key: p.numel() for key, p in frozen.items() if quantization.is_quantized and key in linear}
+def _measure_weights(
+    base: PreTrainedModel, quantization: BaseQuantization, device_type: str
+) -> tuple[WeightBytes, int]:
+    """Return the bytes of the frozen base as it will be loaded, and most elements that are dequantized at once."""
+    packed = _find_packed(base, quantization)
     sizes = {
-        key: math.ceil(packed[key] * quantization.bytes_per_weight) if key in packed else p.numel() * p.element_size()
-        for key, p in frozen.items()
+        id(p): math.ceil(p.numel() * quantization.bytes_per_weight) if id(p) in packed else p.numel() * p.element_size()
+        for p in base.parameters()
+        if not p.requires_grad
     }
-    layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in get_repeated_layers(base)]
-    scales = sum(packed.values()) * (quantization.bytes_per_weight - 0.5) if quantization.is_4bit else 0.0
+    counted = set[int]()  # layers may share weights
+    layers = []
+    for layer in get_repeated_layers(base):
+        own = {id(p) for p in layer.parameters() if id(p) in sizes}
+        layers.append((sum(sizes[key] for key in own), sum(sizes[key] for key in own - counted)))
+        counted |= own
+    scales = sum(p.numel() for p in packed.values()) * (quantization.bytes_per_weight - 0.5)
     total = sum(sizes.values())
-    weights = WeightBytes(total, max(layers, default=0), total - sum(layers), scales)
-    return weights, max(packed.values(), default=0)
+    outside = total - sum(own for _, own in layers)
+    largest = max((whole for whole, _ in layers), default=0)
+    weights = WeightBytes(total, largest, outside, scales if quantization.is_4bit else 0.0)
+    at_once = (p[0] if p.ndim == 3 and device_type == "cpu" else p for p in packed.values())  # an expert at a time
+    return weights, max((p.numel() for p in at_once), default=0)
 
 
-def _trace_model(model: Any, supervised_share: float) -> tuple[TokenBytes, int]:
-    """Return the cost of a token, from rows of two lengths, and the number of layers."""
+def _find_packed(base: PreTrainedModel, quantization: BaseQuantization) -> dict[int, torch.nn.Parameter]:
+    """Return id -> weight of those that will be quantized: in 8 bits those of plain linear layers only."""
+    if not quantization.is_quantized:
+        return {}
+    text = find_text_part(base)
+    found = [module.weight for module in text.linear.values()]
+    if quantization.is_4bit:
+        found += [parameter for parameter in text.experts.values() if can_pack(parameter)]
+    else:
+        head = base.get_output_embeddings()
+        found = [m.weight for m in base.modules() if type(m) in (torch.nn.Linear, Conv1D) and m is not head]
+    return {id(weight): weight for weight in found if not weight.requires_grad}  # without an adapter's own
+
+
+class _Trace(NamedTuple):
+    """Counts of one row."""
+
+    inside: float  # bytes saved in layers
+    outside: float  # bytes saved elsewhere
+    widest: float  # bytes of the largest tensor saved in a layer
+    flops: float
+
+
+def _trace_model(
+    model: Any, attention: _TracedAttention, supervised_share: float, longest: int
+) -> tuple[TokenBytes, int]:
+    """Return the cost of a token, from rows of three lengths, and the number of layers."""
     base: PreTrainedModel = model.get_base_model()
     layers = get_repeated_layers(base)
     head = None if chunked_loss.explain_plain_loss(model) else chunked_loss.install_loss_head(model)
     model.train()
-    short, long = (_trace_row(model, layers, head, tokens, supervised_share) for tokens in TRACED_TOKENS)
-    added = TRACED_TOKENS[1] - TRACED_TOKENS[0]
-    inside, outside, widest, flops = ((b - a) / added for a, b in zip(short, long, strict=True))
-    layer_input = base.config.get_text_config().hidden_size * base.dtype.itemsize
-    return TokenBytes(inside / max(1, len(layers)), layer_input, outside, widest, flops), len(layers)
+
+    def trace(stands_for: Mapping[torch.nn.Module, int]) -> list[_Trace]:
+        attention.flops.clear()
+        return [_trace_row(model, stands_for, attention, head, tokens, supervised_share) for tokens in TRACED_TOKENS]
+
+    try:
+        with repeat_layers(base, layers) as stands_for:
+            rows = trace(stands_for)
+    except Exception:  # layers that read what others keep must all be computed
+        rows = trace(dict.fromkeys(layers, 1))
+    inside, outside, widest, flops = (_fit_quadratic(counts) for counts in zip(*rows, strict=True))
+    keys = {window: count / len(TRACED_TOKENS) for window, count in attention.flops.items()}
+    # What is computed for all pairs of tokens is computed for twice the keys that causal attention has.
+    keys[0] = keys.get(0, 0.0) + 2 * flops.pair
+    token = TokenBytes(
+        layer=inside.add_up(longest) / max(1, len(layers)),
+        checkpointed_layer=base.config.get_text_config().hidden_size * base.dtype.itemsize,
+        outside=outside.add_up(longest),
+        widest=widest.add_up(longest),
+        flops=flops.token,
+        attention=keys,
+    )
+    return token, len(layers)
+
+
+class _Growth(NamedTuple):
+    """What a token adds to a count."""
+
+    token: float
+    pair: float  # for each token of its row
+
+    def add_up(self, tokens: int) -> float:
+        """Return what a token adds in a row of `tokens`."""
+        return self.token + self.pair * tokens
+
+
+def _fit_quadratic(counts: Sequence[float]) -> _Growth:
+    """Return what a token adds, from the counts of rows of TRACED_TOKENS."""
+    (a, b, c), (x, y, z) = TRACED_TOKENS, counts
+    first, second = (y - x) / (b - a), (z - y) / (c - b)
+    pair = (second - first) / (c - a)
+    return _Growth(first - pair * (a + b), pair)
 
 
 def _trace_row(
     model: Any,
-    layers: Sequence[torch.nn.Module],
+    stands_for: Mapping[torch.nn.Module, int],
+    attention: _TracedAttention,
     head: chunked_loss.LossHead | None,
     tokens: int,
     supervised_share: float,
-) -> tuple[int, int, int, int]:
-    """Return bytes that a row saves in layers and outside, bytes of a linear layer's widest output, and FLOPs."""
-    counter = _SavedBytesCounter(model)
-    handles = [layer.register_forward_pre_hook(counter.enter_layer) for layer in layers]
-    handles += [layer.register_forward_hook(counter.leave_layer) for layer in layers]
-    linear = [module for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    handles += [module.register_forward_hook(counter.see_output) for module in linear]
-    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+) -> _Trace:
+    """Return the counts of a row of tokens, where a layer counts for all that it stands for."""
+    flops = FlopCounterMode(display=False)
+    counter = _SavedBytesCounter(model, flops, attention, stands_for)
+    handles = [layer.register_forward_pre_hook(counter.enter_layer) for layer in stands_for]
+    handles += [layer.register_forward_hook(counter.leave_layer) for layer in stands_for]
     targets = torch.zeros(round(supervised_share * tokens), dtype=torch.long, device="meta")
     expecting = head.expecting(targets, targets) if head else contextlib.nullcontext()
     try:
-        with counter, FlopCounterMode(display=False) as flops, expecting:
-            model(input_ids=ids, position_ids=ids, use_cache=False)
+        with counter, flops, expecting:
+            run_on_meta(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
-    return counter.inside, counter.outside, counter.widest, flops.get_total_flops()
+    return _Trace(counter.inside, counter.outside, counter.widest, counter.flops)
 
 
 class _SavedBytesCounter(torch.autograd.graph.saved_tensors_hooks):
     """A counter of the bytes saved by autograd: each storage once, without the model's weights and buffers."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        flops: FlopCounterMode,
+        attention: _TracedAttention,
+        stands_for: Mapping[torch.nn.Module, int],
+    ) -> None:
         super().__init__(self._count, lambda tensor: tensor)
         own = [*model.parameters(), *model.buffers()]
         self._known = {tensor.untyped_storage()._cdata for tensor in own}
         self._alive: list[Any] = []  # the address of a freed tensor would be used again
-        self._in_layer = False
+        self._counter, self._attention, self._stands_for = flops, attention, stands_for
+        self._before: tuple[int, int, Counter[int]] | None = None  # counts when a layer began; None outside of layers
+        self._repeated = 0  # FLOPs of layers that do not compute
         self.inside = self.outside = self.widest = 0
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of all layers and outside."""
+        return self._counter.get_total_flops() + self._repeated
+
     def enter_layer(self, *_: Any) -> None:
-        self._in_layer = True
+        """Note the counts at the beginning of a layer."""
+        self._before = self.inside, self._counter.get_total_flops(), self._attention.flops.copy()
 
-    def leave_layer(self, *_: Any) -> None:
-        self._in_layer = False
-
-    def see_output(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.widest = max(self.widest, output.numel() * output.element_size())
+    def leave_layer(self, layer: torch.nn.Module, *_: Any) -> None:
+        """Add the counts of the layers that this one stands for."""
+        assert self._before is not None
+        (saved, flops, attention), more = self._before, self._stands_for[layer] - 1
+        self._before = None
+        self.inside += more * (self.inside - saved)
+        self._repeated += more * (self._counter.get_total_flops() - flops)
+        for window, count in self._attention.flops.items():
+            self._attention.flops[window] += more * (count - attention[window])
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
             self._alive.append(tensor)
-            if self._in_layer:
+            if self._before is not None:
                 self.inside += storage.nbytes()
+                self.widest = max(self.widest, storage.nbytes())
             else:
                 self.outside += storage.nbytes()
         return tensor

@@ -24,6 +24,8 @@ from fastchat_qlora.model.loading.auto_class import (
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.published_weights import read_weights_in_order
+from fastchat_qlora.model.ops.rotary import forget_longest_rows
+from fastchat_qlora.model.ops.unpacking_check import check_unpacking
 from fastchat_qlora.utils.text import one_line
 
 SAMPLE_BYTES = 1 << 20
@@ -131,8 +133,16 @@ def set_router_loss(config: PretrainedConfig, weight: float) -> None:
 
 
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """Return the model's layers in their order: those whose activations can be recomputed."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Return the text model's outermost layers whose activations can be recomputed, in their order."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    found = _find_outermost_layers(base.get_decoder())
+    return found or _find_outermost_layers(base)  # some models take their head for the decoder
+
+
+def _find_outermost_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if id(layer) not in inner]
 
 
 def load_model(
@@ -187,6 +197,8 @@ def load_model(
             "give a copy whose config.json has the quantization_config"
         )
     keep_cpu_weights_trainable(model)
+    check_unpacking(model)
+    forget_longest_rows(model)
     return model
 
 

@@ -136,11 +136,13 @@ def _multiply_unpacked(
 ) -> torch.Tensor:
     """Return inputs times the weights, shape (experts, inputs, outputs) or else (experts, outputs, inputs)."""
     shape = weight.shape if state is None else state.shape
-    if not groups.sizes and not inputs.is_meta:
+    if inputs.is_meta:  # a product whose operations can be counted
+        return inputs @ (weight[0] if inputs_first else weight[0].T)
+    if not groups.sizes:
         whole = weight if state is None else unpack(weight, state)
         return F.grouped_mm(inputs, whole if inputs_first else whole.transpose(1, 2), offs=groups.ends)
     outputs = inputs.new_empty(len(inputs), shape[2] if inputs_first else shape[1])
-    absmax = None if state is None or inputs.is_meta else unpack_absmax(state)
+    absmax = None if state is None else unpack_absmax(state)
     start = 0
     for expert, size in enumerate(groups.sizes):
         if size:

@@ -1,13 +1,24 @@
 """The estimates of memory compared with what torch saves."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SIZES, conversation, lora_config, make_base, make_quantized_base, our_peft
-from transformers import LlamaConfig, PretrainedConfig
+from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_base, make_quantized_base, our_peft
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    Zamba2Config,
+)
 
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
@@ -23,12 +34,16 @@ TOKENS = sum(LENGTHS)
 
 
 def profile(
-    config: PretrainedConfig, dtype: torch.dtype, quantization: BaseQuantization = NOT_QUANTIZED, **lora: Any
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    quantization: BaseQuantization = NOT_QUANTIZED,
+    longest: int = max(LENGTHS),
+    **lora: Any,
 ) -> memory.ModelCost:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
     model = attach_adapter(meta_model.to(dtype), lora_config(**lora))
-    return memory.measure_model_cost(model, supervised_share=0.6, quantization=quantization)
+    return memory.measure_model_cost(model, supervised_share=0.6, longest=longest, quantization=quantization)
 
 
 def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
@@ -53,8 +68,8 @@ def kept_bytes(model: Any, batch: dict[str, Any]) -> int:
     return total
 
 
-def make_batch() -> dict[str, Any]:
-    rows = [conversation(length, seed) for seed, length in enumerate(LENGTHS)]
+def make_batch(lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    rows = [conversation(length, seed) for seed, length in enumerate(lengths)]
     batch = Collator(type("Right", (), {"padding_side": "right"}), padding_free=True)(rows)
     keep = {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q", "conversation_lengths"}
     return {name: value for name, value in batch.items() if name in keep | {"supervised", "labels"}}
@@ -153,6 +168,106 @@ def test_a_trained_head_has_all_its_logits() -> None:
     assert work[1] > work[0]
 
 
-def test_capped_attention_cannot_be_estimated() -> None:
-    with pytest.raises(ValueError, match="capped"):
-        profile(FAMILIES["gemma2"], BF16)
+def test_capped_scores_grow_with_the_longest_conversation() -> None:
+    """No kernel computes them in blocks, so that every pair of tokens is saved."""
+    lengths = (400, 400, 400)
+    cost = profile(FAMILIES["gemma2"], FP32, longest=400)
+    model = our_peft(make_base("gemma2", PER_CONVERSATION, FP32))
+    needed = memory.compute_peak_memory(cost, sum(lengths), 0)
+    saved = kept_bytes(model, make_batch(lengths))
+    assert needed.activations == pytest.approx(saved, rel=0.1)
+    assert saved > 1.5 * 4 * 2 * sum(length**2 for length in lengths) * cost.layers
+
+
+SPARSE: dict[str, Any] = SIZES | {"hidden_size": 128, "num_experts_per_tok": 2, "initializer_range": 0.02}
+MIXTURES = {
+    "qwen3_moe": Qwen3MoeConfig(**SPARSE, head_dim=32, num_experts=8, moe_intermediate_size=128),
+    "mixtral": MixtralConfig(**SPARSE | {"intermediate_size": 192}, num_local_experts=8),
+    "granitemoe": GraniteMoeConfig(**SPARSE, num_local_experts=8),
+    "olmoe": OlmoeConfig(**SPARSE | {"intermediate_size": 128}, num_experts=8),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_memory_of_mixtures_is_predicted_within_10_percent(family: str, dtype: torch.dtype) -> None:
+    config = MIXTURES[family]
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    lora: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": experts}
+    needed = memory.compute_peak_memory(profile(config, dtype, **lora), TOKENS, 0)
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PER_CONVERSATION).to(dtype)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    model = our_peft(base, **lora)
+    assert needed.activations == pytest.approx(kept_bytes(model, make_batch()), rel=0.1)
+    assert needed.weights == held
+
+
+def test_flops_of_a_mixture_are_those_of_the_chosen_experts() -> None:
+    """Two FLOPs for each weight of attention, router and two of eight experts; the head has no logits here."""
+    config = MIXTURES["mixtral"]
+    lora = {"target_modules": ["q_proj"]}
+    h, f, r = 128, 192, 4
+    attention, experts, adapter = 2 * h * h + 2 * h * h // 2, 2 * 3 * h * f, 2 * h * r
+    expected = 2 * config.num_hidden_layers * (attention + h * 8 + experts + adapter)
+    cost = profile(config, BF16, **lora).token
+    head = 2 * 2 * 0.6 * h * config.vocab_size  # forward and the gradient that is computed with it
+    assert cost.flops == pytest.approx(expected + head, rel=0.01)
+    assert cost.attention == pytest.approx({0: 2 * config.num_hidden_layers * 2 * h}, rel=0.01)
+
+
+def test_only_two_layers_of_a_kind_compute() -> None:
+    """What they save and compute counts for all of their kind."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    sizes = SIZES | {"num_hidden_layers": 9}
+    config = Gemma3TextConfig(**sizes, head_dim=16, sliding_window=WINDOW, layer_types=kinds)
+    cost = profile(config, BF16)
+    config.layer_types = kinds[:6]
+    config.num_hidden_layers = 6
+    fewer = profile(config, BF16)
+    assert cost.token.flops - fewer.token.flops == pytest.approx(fewer.token.flops / 2, rel=0.05)
+    expected = {window: 1.5 * flops for window, flops in fewer.token.attention.items()}
+    assert cost.token.attention == pytest.approx(expected, rel=0.01)
+    assert cost.token.layer == pytest.approx(fewer.token.layer, rel=0.02)
+
+
+def test_shared_blocks_are_counted_once() -> None:
+    config = Zamba2Config(
+        **SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 4},
+        layers_block_type=["mamba", "hybrid"] * 2,
+        mamba_d_state=8,
+        mamba_headdim=16,
+        n_mamba_heads=8,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+    )
+    meta_model = build_meta_model(config)
+    assert meta_model is not None
+    total = sum(parameter.numel() for parameter in meta_model.parameters())
+    weights = profile(config, FP32, target_modules=["q_proj"]).weights
+    assert weights.total == 4 * total and weights.outside > 0
+
+
+QWEN3_30B_A3B = Qwen3MoeConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    decoder_sparse_step=1,
+    tie_word_embeddings=False,
+)
+"""As published: 30.5 billion parameters."""
+
+
+def test_experts_of_a_published_mixture_are_in_4_bits() -> None:
+    gib = 2**30
+    lora = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    plain, packed = (profile(QWEN3_30B_A3B, BF16, kind, **lora) for kind in (NOT_QUANTIZED, NF4))
+    assert 56 < plain.weights.total / gib < 58
+    assert 15 < packed.weights.total / gib < 18
+    assert packed.dequantized == 2 * 4096 * 2048, "q_proj: a CPU unpacks one expert at a time"
