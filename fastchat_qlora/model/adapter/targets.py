@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.loading.weight_shares import compute_share
@@ -58,16 +59,13 @@ class Targets(NamedTuple):
     parameters: frozenset[str]  # of modules that are no linear layers, such as experts
 
 
-def choose_targets(
-    model: PreTrainedModel, text: TextPart, config: LoraConfig, unreached: Collection[str] = ()
-) -> Targets:
+def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -> Targets:
     """Return what the names in a configuration mean in a model.
 
     Args:
         model: without weights.
         text: its text part.
         config: with target_modules (`ALL_LINEAR`, or ends of names), target_parameters and exclude_modules from flags.
-        unreached: names of modules whose output does not reach the loss.
 
     Raises:
         UserError: a name matches nothing.
@@ -87,9 +85,7 @@ def choose_targets(
     _check_matches("--lora_target_parameters", names, weights)
     _check_matches("--lora_exclude_modules", excluded, modules | parameters | {*map(_get_owner, parameters)})
     kept = (name for name in parameters if not matches(name, excluded) and not matches(_get_owner(name), excluded))
-    return Targets(
-        frozenset(name for name in modules if name not in unreached and not matches(name, excluded)), frozenset(kept)
-    )
+    return Targets(frozenset(name for name in modules if not matches(name, excluded)), frozenset(kept))
 
 
 def find_adaptable(model: torch.nn.Module) -> set[str]:
@@ -162,6 +158,16 @@ def resolve_targets(
         UserError: a name matches nothing, or PEFT cannot adapt it or would not load its adapter.
     """
     targets = choose_targets(model, text, config)
+    if unreached := _find_unreached(build(), targets):
+        targets = Targets(targets.modules - unreached, targets.parameters - unreached)
+        if not targets.modules and not targets.parameters:
+            raise UserError(
+                f"--lora_target_modules: text reaches none of these modules, such as {min(unreached)}; name others"
+            )
+        logger.warning(
+            f"--lora_target_modules: {len(unreached)} modules get no adapter, because their output does not reach the "
+            f"loss of a text, such as {min(unreached)}."
+        )
     resolved = fit_config(config, targets, model, build)
     if get_model_conversion_mapping(model) and (dropped := find_dropped(resolved, build())):
         if config.target_modules != ALL_LINEAR:
@@ -179,6 +185,14 @@ def resolve_targets(
             "experts, where PEFT has none; the saved adapter has lora_dropout 0, which matters for training only."
         )
     return resolved
+
+
+def _find_unreached(meta_model: PreTrainedModel, targets: Targets) -> frozenset[str]:
+    try:
+        return find_unreached(meta_model, targets.modules | targets.parameters)
+    except Exception as error:  # models raise anything without values; the first step then checks the gradients
+        logger.warning(f"Modules that text does not reach cannot be found before training: {one_line(error, 200)}.")
+        return frozenset()
 
 
 def _log_left_out(text: TextPart, targets: Targets) -> None:
