@@ -35,11 +35,15 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("out_hidden_size", "projection_dim", "text_hidden_size"), WIDTH),
     **dict.fromkeys(("lru_width", "router_hidden_size", "hidden_size_per_layer_input", "adapter_in_dim"), WIDTH),
     **dict.fromkeys(("adapter_out_dim", "shape_embed_dim", "pronunciation_embed_dim"), WIDTH),
+    **dict.fromkeys(("adapter_input_size", "hidden_size_global", "projector_input_dim", "projector_output_dim"), WIDTH),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "time_step_rank"), WIDTH),
     **dict.fromkeys(("mamba_dt_rank", "laurel_rank", "adapter_rank", "gated_norm_rank", "hc_lowrank"), WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dff"), 128),
     **dict.fromkeys(("dim_ff", "feed_forward_size", "ffn_hidden_size", "intermediate_size_mlp", "n_inner"), 128),
-    **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size", "mamba_d_ssm"), 128),
+    **dict.fromkeys(
+        ("dense_intermediate_size", "prefix_dense_intermediate_size", "mamba_d_ssm", "alignment_intermediate_size"), 128
+    ),
+    "alignment_intermediate_size": 128,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), WIDTH),
     **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), WIDTH),
     **dict.fromkeys(("shared_intermediate_size", "expert_intermediate_size", "ffn_intermediate_size"), WIDTH),
@@ -77,17 +81,21 @@ TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_star
 """Tokens of the tokenizer; other tokens of a configuration lie behind those that the tokenizer knows."""
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-SUFFIX = "#"
-"""What stands between a type and the name of a variant of it."""
 
 
 EVEN_IF_NONE = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Sizes that classes compute, or that published configurations always have."""
 
+
+def _mrope(*sections: int, **more: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}}
+
+
 GLOBAL_AFTER_LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
 LINEAR_AND_HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 1000},
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0, "mlp_layer_types": ["dense", "sparse"]},
@@ -122,6 +130,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "gemma4_unified_vision": {"mm_embed_dim": 64, "mm_posemb_size": 64, "output_proj_dims": 64},
+    "glm4v_moe_text": _mrope(1, 1, 2, partial_rotary_factor=0.5),
+    "glm4v_text": _mrope(1, 1, 2, partial_rotary_factor=0.5),
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"H_cycles": 2, "num_hidden_layers": 16},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
@@ -129,6 +139,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "laguna": GLOBAL_AFTER_LOCAL | {"mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [8, 4]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {"vision_output_dim": 64},
     "mamba2": {"num_heads": 8},
     "mellum": GLOBAL_AFTER_LOCAL,
     "minimax_m3_vl_text": {
@@ -136,6 +147,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
     },
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "mllama_vision_model": {"vision_output_dim": 384},
+    "qwen2_5_vl_text": _mrope(2, 3, 3),
+    "qwen2_vl_text": _mrope(2, 3, 3),
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -153,7 +167,74 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 """Type of a configuration or of a nested one -> fields that the general rule does not get right."""
 
-VARIANTS: dict[str, dict[str, Any]] = {}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2+lite": {"q_lora_rank": None},
+    "falcon+alibi": {"alibi": True},
+    "falcon+new": {"new_decoder_architecture": True},
+    "gemma4_text+experts": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+    },
+    "gpt_neox+sequential": {"use_parallel_residual": False},
+    "llama+bias": {"attention_bias": True, "mlp_bias": True},
+    "llama+tied": {"tie_word_embeddings": True},
+    "llama4_text+dense": {"interleave_moe_layer_step": 2},
+    "opt+projected": {"word_embed_proj_dim": 128, "do_layer_norm_before": False},
+    "phi+qk": {"qk_layernorm": True},
+    "qwen2+window": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen3_moe+dense": {"mlp_only_layers": [0]},
+}
+"""`type+name` -> fields of a configuration that is published too, beside the class's own."""
+
+MULTIMODAL = [
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "deepseek_vl",
+    "exaone4_5",
+    "glm4v",
+    "glm4v_moe",
+    "idefics3",
+    "inkling2",
+    "internvl",
+    "kimi_k25",
+    "lfm2_vl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "minicpmv4_6",
+    "minimax_m3_vl",
+    "mistral3",
+    "mistral4",
+    "mistral_large4",
+    "muse_glimmer",
+    "ovis2",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llama_3",
+    "voxtral",
+]
+"""Types that AutoModelForCausalLM does not know, and that are much used."""
+
+NOT_BUILT = {
+    "gemma3n": "its vision tower needs the package timm; gemma3n_text is its text part",
+    "gemma4_assistant": "it drafts tokens from the hidden states of another model",
+    "gemma4_unified_assistant": "it drafts tokens from the hidden states of another model",
+    "musicgen": "AutoModelForCausalLM makes no model of its configuration, whose decoder writes music",
+    "musicgen_melody": "AutoModelForCausalLM makes no model of its configuration, whose decoder writes music",
+}
+"""Causal types that no tiny model is made of, and why."""
 
 
 def class_name(model_type: str) -> str:
@@ -221,7 +302,7 @@ def _is_per_layer(value: Any, count: int | None) -> bool:
 
 def make_model(name: str) -> PreTrainedModel:
     """Build a model of a type, or of a variant, with random weights that matter."""
-    model_type = name.partition(SUFFIX)[0]
+    model_type = name.partition("+")[0]
     config = tiny_config(CONFIG_MAPPING[model_type], **VARIANTS.get(name, {}))
     torch.manual_seed(0)
     model = getattr(transformers, class_name(model_type))(config)
@@ -254,8 +335,8 @@ def write(name: str, folder: Path) -> None:
 
 
 def names() -> list[str]:
-    """Return all causal types of the installed transformers, and the variants."""
-    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
+    """Return all causal types of the installed transformers that can be built, variants, and multimodal types."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS, *MULTIMODAL} - {*NOT_BUILT})
 
 
 @contextlib.contextmanager
