@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,19 +20,17 @@ from unittest import mock
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from forked import context
 from peft import PeftModel
 from safetensors import safe_open
+from tiny import quiet, write
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny import quiet, write
-
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240
 """For which a command may run, on a busy machine."""
 
@@ -41,8 +40,10 @@ CONVERSATIONS = [
     [("human", "Say it in Greek, please"), ("gpt", "Γειά σου 🙂")],
     [("human", "hi"), ("gpt", "Hello, how are you today?"), ("human", "fine"), ("gpt", "Good to hear that.")],
 ]
-RUN = {
+RUN: dict[str, Any] = {
     "lora_target_modules": "all-linear",
+    "lora_r": 8,
+    "lora_alpha": 16,
     "max_steps": 1,
     "per_device_train_batch_size": len(CONVERSATIONS),
     "learning_rate": 1e-2,  # the adapter's matrices move by as much in the one step
@@ -228,18 +229,19 @@ def weights(model: PreTrainedModel, ids: list[int]) -> dict[str, Weight]:
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(prefix=module_name, recurse=False):
             is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith("weight")
-            is_expert = "expert" in f"{name} {type(module).__name__}".lower() and tensor.ndim > 1
-            if is_linear or (is_expert and not isinstance(module, nn.Linear)):
-                found[name] = Weight(tensor.numel(), _find_part(name, module is head, tensor.grad is not None))
+            words = f"{name} {type(module).__name__}".lower()
+            is_fused = tensor.ndim > 1 and ("expert" in words or "router" in words)
+            if is_linear or (is_fused and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)):
+                found[name] = Weight(tensor.numel(), _find_part(name, module, head, is_reached=tensor.grad is not None))
     return found
 
 
-def _find_part(name: str, is_head: bool, is_reached: bool) -> str:
-    if is_head:
+def _find_part(name: str, module: nn.Module, head: nn.Module | None, *, is_reached: bool) -> str:
+    if module is head:
         return "output head"
     if not is_reached:
         return _shorten(name)
-    return "router" if ROUTER.search(name.rpartition(".")[0]) else "text"
+    return "router" if "router" in type(module).__name__.lower() or ROUTER.search(name.rpartition(".")[0]) else "text"
 
 
 def _shorten(name: str) -> str:
@@ -253,6 +255,11 @@ def share(found: dict[str, Weight], chosen: set[str]) -> float:
     """Return the share of the parameters of the text part's weights that some of them have."""
     text = {name: weight.numel for name, weight in found.items() if weight.part == "text"}
     return sum(numel for name, numel in text.items() if name in chosen) / max(sum(text.values()), 1)
+
+
+def percent(part: float) -> int:
+    """Return a share in percent, rounded down: 100 is all of it."""
+    return int(100 * part + 1e-9)
 
 
 def mean_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
@@ -432,19 +439,27 @@ def _judge(folder: Path, base: dict[str, Any], runs: dict[str, Run]) -> dict[str
     if not outcome["LoRA"]:
         found = _of_same_names(base["weights"], lora["stored"])
         adapted = lora["adapters"]
-        outcome |= {"adapted": share(found, set(adapted)), "rows": "padding-free" if lora["padding_free"] else "padded"}
-        outcome["left out"] = sorted({part for name, (_, part) in found.items() if name not in adapted} - {"text"})
+        outcome |= {
+            "adapted": percent(share(found, set(adapted))),
+            "rows": "padding-free" if lora["padding_free"] else "padded",
+        }
+        outcome["left out"] = _left_out(found, adapted)
         outcome["LoRA"] = _join(_judge_lora(base["causal"], found, lora, runs))
         outcome["merge"] = runs["merge"].ending or _join(_results(runs["check"], "merge"))
     if not outcome["QLoRA"]:
         found = _of_same_names(base["weights"], qlora["stored"])
         in_4bit = in_4_bits(qlora["stored"], {name: weight.numel for name, weight in found.items()})
-        outcome["in 4 bits"] = share(found, in_4bit)
-        few = [] if outcome["in 4 bits"] >= SHARE else ["most weights are not in 4 bits"]
+        outcome["in 4 bits"] = percent(share(found, in_4bit))
+        few = [] if share(found, in_4bit) >= SHARE else ["most weights are not in 4 bits"]
         outcome["QLoRA"] = _join([*few, *_results(runs["check-qlora"])])
     plans = [("LoRA", runs["plan"], lora), ("QLoRA", runs["plan-qlora"], qlora)]
     outcome["plan"] = _join(problem for kind, run, live in plans for problem in _judge_plan(run, live, kind))
     return outcome
+
+
+def _left_out(found: dict[str, Weight], adapted: dict[str, Any]) -> list[str]:
+    parts = {name: _shorten(name) if weight.part == "text" else weight.part for name, weight in found.items()}
+    return sorted({part for name, part in parts.items() if name not in adapted})
 
 
 def _results(run: Run, key: str = "") -> list[str]:
@@ -473,8 +488,8 @@ def _judge_lora(causal: bool, found: dict[str, Weight], lora: dict[str, Any], ru
         yield "most weights are not adapted"
     if any(found[name].part == "router" for name in adapted if name in found):
         yield "routers are trained"
-    if len({tuple(one) for one in adapted.values()}) > 1:
-        yield "ranks or scales differ"
+    if any(one != [RUN["lora_r"], RUN["lora_alpha"] / RUN["lora_r"]] for one in adapted.values()):
+        yield "ranks or scales are not as asked"
     padded = runs.get("train-padded")
     if padded and (padded.ending or abs(padded.result["loss"] - lora["loss"]) > TOLERANCE):
         yield padded.ending or "padded and padding-free losses differ"
@@ -494,3 +509,18 @@ def _judge_plan(run: Run, live: dict[str, Any], kind: str) -> Iterator[str]:
     needs = [device["need"]["weights"] for device in run.result["devices"] if device.get("need")]
     if needs and abs(needs[0] / live["bytes"] - 1) > 0.05:
         yield f"{kind}: weights are {needs[0] / live['bytes']:.2f} of what they are"
+
+
+def _work(name: str, folder: Path) -> None:
+    (folder / "outcome.json").write_text(json.dumps(examine(name, folder)), encoding="utf-8")
+
+
+def examine_apart(name: str) -> dict[str, Any]:
+    """Do as examine in a process that forks, whatever the state of this one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        process = context().Process(target=_work, args=(name, folder))
+        process.start()
+        process.join()
+        outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        return outcome
