@@ -295,34 +295,37 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_adapter(folder: Path, lora: dict[str, Any]) -> dict[str, list[str]]:
     """Return what is wrong with the numbers of a LoRA run, and with its merged model."""
-    rows, classes = lora["rows"], plain_classes(folder / "base")
-    missing = "?"
-    for loader in classes:
+    rows = lora["rows"]
+    for loader in plain_classes(folder / "base"):
         base = load_plain(loader, folder / "base")
         expected_loss = mean_loss(base, rows)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(base, str(folder / "lora")).eval()
-        missing = next((str(one.message) for one in caught if "missing adapter keys" in str(one.message)), "")
+        adapted, missing = attach_plain(base, folder / "lora")
         if not missing:
             break
+    problems: dict[str, list[str]] = {"lora": [missing] if missing else [], "merge": []}
+    if abs(lora["loss"] - expected_loss) > TOLERANCE:
+        problems["lora"].append("first loss is not that of the conversations alone")
+    if adapted is None:
+        return problems
     logits = forward(adapted, rows[0]["input_ids"])
-    problems = {"lora": list(_check_lora(lora, expected_loss, logits, folder, missing)), "merge": []}
+    if error(torch.load(folder / "lora" / "live.pt"), logits) > TOLERANCE:
+        problems["lora"].append("plain PEFT has other logits than the live model")
     if (folder / "merged").is_dir():
         merged = forward(load_plain(loader, folder / "merged"), rows[0]["input_ids"])
         problems["merge"] = list(_check_merged(folder, error(merged, logits)))
     return problems
 
 
-def _check_lora(
-    lora: dict[str, Any], expected: float, logits: torch.Tensor, folder: Path, missing: str
-) -> Iterator[str]:
-    if abs(lora["loss"] - expected) > TOLERANCE:
-        yield "first loss is not that of the conversations alone"
-    if missing:
-        yield "plain PEFT misses tensors of the adapter"
-    if error(torch.load(folder / "lora" / "live.pt"), logits) > TOLERANCE:
-        yield "plain PEFT has other logits than the live model"
+def attach_plain(base: Any, adapter: Path) -> tuple[Any, str]:
+    """Return a base model with an adapter as PEFT loads it, and what is wrong with that."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+        except (ValueError, KeyError, RuntimeError) as failure:
+            return None, f"plain PEFT does not load the adapter: {type(failure).__name__}"
+    is_missing = any("missing adapter keys" in str(warning.message) for warning in caught)
+    return adapted, "plain PEFT misses tensors of the adapter" if is_missing else ""
 
 
 def _check_merged(folder: Path, difference: float) -> Iterator[str]:
@@ -418,7 +421,9 @@ def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
         runs[name] = Run(ending(folder, name, code, result), result)
         return runs[name]
 
-    base = go("facts", examine_base).result
+    facts = go("facts", examine_base)
+    if facts.ending:
+        raise RuntimeError(f"plain transformers: {facts.ending}")
     lora = go("train", train, "lora")
     qlora = go("train-qlora", train, "qlora", **QLORA)
     go("plan", plan)
@@ -430,7 +435,7 @@ def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
         go("check", check_adapter, lora.result)
     if not qlora.ending:
         go("check-qlora", check_qlora, qlora.result)
-    return base, runs
+    return facts.result, runs
 
 
 def _judge(folder: Path, base: dict[str, Any], runs: dict[str, Run]) -> dict[str, Any]:
