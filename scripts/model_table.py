@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from tiny import NOT_BUILT, names  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 RECORD = ROOT / "tests" / "models" / "outcomes.json"
 COLUMNS = ("LoRA", "QLoRA", "plan", "merge")
-INTRO = f"""# Models
+INTRO = """# Models
 
-Written by `scripts/model_table.py` from the tests of transformers {transformers.__version__}; do not edit.
+Written by `scripts/model_table.py` from the tests with transformers {version}; do not edit.
 
 Every architecture of `AutoModelForCausalLM`, and the multimodal ones that are much used, is tried as a tiny model with
 random weights, one layer of every kind at least: trained for a step with LoRA and with QLoRA on all linear layers,
@@ -40,29 +41,24 @@ model learns. CI tests 25 of them in every run, and `pytest -m models` the other
 """
 
 
-def models_page(record: dict[str, dict[str, Any]]) -> str:
+def models_page(record: dict[str, Any]) -> str:
     """Return the page as Markdown."""
-    refused = {name: _get_refusal(outcome) for name, outcome in record.items() if _get_refusal(outcome)}
-    tried = {name: outcome for name, outcome in record.items() if name not in refused}
+    outcomes = record["architectures"]
+    refused = {name: _get_refusal(outcome) for name, outcome in outcomes.items() if _get_refusal(outcome)}
+    tried = {name: outcome for name, outcome in outcomes.items() if name not in refused}
     right = sum(all(outcome.get(column, "right") == "right" for column in COLUMNS) for outcome in tried.values())
-    counts = f"Of {len(record)}, {right} are right, {len(refused)} are refused, {len(tried) - right} are not all right."
-    return (
-        "\n\n".join(
-            [
-                f"{INTRO}\n{counts}",
-                "## Trained",
-                _table(
-                    ["architecture", "LoRA (adapted)", "QLoRA (in 4 bits)", "rows", "plan", "merge", "left out"],
-                    [[f"`{name}`", *_cells(outcome)] for name, outcome in tried.items()],
-                ),
-                "## Refused before weights are loaded",
-                _table(["architecture", "error"], [[f"`{name}`", sentence] for name, sentence in refused.items()]),
-                "## Not tried",
-                _table(["architecture", "reason"], [[f"`{name}`", reason] for name, reason in NOT_BUILT.items()]),
-            ]
-        )
-        + "\n"
-    )
+    head = ["architecture", "LoRA (adapted)", "QLoRA (in 4 bits)", "rows", "plan", "merge", "left out"]
+    parts = [
+        INTRO.format(version=record["transformers"]).strip(),
+        f"Of {len(outcomes)}, {right} are right, {len(refused)} refused, and {len(tried) - right} not right in all.",
+        "## Trained",
+        _table(head, ([name, *_cells(outcome)] for name, outcome in tried.items())),
+        "## Refused before weights are loaded",
+        _table(["architecture", "error"], refused.items()),
+        "## Not tried",
+        _table(["architecture", "reason"], NOT_BUILT.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _get_refusal(outcome: dict[str, Any]) -> str:
@@ -74,32 +70,38 @@ def _get_refusal(outcome: dict[str, Any]) -> str:
 
 def _cells(outcome: dict[str, Any]) -> list[str]:
     shares = {"LoRA": outcome.get("adapted"), "QLoRA": outcome.get("in 4 bits")}
-    lora, qlora = (
-        outcome[column] + (f", {percent} %" if percent is not None else "") for column, percent in shares.items()
-    )
+    kinds = [outcome[column] + (f", {share} %" if share is not None else "") for column, share in shares.items()]
     left_out = ", ".join(part for part in outcome.get("left out", []) if part != "output head")
-    return [lora, qlora, outcome.get("rows", ""), outcome["plan"], outcome.get("merge", ""), left_out]
+    return [*kinds, outcome.get("rows", ""), outcome["plan"], outcome.get("merge", ""), left_out]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines)
+def _table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table whose first column is in code; messages of programs are plain text in it."""
+    plain = ([cell.replace("|", "/").replace("`", "'") for cell in cells] for cells in rows)
+    lines = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, *cells in plain)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def run(chosen: list[str], jobs: int) -> dict[str, dict[str, Any]]:
-    """Run architectures, two at a time, and record what becomes of them."""
-    record = _read_record()
+def run(chosen: list[str], jobs: int) -> None:
+    """Run architectures, some at a time, and record what becomes of each."""
+    record = read_record()
     with ThreadPoolExecutor(jobs) as pool:
         for name, outcome in zip(chosen, pool.map(examine_apart, chosen), strict=True):
             print(f"{name}: {outcome}", flush=True)
-            record[name] = outcome
-            kept = {one: record[one] for one in names() if one in record}
-            RECORD.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return _read_record()
+            known = record["architectures"] | {name: outcome}
+            record = {
+                "transformers": transformers.__version__,
+                "architectures": {name: known[name] for name in names() if name in known},
+            }
+            RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_record() -> dict[str, dict[str, Any]]:
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+def read_record() -> dict[str, Any]:
+    """Return the version of transformers, and for each architecture what has become of it."""
+    if not RECORD.exists():
+        return {"transformers": transformers.__version__, "architectures": {}}
+    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record
 
 
 def main() -> None:
@@ -109,11 +111,13 @@ def main() -> None:
     parser.add_argument("--run", nargs="*", metavar="NAME", help="run these architectures again; all if none is named")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="architectures at a time")
     args = parser.parse_args()
-    record = _read_record() if args.run is None else run(args.run or names(), args.jobs)
+    if args.run is not None:
+        run(args.run or names(), args.jobs)
+    page = models_page(read_record())
     if not args.check:
-        PAGE.write_text(models_page(record), encoding="utf-8")
+        PAGE.write_text(page, encoding="utf-8")
         print(f"{PAGE} is written.")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != models_page(record):
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
         sys.exit(f"{PAGE} is not current: run python scripts/model_table.py")
 
 
