@@ -231,7 +231,7 @@ def weights(model: PreTrainedModel, ids: list[int]) -> dict[str, Weight]:
         for name, tensor in module.named_parameters(prefix=module_name, recurse=False):
             is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith("weight")
             words = f"{name} {type(module).__name__}".lower()
-            is_fused = tensor.ndim > 1 and ("expert" in words or "router" in words)
+            is_fused = tensor.ndim > 1 and "bias" not in name and ("expert" in words or "router" in words)
             if is_linear or (is_fused and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)):
                 found[name] = Weight(tensor.numel(), _find_part(name, module, head, is_reached=tensor.grad is not None))
     return found
