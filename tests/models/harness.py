@@ -374,14 +374,17 @@ def ending(folder: Path, name: str, code: int, result: Any) -> str:
         return ""
     log = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").replace(str(folder), "FOLDER")
     lines = [line for line in log.strip().splitlines() if line.strip()]
-    last = next(
-        (line for line in reversed(lines) if re.match(r"error:|\S*(Error|Exception|Exit)\b", line)), "no message"
-    )
-    last = re.sub(r"\s+", " ", last)
+    said = [line for line in lines if re.match(r"error:|\S*(Error|Exception|Exit)\b", line)] or ["no message"]
+    last = re.sub(r"\s+", " ", said[-1])
+    last = re.sub(r"\{('[^{}:]*')\}", _sort_set, last)
     errors = sum(line.startswith("error:") for line in lines)
     if code == 2 and errors == 1 and not (result or {}).get("loaded", False):
         return f"refused: {last.removeprefix('error: ')}"
     return f"failed ({code}): {last[:240]}"
+
+
+def _sort_set(found: re.Match[str]) -> str:
+    return f"{{{', '.join(sorted(found[1].split(', ')))}}}"
 
 
 def plan(folder: Path, **flags: Any) -> tuple[dict[str, Any], int]:
