@@ -4,6 +4,7 @@ The product is asked for nothing but its files, its messages and the live model 
 computed here, with transformers and PEFT alone.
 """
 
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from unittest import mock
 
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from forked import context
 from peft import PeftModel
 from safetensors import safe_open
@@ -190,11 +191,11 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Return the bytes of the frozen base model, with the constants of quantized weights."""
-    states = [getattr(tensor, "quant_state", None) for tensor in model.parameters()]
-    constants = [state.absmax for state in states if state is not None]
-    constants += [state.state2.absmax for state in states if state is not None and state.nested]
-    return sum(stored_bytes(model).values()) + sum(tensor.numel() * tensor.element_size() for tensor in constants)
+    """Return the bytes of the frozen base model and of the constants of its quantized weights, wherever they are."""
+    gc.collect()
+    states = [one for one in gc.get_objects() if isinstance(one, QuantState)]  # nested ones are states as well
+    constants = {state.absmax.data_ptr(): state.absmax.numel() * state.absmax.element_size() for state in states}
+    return sum(stored_bytes(model).values()) + sum(constants.values())
 
 
 def adapters(model: nn.Module) -> dict[str, list[float]]:
