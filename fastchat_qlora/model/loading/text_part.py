@@ -99,10 +99,10 @@ def computes_linear(module: torch.nn.Module) -> bool:
         return False
     probe = copy.copy(module)
     probe._parameters = {
-        name: None if parameter is None else torch.nn.Parameter(torch.rand(parameter.shape))
+        name: None if parameter is None else torch.nn.Parameter(torch.rand(parameter.shape, device="cpu"))
         for name, parameter in module._parameters.items()
     }
-    tokens = torch.rand(2, 3, module.in_features)
+    tokens = torch.rand(2, 3, module.in_features, device="cpu")  # transformers may call this within a meta device
     try:
         with torch.no_grad():
             found = probe(tokens)
