@@ -11,7 +11,7 @@ from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
-from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
+from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
 
 
 def check_targets(
@@ -70,6 +70,12 @@ def check_sharding(
         raise UserError(
             "--use_dora True with --q_lora True: not supported by PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP"
         )
+    if topology.zero_stage == 3 and _adapts_experts(meta_model, lora_config):
+        # ZeRO-3 gathers an adapter's two matrices for the forward pass of their own modules only, which is not called.
+        raise UserError(
+            "--lora_target_modules: adapters on the experts of a mixture are not supported under ZeRO-3; choose "
+            "ZeRO-2, FSDP2 or DDP, or leave the experts out by --lora_exclude_modules experts"
+        )
     if not topology.fsdp:
         return
     if quantized and _trains_biases(meta_model, lora_config):
@@ -80,6 +86,13 @@ def check_sharding(
         )
     if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
         _check_tied_weights(meta_model, lora_config)
+
+
+def _adapts_experts(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
+    if meta_model is None:
+        return bool(lora_config.target_parameters)
+    names = {name for name, _ in meta_model.named_parameters() if _matches(name, lora_config.target_parameters or ())}
+    return any(is_experts(meta_model.get_submodule(name.rpartition(".")[0])) for name in names)
 
 
 def _check_tied_weights(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> None:

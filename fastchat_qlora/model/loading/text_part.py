@@ -72,7 +72,8 @@ def is_experts(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.ModuleList):
         return False
     named = "expert" in type(module).__name__.lower()
-    return (named or hasattr(module, "has_gate")) and any(p.ndim >= 2 for p in module.parameters(recurse=False))
+    shapes = (getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False))  # ZeRO-3 has divided some
+    return (named or hasattr(module, "has_gate")) and any(len(shape) >= 2 for shape in shapes)
 
 
 def _find_expert_blocks(model: torch.nn.Module, experts: dict[str, torch.nn.Parameter]) -> set[str]:
