@@ -7,6 +7,7 @@ towers for a part of the model. So what PEFT selects is compared with what is wa
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -139,9 +140,7 @@ def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> 
     unmatched = sorted(end for end in ends if not any(matches(name, [end]) for name in names))
     if unmatched:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {"weight"})) or "none"
-        raise UserError(
-            f"{flag} {' '.join(unmatched)}: matches nothing that can have an adapter; the model has {known}"
-        )
+        raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing to adapt; the model has {known}")
 
 
 def resolve_targets(
@@ -283,7 +282,9 @@ def attach_to_meta(meta_model: PreTrainedModel, config: LoraConfig) -> PeftModel
     config.init_lora_weights = False  # there are no values to initialize from
     config.lora_dropout = 0.0  # PEFT refuses any for parameters
     meta_model.requires_grad_(False)
-    return get_peft_model(meta_model, config, low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # PEFT warns of patterns that it has written itself
+        return get_peft_model(meta_model, config, low_cpu_mem_usage=True)
 
 
 def get_adapted(model: PeftModel) -> frozenset[str]:
