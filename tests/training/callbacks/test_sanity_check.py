@@ -170,6 +170,12 @@ class TestCausality:
         with pytest.raises(RunError, match="use a model for causal language modeling"):
             run_sanity_check(trainer)
 
+    def test_model_that_fails_is_not_judged(self, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+        AttentionInterface.register("failing", lambda *_, **__: {}["no key"])
+        trainer = trainer_with(our_peft(make_base("llama", "failing")), tmp_path, "padded on the right")
+        run_sanity_check(trainer)
+        assert "Whether the model sees later tokens is not checked: 'no key'" in notices.text
+
     @pytest.mark.parametrize("layout", ["padded on the right", "padded on the left"])
     def test_causal_model_passes(self, layout: str, tmp_path: Path) -> None:
         trainer = trainer_with(our_peft(make_base("llama")), tmp_path, layout)
