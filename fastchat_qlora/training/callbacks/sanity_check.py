@@ -153,14 +153,22 @@ def find_loss_failure(trainer: LoraTrainer, forward: torch.nn.Module, conversati
     assert trainer.loss_head is not None
     batch = trainer.build_batch(conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}
+    given: list[torch.Tensor] = []
+    hook = trainer.loss_head.register_forward_hook(lambda *call: given.append(call[2].flatten()))
     try:
         with trainer.loss_head.expecting(**targets):
-            losses = trainer.loss_head.read_losses(forward(**trainer.model_inputs(batch)).logits)
+            returned = forward(**trainer.model_inputs(batch)).logits.flatten()
+        losses = trainer.loss_head.read_losses(returned)
+        # Losses are in fp32, so that this tells in every dtype what the model does to logits.
+        scaled = given[0] * trainer.loss_head.transform.scale
+        is_scaled_so = torch.allclose(returned, scaled, rtol=1e-5, atol=0)
         plain = compute_token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:
         return f"the model cannot compute losses with the loss head: {one_line(error, 300)}"
+    finally:
+        hook.remove()
     rounding = torch.finfo(trainer.adapter.get_base_model().dtype).eps
-    if difference <= max(4 * rounding, 1e-5):
+    if is_scaled_so and difference <= max(4 * rounding, 1e-5):
         return ""
     return f"the model changes its logits after the head, losses differ by {difference:.1e}"
