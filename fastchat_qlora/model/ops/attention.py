@@ -217,9 +217,7 @@ def _explain_unsupported(config: PretrainedConfig) -> str:
     model_class = get_model_class(config)
     if model_class is None:
         return "the model's code lies outside transformers"
-    # Hybrids use transformers' registry of attention functions, too, though they do not declare it.
-    has_registry = hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
-    if not getattr(model_class, "_supports_attention_backend", False) and not has_registry:
+    if not _uses_attention_interface(model_class):
         return f"{config.model_type} takes no other attention function"
     text = config.get_text_config()
     others = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
@@ -228,6 +226,13 @@ def _explain_unsupported(config: PretrainedConfig) -> str:
     if getattr(text, "attention_chunk_size", None):
         return f"{config.model_type} attends in chunks"
     return ""
+
+
+def _uses_attention_interface(cls: Any) -> bool:
+    """Return whether a model calls functions of transformers' registry; hybrids do, but do not declare it."""
+    names = vars(sys.modules[cls.__module__])
+    has_own_classes = any(name.endswith("ATTENTION_CLASSES") for name in names)  # by the name of the attention
+    return bool(cls._supports_attention_backend) or ("ALL_ATTENTION_FUNCTIONS" in names and not has_own_classes)
 
 
 def get_default_attention(model: PreTrainedModel) -> str:

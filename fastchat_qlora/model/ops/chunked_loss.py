@@ -81,8 +81,11 @@ def read_logit_transform(config: Any) -> LogitTransform:
     """Return what the models of transformers do to their logits by these fields of a configuration."""
     scale = math.prod(getattr(config, name, None) or 1.0 for name in SCALES)
     scaling = getattr(config, "logits_scaling", None) or 1.0
-    # Granite and its kin divide by the field, HyperCLOVA X multiplies.
-    scale = scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
+    # Granite divides logits by this field, HyperCLOVA X multiplies them, and MiniCPM3 divides the hidden states.
+    if config.model_type.startswith("granite"):
+        scale /= scaling
+    elif config.model_type.startswith("hyperclovax"):
+        scale *= scaling
     return LogitTransform(scale, next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None))
 
 
@@ -107,7 +110,7 @@ class LossHead(torch.nn.Linear):
         super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.requires_grad_(False)
-        self._transform = transform
+        self.transform = transform
         self._share = 1.0 if transform.softcap is None else CAPPED_SHARE
         self._expected: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
@@ -127,9 +130,9 @@ class LossHead(torch.nn.Linear):
         supervised, labels, smoothing = self._expected
         chosen = hidden.flatten(0, -2).index_select(0, supervised).to(self.weight.dtype)
         losses: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
-            chosen, self.weight, self.bias, labels, (smoothing, self._transform)
+            chosen, self.weight, self.bias, labels, (smoothing, self.transform)
         )
-        return losses[None, :, None] * (self._share / self._transform.scale)
+        return losses[None, :, None] * (self._share / self.transform.scale)
 
     def read_losses(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the losses, shape (targets,), from what a model returns as logits while this head expects targets."""

@@ -122,21 +122,30 @@ def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], 
 
 def _require_causality(trainer: LoraTrainer, forward: torch.nn.Module, conversation: list[int]) -> None:
     """Raise RunError if the last token has an influence on the logits of those before it."""
+    if change := _agree(_find_foresight(trainer, forward, conversation)):
+        name = trainer.adapter.get_base_model().name_or_path
+        raise RunError(
+            f"--model_name_or_path {name}: the last token of a conversation changes the logits before it (by {change}),"
+            " so the model would see the answers that it is to predict; use a model for causal language modeling"
+        )
+
+
+def _find_foresight(trainer: LoraTrainer, forward: torch.nn.Module, conversation: list[int]) -> str:
+    """Return how much logits change with a later token; empty if they do not."""
     model = trainer.adapter.get_base_model()
     changed = [*conversation[:-1], abs(conversation[-1] - 1)]
     batches = [trainer.model_inputs(trainer.build_batch([ids])) for ids in (conversation, changed)]
     is_token = batches[0].get("attention_mask", torch.ones_like(batches[0]["input_ids"])).flatten()
     positions = is_token.nonzero()[:, 0]
     probe = Probe(batches[0], batches[1], positions[-1:], positions[:-1])
-    influence = measure_influence(model, probe, forward, differentiable=not trainer.is_wrapped_late)
+    try:
+        influence = measure_influence(model, probe, forward, differentiable=not trainer.is_wrapped_late)
+    except Exception as error:  # the first step will fail with it, or not
+        logger.warning(f"Whether the model sees later tokens is not checked: {one_line(error, 300)}.")
+        return ""
     # Without numbers there is nothing to tell; the first step reports them.
     is_causal = influence.is_rounding(model.dtype) or math.isnan(influence.change)
-    if reason := _agree("" if is_causal else f"(by {influence.change:.1e})"):
-        raise RunError(
-            f"--model_name_or_path {model.name_or_path}: the last token of a conversation changes the logits before it "
-            f"{reason}, so the model would see the answers that it is to predict; use a model for causal language "
-            "modeling"
-        )
+    return "" if is_causal else f"{influence.change:.1e}"
 
 
 def find_loss_failure(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
@@ -144,14 +153,22 @@ def find_loss_failure(trainer: LoraTrainer, forward: torch.nn.Module, conversati
     assert trainer.loss_head is not None
     batch = trainer.build_batch(conversations)
     targets = {name: batch[name] for name in TARGET_NAMES}
+    given: list[torch.Tensor] = []
+    hook = trainer.loss_head.register_forward_hook(lambda *call: given.append(call[2].flatten()))
     try:
         with trainer.loss_head.expecting(**targets):
-            losses = trainer.loss_head.read_losses(forward(**trainer.model_inputs(batch)).logits)
+            returned = forward(**trainer.model_inputs(batch)).logits.flatten()
+        losses = trainer.loss_head.read_losses(returned)
+        # Losses are in fp32, so that this tells in every dtype what the model does to logits.
+        scaled = given[0] * trainer.loss_head.transform.scale
+        is_scaled_so = torch.allclose(returned, scaled, rtol=1e-5, atol=0)
         plain = compute_token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
         difference = float((losses - plain).norm() / plain.norm())
     except Exception as error:
         return f"the model cannot compute losses with the loss head: {one_line(error, 300)}"
+    finally:
+        hook.remove()
     rounding = torch.finfo(trainer.adapter.get_base_model().dtype).eps
-    if difference <= max(4 * rounding, 1e-5):
+    if is_scaled_so and difference <= max(4 * rounding, 1e-5):
         return ""
     return f"the model changes its logits after the head, losses differ by {difference:.1e}"

@@ -13,7 +13,7 @@ from hybrids import HYBRIDS, SINKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
-from transformers import BloomConfig, Llama4TextConfig, LlamaConfig, PretrainedConfig
+from transformers import BloomConfig, GitConfig, Llama4TextConfig, LlamaConfig, PretrainedConfig
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.ops import attention
@@ -353,6 +353,9 @@ class TestChoice:
         assert choose_attention("auto", False, None, config, FP32, padding_free=True) is None
         assert reason in notices.text
 
-    def test_models_without_attention_backends_are_explained(self, notices: pytest.LogCaptureFixture) -> None:
-        assert choose_attention("auto", False, None, BloomConfig(), FP32, padding_free=True) is None
-        assert "bloom takes no other attention function" in notices.text
+    @pytest.mark.parametrize("config", [BloomConfig(), GitConfig()], ids=lambda config: config.model_type)
+    def test_models_without_attention_functions_are_explained(
+        self, config: PretrainedConfig, notices: pytest.LogCaptureFixture
+    ) -> None:
+        assert choose_attention("auto", False, None, config, FP32, padding_free=True) is None
+        assert f"{config.model_type} takes no other attention function" in notices.text

@@ -20,6 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     HyperCLOVAXConfig,
+    MiniCPM3Config,
     NanoChatConfig,
     PretrainedConfig,
     RecurrentGemmaConfig,
@@ -33,6 +34,7 @@ from fastchat_qlora.model.ops.chunked_loss import (
     compute_token_losses,
     explain_plain_loss,
     install_loss_head,
+    read_logit_transform,
 )
 
 IGNORED = -100
@@ -306,6 +308,12 @@ class TestChangedLogits:
         with head.expecting(**targets(row)):
             losses = head.read_losses(model(input_ids=row, use_cache=False).logits)
         torch.testing.assert_close(losses, expected)
+
+
+def test_scales_of_hidden_states_are_none_of_logits() -> None:
+    config = MiniCPM3Config()
+    assert config.logits_scaling != 1
+    assert read_logit_transform(config) == LogitTransform(1.0, None)
 
 
 class TestExplainPlainLoss:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BertConfig, L
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.ops.chunked_loss import LogitTransform
 from fastchat_qlora.training.callbacks import sanity_check
 from fastchat_qlora.training.callbacks.sanity_check import (
     SanityCheck,
@@ -170,11 +171,23 @@ class TestCausality:
         with pytest.raises(RunError, match="use a model for causal language modeling"):
             run_sanity_check(trainer)
 
+    def test_model_that_fails_is_not_judged(self, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+        AttentionInterface.register("failing", lambda *_, **__: {}["no key"])
+        trainer = trainer_with(our_peft(make_base("llama", "failing")), tmp_path, "padded on the right")
+        run_sanity_check(trainer)
+        assert "Whether the model sees later tokens is not checked: 'no key'" in notices.text
+
     @pytest.mark.parametrize("layout", ["padded on the right", "padded on the left"])
     def test_causal_model_passes(self, layout: str, tmp_path: Path) -> None:
         trainer = trainer_with(our_peft(make_base("llama")), tmp_path, layout)
         run_sanity_check(trainer)
         assert trainer.loss_head is not None
+
+
+def test_a_small_change_of_logits_is_found_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of("llama", tmp_path, dtype=torch.bfloat16)
+    monkeypatch.setattr(trainer.loss_head, "transform", LogitTransform(1.001))
+    assert "changes its logits after the head" in find_failures(trainer)[1]
 
 
 def test_logits_changed_after_the_head_are_found(
