@@ -23,6 +23,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_text_attention,
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
+from fastchat_qlora.model.loading.published import OTHER_COPIES
 from fastchat_qlora.model.loading.published_weights import read_weights_in_order
 from fastchat_qlora.model.ops.rotary import forget_longest_rows
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
@@ -177,8 +178,8 @@ def load_model(
     except RuntimeError as error:
         if "CONVERSION" in str(error) and is_published:
             raise UserError(
-                f"{flag}: its weights cannot be dequantized as quantization_config in its config.json has it; "
-                "compare it with the original's, or download the model again"
+                f"{flag}: transformers cannot dequantize its weights as the quantization_config in its config.json has "
+                f"them; give {OTHER_COPIES}, or check the file"
             ) from error
         if "ignore_mismatched_sizes" not in str(error):
             raise
