@@ -27,7 +27,7 @@ from fastchat_qlora.commands.merge.staging import stage_folder
 from fastchat_qlora.commands.merge.verification import verify_merge
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.published import remove_quantization_settings
+from fastchat_qlora.model.loading.published import is_kept, remove_quantization_settings
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
@@ -87,7 +87,7 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
         raise NeedsFullModel("the model's code lies outside transformers")
     files = _open_files(adapter, meta_model)
     rounding, quantization = None, build_quantization_config(*adapter.precision)
-    if quantization and not adapter.precision.quantization.is_as_published:
+    if quantization and not is_kept(adapter.published, adapter.precision.quantization.kind, adapter.config):
         device = load_adapter.get_device()
         rounding = make_weight_rounding(adapter.config, quantization, adapter.precision.dtype, device)
     return LayerwiseMerge(

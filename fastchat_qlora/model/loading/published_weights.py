@@ -26,9 +26,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fastchat_qlora.model.loading.published import PublishedQuantization
+from fastchat_qlora.model.loading.published import PublishedQuantization, is_kept
 
 METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
 LoadingSettings = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized
@@ -50,7 +50,7 @@ def build_loading_settings(
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(PublishedConfig)
         register_quantizer(METHOD)(PublishedQuantizer)
-    source, keeps = dict(published.settings), _get_kind(quantization_config) == published.kind
+    source, keeps = dict(published.settings), is_kept(published, _get_kind(quantization_config), config)
     if keeps:
         source["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     config = copy.deepcopy(config)
@@ -142,7 +142,7 @@ class PublishedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self.remove_quantization_config(model)
             return model
         model.hf_quantizer = self._loaded
-        model.quantization_method = self._loaded.quantization_config.quant_method
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return self._loaded.postprocess_model(model, **kwargs)
 
     def is_serializable(self) -> bool:
