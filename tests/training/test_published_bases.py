@@ -100,10 +100,16 @@ def test_qlora_quantizes_the_dequantized_weights(
     seen: dict[str, Any],  # noqa: F811
 ) -> None:
     base, out = bases(layout), tmp_path / "out"
-    train(command(base.published, pair, out, **FLAGS, q_lora=True))
+    train(command(base.published, pair, out, **FLAGS, q_lora=True, lora_target_modules="all-linear"))
     expected = first_loss(seen["trainer"], base.plain, torch.float32, quantization_config=NF4)
     assert losses(out)[0] == pytest.approx(expected, rel=0.01)
+    effective = json.loads((out / "training_args.json").read_text())["effective"]
+    assert "100.0%" in effective["quantized weights"], "experts too"
     assert cli.main(["merge", str(out), "--output_dir", str(tmp_path / "merged")]) == 0
+    merged, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base.plain))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
 
 
 def test_dequantized_base_is_trained_in_the_compute_dtype(
