@@ -188,6 +188,15 @@ def load_model(
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+    _check_tensors(found, flag)
+    keep_cpu_weights_trainable(model)
+    check_unpacking(model)
+    forget_longest_rows(model)
+    return model
+
+
+def _check_tensors(found: Mapping[str, Any], flag: str) -> None:
+    """Require that all tensors were in the files, and that no constants of quantized weights are left."""
     if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(
             f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
@@ -197,10 +206,6 @@ def load_model(
             f"{flag}: its files hold {scales[0]}, so its weights are quantized, which its config.json does not say; "
             "give a copy whose config.json has the quantization_config"
         )
-    keep_cpu_weights_trainable(model)
-    check_unpacking(model)
-    forget_longest_rows(model)
-    return model
 
 
 def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:
