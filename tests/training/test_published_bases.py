@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from quantized_bases import Bases, nf4, publish
+from quantized_bases import Bases, publish
 from quick_runs import command, losses, seen, train  # noqa: F401  # seen is a fixture
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastchat_qlora import cli
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.loading.quantization import BaseQuantization, build_quantization_config
 
 Publish = Callable[[str], Bases]
 
@@ -53,6 +54,7 @@ def first_loss(trainer: Any, folder: Path, dtype: torch.dtype, **settings: Any) 
     return float(torch.cat(found).mean())
 
 
+NF4 = build_quantization_config(BaseQuantization("nf4", True), torch.float32)  # which packs experts too
 TRAINED = ("nf4", "int8", "fp8 128x128", "fp8 64x64, experts", "mxfp4")
 FLAGS = {"max_steps": 2, "padding_free": False, "lora_dropout": 0, "learning_rate": 3e-2, "use_cpu": True}
 
@@ -98,10 +100,16 @@ def test_qlora_quantizes_the_dequantized_weights(
     seen: dict[str, Any],  # noqa: F811
 ) -> None:
     base, out = bases(layout), tmp_path / "out"
-    train(command(base.published, pair, out, **FLAGS, q_lora=True))
-    expected = first_loss(seen["trainer"], base.plain, torch.float32, quantization_config=nf4())
+    train(command(base.published, pair, out, **FLAGS, q_lora=True, lora_target_modules="all-linear"))
+    expected = first_loss(seen["trainer"], base.plain, torch.float32, quantization_config=NF4)
     assert losses(out)[0] == pytest.approx(expected, rel=0.01)
+    effective = json.loads((out / "training_args.json").read_text())["effective"]
+    assert "100.0%" in effective["quantized weights"], "experts too"
     assert cli.main(["merge", str(out), "--output_dir", str(tmp_path / "merged")]) == 0
+    merged, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base.plain))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
 
 
 def test_dequantized_base_is_trained_in_the_compute_dtype(

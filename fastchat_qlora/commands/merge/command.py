@@ -27,7 +27,7 @@ from fastchat_qlora.commands.merge.staging import stage_folder
 from fastchat_qlora.commands.merge.verification import verify_merge
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.published import remove_quantization_settings
+from fastchat_qlora.model.loading.published import is_kept, remove_quantization_settings
 from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
@@ -85,9 +85,12 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
     meta_model = build_meta_model(adapter.config)
     if meta_model is None:
         raise NeedsFullModel("the model's code lies outside transformers")
-    files = _open_files(adapter, meta_model)
+    files = _open_files(adapter)
+    is_transposed = any(isinstance(module, Conv1D) for module in meta_model.modules())
+    if adapter.published and adapter.published.is_bitsandbytes and is_transposed:
+        raise NeedsFullModel("its quantized weights are transposed in the files")
     rounding, quantization = None, build_quantization_config(*adapter.precision)
-    if quantization and not adapter.precision.quantization.is_as_published:
+    if quantization and not is_kept(adapter.published, adapter.precision.quantization.kind, adapter.config):
         device = load_adapter.get_device()
         rounding = make_weight_rounding(adapter.config, quantization, adapter.precision.dtype, device)
     return LayerwiseMerge(
@@ -100,17 +103,19 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
     )
 
 
-def _open_files(adapter: TrainedAdapter, meta_model: PreTrainedModel) -> WeightFiles:
+def _open_files(adapter: TrainedAdapter) -> WeightFiles:
     """Return the base model's tensors, dequantized if its files are quantized."""
     published = adapter.published
     paths = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir)
     if published is None:
         return WeightFiles(paths)
-    if published.kind not in READABLE:
+    if not _has_readable_files(adapter):
         raise NeedsFullModel(f"its weights are published in {published.kind}")
-    if published.is_bitsandbytes and any(isinstance(module, Conv1D) for module in meta_model.modules()):
-        raise NeedsFullModel("its quantized weights are transposed in the files")
     return PublishedFiles(paths, published, adapter.precision.dtype, load_adapter.get_saved_dtype(adapter.config))
+
+
+def _has_readable_files(adapter: TrainedAdapter) -> bool:
+    return adapter.published is None or adapter.published.kind in READABLE
 
 
 def _write_layerwise(adapter: TrainedAdapter, plan: LayerwiseMerge, flags: argparse.Namespace, folder: Path) -> None:
@@ -138,10 +143,10 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
     merged.generation_config = GenerationConfig()  # transformers refuses to write what some base models bring
     _check_space(merged.state_dict(), flags.output_dir, folder)
     meta_model = build_meta_model(adapter.config)
-    if meta_model is None:
+    files = _open_files(adapter) if _has_readable_files(adapter) else None
+    if meta_model is None or files is None:
         merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
         return
-    files = safetensors_files.WeightFiles(safetensors_files.find_weight_files(adapter.base, adapter.cache_dir))
     unused = match_file_names(meta_model, files.headers).unused
     tensors = restore_file_tensors(merged, files, unused, DTYPES.get(flags.dtype))
     safetensors_files.write_weight_files(folder, tensors, tensors.__getitem__, flags.max_shard_size)

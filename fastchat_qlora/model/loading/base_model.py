@@ -23,6 +23,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_text_attention,
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
+from fastchat_qlora.model.loading.published import OTHER_COPIES
 from fastchat_qlora.model.loading.published_weights import read_weights_in_order
 from fastchat_qlora.model.ops.rotary import forget_longest_rows
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
@@ -177,8 +178,8 @@ def load_model(
     except RuntimeError as error:
         if "CONVERSION" in str(error) and is_published:
             raise UserError(
-                f"{flag}: its weights cannot be dequantized as quantization_config in its config.json has it; "
-                "compare it with the original's, or download the model again"
+                f"{flag}: transformers cannot dequantize its weights as the quantization_config in its config.json has "
+                f"them; give {OTHER_COPIES}, or check the file"
             ) from error
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -187,6 +188,15 @@ def load_model(
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+    _check_tensors(found, flag)
+    keep_cpu_weights_trainable(model)
+    check_unpacking(model)
+    forget_longest_rows(model)
+    return model
+
+
+def _check_tensors(found: Mapping[str, Any], flag: str) -> None:
+    """Require that all tensors were in the files, and that no constants of quantized weights are left."""
     if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(
             f"{flag}: its files lack {len(missing)} of its tensors, such as {missing[0]}; download it again"
@@ -196,10 +206,6 @@ def load_model(
             f"{flag}: its files hold {scales[0]}, so its weights are quantized, which its config.json does not say; "
             "give a copy whose config.json has the quantization_config"
         )
-    keep_cpu_weights_trainable(model)
-    check_unpacking(model)
-    forget_longest_rows(model)
-    return model
 
 
 def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:

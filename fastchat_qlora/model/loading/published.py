@@ -47,6 +47,7 @@ CONSTANTS |= {
 }
 """Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names in configurations
 QUANTIZED_TENSOR = re.compile(
     r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
 )
@@ -111,6 +112,18 @@ def check_files(published: PublishedQuantization | None, names: Collection[str],
             f"{flag}: its config.json has a quantization_config ({published}), and its files hold no such weights; "
             "remove it there if they are not quantized, or download the model again"
         )
+
+
+def is_kept(published: PublishedQuantization | None, kind: str, config: PretrainedConfig) -> bool:
+    """Return whether a model in this kind of quantization has the quantized weights of its files.
+
+    4-bit weights of a mixture are unpacked and packed again, since files have an expert's weights by themselves and the
+    model has those of all experts in one.
+    """
+    if published is None or not published.is_bitsandbytes or kind != published.kind:
+        return False
+    text = config.get_text_config()
+    return kind == "int8" or not any(getattr(text, name, None) for name in EXPERT_COUNTS)
 
 
 def find_quantization_settings(config: PretrainedConfig) -> Any:

@@ -26,13 +26,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fastchat_qlora.model.loading.published import PublishedQuantization
+from fastchat_qlora.model.loading.published import PublishedQuantization, is_kept
 
-METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
-LoadingSettings = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized
-Tensors = dict[str, Any]  # name or pattern -> a tensor, or the list of those that match
+PUBLISHED_METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
+LoadingArguments = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized
+WeightDict = dict[str, Any]  # name or pattern -> a tensor, or the list of those that match
 
 
 def build_loading_settings(
@@ -40,22 +40,22 @@ def build_loading_settings(
     published: PublishedQuantization | None,
     quantization_config: BitsAndBytesConfig | None,
     dtype: torch.dtype,
-) -> LoadingSettings:
+) -> LoadingArguments:
     """Return the arguments with which `from_pretrained` quantizes a base model as `quantization_config` has it.
 
     Files of that very quantization are read as they are. From other quantized files the weights are dequantized first.
     """
     if published is None:
         return {"quantization_config": quantization_config}
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(PublishedConfig)
-        register_quantizer(METHOD)(PublishedQuantizer)
-    source, keeps = dict(published.settings), _get_kind(quantization_config) == published.kind
+    if PUBLISHED_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(PUBLISHED_METHOD)(PublishedConfig)
+        register_quantizer(PUBLISHED_METHOD)(PublishedQuantizer)
+    source, keeps = dict(published.settings), is_kept(published, _get_kind(quantization_config), config)
     if keeps:
         source["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     config = copy.deepcopy(config)
     target = None if keeps else quantization_config
-    config.quantization_config = {"quant_method": METHOD, "source": source, "target": target, "keeps": keeps}
+    config.quantization_config = {"quant_method": PUBLISHED_METHOD, "source": source, "target": target, "keeps": keeps}
     return {"config": config}
 
 
@@ -67,7 +67,7 @@ def _get_kind(quantization_config: BitsAndBytesConfig | None) -> str:
 
 @contextmanager
 def read_weights_in_order(*, needed: bool) -> Iterator[None]:
-    """Have transformers read a weight when it is converted, if needed, and not all of them ahead in threads."""
+    """Make transformers read a weight when it is converted, if needed, and not all of them ahead in threads."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own switch
     saved = os.environ.get(name)
     if needed:
@@ -91,7 +91,7 @@ class PublishedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
     """
 
     def __init__(self, source: dict[str, Any], target: BitsAndBytesConfig | None, keeps: bool, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = PUBLISHED_METHOD
         self.source, self.target, self.keeps = source, target, keeps
 
 
@@ -119,7 +119,7 @@ class PublishedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return bool(self._loaded and self._loaded.param_needs_quantization(model, param_name, **kwargs))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Put the dequantization in front of the model's conversions, and the quantization behind them."""
+        """Add the dequantization in front of the model's conversions, and the quantization behind them."""
         conversions = self._source.update_weight_conversions(weight_conversions, model)
         if self._target is None:
             return list(conversions)
@@ -142,7 +142,7 @@ class PublishedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self.remove_quantization_config(model)
             return model
         model.hf_quantizer = self._loaded
-        model.quantization_method = self._loaded.quantization_config.quant_method
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return self._loaded.postprocess_model(model, **kwargs)
 
     def is_serializable(self) -> bool:
@@ -158,7 +158,7 @@ class PublishedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 class Keep(ConversionOps):  # type: ignore[misc]  # transformers is untyped
     """No conversion."""
 
-    def convert(self, input_dict: Tensors, **_: Any) -> Tensors:
+    def convert(self, input_dict: WeightDict, **_: Any) -> WeightDict:
         """Return what came in."""
         return input_dict
 
@@ -170,12 +170,12 @@ class QuantizeNeeded(ConversionOps):  # type: ignore[misc]  # transformers is un
         self.hf_quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizeNeeded":
-        """Share the quantizer: transformers copies a conversion for each parameter."""
+        """Keep the quantizer: transformers copies a conversion for each parameter."""
         return QuantizeNeeded(self.hf_quantizer)
 
-    def convert(self, input_dict: Tensors, *, model: Any, **kwargs: Any) -> Tensors:
-        """Quantize the tensors that the model holds quantized."""
-        converted: Tensors = {}
+    def convert(self, input_dict: WeightDict, *, model: Any, **kwargs: Any) -> WeightDict:
+        """Convert the tensors that the model holds quantized."""
+        converted: WeightDict = {}
         for name, value in input_dict.items():
             if self.hf_quantizer.param_needs_quantization(model, name):
                 arguments = {**kwargs, "full_layer_name": name}
@@ -193,8 +193,8 @@ class DequantizeFp8(Fp8Dequantize):  # type: ignore[misc]  # transformers is unt
     blocks of 128 become two blocks of 96. This can go once it goes by `weight_block_size`.
     """
 
-    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
-        """Dequantize weights; those with incomplete blocks get a scale for each row and column."""
+    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
+        """Convert weights; those with incomplete blocks get a scale for each row and column."""
         size = self.hf_quantizer.quantization_config.weight_block_size
         complete = dict(input_dict)
         for name, scales in input_dict.items():
@@ -241,9 +241,9 @@ class DequantizeBitsAndBytes(ConversionOps):  # type: ignore[misc]  # transforme
     def __init__(self, quantizer: Any) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(self, input_dict: Tensors, *, model: Any = None, full_layer_name: str = "", **_: Any) -> Tensors:
-        """Dequantize the weights that have constants; a single weight gets its full name."""
-        converted: Tensors = {}
+    def convert(self, input_dict: WeightDict, *, model: Any = None, full_layer_name: str = "", **_: Any) -> WeightDict:
+        """Convert the weights that have constants; a single weight gets its full name."""
+        converted: WeightDict = {}
         for name, weights in input_dict.items():
             if name == "weight" or name.endswith(".weight"):
                 prefix = name.removesuffix("weight")
@@ -286,13 +286,15 @@ def read_4bit_state(constants: Mapping[str, torch.Tensor], device: torch.device 
 
 
 def _orient(weights: list[torch.Tensor], model: Any, name: str) -> list[torch.Tensor]:
-    """Transpose the weights of a Conv1D, which bitsandbytes' layers hold the other way around."""
+    """Return weights as the module has them: bitsandbytes holds those of a Conv1D transposed."""
     module = model.get_submodule(name.rpartition(".")[0]) if model is not None else None
     is_transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)
     return [weight.T for weight in weights] if is_transposed else weights
 
 
-def _cast_plain(converted: Tensors, *, model: Any = None, full_layer_name: str | None = None, **_: Any) -> Tensors:
+def _cast_plain(
+    converted: WeightDict, *, model: Any = None, full_layer_name: str | None = None, **_: Any
+) -> WeightDict:
     return {name: cast(value, model, full_layer_name) for name, value in converted.items()}
 
 
@@ -308,7 +310,7 @@ class Fp8Source(FineGrainedFP8HfQuantizer):  # type: ignore[misc]  # transformer
         return {"dequantize": DequantizeFp8}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Rename the scales before all else."""
+        """Add new names of scales before all else."""
         renamed = [
             WeightRenaming(r"\.weight_scale$", ".weight_scale_inv"),
             WeightRenaming(r"\.input_scale$", ".activation_scale"),
@@ -317,7 +319,7 @@ class Fp8Source(FineGrainedFP8HfQuantizer):  # type: ignore[misc]  # transformer
 
 
 class _DeserializeFourBit(Bnb4bitDeserialize):  # type: ignore[misc]  # transformers is untyped
-    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
+    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
         """Build a 4-bit weight, unpacked to the compute dtype; other weights get the dtype of their parameters."""
         converted = super().convert(input_dict, **kwargs)
         if len(input_dict) == 1:
@@ -327,7 +329,7 @@ class _DeserializeFourBit(Bnb4bitDeserialize):  # type: ignore[misc]  # transfor
 
 
 class _DeserializeEightBit(Bnb8bitDeserialize):  # type: ignore[misc]  # transformers is untyped
-    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
+    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
         """Build an 8-bit weight; other weights get the dtype of their parameters."""
         converted = super().convert(input_dict, **kwargs)
         return _cast_plain(converted, **kwargs) if len(input_dict) == 1 else converted

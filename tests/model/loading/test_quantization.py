@@ -7,7 +7,11 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.quantization import build_run_quantization_config, get_base_quantization
+from fastchat_qlora.model.loading.quantization import (
+    BaseQuantization,
+    build_run_quantization_config,
+    get_base_quantization,
+)
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
 ZERO3 = Topology(local_rank=0, rank=0, world_size=2, accelerator="cuda", zero_stage=3, fsdp=False)
@@ -69,3 +73,19 @@ def test_8_bit_is_refused_under_sharding() -> None:
     assert config.load_in_8bit and not config.load_in_4bit
     with pytest.raises(UserError, match="--load_in_8bit"):
         build(LoraArguments(load_in_8bit=True), torch.bfloat16, ZERO3)
+
+
+@pytest.mark.parametrize("topology", [ZERO3, FSDP])
+@pytest.mark.parametrize("quantization", [BaseQuantization("nf4", True, "nf4"), BaseQuantization(published="fp8")])
+def test_published_quantized_bases_are_refused_under_sharding(
+    quantization: BaseQuantization, topology: Topology
+) -> None:
+    build_run_quantization_config(LoraArguments(), quantization, torch.bfloat16, ALONE)
+    with pytest.raises(UserError, match=rf"quantized \({quantization.published}\) cannot be sharded; choose DDP"):
+        build_run_quantization_config(LoraArguments(), quantization, torch.bfloat16, topology)
+
+
+def test_old_manifests_equal_new_ones_of_plain_bases() -> None:
+    assert BaseQuantization("nf4", True).to_dict() == {"kind": "nf4", "double_quant": True}
+    published = BaseQuantization("nf4", True, "nf4")
+    assert BaseQuantization(**published.to_dict()) == published
