@@ -11,7 +11,7 @@ from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_ba
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
-    GraniteMoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -183,7 +183,7 @@ SPARSE: dict[str, Any] = SIZES | {"hidden_size": 128, "num_experts_per_tok": 2, 
 MIXTURES = {
     "qwen3_moe": Qwen3MoeConfig(**SPARSE, head_dim=32, num_experts=8, moe_intermediate_size=128),
     "mixtral": MixtralConfig(**SPARSE | {"intermediate_size": 192}, num_local_experts=8),
-    "granitemoe": GraniteMoeConfig(**SPARSE, num_local_experts=8),
+    "gpt_oss": GptOssConfig(**SPARSE | {"intermediate_size": 192}, head_dim=32, num_local_experts=8),
     "olmoe": OlmoeConfig(**SPARSE | {"intermediate_size": 128}, num_experts=8),
 }
 
