@@ -82,6 +82,37 @@ def test_plan_counts_trained_parameters_by_module(plan: Any) -> None:
     assert plan(f"{ENOUGH_MEMORY} --modules_to_save lm_head")["trainable"]["lm_head"] == 600 * width
 
 
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+"""As published, 30.5 billion parameters."""
+
+
+def test_plan_of_a_published_mixture_has_experts_in_4_bits(plan: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "Qwen3-30B-A3B"
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    planned = plan(f"{ENOUGH_MEMORY} --bf16 True --q_lora True --tokens_per_second 1000 {ALL_LINEAR}", folder)
+    assert planned["base"] == pytest.approx(30.5e9, rel=0.002)
+    assert 15 < given_estimate(planned)["need"]["weights"] / 2**30 < 18
+    gate_up, down = 2048 + 2 * 768, 768 + 2048
+    experts = {"gate_up_proj": 8 * 48 * 128 * gate_up, "down_proj": 8 * 48 * 128 * down}
+    assert {name: planned["trainable"].get(name) for name in experts} == experts
+    assert set(planned["trainable"]) == {"q_proj", "k_proj", "v_proj", "o_proj", *experts}
+
+
 def test_plan_lists_every_strategy_for_every_number_of_devices(plan: Any) -> None:
     planned = plan(f"--devices 5 --device_memory_gib 1 {ALL_LINEAR}")
     shown = [(one["strategy"]["devices"], one["strategy"]["name"]) for one in planned["devices"]]

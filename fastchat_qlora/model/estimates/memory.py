@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
@@ -126,7 +127,10 @@ class _TracedAttention:
         self._copies_output = device_type == "cpu" and not self._in_blocks
         self.flops: Counter[int] = Counter()
         self.name = f"traced_{device_type}_{dtype}"
-        AttentionInterface.register(self.name, self.attend)
+        self.masked_name = f"{self.name}_masked"  # for models that select keys in a mask, such as sparse attention
+        AttentionMaskInterface.register(self.masked_name, sdpa_mask)
+        for name in (self.name, self.masked_name):
+            AttentionInterface.register(name, self.attend)
 
     def attend(
         self,
@@ -175,7 +179,6 @@ def measure_model_cost(
     weights, largest = _measure_weights(base, quantization, device_type)
     chunked = not chunked_loss.explain_plain_loss(model)
     attention = _TracedAttention(device_type, base.dtype)
-    base.set_attn_implementation(attention.name)
     token, layers = _trace_model(model, attention, supervised_share, longest)
     return ModelCost(
         layers=layers,
@@ -323,10 +326,12 @@ def _trace_model(
         attention.flops.clear()
         return [_trace_row(model, stands_for, attention, head, tokens, supervised_share) for tokens in TRACED_TOKENS]
 
+    base.set_attn_implementation(attention.name)
     try:
         with repeat_layers(base, layers) as stands_for:
             rows = trace(stands_for)
-    except Exception:  # layers that read what others keep must all be computed
+    except Exception:  # layers that read what others keep must all be computed, or some need a mask
+        base.set_attn_implementation(attention.masked_name)
         rows = trace(dict.fromkeys(layers, 1))
     inside, outside, widest, flops = (_fit_quadratic(counts) for counts in zip(*rows, strict=True))
     keys = {window: count / len(TRACED_TOKENS) for window, count in attention.flops.items()}

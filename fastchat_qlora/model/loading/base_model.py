@@ -25,6 +25,7 @@ from fastchat_qlora.model.loading.auto_class import (
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.published import OTHER_COPIES
 from fastchat_qlora.model.loading.published_weights import read_weights_in_order
+from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
 from fastchat_qlora.model.ops.rotary import forget_longest_rows
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
 from fastchat_qlora.utils.text import one_line
@@ -136,12 +137,12 @@ def set_router_loss(config: PretrainedConfig, weight: float) -> None:
 def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """Return the text model's outermost layers whose activations can be recomputed, in their order."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    found = _find_outermost_layers(base.get_decoder())
-    return found or _find_outermost_layers(base)  # some models take their head for the decoder
-
-
-def _find_outermost_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    towers = find_towers(base)
+    layers = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and not is_in_tower(name, towers)
+    ]
     inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
     return [layer for layer in layers if id(layer) not in inner]
 

@@ -50,7 +50,9 @@ def estimate_model_cost(
 
 
 def _measure_cost(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **options: Any) -> memory.ModelCost:
-    return memory.measure_model_cost(attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config)), **options)
+    with torch.device("meta"):  # adapters on experts take gigabytes
+        model = attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config))
+    return memory.measure_model_cost(model, **options)
 
 
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

@@ -10,8 +10,9 @@ import torch
 from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_base, make_quantized_base, our_peft
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV32Config,
     Gemma3TextConfig,
-    GraniteMoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -183,7 +184,7 @@ SPARSE: dict[str, Any] = SIZES | {"hidden_size": 128, "num_experts_per_tok": 2, 
 MIXTURES = {
     "qwen3_moe": Qwen3MoeConfig(**SPARSE, head_dim=32, num_experts=8, moe_intermediate_size=128),
     "mixtral": MixtralConfig(**SPARSE | {"intermediate_size": 192}, num_local_experts=8),
-    "granitemoe": GraniteMoeConfig(**SPARSE, num_local_experts=8),
+    "gpt_oss": GptOssConfig(**SPARSE | {"intermediate_size": 192}, head_dim=32, num_local_experts=8),
     "olmoe": OlmoeConfig(**SPARSE | {"intermediate_size": 128}, num_experts=8),
 }
 
@@ -228,6 +229,28 @@ def test_only_two_layers_of_a_kind_compute() -> None:
     expected = {window: 1.5 * flops for window, flops in fewer.token.attention.items()}
     assert cost.token.attention == pytest.approx(expected, rel=0.01)
     assert cost.token.layer == pytest.approx(fewer.token.layer, rel=0.02)
+
+
+def test_sparse_attention_that_needs_a_mask_is_traced() -> None:
+    config = DeepseekV32Config(
+        **SIZES | {"num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        index_n_heads=2,
+        index_head_dim=32,
+        index_topk=8,
+    )
+    token = profile(config, BF16, target_modules=["o_proj"]).token
+    assert token.layer > 0 and token.attention[0] >= 2 * 2 * 4 * (32 + 16), "two layers of four heads"
 
 
 def test_shared_blocks_are_counted_once() -> None:
