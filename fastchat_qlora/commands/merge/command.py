@@ -141,11 +141,18 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
     if meta_model is None:
         merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
         return
-    files = safetensors_files.WeightFiles(safetensors_files.find_weight_files(adapter.base, adapter.cache_dir))
-    unused = match_file_names(meta_model, files.headers).unused
-    tensors = restore_file_tensors(merged, files, unused, DTYPES.get(flags.dtype))
+    tensors = restore_file_tensors(merged, _read_unused(adapter, meta_model), DTYPES.get(flags.dtype))
     safetensors_files.write_weight_files(folder, tensors, tensors.__getitem__, flags.max_shard_size)
     _write_config(adapter, flags, folder)
+
+
+def _read_unused(adapter: TrainedAdapter, meta_model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the base model's tensors that loading leaves out, such as the towers of a text model."""
+    try:
+        files = _open_files(adapter, meta_model)
+    except NeedsFullModel:  # what is left out are the scales of quantized weights
+        return {}
+    return {name: files.read(name) for name in match_file_names(meta_model, files.headers).unused}
 
 
 def _write_config(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path, *, is_untied: bool = False) -> None:
