@@ -217,8 +217,11 @@ def _explain_unsupported(config: PretrainedConfig) -> str:
     model_class = get_model_class(config)
     if model_class is None:
         return "the model's code lies outside transformers"
-    # Hybrids use transformers' registry of attention functions, too, though they do not declare it.
-    has_registry = hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
+    # Hybrids use transformers' registry of attention functions, too, though they do not declare it. A module may use it
+    # for a tower only, beside a text part of eager layers (GIT).
+    has_registry = model_class._supports_sdpa and hasattr(
+        sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS"
+    )
     if not getattr(model_class, "_supports_attention_backend", False) and not has_registry:
         return f"{config.model_type} takes no other attention function"
     text = config.get_text_config()
