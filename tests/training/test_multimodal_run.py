@@ -60,7 +60,8 @@ def test_multimodal_bases_are_trained_and_merged(
     flags = {"lora_target_modules": "all-linear", "max_steps": 2, "per_device_train_batch_size": 12}
     train(command(base, data_file, out, **flags))
     adapted = load_file(out / "adapter_model.safetensors")
-    assert len(adapted) >= 28 and not [name for name in adapted if TOWER_NAMES.search(name)]
+    assert len(adapted) == (26 if kind == "qwen3_5" else 28)  # its gates of two outputs have none
+    assert not [name for name in adapted if TOWER_NAMES.search(name)]
     assert f"import {AUTO_CLASSES[kind]}," in (out / "README.md").read_text()
 
     auto_class = getattr(transformers, AUTO_CLASSES[kind])

@@ -147,8 +147,8 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
     if meta_model is None or files is None:
         merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
         return
-    unused = match_file_names(meta_model, files.headers).unused
-    tensors = restore_file_tensors(merged, files, unused, DTYPES.get(flags.dtype))
+    unused = {name: files.read(name) for name in match_file_names(meta_model, files.headers).unused}
+    tensors = restore_file_tensors(merged, unused, DTYPES.get(flags.dtype))
     safetensors_files.write_weight_files(folder, tensors, tensors.__getitem__, flags.max_shard_size)
     _write_config(adapter, flags, folder)
 

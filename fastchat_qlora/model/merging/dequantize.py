@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
+from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
 from fastchat_qlora.model.loading.weight_shares import find_quantized
 
 CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"  # what bitsandbytes logs at each call of each 8-bit layer
@@ -57,5 +59,7 @@ def make_weight_rounding(
         rounded: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(quantized.data, quantized.SCB)
         return rounded.float().cpu()
 
-    modules = find_quantized(config, quantization_config)
+    meta_model = build_meta_model(config)
+    towers = find_towers(meta_model) if meta_model else ()  # they took no part in the training: left as they are
+    modules = {name for name in find_quantized(config, quantization_config) if not is_in_tower(name, towers)}
     return WeightRounding(modules, round_to_4bit if quantization_config.load_in_4bit else round_to_8bit)

@@ -16,7 +16,7 @@ class FileNames(NamedTuple):
 
 
 def match_file_names(meta_model: PreTrainedModel, names: Iterable[str]) -> FileNames:
-    """Match the names in a model's files with its parameters and buffers.
+    """Return what the names in a model's files stand for: parameters and buffers, or nothing that is loaded.
 
     Tensors that loading converts, such as the experts that it fuses, are in neither group.
     """

@@ -1,6 +1,6 @@
 """An adapter merged by PEFT into a whole model, where layer by layer is impossible."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
+from fastchat_qlora.model.merging.safetensors_files import round_finite
 from fastchat_qlora.utils.text import one_line
 
 
@@ -38,18 +38,17 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def restore_file_tensors(
-    model: PreTrainedModel, files: WeightFiles, unused: Iterable[str], dtype: torch.dtype | None
+    model: PreTrainedModel, unused: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a merged model in the form of the base model's files, with those that it does not use.
 
     Args:
-        files, unused: of the base model, and names in them of the tensors that loading leaves out.
+        unused: tensors of the base model's files that loading leaves out.
         dtype: of the unused tensors; None keeps each tensor's own.
     """
     tied = model.all_tied_weights_keys
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     restored: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-    for name in unused:
-        tensor = files.read(name)
+    for name, tensor in unused.items():
         restored[name] = round_finite(tensor, dtype, name) if dtype and tensor.is_floating_point() else tensor
     return restored

@@ -232,7 +232,9 @@ def _uses_attention_interface(cls: Any) -> bool:
     """Return whether a model calls functions of transformers' registry; hybrids do, but do not declare it."""
     names = vars(sys.modules[cls.__module__])
     has_own_classes = any(name.endswith("ATTENTION_CLASSES") for name in names)  # by the name of the attention
-    return bool(cls._supports_attention_backend) or ("ALL_ATTENTION_FUNCTIONS" in names and not has_own_classes)
+    # A module may use the registry for a tower only, beside a text part of eager layers (GIT).
+    has_registry = cls._supports_sdpa and "ALL_ATTENTION_FUNCTIONS" in names and not has_own_classes
+    return bool(cls._supports_attention_backend or has_registry)
 
 
 def get_default_attention(model: PreTrainedModel) -> str:
