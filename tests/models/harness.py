@@ -154,9 +154,7 @@ def _describe_run(trainer: Any, output: Path) -> dict[str, Any]:
     model = trainer.model
     rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
     rows = [{name: [int(token) for token in row[name]] for name in ("input_ids", "labels")} for row in rows]
-    base = model.get_base_model()
-    if base.config._attn_implementation == PER_CONVERSATION:  # takes packed rows only
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    use_default_attention(model.get_base_model())
     torch.save(forward(model, rows[0]["input_ids"]), output / "live.pt")
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {
@@ -168,6 +166,16 @@ def _describe_run(trainer: Any, output: Path) -> dict[str, Any]:
         "trained": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
         "bytes": base_bytes(model),
     }
+
+
+def use_default_attention(base: Any) -> None:
+    """Give the text part, if it takes packed rows only, the attention that it has in plain transformers."""
+    text = base.config.get_text_config()
+    if text._attn_implementation != PER_CONVERSATION:
+        return
+    attention = "sdpa" if base._supports_sdpa else "eager"
+    parts = [name for name in base.config.sub_configs if getattr(base.config, name, None) is text]
+    base.set_attn_implementation(dict.fromkeys(parts, attention) if parts else attention)
 
 
 @torch.no_grad()
