@@ -78,7 +78,7 @@ def read_published_quantization(config: PretrainedConfig, name: str) -> Publishe
     """
     flag, settings = f"--model_name_or_path {name}", find_quantization_settings(config)
     published = None if settings is None else _read_settings(settings, flag)
-    check_files(published, list_tensors(name), flag)
+    check_published_files(published, list_tensors(name), flag)
     return published
 
 
@@ -99,7 +99,7 @@ def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
     return PublishedQuantization(method, False, settings)
 
 
-def check_files(published: PublishedQuantization | None, names: Collection[str], flag: str) -> None:
+def check_published_files(published: PublishedQuantization | None, names: Collection[str], flag: str) -> None:
     """Require that a model's files hold quantized weights if its configuration has a quantization, and only then."""
     if published is None:
         if found := min(filter(QUANTIZED_TENSOR.fullmatch, names), default=None):

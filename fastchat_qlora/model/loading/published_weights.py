@@ -32,7 +32,7 @@ from fastchat_qlora.model.loading.published import PublishedQuantization, is_kep
 
 PUBLISHED_METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
 LoadingArguments = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized
-WeightDict = dict[str, Any]  # name or pattern -> a tensor, or the list of those that match
+Weights = dict[str, Any]  # name or pattern -> a tensor, or the list of those that match
 
 
 def build_loading_settings(
@@ -158,7 +158,7 @@ class PublishedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 class Keep(ConversionOps):  # type: ignore[misc]  # transformers is untyped
     """No conversion."""
 
-    def convert(self, input_dict: WeightDict, **_: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, **_: Any) -> Weights:
         """Return what came in."""
         return input_dict
 
@@ -173,9 +173,9 @@ class QuantizeNeeded(ConversionOps):  # type: ignore[misc]  # transformers is un
         """Keep the quantizer: transformers copies a conversion for each parameter."""
         return QuantizeNeeded(self.hf_quantizer)
 
-    def convert(self, input_dict: WeightDict, *, model: Any, **kwargs: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, *, model: Any, **kwargs: Any) -> Weights:
         """Convert the tensors that the model holds quantized."""
-        converted: WeightDict = {}
+        converted: Weights = {}
         for name, value in input_dict.items():
             if self.hf_quantizer.param_needs_quantization(model, name):
                 arguments = {**kwargs, "full_layer_name": name}
@@ -193,7 +193,7 @@ class DequantizeFp8(Fp8Dequantize):  # type: ignore[misc]  # transformers is unt
     blocks of 128 become two blocks of 96. This can go once it goes by `weight_block_size`.
     """
 
-    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, **kwargs: Any) -> Weights:
         """Convert weights; those with incomplete blocks get a scale for each row and column."""
         size = self.hf_quantizer.quantization_config.weight_block_size
         complete = dict(input_dict)
@@ -241,9 +241,9 @@ class DequantizeBitsAndBytes(ConversionOps):  # type: ignore[misc]  # transforme
     def __init__(self, quantizer: Any) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(self, input_dict: WeightDict, *, model: Any = None, full_layer_name: str = "", **_: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, *, model: Any = None, full_layer_name: str = "", **_: Any) -> Weights:
         """Convert the weights that have constants; a single weight gets its full name."""
-        converted: WeightDict = {}
+        converted: Weights = {}
         for name, weights in input_dict.items():
             if name == "weight" or name.endswith(".weight"):
                 prefix = name.removesuffix("weight")
@@ -292,9 +292,7 @@ def _orient(weights: list[torch.Tensor], model: Any, name: str) -> list[torch.Te
     return [weight.T for weight in weights] if is_transposed else weights
 
 
-def _cast_plain(
-    converted: WeightDict, *, model: Any = None, full_layer_name: str | None = None, **_: Any
-) -> WeightDict:
+def _cast_plain(converted: Weights, *, model: Any = None, full_layer_name: str | None = None, **_: Any) -> Weights:
     return {name: cast(value, model, full_layer_name) for name, value in converted.items()}
 
 
@@ -319,7 +317,7 @@ class Fp8Source(FineGrainedFP8HfQuantizer):  # type: ignore[misc]  # transformer
 
 
 class _DeserializeFourBit(Bnb4bitDeserialize):  # type: ignore[misc]  # transformers is untyped
-    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, **kwargs: Any) -> Weights:
         """Build a 4-bit weight, unpacked to the compute dtype; other weights get the dtype of their parameters."""
         converted = super().convert(input_dict, **kwargs)
         if len(input_dict) == 1:
@@ -329,7 +327,7 @@ class _DeserializeFourBit(Bnb4bitDeserialize):  # type: ignore[misc]  # transfor
 
 
 class _DeserializeEightBit(Bnb8bitDeserialize):  # type: ignore[misc]  # transformers is untyped
-    def convert(self, input_dict: WeightDict, **kwargs: Any) -> WeightDict:
+    def convert(self, input_dict: Weights, **kwargs: Any) -> Weights:
         """Build an 8-bit weight; other weights get the dtype of their parameters."""
         converted = super().convert(input_dict, **kwargs)
         return _cast_plain(converted, **kwargs) if len(input_dict) == 1 else converted
