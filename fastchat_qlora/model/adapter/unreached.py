@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fastchat_qlora.model.ops.meta_forward import run_on_meta
 
-TRACED_TOKENS = (16, 256)
+REACHING_TOKENS = (16, 256)
 """Of a row, and of a longer one for what the first does not reach: DeepSeek-V4 compresses 128 tokens into one key."""
 
 
@@ -28,7 +28,7 @@ def find_unreached(meta_model: PreTrainedModel, names: Collection[str]) -> froze
     """
     meta_model.requires_grad_(False)
     unreached = frozenset(names)
-    for tokens in TRACED_TOKENS:
+    for tokens in REACHING_TOKENS:
         if unreached:
             unreached -= _find_reached(meta_model, unreached, tokens)
     return unreached

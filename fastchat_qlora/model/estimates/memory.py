@@ -416,7 +416,7 @@ class _SavedBytesCounter(torch.autograd.graph.saved_tensors_hooks):
         return self._counter.get_total_flops() + self._repeated
 
     def enter_layer(self, *_: Any) -> None:
-        """Note the counts at the beginning of a layer."""
+        """Keep the counts at the beginning of a layer."""
         self._before = self.inside, self._counter.get_total_flops(), self._attention.flops.copy()
 
     def leave_layer(self, layer: torch.nn.Module, *_: Any) -> None:

@@ -39,7 +39,7 @@ class AssumedValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def run_on_meta(model: Any, tokens: int) -> torch.Tensor:
-    """Send one row of tokens through a model on the meta device, and return its logits."""
+    """Return the logits of one row of tokens, from a model on the meta device."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     with AssumedValues(tokens * chosen):

@@ -13,7 +13,7 @@ def forget_longest_rows(model: torch.nn.Module) -> None:
     """Make dynamic RoPE choose its frequencies by the batch at hand, in every forward pass.
 
     transformers (5.23, `dynamic_frequency_update` in modeling_rope_utils.py) keeps those of the longest row seen so
-    far, so that an evaluation changes training, and a resumed run differs. This can go once it chooses anew each time.
+    far, so that an evaluation changes training, and a resumed run differs. This can go once it remembers nothing.
     """
     for module in model.modules():
         if prefixes := [prefix for prefix, kind in _list_kinds(module) if "dynamic" in kind]:

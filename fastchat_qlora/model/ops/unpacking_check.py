@@ -53,7 +53,7 @@ def _choose_layers(model: torch.nn.Module) -> dict[int, _Layer]:
         width = state.shape[-1]
         is_whole = weight.numel() * weight.element_size() * 2 == state.shape.numel()  # no strategy has sharded it
         if width not in found and is_whole and len(state.shape) == 2 and len(weight):
-            found[width] = _take_rows(weight, state)
+            found[width] = _cut_rows(weight, state)
     return found
 
 
@@ -64,7 +64,7 @@ def _iterate_packed(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Any]
             yield weight, state
 
 
-def _take_rows(weight: torch.Tensor, state: Any) -> _Layer:
+def _cut_rows(weight: torch.Tensor, state: Any) -> _Layer:
     from bitsandbytes.functional import QuantState
 
     rows, width = min(CHECKED_ROWS, state.shape[0]), state.shape[1]
