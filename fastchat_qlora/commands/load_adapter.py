@@ -28,9 +28,9 @@ from fastchat_qlora.model.adapter.adapter_files import (
 from fastchat_qlora.model.adapter.lora import check_loaded, compute_adapter_shapes, prepare_for_adapter
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS
 from fastchat_qlora.model.loading import base_model
-from fastchat_qlora.model.loading.published import PublishedQuantization, read_published_quantization
-from fastchat_qlora.model.loading.published_weights import build_loading_settings
-from fastchat_qlora.model.loading.quantization import (
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
+from fastchat_qlora.model.merging.dequantize import log_casts_once
+from fastchat_qlora.model.quantization.base_quantization import (
     NOT_QUANTIZED,
     BaseQuantization,
     QuantizationKind,
@@ -38,8 +38,8 @@ from fastchat_qlora.model.loading.quantization import (
     fit_to_files,
     get_base_quantization,
 )
-from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
-from fastchat_qlora.model.merging.dequantize import log_casts_once
+from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
+from fastchat_qlora.model.quantization.published_weights import build_loading_settings
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE
@@ -226,7 +226,7 @@ def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = No
         raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
     check_loaded(model, adapter.folder, f"{ADAPTER_FLAG} {adapter.folder}")
     if adapter.precision.quantization.is_4bit:
-        from fastchat_qlora.model.loading.quantizer import unpack_on_access  # it imports bitsandbytes
+        from fastchat_qlora.model.quantization.quantizer import unpack_on_access  # it imports bitsandbytes
 
         unpack_on_access(model)
     return model.eval()

@@ -13,7 +13,7 @@ from fastchat_qlora.distributed.process_group import host_group, process_group
 from fastchat_qlora.distributed.topology import Topology, get_device_map, get_topology
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, load_model, set_router_loss
-from fastchat_qlora.model.loading.weight_shares import check_quantized_share, count_quantized
+from fastchat_qlora.model.quantization.weight_shares import check_quantized_share, count_quantized
 from fastchat_qlora.training.callbacks.activation_checkpointing import AutoCheckpointing
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
 from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, LossGuard

@@ -25,6 +25,8 @@ from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, ch
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
 from fastchat_qlora.model.adapter.targets import resolve_targets
+from fastchat_qlora.model.attention.attention import choose_attention
+from fastchat_qlora.model.attention.attention_checks import check_attention
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
@@ -34,20 +36,18 @@ from fastchat_qlora.model.loading.base_model import (
     has_bf16_kernels,
     load_config,
 )
-from fastchat_qlora.model.loading.published import PublishedQuantization, read_published_quantization
-from fastchat_qlora.model.loading.published_weights import build_loading_settings
-from fastchat_qlora.model.loading.quantization import (
+from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
+from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
+from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
+from fastchat_qlora.model.quantization.base_quantization import (
     BaseQuantization,
     build_quantization_config,
     build_run_quantization_config,
     choose_base_quantization,
 )
-from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
-from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
-from fastchat_qlora.model.loading.weight_shares import check_quantized_share, compute_share, find_quantized
-from fastchat_qlora.model.ops.attention import choose_attention
-from fastchat_qlora.model.ops.attention_checks import check_attention
-from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
+from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
+from fastchat_qlora.model.quantization.published_weights import build_loading_settings
+from fastchat_qlora.model.quantization.weight_shares import check_quantized_share, compute_share, find_quantized
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings

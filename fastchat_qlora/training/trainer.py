@@ -22,11 +22,11 @@ from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import check_loaded
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.rotary import LongRopeLog
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
 from fastchat_qlora.model.ops import chunked_loss
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
-from fastchat_qlora.model.ops.rotary import LongRopeLog
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
 from fastchat_qlora.training.callbacks.throughput import Throughput

@@ -14,7 +14,7 @@ from gpu_clock import GIB, give_back, median_ms, peak_gib, reset_peak
 from gpu_model import DTYPE, Size, draw_conversations, make_base
 from gpu_training import attempt
 
-from fastchat_qlora.model.ops import attention
+from fastchat_qlora.model.attention import attention
 from fastchat_qlora.model.ops import chunked_loss as loss
 from fastchat_qlora.model.ops.lora_linear import EfficientLoraLinear
 

@@ -25,10 +25,10 @@ from fastchat_qlora.config.arguments import LoraArguments, TrainingArguments
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
+from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
-from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
-from fastchat_qlora.model.ops.attention import choose_attention
+from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.training.callbacks.activation_checkpointing import (
     AutoCheckpointing,
     checkpoint_layers,

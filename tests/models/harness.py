@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 
 SECONDS = 240
 """For which a command may run, on a busy machine."""

@@ -27,8 +27,8 @@ from transformers import (
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION, attend_per_conversation
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION, attend_per_conversation
 from fastchat_qlora.training.trainer import LoraTrainer
 
 AttentionInterface.register(PER_CONVERSATION, attend_per_conversation)  # as choose_attention does in a run

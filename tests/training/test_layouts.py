@@ -20,7 +20,7 @@ from hybrids import HYBRIDS, SINKS, make_hybrid
 from peft import PeftModel
 
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import LossHead
 from fastchat_qlora.training.trainer import LoraTrainer
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fastchat_qlora import cli
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
-from fastchat_qlora.model.loading.quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 
 Publish = Callable[[str], Bases]
 

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from families import VOCABULARY, Largest, conversation, make_base, make_trainer, our_peft
 
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops import chunked_loss as loss
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.training.trainer import LoraTrainer
 
 CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 30, 12))]

@@ -27,8 +27,6 @@ from fastchat_qlora.commands.merge.staging import stage_folder
 from fastchat_qlora.commands.merge.verification import verify_merge
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.published import is_kept, remove_quantization_settings
-from fastchat_qlora.model.loading.quantization import build_quantization_config
 from fastchat_qlora.model.merging import safetensors_files
 from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.merging.file_names import match_file_names
@@ -36,6 +34,8 @@ from fastchat_qlora.model.merging.full_model import merge_full_model, restore_fi
 from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullModel
 from fastchat_qlora.model.merging.published_files import READABLE, PublishedFiles
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles
+from fastchat_qlora.model.quantization.base_quantization import build_quantization_config
+from fastchat_qlora.model.quantization.published import is_kept, remove_quantization_settings
 
 logger = logging.getLogger(__name__)
 

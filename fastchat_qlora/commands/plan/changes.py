@@ -9,7 +9,7 @@ import torch
 from fastchat_qlora.commands.plan.estimate import RunSettings
 from fastchat_qlora.commands.plan.plan import ProposedChange
 from fastchat_qlora.model.estimates.parallelism import DDP, FSDP2, ZERO_3, ParallelStrategy
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 
 MAX_CHANGES = 3
 MAX_PROPOSED_DEVICES = 64

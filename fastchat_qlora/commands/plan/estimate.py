@@ -22,7 +22,7 @@ from fastchat_qlora.model.adapter.compatibility import check_sharding
 from fastchat_qlora.model.estimates import parallelism
 from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
-from fastchat_qlora.model.loading.quantization import check_weights_can_be_sharded
+from fastchat_qlora.model.quantization.base_quantization import check_weights_can_be_sharded
 from fastchat_qlora.training.callbacks import activation_checkpointing
 from fastchat_qlora.training.setup import PreparedBase
 

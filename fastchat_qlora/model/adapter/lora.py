@@ -16,9 +16,9 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
 from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
+from fastchat_qlora.model.attention.recurrent_layers import split_recurrent_layers
 from fastchat_qlora.model.ops.experts import use_compute_experts
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
-from fastchat_qlora.model.ops.recurrent_layers import split_recurrent_layers
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
 
@@ -76,7 +76,7 @@ def attach_adapter(
     prepare_for_adapter(model, lora_config)
     peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
     if getattr(model, "is_loaded_in_4bit", False):
-        from fastchat_qlora.model.loading.quantizer import unpack_on_access  # it imports bitsandbytes
+        from fastchat_qlora.model.quantization.quantizer import unpack_on_access  # it imports bitsandbytes
 
         unpack_on_access(model)
     trainable = get_trainable_parameters(peft_model)

@@ -23,7 +23,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
-from fastchat_qlora.model.loading.weight_shares import compute_share
+from fastchat_qlora.model.quantization.weight_shares import compute_share
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)

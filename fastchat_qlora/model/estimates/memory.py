@@ -25,15 +25,15 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
+from fastchat_qlora.model.attention.attention import attend_per_conversation
 from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes
 from fastchat_qlora.model.estimates.repeated_layers import repeat_layers
 from fastchat_qlora.model.loading.base_model import get_repeated_layers
-from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
-from fastchat_qlora.model.loading.quantizer import can_pack
 from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.ops import chunked_loss
-from fastchat_qlora.model.ops.attention import attend_per_conversation
 from fastchat_qlora.model.ops.meta_forward import run_on_meta
+from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
+from fastchat_qlora.model.quantization.quantizer import can_pack
 
 TRACED_TOKENS = (256, 512, 768)  # of three rows; state space models compute up to 256 tokens at once
 

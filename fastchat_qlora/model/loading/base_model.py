@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.attention.rotary import forget_longest_rows
 from fastchat_qlora.model.loading.auto_class import (
     check_trains_on_text,
     get_auto_class,
@@ -23,11 +24,10 @@ from fastchat_qlora.model.loading.auto_class import (
     get_text_attention,
 )
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
-from fastchat_qlora.model.loading.published import OTHER_COPIES
-from fastchat_qlora.model.loading.published_weights import read_weights_in_order
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
-from fastchat_qlora.model.ops.rotary import forget_longest_rows
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
+from fastchat_qlora.model.quantization.published import OTHER_COPIES
+from fastchat_qlora.model.quantization.published_weights import read_weights_in_order
 from fastchat_qlora.utils.text import one_line
 
 SAMPLE_BYTES = 1 << 20
@@ -129,7 +129,7 @@ def check_router_loss(config: PretrainedConfig, weight: float | None) -> None:
 
 
 def set_router_loss(config: PretrainedConfig, weight: float) -> None:
-    """Have a loaded model return its router loss, unless its weight is 0."""
+    """Make a loaded model return its router loss, unless its weight is 0."""
     for part in (config, config.get_text_config()):
         part.output_router_logits, part.router_aux_loss_coef = weight > 0, weight
 

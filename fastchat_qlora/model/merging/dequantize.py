@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
-from fastchat_qlora.model.loading.weight_shares import find_quantized
+from fastchat_qlora.model.quantization.weight_shares import find_quantized
 
 CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"  # what bitsandbytes logs at each call of each 8-bit layer
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from fastchat_qlora.model.loading.published import CONSTANTS, PublishedQuantization
-from fastchat_qlora.model.loading.published_weights import (
+from fastchat_qlora.model.merging.safetensors_files import WeightFiles
+from fastchat_qlora.model.quantization.published import CONSTANTS, PublishedQuantization
+from fastchat_qlora.model.quantization.published_weights import (
     dequantize_bitsandbytes,
     dequantize_fp8,
     read_4bit_state,
 )
-from fastchat_qlora.model.merging.safetensors_files import WeightFiles
 
 READABLE = ("nf4", "fp4", "int8", "fp8", "mxfp8", "mxfp4")  # kinds of quantization
 

@@ -1,4 +1,4 @@
-"""Attention within conversations, and layers and losses that save memory.
+"""Layers, experts and losses of a frozen base model that save memory, and forward passes without values.
 
-Start with attention.choose_attention and chunked_loss.LossHead.
+Start with chunked_loss.LossHead and experts.compute_experts.
 """

@@ -2,7 +2,7 @@
 
 import os
 
-from fastchat_qlora.model.ops.cpu_attention import BLOCK_QUERIES
+from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES
 
 # About 40 kernels for the linear layers of a model, their adapters and the head, forward and backward, and five for an
 # attention block. The caches drop the least recently used one, so one too few would drop every kernel in every pass.

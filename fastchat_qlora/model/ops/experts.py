@@ -182,7 +182,7 @@ def unpack_absmax(state: Any) -> torch.Tensor:
 
 
 def unpack_expert(packed: torch.Tensor, state: Any, absmax: torch.Tensor, expert: int) -> torch.Tensor:
-    """Return the weight of one expert, which is whole blocks (see `loading.quantizer`)."""
+    """Return the weight of one expert, which is whole blocks (see `quantizer.can_pack`)."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     shape = state.shape[1:]

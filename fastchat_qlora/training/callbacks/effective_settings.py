@@ -21,9 +21,9 @@ from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
-from fastchat_qlora.model.loading.weight_shares import compute_share, count_quantized
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.model.ops.experts import get_quant_states
+from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
 

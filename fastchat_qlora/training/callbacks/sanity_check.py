@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
+from fastchat_qlora.model.attention.attention_checks import Probe, measure_influence, measure_leakage
 from fastchat_qlora.model.loading.auto_class import get_text_attention
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION, get_default_attention
-from fastchat_qlora.model.ops.attention_checks import Probe, measure_influence, measure_leakage
 from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
 from fastchat_qlora.training.trainer import TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line

@@ -13,7 +13,7 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import get_dtype_name
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 
 NO_STRATEGY = "none"
 REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
-from fastchat_qlora.model.loading.quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 
 MIXTURES = ("qwen3_moe", "gpt_oss", "llama4_text")
 IDS = torch.arange(40)[None] * 7 % 320

@@ -12,7 +12,7 @@ from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import make_shallow_configs
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 
 HOW = {"supervised_share": 0.6, "quantization": BaseQuantization("nf4", double_quant=True), "device_type": "cuda"}

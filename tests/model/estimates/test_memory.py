@@ -23,11 +23,11 @@ from transformers import (
 
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.quantization import NOT_QUANTIZED, BaseQuantization
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
+from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.training.callbacks.effective_settings import get_base_bytes
 
 LENGTHS = (500, 300, 200)

@@ -25,7 +25,7 @@ from fastchat_qlora.model.estimates.parallelism import (
     compute_device_memory,
 )
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config, get_trainable_parameters
 from fastchat_qlora.model.loading.base_model import load_config, load_model
-from fastchat_qlora.model.loading.quantization import build_run_quantization_config, get_base_quantization
+from fastchat_qlora.model.quantization.base_quantization import build_run_quantization_config, get_base_quantization
 
 ALONE = Topology(local_rank=0, rank=0, world_size=1, accelerator=None, zero_stage=0, fsdp=False)
 

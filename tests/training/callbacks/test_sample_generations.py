@@ -14,7 +14,7 @@ from quick_runs import command, losses, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastchat_qlora.cli import main
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.training.callbacks import sample_generations
 from fastchat_qlora.training.callbacks.sample_generations import MAX_NEW_TOKENS, STATE_KEY, generate_greedily
 

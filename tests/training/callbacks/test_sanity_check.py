@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import LogitTransform
 from fastchat_qlora.training.callbacks import sanity_check
 from fastchat_qlora.training.callbacks.sanity_check import (

@@ -10,7 +10,7 @@ import torch
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.topology import get_topology
 from fastchat_qlora.model.adapter.lora import build_lora_config
-from fastchat_qlora.model.loading.quantization import BaseQuantization, get_base_quantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, get_base_quantization
 from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes, fingerprint_settings
 
 

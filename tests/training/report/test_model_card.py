@@ -19,7 +19,7 @@ from transformers import TrainerState
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.dataset import LoadedData, Splits
 from fastchat_qlora.data.tokenization.build import RejectionSummary
-from fastchat_qlora.model.loading.quantization import BaseQuantization
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
 from fastchat_qlora.training.report.model_card import VLLM_RANKS, _number, build_model_card, explain_vllm_refusal

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.attention.cpu_attention import attend_in_blocks
 from fastchat_qlora.model.loading.auto_class import get_model_class
-from fastchat_qlora.model.ops.cpu_attention import attend_in_blocks
 
 logger = logging.getLogger(__name__)
 

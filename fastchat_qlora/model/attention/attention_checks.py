@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.attention.attention import get_default_attention
 from fastchat_qlora.model.loading.auto_class import get_text_attention
-from fastchat_qlora.model.ops.attention import get_default_attention
 from fastchat_qlora.utils.text import one_line
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastchat_qlora.model.ops import attention
-from fastchat_qlora.model.ops.cpu_attention import BLOCK_QUERIES, attend_in_blocks
+from fastchat_qlora.model.attention import attention
+from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES, attend_in_blocks
 
 Inputs = list[torch.Tensor]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastchat_qlora.model.ops.recurrent_layers import split_recurrent_layers
+from fastchat_qlora.model.attention.recurrent_layers import split_recurrent_layers
 
 
 class Sums(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from families import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel
 
-from fastchat_qlora.model.ops.rotary import LongRopeLog, forget_longest_rows
+from fastchat_qlora.model.attention.rotary import LongRopeLog, forget_longest_rows
 
 ORIGINAL = 16  # tokens of the pretraining
 

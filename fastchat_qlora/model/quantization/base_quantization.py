@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology, get_quant_storage
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.published import PublishedQuantization
+from fastchat_qlora.model.quantization.published import PublishedQuantization
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def build_quantization_config(
         return None
     if not quantization.is_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    from fastchat_qlora.model.loading.quantizer import ExpertsBitsAndBytesConfig  # it imports bitsandbytes
+    from fastchat_qlora.model.quantization.quantizer import ExpertsBitsAndBytesConfig  # it imports bitsandbytes
 
     stored: dict[str, Any] = {} if storage is None else {"bnb_4bit_quant_storage": storage}
     return ExpertsBitsAndBytesConfig(

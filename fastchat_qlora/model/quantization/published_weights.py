@@ -28,7 +28,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fastchat_qlora.model.loading.published import PublishedQuantization, is_kept
+from fastchat_qlora.model.quantization.published import PublishedQuantization, is_kept
 
 PUBLISHED_METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
 LoadingArguments = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized

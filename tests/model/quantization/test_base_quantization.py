@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.quantization import (
+from fastchat_qlora.model.quantization.base_quantization import (
     BaseQuantization,
     build_run_quantization_config,
     get_base_quantization,

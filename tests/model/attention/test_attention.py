@@ -16,8 +16,8 @@ from torch.nn.attention import varlen
 from transformers import BloomConfig, GitConfig, Llama4TextConfig, LlamaConfig, PretrainedConfig
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.ops import attention
-from fastchat_qlora.model.ops.attention import (
+from fastchat_qlora.model.attention import attention
+from fastchat_qlora.model.attention.attention import (
     PER_CONVERSATION,
     attend_per_conversation,
     choose_attention,

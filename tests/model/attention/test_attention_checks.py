@@ -8,8 +8,14 @@ import torch
 from families import FAMILIES, conversation, make_base
 
 from fastchat_qlora.data.batching.collator import Collator
-from fastchat_qlora.model.ops.attention import PER_CONVERSATION, get_default_attention
-from fastchat_qlora.model.ops.attention_checks import Influence, Leakage, Probe, measure_influence, measure_leakage
+from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
+from fastchat_qlora.model.attention.attention_checks import (
+    Influence,
+    Leakage,
+    Probe,
+    measure_influence,
+    measure_leakage,
+)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

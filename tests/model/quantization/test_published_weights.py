@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import load_config, load_model
-from fastchat_qlora.model.loading.published import read_published_quantization
-from fastchat_qlora.model.loading.published_weights import build_loading_settings, dequantize_fp8
-from fastchat_qlora.model.loading.quantization import BaseQuantization, build_quantization_config
 from fastchat_qlora.model.loading.text_part import find_text_part
-from fastchat_qlora.model.loading.weight_shares import count_quantized
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.published import read_published_quantization
+from fastchat_qlora.model.quantization.published_weights import build_loading_settings, dequantize_fp8
+from fastchat_qlora.model.quantization.weight_shares import count_quantized
 
 
 def load(folder: Path, dtype: torch.dtype, bits: Any = None) -> Any:
