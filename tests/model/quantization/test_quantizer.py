@@ -1,0 +1,56 @@
+"""Packing of experts and linear layers into 4 bits while a model is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from mixtures import make_mixture
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+
+from fastchat_qlora.model.loading.text_part import find_text_part
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.quantizer import pack_experts
+from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized, find_quantized
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_experts_are_packed_as_all_at_once(double_quant: bool, storage: torch.dtype) -> None:
+    weights = torch.randn(5, 96, 128).bfloat16()
+    data, state = pack_experts(weights, quant_type="nf4", double_quant=double_quant, storage=storage)
+    expected, whole = quantize_4bit(
+        weights, blocksize=64, quant_type="nf4", compress_statistics=double_quant, quant_storage=storage
+    )
+    assert torch.equal(data.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(state.absmax, whole.absmax)
+    assert (state.shape, state.dtype, state.nested) == (whole.shape, whole.dtype, double_quant)
+    if double_quant:
+        assert torch.equal(state.offset, whole.offset)
+        assert torch.equal(state.state2.absmax, whole.state2.absmax)
+
+
+def make_falcon() -> FalconForCausalLM:
+    return FalconForCausalLM(FalconConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text", "falcon"])
+def test_all_linear_layers_and_experts_are_packed_and_no_router(name: str, tmp_path: Path) -> None:
+    plain = make_falcon() if name == "falcon" else make_mixture(name)
+    plain.save_pretrained(tmp_path)
+    config = build_quantization_config(BaseQuantization("nf4", True), torch.float32)
+    assert config is not None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    text = find_text_part(plain)
+    share = count_quantized(model, text.sizes)
+    assert share == compute_share(text.sizes, find_quantized(plain.config, config))
+    assert (share.included, share.total) == (sum(text.sizes.values()) - len(text.other_linear) * 64, share.total)
+    for router in text.routers:
+        assert not isinstance(model.get_submodule(router), Linear4bit)
+    found = model.dequantize()
+    for path in (*text.linear, *text.experts):
+        weight = path if path in text.experts else f"{path}.weight"
+        original, unpacked = plain.get_parameter(weight).detach(), found.get_parameter(weight)
+        assert unpacked.shape == original.shape
+        assert 0.02 < float((unpacked - original).norm() / original.norm()) < 0.15, "NF4's own error"
