@@ -64,13 +64,12 @@ class Leakage(NamedTuple):
     """Faults of conversations that are laid end to end."""
 
     by_neighbor: Influence  # of the conversation before
-    by_row: float  # median change of a token's logits to those of transformers' own attention on it alone
+    by_row: float  # change of a token's logits to those of transformers' own attention on it alone, see `_summarize`
 
     def is_tight(self, dtype: torch.dtype) -> bool:
         """Return whether the changes are no more than rounding.
 
-        Another attention function rounds differently at every layer, so that some tokens go to other experts: the
-        median over tokens does not see them.
+        Another attention function rounds differently at every layer.
         """
         return self.by_neighbor.is_rounding(dtype) and self.by_row <= max(8 * torch.finfo(dtype).eps, 1e-3)
 
@@ -101,7 +100,21 @@ def measure_leakage(
     finally:
         model.set_attn_implementation(get_text_attention(model.config, in_use))
     last, expected = packed[-LAST_TOKENS:], by_itself[-LAST_TOKENS:]
-    return Leakage(influence, float(((last - expected).norm(dim=-1) / expected.norm(dim=-1)).median()))
+    return Leakage(influence, _summarize(model, (last - expected).norm(dim=-1) / expected.norm(dim=-1)))
+
+
+def _summarize(model: PreTrainedModel, changes: torch.Tensor) -> float:
+    """Return the change that nine tokens in ten stay below; the median of a mixture of experts in half precision.
+
+    Rounding sends some tokens of a mixture to other experts, in half precision many. Selected keys, too, differ for
+    some tokens only, where a layout is wrong.
+    """
+    is_rough = model.dtype.itemsize < 4 and _has_experts(model)
+    return float(changes.quantile(0.5 if is_rough else 0.9))
+
+
+def _has_experts(model: torch.nn.Module) -> bool:
+    return any(name.endswith("experts") for name, _ in model.named_modules())
 
 
 @torch.no_grad()
@@ -124,7 +137,7 @@ def _measure_change(
     changed = _get_logits(forward(**probe.changed), probe)
     change = 0.0 if torch.equal(changed, logits) else float((changed - logits).norm() / logits.norm())
     if change == 0 or not differentiable:
-        return Influence(change, has_gradient=not any(name.endswith("experts") for name, _ in model.named_modules()))
+        return Influence(change, has_gradient=not _has_experts(model))
     return Influence(change, _has_gradient(model, probe, forward))
 
 
