@@ -148,7 +148,7 @@ def _write_full(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Path
         merged.save_pretrained(folder, max_shard_size=flags.max_shard_size)
         return
     unused = {name: files.read(name) for name in match_file_names(meta_model, files.headers).unused}
-    tensors = restore_file_tensors(merged, unused, DTYPES.get(flags.dtype))
+    tensors = restore_file_tensors(merged, files.headers, unused, DTYPES.get(flags.dtype))
     safetensors_files.write_weight_files(folder, tensors, tensors.__getitem__, flags.max_shard_size)
     _write_config(adapter, flags, folder)
 

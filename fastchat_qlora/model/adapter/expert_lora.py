@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from fastchat_qlora.model.loading.text_part import is_experts
 from fastchat_qlora.model.ops.experts import LoraFactors, get_quant_states, is_served
@@ -40,17 +41,24 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
         wrappers from torch's cache, without its adapter, and does not find what it has added to remove it again. This
         can go once it does.
         """
-        parametrizations = getattr(self.get_base_layer(), "parametrizations", {})
-        if self.parameter_name not in parametrizations or not active_adapters:
+        base, name = self.get_base_layer(), self.parameter_name
+        is_packed = name in getattr(base, "parametrizations", {})
+        if not active_adapters or not (is_packed or self.get_param().is_meta):
             with super()._activate_lora(active_adapters):
                 yield
             return
-        chain = parametrizations[self.parameter_name]
-        chain.append(_AddDelta(self.get_delta_weight(active_adapters[0])))
+        delta = _AddDelta(self.get_delta_weight(active_adapters[0]))
+        if is_packed:
+            base.parametrizations[name].append(delta)
+        else:  # on the meta device, where PEFT asks torch for an autocast that it does not have
+            register_parametrization(base, name, delta)
         try:
             yield
         finally:
-            del chain[-1]
+            if is_packed:
+                del base.parametrizations[name][-1]
+            else:
+                remove_parametrizations(base, name, leave_parametrized=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the experts with the adapter, shape (tokens, hidden size)."""

@@ -25,6 +25,14 @@ AUTO_CLASSES = (
 """The first that knows a configuration loads it: `AutoModelForCausalLM` leaves out towers where it can."""
 
 
+UNSUPPORTED_TYPES = {
+    "blt": "it patches bytes by a second model, which the adapter's loss does not pass",
+    "cpmant": "the tokens of a prompt see later ones",
+    "emu3": "AutoModelForCausalLM does not find its tensors under their names in its files",
+}
+"""Types that no rule below finds, and why they cannot be trained (transformers 5.23)."""
+
+
 def get_auto_class(config: PretrainedConfig) -> Any:
     """Return transformers' auto class for a configuration, that of text models if its code lies outside."""
     known = (auto_class for auto_class, mapping in AUTO_CLASSES if type(config) in mapping)
@@ -57,6 +65,8 @@ def check_trains_on_text(config: PretrainedConfig, flag: str) -> None:
         if "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
             raise UserError(f"{flag}: {name} is not a causal language model; choose a chat model")
         return
+    if reason := UNSUPPORTED_TYPES.get(name):
+        raise UserError(f"{flag}: {name} is not supported, since {reason}; choose another model")
     if config.is_encoder_decoder:
         raise UserError(f"{flag}: {name} is an encoder-decoder, which is not supported; choose a chat model")
     parameters = inspect.signature(model_class.forward).parameters

@@ -1,6 +1,6 @@
 """An adapter merged by PEFT into a whole model, where layer by layer is impossible."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from peft import PeftModel
@@ -38,17 +38,27 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def restore_file_tensors(
-    model: PreTrainedModel, unused: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+    model: PreTrainedModel, names: Collection[str], unused: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a merged model in the form of the base model's files, with those that it does not use.
 
     Args:
+        names: of the tensors in the base model's files.
         unused: tensors of the base model's files that loading leaves out.
         dtype: of the unused tensors; None keeps each tensor's own.
     """
     tied = model.all_tied_weights_keys
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    restored: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    prefix = _find_prefix(reverted, names)
+    restored = {prefix + name: tensor for name, tensor in reverted.items()}
     for name, tensor in unused.items():
         restored[name] = round_finite(tensor, dtype, name) if dtype and tensor.is_floating_point() else tensor
     return restored
+
+
+def _find_prefix(tensors: Collection[str], names: Collection[str]) -> str:
+    """Return what the names in the files have in front, which transformers does not restore for a part of a model."""
+    first = next(iter(tensors))
+    prefixes = {name.removesuffix(first) for name in names if name.endswith(first)}
+    return next((one for one in sorted(prefixes) if all(one + name in names for name in tensors)), "")
