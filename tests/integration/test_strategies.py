@@ -100,8 +100,8 @@ def assert_settings(settings: dict[str, str], case: Case) -> None:
     offload = "optimizer on cpu, parameters on cpu"
     assert settings["offload"] == (offload if case.strategy == "ZeRO-3 offload" else "none")
     stored = "bfloat16" if case.strategy in SHARDED else "uint8"
-    quantized = f"14 of 15 linear layers: nf4 with double quantization, stored as {stored}"
-    assert settings["quantized layers"] == (quantized if case.precision.startswith("QLoRA") else "none")
+    quantized = f"nf4 with double quantization, stored as {stored}, 100.0% of the "
+    assert settings["quantized weights"].startswith(quantized if case.precision.startswith("QLoRA") else "none")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ class Leakage(NamedTuple):
     """Faults of conversations that are laid end to end."""
 
     by_neighbor: Influence  # of the conversation before
-    by_row: float  # change of a token's logits to those of transformers' own attention on it alone, see `_summarize`
+    by_row: (
+        float  # change of a token's logits to those of transformers' own attention on it alone, see `_reduce_changes`
+    )
 
     def is_tight(self, dtype: torch.dtype) -> bool:
         """Return whether the changes are no more than rounding.
@@ -100,10 +102,10 @@ def measure_leakage(
     finally:
         model.set_attn_implementation(get_text_attention(model.config, in_use))
     last, expected = packed[-LAST_TOKENS:], by_itself[-LAST_TOKENS:]
-    return Leakage(influence, _summarize(model, (last - expected).norm(dim=-1) / expected.norm(dim=-1)))
+    return Leakage(influence, _reduce_changes(model, (last - expected).norm(dim=-1) / expected.norm(dim=-1)))
 
 
-def _summarize(model: PreTrainedModel, changes: torch.Tensor) -> float:
+def _reduce_changes(model: PreTrainedModel, changes: torch.Tensor) -> float:
     """Return the change that nine tokens in ten stay below; the median of a mixture of experts in half precision.
 
     Rounding sends some tokens of a mixture to other experts, in half precision many. Selected keys, too, differ for

@@ -24,7 +24,7 @@ def test_settings_of_one_process(model_folder: Path, data_file: Path, tmp_path: 
     assert settings["batch"] == "2 x 3 accumulated x 1 processes = 6 conversations a step"
     assert (settings["sequences"], settings["attention"]) == ("padding-free", "per_conversation")
     assert settings["loss"].endswith("supervised positions at a time, with the gradient in the same pass")
-    assert (settings["quantized layers"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
+    assert (settings["quantized weights"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
 
 
 def test_settings_with_packing_and_a_trained_head(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -40,7 +40,9 @@ def test_settings_of_qlora_with_checkpointing(model_folder: Path, data_file: Pat
     flags = {"max_steps": 1, "q_lora": True, "bf16": True, "gradient_checkpointing": True}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
     assert settings["compute dtype"] == "bfloat16"
-    assert settings["quantized layers"].startswith("14 of 15 linear layers: nf4 with double quantization")
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    quantized = f"nf4 with double quantization, stored as uint8, 100.0% of the {linear:,} weights in linear layers and"
+    assert settings["quantized weights"] == f"{quantized} experts"
     assert settings["checkpointing"] == "2 of 2 layers, not reentrant"
 
 

@@ -100,7 +100,7 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
     empty = Dataset.from_dict({key: [] for key in ("length", "supervised", "full_length", "turns", "record")})
     summary = RejectionSummary(read=5, rejected=5)
     loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template")
-    base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None)  # type: ignore[arg-type]
+    base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
     known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
     prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
     trainer = SimpleNamespace(state=TrainerState(), best_step=None)
