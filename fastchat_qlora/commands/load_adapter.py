@@ -18,15 +18,14 @@ from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.config.validation.paths import check_model_path
 from fastchat_qlora.data.analysis.stop_tokens import make_id_list
-from fastchat_qlora.errors import RunError, UserError
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import (
     check_adapter_finite,
     check_adapter_tensors,
     check_pattern_time,
     read_lora_config,
 )
-from fastchat_qlora.model.adapter.lora import check_loaded, compute_adapter_shapes, prepare_for_adapter
-from fastchat_qlora.model.adapter.targets import PEFT_ERRORS
+from fastchat_qlora.model.adapter.lora import compute_adapter_shapes, load_saved_adapter
 from fastchat_qlora.model.loading import base_model
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
@@ -217,19 +216,8 @@ def get_context_length(config: PretrainedConfig) -> int | None:
 def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = None) -> PeftModel:
     """Load the adapter onto a base model, loaded if not given; RunError if PEFT cannot attach it."""
     base = base or load_base(adapter)
-    lora_config = copy.deepcopy(adapter.lora_config)
-    prepare_for_adapter(base, lora_config)
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter.folder), config=lora_config)
-    except PEFT_ERRORS as error:
-        reason = f"cannot be attached to the model: {one_line(error, 300)}"
-        raise RunError(f"{ADAPTER_FLAG} {adapter.folder}: {reason}") from error
-    check_loaded(model, adapter.folder, f"{ADAPTER_FLAG} {adapter.folder}")
-    if adapter.precision.quantization.is_4bit:
-        from fastchat_qlora.model.quantization.quantizer import unpack_on_access  # it imports bitsandbytes
-
-        unpack_on_access(model)
-    return model.eval()
+    source = f"{ADAPTER_FLAG} {adapter.folder}"
+    return load_saved_adapter(base, copy.deepcopy(adapter.lora_config), adapter.folder, source).eval()
 
 
 def load_base(adapter: TrainedAdapter) -> PreTrainedModel:

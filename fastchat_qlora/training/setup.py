@@ -36,7 +36,7 @@ from fastchat_qlora.model.loading.base_model import (
     has_bf16_kernels,
     load_config,
 )
-from fastchat_qlora.model.loading.text_part import TextPart, find_text_part
+from fastchat_qlora.model.loading.text_part import TextPart, counts_experts, find_text_part
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 from fastchat_qlora.model.quantization.base_quantization import (
@@ -287,8 +287,7 @@ def _estimate_cost(
 
 def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, sequences: Dataset) -> None:
     """Limit the CPU's kernel caches by the longest conversation and the most conversations of a micro-batch."""
-    text = config.get_text_config()
-    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if counts_experts(config):
         return  # each expert gets another number of tokens, and so has kernels of its own
     lengths = get_column(sequences, "length")
     packed = args.training.model_max_length // lengths.min() if args.data.packing else 1

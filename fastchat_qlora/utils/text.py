@@ -73,6 +73,11 @@ def one_line(text: object, most: int | None = None) -> str:
     return " ".join(str(text).split())[:most]
 
 
+def ends_with_any(name: str, ends: Iterable[str]) -> bool:
+    """Return whether a dotted name is one of these or ends with one of them, as PEFT matches names."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the advice about an unknown name: the nearest known one, or to drop it."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

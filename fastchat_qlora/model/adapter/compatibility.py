@@ -12,6 +12,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
+from fastchat_qlora.utils.text import ends_with_any
 
 
 def check_targets(
@@ -139,7 +140,7 @@ def _matches(name: str, wanted: str | Collection[str]) -> bool:
     """Return whether PEFT selects a module: by a regular expression, or by the end of its name."""
     if isinstance(wanted, str):
         return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
+    return ends_with_any(name, wanted)
 
 
 def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:

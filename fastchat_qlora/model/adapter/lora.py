@@ -17,7 +17,7 @@ from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_c
 from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
 from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
 from fastchat_qlora.model.attention.recurrent_layers import split_recurrent_layers
-from fastchat_qlora.model.ops.experts import use_compute_experts
+from fastchat_qlora.model.ops.experts import unpack_on_access, use_compute_experts
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
 from fastchat_qlora.utils.text import one_line
@@ -73,11 +73,12 @@ def attach_adapter(
     model.requires_grad_(False)
     use_memory_efficient_modules(model, excluded_classes)
     split_recurrent_layers(model)
-    prepare_for_adapter(model, lora_config)
-    peft_model = _load_adapter(model, lora_config, weight_path) if weight_path else get_peft_model(model, lora_config)
-    if getattr(model, "is_loaded_in_4bit", False):
-        from fastchat_qlora.model.quantization.quantizer import unpack_on_access  # it imports bitsandbytes
-
+    if weight_path:
+        source = f"--lora_weight_path {weight_path}"
+        peft_model = load_saved_adapter(model, lora_config, weight_path, source, is_trainable=True)
+    else:
+        _register_layers(model, lora_config)
+        peft_model = get_peft_model(model, lora_config)
         unpack_on_access(model)
     trainable = get_trainable_parameters(peft_model)
     if not trainable:
@@ -93,7 +94,7 @@ def attach_adapter(
     return peft_model
 
 
-def prepare_for_adapter(model: PreTrainedModel, lora_config: LoraConfig) -> None:
+def _register_layers(model: PreTrainedModel, lora_config: LoraConfig) -> None:
     """Make PEFT build our layers when it attaches an adapter of this configuration to this model."""
     use_compute_experts(model)
     register_efficient_lora(lora_config, model)
@@ -105,12 +106,27 @@ def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _load_adapter(model: PreTrainedModel, lora_config: LoraConfig, path: str) -> PeftModel:
+def load_saved_adapter(
+    model: PreTrainedModel, lora_config: LoraConfig, folder: str | Path, source: str, *, is_trainable: bool = False
+) -> PeftModel:
+    """Attach the adapter of a folder to a base model.
+
+    Args:
+        model, lora_config: the base model, and the folder's configuration.
+        folder: of the adapter.
+        source: what the user knows the folder by.
+        is_trainable: whether the adapter is trained further.
+
+    Raises:
+        RunError: PEFT cannot attach the adapter, or has not loaded all of it.
+    """
+    _register_layers(model, lora_config)
     try:
-        peft_model = PeftModel.from_pretrained(model, path, config=lora_config, is_trainable=True)
+        peft_model = PeftModel.from_pretrained(model, str(folder), config=lora_config, is_trainable=is_trainable)
     except PEFT_ERRORS as error:
-        raise RunError(f"--lora_weight_path {path}: cannot be attached to the model: {one_line(error, 300)}") from error
-    check_loaded(peft_model, path, f"--lora_weight_path {path}")
+        raise RunError(f"{source}: cannot be attached to the model: {one_line(error, 300)}") from error
+    check_loaded(peft_model, folder, source)
+    unpack_on_access(model)
     return peft_model
 
 

@@ -24,7 +24,7 @@ from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.quantization.weight_shares import compute_share
-from fastchat_qlora.utils.text import one_line
+from fastchat_qlora.utils.text import ends_with_any, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +77,20 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
     if config.target_modules == ALL_LINEAR:
         modules, parameters = _choose_all_linear(model, text), _find_adaptable_experts(model, text)
     else:
-        modules = {name for name in adaptable if matches(name, config.target_modules)}
+        modules = {name for name in adaptable if ends_with_any(name, config.target_modules)}
         parameters = find_fused(text, config.target_modules)
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 3)}
-    named = {name for name in weights if matches(name, names)}
+    named = {name for name in weights if ends_with_any(name, names)}
     modules |= {name.removesuffix(".weight") for name in named} & adaptable
     parameters |= {name for name in named if name.removesuffix(".weight") not in adaptable}
     _check_matches("--lora_target_parameters", names, weights)
     _check_matches("--lora_exclude_modules", excluded, modules | parameters | {*map(_get_owner, parameters)})
-    kept = (name for name in parameters if not matches(name, excluded) and not matches(_get_owner(name), excluded))
-    return Targets(frozenset(name for name in modules if not matches(name, excluded)), frozenset(kept))
+    kept = (
+        name
+        for name in parameters
+        if not ends_with_any(name, excluded) and not ends_with_any(_get_owner(name), excluded)
+    )
+    return Targets(frozenset(name for name in modules if not ends_with_any(name, excluded)), frozenset(kept))
 
 
 def find_adaptable(model: torch.nn.Module) -> set[str]:
@@ -110,7 +114,7 @@ def find_fused(text: TextPart, names: Collection[str]) -> set[str]:
     for name in text.experts:
         owner, _, leaf = name.rpartition(".")
         groups = FUSED_NAMES.get(leaf, ({leaf},))
-        given = [{one for one in group if matches(f"{owner}.{one}", names)} for group in groups]
+        given = [{one for one in group if ends_with_any(f"{owner}.{one}", names)} for group in groups]
         if any(one == group for one, group in zip(given, groups, strict=True)):
             found.add(name)
         elif half := [(one, group - one) for one, group in zip(given, groups, strict=True) if one]:
@@ -131,13 +135,8 @@ def _get_owner(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def matches(name: str, ends: Collection[str]) -> bool:
-    """Return whether a name is one of these or ends with one of them."""
-    return any(name == end or name.endswith(f".{end}") for end in ends)
-
-
 def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> None:
-    unmatched = sorted(end for end in ends if not any(matches(name, [end]) for name in names))
+    unmatched = sorted(end for end in ends if not any(ends_with_any(name, [end]) for name in names))
     if unmatched:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {"weight"})) or "none"
         raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing to adapt; the model has {known}")
@@ -272,8 +271,8 @@ def _select_by_name(model: PreTrainedModel, config: LoraConfig) -> set[str]:
         head = model.get_output_embeddings()
         linear = (torch.nn.Linear, Conv1D)
         return {name for name, module in model.named_modules() if isinstance(module, linear) and module is not head}
-    found = {name for name in find_adaptable(model) if matches(name, config.target_modules)}
-    return {name for name in found if not matches(name, config.exclude_modules or ())}
+    found = {name for name in find_adaptable(model) if ends_with_any(name, config.target_modules)}
+    return {name for name in found if not ends_with_any(name, config.exclude_modules or ())}
 
 
 def attach_to_meta(meta_model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -311,5 +310,5 @@ def condense(names: frozenset[str], everything: Collection[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         tails = (".".join(parts[-count:]) for count in range(2, len(parts) + 1))
-        ends.add(next(tail for tail in tails if not any(matches(other, [tail]) for other in others)))
+        ends.add(next(tail for tail in tails if not any(ends_with_any(other, [tail]) for other in others)))
     return sorted(ends)

@@ -5,7 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
@@ -57,6 +57,12 @@ def find_text_part(model: PreTrainedModel) -> TextPart:
         else:
             linear[name] = module
     return TextPart(linear, experts, tuple(routers), others, towers)
+
+
+def counts_experts(config: PretrainedConfig) -> bool:
+    """Return whether a configuration is that of a mixture of experts, whatever it calls their number."""
+    text = config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def has_experts(model: torch.nn.Module) -> bool:

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.text import ends_with_any
 
 
 def find_towers(model: PreTrainedModel) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ def check_not_in_towers(lora_config: LoraConfig, model: PreTrainedModel, towers:
 
 def _check_names(flag: str, names: Collection[str], modules: Collection[str], towers: Collection[str]) -> None:
     for name in names:
-        found = [module for module in modules if module == name or module.endswith(f".{name}")]
+        found = [module for module in modules if ends_with_any(module, [name])]
         if found and all(is_in_tower(module, towers) for module in found):
             raise UserError(
                 f"{flag} {name}: only in {' and '.join(towers)}, which text does not pass; name modules of the text"

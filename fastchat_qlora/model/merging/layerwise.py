@@ -5,13 +5,12 @@ by PEFT's own code in fp32, gives its result and is emptied again. So all kinds 
 them, and the whole model is never in memory.
 """
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
-from fastchat_qlora.model.adapter.targets import ADAPTER, PEFT_ERRORS
+from fastchat_qlora.model.adapter.targets import ADAPTER, PEFT_ERRORS, attach_to_meta
 from fastchat_qlora.model.merging.dequantize import WeightRounding
 from fastchat_qlora.model.merging.file_names import match_file_names
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles, round_finite
@@ -154,13 +153,10 @@ def attach_to_meta_model(meta_model: PreTrainedModel, lora_config: LoraConfig, f
         NeedsFullModel: attaching such an adapter changes the model's weights.
         UserError: PEFT cannot attach it.
     """
-    meta_model.requires_grad_(False)
     if lora_config.init_lora_weights not in BASE_KEEPING_INITIALIZATIONS:
         raise NeedsFullModel(f"init_lora_weights {lora_config.init_lora_weights} changes the base model's weights too")
-    config = copy.deepcopy(lora_config)
-    config.init_lora_weights = False  # the values come from the file
     try:
-        model = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
+        model = attach_to_meta(meta_model, lora_config)
         for _, layer in _find_lora_layers(model):  # PEFT puts the adapter's values on the device of the weight
             base = layer.get_base_layer()
             base.weight = torch.nn.Parameter(torch.zeros(()).expand(base.weight.shape), requires_grad=False)

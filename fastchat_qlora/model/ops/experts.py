@@ -163,6 +163,22 @@ def _multiply(inputs: torch.Tensor, factor: torch.Tensor, groups: Groups) -> tor
     return torch.cat([F.linear(part, of_expert) for part, of_expert in parts if len(part)])
 
 
+def unpack_on_access(model: torch.nn.Module) -> None:
+    """Make packed experts with a forward pass of their own see unpacked weights, once an adapter has been attached.
+
+    Before that, PEFT would wrap the parameters in another order than in a model in 16 bits.
+    """
+    packed = [module for module in model.modules() if get_quant_states(module) and not is_served(module)]
+    if not packed:
+        return
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+    for module in packed:
+        for name, state in get_quant_states(module).items():
+            device = getattr(module, name).device
+            replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), device)
+
+
 def unpack(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """Return all weights in 4 bits, in the dtype that they had and in their shape."""
     from bitsandbytes.functional import dequantize_4bit
@@ -183,19 +199,23 @@ def unpack_absmax(state: Any) -> torch.Tensor:
 
 def unpack_expert(packed: torch.Tensor, state: Any, absmax: torch.Tensor, expert: int) -> torch.Tensor:
     """Return the weight of one expert, which is whole blocks (see `quantizer.can_pack`)."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
     shape = state.shape[1:]
     blocks = shape.numel() // state.blocksize
-    own = QuantState(
-        absmax=absmax[expert * blocks : (expert + 1) * blocks],
-        shape=torch.Size((blocks, state.blocksize)),
+    own = make_state(state, absmax[expert * blocks : (expert + 1) * blocks], (blocks, state.blocksize))
+    size = shape.numel() // 2
+    data = packed.detach().view(torch.uint8).flatten()[expert * size : (expert + 1) * size]
+    return unpack(data[:, None], own).view(shape)
+
+
+def make_state(state: Any, absmax: torch.Tensor, shape: tuple[int, int]) -> Any:
+    """Return the constants of a part of packed weights, of that shape and with these scales in fp32."""
+    from bitsandbytes.functional import QuantState
+
+    return QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    size = shape.numel() // 2
-    data = packed.detach().view(torch.uint8).flatten()[expert * size : (expert + 1) * size]
-    unpacked: torch.Tensor = dequantize_4bit(data[:, None], own)
-    return unpacked.view(shape)

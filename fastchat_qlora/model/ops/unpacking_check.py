@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.ops.experts import unpack, unpack_absmax
+from fastchat_qlora.model.ops.experts import make_state, unpack, unpack_absmax
 
 CHECKED_ROWS = 64  # of a layer, so that they are whole blocks whatever its width
 MAX_ERROR = 1e-2  # relative; bf16 rounds by 2e-3, NF4 itself by 9e-2
@@ -65,17 +65,7 @@ def _iterate_packed(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Any]
 
 
 def _cut_rows(weight: torch.Tensor, state: Any) -> _Layer:
-    from bitsandbytes.functional import QuantState
-
     rows, width = min(CHECKED_ROWS, state.shape[0]), state.shape[1]
     blocks = -(-rows * width // state.blocksize)
     data = weight.detach().view(torch.uint8).flatten()[: rows * width // 2]
-    of_rows = QuantState(
-        absmax=unpack_absmax(state)[:blocks],
-        shape=torch.Size((rows, width)),
-        code=state.code,
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=state.dtype,
-    )
-    return _Layer(data[:, None], of_rows)
+    return _Layer(data[:, None], make_state(state, unpack_absmax(state)[:blocks], (rows, width)))

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology, get_quant_storage
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.quantization.published import PublishedQuantization
+from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, PublishedQuantization, name_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class BaseQuantization(NamedTuple):
     @property
     def values(self) -> str:
         """The quantization that decides the values of the weights, whether they are dequantized or not."""
-        return self.published if self.kind == "none" and self.published in ("nf4", "fp4", "int8") else self.kind
+        return self.published if self.kind == "none" and self.published in BITSANDBYTES_KINDS else self.kind
 
     @property
     def bytes_per_weight(self) -> float:
@@ -59,7 +59,7 @@ class BaseQuantization(NamedTuple):
         return {name: value for name, value in self._asdict().items() if (name, value) != ("published", "none")}
 
     def __str__(self) -> str:
-        text = f"{self.kind} with double quantization" if self.double_quant else self.kind
+        text = name_quantization(self.kind, self.double_quant)
         if self.published == "none":
             return text
         return f"{text}, as published" if self.is_as_published else f"{text}, dequantized from {self.published}"

@@ -11,7 +11,9 @@ from transformers import PretrainedConfig
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import list_tensors
+from fastchat_qlora.model.loading.text_part import counts_experts
 
+BITSANDBYTES_KINDS = ("nf4", "fp4", "int8")
 CONFIG_KEYS = ("quantization_config", "compression_config")
 DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
 """Values of quant_method whose weights are dequantized while they are loaded."""
@@ -39,15 +41,17 @@ FORMAT_NAMES = {
 
 FOUR_BITS = r"(.+\.weight)\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+)"
 FP8 = r"(.+\.)(weight_scale_inv|weight_scale|qscale_weight|scale|activation_scale|input_scale)"
-CONSTANTS = {"nf4": FOUR_BITS, "fp4": FOUR_BITS, "int8": r"(.+\.)(SCB|weight_format)", "mxfp4": r"(.+)_(blocks|scales)"}
-CONSTANTS |= {
+CONSTANTS = {
+    "nf4": FOUR_BITS,
+    "fp4": FOUR_BITS,
+    "int8": r"(.+\.)(SCB|weight_format)",
+    "mxfp4": r"(.+)_(blocks|scales)",
     "fp8": FP8,
     "mxfp8": FP8,
     "compressed-tensors": r"(.+\.)weight_(scale|packed|shape|zero_point|global_scale)",
 }
 """Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names in configurations
 QUANTIZED_TENSOR = re.compile(
     r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
 )
@@ -64,10 +68,15 @@ class PublishedQuantization(NamedTuple):
     @property
     def is_bitsandbytes(self) -> bool:
         """Whether the weights are trained on as they are."""
-        return self.kind in ("nf4", "fp4", "int8")
+        return self.kind in BITSANDBYTES_KINDS
 
     def __str__(self) -> str:
-        return f"{self.kind} with double quantization" if self.double_quant else self.kind
+        return name_quantization(self.kind, self.double_quant)
+
+
+def name_quantization(kind: str, double_quant: bool) -> str:
+    """Return what users know a quantization by."""
+    return f"{kind} with double quantization" if double_quant else kind
 
 
 def read_published_quantization(config: PretrainedConfig, name: str) -> PublishedQuantization | None:
@@ -122,8 +131,7 @@ def is_kept(published: PublishedQuantization | None, kind: str, config: Pretrain
     """
     if published is None or not published.is_bitsandbytes or kind != published.kind:
         return False
-    text = config.get_text_config()
-    return kind == "int8" or not any(getattr(text, name, None) for name in EXPERT_COUNTS)
+    return kind == "int8" or not counts_experts(config)
 
 
 def find_quantization_settings(config: PretrainedConfig) -> Any:

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fastchat_qlora.model.loading.text_part import find_text_part
-from fastchat_qlora.model.ops.experts import get_quant_states, is_served, unpack, use_compute_experts
+from fastchat_qlora.model.ops.experts import get_quant_states, unpack, use_compute_experts
 
 BLOCK = 64  # weights under one scale
 SCALES_BLOCK = 256  # scales under one scale of double quantization
@@ -135,18 +135,3 @@ def pack_experts(
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=SCALES_BLOCK)
         state.nested = True
     return torch.cat([data for data, _ in parts]), state
-
-
-def unpack_on_access(model: torch.nn.Module) -> None:
-    """Make experts with a forward pass of their own see unpacked weights, once an adapter has been attached.
-
-    Before that, PEFT would wrap the parameters in another order than in a model in 16 bits.
-    """
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
-
-    for module in list(model.modules()):
-        if is_served(module):
-            continue
-        for name, state in get_quant_states(module).items():
-            device = getattr(module, name).device
-            replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), device)

@@ -23,6 +23,7 @@ from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.model.ops.experts import get_quant_states
+from fastchat_qlora.model.quantization.published import name_quantization
 from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -119,9 +120,8 @@ def _describe_quantization(model: Any, sizes: Mapping[str, int]) -> str:
     if not packed:
         return f"LLM.int8, {share}" if share.included else "none"
     (state, *_) = _get_quant_states(packed[0])
-    double = " with double quantization" if state.nested else ""
     stored = get_dtype_name(next(packed[0].parameters()).dtype)
-    return f"{state.quant_type}{double}, stored as {stored}, {share}"
+    return f"{name_quantization(state.quant_type, state.nested)}, stored as {stored}, {share}"
 
 
 def _get_quant_states(module: Any) -> list[Any]:
