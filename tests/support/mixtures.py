@@ -29,6 +29,25 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+SPARSE_ATTENTION: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 8,
+}
+"""Sizes of a DeepSeek-V3.2 of four heads, whose indexer keeps eight keys."""
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=32),
     "qwen3_moe, one dense layer": Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=32, mlp_only_layers=[0]),

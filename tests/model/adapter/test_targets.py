@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 import pytest
-from mixtures import CONFIGS, make_mixture
+from mixtures import CONFIGS, SIZES, make_mixture
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LagunaConfig
@@ -115,15 +115,8 @@ def test_a_dense_model_keeps_the_names_that_were_given() -> None:
 
 def test_adapters_that_peft_would_drop_are_left_out_of_all_linear() -> None:
     config = LagunaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **SIZES,
         num_experts=4,
-        num_experts_per_tok=2,
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
         layer_types=["full_attention"] * 2,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import SPARSE_ATTENTION
 from peft import LoraConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
 from transformers import (
@@ -43,23 +44,7 @@ JAMBA = JambaConfig(
     mamba_dt_rank=8,
     use_mamba_kernels=False,
 )
-DEEPSEEK = DeepseekV32Config(
-    **SIZES | {"num_key_value_heads": 4},
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=1,
-    topk_group=1,
-    first_k_dense_replace=1,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    index_n_heads=2,
-    index_head_dim=32,
-    index_topk=8,
-)
+DEEPSEEK = DeepseekV32Config(**SIZES | SPARSE_ATTENTION)
 
 
 def find_linear(model: torch.nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_base, make_quantized_base, our_peft
+from mixtures import SPARSE_ATTENTION
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV32Config,
@@ -232,23 +233,7 @@ def test_only_two_layers_of_a_kind_compute() -> None:
 
 
 def test_sparse_attention_that_needs_a_mask_is_traced() -> None:
-    config = DeepseekV32Config(
-        **SIZES | {"num_key_value_heads": 4},
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        index_n_heads=2,
-        index_head_dim=32,
-        index_topk=8,
-    )
+    config = DeepseekV32Config(**SIZES | SPARSE_ATTENTION)
     token = profile(config, BF16, target_modules=["o_proj"]).token
     assert token.layer > 0 and token.attention[0] >= 2 * 2 * 4 * (32 + 16), "two layers of four heads"
 
