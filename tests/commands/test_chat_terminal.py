@@ -16,7 +16,7 @@ def child(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(folder, model_folder, {})
     GenerationConfig(eos_token_id=[2]).save_pretrained(folder)
-    started = start(folder, "--max_new_tokens", "900")
+    started = start(folder, "--max_new_tokens", "400")
     yield started
     started.close(force=True)
 
