@@ -48,7 +48,7 @@ class _PerConversation(torch.nn.Module):
             super(_PerConversation, self).forward(*own_args, **own_kwargs)
             for own_args, own_kwargs in zip(_split(args, lengths), _split(kwargs, lengths), strict=True)
         ]
-        return _join(outputs, lengths)
+        return _join(outputs, lengths, hidden.ndim)
 
 
 def _split(value: Any, lengths: Sequence[int]) -> list[Any]:
@@ -64,13 +64,18 @@ def _split(value: Any, lengths: Sequence[int]) -> list[Any]:
     return [value] * len(lengths)
 
 
-def _join(outputs: list[Any], lengths: Sequence[int]) -> Any:
-    """Return the outputs of conversations as one; of what has no tokens, such as a state, the last."""
-    if isinstance(outputs[0], tuple):
-        return tuple(_join(list(parts), lengths) for parts in zip(*outputs, strict=True))
-    if isinstance(outputs[0], torch.Tensor) and [output.shape[1] for output in outputs] == list(lengths):
-        return torch.cat(outputs, dim=1)
-    return outputs[-1]
+def _join(outputs: list[Any], lengths: Sequence[int], ndim: int) -> Any:
+    """Return the outputs of conversations as one; of what has no tokens, such as a state, the last.
+
+    What has tokens has as many dimensions as the hidden states, `ndim`: a state may be as wide as conversations are
+    long.
+    """
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(_join(list(parts), lengths, ndim) for parts in zip(*outputs, strict=True))
+    if not isinstance(first, torch.Tensor) or first.ndim != ndim:
+        return outputs[-1]
+    return torch.cat(outputs, dim=1) if [output.shape[1] for output in outputs] == list(lengths) else outputs[-1]
 
 
 def split_recurrent_layers(model: torch.nn.Module) -> None:

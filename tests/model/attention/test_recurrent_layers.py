@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hybrids import HYBRIDS, make_hybrid
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -46,6 +46,7 @@ def boundaries(lengths: list[int]) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.booleans(), st.booleans())
+@example([3, 3], True, False)  # conversations as long as the state is wide
 def test_states_begin_anew(lengths: list[int], as_integers: bool, with_pair: bool) -> None:
     model = Model()
     hidden, shift = torch.randn(1, sum(lengths), 3), torch.randn(1, sum(lengths), 3)
