@@ -18,7 +18,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "playground" / "benchmark"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("playground/benchmark", "tests/support", "tests/models")]
 from fault_table import how_many as how_many
 from fault_table import in_the_project as in_the_project
 from fault_table import pytest_runtest_logreport as pytest_runtest_logreport

@@ -24,7 +24,7 @@ from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import check_loaded
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.attention.rotary import LongRopeLog
-from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers
+from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repeated_layers, list_layer_classes
 from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
@@ -101,10 +101,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return settings
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, with FSDP2 on the CPU too.
+        """Create the accelerator, with FSDP2 on the CPU too, and for the layers that the model has.
 
         accelerate 1.15 silently replaces FSDP by DDP on the CPU: `AcceleratorState.__init__` in state.py lists the
-        accelerators that may shard. This can go once that list has MULTI_CPU.
+        accelerators that may shard. This can go once that list has MULTI_CPU. The classes that it shards by default
+        are those that transformers names for a model, of which a text part lacks some, such as a tower's, and then it
+        raises (`set_auto_wrap_policy`).
         """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is None:
@@ -115,6 +117,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             # Both are singletons, and a later AcceleratorState() reads PartialState.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            state.fsdp_plugin.transformer_cls_names_to_wrap = list_layer_classes(self.model) or None
         state.fsdp_plugin.mixed_precision_policy = get_mixed_precision_policy(get_compute_dtype(self.args))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -16,6 +16,7 @@ from forked import succeed
 from launching import QUICK, launch, losses, step_logs
 from safetensors.torch import load_file
 from strategies import CASES, SHARDED, TOLERANCE, Case, OneProcess, Row, compare, launch_line, problems, run
+from tiny import quiet, write
 
 pytestmark = pytest.mark.integration
 
@@ -193,6 +194,27 @@ def test_dora_with_rslora_trains_as_one_process(
     assert sum("lora_magnitude_vector" in name for name in found) == 4
     assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["use_rslora"]
+
+
+@pytest.mark.parametrize(
+    "strategy", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("DDP", "ZeRO-2")), "FSDP2"]
+)
+def test_packed_experts_train_as_in_one_process(strategy: str, data: Path, tmp_path: Path, port: int) -> None:
+    """The model is a mixture whose class names layers of a vision tower that it has not."""
+    with quiet():
+        write("qwen3_5_moe_text", tmp_path / "base")
+    flags = (
+        f"--model_name_or_path {tmp_path / 'base'} --data_path {data} {QUICK} --lora_target_modules all-linear "
+        "--q_lora True --router_aux_loss_coef 0"
+    )
+    succeed(f"python {TRAIN} {flags} --output_dir {tmp_path / 'one'} --per_device_train_batch_size 4")
+    line = launch_line(strategy, port, TRAIN)
+    succeed(f"{line} {flags} --output_dir {tmp_path / 'two'} --per_device_train_batch_size 2")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    saved = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert any(".experts." in name for name in saved)
+    settings = json.loads((tmp_path / "two" / "training_args.json").read_text())["effective"]
+    assert settings["strategy"] == strategy and ", 99.6% of the " in settings["quantized weights"]
 
 
 @pytest.mark.parametrize("more", ["", pytest.param("--q_lora True", marks=pytest.mark.matrix)], ids=["LoRA", "QLoRA"])

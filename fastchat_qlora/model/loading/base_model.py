@@ -138,13 +138,18 @@ def get_repeated_layers(model: torch.nn.Module) -> list[GradientCheckpointingLay
     """Return the text model's outermost layers whose activations can be recomputed, in their order."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     towers = find_towers(base)
-    layers = [
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and not is_in_tower(name, towers)
-    ]
-    inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
-    return [layer for layer in layers if id(layer) not in inner]
+    return [layer for name, layer in _find_outermost_layers(base) if not is_in_tower(name, towers)]
+
+
+def list_layer_classes(model: torch.nn.Module) -> list[str]:
+    """Return the names of the classes of a model's outermost layers, those of towers too."""
+    return sorted({type(layer).__name__ for _, layer in _find_outermost_layers(model)})
+
+
+def _find_outermost_layers(model: torch.nn.Module) -> list[tuple[str, GradientCheckpointingLayer]]:
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(module) for _, layer in named for module in layer.modules() if module is not layer}
+    return [(name, layer) for name, layer in named if id(layer) not in inner]
 
 
 def load_model(
