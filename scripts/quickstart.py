@@ -97,7 +97,6 @@ def train(model_name: str, output_dir: Path) -> float:
         "lora_dropout": 0,
         "lora_target_modules": "all-linear",
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
         "max_steps": 45,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",

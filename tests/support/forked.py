@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 
 from launching import ROOT, free_port
 
-PRELOAD = ["fastchat_qlora.training.run", "fastchat_qlora.config.arguments", "deepspeed", "forked"]
+PRELOAD = [
+    *("fastchat_qlora.training.run", "fastchat_qlora.config.arguments", "deepspeed", "forked"),
+    *("matplotlib.figure", "matplotlib.backends.backend_svg", "transformers.models.llama.modeling_llama"),
+]
 
 
 def context() -> Any:
