@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from fastchat_qlora.data.batching.packing import PackedDataset, get_column
+from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
 from fastchat_qlora.model.attention.attention_checks import Probe, measure_influence, measure_leakage
@@ -65,8 +65,9 @@ def _agree(reason: str) -> str:
 def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> None:
     """Set an attention that keeps conversations apart, or pad."""
     base = trainer.adapter.get_base_model()
-    reasons: list[str] = []
-    for attention in dict.fromkeys((base.config._attn_implementation, PER_CONVERSATION, get_default_attention(base))):
+    tried = dict.fromkeys((base.config._attn_implementation, PER_CONVERSATION, get_default_attention(base)))
+    reasons = [reason] if (reason := _find_scaling_by_row(trainer)) else []
+    for attention in () if reasons else tried:
         base.set_attn_implementation(get_text_attention(base.config, attention))
         reason = _agree(find_leak(trainer, forward, first, second))
         if not reason:
@@ -78,6 +79,18 @@ def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[i
         raise RunError(f"{reasons[0]}; start again with --padding_free False")
     base.set_attn_implementation(get_text_attention(base.config, get_default_attention(base)))
     _pad(trainer, reasons[0])
+
+
+def _find_scaling_by_row(trainer: LoraTrainer) -> str:
+    """Return why a token's place in its row matters, not that in its conversation; empty if it does not.
+
+    Llama 4 (transformers 5.23, `Llama4TextAttention.forward`) scales queries by their place in the row, from
+    `floor_scale` tokens on. This can go once it takes the position ids.
+    """
+    text = trainer.adapter.config.get_text_config()
+    first = text.floor_scale if getattr(text, "attn_temperature_tuning", False) and hasattr(text, "floor_scale") else 0
+    tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, padding_free=True)
+    return f"the model scales attention by the place in a row, from token {first} on" if 0 < first <= tokens else ""
 
 
 def _pad(trainer: LoraTrainer, reason: str) -> None:

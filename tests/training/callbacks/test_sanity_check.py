@@ -12,7 +12,14 @@ from families import FAMILIES, SIZES, conversation, make_base, make_trainer, our
 from hybrids import HYBRIDS, SINKS, make_hybrid
 from quick_runs import command, losses, train
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AutoModelForCausalLM, BertConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    BertConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+)
 
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
@@ -118,6 +125,28 @@ def test_states_that_cross_are_found_in_every_dtype(
     assert "Batches are padded, slower" in notices.text and "not kept apart" in notices.text
     assert not trainer.data_collator.padding_free and trainer.loss_head is not None
     assert trainer.adapter.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("floor_scale", [40, 84])
+def test_scaling_by_place_in_a_row_needs_padding(
+    floor_scale: int, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    """The largest batch has 83 tokens, the longest conversation 44."""
+    config = Llama4TextConfig(
+        **SIZES,
+        head_dim=16,
+        num_local_experts=2,
+        interleave_moe_layer_step=2,
+        floor_scale=floor_scale,
+        attention_chunk_size=256,
+        no_rope_layers=[1, 0],
+    )
+    torch.manual_seed(0)
+    trainer = trainer_with(our_peft(Llama4ForCausalLM(config), target_modules=["q_proj"]), tmp_path)
+    trainer.args.per_device_train_batch_size = len(ROWS)
+    run_sanity_check(trainer)
+    assert trainer.data_collator.padding_free == (floor_scale > 83)
+    assert ("scales attention by the place in a row, from token 40 on" in notices.text) == (floor_scale <= 83)
 
 
 def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
