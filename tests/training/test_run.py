@@ -182,6 +182,27 @@ def test_run_resumes_from_its_last_checkpoint(
     assert (stopped / name).read_bytes() == (straight / name).read_bytes()
 
 
+def test_dynamic_rope_resumes_to_the_bit(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """transformers remembers the longest row of a process; the resumed one has not seen it."""
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config["max_position_embeddings"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = {
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = train(command(folder, data_file, tmp_path / "whole", **flags, max_steps=6))
+    for steps in (2, 6):
+        parts = train(command(folder, data_file, tmp_path / "parts", **flags, max_steps=steps))
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(output / "adapter_model.safetensors") for output in (whole, parts))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_finished_run_started_again_changes_nothing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, data_file, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=2)
     output = train(arguments)
