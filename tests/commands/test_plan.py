@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from forked import succeed as run_forked
+from quantized_bases import publish
 from stand_in import SMALL, make_model
 
 from fastchat_qlora import cli
@@ -245,6 +246,14 @@ def test_changes_lower_the_precision(plan: Any) -> None:
     memory = short_of(plan(f"{eight} {ENOUGH_MEMORY}"), 0.97)
     changes = plan(f"{eight} {memory}")["changes"]
     assert changes[0]["flags"] == "--q_lora True in place of --load_in_8bit"
+
+
+def test_change_names_no_flag_that_was_not_given(plan: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The weights are in 8 bits as they are published."""
+    model = publish(tmp_path / "bases", tokenizer_folder, "int8").published
+    always = f"{ALL_LINEAR} --bf16 True {ONE_CONVERSATION} --activation_checkpointing True"
+    memory = short_of(plan(f"{always} {ENOUGH_MEMORY}", model), 0.97)
+    assert plan(f"{always} {memory}", model)["changes"][0]["flags"] == "--q_lora True"
 
 
 def test_changes_replace_zero(plan: Any) -> None:

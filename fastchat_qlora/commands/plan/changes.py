@@ -110,7 +110,7 @@ def _list_candidates(given: _Candidate) -> Iterator[_Candidate]:
 
 def _quantize(candidate: _Candidate) -> _Candidate:
     precision, flags = candidate.run.precision, "--q_lora True"
-    if precision.quantization.kind == "int8":
+    if precision.quantization.kind == "int8" and not precision.quantization.is_as_published:
         flags += " in place of --load_in_8bit"
     if precision.dtype == torch.float32:
         precision, flags = precision._replace(dtype=torch.bfloat16), f"--bf16 True {flags}"
