@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("depth", "n_layers_per_attn_res_block"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "attention_heads", "num_decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_encoder_attention_heads", "swa_num_attention_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("linear_num_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), 2),
@@ -67,10 +67,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "zero_expert_num"), 1),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "local_attention", "chunk_size"), 16),
-    **dict.fromkeys(("attention_window_size", "attention_chunk_size", "keep_window_size", "mamba_chunk_size"), 16),
+    **dict.fromkeys(("attention_window_size", "attention_chunk_size", "mamba_chunk_size"), 16),
     **dict.fromkeys(("block_size", "index_block_size", "block_multiple_of", "index_topk"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 512),
     **dict.fromkeys(("max_target_positions", "max_source_positions", "position_bias_max_distance"), 512),
+    "index_n_heads": 32,  # as published; of few heads all may be inactive, and keys of equal scores are chosen by place
     "index_topk_blocks": 2,
     "initializer_range": 0.15,
     "num_nextn_predict_layers": 0,
@@ -112,6 +113,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
+    "doge": {"keep_window_size": 512},  # as many as positions, as published; equal tokens have keys of equal scores
     "dots3_note_text": {
         "num_key_value_heads": 4,
         "swa_num_attention_heads": 4,
