@@ -199,18 +199,12 @@ def _load_adapter_tokenizer(
     folder: Path, model_args: ModelArguments, config: PretrainedConfig, cache_dir: str | None
 ) -> PreTrainedTokenizerBase:
     settings: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    if (length := get_context_length(config)) is not None:
+    if (length := base_model.get_context_length(config)) is not None:
         settings["model_max_length"] = length  # the file has the --model_max_length of the training
     if (folder / "tokenizer_config.json").is_file():
         return load_raw_tokenizer(str(folder), flag=ADAPTER_FLAG, **settings)
     logger.warning(f"{folder}: has no tokenizer; that of the base model is used, with its chat template.")
     return load_raw_tokenizer(model_args.model_name_or_path, **settings)
-
-
-def get_context_length(config: PretrainedConfig) -> int | None:
-    """Return the number of positions of a model; None if its configuration does not say."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = None) -> PeftModel:

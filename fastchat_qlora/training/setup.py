@@ -47,7 +47,12 @@ from fastchat_qlora.model.quantization.base_quantization import (
 )
 from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
-from fastchat_qlora.model.quantization.weight_shares import check_quantized_share, compute_share, find_quantized
+from fastchat_qlora.model.quantization.weight_shares import (
+    check_8_bits,
+    check_quantized_share,
+    compute_share,
+    find_quantized,
+)
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
@@ -134,6 +139,8 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
     if not args.lora.lora_weight_path:
         lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
+    if quantization.kind == "int8":
+        check_8_bits(meta_model, text)
     if quantization.is_4bit and not quantization.is_as_published:
         _check_quantized_share(config, quantization, text, get_compute_dtype(args.training))
     return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes)

@@ -6,6 +6,7 @@ import torch
 from transformers import (
     DeepseekV3Config,
     GptOssConfig,
+    HYV4Config,
     Llama4TextConfig,
     MixtralConfig,
     NemotronHConfig,
@@ -47,6 +48,11 @@ SPARSE_ATTENTION: dict[str, Any] = {
     "index_topk": 8,
 }
 """Sizes of a DeepSeek-V3.2 of four heads, whose indexer keeps eight keys."""
+
+HY_V4 = HYV4Config(
+    **SIZES | SPARSE_ATTENTION | {"q_lora_rank": 64, "kv_lora_rank": 64, "index_n_heads": 8}, pad_token_id=0
+)
+"""Its class keeps the head in fp32, and lacks the mark of other indexers for layers whose dtype it reads."""
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=32),

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, set_seed
 from fastchat_qlora.commands.adapter_flags import STDIN_MESSAGE, parse_chat
 from fastchat_qlora.commands.chat.generation import ChatModel, Decoding, render_prompt
 from fastchat_qlora.commands.chat.input import read_pipe, read_stdin, read_terminal
-from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_context_length, load_with_adapter, open_adapter
+from fastchat_qlora.commands.load_adapter import TrainedAdapter, load_with_adapter, open_adapter
 from fastchat_qlora.data.templates.renderer import TemplateMessage
 from fastchat_qlora.errors import RunError, UserError
-from fastchat_qlora.model.loading.base_model import get_dtype_name
+from fastchat_qlora.model.loading.base_model import get_context_length, get_dtype_name
 from fastchat_qlora.utils.signals import Stopped
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import escape_control, is_text

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_context_length, get_device, load_with_adapter
+from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_device, load_with_adapter
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.loading.auto_class import get_auto_class
+from fastchat_qlora.model.loading.base_model import get_context_length
 
 logger = logging.getLogger(__name__)
 

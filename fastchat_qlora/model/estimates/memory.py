@@ -28,14 +28,14 @@ from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.attention.attention import attend_per_conversation
 from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_bytes
 from fastchat_qlora.model.estimates.repeated_layers import repeat_layers
-from fastchat_qlora.model.loading.base_model import get_repeated_layers
-from fastchat_qlora.model.loading.text_part import find_text_part
+from fastchat_qlora.model.loading.base_model import get_context_length, get_repeated_layers
 from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.meta_forward import run_on_meta
 from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
-from fastchat_qlora.model.quantization.quantizer import can_pack
+from fastchat_qlora.model.quantization.quantizer import find_packed, is_converted
 
-TRACED_TOKENS = (256, 512, 768)  # of three rows; state space models compute up to 256 tokens at once
+TRACED_TOKENS = 256
+"""Of the shortest of three rows, if the model has so many positions; state space models compute as many at once."""
 
 
 class TokenBytes(NamedTuple):
@@ -158,7 +158,7 @@ def measure_model_cost(
     model: Any,
     *,
     supervised_share: float,
-    longest: int = TRACED_TOKENS[0],
+    longest: int = TRACED_TOKENS,
     quantization: BaseQuantization = NOT_QUANTIZED,
     device_type: str = "cpu",
 ) -> ModelCost:
@@ -294,13 +294,12 @@ def _find_packed(base: PreTrainedModel, quantization: BaseQuantization) -> dict[
     """Return id -> weight of those that will be quantized: in 8 bits those of plain linear layers only."""
     if not quantization.is_quantized:
         return {}
-    text = find_text_part(base)
-    found = [module.weight for module in text.linear.values()]
     if quantization.is_4bit:
-        found += [parameter for parameter in text.experts.values() if can_pack(parameter)]
+        found = [*find_packed(base).values()]
     else:
-        head = base.get_output_embeddings()
-        found = [m.weight for m in base.modules() if type(m) in (torch.nn.Linear, Conv1D) and m is not head]
+        head, kept = base.get_output_embeddings(), base._keep_in_fp32_modules or ()
+        linear = ((name, m) for name, m in base.named_modules() if type(m) in (torch.nn.Linear, Conv1D))
+        found = [module.weight for name, module in linear if module is not head and is_converted(name, kept)]
     return {id(weight): weight for weight in found if not weight.requires_grad}  # without an adapter's own
 
 
@@ -321,10 +320,12 @@ def _trace_model(
     layers = get_repeated_layers(base)
     head = None if chunked_loss.explain_plain_loss(model) else chunked_loss.install_loss_head(model)
     model.train()
+    shortest = min(TRACED_TOKENS, (get_context_length(base.config) or 3 * TRACED_TOKENS) // 3)
+    lengths = [shortest, 2 * shortest, 3 * shortest]
 
     def trace(stands_for: Mapping[torch.nn.Module, int]) -> list[_Trace]:
         attention.flops.clear()
-        return [_trace_row(model, stands_for, attention, head, tokens, supervised_share) for tokens in TRACED_TOKENS]
+        return [_trace_row(model, stands_for, attention, head, tokens, supervised_share) for tokens in lengths]
 
     base.set_attn_implementation(attention.name)
     try:
@@ -333,8 +334,8 @@ def _trace_model(
     except Exception:  # layers that read what others keep must all be computed, or some need a mask
         base.set_attn_implementation(attention.masked_name)
         rows = trace(dict.fromkeys(layers, 1))
-    inside, outside, widest, flops = (_fit_quadratic(counts) for counts in zip(*rows, strict=True))
-    keys = {window: count / len(TRACED_TOKENS) for window, count in attention.flops.items()}
+    inside, outside, widest, flops = (_fit_quadratic(lengths, counts) for counts in zip(*rows, strict=True))
+    keys = {window: count / len(lengths) for window, count in attention.flops.items()}
     # What is computed for all pairs of tokens is computed for twice the keys that causal attention has.
     keys[0] = keys.get(0, 0.0) + 2 * flops.pair
     token = TokenBytes(
@@ -359,9 +360,9 @@ class _Growth(NamedTuple):
         return self.token + self.pair * tokens
 
 
-def _fit_quadratic(counts: Sequence[float]) -> _Growth:
-    """Return what a token adds, from the counts of rows of TRACED_TOKENS."""
-    (a, b, c), (x, y, z) = TRACED_TOKENS, counts
+def _fit_quadratic(lengths: Sequence[int], counts: Sequence[float]) -> _Growth:
+    """Return what a token adds, from the counts of three rows."""
+    (a, b, c), (x, y, z) = lengths, counts
     first, second = (y - x) / (b - a), (z - y) / (c - b)
     pair = (second - first) / (c - a)
     return _Growth(first - pair * (a + b), pair)

@@ -104,6 +104,13 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
     return digest.hexdigest()
 
 
+def get_context_length(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model; None if its configuration does not say."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
     """Return the model without memory for its weights; None where its code lies outside transformers."""
     model_class = get_model_class(config)
@@ -120,6 +127,18 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
             f"{flag}: no model can be made of its config.json: {type(error).__name__}: "
             f"{one_line(error, 200)}; fix it, or download it again"
         ) from error
+
+
+def cast_meta_model(meta_model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert a model to the dtypes in which it is loaded: in half precision its class keeps some parts in fp32."""
+    meta_model.to(dtype)
+    kept = {*(meta_model._keep_in_fp32_modules_strict or ())} if dtype.itemsize < 4 else set[str]()
+    if dtype == torch.float16:
+        kept |= {*(meta_model._keep_in_fp32_modules or ())}
+    for name, parameter in meta_model.named_parameters():
+        if any(part in name for part in kept):
+            parameter.data = parameter.data.float()
+    return meta_model
 
 
 def check_router_loss(config: PretrainedConfig, weight: float | None) -> None:

@@ -4,6 +4,7 @@ transformers' own quantizer for bitsandbytes replaces modules of the class `torc
 `integrations/bitsandbytes.py`), so that a mixture of experts stays in 16 bits. This can go once it packs all weights.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fastchat_qlora.model.loading.text_part import find_text_part
@@ -21,6 +23,11 @@ from fastchat_qlora.model.ops.experts import get_quant_states, unpack, use_compu
 BLOCK = 64  # weights under one scale
 SCALES_BLOCK = 256  # scales under one scale of double quantization
 METHOD = "bitsandbytes_with_experts"
+READ_DTYPE = ("weights_proj",)
+"""Layers whose input transformers (5.23) casts to the dtype of their weight, which is uint8 once it is packed.
+
+`_keep_in_fp32_modules` has the layer for DeepSeek-V3.2 and others, not for Dots3 and Hy-V4. This can go once it does.
+"""
 
 
 class ExpertsBitsAndBytesConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is untyped
@@ -36,13 +43,13 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """bitsandbytes' 4 bits for all linear layers and experts of the text part."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
-        text = find_text_part(model)
-        for name, module in text.linear.items():
-            if type(module) not in (torch.nn.Linear, Conv1D):
-                model.set_submodule(name, _make_plain(module))
-        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-        self.quantization_config.llm_int8_skip_modules = sorted(linear - text.linear.keys())
-        self.experts = {name for name, parameter in text.experts.items() if can_pack(parameter)}
+        packed, modules = find_packed(model), dict(model.named_modules())
+        linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+        for name in packed.keys() & linear:
+            if type(modules[name]) not in (torch.nn.Linear, Conv1D):
+                model.set_submodule(name, _make_plain(modules[name]))
+        self.quantization_config.llm_int8_skip_modules = sorted(linear - packed.keys())
+        self.experts = packed.keys() - linear
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -69,6 +76,19 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 weight = unpack(getattr(module, name), state).to(dtype)
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
         return super()._dequantize(model, dtype)
+
+
+def find_packed(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are packed, by name of the linear layer or of the experts' parameter."""
+    text = find_text_part(model)
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()), *READ_DTYPE]
+    linear = {name: module.weight for name, module in text.linear.items() if is_converted(name, kept)}
+    return linear | {name: parameter for name, parameter in text.experts.items() if can_pack(parameter)}
+
+
+def is_converted(name: str, kept: Collection[str]) -> bool:
+    """Return whether transformers quantizes a linear layer, perhaps one with an adapter, and keeps layers so named."""
+    return bool(should_convert_module(name.removesuffix(".base_layer"), [*kept]))
 
 
 def can_pack(parameter: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.text_part import TextPart
 from fastchat_qlora.model.ops.experts import get_quant_states
 
 LEAST_QUANTIZED = 0.9  # share with which a run may call itself QLoRA
@@ -76,6 +77,19 @@ def check_quantized_share(share: WeightShare, dtype: torch.dtype) -> None:
         f"{kept * dtype.itemsize / 2**30:.1f} GiB would not be, such as {next(iter(share.others))}; train with "
         "--q_lora False if there is memory for it, or choose another model"
     )
+
+
+def check_8_bits(meta_model: PreTrainedModel, text: TextPart) -> None:
+    """Require that the model reads the dtype of no weight that would be in 8 bits; see `quantizer.READ_DTYPE`."""
+    from fastchat_qlora.model.quantization.quantizer import READ_DTYPE, is_converted  # it imports bitsandbytes
+
+    kept = meta_model._keep_in_fp32_modules or ()
+    for name in text.linear | text.other_linear:
+        if name.endswith(READ_DTYPE) and is_converted(name, kept):
+            raise UserError(
+                f"--load_in_8bit True: not supported with {meta_model.config.model_type}, which would round the inputs "
+                f"of {name} to integers; use --q_lora True"
+            )
 
 
 def count_quantized(model: PreTrainedModel, sizes: Mapping[str, int]) -> WeightShare:

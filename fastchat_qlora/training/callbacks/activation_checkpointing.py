@@ -17,7 +17,7 @@ from fastchat_qlora.data.batching.packing import find_max_batch_tokens
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import extrapolate_layers, make_shallow_configs
-from fastchat_qlora.model.loading.base_model import build_meta_model, get_repeated_layers
+from fastchat_qlora.model.loading.base_model import build_meta_model, cast_meta_model, get_repeated_layers
 from fastchat_qlora.training.callbacks.throughput import get_memory_bytes, peak_memory_mib
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import one_line
@@ -51,7 +51,7 @@ def estimate_model_cost(
 
 def _measure_cost(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, **options: Any) -> memory.ModelCost:
     with torch.device("meta"):  # adapters on experts take gigabytes
-        model = attach_adapter(meta_model.to(dtype), copy.deepcopy(lora_config))
+        model = attach_adapter(cast_meta_model(meta_model, dtype), copy.deepcopy(lora_config))
     return memory.measure_model_cost(model, **options)
 
 

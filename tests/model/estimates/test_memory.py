@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_base, make_quantized_base, our_peft
-from mixtures import SPARSE_ATTENTION
+from mixtures import HY_V4, SPARSE_ATTENTION
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV32Config,
     Gemma3TextConfig,
     GptOssConfig,
+    HYV4ForCausalLM,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
+    OpenAIGPTConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
     Zamba2Config,
@@ -26,7 +28,7 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.estimates import memory
-from fastchat_qlora.model.loading.base_model import build_meta_model
+from fastchat_qlora.model.loading.base_model import build_meta_model, cast_meta_model
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
 from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.training.callbacks.effective_settings import get_base_bytes
@@ -44,7 +46,7 @@ def profile(
 ) -> memory.ModelCost:
     meta_model = build_meta_model(copy.deepcopy(config))
     assert meta_model is not None
-    model = attach_adapter(meta_model.to(dtype), lora_config(**lora))
+    model = attach_adapter(cast_meta_model(meta_model, dtype), lora_config(**lora))
     return memory.measure_model_cost(model, supervised_share=0.6, longest=longest, quantization=quantization)
 
 
@@ -236,6 +238,24 @@ def test_sparse_attention_that_needs_a_mask_is_traced() -> None:
     config = DeepseekV32Config(**SIZES | SPARSE_ATTENTION)
     token = profile(config, BF16, target_modules=["o_proj"]).token
     assert token.layer > 0 and token.attention[0] >= 2 * 2 * 4 * (32 + 16), "two layers of four heads"
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_parts_kept_in_fp32_are_counted_as_they_are_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    HYV4ForCausalLM(copy.deepcopy(HY_V4)).save_pretrained(tmp_path)
+    model = our_peft(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), target_modules=["o_proj"])
+    held, _ = get_base_bytes(model)
+    assert profile(HY_V4, dtype, target_modules=["o_proj"]).weights.total == held
+    assert {p.dtype for p in model.get_base_model().lm_head.parameters()} == {FP32}
+
+
+def test_rows_are_no_longer_than_a_model_has_positions() -> None:
+    """A GPT has a mask of 512 tokens; FLOPs are those of two layers of 12 h^2 weights, adapters and head."""
+    h, vocabulary, r = 64, 320, 4
+    config = OpenAIGPTConfig(vocab_size=vocabulary, n_embd=h, n_layer=2, n_head=4)
+    token = profile(config, FP32, target_modules=["c_attn"]).token
+    assert config.n_positions == 512 < 3 * memory.TRACED_TOKENS
+    assert token.flops == 2 * 2 * (12 * h * h + r * (h + 3 * h)) + 2 * 2 * 0.6 * h * vocabulary
 
 
 def test_shared_blocks_are_counted_once() -> None:

@@ -1,18 +1,20 @@
 """Packing of experts and linear layers into 4 bits while a model is loaded."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from mixtures import make_mixture
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from mixtures import HY_V4, make_mixture
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM
 
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
-from fastchat_qlora.model.quantization.quantizer import pack_experts
-from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized, find_quantized
+from fastchat_qlora.model.quantization.quantizer import find_packed, pack_experts
+from fastchat_qlora.model.quantization.weight_shares import check_8_bits, compute_share, count_quantized, find_quantized
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -54,3 +56,22 @@ def test_all_linear_layers_and_experts_are_packed_and_no_router(name: str, tmp_p
         original, unpacked = plain.get_parameter(weight).detach(), found.get_parameter(weight)
         assert unpacked.shape == original.shape
         assert 0.02 < float((unpacked - original).norm() / original.norm()) < 0.15, "NF4's own error"
+
+
+def test_layers_whose_dtype_is_read_are_not_packed(tmp_path: Path) -> None:
+    """Packed, their inputs would be cast to uint8."""
+    plain = HYV4ForCausalLM(copy.deepcopy(HY_V4))
+    plain.save_pretrained(tmp_path)
+    config = build_quantization_config(BaseQuantization("nf4", True), torch.bfloat16)
+    assert config is not None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    packed = find_packed(plain).keys()
+    assert packed == find_quantized(plain.config, config) != set()
+    read = [module for name, module in model.named_modules() if name.endswith("weights_proj")]
+    given: list[torch.dtype] = []
+    for module in read:
+        module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype))
+    model(input_ids=torch.arange(16)[None], use_cache=False)
+    assert given == [torch.float32] * len(read) != []
+    with pytest.raises(UserError, match=r"--load_in_8bit True: not supported with hy_v4, .*weights_proj"):
+        check_8_bits(plain, find_text_part(plain))
