@@ -36,6 +36,10 @@ model those of base and adapter, each to 1e-4; the merged files have the tensors
 90 % of the parameters of linear and expert weights are adapted, and in 4 bits with `--q_lora True`. Output heads,
 routers, and what text never reaches (vision and audio towers, projectors) do not count.
 
+Sparse attention chooses between keys of equal scores by their place in a row, in transformers itself. The tiny models
+have none: their indexers have as many heads as published ones, of which few leave many scores at exactly 0
+(DeepSeek-V3.2 and its kin), and Doge keeps as many keys as it has positions, since equal tokens have equal scores.
+
 A name with a plus sign is a variant of the configuration. Random weights show whether numbers are right, not how well a
 model learns. CI tests 25 of them in every run, and `pytest -m models` the others.
 """

@@ -35,7 +35,7 @@ from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, B
 from fastchat_qlora.model.quantization.quantizer import find_packed, is_converted
 
 TRACED_TOKENS = 256
-"""Of the shortest of three rows, if the model has so many positions; state space models compute as many at once."""
+"""Of the shortest of three rows, if the model has positions for all; state space models compute as many at once."""
 
 
 class TokenBytes(NamedTuple):
