@@ -38,21 +38,35 @@ def check_targets(
         )
     # A quantized weight cannot be trained; the head and the embeddings are never quantized.
     trainable = {name for name in modules if not quantized or name not in adaptable or _is_head_or_embedding(name)}
-    trainable -= _find_attention_and_parents(meta_model)
-    _check_module_names("--modules_to_save", lora_config.modules_to_save or (), trainable)
+    trainable -= _find_untrainable_copies(meta_model)
+    saved = lora_config.modules_to_save or ()
+    if untrainable := [name for name in saved if _matches_any(name, modules) and not _matches_any(name, trainable)]:
+        raise UserError(
+            f"--modules_to_save {' '.join(untrainable)}: attention, experts, quantized layers and what holds them "
+            "cannot be trained as a whole; name them in --lora_target_modules, or other modules here"
+        )
+    _check_module_names("--modules_to_save", saved, trainable)
 
 
 def _check_module_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
-    unmatched = sorted(name for name in names if not any(_matches(module, [name]) for module in offered))
+    unmatched = sorted(name for name in names if not _matches_any(name, offered))
     if unmatched:
         last_names = {name.rpartition(".")[2] for name in offered}
         known = ", ".join(sorted(name for name in last_names if name and not name.isdigit()))
         raise UserError(f"{flag} {' '.join(unmatched)}: matches no module to train; the model has {known}")
 
 
-def _find_attention_and_parents(meta_model: PreTrainedModel) -> set[str]:
-    """Return the names of modules whose copy by PEFT would miss a change of the attention backend."""
-    names = [name for name, module in meta_model.named_modules() if "attention" in type(module).__name__.lower()]
+def _matches_any(name: str, modules: Collection[str]) -> bool:
+    return any(_matches(module, [name]) for module in modules)
+
+
+def _find_untrainable_copies(meta_model: PreTrainedModel) -> set[str]:
+    """Return the names of modules that must not be copied by PEFT, and of those that hold them.
+
+    A copy would miss a change of the attention backend, and the products of experts give their weights no gradient.
+    """
+    named = meta_model.named_modules()
+    names = [name for name, each in named if "attention" in type(each).__name__.lower() or is_experts(each)]
     return {"", *(".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 2))}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from mixtures import make_mixture
 from peft import LoraConfig
 from transformers import AutoConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -31,8 +32,17 @@ def test_unmatched_names_are_refused(model_folder: Path) -> None:
         with pytest.raises(UserError, match=f"--modules_to_save {around}"):
             check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=[around])))
     check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=["mlp", "norm"])))
-    with pytest.raises(UserError, match="--modules_to_save head"):
+    with pytest.raises(UserError, match="--modules_to_save head: matches no module to train"):
         check_targets(meta_model, build_lora_config(LoraArguments(modules_to_save=["head"])))
+
+
+@pytest.mark.parametrize("name", ["mlp.experts", "mlp"])
+def test_experts_are_not_trained_as_a_whole(name: str) -> None:
+    arguments = LoraArguments(modules_to_save=[name])
+    with pytest.raises(
+        UserError, match=f"--modules_to_save {name}: attention, experts, quantized layers and what holds"
+    ):
+        check_targets(make_mixture("qwen3_moe"), build_lora_config(arguments))
 
 
 class RemoteCodeConfig(PretrainedConfig):
