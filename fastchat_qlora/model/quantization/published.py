@@ -12,10 +12,17 @@ from transformers import PretrainedConfig
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import list_tensors
 from fastchat_qlora.model.loading.text_part import counts_experts
+from fastchat_qlora.model.quantization.packed_integers import (
+    LAYOUT_NAMES,
+    PACKED_BITS,
+    PACKED_PARTS,
+    get_layout_name,
+    read_layout,
+)
 
 BITSANDBYTES_KINDS = ("nf4", "fp4", "int8")
 CONFIG_KEYS = ("quantization_config", "compression_config")
-DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", *LAYOUT_NAMES)
 """Values of quant_method whose weights are dequantized while they are loaded."""
 
 FORMAT_NAMES = {
@@ -40,6 +47,7 @@ FORMAT_NAMES = {
 """quant_method -> the name that its users know; others are named by their quant_method."""
 
 FOUR_BITS = r"(.+\.weight)\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+)"
+PACKED = rf"(.+\.)({'|'.join(PACKED_PARTS)})"
 FP8 = r"(.+\.)(weight_scale_inv|weight_scale|qscale_weight|scale|activation_scale|input_scale)"
 CONSTANTS = {
     "nf4": FOUR_BITS,
@@ -49,13 +57,14 @@ CONSTANTS = {
     "fp8": FP8,
     "mxfp8": FP8,
     "compressed-tensors": r"(.+\.)weight_(scale|packed|shape|zero_point|global_scale)",
+    **dict.fromkeys(LAYOUT_NAMES, PACKED),
 }
 """Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
 
 QUANTIZED_TENSOR = re.compile(
     r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
 )
-OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, FP8 or MXFP4"
+OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 
 
 class PublishedQuantization(NamedTuple):
@@ -100,6 +109,8 @@ def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
         raise UserError(f"{flag}: quantization_config in its config.json has no quant_method; add it there")
     if method == "compressed-tensors":
         _check_compressed_tensors(settings, flag)
+    elif method in LAYOUT_NAMES:
+        _check_packed(settings, flag)
     elif method not in DEQUANTIZED_FORMATS:
         name = FORMAT_NAMES.get(method, method[:60])
         raise UserError(
@@ -121,6 +132,8 @@ def check_published_files(published: PublishedQuantization | None, names: Collec
             f"{flag}: its config.json has a quantization_config ({published}), and its files hold no such weights; "
             "remove it there if they are not quantized, or download the model again"
         )
+    if published and published.kind in LAYOUT_NAMES:
+        _check_parts(published, names, flag)
 
 
 def is_kept(published: PublishedQuantization | None, kind: str, config: PretrainedConfig) -> bool:
@@ -169,3 +182,39 @@ def _check_compressed_tensors(settings: Mapping[str, Any], flag: str) -> None:
             f"{flag}: its weights are quantized by compressed-tensors, and the package compressed_tensors, which reads "
             f"them, is not installed; pip install compressed-tensors, or give {OTHER_COPIES}"
         )
+
+
+def _check_packed(settings: Mapping[str, Any], flag: str) -> None:
+    name, layout = FORMAT_NAMES[settings["quant_method"]], read_layout(settings)
+    bits = settings.get("bits", 4)
+    if layout is None:
+        unread = f"the layout {get_layout_name(settings)[:60]}"
+    elif bits not in ((4,) if layout.name == "gemm" else PACKED_BITS):
+        unread = f"{str(bits)[:20]} bits"
+    elif settings.get("pack_dtype", "int32") != "int32":
+        unread = f"words of {str(settings['pack_dtype'])[:20]}"
+    elif settings.get("rotation_config") or settings.get("spinquant_config"):
+        unread = "rotated activations"
+    else:
+        return
+    raise UserError(
+        f"{flag}: its weights are quantized by {name} with {unread}, on which training is not supported; "
+        f"give {OTHER_COPIES}"
+    )
+
+
+def _check_parts(published: PublishedQuantization, names: Collection[str], flag: str) -> None:
+    """Require that each packed weight is complete, and that activations have no scales, as in AWQ of some models."""
+    parts = {part: {name.removesuffix(part) for name in names if name.endswith(f".{part}")} for part in PACKED_PARTS}
+    order = parts.pop("g_idx")
+    if published.settings.get("desc_act"):
+        parts["g_idx"] = order
+    for weight in sorted(set[str]().union(*parts.values())):
+        missing = [part for part in parts if weight not in parts[part]]
+        if set(parts) - {*missing} == {"scales"}:
+            raise UserError(
+                f"{flag}: its files hold {weight}scales, by which activations are divided, and on such models training "
+                f"is not supported; give {OTHER_COPIES}"
+            )
+        if missing:
+            raise UserError(f"{flag}: its files lack {weight}{missing[0]}; download the model again")
