@@ -208,6 +208,31 @@ def _save_packed(layout: str, bits: int = 4, **settings: Any) -> Callable[[Path]
     return write
 
 
+def _save_torchao(dtype: torch.dtype, kind: str) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Return a function that saves a folder's weights as torchao does, 8-bit with scales of rows."""
+
+    def write(folder: Path) -> dict[str, torch.Tensor]:
+        tensors, plain = load_file(folder / "model.safetensors"), {}
+        for name, tensor in list(tensors.items()):
+            plain[name] = tensor.float()
+            if name.endswith("proj.weight"):
+                module, weight = name.removesuffix("weight"), tensors.pop(name).float()
+                scales = weight.abs().amax(1, keepdim=True) / 127
+                data = (weight / scales).to(dtype)
+                tensors |= {f"{module}_weight_qdata": data, f"{module}_weight_scale": scales}
+                plain[name] = data.float() * scales
+                if dtype == torch.int8:
+                    zeros = torch.arange(len(data), dtype=dtype)[:, None] % 3
+                    tensors[f"{module}_weight_zero_point"] = zeros
+                    plain[name] = (data.float() - zeros) * scales
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": {}}}}
+        _configure(folder, quantization_config=settings)
+        return plain
+
+    return write
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, torch.Tensor]]]] = {
     "nf4": ("llama", _save_bitsandbytes(nf4(torch.bfloat16))),
     "int8": ("llama", _save_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True))),
@@ -219,6 +244,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, torch.Tensor]]]] = {
     "gptq, experts": ("qwen3_moe", _save_packed("gptq", quant_method="gptq", desc_act=True)),
     "gptq_v2 in 3 bits": ("llama", _save_packed("gptq_v2", 3, quant_method="gptq", checkpoint_format="gptq_v2")),
     "awq": ("llama", _save_packed("gemm", quant_method="awq", version="gemm", zero_point=True)),
+    "torchao int8": ("llama", _save_torchao(torch.int8, "Int8WeightOnlyConfig")),
+    "torchao float8": ("llama", _save_torchao(torch.float8_e4m3fn, "Float8WeightOnlyConfig")),
     "auto-round": (
         "llama",
         _save_packed("gptq", 8, quant_method="auto-round", packing_format="auto_round:auto_gptq"),

@@ -148,11 +148,17 @@ class Refusal(NamedTuple):
     layout: str = ""
 
 
-OTHERS = "; give the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, FP8 or MXFP4"
+OTHERS = "; give the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 REFUSALS = {
-    "gptq": Refusal(f"quantized by GPTQ, on which training is not supported{OTHERS}", {"quant_method": "gptq"}),
-    "awq": Refusal(f"quantized by AWQ, on which training is not supported{OTHERS}", {"quant_method": "awq"}),
-    "nvfp4": Refusal(f"quantized by NVFP4, on which training is not supported{OTHERS}", {"quant_method": "nvfp4"}),
+    "gptq layout": Refusal(
+        f"quantized by GPTQ with the layout marlin, on which training is not supported{OTHERS}",
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+    ),
+    "awq bits": Refusal(
+        f"quantized by AWQ with 3 bits, on which training is not supported{OTHERS}", {"quant_method": "awq", "bits": 3}
+    ),
+    "hqq": Refusal(f"quantized by HQQ, whose files can no longer be loaded{OTHERS}", {"quant_method": "hqq"}),
+    "quanto": Refusal(f"quantized by Quanto, on which training is not supported{OTHERS}", {"quant_method": "quanto"}),
     "unknown": Refusal(f"quantized by q9, on which training is not supported{OTHERS}", {"quant_method": "q9"}),
     "compressed": Refusal(
         f"which reads them, is not installed; pip install compressed-tensors, or{OTHERS[1:]}",

@@ -1,4 +1,4 @@
-"""Integers packed into 32-bit words, as files of GPTQ, AWQ and AutoRound have them -> weights."""
+"""Packed integers with scales, as files of GPTQ, AWQ, AutoRound and torchao have them -> weights."""
 
 import math
 from collections.abc import Mapping
@@ -6,20 +6,26 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")  # tensors in place of a weight
+INTEGER_PARTS = ("qweight", "qzeros", "scales")
+TORCHAO_PARTS = ("_weight_qdata", "_weight_scale")
+PACKED_PARTS = (*INTEGER_PARTS, "g_idx", *TORCHAO_PARTS, "_weight_zero_point")  # tensors in place of a weight
 PACKED_BITS = (2, 3, 4, 8)
 WORD_BITS = 32
 GEMM_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word, of the integers of eight consecutive outputs
 
 
+LayoutName = Literal["gptq", "gptq_v2", "gemm", "rows"]
+"""GPTQ, whose first version has zero points less one, AWQ, and unpacked 8 bits of torchao with scales of rows."""
+
+
 class PackedLayout(NamedTuple):
     """The layout of packed weights."""
 
-    name: Literal["gptq", "gptq_v2", "gemm"]  # of GPTQ, whose first version has zero points less one, and of AWQ
+    name: LayoutName
     group_size: int  # inputs with one scale, where no g_idx has it; at most 0 for all
 
 
-LAYOUT_NAMES: dict[str, dict[str, Literal["gptq", "gptq_v2", "gemm"]]] = {
+LAYOUT_NAMES: dict[str, dict[str, LayoutName]] = {
     "gptq": {"gptq": "gptq", "gptq_v2": "gptq_v2"},
     "awq": {"gemm": "gemm"},
     "auto-round": {
@@ -28,12 +34,21 @@ LAYOUT_NAMES: dict[str, dict[str, Literal["gptq", "gptq_v2", "gemm"]]] = {
         "auto_round": "gptq_v2",
         "auto_round:auto_awq": "gemm",
     },
+    "torchao": {
+        "int8weightonlyconfig": "rows",
+        "int8dynamicactivationint8weightconfig": "rows",
+        "float8weightonlyconfig": "rows",
+    },
 }
 """quant_method -> its name of a layout -> the layout; the first one holds where config.json has none."""
 
 
 def get_layout_name(settings: Mapping[str, Any]) -> str:
     """Return the name that config.json has for the layout."""
+    if settings["quant_method"] == "torchao":
+        for key in ("quant_type", "default", "_type"):
+            settings = settings.get(key, "") if isinstance(settings, Mapping) else settings
+        return str(settings).lower()
     given = [settings.get(key) for key in ("packing_format", "checkpoint_format", "version", "format")]
     named = next(filter(None, given), next(iter(LAYOUT_NAMES[settings["quant_method"]])))
     return "marlin" if settings.get("is_marlin_format") else str(named).lower()
@@ -50,12 +65,15 @@ def dequantize_integers(parts: Mapping[str, torch.Tensor], layout: PackedLayout)
     """Return a weight of shape (outputs, inputs): integers less the zero point of their group, times its scale.
 
     Both formulas are published with the papers: GPTQ, arXiv 2210.17323, and AWQ, arXiv 2306.00978; the layouts are
-    those of AutoGPTQ and AutoAWQ. The result is exact, in fp32.
+    those of AutoGPTQ and AutoAWQ. torchao's is that of its `Int8Tensor` and `Float8Tensor`. The result is in fp32.
 
     Args:
         parts: by names of PACKED_PARTS; `g_idx` is the group of each input.
         layout: of the file.
     """
+    if layout.name == "rows":
+        scales = parts["_weight_scale"].float()
+        return (parts["_weight_qdata"].float() - parts.get("_weight_zero_point", torch.zeros_like(scales))) * scales
     scales = parts["scales"].T
     if layout.name == "gemm":
         integers, zeros = (_unpack_gemm(parts[part]) for part in ("qweight", "qzeros"))

@@ -13,9 +13,11 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import list_tensors
 from fastchat_qlora.model.loading.text_part import counts_experts
 from fastchat_qlora.model.quantization.packed_integers import (
+    INTEGER_PARTS,
     LAYOUT_NAMES,
     PACKED_BITS,
     PACKED_PARTS,
+    TORCHAO_PARTS,
     get_layout_name,
     read_layout,
 )
@@ -46,6 +48,14 @@ FORMAT_NAMES = {
 }
 """quant_method -> the name that its users know; others are named by their quant_method."""
 
+REASONS = {
+    "aqlm": "whose layers PEFT fails to train",  # 0.21: RuntimeError, a view is modified in place
+    "eetq": "whose layers need a kernel that is code from the hub",
+    "hqq": "whose files can no longer be loaded",  # by transformers 5.23: layers keep random weights
+    "nvfp4": "whose files cannot be loaded yet",  # by transformers 5.23
+}
+"""quant_method -> why there is no training on it, where the reason is not ours."""
+
 FOUR_BITS = r"(.+\.weight)\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+)"
 PACKED = rf"(.+\.)({'|'.join(PACKED_PARTS)})"
 FP8 = r"(.+\.)(weight_scale_inv|weight_scale|qscale_weight|scale|activation_scale|input_scale)"
@@ -62,7 +72,7 @@ CONSTANTS = {
 """Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
 
 QUANTIZED_TENSOR = re.compile(
-    r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
+    r".+(\.(weight\.absmax|SCB|weight_scale(_inv)?|weight_packed|qweight|_weight_qdata|weight\._data)|_proj_blocks)"
 )
 OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 
@@ -112,10 +122,8 @@ def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
     elif method in LAYOUT_NAMES:
         _check_packed(settings, flag)
     elif method not in DEQUANTIZED_FORMATS:
-        name = FORMAT_NAMES.get(method, method[:60])
-        raise UserError(
-            f"{flag}: its weights are quantized by {name}, on which training is not supported; give {OTHER_COPIES}"
-        )
+        name, reason = FORMAT_NAMES.get(method, method[:60]), REASONS.get(method, "on which training is not supported")
+        raise UserError(f"{flag}: its weights are quantized by {name}, {reason}; give {OTHER_COPIES}")
     return PublishedQuantization(method, False, settings)
 
 
@@ -125,7 +133,7 @@ def check_published_files(published: PublishedQuantization | None, names: Collec
         if found := min(filter(QUANTIZED_TENSOR.fullmatch, names), default=None):
             raise UserError(
                 f"{flag}: its files hold {found}, so its weights are quantized, and its config.json has no "
-                "quantization_config; give a complete copy"
+                "quantization_config; give a copy that has one, or the model in 16 bits"
             )
     elif names and not any(re.fullmatch(CONSTANTS[published.kind], name) for name in names):
         raise UserError(
@@ -205,13 +213,13 @@ def _check_packed(settings: Mapping[str, Any], flag: str) -> None:
 
 def _check_parts(published: PublishedQuantization, names: Collection[str], flag: str) -> None:
     """Require that each packed weight is complete, and that activations have no scales, as in AWQ of some models."""
-    parts = {part: {name.removesuffix(part) for name in names if name.endswith(f".{part}")} for part in PACKED_PARTS}
-    order = parts.pop("g_idx")
+    kinds: tuple[str, ...] = TORCHAO_PARTS if published.kind == "torchao" else INTEGER_PARTS
     if published.settings.get("desc_act"):
-        parts["g_idx"] = order
+        kinds = (*kinds, "g_idx")
+    parts = {part: {name.removesuffix(part) for name in names if name.endswith(f".{part}")} for part in kinds}
     for weight in sorted(set[str]().union(*parts.values())):
         missing = [part for part in parts if weight not in parts[part]]
-        if set(parts) - {*missing} == {"scales"}:
+        if {*kinds} - {*missing} == {"scales"}:
             raise UserError(
                 f"{flag}: its files hold {weight}scales, by which activations are divided, and on such models training "
                 f"is not supported; give {OTHER_COPIES}"

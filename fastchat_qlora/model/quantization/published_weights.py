@@ -378,7 +378,7 @@ class DequantizePacked(ConversionOps):  # type: ignore[misc]  # transformers is 
 
 
 class PackedSource(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
-    """GPTQ's, AWQ's and AutoRound's packed integers, dequantized."""
+    """Packed integers of GPTQ, AWQ, AutoRound and torchao, dequantized."""
 
     serialized_names = {"weight": ["weight", *PACKED_PARTS]}  # noqa: RUF012  # as transformers has it
 

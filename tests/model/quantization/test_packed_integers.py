@@ -6,7 +6,9 @@ import pytest
 import torch
 from quantized_bases import pack_integers, quantize_integers
 
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.quantization.packed_integers import PackedLayout, dequantize_integers, read_layout
+from fastchat_qlora.model.quantization.published import PublishedQuantization, check_published_files
 
 CASES = [
     *product(("gptq", "gptq_v2"), (2, 3, 4, 8), (32, 64, 160), (True, False)),  # the last group of 64 is incomplete
@@ -56,9 +58,27 @@ def test_groups_that_do_not_fit_are_an_error() -> None:
         ({"quant_method": "awq", "version": "gemv"}, None),
         ({"quant_method": "auto-round"}, "gptq"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, None),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "rows"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, None),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, None),
         ({"load_in_4bit": True}, None),
     ],
 )
 def test_layouts_of_config_json(settings: dict[str, object], layout: str | None) -> None:
     found = read_layout(settings)
     assert (found and found.name) == layout
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "message"),
+    [
+        ("gptq", "up.qweight up.qzeros up.scales", "m: its files lack up.g_idx; download the model again"),
+        ("awq", "up.qweight up.scales", "m: its files lack up.qzeros; download the model again"),
+        ("awq", "up.qweight up.qzeros up.scales act.scales", "m: its files hold act.scales, by which activations are"),
+        ("torchao", "up._weight_qdata", "m: its files lack up._weight_scale; download the model again"),
+    ],
+)
+def test_incomplete_weights_are_refused(method: str, names: str, message: str) -> None:
+    published = PublishedQuantization(method, False, {"quant_method": method, "desc_act": method == "gptq"})
+    with pytest.raises(UserError, match=message):
+        check_published_files(published, names.split(), "m")

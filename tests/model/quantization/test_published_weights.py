@@ -46,6 +46,8 @@ def load(folder: Path, dtype: torch.dtype, bits: Any = None) -> Any:
         ("gptq_v2 in 3 bits", {}),
         ("awq", {}),
         ("auto-round", {}),
+        ("torchao int8", {}),
+        ("torchao float8", {}),
     ],
 )
 def test_dequantized_weights_are_exact(
