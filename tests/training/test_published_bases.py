@@ -151,11 +151,11 @@ class Refusal(NamedTuple):
 OTHERS = "; give the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 REFUSALS = {
     "gptq layout": Refusal(
-        f"quantized by GPTQ with the layout marlin, on which training is not supported{OTHERS}",
+        f"quantized by GPTQ with the layout marlin, and only gptq or gptq_v2 can be trained on{OTHERS}",
         {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
     ),
     "awq bits": Refusal(
-        f"quantized by AWQ with 3 bits, on which training is not supported{OTHERS}", {"quant_method": "awq", "bits": 3}
+        f"quantized by AWQ with 3 bits, and only 4 can be trained on{OTHERS}", {"quant_method": "awq", "bits": 3}
     ),
     "hqq": Refusal(f"quantized by HQQ, whose files can no longer be loaded{OTHERS}", {"quant_method": "hqq"}),
     "quanto": Refusal(f"quantized by Quanto, on which training is not supported{OTHERS}", {"quant_method": "quanto"}),

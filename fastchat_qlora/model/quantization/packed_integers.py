@@ -35,9 +35,9 @@ LAYOUT_NAMES: dict[str, dict[str, LayoutName]] = {
         "auto_round:auto_awq": "gemm",
     },
     "torchao": {
-        "int8weightonlyconfig": "rows",
-        "int8dynamicactivationint8weightconfig": "rows",
-        "float8weightonlyconfig": "rows",
+        "Int8WeightOnlyConfig": "rows",
+        "Int8DynamicActivationInt8WeightConfig": "rows",
+        "Float8WeightOnlyConfig": "rows",
     },
 }
 """quant_method -> its name of a layout -> the layout; the first one holds where config.json has none."""
@@ -48,7 +48,7 @@ def get_layout_name(settings: Mapping[str, Any]) -> str:
     if settings["quant_method"] == "torchao":
         for key in ("quant_type", "default", "_type"):
             settings = settings.get(key, "") if isinstance(settings, Mapping) else settings
-        return str(settings).lower()
+        return str(settings)
     given = [settings.get(key) for key in ("packing_format", "checkpoint_format", "version", "format")]
     named = next(filter(None, given), next(iter(LAYOUT_NAMES[settings["quant_method"]])))
     return "marlin" if settings.get("is_marlin_format") else str(named).lower()

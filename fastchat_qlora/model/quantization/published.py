@@ -193,20 +193,20 @@ def _check_compressed_tensors(settings: Mapping[str, Any], flag: str) -> None:
 
 
 def _check_packed(settings: Mapping[str, Any], flag: str) -> None:
-    name, layout = FORMAT_NAMES[settings["quant_method"]], read_layout(settings)
-    bits = settings.get("bits", 4)
+    method, layout, bits = settings["quant_method"], read_layout(settings), settings.get("bits", 4)
+    supported = (4,) if layout and layout.name == "gemm" else PACKED_BITS
     if layout is None:
-        unread = f"the layout {get_layout_name(settings)[:60]}"
-    elif bits not in ((4,) if layout.name == "gemm" else PACKED_BITS):
-        unread = f"{str(bits)[:20]} bits"
+        found, read = f"the layout {get_layout_name(settings)[:60]}", " or ".join(LAYOUT_NAMES[method])
+    elif bits not in supported:
+        found, read = f"{str(bits)[:20]} bits", " or ".join(map(str, supported))
     elif settings.get("pack_dtype", "int32") != "int32":
-        unread = f"words of {str(settings['pack_dtype'])[:20]}"
+        found, read = f"words of {str(settings['pack_dtype'])[:20]}", "int32"
     elif settings.get("rotation_config") or settings.get("spinquant_config"):
-        unread = "rotated activations"
+        found, read = "rotated activations", "plain ones"
     else:
         return
     raise UserError(
-        f"{flag}: its weights are quantized by {name} with {unread}, on which training is not supported; "
+        f"{flag}: its weights are quantized by {FORMAT_NAMES[method]} with {found}, and only {read} can be trained on; "
         f"give {OTHER_COPIES}"
     )
 
