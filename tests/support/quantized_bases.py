@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -156,6 +157,82 @@ def _save_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
     return plain
 
 
+def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the stream of bits of each column, in 32-bit words."""
+    stream = values.T[..., None] >> torch.arange(bits) & 1
+    packed = np.packbits(stream.flatten(1).byte().numpy(), axis=1, bitorder="little").view(np.int32)
+    return torch.from_numpy(packed).T.contiguous()
+
+
+def quantize_integers(
+    weight: torch.Tensor, layout: str, bits: int, group_size: int, *, in_order: bool = True
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return a weight as packed integers in a layout of GPTQ or AWQ, and the dequantized weight.
+
+    The weight's groups of inputs are in order, or as an activation order may have them.
+    """
+    inputs, largest = weight.shape[1], 2**bits - 1
+    groups = torch.arange(inputs) // group_size
+    if not in_order:
+        groups = groups[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+    values = [weight.float().T[groups == group] for group in range(int(groups.max()) + 1)]
+    low = torch.stack([group.amin(0).clamp(max=0) for group in values])
+    scales = ((torch.stack([group.amax(0) for group in values]) - low) / largest).half()
+    zeros = (-low / scales.float()).round().clamp(1, largest).int()
+    integers = (weight.float().T / scales.float()[groups] + zeros[groups]).round().clamp(0, largest).int()
+    if layout == "gemm":
+        places = [start + place for start in range(0, len(weight), 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
+        parts = {"qweight": pack_integers(integers[:, places].T, 4).T, "qzeros": pack_integers(zeros[:, places].T, 4).T}
+    else:
+        stored = zeros - 1 if layout == "gptq" else zeros
+        parts = {"qweight": pack_integers(integers, bits), "qzeros": pack_integers(stored.T, bits).T}
+        parts["g_idx"] = groups.int()
+    return parts | {"scales": scales}, ((integers - zeros[groups]) * scales.float()[groups]).T.contiguous()
+
+
+def _save_packed(layout: str, bits: int = 4, **settings: Any) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Return a function that packs a folder's weights as integers, and returns the dequantized weights."""
+
+    def write(folder: Path) -> dict[str, torch.Tensor]:
+        tensors, plain = load_file(folder / "model.safetensors"), {}
+        for name, tensor in list(tensors.items()):
+            plain[name] = tensor.float()
+            if name.endswith("proj.weight"):
+                in_order = not settings.get("desc_act")
+                parts, plain[name] = quantize_integers(tensors.pop(name), layout, bits, 32, in_order=in_order)
+                tensors |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        _configure(folder, quantization_config={"bits": bits, "group_size": 32, **settings})
+        return plain
+
+    return write
+
+
+def _save_torchao(dtype: torch.dtype, kind: str) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Return a function that saves a folder's weights as torchao does, 8-bit with scales of rows."""
+
+    def write(folder: Path) -> dict[str, torch.Tensor]:
+        tensors, plain = load_file(folder / "model.safetensors"), {}
+        for name, tensor in list(tensors.items()):
+            plain[name] = tensor.float()
+            if name.endswith("proj.weight"):
+                module, weight = name.removesuffix("weight"), tensors.pop(name).float()
+                scales = weight.abs().amax(1, keepdim=True) / 127
+                data = (weight / scales).to(dtype)
+                tensors |= {f"{module}_weight_qdata": data, f"{module}_weight_scale": scales}
+                plain[name] = data.float() * scales
+                if dtype == torch.int8:
+                    zeros = torch.arange(len(data), dtype=dtype)[:, None] % 3
+                    tensors[f"{module}_weight_zero_point"] = zeros
+                    plain[name] = (data.float() - zeros) * scales
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": {}}}}
+        _configure(folder, quantization_config=settings)
+        return plain
+
+    return write
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, torch.Tensor]]]] = {
     "nf4": ("llama", _save_bitsandbytes(nf4(torch.bfloat16))),
     "int8": ("llama", _save_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True))),
@@ -164,5 +241,14 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, torch.Tensor]]]] = {
     "fp8 by tensor": ("llama", _save_fp8(None, activation_scheme="dynamic")),
     "fp8 of vLLM's tools": ("llama", _save_fp8(None, "weight_scale", activation_scheme="static")),
     "mxfp4": ("gpt_oss", _save_mxfp4),
+    "gptq, experts": ("qwen3_moe", _save_packed("gptq", quant_method="gptq", desc_act=True)),
+    "gptq_v2 in 3 bits": ("llama", _save_packed("gptq_v2", 3, quant_method="gptq", checkpoint_format="gptq_v2")),
+    "awq": ("llama", _save_packed("gemm", quant_method="awq", version="gemm", zero_point=True)),
+    "torchao int8": ("llama", _save_torchao(torch.int8, "Int8WeightOnlyConfig")),
+    "torchao float8": ("llama", _save_torchao(torch.float8_e4m3fn, "Float8WeightOnlyConfig")),
+    "auto-round": (
+        "llama",
+        _save_packed("gptq", 8, quant_method="auto-round", packing_format="auto_round:auto_gptq"),
+    ),
 }
 """Layout -> the family of the model, and what quantizes a folder's model and returns the dequantized weights."""

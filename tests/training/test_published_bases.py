@@ -1,6 +1,7 @@
 """Bases that are published quantized are trained on their own weights, answer with them and are merged onto them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def first_loss(trainer: Any, folder: Path, dtype: torch.dtype, **settings: Any) 
 
 
 NF4 = build_quantization_config(BaseQuantization("nf4", True), torch.float32)  # which packs experts too
-TRAINED = ("nf4", "int8", "fp8 128x128", "fp8 64x64, experts", "mxfp4")
+TRAINED = ("nf4", "int8", "fp8 128x128", "fp8 64x64, experts", "mxfp4", "gptq, experts", "awq")
 FLAGS = {"max_steps": 2, "padding_free": False, "lora_dropout": 0, "learning_rate": 3e-2, "use_cpu": True}
 
 
@@ -70,9 +71,10 @@ def test_base_is_trained_chats_and_is_merged(
 ) -> None:
     base, out = bases(layout), tmp_path / "out"
     train(command(base.published, pair, out, **FLAGS))
+    kind = re.split("[ ,]", layout)[0]
+    folder = base.plain if kind in ("gptq", "awq") else base.published  # transformers needs a package for these
     # In bf16: in fp32 transformers 5.23 leaves what FP8 does not quantize in the dtype of the files, and fails.
-    assert losses(out)[0] == pytest.approx(first_loss(seen["trainer"], base.published, torch.bfloat16), rel=0.01)
-    kind = layout.partition(" ")[0]
+    assert losses(out)[0] == pytest.approx(first_loss(seen["trainer"], folder, torch.bfloat16), rel=0.01)
     recorded = json.loads((out / "training_args.json").read_text())["base_quantization"]
     assert recorded["published"] == kind
     assert recorded["kind"] == (kind if kind in ("nf4", "int8") else "none")
@@ -146,11 +148,17 @@ class Refusal(NamedTuple):
     layout: str = ""
 
 
-OTHERS = "; give the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, FP8 or MXFP4"
+OTHERS = "; give the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 REFUSALS = {
-    "gptq": Refusal(f"quantized by GPTQ, on which training is not supported{OTHERS}", {"quant_method": "gptq"}),
-    "awq": Refusal(f"quantized by AWQ, on which training is not supported{OTHERS}", {"quant_method": "awq"}),
-    "nvfp4": Refusal(f"quantized by NVFP4, on which training is not supported{OTHERS}", {"quant_method": "nvfp4"}),
+    "gptq layout": Refusal(
+        f"quantized by GPTQ with the layout marlin, and only gptq or gptq_v2 can be trained on{OTHERS}",
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+    ),
+    "awq bits": Refusal(
+        f"quantized by AWQ with 3 bits, and only 4 can be trained on{OTHERS}", {"quant_method": "awq", "bits": 3}
+    ),
+    "hqq": Refusal(f"quantized by HQQ, whose files can no longer be loaded{OTHERS}", {"quant_method": "hqq"}),
+    "quanto": Refusal(f"quantized by Quanto, on which training is not supported{OTHERS}", {"quant_method": "quanto"}),
     "unknown": Refusal(f"quantized by q9, on which training is not supported{OTHERS}", {"quant_method": "q9"}),
     "compressed": Refusal(
         f"which reads them, is not installed; pip install compressed-tensors, or{OTHERS[1:]}",

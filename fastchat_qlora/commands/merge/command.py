@@ -35,7 +35,8 @@ from fastchat_qlora.model.merging.layerwise import LayerwiseMerge, NeedsFullMode
 from fastchat_qlora.model.merging.published_files import READABLE, PublishedFiles
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles
 from fastchat_qlora.model.quantization.base_quantization import build_quantization_config
-from fastchat_qlora.model.quantization.published import is_kept, remove_quantization_settings
+from fastchat_qlora.model.quantization.packed_integers import LAYOUT_NAMES
+from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, is_kept, remove_quantization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
         raise NeedsFullModel("the model's code lies outside transformers")
     files = _open_files(adapter)
     is_transposed = any(isinstance(module, Conv1D) for module in meta_model.modules())
-    if adapter.published and adapter.published.is_bitsandbytes and is_transposed:
+    if adapter.published and adapter.published.kind in (*BITSANDBYTES_KINDS, *LAYOUT_NAMES) and is_transposed:
         raise NeedsFullModel("its quantized weights are transposed in the files")
     rounding, quantization = None, build_quantization_config(*adapter.precision)
     if quantization and not is_kept(adapter.published, adapter.precision.quantization.kind, adapter.config):

@@ -31,8 +31,13 @@ from fastchat_qlora.model.quantization.published_weights import read_weights_in_
 from fastchat_qlora.utils.text import one_line
 
 SAMPLE_BYTES = 1 << 20
-SCALE_NAME = re.compile(r"[._](absmax|SCB|scales?|scale_inv|scales_and_zp|qzeros|weight_packed|qweight)$")
-"""Names of tensors without which quantized weights beside them cannot be read."""
+SCALE_NAME = re.compile(
+    r"[._](absmax|SCB|scales?|scale_inv|scales_and_zp|qzeros|weight_packed|qweight|(act|gelu_impl)\.weight)$"
+)
+"""Names of tensors without which quantized weights beside them cannot be read, or activations are not what they were.
+
+The last two are AWQ's scales of activations, renamed by the conversion of packed weights.
+"""
 
 
 def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
@@ -228,8 +233,8 @@ def _check_tensors(found: Mapping[str, Any], flag: str) -> None:
         )
     if scales := sorted(name for name in found["unexpected_keys"] if SCALE_NAME.search(name)):
         raise UserError(
-            f"{flag}: its files hold {scales[0]}, so its weights are quantized, which its config.json does not say; "
-            "give a copy whose config.json has the quantization_config"
+            f"{flag}: its files hold {scales[0]}, a scale that the quantization_config in its config.json does not "
+            f"account for; give {OTHER_COPIES}"
         )
 
 

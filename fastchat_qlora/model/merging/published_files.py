@@ -8,6 +8,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles
+from fastchat_qlora.model.quantization.packed_integers import LAYOUT_NAMES, dequantize_integers, read_layout
 from fastchat_qlora.model.quantization.published import CONSTANTS, PublishedQuantization
 from fastchat_qlora.model.quantization.published_weights import (
     dequantize_bitsandbytes,
@@ -15,7 +16,7 @@ from fastchat_qlora.model.quantization.published_weights import (
     read_4bit_state,
 )
 
-READABLE = ("nf4", "fp4", "int8", "fp8", "mxfp8", "mxfp4")  # kinds of quantization
+READABLE = ("nf4", "fp4", "int8", "fp8", "mxfp8", "mxfp4", *LAYOUT_NAMES)  # kinds of quantization
 
 
 class PublishedFiles(WeightFiles):
@@ -36,7 +37,7 @@ class PublishedFiles(WeightFiles):
         for name in list(self.headers):
             if match := re.fullmatch(CONSTANTS[published.kind], name):
                 weight = f"{match[1]}weight" if match[1].endswith(".") else match[1]
-                if published.kind == "mxfp4" or weight in self.headers:
+                if published.kind in ("mxfp4", *LAYOUT_NAMES) or weight in self.headers:
                     self._constants.setdefault(weight, {})[match[2]] = name
         shapes = {weight: self._get_shape(weight) for weight in self._constants}
         for weight, constants in self._constants.items():
@@ -53,6 +54,8 @@ class PublishedFiles(WeightFiles):
         if kind == "mxfp4":
             packed = constants["blocks"], constants["scales"]
             return convert_moe_packed_tensors(*packed, dtype=self._dtype)  # type: ignore[no-any-return]
+        if layout := read_layout(self._published.settings):
+            return dequantize_integers(constants, layout).to(self._dtype)
         weight = super().read(name)
         if self._published.is_bitsandbytes:
             return dequantize_bitsandbytes(weight, constants, self._dtype).to(self._dtype)
@@ -66,6 +69,9 @@ class PublishedFiles(WeightFiles):
         if self._published.kind == "mxfp4":
             experts, rows, groups, half = self.headers[self._constants[weight]["blocks"]].shape
             return torch.Size((experts, groups * half * 2, rows))
+        if layout := read_layout(self._published.settings):
+            parts = {part: self.headers[name] for part, name in self._constants[weight].items()}
+            return dequantize_integers(parts, layout).shape
         if self._published.kind in ("nf4", "fp4"):
             return torch.Size(read_4bit_state(self._read_constants(weight)).shape)
         header = self.headers[weight]

@@ -12,10 +12,19 @@ from transformers import PretrainedConfig
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import list_tensors
 from fastchat_qlora.model.loading.text_part import counts_experts
+from fastchat_qlora.model.quantization.packed_integers import (
+    INTEGER_PARTS,
+    LAYOUT_NAMES,
+    PACKED_BITS,
+    PACKED_PARTS,
+    TORCHAO_PARTS,
+    get_layout_name,
+    read_layout,
+)
 
 BITSANDBYTES_KINDS = ("nf4", "fp4", "int8")
 CONFIG_KEYS = ("quantization_config", "compression_config")
-DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+DEQUANTIZED_FORMATS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", *LAYOUT_NAMES)
 """Values of quant_method whose weights are dequantized while they are loaded."""
 
 FORMAT_NAMES = {
@@ -39,7 +48,16 @@ FORMAT_NAMES = {
 }
 """quant_method -> the name that its users know; others are named by their quant_method."""
 
+REASONS = {
+    "aqlm": "whose layers PEFT fails to train",  # 0.21: RuntimeError, a view is modified in place
+    "eetq": "whose layers need a kernel that is code from the hub",
+    "hqq": "whose files can no longer be loaded",  # by transformers 5.23: layers keep random weights
+    "nvfp4": "whose files cannot be loaded yet",  # by transformers 5.23
+}
+"""quant_method -> why there is no training on it, where the reason is not ours."""
+
 FOUR_BITS = r"(.+\.weight)\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+)"
+PACKED = rf"(.+\.)({'|'.join(PACKED_PARTS)})"
 FP8 = r"(.+\.)(weight_scale_inv|weight_scale|qscale_weight|scale|activation_scale|input_scale)"
 CONSTANTS = {
     "nf4": FOUR_BITS,
@@ -49,13 +67,14 @@ CONSTANTS = {
     "fp8": FP8,
     "mxfp8": FP8,
     "compressed-tensors": r"(.+\.)weight_(scale|packed|shape|zero_point|global_scale)",
+    **dict.fromkeys(LAYOUT_NAMES, PACKED),
 }
 """Kind of quantization -> names of tensors in place of a weight or beside it: the weight's own start, and the rest."""
 
 QUANTIZED_TENSOR = re.compile(
-    r".+(\.weight\.absmax|\.SCB|\.weight_scale(_inv)?|\.weight_packed|\.qweight|_proj_blocks)"
+    r".+(\.(weight\.absmax|SCB|weight_scale(_inv)?|weight_packed|qweight|_weight_qdata|weight\._data)|_proj_blocks)"
 )
-OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, FP8 or MXFP4"
+OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 
 
 class PublishedQuantization(NamedTuple):
@@ -100,11 +119,11 @@ def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
         raise UserError(f"{flag}: quantization_config in its config.json has no quant_method; add it there")
     if method == "compressed-tensors":
         _check_compressed_tensors(settings, flag)
+    elif method in LAYOUT_NAMES:
+        _check_packed(settings, flag)
     elif method not in DEQUANTIZED_FORMATS:
-        name = FORMAT_NAMES.get(method, method[:60])
-        raise UserError(
-            f"{flag}: its weights are quantized by {name}, on which training is not supported; give {OTHER_COPIES}"
-        )
+        name, reason = FORMAT_NAMES.get(method, method[:60]), REASONS.get(method, "on which training is not supported")
+        raise UserError(f"{flag}: its weights are quantized by {name}, {reason}; give {OTHER_COPIES}")
     return PublishedQuantization(method, False, settings)
 
 
@@ -114,13 +133,15 @@ def check_published_files(published: PublishedQuantization | None, names: Collec
         if found := min(filter(QUANTIZED_TENSOR.fullmatch, names), default=None):
             raise UserError(
                 f"{flag}: its files hold {found}, so its weights are quantized, and its config.json has no "
-                "quantization_config; give a complete copy"
+                "quantization_config; give a copy that has one, or the model in 16 bits"
             )
     elif names and not any(re.fullmatch(CONSTANTS[published.kind], name) for name in names):
         raise UserError(
             f"{flag}: its config.json has a quantization_config ({published}), and its files hold no such weights; "
             "remove it there if they are not quantized, or download the model again"
         )
+    if published and published.kind in LAYOUT_NAMES:
+        _check_parts(published, names, flag)
 
 
 def is_kept(published: PublishedQuantization | None, kind: str, config: PretrainedConfig) -> bool:
@@ -169,3 +190,39 @@ def _check_compressed_tensors(settings: Mapping[str, Any], flag: str) -> None:
             f"{flag}: its weights are quantized by compressed-tensors, and the package compressed_tensors, which reads "
             f"them, is not installed; pip install compressed-tensors, or give {OTHER_COPIES}"
         )
+
+
+def _check_packed(settings: Mapping[str, Any], flag: str) -> None:
+    method, layout, bits = settings["quant_method"], read_layout(settings), settings.get("bits", 4)
+    supported = (4,) if layout and layout.name == "gemm" else PACKED_BITS
+    if layout is None:
+        found, read = f"the layout {get_layout_name(settings)[:60]}", " or ".join(LAYOUT_NAMES[method])
+    elif bits not in supported:
+        found, read = f"{str(bits)[:20]} bits", " or ".join(map(str, supported))
+    elif settings.get("pack_dtype", "int32") != "int32":
+        found, read = f"words of {str(settings['pack_dtype'])[:20]}", "int32"
+    elif settings.get("rotation_config") or settings.get("spinquant_config"):
+        found, read = "rotated activations", "plain ones"
+    else:
+        return
+    raise UserError(
+        f"{flag}: its weights are quantized by {FORMAT_NAMES[method]} with {found}, and only {read} can be trained on; "
+        f"give {OTHER_COPIES}"
+    )
+
+
+def _check_parts(published: PublishedQuantization, names: Collection[str], flag: str) -> None:
+    """Require that each packed weight is complete, and that activations have no scales, as in AWQ of some models."""
+    kinds: tuple[str, ...] = TORCHAO_PARTS if published.kind == "torchao" else INTEGER_PARTS
+    if published.settings.get("desc_act"):
+        kinds = (*kinds, "g_idx")
+    parts = {part: {name.removesuffix(part) for name in names if name.endswith(f".{part}")} for part in kinds}
+    for weight in sorted(set[str]().union(*parts.values())):
+        missing = [part for part in parts if weight not in parts[part]]
+        if {*kinds} - {*missing} == {"scales"}:
+            raise UserError(
+                f"{flag}: its files hold {weight}scales, by which activations are divided, and on such models training "
+                f"is not supported; give {OTHER_COPIES}"
+            )
+        if missing:
+            raise UserError(f"{flag}: its files lack {weight}{missing[0]}; download the model again")

@@ -28,6 +28,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from fastchat_qlora.model.quantization.packed_integers import PACKED_PARTS, dequantize_integers, read_layout
 from fastchat_qlora.model.quantization.published import PublishedQuantization, is_kept
 
 PUBLISHED_METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
@@ -349,8 +350,58 @@ class EightBitSource(Bnb8BitHfQuantizer):  # type: ignore[misc]  # transformers 
         return {"deserialize": _DeserializeEightBit, "dequantize": DequantizeBitsAndBytes}
 
 
+class DequantizePacked(ConversionOps):  # type: ignore[misc]  # transformers is untyped
+    """The dequantization of packed integers, each weight of the parts that the file has in its place."""
+
+    def __init__(self, quantizer: Any) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: Weights, *, model: Any = None, full_layer_name: str = "", **_: Any) -> Weights:
+        """Convert weights of one module, or of the experts of a layer; a single weight gets its full name."""
+        parts_of: dict[str, dict[str, list[torch.Tensor]]] = {}
+        for name, values in input_dict.items():
+            prefix, dot, part = name.rpartition(".")
+            parts_of.setdefault(prefix + dot, {})[part] = _as_list(values)
+        converted: Weights = {}
+        for prefix, parts in parts_of.items():
+            if "weight" in parts and len(parts) > 1:
+                raise ValueError("some experts are quantized and others are not")
+            weights = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+            converted[f"{prefix}weight"] = [self._dequantize(one, model, full_layer_name) for one in weights]
+        return {full_layer_name: converted["weight"]} if "weight" in converted else converted
+
+    def _dequantize(self, parts: dict[str, torch.Tensor], model: Any, name: str) -> torch.Tensor:
+        if "weight" in parts:
+            return cast(parts["weight"], model, name)[0]
+        plain = dequantize_integers(parts, self.hf_quantizer.quantization_config.layout)
+        return cast(_orient([plain], model, name), model, name)[0]
+
+
+class PackedSource(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
+    """Packed integers of GPTQ, AWQ, AutoRound and torchao, dequantized."""
+
+    serialized_names = {"weight": ["weight", *PACKED_PARTS]}  # noqa: RUF012  # as transformers has it
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """Return our operation."""
+        return {"dequantize": DequantizePacked}
+
+    def is_serializable(self) -> bool:
+        """Return False: nothing is saved in the format of the files."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on the dequantized weights."""
+        return True
+
+
 def make_source(settings: dict[str, Any], *, dequantize: bool) -> Any:
     """Return the quantizer that reads files with these settings in their config.json."""
+    if layout := read_layout(settings):
+        packed = PublishedConfig({}, target=None, keeps=False)
+        packed.layout, packed.dequantize = layout, True
+        return PackedSource(packed, pre_quantized=True)
     config = AutoQuantizationConfig.from_dict(dict(settings))
     config.dequantize = dequantize
     if isinstance(config, BitsAndBytesConfig):

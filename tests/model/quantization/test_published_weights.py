@@ -42,15 +42,31 @@ def load(folder: Path, dtype: torch.dtype, bits: Any = None) -> Any:
         ("fp8 by tensor", {}),
         ("fp8 of vLLM's tools", {}),
         ("fp8 128x128", {"intermediate_size": 192, "hidden_size": 160}),  # incomplete blocks
+        ("gptq, experts", {}),
+        ("gptq_v2 in 3 bits", {}),
+        ("awq", {}),
+        ("auto-round", {}),
+        ("torchao int8", {}),
+        ("torchao float8", {}),
     ],
 )
 def test_dequantized_weights_are_exact(
     layout: str, changes: dict[str, int], dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     base = publish(tmp_path, tokenizer_folder, layout, **changes)
-    found = load(base.published, dtype).state_dict()
-    for name, tensor in load_file(base.plain / "model.safetensors").items():
-        torch.testing.assert_close(found[name], tensor.to(dtype), rtol=0, atol=0)
+    found, expected = (load(folder, dtype).state_dict() for folder in (base.published, base.plain))
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+
+
+def test_packed_weights_are_quantized_as_the_dequantized_ones(tokenizer_folder: Path, tmp_path: Path) -> None:
+    base, nf4_config = publish(tmp_path, tokenizer_folder, "gptq, experts"), BaseQuantization("nf4", True)
+    models = [
+        load(folder, torch.float32, build_quantization_config(nf4_config, torch.float32))
+        for folder in (base.published, base.plain)
+    ]
+    found, expected = (dict(model.state_dict()) for model in models)
+    assert count_quantized(models[0], find_text_part(load(base.plain, torch.float32)).sizes).share == 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), height=st.integers(1, 24), width=st.integers(1, 24))
