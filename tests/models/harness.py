@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
+from fastchat_qlora.utils.text import one_line
 
 SECONDS = 240
 """For which a command may run, on a busy machine."""
@@ -416,7 +417,14 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     with quiet():
         write(name, folder / "base")
-    return _judge(folder, *_run_all(folder))
+    facts, runs = _run_all(folder)
+    if facts.ending:  # plain transformers cannot compute with it; the program is to refuse it
+        return {kind: runs[run].ending or f"wrong: plain transformers {facts.ending}" for kind, run in KINDS.items()}
+    return _judge(folder, facts.result, runs)
+
+
+KINDS = {"LoRA": "train", "QLoRA": "train-qlora", "plan": "plan"}
+"""Entries of an outcome that every architecture has, and the names of their commands."""
 
 
 class Run(NamedTuple):
@@ -426,7 +434,7 @@ class Run(NamedTuple):
     result: Any
 
 
-def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
+def _run_all(folder: Path) -> tuple[Run, dict[str, Run]]:
     runs: dict[str, Run] = {}
 
     def go(name: str, work: Callable[..., Any], *arguments: Any, **flags: Any) -> Run:
@@ -435,21 +443,19 @@ def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
         return runs[name]
 
     facts = go("facts", examine_base)
-    if facts.ending:
-        raise RuntimeError(f"plain transformers: {facts.ending}")
     lora = go("train", train, "lora")
     qlora = go("train-qlora", train, "qlora", **QLORA)
     go("plan", plan)
     go("plan-qlora", plan, **QLORA)
-    if not lora.ending:
+    if not lora.ending and not facts.ending:
         lora.result["log"] = (folder / "train.log").read_text(encoding="utf-8")
         if lora.result["padding_free"]:
             go("train-padded", train, "padded", padding_free=False)
         go("merge", merge)
         go("check", check_adapter, lora.result)
-    if not qlora.ending:
+    if not qlora.ending and not facts.ending:
         go("check-qlora", check_qlora, qlora.result)
-    return facts.result, runs
+    return facts, runs
 
 
 def _judge(folder: Path, base: dict[str, Any], runs: dict[str, Run]) -> dict[str, Any]:
@@ -544,7 +550,16 @@ def _judge_plan(run: Run, live: dict[str, Any], kind: str) -> Iterator[str]:
 
 
 def _work(name: str, folder: Path) -> None:
-    (folder / "outcome.json").write_text(json.dumps(examine(name, folder)), encoding="utf-8")
+    try:
+        outcome = examine(name, folder)
+    except Exception as error:
+        outcome = _fail(f"{type(error).__name__}: {one_line(error, 200)}")
+    (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def _fail(reason: str) -> dict[str, Any]:
+    """Return the outcome of an architecture that no command could be tried on."""
+    return dict.fromkeys(KINDS, f"failed: the test itself: {reason}")
 
 
 def examine_apart(name: str) -> dict[str, Any]:
@@ -554,5 +569,8 @@ def examine_apart(name: str) -> dict[str, Any]:
         process = context().Process(target=_work, args=(name, folder))
         process.start()
         process.join()
-        outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        written = folder / "outcome.json"
+        if not written.exists():
+            return _fail(f"its process ended with {process.exitcode}")
+        outcome: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
         return outcome
