@@ -10,6 +10,7 @@ from quick_runs import command
 from transformers import AutoConfig
 
 from fastchat_qlora import cli
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.auto_class import (
     check_trains_on_text,
     get_auto_class,
@@ -19,9 +20,12 @@ from fastchat_qlora.model.loading.auto_class import (
 
 ENCODER, ENCODER_DECODER, NO_TEXT = "is an encoder,", "is an encoder-decoder,", "does not learn from text alone;"
 REFUSED = {
-    **dict.fromkeys(("bert", "roberta", "electra", "bert-generation", "xlm", "reformer", "trocr"), ENCODER),
+    **dict.fromkeys(("bert", "roberta", "electra", "bert-generation", "xlm", "trocr"), ENCODER),
     **dict.fromkeys(("bart", "marian", "whisper", "musicgen", "t5gemma2", "florence2"), ENCODER_DECODER),
     **dict.fromkeys(("blip", "blip-2", "kosmos-2", "gemma4_unified_assistant", "qwen2_5_omni"), NO_TEXT),
+    "paligemma": "is a model whose tokens see later ones, and so the answers (use_bidirectional_attention is set);",
+    "prophetnet": "is not supported, since the logits of a token depend on the length of its row;",
+    "reformer": "is not supported, since its hashed attention lets later tokens change earlier logits;",
     "vit": "is not a causal language model;",
 }
 DECODERS = (
@@ -41,7 +45,14 @@ def test_models_that_text_does_not_train_are_refused_before_loading(
     assert cli.main(["train", *command(folder, data_file, tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: --model_name_or_path {folder}: {model_type} {REFUSED[model_type]}")
-    assert error.count("choose a chat model") == 1
+    assert error.count("; choose a") == 1
+
+
+@pytest.mark.parametrize(("model_type", "value"), [("gemma", True), ("gemma3_text", True), ("gemma4_text", "all")])
+def test_bidirectional_text_models_are_refused(model_type: str, value: Any) -> None:
+    config = AutoConfig.for_model(model_type, use_bidirectional_attention=value)
+    with pytest.raises(UserError, match="use_bidirectional_attention is set"):
+        check_trains_on_text(config, "--model_name_or_path x")
 
 
 @pytest.mark.parametrize("fields", DECODERS, ids=lambda fields: fields["model_type"])

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from mixtures import HY_V4, make_mixture
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM, MambaConfig
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.text_part import find_text_part
@@ -75,3 +75,11 @@ def test_layers_whose_dtype_is_read_are_not_packed(tmp_path: Path) -> None:
     assert given == [torch.float32] * len(read) != []
     with pytest.raises(UserError, match=r"--load_in_8bit True: not supported with hy_v4, .*weights_proj"):
         check_8_bits(plain, find_text_part(plain))
+
+
+def test_weights_that_mamba_reads_without_a_call_are_not_packed() -> None:
+    config = MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, time_step_rank=8)
+    settings = build_quantization_config(BaseQuantization("nf4", True), torch.float32)
+    assert settings is not None
+    packed = {f"backbone.layers.{layer}.mixer.{name}_proj" for layer in (0, 1) for name in ("in", "x", "out")}
+    assert find_quantized(config, settings) == packed
