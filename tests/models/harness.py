@@ -54,6 +54,9 @@ RUN: dict[str, Any] = {
     "disable_tqdm": True,
 }
 QLORA = {"q_lora": True, "bf16": True}
+FP32_ONLY = ("xlstm",)
+"""Types that transformers computes in fp32 only."""
+
 TOLERANCE = 1e-4
 QLORA_TOLERANCE = 5e-3
 """Relative error of a first loss in bf16: a token near the border may go to another expert."""
@@ -323,7 +326,7 @@ def check_adapter(folder: Path, lora: dict[str, Any]) -> dict[str, list[str]]:
         problems["lora"].append("plain PEFT has other logits than the live model")
     if (folder / "merged").is_dir():
         merged = forward(load_plain(loader, folder / "merged"), rows[0]["input_ids"])
-        problems["merge"] = list(_check_merged(folder, error(merged, logits)))
+        problems["merge"] = list(_check_merged(folder, error(merged, logits), set(base.all_tied_weights_keys)))
     return problems
 
 
@@ -339,10 +342,12 @@ def attach_plain(base: Any, adapter: Path) -> tuple[Any, str]:
     return adapted, "plain PEFT misses tensors of the adapter" if is_missing else ""
 
 
-def _check_merged(folder: Path, difference: float) -> Iterator[str]:
+def _check_merged(folder: Path, difference: float, shared: set[str]) -> Iterator[str]:
     if difference > TOLERANCE:
         yield "logits are not those of base and adapter"
-    if headers(folder / "merged") != headers(folder / "base"):
+    merged, base = headers(folder / "merged"), headers(folder / "base")
+    # Layers that share a weight have adapters of their own, and then weights of their own.
+    if {name: header for name, header in merged.items() if name in base or name not in shared} != base:
         yield "other tensors than the base model's"
 
 
@@ -357,10 +362,10 @@ def headers(folder: Path) -> dict[str, tuple[list[int], str]]:
     return found
 
 
-def check_qlora(folder: Path, qlora: dict[str, Any]) -> list[str]:
+def check_qlora(folder: Path, qlora: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Return what is wrong with the first loss of a QLoRA run: the weights are those of NF4, unpacked."""
     for loader in plain_classes(folder / "base"):
-        model = load_plain(loader, folder / "base", torch.bfloat16)
+        model = load_plain(loader, folder / "base", dtype)
         named = dict(model.named_parameters())
         if set(qlora["stored"]) <= set(named):
             break
@@ -443,10 +448,12 @@ def _run_all(folder: Path) -> tuple[Run, dict[str, Run]]:
         return runs[name]
 
     facts = go("facts", examine_base)
+    is_half = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))["model_type"] not in FP32_ONLY
+    flags = QLORA | {"bf16": is_half}
     lora = go("train", train, "lora")
-    qlora = go("train-qlora", train, "qlora", **QLORA)
+    qlora = go("train-qlora", train, "qlora", **flags)
     go("plan", plan)
-    go("plan-qlora", plan, **QLORA)
+    go("plan-qlora", plan, **flags)
     if not lora.ending and not facts.ending:
         lora.result["log"] = (folder / "train.log").read_text(encoding="utf-8")
         if lora.result["padding_free"]:
@@ -454,7 +461,7 @@ def _run_all(folder: Path) -> tuple[Run, dict[str, Run]]:
         go("merge", merge)
         go("check", check_adapter, lora.result)
     if not qlora.ending and not facts.ending:
-        go("check-qlora", check_qlora, qlora.result)
+        go("check-qlora", check_qlora, qlora.result, torch.bfloat16 if is_half else torch.float32)
     return facts, runs
 
 

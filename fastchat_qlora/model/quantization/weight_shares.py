@@ -104,7 +104,9 @@ def is_quantized(model: Any, name: str) -> bool:
     if module is None:
         experts = _find_base_layer(model, owner)
         return experts is not None and leaf in get_quant_states(experts)
-    return getattr(module, "quant_state", None) is not None or module.weight.dtype == torch.int8
+    # Of layers that share a weight, as Zamba's do, only one has the constants in the module, and the weight has them.
+    owners = (module, module.weight)
+    return any(getattr(one, "quant_state", None) is not None for one in owners) or module.weight.dtype == torch.int8
 
 
 def _find_base_layer(model: torch.nn.Module, name: str) -> Any:

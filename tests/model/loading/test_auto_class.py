@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from quick_runs import command
 from transformers import AutoConfig
 
 from fastchat_qlora import cli
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.auto_class import (
+    check_dtype,
     check_trains_on_text,
     get_auto_class,
     get_model_class,
@@ -26,6 +28,7 @@ REFUSED = {
     "paligemma": "is a model whose tokens see later ones, and so the answers (use_bidirectional_attention is set);",
     "prophetnet": "is not supported, since the logits of a token depend on the length of its row;",
     "reformer": "is not supported, since its hashed attention lets later tokens change earlier logits;",
+    "xlnet": "is not supported, since the tokens of a prompt see later ones;",
     "vit": "is not a causal language model;",
 }
 DECODERS = (
@@ -59,6 +62,13 @@ def test_bidirectional_text_models_are_refused(model_type: str, value: Any) -> N
 def test_decoders_are_not_refused(fields: dict[str, Any]) -> None:
     fields = dict(fields)
     check_trains_on_text(AutoConfig.for_model(fields.pop("model_type"), **fields), "--model_name_or_path x")
+
+
+def test_xlstm_computes_in_fp32_only() -> None:
+    config = AutoConfig.for_model("xlstm")
+    check_dtype(config, torch.float32)
+    with pytest.raises(UserError, match="--bf16 True: transformers computes xlstm in fp32 only; drop the flag"):
+        check_dtype(config, torch.bfloat16)
 
 
 class Choice(NamedTuple):

@@ -83,3 +83,10 @@ def test_weights_that_mamba_reads_without_a_call_are_not_packed() -> None:
     assert settings is not None
     packed = {f"backbone.layers.{layer}.mixer.{name}_proj" for layer in (0, 1) for name in ("in", "x", "out")}
     assert find_quantized(config, settings) == packed
+
+
+def test_layers_that_share_a_packed_weight_all_count() -> None:
+    model = torch.nn.Sequential(Linear4bit(64, 64), Linear4bit(64, 64))
+    model[0].to("cpu")
+    model[1].weight = model[0].weight
+    assert count_quantized(model, {"0": 4096, "1": 4096}).share == 1
