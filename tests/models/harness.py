@@ -240,12 +240,14 @@ def weights(model: PreTrainedModel, ids: list[int]) -> dict[str, Weight]:
     model(input_ids=torch.tensor([ids]), use_cache=False).logits.float().square().mean().backward()
     head = model.get_output_embeddings()
     found = {}
+    once = {name for name, _ in model.named_parameters()}  # layers may share a weight, as heads share the embeddings'
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(prefix=module_name, recurse=False):
             is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith("weight")
             words = f"{name} {type(module).__name__}".lower()
             is_fused = tensor.ndim > 1 and "bias" not in name and ("expert" in words or "router" in words)
-            if is_linear or (is_fused and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)):
+            is_fused &= not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+            if (name in once or module is head) and (is_linear or is_fused):
                 found[name] = Weight(tensor.numel(), _find_part(name, module, head, is_reached=tensor.grad is not None))
     return found
 
