@@ -169,7 +169,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "voxtral_encoder": {"max_source_positions": 64},  # which stay in fp32: a thousandth of published weights
     "xlstm": {"chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
-    "zamba": LINEAR_AND_HYBRID,
+    "zamba": LINEAR_AND_HYBRID | {"mamba_d_state": 16},  # as published; by it, A_log is in fp32
     "zamba2": LINEAR_AND_HYBRID,
     "zaya": {"num_experts_per_tok": 1},
 }
