@@ -11,6 +11,7 @@ from mixtures import HY_V4, make_mixture
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM, MambaConfig
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 from fastchat_qlora.model.quantization.quantizer import find_packed, pack_experts
@@ -83,6 +84,10 @@ def test_weights_that_mamba_reads_without_a_call_are_not_packed() -> None:
     assert settings is not None
     packed = {f"backbone.layers.{layer}.mixer.{name}_proj" for layer in (0, 1) for name in ("in", "x", "out")}
     assert find_quantized(config, settings) == packed
+    model = build_meta_model(config)
+    assert model is not None
+    with pytest.raises(UserError, match=r"--load_in_8bit True: not supported with mamba, .* use --q_lora True"):
+        check_8_bits(model, find_text_part(model))
 
 
 def test_layers_that_share_a_packed_weight_all_count() -> None:
