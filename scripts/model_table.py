@@ -32,9 +32,10 @@ Every architecture of `AutoModelForCausalLM`, and the multimodal ones that are m
 random weights, one layer of every kind at least: trained for a step with LoRA and with QLoRA on all linear layers,
 planned, and merged. *Right* means, by plain transformers and PEFT: the first loss is that of the conversations alone;
 padded and padding-free rows have the same loss; the saved adapter gives the logits of the live model, and the merged
-model those of base and adapter, each to 1e-4; the merged files have the tensors of the base model's files; and at least
-90 % of the parameters of linear and expert weights are adapted, and in 4 bits with `--q_lora True`. Output heads,
-routers, and what text never reaches (vision and audio towers, projectors) do not count.
+model those of base and adapter, each to 1e-4; the merged files have the tensors of the base model's files, and a copy
+for each layer of the weights that layers share; and at least 90 % of the parameters of linear and expert weights are
+adapted, and in 4 bits with `--q_lora True`. Output heads, routers, and what text never reaches (vision and audio
+towers, projectors) do not count.
 
 Sparse attention chooses between keys of equal scores by their place in a row, in transformers itself. The tiny models
 have none: their indexers have as many heads as published ones, of which few leave many scores at exactly 0

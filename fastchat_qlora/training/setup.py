@@ -28,6 +28,7 @@ from fastchat_qlora.model.adapter.targets import resolve_targets
 from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.attention.attention_checks import check_attention
 from fastchat_qlora.model.estimates.memory import ModelCost
+from fastchat_qlora.model.loading.auto_class import check_dtype
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
     check_router_loss,
@@ -128,6 +129,7 @@ def prepare_data(
 def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     """Read the base model's configuration, and check that the adapter can be attached to such a model."""
     config, name = load_config(args.model, args.training.cache_dir), args.model.model_name_or_path
+    check_dtype(config, get_compute_dtype(args.training))
     published = read_published_quantization(config, name)
     quantization = choose_base_quantization(args.lora, published, name)
     check_router_loss(config, args.training.router_aux_loss_coef)

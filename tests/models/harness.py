@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
+from fastchat_qlora.utils.text import one_line
 
 SECONDS = 240
 """For which a command may run, on a busy machine."""
@@ -53,6 +54,9 @@ RUN: dict[str, Any] = {
     "disable_tqdm": True,
 }
 QLORA = {"q_lora": True, "bf16": True}
+FP32_ONLY = ("xlstm",)
+"""Types that transformers computes in fp32 only."""
+
 TOLERANCE = 1e-4
 QLORA_TOLERANCE = 5e-3
 """Relative error of a first loss in bf16: a token near the border may go to another expert."""
@@ -236,12 +240,14 @@ def weights(model: PreTrainedModel, ids: list[int]) -> dict[str, Weight]:
     model(input_ids=torch.tensor([ids]), use_cache=False).logits.float().square().mean().backward()
     head = model.get_output_embeddings()
     found = {}
+    once = {name for name, _ in model.named_parameters()}  # layers may share a weight, as heads share the embeddings'
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(prefix=module_name, recurse=False):
             is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith("weight")
             words = f"{name} {type(module).__name__}".lower()
             is_fused = tensor.ndim > 1 and "bias" not in name and ("expert" in words or "router" in words)
-            if is_linear or (is_fused and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)):
+            is_fused &= not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+            if (name in once or module is head) and (is_linear or is_fused):
                 found[name] = Weight(tensor.numel(), _find_part(name, module, head, is_reached=tensor.grad is not None))
     return found
 
@@ -322,7 +328,7 @@ def check_adapter(folder: Path, lora: dict[str, Any]) -> dict[str, list[str]]:
         problems["lora"].append("plain PEFT has other logits than the live model")
     if (folder / "merged").is_dir():
         merged = forward(load_plain(loader, folder / "merged"), rows[0]["input_ids"])
-        problems["merge"] = list(_check_merged(folder, error(merged, logits)))
+        problems["merge"] = list(_check_merged(folder, error(merged, logits), set(base.all_tied_weights_keys)))
     return problems
 
 
@@ -338,10 +344,12 @@ def attach_plain(base: Any, adapter: Path) -> tuple[Any, str]:
     return adapted, "plain PEFT misses tensors of the adapter" if is_missing else ""
 
 
-def _check_merged(folder: Path, difference: float) -> Iterator[str]:
+def _check_merged(folder: Path, difference: float, shared: set[str]) -> Iterator[str]:
     if difference > TOLERANCE:
         yield "logits are not those of base and adapter"
-    if headers(folder / "merged") != headers(folder / "base"):
+    merged, base = headers(folder / "merged"), headers(folder / "base")
+    # Layers that share a weight have adapters of their own, and then weights of their own.
+    if {name: header for name, header in merged.items() if name in base or name not in shared} != base:
         yield "other tensors than the base model's"
 
 
@@ -356,10 +364,10 @@ def headers(folder: Path) -> dict[str, tuple[list[int], str]]:
     return found
 
 
-def check_qlora(folder: Path, qlora: dict[str, Any]) -> list[str]:
+def check_qlora(folder: Path, qlora: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Return what is wrong with the first loss of a QLoRA run: the weights are those of NF4, unpacked."""
     for loader in plain_classes(folder / "base"):
-        model = load_plain(loader, folder / "base", torch.bfloat16)
+        model = load_plain(loader, folder / "base", dtype)
         named = dict(model.named_parameters())
         if set(qlora["stored"]) <= set(named):
             break
@@ -416,7 +424,14 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     with quiet():
         write(name, folder / "base")
-    return _judge(folder, *_run_all(folder))
+    facts, runs = _run_all(folder)
+    if facts.ending:  # plain transformers cannot compute with it; the program is to refuse it
+        return {kind: runs[run].ending or f"wrong: plain transformers {facts.ending}" for kind, run in KINDS.items()}
+    return _judge(folder, facts.result, runs)
+
+
+KINDS = {"LoRA": "train", "QLoRA": "train-qlora", "plan": "plan"}
+"""Entries of an outcome that every architecture has, and the names of their commands."""
 
 
 class Run(NamedTuple):
@@ -426,7 +441,7 @@ class Run(NamedTuple):
     result: Any
 
 
-def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
+def _run_all(folder: Path) -> tuple[Run, dict[str, Run]]:
     runs: dict[str, Run] = {}
 
     def go(name: str, work: Callable[..., Any], *arguments: Any, **flags: Any) -> Run:
@@ -435,21 +450,21 @@ def _run_all(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
         return runs[name]
 
     facts = go("facts", examine_base)
-    if facts.ending:
-        raise RuntimeError(f"plain transformers: {facts.ending}")
+    is_half = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))["model_type"] not in FP32_ONLY
+    flags = QLORA | {"bf16": is_half}
     lora = go("train", train, "lora")
-    qlora = go("train-qlora", train, "qlora", **QLORA)
+    qlora = go("train-qlora", train, "qlora", **flags)
     go("plan", plan)
-    go("plan-qlora", plan, **QLORA)
-    if not lora.ending:
+    go("plan-qlora", plan, **flags)
+    if not lora.ending and not facts.ending:
         lora.result["log"] = (folder / "train.log").read_text(encoding="utf-8")
         if lora.result["padding_free"]:
             go("train-padded", train, "padded", padding_free=False)
         go("merge", merge)
         go("check", check_adapter, lora.result)
-    if not qlora.ending:
-        go("check-qlora", check_qlora, qlora.result)
-    return facts.result, runs
+    if not qlora.ending and not facts.ending:
+        go("check-qlora", check_qlora, qlora.result, torch.bfloat16 if is_half else torch.float32)
+    return facts, runs
 
 
 def _judge(folder: Path, base: dict[str, Any], runs: dict[str, Run]) -> dict[str, Any]:
@@ -544,7 +559,16 @@ def _judge_plan(run: Run, live: dict[str, Any], kind: str) -> Iterator[str]:
 
 
 def _work(name: str, folder: Path) -> None:
-    (folder / "outcome.json").write_text(json.dumps(examine(name, folder)), encoding="utf-8")
+    try:
+        outcome = examine(name, folder)
+    except Exception as error:
+        outcome = _fail(f"{type(error).__name__}: {one_line(error, 200)}")
+    (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def _fail(reason: str) -> dict[str, Any]:
+    """Return the outcome of an architecture that no command could be tried on."""
+    return dict.fromkeys(KINDS, f"failed: the test itself: {reason}")
 
 
 def examine_apart(name: str) -> dict[str, Any]:
@@ -554,5 +578,8 @@ def examine_apart(name: str) -> dict[str, Any]:
         process = context().Process(target=_work, args=(name, folder))
         process.start()
         process.join()
-        outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        written = folder / "outcome.json"
+        if not written.exists():
+            return _fail(f"its process ended with {process.exitcode}")
+        outcome: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
         return outcome

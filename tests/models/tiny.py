@@ -145,6 +145,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_vision_model": {"vision_output_dim": 64},
+    "mamba": {"time_step_rank": 8},  # an eighth of the width; published ones have a sixteenth
     "mamba2": {"num_heads": 8},
     "mellum": GLOBAL_AFTER_LOCAL,
     "minimax_m3_vl_text": {
@@ -164,9 +165,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
+    "rwkv": {"rescale_every": 1},  # so that two layers differ as those of published models do
+    "voxtral_encoder": {"max_source_positions": 64},  # which stay in fp32: a thousandth of published weights
     "xlstm": {"chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
-    "zamba": LINEAR_AND_HYBRID,
+    "zamba": LINEAR_AND_HYBRID | {"mamba_d_state": 16},  # as published; by it, A_log is in fp32
     "zamba2": LINEAR_AND_HYBRID,
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -107,7 +107,7 @@ def make_test_sequences(tokenizer: Any, context_length: int | None) -> list[torc
 def get_logits(model: Any, sequences: Iterable[torch.Tensor], *, adapter: bool = True) -> list[torch.Tensor]:
     """Return a model's logits for token ids of shape (1, tokens): in fp32, on the CPU, shape (tokens, vocabulary)."""
     with nullcontext() if adapter else model.disable_adapter():
-        return [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in sequences]
+        return [model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in sequences]
 
 
 def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> Difference:

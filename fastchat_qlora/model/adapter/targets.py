@@ -48,9 +48,15 @@ MOVED = {one for groups in FUSED_NAMES.values() for group in groups for one in g
 UNWRAPPABLE_EXPERTS = ("DbrxExpertGLU",)
 """Classes of experts whose parameters the module around them reads, which it cannot through PEFT's wrapper."""
 
-MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-MAMBA_MODULES = ("out_proj", "conv1d")
-"""Modules that PEFT refuses in models of these types, whose kernels use the weights alone (`tuners_utils.py`)."""
+WITHOUT_ADAPTER = {
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d")),
+    "rwkv": ("attention.output", "feed_forward.value"),
+}
+"""Type -> ends of the names of modules whose weights the model uses or changes beside their forward pass.
+
+Mamba's kernels use the weights alone, and PEFT (0.21.2, `tuners_utils.py`) refuses such an adapter. RWKV (transformers
+5.23, `_rescale_layers`) divides the weights of later layers for evaluation, and PEFT's adapter on them stays as it is.
+"""
 
 
 class Targets(NamedTuple):
@@ -90,7 +96,18 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
         for name in parameters
         if not ends_with_any(name, excluded) and not ends_with_any(_get_owner(name), excluded)
     )
-    return Targets(frozenset(name for name in modules if not ends_with_any(name, excluded)), frozenset(kept))
+    modules = {name for name in modules if not ends_with_any(name, excluded)}
+    _check_adapters_work(modules, model.config.model_type)
+    return Targets(frozenset(modules), frozenset(kept))
+
+
+def _check_adapters_work(modules: set[str], model_type: str) -> None:
+    for end in WITHOUT_ADAPTER.get(model_type, ()):
+        if any(ends_with_any(name, [end]) for name in modules):
+            raise UserError(
+                f"--lora_target_modules: {model_type} uses or changes the weights of {end} outside of its forward "
+                f"pass, where an adapter has no part; leave it out by --lora_exclude_modules {end}"
+            )
 
 
 def find_adaptable(model: torch.nn.Module) -> set[str]:
@@ -99,8 +116,8 @@ def find_adaptable(model: torch.nn.Module) -> set[str]:
 
 
 def _choose_all_linear(model: PreTrainedModel, text: TextPart) -> set[str]:
-    refused = MAMBA_MODULES if model.config.model_type in MAMBA_TYPES else ()
-    return {name for name in text.linear if name.rpartition(".")[2] not in refused}
+    refused = WITHOUT_ADAPTER.get(model.config.model_type, ())
+    return {name for name in text.linear if not ends_with_any(name, refused)}
 
 
 def _find_adaptable_experts(model: PreTrainedModel, text: TextPart) -> set[str]:

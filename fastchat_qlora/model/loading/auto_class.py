@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -29,8 +30,15 @@ UNSUPPORTED_TYPES = {
     "blt": "it patches bytes by a second model, which the adapter's loss does not pass",
     "cpmant": "the tokens of a prompt see later ones",
     "emu3": "AutoModelForCausalLM does not find its tensors under their names in its files",
+    # Its relative positions are in the order of heads, its scores in that of tokens (ProphetNetNgramSelfAttention).
+    "prophetnet": "the logits of a token depend on the length of its row",
+    "reformer": "its hashed attention lets later tokens change earlier logits",
+    "xlnet": "the tokens of a prompt see later ones",
 }
 """Types that no rule below finds, and why they cannot be trained (transformers 5.23)."""
+
+FP32_TYPES = ("xlstm",)
+"""Types whose code in transformers (5.23, `mlstm_chunkwise_native`) mixes other dtypes with fp32 in rows of a chunk."""
 
 
 def get_auto_class(config: PretrainedConfig) -> Any:
@@ -73,8 +81,18 @@ def check_trains_on_text(config: PretrainedConfig, flag: str) -> None:
     if _is_encoder(config, takes_encoder="encoder_hidden_states" in parameters):
         reason = "whose tokens see later ones, or a part of an encoder-decoder"
         raise UserError(f"{flag}: {name} is an encoder, {reason}; choose a chat model (is_decoder is not set)")
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        reason = "whose tokens see later ones, and so the answers"
+        raise UserError(f"{flag}: {name} is a model {reason} (use_bidirectional_attention is set); choose a chat model")
     if "labels" not in parameters or model_class.main_input_name != "input_ids":
         raise UserError(f"{flag}: {name} does not learn from text alone; choose a chat model")
+
+
+def check_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Require a dtype that a model computes in."""
+    if config.model_type in FP32_TYPES and dtype != torch.float32:
+        flag = "--bf16 True" if dtype == torch.bfloat16 else "--fp16 True"
+        raise UserError(f"{flag}: transformers computes {config.model_type} in fp32 only; drop the flag")
 
 
 def _is_encoder(config: PretrainedConfig, *, takes_encoder: bool) -> bool:

@@ -222,6 +222,7 @@ def load_model(
     keep_cpu_weights_trainable(model)
     check_unpacking(model)
     forget_longest_rows(model)
+    keep_weights_in_evaluation(model)
     return model
 
 
@@ -248,3 +249,13 @@ def keep_cpu_weights_trainable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain bool, not a tensor
+
+
+def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
+    """Prevent RWKV from dividing the weights of later layers in evaluation, by its own setting.
+
+    It divides so that fp16 does not overflow. For training it then multiplies packed bytes, and 8-bit weights but not
+    their scales (transformers 5.23, `_rescale_layers`). This can go once it restores quantized weights.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0

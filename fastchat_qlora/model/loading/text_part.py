@@ -9,8 +9,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
+from fastchat_qlora.utils.text import ends_with_any
 
 NARROWEST_WIDTH = 8  # of a layer that is quantized and adapted: gates of one output, AltUp's coefficients are narrower
+READ_BY_MODEL = {"mamba": ("dt_proj",)}
+"""Type -> ends of the names of layers whose weight the model reads without a call (`MambaMixer` of transformers 5.23).
+
+In 4 bits it would read packed bytes. Models that call such a layer once it is packed, as Jamba does, need no entry.
+"""
+
 EXPERTS_IN_PATH = re.compile(r"(.*\.)?experts(?=\.|$)")
 
 
@@ -20,7 +27,7 @@ class TextPart(NamedTuple):
     linear: dict[str, Any]  # by name of the module
     experts: dict[str, torch.nn.Parameter]  # fused weights of all experts of a layer, by name of the parameter
     routers: tuple[str, ...]  # linear layers that choose experts
-    other_linear: dict[str, Any]  # too narrow, or with a forward pass other than x W^T + b
+    other_linear: dict[str, Any]  # too narrow, with a forward pass other than x W^T + b, or read by the model
     towers: tuple[str, ...]  # modules for images and sounds, with their projectors
 
     @property
@@ -43,6 +50,7 @@ def find_text_part(model: PreTrainedModel) -> TextPart:
     }
     blocks = _find_expert_blocks(model, experts)
     linear, routers, others = {}, [], {}
+    read_by_model = READ_BY_MODEL.get(model.config.get_text_config().model_type, ())
     regular: dict[type[torch.nn.Module], bool] = {}
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or is_in_tower(name, towers):
@@ -52,7 +60,8 @@ def find_text_part(model: PreTrainedModel) -> TextPart:
             continue
         if type(module) not in regular:
             regular[type(module)] = computes_linear(module)
-        if min(module.weight.shape) < NARROWEST_WIDTH or not regular[type(module)]:
+        is_plain = min(module.weight.shape) >= NARROWEST_WIDTH and regular[type(module)]
+        if not is_plain or ends_with_any(name, read_by_model):
             others[name] = module
         else:
             linear[name] = module

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
-from fastchat_qlora.model.loading.text_part import TextPart
+from fastchat_qlora.model.loading.text_part import READ_BY_MODEL, TextPart
 from fastchat_qlora.model.ops.experts import get_quant_states
 
 LEAST_QUANTIZED = 0.9  # share with which a run may call itself QLoRA
@@ -80,9 +80,15 @@ def check_quantized_share(share: WeightShare, dtype: torch.dtype) -> None:
 
 
 def check_8_bits(meta_model: PreTrainedModel, text: TextPart) -> None:
-    """Require that the model reads the dtype of no weight that would be in 8 bits; see `quantizer.READ_DTYPE`."""
+    """Require that the model itself reads no weight that would be in 8 bits, nor its dtype; see `READ_DTYPE`."""
     from fastchat_qlora.model.quantization.quantizer import READ_DTYPE, is_converted  # it imports bitsandbytes
 
+    model_type = meta_model.config.get_text_config().model_type
+    if model_type in READ_BY_MODEL:
+        raise UserError(
+            f"--load_in_8bit True: not supported with {model_type}, which would multiply by the integers of "
+            f"{READ_BY_MODEL[model_type][0]} without their scales; use --q_lora True"
+        )
     kept = meta_model._keep_in_fp32_modules or ()
     for name in text.linear | text.other_linear:
         if name.endswith(READ_DTYPE) and is_converted(name, kept):
@@ -104,7 +110,9 @@ def is_quantized(model: Any, name: str) -> bool:
     if module is None:
         experts = _find_base_layer(model, owner)
         return experts is not None and leaf in get_quant_states(experts)
-    return getattr(module, "quant_state", None) is not None or module.weight.dtype == torch.int8
+    # Of layers that share a weight, as Zamba's do, only one has the constants in the module, and the weight has them.
+    owners = (module, module.weight)
+    return any(getattr(one, "quant_state", None) is not None for one in owners) or module.weight.dtype == torch.int8
 
 
 def _find_base_layer(model: torch.nn.Module, name: str) -> Any:

@@ -6,7 +6,7 @@ import pytest
 from mixtures import CONFIGS, SIZES, make_mixture
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import LagunaConfig
+from transformers import LagunaConfig, RwkvConfig
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import UserError
@@ -133,6 +133,20 @@ def test_adapters_that_peft_would_drop_are_left_out_of_all_linear() -> None:
     assert find_dropped(resolved, build_meta_model(config)) == frozenset()
     named = build_lora_config(LoraArguments(lora_target_modules=["shared_experts.up_proj"]))
     with pytest.raises(UserError, match=r"PEFT loses the adapters of 1 modules, such as .*shared_experts.up_proj"):
+        resolve_targets(named, model, text, lambda: build_meta_model(config))
+
+
+def test_weights_that_rwkv_changes_in_evaluation_get_no_adapter() -> None:
+    config = RwkvConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2)
+    model = build_meta_model(config)
+    text = find_text_part(model)
+    asked = build_lora_config(LoraArguments(lora_target_modules=["all-linear"]))
+    resolved = resolve_targets(asked, model, text, lambda: build_meta_model(config))
+    adapted = get_adapted(attach_to_meta(build_meta_model(config), resolved))
+    changed = {f"rwkv.blocks.{layer}.{name}" for layer in (0, 1) for name in ("attention.output", "feed_forward.value")}
+    assert text.linear.keys() - adapted == changed
+    named = build_lora_config(LoraArguments(lora_target_modules=["value"]))
+    with pytest.raises(UserError, match=r"rwkv uses or changes .*leave it out by --lora_exclude_modules feed_forward."):
         resolve_targets(named, model, text, lambda: build_meta_model(config))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from fastchat_qlora.config.arguments import LoraArguments, ModelArguments
 from fastchat_qlora.distributed.topology import Topology
@@ -65,6 +65,19 @@ def test_4_bit_models_train_after_an_evaluation(model_folder: Path) -> None:
     assert torch.equal(before, after)
     after.float().sum().backward()
     assert all(parameter.grad is not None for parameter in get_trainable_parameters(model).values())
+
+
+@pytest.mark.parametrize("lora", [{}, {"q_lora": True}], ids=str)
+def test_weights_of_rwkv_stay_as_they_are_in_evaluation(lora: dict[str, bool], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "rescale_every": 1}
+    RwkvForCausalLM(RwkvConfig(**sizes)).save_pretrained(tmp_path)
+    model, ids = load(tmp_path, torch.float32, **lora), torch.arange(3, 19)[None]
+    with torch.no_grad():
+        before = model.train()(input_ids=ids).logits
+        in_evaluation = model.eval()(input_ids=ids).logits
+        after = model.train()(input_ids=ids).logits
+    assert torch.equal(before, in_evaluation)
+    assert torch.equal(before, after)
 
 
 def test_8_bit_layers_are_loaded(model_folder: Path) -> None:

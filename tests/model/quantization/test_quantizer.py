@@ -8,9 +8,10 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from mixtures import HY_V4, make_mixture
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM, MambaConfig
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 from fastchat_qlora.model.quantization.quantizer import find_packed, pack_experts
@@ -75,3 +76,22 @@ def test_layers_whose_dtype_is_read_are_not_packed(tmp_path: Path) -> None:
     assert given == [torch.float32] * len(read) != []
     with pytest.raises(UserError, match=r"--load_in_8bit True: not supported with hy_v4, .*weights_proj"):
         check_8_bits(plain, find_text_part(plain))
+
+
+def test_weights_that_mamba_reads_without_a_call_are_not_packed() -> None:
+    config = MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, time_step_rank=8)
+    settings = build_quantization_config(BaseQuantization("nf4", True), torch.float32)
+    assert settings is not None
+    packed = {f"backbone.layers.{layer}.mixer.{name}_proj" for layer in (0, 1) for name in ("in", "x", "out")}
+    assert find_quantized(config, settings) == packed
+    model = build_meta_model(config)
+    assert model is not None
+    with pytest.raises(UserError, match=r"--load_in_8bit True: not supported with mamba, .* use --q_lora True"):
+        check_8_bits(model, find_text_part(model))
+
+
+def test_layers_that_share_a_packed_weight_all_count() -> None:
+    model = torch.nn.Sequential(Linear4bit(64, 64), Linear4bit(64, 64))
+    model[0].to("cpu")
+    model[1].weight = model[0].weight
+    assert count_quantized(model, {"0": 4096, "1": 4096}).share == 1
