@@ -437,7 +437,8 @@ class _SavedBytesCounter(torch.autograd.graph.saved_tensors_hooks):
             self._alive.append(tensor)
             if self._before is not None:
                 self.inside += storage.nbytes()
-                self.widest = max(self.widest, storage.nbytes())
+                # Of gate and up in one tensor each is saved as a view; their gradients are tensors of their own.
+                self.widest = max(self.widest, min(storage.nbytes(), tensor.nbytes))
             else:
                 self.outside += storage.nbytes()
         return tensor

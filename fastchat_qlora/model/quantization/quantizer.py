@@ -146,12 +146,17 @@ def pack_experts(
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
     settings: dict[str, Any] = {"blocksize": BLOCK, "quant_type": quant_type, "quant_storage": storage}
-    parts = [quantize_4bit(expert.contiguous(), **settings) for expert in value]
-    state = parts[0][1]
-    state.shape = value.shape
-    state.absmax = torch.cat([one.absmax for _, one in parts])
+    size = value[0].numel()
+    # Results in place: kept one by one among freed buffers they would scatter the heap, which then keeps its size.
+    data = value.new_empty(len(value), size // 2 // storage.itemsize, 1, dtype=storage)
+    absmax = value.new_empty(len(value), size // BLOCK, dtype=torch.float32)
+    for expert, its_data, its_absmax in zip(value, data, absmax, strict=True):
+        packed, state = quantize_4bit(expert.contiguous(), **settings)
+        its_data.copy_(packed)
+        its_absmax.copy_(state.absmax)
+    state.shape, state.absmax = value.shape, absmax.flatten()
     if double_quant:
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=SCALES_BLOCK)
         state.nested = True
-    return torch.cat([data for data, _ in parts]), state
+    return data.flatten(0, 1), state

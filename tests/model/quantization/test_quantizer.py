@@ -7,8 +7,18 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from mixtures import HY_V4, make_mixture
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, HYV4ForCausalLM, MambaConfig
+from mixtures import HY_V4, SIZES, make_mixture
+from observed_memory import highest
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    HYV4ForCausalLM,
+    MambaConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
@@ -16,6 +26,7 @@ from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 from fastchat_qlora.model.quantization.quantizer import find_packed, pack_experts
 from fastchat_qlora.model.quantization.weight_shares import check_8_bits, compute_share, count_quantized, find_quantized
+from fastchat_qlora.training.callbacks.effective_settings import get_base_bytes
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -95,3 +106,19 @@ def test_layers_that_share_a_packed_weight_all_count() -> None:
     model[0].to("cpu")
     model[1].weight = model[0].weight
     assert count_quantized(model, {"0": 4096, "1": 4096}).share == 1
+
+
+def test_loading_takes_no_more_than_the_packed_model_and_one_shard(tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 128, "num_hidden_layers": 8}
+    config = Qwen3MoeConfig(**sizes, num_experts=8, moe_intermediate_size=128)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path, max_shard_size="1200KB")
+    shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    quantization = build_quantization_config(BaseQuantization("nf4", True), torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+    held, _ = get_base_bytes(model)
+    assert held < sum(shards) / 3 and len(shards) > 5
+    taken = highest(profiler) - sum(shards)  # files are mapped as long as the model is being loaded
+    assert held < taken < held + max(shards)
