@@ -24,6 +24,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_pattern_time
 from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
+from fastchat_qlora.model.adapter.start_adapter import check_start_adapter
 from fastchat_qlora.model.adapter.targets import resolve_targets
 from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.attention.attention_checks import check_attention
@@ -139,7 +140,9 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
         return PreparedBase(config, lora_config, quantization, published, None, {})
     text = find_text_part(meta_model)
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
-    if not args.lora.lora_weight_path:
+    if args.lora.lora_weight_path:
+        check_start_adapter(args.lora.lora_weight_path, lora_config, text, lambda: build_meta_model(config))
+    else:
         lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
     if quantization.kind == "int8":
         check_8_bits(meta_model, text)

@@ -148,6 +148,11 @@ def check_loaded(model: PeftModel, folder: str | Path, source: str) -> None:
     held = {name: tensor for name, tensor in live.items() if not _is_sharded(tensor)}
     if missing := sorted(held.keys() - file.keys()):
         raise RunError(f"{source}: {len(missing)} tensors are not in it, such as {missing[0]}; save it again")
+    if surplus := sorted(name for name in file.keys() - live.keys() if ".lora_" in name):
+        raise RunError(
+            f"{source}: PEFT has no place for {len(surplus)} of its {len(file)} tensors, such as {surplus[0]}; it was "
+            "saved for another model or other targets"
+        )
     lost = [name for name, tensor in held.items() if not torch.equal(tensor.cpu(), file[name].to(tensor.dtype))]
     if lost:
         raise RunError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ def fingerprint_settings(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return as JSON values what the flags decide: the layout of a checkpoint, and what a step is."""
-    training, data, targets = args.training, args.data, lora_config.target_modules
+    training, data = args.training, args.data
     deepspeed = training.deepspeed or {}
     is_alone = topology.world_size == 1 and not topology.zero_stage and not topology.fsdp
     optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
@@ -110,11 +110,18 @@ def fingerprint_settings(
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
         "lora_r": lora_config.r,
-        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+        "lora_target_modules": _sort_names(lora_config.target_modules),
+        "lora_target_parameters": sorted(lora_config.target_parameters or ()),
+        "lora_exclude_modules": _sort_names(lora_config.exclude_modules),
         "lora_bias": lora_config.bias,
         **{name: getattr(lora_config, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
         "modules_to_save": sorted(lora_config.modules_to_save or ()),
     }
+
+
+def _sort_names(names: str | Collection[str] | None) -> str | list[str]:
+    """Return names in order; PEFT takes a regular expression too."""
+    return names if isinstance(names, str) else sorted(names or ())
 
 
 def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -> dict[str, Any]:

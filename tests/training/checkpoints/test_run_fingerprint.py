@@ -27,6 +27,8 @@ def fingerprint(model_folder: Path, data_file: Path, tmp_path: Path, flags: str 
         ("--lora_r 4", {"lora_r"}),
         ("--lora_target_modules v_proj q_proj", set()),
         ("--lora_target_modules all-linear", {"lora_target_modules"}),
+        ("--lora_exclude_modules q_proj", {"lora_exclude_modules"}),
+        ("--lora_target_parameters down_proj.weight", {"lora_target_parameters"}),
         ("--q_lora True", {"base_quantization"}),
         ("--packing True", {"packing_capacity"}),
         (
