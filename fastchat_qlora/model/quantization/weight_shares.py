@@ -45,7 +45,7 @@ def compute_share(sizes: Mapping[str, int], chosen: Collection[str]) -> WeightSh
     """
     others: dict[str, int] = {}
     for name in sizes.keys() - {*chosen}:
-        kind = re.sub(r"^.*\.\d+\.", "", name)
+        kind = re.sub(r"^.*\.\d+\.(?!\d+(\.|$))|(\.\d+)+$", "", name)
         others[kind] = others.get(kind, 0) + sizes[name]
     ordered = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
     total = sum(sizes.values())

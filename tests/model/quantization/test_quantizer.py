@@ -122,3 +122,9 @@ def test_loading_takes_no_more_than_the_packed_model_and_one_shard(tmp_path: Pat
     assert held < sum(shards) / 3 and len(shards) > 5
     taken = highest(profiler) - sum(shards)  # files are mapped as long as the model is being loaded
     assert held < taken < held + max(shards)
+
+
+def test_what_is_left_out_is_named_without_numbers_of_layers_and_of_places_in_lists() -> None:
+    names = ("layers.2.shared.adapter_list.1.0", "layers.3.mlp.experts.7.w1", "layers.10.mlp.w1", "head.w1")
+    share = compute_share(dict.fromkeys(names, 1), [])
+    assert share.others == {"head.w1": 1, "mlp.w1": 1, "shared.adapter_list": 1, "w1": 1}
