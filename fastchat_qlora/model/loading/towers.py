@@ -67,6 +67,8 @@ def check_not_in_towers(lora_config: LoraConfig, model: PreTrainedModel, towers:
     targets = lora_config.target_modules
     _check_names("--lora_target_modules", () if isinstance(targets, str) else targets or (), modules, towers)
     _check_names("--modules_to_save", lora_config.modules_to_save or (), modules, towers)
+    parameters = {name for name, _ in model.named_parameters()}
+    _check_names("--lora_target_parameters", lora_config.target_parameters or (), parameters, towers)
 
 
 def _check_names(flag: str, names: Collection[str], modules: Collection[str], towers: Collection[str]) -> None:

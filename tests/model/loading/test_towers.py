@@ -45,7 +45,14 @@ def test_towers_and_projectors(kind: str) -> None:
     assert outside.issuperset(ends)
 
 
-@pytest.mark.parametrize("flags", [{"lora_target_modules": "q_proj qkv"}, {"modules_to_save": "merger"}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lora_target_modules": "q_proj qkv"},
+        {"modules_to_save": "merger"},
+        {"lora_target_parameters": "attn.qkv.weight"},
+    ],
+)
 def test_names_within_a_tower_are_refused(
     flags: dict[str, str], tokenizer_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
