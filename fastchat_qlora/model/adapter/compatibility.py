@@ -85,11 +85,11 @@ def check_sharding(
         raise UserError(
             "--use_dora True with --q_lora True: not supported by PEFT under ZeRO-3; choose ZeRO-2, FSDP2 or DDP"
         )
-    if topology.zero_stage == 3 and _adapts_experts(meta_model, lora_config):
+    if topology.zero_stage == 3 and _adapts_parameters(meta_model, lora_config):
         # ZeRO-3 gathers an adapter's two matrices for the forward pass of their own modules only, which is not called.
         raise UserError(
-            "--lora_target_modules: adapters on the experts of a mixture are not supported under ZeRO-3; choose "
-            "ZeRO-2, FSDP2 or DDP, or leave the experts out by --lora_exclude_modules experts"
+            "--lora_target_modules: adapters on parameters such as the experts of a mixture are not supported under "
+            "ZeRO-3; choose ZeRO-2, FSDP2 or DDP, or leave the experts out by --lora_exclude_modules experts"
         )
     if not topology.fsdp:
         return
@@ -103,11 +103,11 @@ def check_sharding(
         _check_tied_weights(meta_model, lora_config)
 
 
-def _adapts_experts(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
+def _adapts_parameters(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
     if meta_model is None:
         return bool(lora_config.target_parameters)
     names = {name for name, _ in meta_model.named_parameters() if _matches(name, lora_config.target_parameters or ())}
-    return any(is_experts(meta_model.get_submodule(name.rpartition(".")[0])) for name in names)
+    return any(not isinstance(meta_model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear) for name in names)
 
 
 def _check_tied_weights(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> None:

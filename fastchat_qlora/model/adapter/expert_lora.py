@@ -1,7 +1,7 @@
-"""LoRA layers beside the fused weights of experts, without PEFT's sum of weights and adapter."""
+"""LoRA layers beside the fused weights of experts and other parameters, without PEFT's sum of weights and adapter."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from fastchat_qlora.model.loading.text_part import is_experts
 from fastchat_qlora.model.ops.experts import LoraFactors, get_quant_states, is_served
+from fastchat_qlora.utils.text import ends_with_any
 
 
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT is untyped
-    """The adapter on one parameter of experts.
+    """The adapter on one parameter, such as the weights of experts.
 
     PEFT refuses any dropout beside such a parameter; here there is none, whatever the other layers have. PEFT wraps the
     second parameter of a module only if the class around the first one has this name (0.21.2, `_inject_parameters`).
@@ -93,6 +94,18 @@ class _AddDelta(torch.nn.Module):
 
 
 def register_expert_lora(config: LoraConfig, model: torch.nn.Module) -> None:
-    """Make PEFT build these layers when it attaches the adapter of `config` to `model`."""
-    classes = {type(module) for module in model.modules() if is_experts(module)}
+    """Make PEFT build these layers when it attaches the adapter of `config` to `model`.
+
+    They are for experts, and for any other module with a parameter that the configuration names, such as a router.
+    """
+    names = config.target_parameters or ()
+    classes = {
+        type(module) for path, module in model.named_modules() if is_experts(module) or _is_owner(module, path, names)
+    }
     config._register_custom_module(dict.fromkeys(classes, ParamWrapper))
+
+
+def _is_owner(module: torch.nn.Module, path: str, names: Collection[str]) -> bool:
+    """Return whether a module holds a parameter of these names and is no linear layer, which has layers of its own."""
+    parameters = (f"{path}.{name}" for name, _ in module.named_parameters(recurse=False))
+    return not isinstance(module, torch.nn.Linear) and any(ends_with_any(name, names) for name in parameters)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.unreached import find_unreached
-from fastchat_qlora.model.loading.text_part import TextPart, has_experts
+from fastchat_qlora.model.loading.text_part import TextPart, computes_linear, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.quantization.weight_shares import compute_share
 from fastchat_qlora.utils.text import ends_with_any, one_line
@@ -75,7 +75,7 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
         config: with target_modules (`ALL_LINEAR`, or ends of names), target_parameters and exclude_modules from flags.
 
     Raises:
-        UserError: a name matches nothing.
+        UserError: a name matches nothing, only towers or a layer that cannot be adapted, or all is excluded.
     """
     names, excluded = config.target_parameters or (), config.exclude_modules or ()
     adaptable = {name for name in find_adaptable(model) if not is_in_tower(name, text.towers)}
@@ -86,22 +86,32 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
         modules = {name for name in adaptable if ends_with_any(name, config.target_modules)}
         parameters = find_fused(text, config.target_modules)
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 3)}
+    weights = {name for name in weights if not is_in_tower(name, text.towers)}
     named = {name for name in weights if ends_with_any(name, names)}
     modules |= {name.removesuffix(".weight") for name in named} & adaptable
     parameters |= {name for name in named if name.removesuffix(".weight") not in adaptable}
     _check_matches("--lora_target_parameters", names, weights)
     _check_matches("--lora_exclude_modules", excluded, modules | parameters | {*map(_get_owner, parameters)})
-    kept = (
+    kept = {
         name
         for name in parameters
         if not ends_with_any(name, excluded) and not ends_with_any(_get_owner(name), excluded)
-    )
+    }
     modules = {name for name in modules if not ends_with_any(name, excluded)}
-    _check_adapters_work(modules, model.config.model_type)
+    if not modules and not kept:
+        raise UserError(f"--lora_exclude_modules {' '.join(sorted(excluded))}: leaves no module to adapt; name fewer")
+    _check_adapters_work(modules, model)
     return Targets(frozenset(modules), frozenset(kept))
 
 
-def _check_adapters_work(modules: set[str], model_type: str) -> None:
+def _check_adapters_work(modules: set[str], model: PreTrainedModel) -> None:
+    for kind, name in {type(model.get_submodule(name)): name for name in sorted(modules, reverse=True)}.items():
+        if issubclass(kind, torch.nn.Linear) and not computes_linear(model.get_submodule(name)):
+            raise UserError(
+                f"--lora_target_modules: {name} is a {kind.__name__}, which computes more than the product with its "
+                "weight, so that PEFT cannot adapt it; name other modules"
+            )
+    model_type = model.config.model_type
     for end in WITHOUT_ADAPTER.get(model_type, ()):
         if any(ends_with_any(name, [end]) for name in modules):
             raise UserError(
@@ -155,8 +165,14 @@ def _get_owner(parameter: str) -> str:
 def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> None:
     unmatched = sorted(end for end in ends if not any(ends_with_any(name, [end]) for name in names))
     if unmatched:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {"weight"})) or "none"
+        known = ", ".join(sorted({_get_end(name) for name in names})) or "none"
         raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing to adapt; the model has {known}")
+
+
+def _get_end(name: str) -> str:
+    """Return the last part of a name, or the last two of a weight's."""
+    *owner, last = name.rsplit(".", 2)[-2:]
+    return ".".join([*owner, last]) if last == "weight" else last
 
 
 def resolve_targets(
@@ -194,11 +210,12 @@ def resolve_targets(
         resolved = fit_config(config, targets, model, build)
     if config.target_modules == ALL_LINEAR:
         _log_left_out(text, targets)
-    if targets.parameters and config.lora_dropout:
-        logger.warning(
-            f"--lora_dropout {config.lora_dropout:g}: not applied to the {len(targets.parameters)} parameters of "
-            "experts, where PEFT has none; the saved adapter has lora_dropout 0, which matters for training only."
-        )
+    if resolved.target_parameters and config.lora_dropout:
+        count = len(targets.parameters)
+        left_out = f"not applied to {count} parameters such as those of experts, where PEFT has none" if count else ""
+        saved = "the saved adapter has lora_dropout 0, because PEFT loads no other one on parameters"
+        reasons = "; ".join(part for part in (left_out, saved) if part)
+        logger.warning(f"--lora_dropout {config.lora_dropout:g}: {reasons}; that matters for training only.")
     return resolved
 
 
@@ -232,7 +249,9 @@ def fit_config(
     Raises:
         UserError: PEFT does not do so by any configuration.
     """
-    if not targets.parameters and not has_experts(model) and _select_by_name(model, config) == targets.modules:
+    _check_parameters_work(config, {*map(_get_owner, targets.parameters)})
+    is_plain = not targets.parameters and not config.target_parameters and not has_experts(model)
+    if is_plain and _select_by_name(model, config) == targets.modules:
         return config
     wanted, difference, reason = targets.modules | targets.parameters, frozenset[str](), ""
     for attempt in _list_attempts(config, targets, {name for name, _ in model.named_parameters()}):
@@ -245,10 +264,23 @@ def fit_config(
         # PEFT has given some layers another rank if it has written a pattern.
         if not difference and peft_model.peft_config[ADAPTER].rank_pattern == attempt.rank_pattern:
             return attempt
+    _check_parameters_work(config, _find_moved(targets) if config.use_dora else ())
     raise UserError(
         f"--lora_target_modules: PEFT cannot adapt {len(difference)} modules of this model as asked, such as "
         f"{min(difference)}{reason}; name other modules, or leave these out by --lora_exclude_modules"
     )
+
+
+def _check_parameters_work(config: LoraConfig, owners: Collection[str]) -> None:
+    """Require that PEFT (0.21.2) has what the flags ask for beside parameters; some it refuses only after loading."""
+    is_orthogonal = config.init_lora_weights == "orthogonal"
+    asked = {"--use_dora True": config.use_dora, "--init_lora_weights orthogonal": is_orthogonal}
+    for flag in (flag for flag, is_asked in asked.items() if is_asked and owners):
+        ends = sorted({owner.rpartition(".")[2] for owner in owners})
+        raise UserError(
+            f"{flag}: PEFT does not have it for the weights of {len(owners)} modules, such as {min(owners)}; drop it, "
+            f"or leave them out by --lora_exclude_modules {' '.join(ends)}"
+        )
 
 
 def find_dropped(config: LoraConfig, meta_model: PreTrainedModel) -> frozenset[str]:
@@ -269,17 +301,22 @@ def find_dropped(config: LoraConfig, meta_model: PreTrainedModel) -> frozenset[s
 def _list_attempts(config: LoraConfig, targets: Targets, parameters: set[str]) -> Iterator[LoraConfig]:
     """Yield the configuration as given, one of full names, and one in which some modules are named as parameters.
 
-    PEFT moves names of modules to experts, but never the names of parameters, for which it builds the same adapter.
+    PEFT moves names of modules to experts, but never the names of parameters, for which it builds the same adapter,
+    except with DoRA.
     """
-    if not targets.parameters:
+    if not targets.parameters and not config.target_parameters:
         yield copy.deepcopy(config)
-    for moved in (frozenset[str](), frozenset(name for name in targets.modules if name.rpartition(".")[2] in MOVED)):
+    for moved in (frozenset[str](), *(() if config.use_dora else (_find_moved(targets),))):
         explicit = copy.deepcopy(config)
         explicit.target_modules, explicit.exclude_modules = sorted(targets.modules - moved), None
         weights = frozenset(f"{name}.weight" for name in moved)
         ends = condense(targets.parameters, parameters) + condense(weights, parameters)
         explicit.target_parameters = ends or None
         yield explicit
+
+
+def _find_moved(targets: Targets) -> frozenset[str]:
+    return frozenset(name for name in targets.modules if name.rpartition(".")[2] in MOVED)
 
 
 def _select_by_name(model: PreTrainedModel, config: LoraConfig) -> set[str]:

@@ -6,14 +6,15 @@ import pytest
 from mixtures import CONFIGS, SIZES, make_mixture
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import LagunaConfig, RwkvConfig
+from transformers import LagunaConfig, Lfm2Config, RwkvConfig
 
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.adapter.lora import build_lora_config
+from fastchat_qlora.model.adapter.lora import attach_adapter, build_lora_config
 from fastchat_qlora.model.adapter.targets import (
     attach_to_meta,
     condense,
+    find_adapters,
     find_dropped,
     get_adapted,
     resolve_targets,
@@ -105,6 +106,83 @@ def test_names_that_match_nothing_are_errors(flags: dict[str, list[str]]) -> Non
     flag, (name, *_) = list(flags.items())[-1]
     with pytest.raises(UserError, match=f"--{flag} {name}: matches nothing to adapt; the model has .*down_proj"):
         resolve("qwen3_moe", **flags)
+
+
+def test_names_that_leave_nothing_to_adapt_are_an_error() -> None:
+    excluded = ["experts", "k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(UserError, match=f"--lora_exclude_modules {' '.join(excluded)}: leaves no module to adapt"):
+        resolve("qwen3_moe", lora_target_modules=["all-linear"], lora_exclude_modules=excluded)
+
+
+def test_a_parameter_that_is_not_there_is_answered_with_those_that_are() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve("qwen3_moe", lora_target_parameters=["fc1.weight"])
+    assert str(caught.value) == (
+        "--lora_target_parameters fc1.weight: matches nothing to adapt; the model has down_proj, embed_tokens.weight, "
+        "gate.weight, gate_up_proj, k_proj.weight, lm_head.weight, o_proj.weight, q_proj.weight, v_proj.weight"
+    )
+
+
+def test_a_weight_of_a_linear_layer_is_adapted_as_its_module(caplog: pytest.LogCaptureFixture) -> None:
+    flags = {"lora_target_modules": ["q_proj"], "lora_target_parameters": ["o_proj.weight", "lm_head.weight"]}
+    adapted, config = resolve("qwen3_moe", **flags)
+    assert adapted == both("self_attn.q_proj", "self_attn.o_proj") | {""}  # the head is in no layer
+    assert not config.target_parameters
+    assert "--lora_dropout" not in caplog.text
+
+
+def test_a_weight_that_text_does_not_reach_is_left_out_though_it_is_named() -> None:
+    config = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+    model = build_meta_model(config)
+    asked = LoraArguments(lora_target_modules=["q_proj"], lora_target_parameters=["conv.conv.weight"])
+    resolved = resolve_targets(build_lora_config(asked), model, find_text_part(model), lambda: build_meta_model(config))
+    assert get_adapted(attach_to_meta(build_meta_model(config), resolved)) == {"model.layers.1.self_attn.q_proj"}
+
+
+def test_dropout_stays_on_layers_beside_a_router_that_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    flags = {"lora_target_modules": ["q_proj"], "lora_target_parameters": ["mlp.gate.weight"]}
+    adapted, config = resolve("qwen3_moe", **flags)
+    assert adapted == both("self_attn.q_proj", "mlp.gate.weight")
+    assert "--lora_dropout 0.05: not applied to 2 parameters" in caplog.text
+    layers = find_adapters(attach_adapter(make_mixture("qwen3_moe"), config))
+    rates = {getattr(layer.lora_dropout["default"], "p", 0) for name, layer in layers if name.endswith("q_proj")}
+    assert (len(layers), rates) == (4, {0.05})
+
+
+def test_a_dense_layer_named_as_a_parameter_keeps_its_dropout_and_the_file_is_said_to_have_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    resolve(
+        "qwen3_moe, one dense layer", lora_target_modules=["gate_proj", "up_proj"], lora_exclude_modules=["experts"]
+    )
+    assert "--lora_dropout 0.05: the saved adapter has lora_dropout 0, because" in caplog.text
+    assert "not applied" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("qwen3_moe", {"use_dora": True}, "--use_dora True: .* of 2 modules, such as .*_modules experts$"),
+        (
+            "qwen3_moe, one dense layer",
+            {"use_dora": True, "lora_exclude_modules": ["experts"]},
+            "--use_dora True: .* of 3 modules, such as .*_modules down_proj gate_proj up_proj$",
+        ),
+        ("qwen3_moe", {"init_lora_weights": "orthogonal"}, "--init_lora_weights orthogonal: .*_modules experts$"),
+    ],
+)
+def test_what_peft_lacks_for_parameters_is_refused_by_its_flag(
+    name: str, flags: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(name, lora_target_modules=["all-linear"], **flags)
+
+
+def test_a_router_that_is_no_plain_linear_layer_is_refused_by_its_class() -> None:
+    with pytest.raises(
+        UserError, match=r"feed_forward.router is a Llama4Router, which computes more than .* name other"
+    ):
+        resolve("llama4_text", lora_target_modules=["router"])
 
 
 def test_a_dense_model_keeps_the_names_that_were_given() -> None:
