@@ -56,6 +56,7 @@ from fastchat_qlora.model.quantization.weight_shares import (
     find_quantized,
 )
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
+from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
@@ -180,7 +181,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         restart=training_args.restart,
         trusted=training_args.trust_checkpoint,
     )
-    lora_config = build_lora_config(args.lora)
+    lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     base = prepare_base(args, lora_config)
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     if checkpoint:

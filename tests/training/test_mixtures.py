@@ -16,6 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 from fastchat_qlora import cli
 
 FLAGS = {"lora_target_modules": "all-linear", "max_steps": 3, "use_cpu": True}
+ADAPTED = (
+    "self_attn.k_proj self_attn.o_proj self_attn.q_proj self_attn.v_proj, parameters experts.down_proj "
+    "experts.gate_up_proj"
+)
 IDS = torch.arange(40)[None] * 7 % 320
 
 
@@ -65,6 +69,33 @@ def test_plain_peft_loads_the_adapter_with_the_same_logits(
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     with torch.no_grad(), plain.disable_adapter():
         assert float((without(input_ids=IDS).logits - expected).norm() / expected.norm()) > 1e-2
+
+
+def test_a_run_from_an_adapter_on_experts_has_the_dropout_of_its_training(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    seen: dict[str, Any],  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = FLAGS | {"max_steps": 1}
+    train(command(base, data, first, **flags, lora_dropout=0.25))
+    caplog.set_level("INFO")
+    train(command(base, data, second, **flags | {"lora_target_modules": "q_proj"}, lora_weight_path=first))
+    assert f"targets {ADAPTED})" in caplog.text
+    assert f"--lora_weight_path {first}: lora_dropout 0.25 as in its training, but on experts" in caplog.text
+    dropouts = [
+        module.p
+        for name, module in seen["trainer"].adapter.named_modules()
+        if name.endswith("lora_dropout.default") and hasattr(module, "p")
+    ]
+    assert dropouts == [0.25] * 8, "on four modules of attention in two layers"
+    assert json.loads((second / "training_args.json").read_text())["lora"]["lora_dropout"] == 0.25
+    (first / "training_args.json").unlink()
+    train(command(base, data, tmp_path / "third", **flags, lora_weight_path=first))
+    assert f"--lora_weight_path {first}: this run has no dropout" in caplog.text
+    assert json.loads((tmp_path / "third" / "training_args.json").read_text())["lora"]["lora_dropout"] == 0.0
 
 
 def test_a_resumed_run_is_the_run(base: Path, data: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.loading.base_model import build_meta_model, get_compute_dtype, get_dtype_name
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
+from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
 from fastchat_qlora.training.schedule import count_steps
 
@@ -78,7 +79,8 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
 
 
 def _prepare_base_model(args: RunArguments) -> tuple[setup.PreparedBase, int]:
-    base = setup.prepare_base(args, build_lora_config(args.lora))
+    lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
+    base = setup.prepare_base(args, lora_config)
     if base.meta_model is None:
         raise UserError(
             f"--model_name_or_path {args.model.model_name_or_path}: the model's code lies outside transformers, so "

@@ -1,6 +1,7 @@
 """LoRA arguments -> a LoRA adapter on a frozen base model."""
 
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,23 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
 
 def _read_start_config(path: str) -> LoraConfig:
     config = read_lora_config(path)
-    targets = config.target_modules
-    targets = targets if isinstance(targets, str) else " ".join(sorted(targets))
     logger.warning(
         f"--lora_weight_path {path}: rank, alpha, dropout, bias and targets are those of that adapter "
-        f"(r={config.r}, lora_alpha={config.lora_alpha}, targets {targets})."
+        f"(r={config.r}, lora_alpha={config.lora_alpha}, targets {describe_targets(config)})."
     )
     return config
+
+
+def describe_targets(config: LoraConfig) -> str:
+    """Return what an adapter is on, modules and parameters of experts, each once for all layers that have it."""
+    targets = config.target_modules or ()
+    names = {targets} if isinstance(targets, str) else {*targets}
+    kinds = (_drop_layers(names), _drop_layers(config.target_parameters or ()))
+    return ", parameters ".join(kinds) if kinds[1] else kinds[0]
+
+
+def _drop_layers(names: Collection[str]) -> str:
+    return " ".join(sorted({re.sub(r"^[\w.]*?\.\d+\.", "", name) for name in names}))
 
 
 def attach_adapter(

@@ -1,13 +1,15 @@
 """The trained adapter: gathered, written by PEFT, and verified on the disk; its generation settings."""
 
 import copy
+import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
@@ -18,7 +20,10 @@ from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.model.adapter.targets import ADAPTER
 from fastchat_qlora.model.merging.safetensors_files import copy_permissions
-from fastchat_qlora.training.checkpoints.manifest import sync
+from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
+from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE, sync
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
@@ -63,6 +68,42 @@ def save_adapter(model: PeftModel, tensors: Tensors, folder: str) -> None:
     finally:
         config.lora_dropout = dropout
     copy_permissions(Path(folder), like=CONFIG_NAME)
+
+
+def restore_dropout(config: LoraConfig, path: str) -> LoraConfig:
+    """Return the configuration of an adapter to start from with the dropout of its training.
+
+    `save_adapter` leaves it out beside parameters; what the other layers had stands in the files of the run.
+    """
+    if not path or not config.target_parameters or config.lora_dropout:
+        return config
+    dropout = _read_dropout(Path(path).expanduser())
+    if dropout is None:
+        logger.warning(
+            f"--lora_weight_path {path}: this run has no dropout, since adapter_config.json has 0 for every adapter on "
+            f"parameters of experts, and no {TRAINING_ARGS_FILE} beside it says what its training had elsewhere."
+        )
+    elif dropout:
+        logger.info(
+            f"--lora_weight_path {path}: lora_dropout {dropout:g} as in its training, but on experts, where PEFT has "
+            "none; so adapter_config.json has 0."
+        )
+        config.lora_dropout = dropout
+    return config
+
+
+def _read_dropout(folder: Path) -> float | None:
+    """Return the dropout with which the adapter in a folder was trained; None if no file of the run says so."""
+    for name, keys in ((MANIFEST_FILE, ("manifest", "run")), (TRAINING_ARGS_FILE, ("lora",))):
+        try:
+            found = json.loads((folder / name).read_text("utf-8"))
+            for key in (*keys, "lora_dropout"):
+                found = found[key]
+            if 0 <= found < 1:
+                return float(found)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+            continue
+    return None
 
 
 def verify_saved_adapter(

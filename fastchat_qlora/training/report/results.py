@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE, saving
 from fastchat_qlora.training.report.model_card import write_model_card
@@ -15,6 +17,12 @@ from fastchat_qlora.utils.text import mask_secrets
 logger = logging.getLogger(__name__)
 
 TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")  # how names of metrics of training begin
+
+
+def get_lora_values(config: LoraConfig) -> dict[str, Any]:
+    """Return the flags that --lora_weight_path replaces, with the values that were used."""
+    names = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    return {"lora_r": config.r, "lora_bias": config.bias} | {name: getattr(config, name) for name in names}
 
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
@@ -43,6 +51,7 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         write_model_card(output_dir, summary, metrics)
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
         groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
+        groups["lora"] = groups["lora"] | get_lora_values(summary.prepared.base.lora_config)
         groups["processes"] = trainer.args.world_size
         groups["base_quantization"] = summary.prepared.base.quantization.to_dict()
         with write_atomically(output_dir / TRAINING_ARGS_FILE) as target:  # last: a run without it has not finished

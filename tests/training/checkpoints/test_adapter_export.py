@@ -1,11 +1,12 @@
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from families import FAMILIES, SIZES
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
@@ -22,6 +23,7 @@ from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.training.checkpoints.adapter_export import (
     gather_adapter,
     replace_adapter_files,
+    restore_dropout,
     save_adapter,
     verify_saved_adapter,
 )
@@ -173,3 +175,21 @@ def test_shapes_are_known_without_weights(family: str, settings: dict[str, Any])
     model = attach_adapter(AutoModelForCausalLM.from_config(copy.deepcopy(config)), build_lora_config(arguments))
     saved = get_peft_model_state_dict(model, state_dict=gather_adapter(model), save_embedding_layers=False)
     assert shapes == {name: tensor.shape for name, tensor in saved.items()} and len(saved) >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "dropout"),
+    [
+        ("manifest.json", {"manifest": {"run": {"lora_dropout": 0.1}}}, 0.1),
+        ("training_args.json", {"lora": {"lora_dropout": 0.2}}, 0.2),
+        ("training_args.json", {"lora": {"lora_dropout": 7}}, 0.0),
+        ("training_args.json", [], 0.0),
+    ],
+)
+def test_dropout_beside_experts_is_read_from_the_files_of_the_run(
+    name: str, content: object, dropout: float, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    assert restore_dropout(config, str(tmp_path)).lora_dropout == dropout
+    assert restore_dropout(LoraConfig(target_modules=["q_proj"]), str(tmp_path)).lora_dropout == 0.0
