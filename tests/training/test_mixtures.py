@@ -110,7 +110,10 @@ def test_a_resumed_run_is_the_run(base: Path, data: Path, tmp_path: Path) -> Non
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_the_router_loss_is_trained_and_logged_apart(base: Path, data: Path, tmp_path: Path) -> None:
+def test_the_router_loss_is_trained_and_logged_apart(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     runs = {}
     for weight in (0.0, 1.0):
         output = tmp_path / str(weight)
@@ -121,6 +124,12 @@ def test_the_router_loss_is_trained_and_logged_apart(base: Path, data: Path, tmp
     assert "router_loss" not in without[0]
     assert 1 < with_loss[0]["router_loss"] < 8
     assert without[2]["loss"] != with_loss[2]["loss"], "it has a gradient"
+    last = f"{with_loss[2]['router_loss']:.4g}"
+    assert f"loss {with_loss[2]['loss']:.4g}, router loss {last}, learning rate" in caplog.text
+    page, card = ((tmp_path / "1.0" / name).read_text() for name in ("report.html", "README.md"))
+    assert 'id="router"' in page and f"<title>step 3: router {last}</title>" in page
+    assert f"| router loss of the last steps, without its weight | {last} |" in card
+    assert "router loss" not in (tmp_path / "0.0" / "README.md").read_text()
 
 
 def test_a_merge_onto_packed_experts_has_the_files_of_the_base(base: Path, data: Path, tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, secon
     if "loss" not in logs:
         return ""
     parts = [f"loss {logs['loss']:.4g}"]
+    if "router_loss" in logs:
+        parts.append(f"router loss {logs['router_loss']:.4g}")
     if "learning_rate" in logs:
         parts.append(f"learning rate {logs['learning_rate']:.3g}")
     if "tokens_per_second" in logs:

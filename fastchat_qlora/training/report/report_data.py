@@ -55,10 +55,12 @@ class RunSummary:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The steps done, the last logged loss, and the step of the adapter if it is an earlier one."""
+        """The steps done, the last logged losses, and the step of the adapter if it is an earlier one."""
         state, best_step = self.trainer.state, self.trainer.best_step
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         figures = {"steps": state.global_step} | ({"loss": losses[-1]} if losses else {})
+        if router := get_curve(state.log_history, "router_loss").values:
+            figures["router_loss"] = router[-1]
         return figures | ({"best_step": best_step} if best_step else {})
 
 
@@ -77,6 +79,7 @@ def get_charts(
         Chart("loss", "Loss (nats per supervised token)", [loss, evaluation]),
         Chart("throughput", "Throughput (tokens/s)", [tokens, supervised], ",.0f"),
         Chart("gradient", "Gradient norm", [gradient]),
+        Chart("router", "Router loss, without its weight", [get_curve(history, "router_loss", "router", "c2")]),
         Chart("rate", "Learning rate", [get_curve(history, "learning_rate", "rate", "c1")]),
         Chart("memory", "Memory (GiB)", [get_curve(history, "memory_gib", "held", "c4")]),
     ]
@@ -90,7 +93,7 @@ def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[tu
     """Return name, value and note of the numbers at the top; total and seconds are those of this process."""
     passes = f"{state.epoch:.2f} times through the data" if state.epoch else ""
     tiles = [("steps", f"{state.global_step:,} of {state.max_steps:,}", passes)]
-    for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
+    for key, name in (("loss", "loss"), ("router_loss", "router loss"), ("eval_loss", "evaluation loss")):
         if values := get_curve(state.log_history, key).values:
             first = f"{values[0]:.3g} at first" if len(values) > 1 else ""
             best = f", {min(values):.3g} at best" if min(values) < values[-1] else ""
