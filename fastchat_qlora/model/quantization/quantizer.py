@@ -129,6 +129,7 @@ class _Pack(Bnb4bitQuantize):  # type: ignore[misc]
         return Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
+@torch.no_grad()  # weights that were dequantized may require gradients
 def pack_experts(
     value: torch.Tensor, *, quant_type: str, double_quant: bool, storage: torch.dtype
 ) -> tuple[torch.Tensor, Any]:
