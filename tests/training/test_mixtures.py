@@ -51,6 +51,12 @@ def test_qlora_packs_and_adapts_the_experts(base: Path, data: Path, tmp_path: Pa
     assert [sorted(module.quant_states) for module in experts] == [["down_proj", "gate_up_proj"]] * 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert re.search(r"quantized weights.*nf4 with double quantization.*100\.0% of the", card)
+    assert re.search(r"^\| base weights \| \d+\.\d\d MiB in each process \|$", card, re.MULTILINE)
+    assert re.search(r"^\| adapter \| 35,840 parameters.* on 100\.0% of the 122,880 weights", card, re.MULTILINE)
+    assert f"| adapted layers | {ADAPTED} |" in card
+    assert "| dropout | 0.05; adapter_config.json has 0, since PEFT has none for parameters |" in card
+    assert "# Trained with the experts in 4 bits too, as `fastchat-qlora chat` loads them; plain tr" in card
+    assert "--enable-lora" not in card
 
 
 def test_plain_peft_loads_the_adapter_with_the_same_logits(

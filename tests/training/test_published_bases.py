@@ -93,7 +93,14 @@ def test_base_is_trained_chats_and_is_merged(
             torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["int8", "fp8 64x64, experts", "mxfp4"])
+def run_code(card: str, folder: Path) -> None:
+    """Run the code of a model card that loads the merged model in a folder."""
+    assert "peft" not in card.partition("```python")[2] and card.count("fastchat-qlora merge") == 1
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"merged"', repr(str(folder / "merged")))
+    exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+
+
+@pytest.mark.parametrize("layout", ["int8", "fp8 64x64, experts", "mxfp4", "gptq, experts"])
 def test_qlora_quantizes_the_dequantized_weights(
     layout: str,
     bases: Publish,
@@ -108,6 +115,12 @@ def test_qlora_quantizes_the_dequantized_weights(
     effective = json.loads((out / "training_args.json").read_text())["effective"]
     assert "100.0%" in effective["quantized weights"], "experts too"
     assert cli.main(["merge", str(out), "--output_dir", str(tmp_path / "merged")]) == 0
+    card, kind = (out / "README.md").read_text(), re.split("[ ,]", layout)[0]
+    form = "nf4 with double quantization"
+    assert f"published in {kind}; the adapter was trained on its dequantized weights, in {form}. `fast" in card
+    is_served = layout == "int8"  # vLLM does not take the adapters of the others, which are on experts
+    assert (f"trained on the base model in {form}; on its weights as they are published" in card) == is_served
+    run_code(card, tmp_path)
     merged, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base.plain))
     assert {name: tensor.shape for name, tensor in merged.items()} == {
         name: tensor.shape for name, tensor in plain.items()
@@ -126,6 +139,9 @@ def test_dequantized_base_is_trained_in_the_compute_dtype(
     assert {parameter.dtype for parameter in frozen} == {torch.float32}
     expected = first_loss(seen["trainer"], base.plain, torch.float32)
     assert losses(tmp_path / "out")[0] == pytest.approx(expected, rel=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "published in nf4; the adapter was trained on its dequantized weights, not quantized. `fastchat" in card
+    assert "as they are published" not in card and "BitsAndBytesConfig" not in card
 
 
 def test_adapter_of_a_published_4_bit_base_is_merged_onto_the_original_model(

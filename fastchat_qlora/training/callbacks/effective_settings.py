@@ -167,8 +167,12 @@ def _count_constant_bytes(state: Any) -> int:
 
 def _describe_base_weights(model: torch.nn.Module) -> str:
     held, whole = get_base_bytes(model)
-    text = f"{held / 2**20:,.2f} MiB in each process"
-    return text if held >= whole else f"{text}, of {whole / 2**20:,.2f} MiB"
+    text = f"{_format_bytes(held)} in each process"
+    return text if held >= whole else f"{text}, of {_format_bytes(whole)}"
+
+
+def _format_bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 def _describe_adapter(model: torch.nn.Module) -> str:

@@ -17,8 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 
 from fastchat_qlora import __version__
+from fastchat_qlora.model.adapter.lora import describe_targets
 from fastchat_qlora.model.loading.auto_class import get_auto_class
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_dtype_name
+from fastchat_qlora.model.ops.experts import get_quant_states
 from fastchat_qlora.training.checkpoints.adapter_export import CARD_FILE
 from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.utils.atomic import write_atomically
@@ -59,6 +61,8 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         dtype=get_dtype_name(get_compute_dtype(summary.args.training)),
         stop_tokens=[tokenizer.convert_ids_to_tokens(token) for token in prepared.stop_tokens],
         config=config,
+        targets=describe_targets(config),
+        packs_experts=any(map(get_quant_states, summary.trainer.adapter.modules())),
         metrics=metrics,
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
@@ -79,6 +83,9 @@ def explain_vllm_refusal(config: LoraConfig) -> str:
         "it is a DoRA adapter": config.use_dora,
         f"it trains {' and '.join(sorted(config.modules_to_save or ()))} in full": config.modules_to_save,
         "it trains biases": config.bias != "none",
+        "it is on weights of experts in one tensor, a form that vLLM takes for few models": any(
+            not name.endswith(".weight") for name in config.target_parameters or ()
+        ),
         f"its rank is above {VLLM_RANKS[-1]}": config.r > VLLM_RANKS[-1],
     }
     return ", and ".join(reason for reason, holds in reasons.items() if holds)

@@ -8,7 +8,12 @@ from quick_runs import command, seen, train  # noqa: F401  # a fixture
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
-from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings, get_base_bytes, read_back
+from fastchat_qlora.training.callbacks.effective_settings import (
+    EffectiveSettings,
+    _format_bytes,
+    get_base_bytes,
+    read_back,
+)
 
 
 def effective(output: Path) -> dict[str, str]:
@@ -66,3 +71,7 @@ def test_another_strategy_than_asked_for_stops_the_run(
     with pytest.raises(RunError, match="the strategy is one process, and FSDP2 was asked for"):
         EffectiveSettings(trainer, asked).on_train_begin(trainer.args, trainer.state, trainer.control)
     assert read_back(trainer)["strategy"] == "one process"
+
+
+def test_bytes_of_published_models_are_in_gib() -> None:
+    assert [_format_bytes(size) for size in (3 * 2**29, 2**20)] == ["1.50 GiB", "1.00 MiB"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCardData
@@ -103,7 +104,7 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
     base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
     known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
     prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
-    trainer = SimpleNamespace(state=TrainerState(), best_step=None)
+    trainer = SimpleNamespace(state=TrainerState(), best_step=None, adapter=torch.nn.Module())
     effective = SimpleNamespace(settings={"devices": "8 x cuda on my-host"})
     run_summary = RunSummary(trainer, args, prepared, effective)  # type: ignore[arg-type]
     return build_model_card("my adapter|`x", run_summary, {"steps": 1})
@@ -123,6 +124,10 @@ def test_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) ->
     [
         ({"use_dora": True}, "it is a DoRA adapter"),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, "it trains embed_tokens and lm_head in full"),
+        (
+            {"target_parameters": ["experts.down_proj", "o_proj.weight"]},
+            "it is on weights of experts in one tensor, a form that vLLM takes for few models",
+        ),
         ({"bias": "lora_only", "r": 600}, "it trains biases, and its rank is above 512"),
     ],
 )
