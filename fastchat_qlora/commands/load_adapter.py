@@ -97,7 +97,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     model_args = ModelArguments(model_name_or_path=base, trust_remote_code=flags.trust_remote_code)
     config = base_model.load_config(model_args, cache_dir)
     meta_model = base_model.build_meta_model(config)
-    published = read_published_quantization(config, base)
+    published = read_published_quantization(config, base, meta_model)
     precision, trained_on = _choose_precision(folder, flags.quantization, config, published)
     quantization = fit_to_files(precision.quantization, published, base)
     precision = precision._replace(quantization=quantization)
@@ -223,7 +223,13 @@ def load_base(adapter: TrainedAdapter) -> PreTrainedModel:
     return base_model.load_model(
         adapter.model_args,
         dtype=adapter.precision.dtype,
-        quantization=build_loading_settings(adapter.config, adapter.published, quantization, adapter.precision.dtype),
+        quantization=build_loading_settings(
+            adapter.config,
+            adapter.published,
+            quantization,
+            adapter.precision.dtype,
+            keeps=adapter.precision.quantization.is_as_published,
+        ),
         device_map=None if device.type == "cpu" else {"": f"{device.type}:0"},
         attn_implementation=None,
         cache_dir=adapter.cache_dir,

@@ -38,22 +38,23 @@ from fastchat_qlora.model.loading.base_model import (
     has_bf16_kernels,
     load_config,
 )
-from fastchat_qlora.model.loading.text_part import TextPart, counts_experts, find_text_part
+from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_mixture
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 from fastchat_qlora.model.quantization.base_quantization import (
     BaseQuantization,
-    build_quantization_config,
     build_run_quantization_config,
     choose_base_quantization,
+    log_published,
 )
 from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
 from fastchat_qlora.model.quantization.weight_shares import (
+    LEAST_QUANTIZED,
     check_8_bits,
     check_quantized_share,
-    compute_share,
-    find_quantized,
+    compute_loaded_share,
+    warn_of_kept_weights,
 )
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
@@ -132,12 +133,14 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     """Read the base model's configuration, and check that the adapter can be attached to such a model."""
     config, name = load_config(args.model, args.training.cache_dir), args.model.model_name_or_path
     check_dtype(config, get_compute_dtype(args.training))
-    published = read_published_quantization(config, name)
+    meta_model = build_meta_model(config)
+    published = read_published_quantization(config, name, meta_model)
     quantization = choose_base_quantization(args.lora, published, name)
     check_router_loss(config, args.training.router_aux_loss_coef)
-    meta_model = build_meta_model(config)
     if meta_model is None:
         check_pattern_time(lora_config, None)
+        if quantization.is_as_published:
+            log_published(quantization, args.lora, name, "share in few bits unknown")
         return PreparedBase(config, lora_config, quantization, published, None, {})
     text = find_text_part(meta_model)
     check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
@@ -147,17 +150,36 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
         lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
     if quantization.kind == "int8":
         check_8_bits(meta_model, text)
-    if quantization.is_4bit and not quantization.is_as_published:
-        _check_quantized_share(config, quantization, text, get_compute_dtype(args.training))
+    quantization = _fit_to_share(args, config, quantization, published, text)
     return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes)
 
 
-def _check_quantized_share(
-    config: PretrainedConfig, quantization: BaseQuantization, text: TextPart, dtype: torch.dtype
-) -> None:
-    settings = build_quantization_config(quantization, dtype)
-    assert settings is not None
-    check_quantized_share(compute_share(text.sizes, find_quantized(config, settings)), dtype)
+def _fit_to_share(
+    args: RunArguments,
+    config: PretrainedConfig,
+    quantization: BaseQuantization,
+    published: PublishedQuantization | None,
+    text: TextPart,
+) -> BaseQuantization:
+    """Return the quantization with most weights in 4 bits, if --q_lora True asks for that, or warn of the others."""
+    dtype = get_compute_dtype(args.training)
+    share = compute_loaded_share(config, quantization, published, text.sizes, dtype)
+    if args.lora.q_lora and quantization.is_as_published and share.share < LEAST_QUANTIZED:
+        others = share.total - share.included
+        quantization = quantization._replace(repacked=True)
+        share = compute_loaded_share(config, quantization, published, text.sizes, dtype)
+        logger.info(
+            f"--q_lora True: packs {others:,} of the {share.total:,} weights in linear layers and experts, which are "
+            "not in 4 bits in the base model's files."
+        )
+    if published and quantization.kind == published.kind:
+        method = "QLoRA" if quantization.is_4bit else "LLM.int8"
+        method = method if share.share >= LEAST_QUANTIZED else f"{share.share:.0%} of its weights quantized"
+        log_published(quantization, args.lora, args.model.model_name_or_path, method)
+    if args.lora.q_lora and quantization.is_4bit:
+        check_quantized_share(share, dtype)
+    warn_of_kept_weights(quantization, share, dtype)
+    return quantization
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:
@@ -202,7 +224,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
-        _limit_kernel_caches(args, base.config, datasets.train)
+        _limit_kernel_caches(args, base.meta_model, datasets.train)
     return PreparedRun(
         checkpoint=checkpoint,
         base=base,
@@ -241,7 +263,8 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
         padding_free=args.data.padding_free,
     )
     check_attention(base.meta_model, attention, topology.accelerator)
-    quantization = build_loading_settings(base.config, base.published, quantization_config, dtype)
+    keeps = base.quantization.is_as_published
+    quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
     return LoadingSettings(quantization, attention, sharded_classes)
 
 
@@ -298,9 +321,9 @@ def _estimate_cost(
     )
 
 
-def _limit_kernel_caches(args: RunArguments, config: PretrainedConfig, sequences: Dataset) -> None:
+def _limit_kernel_caches(args: RunArguments, meta_model: PreTrainedModel | None, sequences: Dataset) -> None:
     """Limit the CPU's kernel caches by the longest conversation and the most conversations of a micro-batch."""
-    if counts_experts(config):
+    if meta_model is not None and is_mixture(meta_model):
         return  # each expert gets another number of tokens, and so has kernels of its own
     lengths = get_column(sequences, "length")
     packed = args.training.model_max_length // lengths.min() if args.data.packing else 1

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -93,14 +94,29 @@ def _save_bitsandbytes(bits: BitsAndBytesConfig) -> Callable[[Path], dict[str, t
 
     def write(folder: Path) -> dict[str, torch.Tensor]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=bits)
+        plain = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder)
         for parameter in model.parameters():
             if hasattr(parameter, "quant_state"):
                 parameter.quant_state.dtype = torch.float32  # that of the dequantized weight
-        return {name: tensor.float() for name, tensor in model.dequantize(torch.float32).state_dict().items()}
+        loaded = model.dequantize(torch.float32).state_dict()
+        return {name: loaded.get(name, tensor).float() for name, tensor in plain.items()}  # experts stay as they were
 
     return write
+
+
+def _save_4_bit_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """Quantize a folder's model with each expert by itself, as versions of transformers with a module for each do."""
+    plain = _save_bitsandbytes(nf4(torch.bfloat16))(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        data, state = quantize_4bit(tensors[name], compress_statistics=True, quant_type="nf4")
+        tensors |= {name: data, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+        state.dtype = torch.float32
+        plain[name] = dequantize_4bit(data, state)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return plain
 
 
 def quantize_fp8(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, ...]:
@@ -235,6 +251,8 @@ def _save_torchao(dtype: torch.dtype, kind: str) -> Callable[[Path], dict[str, t
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, torch.Tensor]]]] = {
     "nf4": ("llama", _save_bitsandbytes(nf4(torch.bfloat16))),
+    "nf4, experts": ("qwen3_moe", _save_bitsandbytes(nf4(torch.bfloat16))),  # attention only
+    "nf4, each expert": ("qwen3_moe", _save_4_bit_experts),
     "int8": ("llama", _save_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True))),
     "fp8 128x128": ("llama", _save_fp8((128, 128), activation_scheme="dynamic", fmt="e4m3")),
     "fp8 64x64, experts": ("qwen3_moe", _save_fp8((64, 64), activation_scheme="dynamic")),

@@ -56,7 +56,7 @@ def first_loss(trainer: Any, folder: Path, dtype: torch.dtype, **settings: Any) 
 
 
 NF4 = build_quantization_config(BaseQuantization("nf4", True), torch.float32)  # which packs experts too
-TRAINED = ("nf4", "int8", "fp8 128x128", "fp8 64x64, experts", "mxfp4", "gptq, experts", "awq")
+TRAINED = ("nf4", "nf4, experts", "int8", "fp8 128x128", "fp8 64x64, experts", "mxfp4", "gptq, experts", "awq")
 FLAGS = {"max_steps": 2, "padding_free": False, "lora_dropout": 0, "learning_rate": 3e-2, "use_cpu": True}
 
 
@@ -98,6 +98,35 @@ def run_code(card: str, folder: Path) -> None:
     assert "peft" not in card.partition("```python")[2] and card.count("fastchat-qlora merge") == 1
     code = card.partition("```python\n")[2].partition("```")[0].replace('"merged"', repr(str(folder / "merged")))
     exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+
+
+def test_experts_in_16_bits_are_packed_if_asked_for(
+    bases: Publish,
+    pair: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("INFO", "fastchat_qlora")
+    base, outputs = bases("nf4, experts"), (tmp_path / "kept", tmp_path / "packed")
+    for out, flags in zip(outputs, ({}, {"q_lora": True}), strict=True):
+        train(command(base.published, pair, out, **FLAGS | {"max_steps": 1}, **flags))
+    said = caplog.text
+    quantized, experts = 49_152, 98_304
+    share = quantized / (quantized + experts)
+    assert (
+        f"{share:.1%} of the {quantized + experts:,} weights in linear layers and experts are in 4 bits in the" in said
+    )
+    assert f"--q_lora True: packs {experts:,} of the {quantized + experts:,} weights" in said
+    assert said.count("packed again with all experts (QLoRA)") == 1
+    records = [json.loads((out / "training_args.json").read_text()) for out in outputs]
+    assert [f"{share:.1%}", "100.0%"] == [
+        re.search(r"[\d.]+%", record["effective"]["quantized weights"])[0]  # type: ignore[index]
+        for record in records
+    ]
+    assert "repacked" not in records[0]["base_quantization"] and records[1]["base_quantization"]["repacked"]
+    assert cli.main(["merge", str(outputs[1]), "--output_dir", str(tmp_path / "merged")]) == 0
+    assert "Merged into the dequantized nf4 weights, packed again with all experts, which" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["int8", "fp8 64x64, experts", "mxfp4", "gptq, experts"])
@@ -179,6 +208,11 @@ REFUSALS = {
     "compressed": Refusal(
         f"which reads them, is not installed; pip install compressed-tensors, or{OTHERS[1:]}",
         {"quant_method": "compressed-tensors"},
+    ),
+    "a text": Refusal('quantization_config "gptq" in its config.json must be an object; correct it there', "gptq"),
+    "gptq bits": Refusal(
+        f"quantized by GPTQ with 5 bits, and only 2 or 3 or 4 or 8 can be trained on{OTHERS}",
+        {"quant_method": "GPTQ", "bits": "5"},
     ),
     "no method": Refusal("has no quant_method; add it there", {"bits": 4}),
     "another type": Refusal(

@@ -36,7 +36,7 @@ from fastchat_qlora.model.merging.published_files import READABLE, PublishedFile
 from fastchat_qlora.model.merging.safetensors_files import WeightFiles
 from fastchat_qlora.model.quantization.base_quantization import build_quantization_config
 from fastchat_qlora.model.quantization.packed_integers import LAYOUT_NAMES
-from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, is_kept, remove_quantization_settings
+from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, remove_quantization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
     if adapter.published and adapter.published.kind in (*BITSANDBYTES_KINDS, *LAYOUT_NAMES) and is_transposed:
         raise NeedsFullModel("its quantized weights are transposed in the files")
     rounding, quantization = None, build_quantization_config(*adapter.precision)
-    if quantization and not is_kept(adapter.published, adapter.precision.quantization.kind, adapter.config):
+    if quantization and not adapter.precision.quantization.is_as_published:
         device = load_adapter.get_device()
         rounding = make_weight_rounding(adapter.config, quantization, adapter.precision.dtype, device)
     return LayerwiseMerge(
@@ -211,4 +211,6 @@ def _log_merged_weights(adapter: TrainedAdapter, relative_change: float | None) 
 def _describe_weights(adapter: TrainedAdapter, values: str) -> str:
     if adapter.published and values in ("none", adapter.published.kind):
         return f"the weights published in {adapter.published.kind}, dequantized"
+    if adapter.precision.quantization.repacked and values == adapter.precision.quantization.values:
+        return f"the dequantized {adapter.precision.quantization.kind} weights, packed again with all experts"
     return "the original weights" if values == "none" else f"the dequantized {values} weights"

@@ -291,10 +291,10 @@ def _measure_weights(
 
 
 def _find_packed(base: PreTrainedModel, quantization: BaseQuantization) -> dict[int, torch.nn.Parameter]:
-    """Return id -> weight of those that will be quantized: in 8 bits those of plain linear layers only."""
+    """Return id -> weight of those that will be quantized: by transformers those of plain linear layers only."""
     if not quantization.is_quantized:
         return {}
-    if quantization.is_4bit:
+    if quantization.is_4bit and not quantization.is_as_published:
         found = [*find_packed(base).values()]
     else:
         head, kept = base.get_output_embeddings(), base._keep_in_fp32_modules or ()

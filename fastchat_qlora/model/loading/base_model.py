@@ -1,6 +1,7 @@
 """A model path -> the base model's configuration and weights."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from itertools import product
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import CONFIG_NAME
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
@@ -75,8 +77,20 @@ def _read_config(model_args: ModelArguments, cache_dir: str | None, flag: str) -
             model_args.model_name_or_path, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code
         )
     except Exception as error:  # libraries raise anything on untrusted files
+        _check_quantization_settings(Path(model_args.model_name_or_path).expanduser() / CONFIG_NAME, flag)
         reason = one_line(error, 300)
         raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
+
+
+def _check_quantization_settings(path: Path, flag: str) -> None:
+    """Require that a configuration's quantization is an object; transformers has no sentence on that."""
+    try:
+        settings = json.loads(path.read_text("utf-8")).get("quantization_config", {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # the caller has a reason
+    if not isinstance(settings, dict):
+        given = json.dumps(settings)[:60]
+        raise UserError(f"{flag}: quantization_config {given} in its config.json must be an object; correct it there")
 
 
 def _check_kernels(config: PretrainedConfig, flag: str) -> None:

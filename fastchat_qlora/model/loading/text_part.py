@@ -5,7 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
@@ -68,10 +68,9 @@ def find_text_part(model: PreTrainedModel) -> TextPart:
     return TextPart(linear, experts, tuple(routers), others, towers)
 
 
-def counts_experts(config: PretrainedConfig) -> bool:
-    """Return whether a configuration is that of a mixture of experts, whatever it calls their number."""
-    text = config.get_text_config()
-    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+def is_mixture(model: torch.nn.Module) -> bool:
+    """Return whether a model is a mixture of experts, with fused weights or a module for each."""
+    return any(is_experts(module) or EXPERTS_IN_PATH.fullmatch(name) for name, module in model.named_modules())
 
 
 def has_experts(model: torch.nn.Module) -> bool:

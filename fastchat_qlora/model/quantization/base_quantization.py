@@ -9,7 +9,12 @@ from transformers import BitsAndBytesConfig
 from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.distributed.topology import Topology, get_quant_storage
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, PublishedQuantization, name_quantization
+from fastchat_qlora.model.quantization.published import (
+    BITSANDBYTES_KINDS,
+    PublishedQuantization,
+    name_format,
+    name_quantization,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ class BaseQuantization(NamedTuple):
     kind: QuantizationKind = "none"  # int8 is LLM.int8
     double_quant: bool = False  # the scales of 4-bit weights are quantized too; False for other kinds
     published: str = "none"  # quantization of the base model's files, as PublishedQuantization.kind has it
+    repacked: bool = False  # 4-bit weights of the files are unpacked, and packed again together with all experts
 
     @property
     def is_quantized(self) -> bool:
@@ -39,12 +45,14 @@ class BaseQuantization(NamedTuple):
 
     @property
     def is_as_published(self) -> bool:
-        """Whether the quantized weights are those of the base model's files."""
-        return self.is_quantized and self.kind == self.published
+        """Whether all weights are in the bits that the base model's files have them in."""
+        return self.is_quantized and self.kind == self.published and not self.repacked
 
     @property
     def values(self) -> str:
         """The quantization that decides the values of the weights, whether they are dequantized or not."""
+        if self.repacked:
+            return f"repacked {self.kind}"
         return self.published if self.kind == "none" and self.published in BITSANDBYTES_KINDS else self.kind
 
     @property
@@ -56,13 +64,16 @@ class BaseQuantization(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; a base model that is not published quantized has none that older runs lack."""
-        return {name: value for name, value in self._asdict().items() if (name, value) != ("published", "none")}
+        omitted = (("published", "none"), ("repacked", False))
+        return {name: value for name, value in self._asdict().items() if (name, value) not in omitted}
 
     def __str__(self) -> str:
         text = name_quantization(self.kind, self.double_quant)
         if self.published == "none":
             return text
-        return f"{text}, as published" if self.is_as_published else f"{text}, dequantized from {self.published}"
+        if self.kind == self.published:
+            return f"{text}, as published{', packed again with all experts' if self.repacked else ''}"
+        return f"{text}, dequantized from {name_format(self.published)}"
 
 
 NOT_QUANTIZED = BaseQuantization()
@@ -80,7 +91,7 @@ def get_base_quantization(lora_args: LoraArguments) -> BaseQuantization:
 def choose_base_quantization(
     lora_args: LoraArguments, published: PublishedQuantization | None, name: str
 ) -> BaseQuantization:
-    """Return the quantization in which the base model of that name is trained, and log what its files decide.
+    """Return the quantization in which the base model of that name is trained, and log if it is another than published.
 
     Raises:
         UserError: flags ask for what its files do not give.
@@ -93,26 +104,24 @@ def choose_base_quantization(
     if not published.is_bitsandbytes or lora_args.dequantize_base or (published.kind == "int8" and wanted.is_4bit):
         chosen = wanted._replace(published=published.kind)
     elif published.kind == "int8" or wanted.kind != "int8":
-        chosen = BaseQuantization(cast(QuantizationKind, published.kind), published.double_quant, published.kind)
+        kind = cast(QuantizationKind, published.kind)
+        return BaseQuantization(kind, published.double_quant, kind, published.packs_experts)
     else:
         raise UserError(
             f"--load_in_8bit True: the base model is published in 4 bits ({published}), from which 8 bits gain "
             "nothing; drop the flag to train it in 4 bits, or give --dequantize_base True in its place"
         )
-    _log_choice(chosen, wanted, flag)
+    weights = f"quantized to {chosen._replace(published='none')}" if chosen.is_quantized else "not quantized again"
+    logger.info(f"{flag}: published in {chosen.published}; dequantized while it is loaded, and {weights}.")
     return chosen
 
 
-def _log_choice(chosen: BaseQuantization, wanted: BaseQuantization, flag: str) -> None:
-    if not chosen.is_as_published:
-        weights = f"quantized to {chosen._replace(published='none')}" if chosen.is_quantized else "not quantized again"
-        logger.info(f"{flag}: published in {chosen.published}; dequantized while it is loaded, and {weights}.")
-        return
-    method = "QLoRA" if chosen.is_4bit else "LLM.int8"
-    given = chosen._replace(published="none")
-    logger.info(
-        f"{flag}: published in {given}, and trained as it is ({method}); --dequantize_base True trains it without."
-    )
+def log_published(quantization: BaseQuantization, lora_args: LoraArguments, name: str, method: str) -> None:
+    """Log that a base model is trained by this method in its files' quantization, and what is without effect."""
+    wanted, flag = get_base_quantization(lora_args), f"--model_name_or_path {name}"
+    given = BaseQuantization(quantization.kind, quantization.double_quant)
+    how = "packed again with all experts" if quantization.repacked else "trained as it is"
+    logger.info(f"{flag}: published in {given}, and {how} ({method}); --dequantize_base True trains it without.")
     if wanted.is_4bit and wanted != given:
         logger.warning(
             f"--bnb_4bit_quant_type {wanted.kind}, --bnb_4bit_use_double_quant {wanted.double_quant}: ignored: the "
@@ -129,9 +138,11 @@ def fit_to_files(
         UserError: its files hold 4-bit weights, and other quantized ones are wanted.
     """
     if published is None:
-        return quantization._replace(published="none")
+        return quantization._replace(published="none", repacked=False)
     if quantization.kind == published.kind:
-        return quantization._replace(double_quant=published.double_quant, published=published.kind)
+        repacked = quantization.repacked or published.packs_experts
+        return quantization._replace(double_quant=published.double_quant, published=published.kind, repacked=repacked)
+    quantization = quantization._replace(repacked=False)
     if quantization.is_quantized and published.kind in ("nf4", "fp4"):
         raise UserError(
             f"--model_name_or_path {name}: published in 4 bits ({published}), from which {quantization.kind} cannot be "

@@ -7,11 +7,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.folder_checks import list_tensors
-from fastchat_qlora.model.loading.text_part import counts_experts
+from fastchat_qlora.model.loading.text_part import has_experts
 from fastchat_qlora.model.quantization.packed_integers import (
     INTEGER_PARTS,
     LAYOUT_NAMES,
@@ -74,6 +74,7 @@ CONSTANTS = {
 QUANTIZED_TENSOR = re.compile(
     r".+(\.(weight\.absmax|SCB|weight_scale(_inv)?|weight_packed|qweight|_weight_qdata|weight\._data)|_proj_blocks)"
 )
+EXPERT_IN_4_BITS = re.compile(r".*\bexperts\.\d+\..+\.absmax")
 OTHER_COPIES = "the model in 16 bits, or a copy in bitsandbytes' 4 or 8 bits, GPTQ, AWQ, FP8 or MXFP4"
 
 
@@ -83,6 +84,7 @@ class PublishedQuantization(NamedTuple):
     kind: str  # nf4, fp4 and int8 of bitsandbytes; else the quant_method
     double_quant: bool
     settings: Mapping[str, Any]  # as config.json has them
+    packs_experts: bool = False  # experts are in 4 bits, each by itself; taken for granted of a mixture on the hub
 
     @property
     def is_bitsandbytes(self) -> bool:
@@ -98,7 +100,14 @@ def name_quantization(kind: str, double_quant: bool) -> str:
     return f"{kind} with double quantization" if double_quant else kind
 
 
-def read_published_quantization(config: PretrainedConfig, name: str) -> PublishedQuantization | None:
+def name_format(kind: str) -> str:
+    """Return what users know the format of quantized files by."""
+    return FORMAT_NAMES.get(kind, kind)
+
+
+def read_published_quantization(
+    config: PretrainedConfig, name: str, meta_model: PreTrainedModel | None
+) -> PublishedQuantization | None:
     """Return the quantization of a model's files; None if its configuration has none.
 
     Raises:
@@ -106,7 +115,11 @@ def read_published_quantization(config: PretrainedConfig, name: str) -> Publishe
     """
     flag, settings = f"--model_name_or_path {name}", find_quantization_settings(config)
     published = None if settings is None else _read_settings(settings, flag)
-    check_published_files(published, list_tensors(name), flag)
+    names = list_tensors(name)
+    check_published_files(published, names, flag)
+    if published and published.kind in ("nf4", "fp4") and meta_model is not None and has_experts(meta_model):
+        in_4_bits = not names or any(map(EXPERT_IN_4_BITS.fullmatch, names))
+        return published._replace(packs_experts=in_4_bits)
     return published
 
 
@@ -117,6 +130,8 @@ def _read_settings(settings: Any, flag: str) -> PublishedQuantization:
     method = settings.get("quant_method")
     if not isinstance(method, str):
         raise UserError(f"{flag}: quantization_config in its config.json has no quant_method; add it there")
+    method = method.lower()
+    settings = {**settings, "quant_method": method}
     if method == "compressed-tensors":
         _check_compressed_tensors(settings, flag)
     elif method in LAYOUT_NAMES:
@@ -142,17 +157,6 @@ def check_published_files(published: PublishedQuantization | None, names: Collec
         )
     if published and published.kind in LAYOUT_NAMES:
         _check_parts(published, names, flag)
-
-
-def is_kept(published: PublishedQuantization | None, kind: str, config: PretrainedConfig) -> bool:
-    """Return whether a model in this kind of quantization has the quantized weights of its files.
-
-    4-bit weights of a mixture are unpacked and packed again, since files have an expert's weights by themselves and the
-    model has those of all experts in one.
-    """
-    if published is None or not published.is_bitsandbytes or kind != published.kind:
-        return False
-    return kind == "int8" or not counts_experts(config)
 
 
 def find_quantization_settings(config: PretrainedConfig) -> Any:
@@ -193,12 +197,12 @@ def _check_compressed_tensors(settings: Mapping[str, Any], flag: str) -> None:
 
 
 def _check_packed(settings: Mapping[str, Any], flag: str) -> None:
-    method, layout, bits = settings["quant_method"], read_layout(settings), settings.get("bits", 4)
+    method, layout, bits = settings["quant_method"], read_layout(settings), str(settings.get("bits", 4))
     supported = (4,) if layout and layout.name == "gemm" else PACKED_BITS
     if layout is None:
         found, read = f"the layout {get_layout_name(settings)[:60]}", " or ".join(LAYOUT_NAMES[method])
-    elif bits not in supported:
-        found, read = f"{str(bits)[:20]} bits", " or ".join(map(str, supported))
+    elif bits not in map(str, supported):
+        found, read = f"{bits[:20]} bits", " or ".join(map(str, supported))
     elif settings.get("pack_dtype", "int32") != "int32":
         found, read = f"words of {str(settings['pack_dtype'])[:20]}", "int32"
     elif settings.get("rotation_config") or settings.get("spinquant_config"):

@@ -29,7 +29,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from fastchat_qlora.model.quantization.packed_integers import PACKED_PARTS, dequantize_integers, read_layout
-from fastchat_qlora.model.quantization.published import PublishedQuantization, is_kept
+from fastchat_qlora.model.quantization.published import PublishedQuantization
 
 PUBLISHED_METHOD = "fastchat_qlora"  # our quantizer's name in transformers' table
 LoadingArguments = dict[str, Any]  # arguments of from_pretrained that decide how the base model is quantized
@@ -41,29 +41,25 @@ def build_loading_settings(
     published: PublishedQuantization | None,
     quantization_config: BitsAndBytesConfig | None,
     dtype: torch.dtype,
+    *,
+    keeps: bool,
 ) -> LoadingArguments:
     """Return the arguments with which `from_pretrained` quantizes a base model as `quantization_config` has it.
 
-    Files of that very quantization are read as they are. From other quantized files the weights are dequantized first.
+    Quantized files are read as they are if `keeps`; else their weights are dequantized first.
     """
     if published is None:
         return {"quantization_config": quantization_config}
     if PUBLISHED_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(PUBLISHED_METHOD)(PublishedConfig)
         register_quantizer(PUBLISHED_METHOD)(PublishedQuantizer)
-    source, keeps = dict(published.settings), is_kept(published, _get_kind(quantization_config), config)
+    source = dict(published.settings)
     if keeps:
         source["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     config = copy.deepcopy(config)
     target = None if keeps else quantization_config
     config.quantization_config = {"quant_method": PUBLISHED_METHOD, "source": source, "target": target, "keeps": keeps}
     return {"config": config}
-
-
-def _get_kind(quantization_config: BitsAndBytesConfig | None) -> str:
-    if quantization_config is None:
-        return "none"
-    return str(quantization_config.bnb_4bit_quant_type) if quantization_config.load_in_4bit else "int8"
 
 
 @contextmanager

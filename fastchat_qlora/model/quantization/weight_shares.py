@@ -4,9 +4,10 @@ Weights are counted, not layers: in a mixture of experts nine layers in ten may 
 """
 
 import copy
+import logging
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -15,6 +16,10 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.text_part import READ_BY_MODEL, TextPart
 from fastchat_qlora.model.ops.experts import get_quant_states
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.published import PublishedQuantization
+
+logger = logging.getLogger(__name__)
 
 LEAST_QUANTIZED = 0.9  # share with which a run may call itself QLoRA
 
@@ -30,6 +35,10 @@ class WeightShare(NamedTuple):
     def share(self) -> float:
         """The share, 1 for a model without such weights."""
         return self.included / self.total if self.total else 1.0
+
+    def get_kept_gib(self, dtype: torch.dtype) -> float:
+        """Return the GiB of the other weights in this dtype."""
+        return (self.total - self.included) * dtype.itemsize / 2**30
 
     def __str__(self) -> str:
         text = f"{self.share:.1%} of the {self.total:,} weights in linear layers and experts"
@@ -67,14 +76,40 @@ def find_quantized(config: PretrainedConfig, quantization_config: BitsAndBytesCo
     return modules | getattr(quantizer, "experts", set())
 
 
+def compute_loaded_share(
+    config: PretrainedConfig,
+    quantization: BaseQuantization,
+    published: PublishedQuantization | None,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> WeightShare:
+    """Return the share of weights that are in few bits once a model is loaded in this quantization."""
+    settings = build_quantization_config(quantization, dtype)
+    if published and quantization.is_as_published:
+        settings = BitsAndBytesConfig.from_dict(dict(published.settings))
+    return compute_share(sizes, find_quantized(config, cast(BitsAndBytesConfig, settings)) if settings else ())
+
+
+def warn_of_kept_weights(quantization: BaseQuantization, share: WeightShare, dtype: torch.dtype) -> None:
+    """Log which share of the weights is not in few bits, if it is large."""
+    if share.share >= LEAST_QUANTIZED or not quantization.is_quantized:
+        return
+    bits = 4 if quantization.is_4bit else 8
+    where = " in the base model's files" if quantization.is_as_published else ""
+    remedy = "--q_lora True packs them too" if bits == 4 else "--q_lora True in place of 8 bits packs all into 4 bits"
+    logger.warning(
+        f"{share.share:.1%} of the {share.total:,} weights in linear layers and experts are in {bits} bits{where}; "
+        f"the others, such as {next(iter(share.others))}, take {share.get_kept_gib(dtype):.2f} GiB; {remedy}."
+    )
+
+
 def check_quantized_share(share: WeightShare, dtype: torch.dtype) -> None:
     """Require that most weights are in 4 bits if that is asked for."""
     if share.share >= LEAST_QUANTIZED:
         return
-    kept = share.total - share.included
     raise UserError(
         f"--q_lora True: {share.share:.0%} of this model's weights in linear layers and experts can be in 4 bits, and "
-        f"{kept * dtype.itemsize / 2**30:.1f} GiB would not be, such as {next(iter(share.others))}; train with "
+        f"{share.get_kept_gib(dtype):.1f} GiB would not be, such as {next(iter(share.others))}; train with "
         "--q_lora False if there is memory for it, or choose another model"
     )
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.base_model import load_config, load_model
+from fastchat_qlora.model.loading.base_model import build_meta_model, load_config, load_model
 from fastchat_qlora.model.loading.text_part import find_text_part
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 from fastchat_qlora.model.quantization.published import read_published_quantization
@@ -24,15 +24,36 @@ from fastchat_qlora.model.quantization.weight_shares import count_quantized
 def load(folder: Path, dtype: torch.dtype, bits: Any = None) -> Any:
     model_args = ModelArguments(str(folder))
     config = load_config(model_args, None)
-    published = read_published_quantization(config, str(folder))
+    published = read_published_quantization(config, str(folder), build_meta_model(config))
+    kind = "none" if bits is None else bits.bnb_4bit_quant_type if bits.load_in_4bit else "int8"
+    keeps = published is not None and published.kind == kind and not published.packs_experts
     return load_model(
         model_args,
         dtype=dtype,
-        quantization=build_loading_settings(config, published, bits, dtype),
+        quantization=build_loading_settings(config, published, bits, dtype, keeps=keeps),
         device_map={"": "cpu"},
         attn_implementation=None,
         cache_dir=None,
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "packs", "share"), [("nf4, experts", False, 1 / 3), ("nf4, each expert", True, 1.0)]
+)
+def test_experts_are_in_the_bits_of_the_files(
+    layout: str, packs: bool, share: float, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    base = publish(tmp_path, tokenizer_folder, layout)
+    config = load_config(ModelArguments(str(base.published)), None)
+    meta_model = build_meta_model(config)
+    assert meta_model is not None
+    published = read_published_quantization(config, str(base.published), meta_model)
+    assert published is not None and published.packs_experts is packs
+    model = load(base.published, torch.float32, build_quantization_config(BaseQuantization("nf4", True), torch.float32))
+    assert count_quantized(model, find_text_part(meta_model).sizes).share == pytest.approx(share)
+    found, expected = model.dequantize(torch.float32), load(base.plain, torch.float32)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=0.02 if packs else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
