@@ -58,7 +58,7 @@ def train(args: RunArguments) -> Path:
         clock = FirstStepClock()
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
         run_sanity_check(trainer)
-        effective = EffectiveSettings(trainer, topology, prepared.base.sizes)
+        effective = EffectiveSettings(trainer, topology, prepared.base.sizes, prepared.base.quantization.published)
         answers = SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)
         report, checkpoint = RunReport(summary, answers), prepared.checkpoint
@@ -93,8 +93,7 @@ def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, d
         attn_implementation=loading.attention,
         cache_dir=args.training.cache_dir,
     )
-    quantization = prepared.base.quantization
-    if quantization.is_4bit and not quantization.is_as_published:
+    if args.lora.q_lora and prepared.base.quantization.is_4bit:
         check_quantized_share(count_quantized(model, prepared.base.sizes), dtype)
     if args.training.router_aux_loss_coef is not None:
         set_router_loss(model.config, args.training.router_aux_loss_coef)

@@ -51,6 +51,7 @@ from fastchat_qlora.model.quantization.published import PublishedQuantization, r
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
 from fastchat_qlora.model.quantization.weight_shares import (
     LEAST_QUANTIZED,
+    WeightShare,
     check_8_bits,
     check_quantized_share,
     compute_loaded_share,
@@ -90,6 +91,7 @@ class PreparedBase(NamedTuple):
     published: PublishedQuantization | None  # of its files
     meta_model: PreTrainedModel | None  # without weights; None if the model's code lies outside transformers
     sizes: dict[str, int]  # weights by name of linear layer or experts' parameter; empty without a meta model
+    quantized: WeightShare | None = None  # in 4 or 8 bits once it is loaded
 
 
 class LoadingSettings(NamedTuple):
@@ -150,8 +152,8 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
         lora_config = resolve_targets(lora_config, meta_model, text, lambda: build_meta_model(config))
     if quantization.kind == "int8":
         check_8_bits(meta_model, text)
-    quantization = _fit_to_share(args, config, quantization, published, text)
-    return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes)
+    quantization, share = _fit_to_share(args, config, quantization, published, text)
+    return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes, share)
 
 
 def _fit_to_share(
@@ -160,8 +162,8 @@ def _fit_to_share(
     quantization: BaseQuantization,
     published: PublishedQuantization | None,
     text: TextPart,
-) -> BaseQuantization:
-    """Return the quantization with most weights in 4 bits, if --q_lora True asks for that, or warn of the others."""
+) -> tuple[BaseQuantization, WeightShare]:
+    """Return the quantization with most weights in 4 bits, if --q_lora True asks for it, and the share; or warn."""
     dtype = get_compute_dtype(args.training)
     share = compute_loaded_share(config, quantization, published, text.sizes, dtype)
     if args.lora.q_lora and quantization.is_as_published and share.share < LEAST_QUANTIZED:
@@ -179,7 +181,7 @@ def _fit_to_share(
     if args.lora.q_lora and quantization.is_4bit:
         check_quantized_share(share, dtype)
     warn_of_kept_weights(quantization, share, dtype)
-    return quantization
+    return quantization, share
 
 
 def compute_shapes(args: RunArguments, base: PreparedBase) -> AdapterShapes:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from fastchat_qlora import cli
 from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.published import FORMAT_NAMES
 
 Publish = Callable[[str], Bases]
 
@@ -78,6 +79,11 @@ def test_base_is_trained_chats_and_is_merged(
     recorded = json.loads((out / "training_args.json").read_text())["base_quantization"]
     assert recorded["published"] == kind
     assert recorded["kind"] == (kind if kind in ("nf4", "int8") else "none")
+    effective = json.loads((out / "training_args.json").read_text())["effective"]["quantized weights"]
+    if recorded["kind"] == "none":
+        assert effective == f"none, dequantized from {FORMAT_NAMES.get(kind, kind)}"
+    else:
+        assert "dequantized" not in effective
     capsys.readouterr()
     assert cli.main(["chat", str(out), "--message", "Who are you?", "--max_new_tokens", "4"]) == 0
     assert cli.main(["merge", str(out), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
@@ -154,6 +160,37 @@ def test_qlora_quantizes_the_dequantized_weights(
     assert {name: tensor.shape for name, tensor in merged.items()} == {
         name: tensor.shape for name, tensor in plain.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags", "weights"),
+    [
+        ("gptq, experts", {}, "float32, dequantized from GPTQ"),
+        ("nf4, experts", {}, "nf4 with double quantization, as published, 33.3% of the 147,456 weights"),
+        (
+            "gptq, experts",
+            {"load_in_8bit": True},
+            "int8, dequantized from GPTQ, 33.3% of the 147,456 weights",
+        ),
+    ],
+)
+def test_plan_has_the_shares(
+    layout: str,
+    flags: dict[str, object],
+    weights: str,
+    bases: Publish,
+    pair: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = command(bases(layout).published, pair, tmp_path / "out", lora_target_modules="q_proj", **flags)
+    assert cli.main(["plan", *given, "--output", str(tmp_path / "plan.json")]) == 0
+    captured = capsys.readouterr()
+    settings = json.loads((tmp_path / "plan.json").read_text())["settings"]
+    assert settings["base weights"].startswith(weights)
+    assert settings["adapter"].startswith("on 11.1% of the 147,456 weights in linear layers and experts, without")
+    warned = "33.3% of the 147,456 weights in linear layers and experts are in" in captured.err
+    assert warned is ("33.3%" in weights)
 
 
 def test_dequantized_base_is_trained_in_the_compute_dtype(

@@ -19,11 +19,13 @@ from fastchat_qlora.distributed.deepspeed_config import get_offload_device
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.lora import build_lora_config
+from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.estimates import parallelism
 from fastchat_qlora.model.estimates.flops import compute_flops_per_token, measure_flops_per_second
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.loading.base_model import build_meta_model, get_compute_dtype, get_dtype_name
+from fastchat_qlora.model.quantization.weight_shares import WeightShare, compute_share
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
@@ -43,6 +45,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
     """Plan a run; without the speed of a device, it is estimated where this machine has such a device."""
     base, parameters = _prepare_base_model(args)
     trainable = _count_trainable(setup.compute_shapes(args, base), base.meta_model)
+    adapted = compute_share(base.sizes, get_adapted(base.meta_model))
     base = base._replace(meta_model=build_meta_model(base.config))  # the first one has an adapter now
     sequences = _read_sequences(args, base.config)
     supervised = int(get_column(sequences, "supervised").sum())
@@ -57,7 +60,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         speed = speed or _estimate_speed(run, cost, given.checkpointed)
     return Plan(
         model=args.model.model_name_or_path,
-        settings=_describe_settings(run),
+        settings=_describe_settings(run, adapted),
         sequences=count,
         conversations=len(np.unique(get_column(sequences, "record"))),
         tokens=tokens,
@@ -158,14 +161,16 @@ def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices
     )
 
 
-def _describe_settings(settings: RunSettings) -> dict[str, str]:
+def _describe_settings(settings: RunSettings, adapted: WeightShare) -> dict[str, str]:
     (quantization, dtype), devices = settings.precision, settings.devices
     batch, accumulation = settings.batch_size, settings.accumulation
     total, is_packed = batch * accumulation * devices.number, settings.args.data.packing
     unit = f"packed sequences of {settings.max_length:,} tokens" if is_packed else "conversations"
+    plain = f"{get_dtype_name(dtype)}{str(quantization).removeprefix('none')}"
     checkpointing = "as memory requires" if settings.checkpointing is None else str(settings.checkpointing)
     return {
-        "base weights": str(quantization) if quantization.is_quantized else get_dtype_name(dtype),
+        "base weights": f"{quantization}, {settings.base.quantized}" if quantization.is_quantized else plain,
+        "adapter": f"on {adapted}",
         "compute dtype": get_dtype_name(dtype),
         "devices": f"{devices.number} x {devices.kind}",
         "batch": f"{batch} x {accumulation} accumulated x {devices.number} = {total} {unit} a step",

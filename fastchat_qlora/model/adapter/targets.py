@@ -340,15 +340,15 @@ def attach_to_meta(meta_model: PreTrainedModel, config: LoraConfig) -> PeftModel
         return get_peft_model(meta_model, config, low_cpu_mem_usage=True)
 
 
-def get_adapted(model: PeftModel) -> frozenset[str]:
+def get_adapted(model: Any) -> frozenset[str]:
     """Return the full names in the base model of modules and, in other modules than linear ones, of parameters."""
     return frozenset(name for name, _ in find_adapters(model))
 
 
-def find_adapters(model: PeftModel) -> list[tuple[str, Any]]:
+def find_adapters(model: Any) -> list[tuple[str, Any]]:
     """Return the name of each adapted module or parameter of the base model, and the LoRA layer."""
     found = []
-    for name, layer in model.get_base_model().named_modules():
+    for name, layer in getattr(model, "get_base_model", lambda: model)().named_modules():
         if isinstance(layer, LoraLayer):
             base_name = name.replace(".base_layer", "")  # parameters of one module are wrapped one in the other
             is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)

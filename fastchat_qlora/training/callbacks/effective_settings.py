@@ -23,7 +23,7 @@ from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.model.ops.experts import get_quant_states
-from fastchat_qlora.model.quantization.published import name_quantization
+from fastchat_qlora.model.quantization.published import name_format, name_quantization
 from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -34,13 +34,19 @@ logger = logging.getLogger(__name__)
 class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Callback that logs the effective settings, and stops the run if the strategy is not the one asked for."""
 
-    def __init__(self, trainer: LoraTrainer, topology: Topology, sizes: Mapping[str, int] | None = None) -> None:
-        self._trainer, self._topology, self._sizes = trainer, topology, sizes
+    def __init__(
+        self,
+        trainer: LoraTrainer,
+        topology: Topology,
+        sizes: Mapping[str, int] | None = None,
+        published: str = "none",
+    ) -> None:
+        self._trainer, self._topology, self._sizes, self._published = trainer, topology, sizes, published
         self.settings: dict[str, str] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Read back and log the settings; a collective operation."""
-        self.settings = read_back(self._trainer, self._sizes)
+        self.settings = read_back(self._trainer, self._sizes, self._published)
         found = self.settings["strategy"]
         if found != self._topology.strategy:
             raise RunError(f"the strategy is {found}, and {self._topology.strategy} was asked for; check the libraries")
@@ -49,10 +55,11 @@ class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers 
         logger.info(f"Effective settings:\n{table}")
 
 
-def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None) -> dict[str, str]:
+def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, published: str = "none") -> dict[str, str]:
     """Return the settings as the live objects have them when training begins; every process must call this.
 
     `sizes` are the weights by name, from `TextPart.sizes`; without them those of all linear layers are counted.
+    `published` is the quantization of the base model's files.
     """
     args, model = trainer.args, trainer.adapter
     base = model.get_base_model()
@@ -71,7 +78,7 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None) -> d
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
         "loss": _describe_loss(trainer),
-        "quantized weights": _describe_quantization(base, sizes),
+        "quantized weights": _describe_quantization(base, sizes, published),
         "base weights": _describe_base_weights(model),
         "adapter": f"{_describe_adapter(model)}, on {compute_share(sizes, get_adapted(model))}",
         "optimizer": _describe_optimizer(trainer, engine),
@@ -114,14 +121,21 @@ def _describe_loss(trainer: LoraTrainer) -> str:
     return f"from the logits of {chunk:,} supervised positions at a time, with the gradient in the same pass"
 
 
-def _describe_quantization(model: Any, sizes: Mapping[str, int]) -> str:
+def _describe_quantization(model: Any, sizes: Mapping[str, int], published: str) -> str:
     share = count_quantized(model, sizes)
     packed = [module for module in model.modules() if _get_quant_states(module)]
     if not packed:
-        return f"LLM.int8, {share}" if share.included else "none"
+        kind, text = ("int8", f"LLM.int8, {share}") if share.included else ("none", "none")
+        return text + _describe_source(kind, published)
     (state, *_) = _get_quant_states(packed[0])
     stored = get_dtype_name(next(packed[0].parameters()).dtype)
-    return f"{name_quantization(state.quant_type, state.nested)}, stored as {stored}, {share}"
+    return f"{name_quantization(state.quant_type, state.nested)}, stored as {stored}, {share}" + _describe_source(
+        state.quant_type, published
+    )
+
+
+def _describe_source(kind: str, published: str) -> str:
+    return "" if published in ("none", kind) else f", dequantized from {name_format(published)}"
 
 
 def _get_quant_states(module: Any) -> list[Any]:
