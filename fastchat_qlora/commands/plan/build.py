@@ -25,6 +25,7 @@ from fastchat_qlora.model.estimates.flops import compute_flops_per_token, measur
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.loading.base_model import build_meta_model, get_compute_dtype, get_dtype_name
+from fastchat_qlora.model.quantization.published import describe_source
 from fastchat_qlora.model.quantization.weight_shares import WeightShare, compute_share
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
@@ -166,7 +167,7 @@ def _describe_settings(settings: RunSettings, adapted: WeightShare) -> dict[str,
     batch, accumulation = settings.batch_size, settings.accumulation
     total, is_packed = batch * accumulation * devices.number, settings.args.data.packing
     unit = f"packed sequences of {settings.max_length:,} tokens" if is_packed else "conversations"
-    plain = f"{get_dtype_name(dtype)}{str(quantization).removeprefix('none')}"
+    plain = get_dtype_name(dtype) + describe_source("none", quantization.published)
     checkpointing = "as memory requires" if settings.checkpointing is None else str(settings.checkpointing)
     return {
         "base weights": f"{quantization}, {settings.base.quantized}" if quantization.is_quantized else plain,

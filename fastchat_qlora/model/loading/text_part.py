@@ -70,7 +70,7 @@ def find_text_part(model: PreTrainedModel) -> TextPart:
 
 def is_mixture(model: torch.nn.Module) -> bool:
     """Return whether a model is a mixture of experts, with fused weights or a module for each."""
-    return any(is_experts(module) or EXPERTS_IN_PATH.fullmatch(name) for name, module in model.named_modules())
+    return has_experts(model) or any(EXPERTS_IN_PATH.fullmatch(name) for name, _ in model.named_modules())
 
 
 def has_experts(model: torch.nn.Module) -> bool:

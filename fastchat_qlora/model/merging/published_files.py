@@ -72,7 +72,7 @@ class PublishedFiles(WeightFiles):
         if layout := read_layout(self._published.settings):
             parts = {part: self.headers[name] for part, name in self._constants[weight].items()}
             return dequantize_integers(parts, layout).shape
-        if self._published.kind in ("nf4", "fp4"):
+        if self._published.is_4bit:
             return torch.Size(read_4bit_state(self._read_constants(weight)).shape)
         header = self.headers[weight]
         is_packed = header.dtype == torch.int8 and self._published.kind != "int8"  # two 4-bit values in a byte

@@ -12,7 +12,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.quantization.published import (
     BITSANDBYTES_KINDS,
     PublishedQuantization,
-    name_format,
+    describe_source,
     name_quantization,
 )
 
@@ -69,11 +69,9 @@ class BaseQuantization(NamedTuple):
 
     def __str__(self) -> str:
         text = name_quantization(self.kind, self.double_quant)
-        if self.published == "none":
-            return text
-        if self.kind == self.published:
+        if self.kind == self.published != "none":
             return f"{text}, as published{', packed again with all experts' if self.repacked else ''}"
-        return f"{text}, dequantized from {name_format(self.published)}"
+        return text + describe_source(self.kind, self.published)
 
 
 NOT_QUANTIZED = BaseQuantization()
@@ -143,7 +141,7 @@ def fit_to_files(
         repacked = quantization.repacked or published.packs_experts
         return quantization._replace(double_quant=published.double_quant, published=published.kind, repacked=repacked)
     quantization = quantization._replace(repacked=False)
-    if quantization.is_quantized and published.kind in ("nf4", "fp4"):
+    if quantization.is_quantized and published.is_4bit:
         raise UserError(
             f"--model_name_or_path {name}: published in 4 bits ({published}), from which {quantization.kind} cannot be "
             f"made; give --quantization {published.kind}, or none to dequantize it"

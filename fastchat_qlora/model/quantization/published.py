@@ -91,6 +91,11 @@ class PublishedQuantization(NamedTuple):
         """Whether the weights are trained on as they are."""
         return self.kind in BITSANDBYTES_KINDS
 
+    @property
+    def is_4bit(self) -> bool:
+        """Whether the files hold bitsandbytes' 4-bit weights."""
+        return self.kind in ("nf4", "fp4")
+
     def __str__(self) -> str:
         return name_quantization(self.kind, self.double_quant)
 
@@ -105,6 +110,11 @@ def name_format(kind: str) -> str:
     return FORMAT_NAMES.get(kind, kind)
 
 
+def describe_source(kind: str, published: str) -> str:
+    """Return the end of a phrase on weights of this kind: from which published ones they were dequantized, if any."""
+    return "" if published in ("none", kind) else f", dequantized from {name_format(published)}"
+
+
 def read_published_quantization(
     config: PretrainedConfig, name: str, meta_model: PreTrainedModel | None
 ) -> PublishedQuantization | None:
@@ -117,7 +127,7 @@ def read_published_quantization(
     published = None if settings is None else _read_settings(settings, flag)
     names = list_tensors(name)
     check_published_files(published, names, flag)
-    if published and published.kind in ("nf4", "fp4") and meta_model is not None and has_experts(meta_model):
+    if published and published.is_4bit and meta_model is not None and has_experts(meta_model):
         in_4_bits = not names or any(map(EXPERT_IN_4_BITS.fullmatch, names))
         return published._replace(packs_experts=in_4_bits)
     return published

@@ -23,7 +23,7 @@ from fastchat_qlora.model.adapter.targets import get_adapted
 from fastchat_qlora.model.loading.base_model import get_dtype_name, get_repeated_layers
 from fastchat_qlora.model.ops.chunked_loss import get_chunk_length
 from fastchat_qlora.model.ops.experts import get_quant_states
-from fastchat_qlora.model.quantization.published import name_format, name_quantization
+from fastchat_qlora.model.quantization.published import describe_source, name_quantization
 from fastchat_qlora.model.quantization.weight_shares import compute_share, count_quantized
 from fastchat_qlora.training.checkpoints.adapter_export import SAVED_DTYPE
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -126,16 +126,11 @@ def _describe_quantization(model: Any, sizes: Mapping[str, int], published: str)
     packed = [module for module in model.modules() if _get_quant_states(module)]
     if not packed:
         kind, text = ("int8", f"LLM.int8, {share}") if share.included else ("none", "none")
-        return text + _describe_source(kind, published)
+        return text + describe_source(kind, published)
     (state, *_) = _get_quant_states(packed[0])
     stored = get_dtype_name(next(packed[0].parameters()).dtype)
-    return f"{name_quantization(state.quant_type, state.nested)}, stored as {stored}, {share}" + _describe_source(
-        state.quant_type, published
-    )
-
-
-def _describe_source(kind: str, published: str) -> str:
-    return "" if published in ("none", kind) else f", dequantized from {name_format(published)}"
+    text = f"{name_quantization(state.quant_type, state.nested)}, stored as {stored}, {share}"
+    return text + describe_source(state.quant_type, published)
 
 
 def _get_quant_states(module: Any) -> list[Any]:

@@ -88,7 +88,7 @@ def _find_scaling_by_row(trainer: LoraTrainer) -> str:
     `floor_scale` tokens on. This can go once it takes the position ids.
     """
     text = trainer.adapter.config.get_text_config()
-    first = text.floor_scale if getattr(text, "attn_temperature_tuning", False) and hasattr(text, "floor_scale") else 0
+    first = getattr(text, "floor_scale", 0) if getattr(text, "attn_temperature_tuning", False) else 0
     tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, padding_free=True)
     return f"the model scales attention by the place in a row, from token {first} on" if 0 < first <= tokens else ""
 

@@ -109,14 +109,18 @@ def fingerprint_settings(
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
-        "lora_r": lora_config.r,
+        **get_lora_values(lora_config),
         "lora_target_modules": _sort_names(lora_config.target_modules),
         "lora_target_parameters": sorted(lora_config.target_parameters or ()),
         "lora_exclude_modules": _sort_names(lora_config.exclude_modules),
-        "lora_bias": lora_config.bias,
-        **{name: getattr(lora_config, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
         "modules_to_save": sorted(lora_config.modules_to_save or ()),
     }
+
+
+def get_lora_values(config: LoraConfig) -> dict[str, Any]:
+    """Return the flags that --lora_weight_path replaces, without those of targets, with the values that are used."""
+    names = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    return {"lora_r": config.r, "lora_bias": config.bias} | {name: getattr(config, name) for name in names}
 
 
 def _sort_names(names: str | Collection[str] | None) -> str | list[str]:

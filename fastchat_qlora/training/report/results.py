@@ -5,10 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE, saving
+from fastchat_qlora.training.checkpoints.run_fingerprint import get_lora_values
 from fastchat_qlora.training.report.model_card import write_model_card
 from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.utils.atomic import write_atomically
@@ -17,12 +16,6 @@ from fastchat_qlora.utils.text import mask_secrets
 logger = logging.getLogger(__name__)
 
 TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")  # how names of metrics of training begin
-
-
-def get_lora_values(config: LoraConfig) -> dict[str, Any]:
-    """Return the flags that --lora_weight_path replaces, with the values that were used."""
-    names = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    return {"lora_r": config.r, "lora_bias": config.bias} | {name: getattr(config, name) for name in names}
 
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
