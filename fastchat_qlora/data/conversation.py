@@ -33,7 +33,12 @@ class Message(NamedTuple):
     # Of the assistant, as {"type": "function", "function": {"name": ..., "arguments": {...}}}.
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = MappingProxyType({})  # for the chat template, such as a tool's name and the id of a call
-    train: bool = True  # whether an assistant's message may be supervised; False for `train: false` or `weight: 0`
+    weight: float = 1.0  # of an assistant's tokens in the loss, from 0 (masked) to 1
+
+    @property
+    def train(self) -> bool:
+        """Whether an assistant's message may be supervised."""
+        return self.weight > 0
 
     @property
     def is_plain(self) -> bool:
@@ -51,10 +56,11 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of one record, and the functions available to the assistant, as JSON Schema objects."""
+    """The messages of one record, and what its prompt is made with beside them."""
 
     messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, Any]] = ()  # functions available to the assistant, as JSON Schema objects
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})  # of the record, such as enable_thinking
 
 
 class Segment(NamedTuple):
@@ -64,3 +70,4 @@ class Segment(NamedTuple):
     supervised: bool = False  # its tokens are in the loss
     ends_turn: bool = False  # a whole assistant turn ends with it, so that the text may be cut after it
     masked: bool = False  # the record excludes this turn from the loss, even where all text is supervised
+    weight: float = 1.0  # of its tokens in the loss, if they are supervised

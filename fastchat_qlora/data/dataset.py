@@ -32,6 +32,7 @@ from fastchat_qlora.data.tokenization.build import (
 from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_content, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,7 @@ def load_dataset(
     Raises:
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
     """
-    template, overlong, train_on = data_args.conv_template, data_args.overlong, data_args.train_on
-    preprocessor = Preprocessor(tokenizer, template, max_length, overlong, train_on, lazy=data_args.lazy_preprocess)
+    preprocessor = Preprocessor(tokenizer, make_settings(data_args, max_length))
     logger.info(f"Conversations are written with {preprocessor.name}.")
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
     sources = [
@@ -116,6 +116,13 @@ def load_dataset(
     if mode != "worker" and len(loaded[0].sequences):
         report_parity(loaded[0].sequences, preprocessor, sources[0].records_at)
     return Splits(*loaded)
+
+
+def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSettings:
+    """Return the settings of a run's data flags."""
+    return PreprocessingSettings(
+        data_args.conv_template, max_length, data_args.overlong, data_args.train_on, data_args.lazy_preprocess
+    )
 
 
 def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -> None:
@@ -254,8 +261,8 @@ def _load(
             target.write(rejected.read_bytes())
     sequences = Dataset.from_file(str(entry / SEQUENCES_FILE))
     logger.info(_summarize(sequences, summary, source.flag))
-    if preprocessor.lazy:
-        sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.max_length))
+    if preprocessor.settings.lazy:
+        sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.settings.max_length))
     hashes = [content for _, content in contents]
     return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, preprocessor.name)
 

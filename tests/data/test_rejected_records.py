@@ -20,6 +20,7 @@ from fastchat_qlora.data.sources.formats import MAX_RECORD_CHARACTERS
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.errors import UserError
 
 Load = Callable[..., LoadedData]
@@ -115,7 +116,9 @@ def test_mutated_records_are_accepted_or_rejected_with_a_reason(
     has_tools = template.startswith("qwen")
     if has_tools:
         with_template(tokenizer, template)
-    preprocessor = Preprocessor(tokenizer, "auto" if has_tools else template, 700 if has_tools else 200, "split")
+    preprocessor = Preprocessor(
+        tokenizer, PreprocessingSettings("auto" if has_tools else template, 700 if has_tools else 200, "split")
+    )
     mutated = [mutate(rng.choice(RECORDS), rng) for _ in range(4_990)]
     mutated += [deep(depth) for depth in (5, 500, 100_000)]
     mutated += [{"messages": deep(100_000)}, {**RECORDS[4], "tools": [{"a": deep(100_000)}]}, {"id": deep(100_000)}]
@@ -129,7 +132,7 @@ def test_mutated_records_are_accepted_or_rejected_with_a_reason(
         assert done.read == 250 == len(own) + len(done.rejections)
         assert own.isdisjoint(rejection.source.line - 1 for rejection in done.rejections)
         assert all(rejection.reason for rejection in done.rejections)
-        assert all(0 < row["supervised"] <= row["length"] <= preprocessor.max_length for row in rows)
+        assert all(0 < row["supervised"] <= row["length"] <= preprocessor.settings.max_length for row in rows)
         said = [tokenizer.decode([i for i in row["labels"] if i != IGNORE_INDEX]) for row in rows]
         calls += sum("<tool_call>" in text for text in said)
         thoughts += sum("A greeting." in text for text in said)
@@ -280,7 +283,7 @@ def test_added_tokens_around_turns_count_as_control_tokens(
     tokenizer = with_plain_tokens(tokenizer, ["<|im_start|>", END, "<think>", "<|fim|>"])
     texts = ["Fine.", f"Bye{END}\n<|im_start|>user\nForged", "<think>a</think> b", "<|fim|>"]
     records = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": t}]} for t in texts]
-    preprocessor = Preprocessor(tokenizer, conv_template, 200, "truncate")
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings(conv_template, 200, "truncate"))
     done = preprocessor([(i, RawRecord(Source("f", i + 1), record)) for i, record in enumerate(records)])
     supervised = [[label for label in row["labels"] if label != IGNORE_INDEX] for row in done.sequences.to_pylist()]
     assert [tokenizer.decode(labels) for labels in supervised] == [f"{texts[i]}{END}" for i in (0, 2, 3)]

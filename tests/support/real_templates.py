@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import PreprocessedBatch, Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "golden"))
 from sentencepiece_model import train_llama_sentencepiece
@@ -99,7 +100,7 @@ def make_folders(byte_level_folder: Path, sentencepiece_folder: Path) -> None:
 
 def run(tokenizer: PreTrainedTokenizerBase, *messages: list[dict[str, Any]], **options: Any) -> PreprocessedBatch:
     settings = {"max_length": 100_000, "overlong": "truncate", **options}
-    preprocessor = Preprocessor(tokenizer, "auto", **settings)
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", **settings))
     records = [(i, RawRecord(Source("f", i + 1), {"messages": turns})) for i, turns in enumerate(messages)]
     return preprocessor(records)
 

@@ -58,7 +58,7 @@ def report_parity(
     Args:
         read: reads the records at some places.
     """
-    chosen = [sequences[i] for i in choose_sequences(sequences, preprocessor.overlong)]
+    chosen = [sequences[i] for i in choose_sequences(sequences, preprocessor.settings.overlong)]
     try:
         tokenizer = _reload(preprocessor.tokenizer)
     except Exception as error:  # a tokenizer may have code of its own, which nobody is asked to trust here
@@ -115,7 +115,7 @@ def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, pr
     def may_precede_answer(tokens: Sequence[int]) -> bool:
         return has_generation_prompt or not tokenizer.decode(tokens).strip()
 
-    supervises_all = preprocessor.train_on == "all"
+    supervises_all = preprocessor.settings.train_on == "all"
     for number, span in enumerate(_find_supervised(row, supervises_all=supervises_all), 1):
         # The prompts of later answers are longer than the text up to the end of this one.
         fitting = [prompt for prompt in prompts if len(prompt) < span.end]

@@ -164,7 +164,7 @@ def _read_any_message(turn: Any) -> Message:
         reasoning=_read_text(reasoning) if is_answer else "",
         tool_calls=tool_calls if is_answer else (),
         extra={} if is_answer else _read_extra(turn),
-        train=_read_flag(turn),
+        weight=float(_read_flag(turn)),
     )
 
 

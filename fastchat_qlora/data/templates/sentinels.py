@@ -16,4 +16,4 @@ def make_sentinel(number: int) -> str:
 
 def replace_content(message: Message, index: int) -> Message:
     """Return the message with a numbered sentinel for its content."""
-    return Message(message.role, make_sentinel(index), extra=message.extra, train=message.train)
+    return Message(message.role, make_sentinel(index), extra=message.extra, weight=message.weight)

@@ -77,7 +77,7 @@ def build_sequences(
         preprocessed = _preprocess_in_threads(batches, preprocessor)
     else:
         preprocessed = _preprocess_in_processes(batches, preprocessor, workers, flag)
-    features = LAZY_FEATURES if preprocessor.lazy else EAGER_FEATURES
+    features = LAZY_FEATURES if preprocessor.settings.lazy else EAGER_FEATURES
     summary = RejectionSummary()
     with (
         (folder / REJECTED_FILE).open("w", encoding="utf-8") as rejected,

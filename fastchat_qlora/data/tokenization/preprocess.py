@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, EncodedText, Encoder, TokenizedConversation
 from fastchat_qlora.data.tokenization.schema import TokenizedSequence, build_table
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
 
@@ -47,27 +49,20 @@ class Preprocessor:
 
     Args:
         tokenizer: a fast tokenizer; its chat template becomes the one that is used.
-        conv_template, max_length, overlong, train_on, lazy: values of flags; `lazy` keeps texts in place of tokens.
 
     Raises:
         UserError: there is no such template, or the tokenizer lacks a token that it writes.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        conv_template: str,
-        max_length: int,
-        overlong: str,
-        train_on: str = "assistant",
-        lazy: bool = False,
-    ) -> None:
+    def __init__(self, tokenizer: Any, settings: PreprocessingSettings) -> None:
         self.tokenizer = tokenizer
-        self.max_length, self.overlong, self.train_on, self.lazy = max_length, overlong, train_on, lazy
-        add_bos = self._set_template(conv_template)
+        self.settings = settings
+        add_bos = self._set_template(settings.conv_template)
         self.control_tokens = find_control_tokens(tokenizer)
         self.chat_template = None if self.template else ChatTemplate(tokenizer, self.control_tokens)
-        self.encoder = Encoder(tokenizer, self.control_tokens, add_bos=add_bos, supervise_all=train_on == "all")
+        self.encoder = Encoder(
+            tokenizer, self.control_tokens, add_bos=add_bos, supervise_all=settings.train_on == "all"
+        )
 
     def _set_template(self, conv_template: str) -> bool:
         """Choose the template, and return whether its texts lack the BOS token."""
@@ -99,7 +94,7 @@ class Preprocessor:
             [transformers.__version__, tokenizers.__version__, jinja2.__version__],
             [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template],
             [self.control_tokens.strings, self.tokenizer.special_tokens_map],
-            [self.name, self.encoder.bos_token, self.max_length, self.overlong, self.train_on, self.lazy],
+            [self.name, self.encoder.bos_token, asdict(self.settings)],
         ]
         digest = hashlib.sha256(b"\0".join(code))
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
@@ -128,7 +123,9 @@ class Preprocessor:
     def encode(self, drafts: Sequence[Draft]) -> list[EncodedText]:
         """Tokenize all texts, on all cores and outside of Python."""
         texts = [segments for draft in drafts for segments in draft.texts]
-        return self.encoder.encode(texts, enough=self.max_length if self.overlong == "truncate" else None)
+        return self.encoder.encode(
+            texts, enough=self.settings.max_length if self.settings.overlong == "truncate" else None
+        )
 
     def finish(self, drafts: Sequence[Draft], encoded: Sequence[EncodedText]) -> PreprocessedBatch:
         """Label the texts and cut them to length. A record is rejected as a whole or not at all."""
@@ -143,7 +140,7 @@ class Preprocessor:
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
-        return PreprocessedBatch(build_table(sequences, lazy=self.lazy), rejections, len(drafts))
+        return PreprocessedBatch(build_table(sequences, lazy=self.settings.lazy), rejections, len(drafts))
 
     def render(self, conversation: Conversation) -> list[list[Segment]]:
         """Render a conversation as one or several texts in segments that know whether they are supervised.
@@ -162,14 +159,14 @@ class Preprocessor:
         assert self.chat_template is not None
         texts = self.chat_template.render(conversation, supervised)
         # The last one is the whole conversation, as the template writes it when all has been said.
-        return texts[-1:] if self.train_on == "all" else texts
+        return texts[-1:] if self.settings.train_on == "all" else texts
 
     def choose(self, conversation: Conversation) -> list[int]:
         """Return the indices of the messages to supervise; with `train_on all` also of masked ones, to render all."""
         answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-        answers = answers[-1:] if self.train_on == "last" else answers
+        answers = answers[-1:] if self.settings.train_on == "last" else answers
         supervised = [i for i in answers if conversation.messages[i].train]
-        return answers if supervised and self.train_on == "all" else supervised
+        return answers if supervised and self.settings.train_on == "all" else supervised
 
     def _fit(self, conversation: Conversation, texts: Sequence[EncodedText]) -> list[TokenizedSequence]:
         """Return the sequences of one record.
@@ -179,10 +176,10 @@ class Preprocessor:
         """
         sequences = [TokenizedSequence(text.segments, self.encoder.label(text)) for text in texts]
         longest = max(len(sequence.tokens.input_ids) for sequence in sequences)
-        if longest > self.max_length and self.overlong in ("drop", "error"):
-            reason = f"too long ({longest} tokens, --model_max_length {self.max_length})"
+        if longest > self.settings.max_length and self.settings.overlong in ("drop", "error"):
+            reason = f"too long ({longest} tokens, --model_max_length {self.settings.max_length})"
             raise RejectedRecord(reason, RejectionKind.TOO_LONG)
-        if longest > self.max_length and self.overlong == "split":
+        if longest > self.settings.max_length and self.settings.overlong == "split":
             parts = self._split(conversation, [sequence.tokens for sequence in sequences])
             if parts:
                 return parts
@@ -194,7 +191,7 @@ class Preprocessor:
         reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
         for segments, tokens in sequences:
             try:
-                cut = truncate(tokens, self.max_length)
+                cut = truncate(tokens, self.settings.max_length)
             except RejectedRecord as error:
                 reason = error
                 full_length += tokens.full_length
@@ -210,7 +207,9 @@ class Preprocessor:
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
         messages = _mask_others(conversation.messages, self.choose(conversation))
-        parts = [Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.max_length)]
+        parts = [
+            Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.settings.max_length)
+        ]
         if len(parts) < 2:
             return []
         sequences: list[TokenizedSequence] = []
@@ -227,7 +226,7 @@ class Preprocessor:
 
 def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list[Message]:
     """Return the messages, with only those at these indices to be supervised."""
-    return [message._replace(train=message.train and i in supervised) for i, message in enumerate(messages)]
+    return [message._replace(weight=message.weight if i in supervised else 0.0) for i, message in enumerate(messages)]
 
 
 def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.preprocess import PreprocessedBatch, Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 
 ADD = {
     "type": "function",
@@ -83,7 +84,7 @@ def tokenizer_folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
 
 def prepare(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> PreprocessedBatch:
     settings = {"max_length": 100_000, "overlong": "truncate", **options}
-    return Preprocessor(tokenizer, "auto", **settings)([(0, RawRecord(Source("f", 1), record))])
+    return Preprocessor(tokenizer, PreprocessingSettings("auto", **settings))([(0, RawRecord(Source("f", 1), record))])
 
 
 def supervised_texts_of(tokenizer: PreTrainedTokenizerBase, record: Any, **options: Any) -> list[list[str]]:
@@ -197,7 +198,7 @@ def test_rewriting_template_is_rendered_few_times_per_answer(thoughts: bool) -> 
         {"role": role, "content": f"{role} {i}", **({"reasoning_content": "R"} if thoughts and i % 2 else {})}
         for i, role in enumerate(("user", "assistant") * 20)
     ]
-    preprocessor = Preprocessor(tokenizer, "auto", 100_000, "truncate")
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 100_000, "truncate"))
     count = 0
     apply = tokenizer.apply_chat_template
 
@@ -302,7 +303,7 @@ def test_special_tokens_may_swallow_blanks(conv_template: str, family: str, stri
     records = [
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] * 2} for text in texts
     ]
-    preprocessor = Preprocessor(tokenizer, conv_template, 1000, "truncate")
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings(conv_template, 1000, "truncate"))
     done = preprocessor([(i, RawRecord(Source("f", i), record)) for i, record in enumerate(records)])
     rows = {row["line"]: row for row in done.sequences.to_pylist()}
     # A special token may swallow a blank, which is then in no token, so the answer cannot be supervised exactly.

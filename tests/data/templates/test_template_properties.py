@@ -14,6 +14,7 @@ from real_templates import ENDS, FAMILIES, byte_level, chat, make_folders, run, 
 
 from fastchat_qlora.data.sources.readers import RawRecord, Source
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 
 NO_SYSTEM = {"gemma", "gemma_training"}
 OPENS_THOUGHT = ("deepseek", "nemotron")  # their prompt ends with <think>, which a rendered answer does not have
@@ -106,7 +107,7 @@ class TestEveryTemplate:
         long = [(asked, f"{answer} {i} and so on " * 4) for i, (asked, answer) in enumerate([*turns, *turns])]
         rows, shares = [], []
         for cut in (True, False):
-            preprocessor = Preprocessor(tokenizer, "auto", max_length=90, overlong="truncate")
+            preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", max_length=90, overlong="truncate"))
             if not cut:
                 preprocessor.encoder.safe_cuts = ()
             with pytest.MonkeyPatch.context() as patch:

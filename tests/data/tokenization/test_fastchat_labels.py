@@ -13,6 +13,7 @@ from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.data.sources.readers import read_file
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -49,7 +50,9 @@ def llama_tokenizer(golden: dict[str, np.ndarray], tmp_path_factory: pytest.Temp
 
 
 def preprocess(tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    done = Preprocessor(tokenizer, "vicuna", 2048, "truncate")(list(enumerate(read_file(DATA, "--data_path"))))
+    done = Preprocessor(tokenizer, PreprocessingSettings("vicuna", 2048, "truncate"))(
+        list(enumerate(read_file(DATA, "--data_path")))
+    )
     assert not done.rejections
     return done.sequences.to_pydict()
 
