@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 MAY_DIFFER_BY_PROCESS = (
     *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "lora_weight_path"),
-    *("resume_from_checkpoint", "local_rank", "run_name"),
+    *("resume_from_checkpoint", "local_rank", "run_name", "serving_template"),
 )
 """Flags that name folders or processes, which machines may have in other places."""
 

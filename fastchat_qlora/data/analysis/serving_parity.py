@@ -51,12 +51,16 @@ class SupervisedSpan(NamedTuple):
 
 
 def report_parity(
-    sequences: Dataset, preprocessor: Preprocessor, read: Callable[[set[Place]], Iterable[RawRecord]]
+    sequences: Dataset,
+    preprocessor: Preprocessor,
+    read: Callable[[set[Place]], Iterable[RawRecord]],
+    server_template: str | None = None,
 ) -> None:
     """Compare some sequences with a server's prompts, and log how many agree and where the first one differs.
 
     Args:
         read: reads the records at some places.
+        server_template: the chat template of the server, if it is not the tokenizer's.
     """
     chosen = [sequences[i] for i in choose_sequences(sequences, preprocessor.settings.overlong)]
     try:
@@ -64,6 +68,7 @@ def report_parity(
     except Exception as error:  # a tokenizer may have code of its own, which nobody is asked to trust here
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
+    tokenizer.chat_template = server_template or tokenizer.chat_template
     conversations: dict[Place, Conversation] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
