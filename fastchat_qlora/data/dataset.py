@@ -71,7 +71,7 @@ class LoadedData(NamedTuple):
     summary: RejectionSummary
     rejected: Path  # the file that lists the rejected records
     contents: list[str]  # hashes of the files, in their order; their names are not in them
-    template: str  # the name of the prompt template
+    template: str  # the name of the prompt template, with its arguments
 
 
 def load_dataset(
@@ -285,7 +285,8 @@ def _load(
     if preprocessor.settings.lazy:
         sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.settings.max_length))
     hashes = [content for _, content in contents]
-    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, preprocessor.name)
+    template = preprocessor.name + describe_template_kwargs(preprocessor.settings.chat_template_kwargs)
+    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, template)
 
 
 def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None) -> str:
