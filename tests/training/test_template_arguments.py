@@ -1,15 +1,16 @@
-"""Arguments of the chat template go with a run: into its files, its sample prompts, and `chat`; and resume needs them."""
+"""Arguments of the chat template go with a run: into its files, its sample prompts, and `chat`; resuming needs them."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from quick_runs import command, train
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from fastchat_qlora import cli
+from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.callbacks.sample_generations import encode_prompts
 from fastchat_qlora.training.report.report_data import get_flags
 
@@ -71,9 +72,9 @@ def test_chat_refuses_other_arguments(
     assert f"error: {error}" in capsys.readouterr().err
 
 
-def test_resume_with_other_arguments_is_refused(run: tuple[list[str], Path], caplog: Any) -> None:
+def test_resume_with_other_arguments_is_refused(run: tuple[list[str], Path]) -> None:
     arguments = [*run[0][:-1], '{"mode": "Be long."}', "--max_steps", "3"]
-    with pytest.raises(Exception, match=r"--chat_template_kwargs: mode Be brief\. then, mode Be long\. now"):
+    with pytest.raises(UserError, match=r"--chat_template_kwargs: mode Be brief\. then, mode Be long\. now"):
         train(arguments)
 
 
@@ -85,8 +86,6 @@ def test_sample_prompts_have_the_arguments(run: tuple[list[str], Path]) -> None:
 
 
 def test_report_shows_the_flag_as_json() -> None:
-    from fastchat_qlora.config.arguments import DataArguments
-
     assert get_flags([DataArguments(["a.json"], chat_template_kwargs=BRIEF)])["--chat_template_kwargs"] == json.dumps(
         BRIEF
     )
