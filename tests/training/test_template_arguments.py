@@ -86,6 +86,5 @@ def test_sample_prompts_have_the_arguments(run: tuple[list[str], Path]) -> None:
 
 
 def test_report_shows_the_flag_as_json() -> None:
-    assert get_flags([DataArguments(["a.json"], chat_template_kwargs=BRIEF)])["--chat_template_kwargs"] == json.dumps(
-        BRIEF
-    )
+    flags = get_flags([DataArguments(["a.json"], chat_template_kwargs=BRIEF)])
+    assert flags == {"--data_path": "a.json", "--chat_template_kwargs": '{"mode": "Be brief."}'}
