@@ -214,7 +214,12 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     run_preflight(training_args, base.meta_model)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
-    stop_tokens = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, training_args.model_max_length)
+    stop_tokens = find_stop_tokens(
+        data.loaded.train.sequences,
+        data.tokenizer,
+        training_args.model_max_length,
+        supervises_all=args.data.train_on == "all",
+    )
     if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
         logger.warning(notice)
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
