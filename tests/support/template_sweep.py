@@ -106,10 +106,9 @@ class Family(NamedTuple):
 HY3 = tuple(f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "pad", "User", "Assistant"))
 COHERE = "<|END_OF_TURN_TOKEN|>"
 DEEPSEEK = "<｜end▁of▁sentence｜>"
-GEMMA_4: tuple[str, ...] = tuple(
-    '<|turn> <turn|> <|channel> <channel|> <|tool_call> <tool_call|> <|tool> <tool|> <|"|>'.split()
-)
-GEMMA_4 += ("<|tool_response>", "<tool_response|>")
+GEMMA_4: tuple[str, ...] = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>")
+GEMMA_4 += ("<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>", '<|"|>')
+
 
 FAMILIES = (
     Family("Apertus", "<|assistant_end|>", "<|assistant_end|>", "<|tools_suffix|>"),
@@ -153,7 +152,7 @@ FAMILIES = (
 """The first family with a matching name is a template's own."""
 
 SPECIAL = re.compile(
-    r"<\|[^|<>\s{}']+\|>|<｜[^｜<>\s{}']+｜>|</?s>|<(?:start|end)_of_turn>|<end_of_utterance>"
+    r"[<〈]\|[^|<>\s{}']+\|[>〉]|<｜[^｜<>\s{}']+｜>|</?s>|<(?:start|end)_of_turn>|<end_of_utterance>"
     r"|\[/?(?:INST|AVAILABLE_TOOLS|SYSTEM_PROMPT|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|ARGS|CALL_ID|THINK)\]"
 )
 PLAIN = re.compile(r"</?(?:think|tool_call)>")  # tokens that no tokenizer marks as special
