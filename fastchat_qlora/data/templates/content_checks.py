@@ -1,20 +1,18 @@
-"""Checks that a rendered text contains an assistant's message in full."""
+"""Parts of an assistant's message, and checks that a text contains them."""
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord
-from fastchat_qlora.data.templates.sentinels import SENTINEL, make_sentinel
+from fastchat_qlora.data.conversation import Message
+from fastchat_qlora.data.templates.message_forms import WRITTEN_THOUGHT, split_thought
+from fastchat_qlora.data.templates.sentinels import SENTINEL, SENTINEL_END, make_sentinel
 
-WRITTEN_SENTINELS = re.compile(f"(?:{SENTINEL}|{re.escape(json.dumps(SENTINEL)[1:-1])})(\\d+)")  # as is, or as JSON
+WRITTEN_SENTINELS = re.compile(  # as they are, or as JSON writes them
+    f"(?:{SENTINEL}|{re.escape(json.dumps(SENTINEL)[1:-1])})(\\d+)(?:{SENTINEL_END}|{re.escape(json.dumps(SENTINEL_END)[1:-1])})"
+)
 TAG = re.compile(r"</?[A-Za-z_|][^<>\s]*>|\[/?[A-Z_]+\]")  # as templates set thoughts and calls apart
-
-
-def split_at_tags(text: str) -> list[list[str]]:
-    """Return the tags of a text, and the text between them without surrounding blanks."""
-    return [TAG.findall(text), [piece.strip() for piece in TAG.split(text)]]
 
 
 def get_variants(content: str) -> Iterator[str]:
@@ -29,26 +27,32 @@ def contains(text: str, part: str) -> bool:
     return any(form in text for form in forms)
 
 
-def check_structure(message: Message, supervised: str, render: Callable[[Message], str]) -> None:
-    """Require that reasoning, content, names and arguments are written by the template, inside the supervised text.
-
-    The same words may be in the content too, so each part must also appear when it is replaced by a sentinel.
-
-    Args:
-        render: renders the conversation up to the message, with another one in its place.
-
-    Raises:
-        RejectedRecord: a part is missing.
-    """
+def list_parts(message: Message) -> list[str]:
+    """Return the content behind a thought, and the names and arguments of calls, as a text must contain them."""
     parts: list[Any] = []
-    reasoning = _replace_leaves(message.reasoning, parts) if message.reasoning else ""
+    for call in message.tool_calls:
+        _replace_leaves(call["function"], parts, keys=False)
+    content = split_thought(message).content.strip()
+    return [*([content] if content else []), *map(_to_text, parts)]
+
+
+def replace_parts(message: Message) -> tuple[Message, int]:
+    """Return a message with a numbered sentinel for each part, and their number; that of a thought is 0."""
+    parts: list[Any] = []
+    thought = split_thought(message)
+    replaced = message
+    if message.reasoning:
+        replaced = replaced._replace(reasoning=_replace_leaves(message.reasoning, parts))
+    elif thought.reasoning.strip() and (written := WRITTEN_THOUGHT.fullmatch(message.content)):
+        before, between = message.content[: written.start("reasoning")], written["close"]
+        blank = re.match(r"\s*", written["content"])
+        behind = blank.group() if blank else ""
+        replaced = replaced._replace(content=f"{before}\n{_replace_leaves('', parts)}\n{between}{behind}")
+    if thought.content.strip():
+        before = "" if replaced is message or message.reasoning else replaced.content
+        replaced = replaced._replace(content=before + _replace_leaves(thought.content, parts))
     calls = [{**call, "function": _replace_leaves(call["function"], parts, keys=False)} for call in message.tool_calls]
-    replaced = message._replace(reasoning=reasoning, tool_calls=tuple(calls))
-    written = {int(number) for number in WRITTEN_SENTINELS.findall(render(replaced))}
-    missing = [part for i, part in enumerate(parts) if i not in written or not contains(supervised, _to_text(part))]
-    missing += [] if contains(supervised, message.content.strip()) else [message.content.strip()]
-    if missing:
-        raise RejectedRecord(f"the chat template does not write {str(missing[0])[:40]!r} of the message")
+    return replaced._replace(tool_calls=tuple(calls)), len(parts)
 
 
 def _replace_leaves(value: Any, leaves: list[Any], *, keys: bool = True) -> Any:
