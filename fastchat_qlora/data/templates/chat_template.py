@@ -15,25 +15,26 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
-from fastchat_qlora.data.templates.completions import (
+from fastchat_qlora.data.templates.answers.completions import (
     Completion,
     CompletionFinder,
     Effort,
     TemplateFacts,
     WrittenThought,
 )
-from fastchat_qlora.data.templates.content_checks import WRITTEN_SENTINELS, contains
+from fastchat_qlora.data.templates.answers.message_parts import WRITTEN_SENTINELS, contains
+from fastchat_qlora.data.templates.answers.thoughts import measure_empty_thought
 from fastchat_qlora.data.templates.message_forms import (
     MessageForm,
     TemplateMessages,
     list_forms,
+    set_content,
     split_thought,
     to_template_messages,
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL, SENTINEL, make_sentinel, replace_content
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
-from fastchat_qlora.data.templates.thoughts import measure_empty_thought
 from fastchat_qlora.data.tokenization.settings import EmptyThoughts
 
 QUESTION = Message("user", "-")
@@ -41,7 +42,9 @@ QUESTION = Message("user", "-")
 MAX_SKELETONS = 2_000
 MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
 MIN_TELLING_CHARACTERS = 16  # of a content that does not stand in a prompt by chance
-THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates
+# Variables of chat templates that switch thinking on and off.
+THINKING_ON = ({"enable_thinking": True, "thinking": True, "thinking_mode": "enabled"}, {"reasoning_effort": "high"})
+THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_mode": "disabled"}
 
 
 class Attempt(NamedTuple):
@@ -194,29 +197,33 @@ class ChatTemplate:
 
     def _render_carefully(self, conversation: Conversation, wanted: Sequence[int]) -> tuple[list[SequenceDraft], str]:
         """Render and compare each answer; return the sequences, and what differs from the record's own form."""
-        error: RejectedRecord | None = None
+        errors = []
         for attempt in self._list_attempts(conversation):
             try:
                 return self._try(conversation, wanted, attempt), attempt.describe()
-            except RejectedRecord as refusal:
-                error = error or refusal
-        assert error is not None
-        raise error
+            except RejectedRecord as error:
+                errors.append(error)
+        raise next((error for error in errors if not isinstance(error.__cause__, TemplateRefusal)), errors[0])
 
     def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
         own = {**self.arguments, **conversation.chat_template_kwargs}
         answers = [message for message in conversation.messages if message.role == "assistant"]
         has_thoughts = any(split_thought(answer).reasoning.strip() for answer in answers)
-        modes = [(own, "")]
-        switches = [name for name in THINKING_SWITCHES if name in self.source and name not in own]
-        if switches and has_thoughts:
-            modes.append(({**own, **dict.fromkeys(switches, True)}, f"with {switches[0]}: true"))
-        if switches and not has_thoughts and self.empty_thoughts == "prompt":
-            modes.insert(0, ({**own, **dict.fromkeys(switches, False)}, f"with {switches[0]}: false"))
+        modes: list[tuple[Mapping[str, Any], str]] = [(own, "")]
+        if has_thoughts:
+            modes += [self._switch(own, values) for values in THINKING_ON]
+        elif self.empty_thoughts == "prompt":
+            modes.insert(0, self._switch(own, THINKING_OFF))
+        modes = [mode for i, mode in enumerate(modes) if mode not in modes[:i]]
         for effort in Effort if has_thoughts else [Effort.TEMPLATE_ONLY]:
             for arguments, mode in modes:
                 for form in list_forms(conversation.messages):
                     yield Attempt(form, effort, arguments, mode)
+
+    def _switch(self, own: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """Return arguments with those values that the template reads and nobody has chosen, and their names."""
+        chosen = {name: value for name, value in values.items() if name in self.source and name not in own}
+        return {**own, **chosen}, ", ".join(f"{name}: {json.dumps(value)}" for name, value in chosen.items())
 
     def _try(self, conversation: Conversation, wanted: Sequence[int], attempt: Attempt) -> list[SequenceDraft]:
         facts = self._get_facts(attempt.arguments)
@@ -328,7 +335,7 @@ def _check_shown(finder: CompletionFinder, completion: Completion, previous: int
             role = finder.messages[i].role
             raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
     short = [i for i, content in others if len(content) < MIN_TELLING_CHARACTERS and SENTINEL not in content]
-    replaced = {i: {**finder.renderer.messages[i], "content": make_sentinel(i)} for i in short}
+    replaced = {i: set_content(finder.renderer.messages[i], make_sentinel(i)) for i in short}
     text = ""
     if replaced:
         with suppress(RejectedRecord):  # a template that looks into contents
@@ -342,7 +349,7 @@ def _check_shown(finder: CompletionFinder, completion: Completion, previous: int
 
 def _find_first_new(finder: CompletionFinder, completion: Completion, before: Completion) -> int:
     """Return the beginning of the first message in a prompt that the sequence before does not have."""
-    place = {**finder.renderer.messages[before.place + 1], "content": SENTINEL}
+    place = set_content(finder.renderer.messages[before.place + 1], SENTINEL)
     with suppress(RejectedRecord):
         text, found, _ = finder.renderer.render(completion.place, {before.place + 1: place}, prompt=True).partition(
             SENTINEL

@@ -11,7 +11,7 @@ from fastchat_qlora.data.conversation import Message
 TemplateMessages = list[dict[str, Any]]  # as chat templates expect messages
 
 WRITTEN_THOUGHT = re.compile(
-    r"\s*(?P<open><(?P<name>[\w:]*(?:think|thinking|thought|reasoning))>|\[THINK\])(?P<reasoning>.*?)"
+    r"\s*(?P<open><(?P<name>[\w:]*(?:think|thought|reasoning)[\w:]*)>|\[THINK\])(?P<reasoning>.*?)"
     r"(?P<close></(?P=name)>|\[/THINK\])(?P<content>.*)",
     re.DOTALL | re.IGNORECASE,
 )
@@ -23,7 +23,7 @@ class MessageForm(NamedTuple):
 
     thoughts: str = "own"  # own, field, tags or parts
     arguments: str = "object"  # object or text
-    content: str = "text"  # of a call without words: text or null
+    content: str = "text"  # text; null in a call without words; parts, a list of one text each
     ids: str = "own"  # own or short: nine characters, and missing ones are made up
 
     def describe(self) -> str:
@@ -31,13 +31,13 @@ class MessageForm(NamedTuple):
         words = {
             "field": "thoughts in a field of their own",
             "tags": "thoughts in <think> tags",
-            "parts": "thoughts as content parts",
             "text": "arguments of calls as JSON text",
             "null": "a content of null in calls without words",
+            "parts": "contents as lists of parts",
             "short": "ids of nine characters for calls",
         }
         differing = [value for value, own in zip(self, MessageForm(), strict=True) if value != own]
-        return ", ".join(words[value] for value in differing)
+        return ", ".join(dict.fromkeys(words[value] for value in differing))
 
 
 class Thought(NamedTuple):
@@ -63,7 +63,7 @@ def list_forms(messages: Sequence[Message]) -> Iterator[MessageForm]:
         for values in product(
             ("own", "field", "tags", "parts") if has_thoughts else ("own",),
             ("object", "text") if calls else ("object",),
-            ("text", "null") if any(not call.content for call in calls) else ("text",),
+            ("text", "null", "parts") if any(not call.content for call in calls) else ("text", "parts"),
             ("own", "short") if calls and not _has_short_ids(messages) else ("own",),
         )
     )
@@ -89,9 +89,23 @@ def _to_template_message(message: Message, form: MessageForm, ids: "_ShortIds | 
         shown["tool_calls"] = [_write_call(call, form) for call in message.tool_calls]
         if not shown["content"] and form.content == "null":
             shown["content"] = None
+    if form.content == "parts":
+        shown = set_content({**shown, "content": []}, shown["content"])
     if ids is not None:
         ids.fill(shown)
     return shown
+
+
+def set_content(shown: Mapping[str, Any], content: Any) -> dict[str, Any]:
+    """Return a template message with another content, as a list of parts if it has such a list."""
+    is_list = isinstance(shown.get("content"), list) and isinstance(content, str)
+    return {**shown, "content": [{"type": "text", "text": content}] if is_list else content}
+
+
+def get_text(shown: Mapping[str, Any]) -> str:
+    """Return the content of a template message as text."""
+    content = shown["content"]
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _write_thought(message: Message, form: MessageForm) -> dict[str, Any]:

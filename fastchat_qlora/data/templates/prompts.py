@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastchat_qlora.data.conversation import RejectedRecord
-from fastchat_qlora.data.templates.message_forms import TemplateMessages
+from fastchat_qlora.data.templates.message_forms import TemplateMessages, get_text, set_content
 from fastchat_qlora.data.templates.sentinels import SENTINEL, SENTINEL_END, make_sentinel
 
 Apply = Callable[[TemplateMessages, bool], str]
@@ -73,7 +73,7 @@ class PrefixRenderer:
         if not starts:
             return None
         place = make_sentinel(FIRST_PLACE + before)
-        replaced = {**self.messages[before], "content": place}
+        replaced = set_content(self.messages[before], place)
         window = [*self.messages[: self.head], *self.messages[starts[-1] : before], replaced]
         _, found, behind = self.apply([*window, *self.messages[index:count]], prompt).partition(place)
         return self.whole[: self.content_ends[before]] + behind if found else None
@@ -81,7 +81,7 @@ class PrefixRenderer:
     def _locate_contents(self) -> None:
         """Find the ends of the others' contents in the whole text, and prove that prefixes can be made of it."""
         others = [i for i, one in enumerate(self.messages) if one["role"] != "assistant"]
-        replaced = {i: {**self.messages[i], "content": make_sentinel(FIRST_PLACE + i)} for i in others}
+        replaced = {i: set_content(self.messages[i], make_sentinel(FIRST_PLACE + i)) for i in others}
         try:
             self.whole = self.render(len(self.messages), {})
             around = PLACE.split(self.render(len(self.messages), replaced))
@@ -92,7 +92,7 @@ class PrefixRenderer:
             return
         for number, literal in zip(around[1::2], around[2::2], strict=True):
             index = int(number) - FIRST_PLACE
-            content = self.messages[index]["content"]
+            content = get_text(self.messages[index])
             for variant in dict.fromkeys((content, content.strip())):
                 if self.whole.startswith(variant + literal, position):
                     self.content_ends[index] = position + len(variant)

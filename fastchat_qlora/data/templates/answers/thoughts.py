@@ -4,11 +4,13 @@ import re
 from typing import NamedTuple
 
 OPEN_TAG = re.compile(
-    r"(?P<tag><(?P<name>[\w:]*(?:think|thinking|thought|reasoning))>|\[THINK\]|<\|START_THINKING\|>)(?P<blank>\s*)$",
+    r"(?P<tag><(?P<name>[\w:]*(?:think|thought|reasoning)[\w:]*)>|\[THINK\]|<\|START_THINKING\|>)(?P<blank>\s*)$",
     re.IGNORECASE,
 )
 # The last word on thinking in the text before an answer, to the end of the tag or token that it stands in.
-THOUGHT_WORD = re.compile(r".*(?:think|thought|reason)\w*(?:[>\]]|\|>|<\|\w+\|>)\s*", re.IGNORECASE | re.DOTALL)
+THOUGHT_WORD = re.compile(
+    r".*(?:think|thought|reason)[\w:]*(?:[>\]]|\|>|\uff5c>|\s*<\|?\w+\|?>)\s*", re.IGNORECASE | re.DOTALL
+)
 
 
 class OpenThought(NamedTuple):

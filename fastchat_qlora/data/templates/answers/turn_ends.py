@@ -12,6 +12,7 @@ from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.utils.text import count_common_prefix
 
 NO_END = "the chat template does not end the turn with a special token"
+MIN_CLOSING_CHARACTERS = 4  # of a call's end, to be found again where the template writes the call otherwise
 
 
 class TurnEnd(NamedTuple):
@@ -34,46 +35,80 @@ class TurnEnd(NamedTuple):
         return kept if self.is_written else kept + self.stop
 
 
-def find_turn_end(alone: str, followed: str | None, header: str, tokens: StringMatcher, eos: str | None) -> TurnEnd:
+class TextsBehindAnswer(NamedTuple):
+    """What a template writes behind the last part of an answer.
+
+    Args:
+        alone: where nothing follows.
+        followed: up to the next message; None if the template refuses one.
+        header: text that the template writes before such a message elsewhere.
+        between_calls: text between two calls of one message, whose tokens end no turn.
+    """
+
+    alone: str
+    followed: str | None
+    header: str
+    between_calls: str
+
+
+def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> TurnEnd:
     """Return the end of a turn.
 
     Args:
-        alone: the text behind the last part of an answer that nothing follows.
-        followed: the text from there to the next message; None if the template refuses one.
-        header: text that the template writes before such a message elsewhere.
         eos: the token at which every server stops.
 
     Raises:
         RejectedRecord: no special token ends the turn, or none that could be told from the next header.
     """
-    stop = _find_stop(alone, followed, header, tokens, eos)
+    alone, followed = texts.alone, texts.followed
+    stop = _find_stop(texts, tokens, eos)
     if stop is not None:
         first = tokens.search(alone)
         return TurnEnd(alone[:stop], alone[first.start() if first else 0 : stop], alone[stop:])
     written = alone.rstrip()
-    if followed is None or not followed.startswith(written):
+    behind = None if followed is None else _get_behind(written, followed)
+    if behind is None:
         raise RejectedRecord(NO_END)
-    behind = followed[len(written) :]
-    end = _find_stop_before_header(behind, header, tokens, eos)
+    end = _find_stop_before_header(behind, texts.header, tokens, eos)
     return TurnEnd(written + behind[:end], behind[:end], alone[len(written) :], is_written=False)
 
 
-def _find_stop(alone: str, followed: str | None, header: str, tokens: StringMatcher, eos: str | None) -> int | None:
-    """Return the end of the turn in the text of the answer alone; None if there is no special token in it."""
-    if eos and eos in alone:
-        return alone.index(eos) + len(eos)
+def _get_behind(written: str, followed: str) -> str | None:
+    """Return the text behind an answer that is followed; its calls may be written otherwise there, up to their ends."""
+    if followed.startswith(written):
+        return followed[len(written) :]
+    for start in range(len(written) - MIN_CLOSING_CHARACTERS + 1):
+        _, found, behind = followed.partition(written[start:])
+        if found:
+            return behind
+    return None
+
+
+def _find_stop(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> int | None:
+    """Return the end of the turn in the text of the answer alone; None if no special token in it ends one."""
+    alone, followed = texts.alone, texts.followed
     last = _find_last(alone, tokens)
-    if last is None or followed is None or followed.startswith(alone.rstrip()):
+    if eos and eos in alone:
+        last = alone.index(eos) + len(eos)
+    elif last is None or all(one.group() in texts.between_calls for one in tokens.pattern.finditer(alone)):
+        return None
+    if followed is None or followed.startswith(alone[:last].rstrip()):
         return last
     common = alone[: count_common_prefix(alone, followed)]
     if _find_last(common, tokens) is None:  # another end where the conversation goes on, such as gpt-oss has
-        return last
-    # A generation prompt in every text: what is left is the end, and the beginning of any header.
-    end = _find_last(_remove_header(followed, header, tokens), tokens)
+        return None if _has_words(alone[:last], tokens) else last
+    # A generation prompt in every text, say: what is left is the end, and the beginning of any header.
+    end = _find_last(_remove_header(followed, texts.header, tokens), tokens)
     if end is not None and alone.startswith(followed[:end]):
         return end
     first = tokens.search(alone)
     return first.end() if first else None
+
+
+def _has_words(text: str, tokens: StringMatcher) -> bool:
+    """Return whether there is more than blanks between the special tokens of a text."""
+    first = tokens.search(text)
+    return bool(first and tokens.pattern.sub("", text[first.start() :]).strip())
 
 
 def _find_stop_before_header(behind: str, header: str, tokens: StringMatcher, eos: str | None) -> int:

@@ -13,24 +13,27 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
-from fastchat_qlora.data.templates.content_checks import (
-    TAG,
+from fastchat_qlora.data.templates.answers.alignment import Alignment, align_behind, is_thought
+from fastchat_qlora.data.templates.answers.message_parts import (
     WRITTEN_SENTINELS,
     contains,
     get_variants,
     list_parts,
     replace_parts,
 )
-from fastchat_qlora.data.templates.message_forms import MessageForm, split_thought, to_template_messages
+from fastchat_qlora.data.templates.answers.thoughts import find_open_thought, measure_empty_thought
+from fastchat_qlora.data.templates.answers.turn_ends import TextsBehindAnswer, TurnEnd, find_turn_end
+from fastchat_qlora.data.templates.message_forms import (
+    MessageForm,
+    set_content,
+    split_thought,
+    to_template_messages,
+)
 from fastchat_qlora.data.templates.prompts import Apply, PrefixRenderer
 from fastchat_qlora.data.templates.sentinels import make_sentinel
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
-from fastchat_qlora.data.templates.thoughts import find_open_thought, measure_empty_thought
-from fastchat_qlora.data.templates.turn_ends import TurnEnd, find_turn_end
-from fastchat_qlora.utils.text import count_common_prefix
 
-NEXT = 9_999_999  # the number of the sentinel in the message behind an answer
-MAX_TOKEN_CHARACTERS = 80
+BEFORE, NEXT = 9_999_998, 9_999_999  # numbers of the sentinels in the messages before and behind an answer
 
 
 class Effort(IntEnum):
@@ -73,8 +76,7 @@ class TemplateFacts(NamedTuple):
 class AnswerLayout(NamedTuple):
     """The text that a template writes around an answer of one kind."""
 
-    extra: str  # what the prompt has and the answered text has not
-    head: str  # in front of the first part of the answer
+    alignment: Alignment
     end: TurnEnd
 
 
@@ -130,15 +132,62 @@ class CompletionFinder:
         alone = self.renderer.render(index + 1, {index: replaced})
         found = list(WRITTEN_SENTINELS.finditer(alone))
         self._check_written({int(one.group(1)) for one in found}, count, index)
-        edge = self._find_edge(prompt, alone)
-        if found[0].start() < edge:
-            raise RejectedRecord("the chat template writes the answer in front of its generation prompt")
-        followed = self._render_followed(index, replaced, found[-1].group(1))
-        header = self.facts.get_header(self._get_next_role(index))
-        end = find_turn_end(alone[found[-1].end() :], followed, header, self.facts.tokens, self.facts.eos)
-        layout = AnswerLayout(prompt[edge:], alone[edge : found[0].start()], end)
-        self._check_extra(layout)
-        return layout
+        if alone.startswith(prompt) and found[0].start() >= len(prompt):
+            alignment = Alignment("", alone[len(prompt) : found[0].start()])
+        else:
+            alignment = self._align(index, prompt, replaced)
+        texts = TextsBehindAnswer(
+            alone[found[-1].end() :],
+            self._render_followed(index, replaced, found[-1].group(1)),
+            self.facts.get_header(self._get_next_role(index)),
+            self._render_between_calls(index),
+        )
+        return AnswerLayout(alignment, find_turn_end(texts, self.facts.tokens, self.facts.eos))
+
+    def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
+        """Align a prompt with the text of its answer, from the message between both on."""
+        place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
+        in_prompt = _split_behind(self.renderer.render(index, place, prompt=True), BEFORE)
+        answered = self.renderer.render(index + 1, {**place, index: replaced})
+        behind = _split_behind(answered, BEFORE)
+        first = WRITTEN_SENTINELS.search(behind or "")
+        if in_prompt is None or behind is None or first is None:
+            raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
+        found = align_behind(in_prompt, behind[: first.start()], self.facts.tokens)
+        if found.extra and not is_thought(found.extra) and self.facts.tokens.search(found.head):
+            self._check_head(found, replaced)
+        shared = prompt.removesuffix(found.extra)
+        is_shared = prompt.endswith(found.extra) and found.lead == in_prompt.removesuffix(found.extra)
+        alone = self.renderer.render(index + 1, {index: replaced})
+        return found._replace(lead=None) if is_shared and alone.startswith(shared) else found
+
+    def _check_head(self, found: Alignment, replaced: dict[str, Any]) -> None:
+        """Require that the answer begins so behind a whole generation prompt elsewhere; else it is another header."""
+        question = {"role": "user", "content": "-"}
+        prompt, text = self.facts.apply([question], True), self.facts.apply([question, replaced], False)
+        if not text.startswith(prompt + found.head):
+            raise RejectedRecord(
+                f"the chat template begins the answer with {found.head[:40]!r}, where its generation prompt has "
+                f"{found.extra[:40]!r}"
+            )
+
+    def _render_between_calls(self, index: int) -> str:
+        """Return the text between two calls in one message; nothing if there is none or the template refuses two."""
+        message = self.messages[index]
+        if not message.tool_calls:
+            return ""
+        call = message.tool_calls[0]
+        _, count = replace_parts(message._replace(tool_calls=(call,)))
+        two, _ = replace_parts(message._replace(tool_calls=(call, call)))
+        shown = to_template_messages([*self.messages[:index], two], self.form)[index]
+        try:
+            text = self.renderer.render(index + 1, {index: shown})
+        except RejectedRecord:
+            return ""
+        found = list(WRITTEN_SENTINELS.finditer(text))
+        ends = [mark.end() for mark in found if int(mark.group(1)) < count]
+        begins = [mark.start() for mark in found if int(mark.group(1)) >= count]
+        return text[max(ends) : min(begins)] if ends and begins else ""
 
     def _replace(self, index: int) -> tuple[dict[str, Any], int]:
         """Return the template message with a sentinel for each part, and their number."""
@@ -156,31 +205,6 @@ class CompletionFinder:
             reasoning = [split_thought(message).reasoning] if has_thought else []
             part = [*reasoning, *list_parts(message)][min(missing, default=0)]
             raise RejectedRecord(f"the chat template does not write {part.strip()[:40]!r} of the message")
-
-    def _check_extra(self, layout: AnswerLayout) -> None:
-        """Require an answer that can follow a generation prompt which it is not rendered with."""
-        is_thought = find_open_thought(layout.extra) or measure_empty_thought(layout.extra)
-        if layout.extra and not is_thought and self.facts.tokens.search(layout.head):
-            raise RejectedRecord(
-                f"the chat template begins the answer with {layout.head[:40]!r}, where its generation prompt has "
-                f"{layout.extra[:40]!r}"
-            )
-
-    def _find_edge(self, prompt: str, answered: str) -> int:
-        """Return the characters that both texts begin with, in whole words, tokens and tags."""
-        if answered.startswith(prompt):
-            return len(prompt)
-        edge = count_common_prefix(prompt, answered)
-        start = max(0, edge - MAX_TOKEN_CHARACTERS)
-        for text in (prompt, answered):
-            for pattern in (self.facts.tokens.pattern, TAG):
-                found = pattern.finditer(text, start)
-                edge = next((one.start() for one in found if one.start() < edge < one.end()), edge)
-        while 0 < edge < len(prompt) and prompt[edge - 1 : edge + 1].isalnum():
-            edge -= 1
-        opened = find_open_thought(prompt[:edge])
-        is_closed = opened and measure_empty_thought(prompt[edge:])  # an empty thought, of which the answer has the tag
-        return edge - len(opened.tag + opened.blank) if opened and is_closed else edge
 
     def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
         """Return the text from an answer's last part to the message behind it; None if there is none."""
@@ -201,19 +225,16 @@ class CompletionFinder:
         """Return the next message with a sentinel as content; one that could follow where there is none."""
         role, content = self._get_next_role(index), make_sentinel(NEXT)
         if index + 1 < len(self.messages) and self.messages[index + 1].role == role:
-            return {**self.renderer.messages[index + 1], "content": content}
+            return set_content(self.renderer.messages[index + 1], content)
         if role != "tool" or not self.messages[index].tool_calls:
-            return {"role": role, "content": content}
+            return set_content({"role": role, "content": self.renderer.messages[index]["content"]}, content)
         call = self.renderer.messages[index]["tool_calls"][0]
         identity = {"tool_call_id": call.get("id", ""), "name": call["function"]["name"]}
         return {"role": role, "content": content, **identity}
 
     def _complete(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> Completion:
         """Return what stands behind the prompt, and check that it is the message."""
-        shared = prompt if answered.startswith(prompt) else prompt.removesuffix(layout.extra)
-        if not (prompt.endswith(layout.extra) and answered.startswith(shared)):
-            raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
-        text = layout.end.close(answered)[len(shared) :]
+        text = self._cut(index, prompt, answered, layout)
         message = self.messages[index]
         reasoning = split_thought(message).reasoning.strip()
         if reasoning or message.tool_calls:
@@ -221,23 +242,37 @@ class CompletionFinder:
         else:
             _check_plain_answer(message.content, text, layout)
         if reasoning:
-            return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout))
-        empty, closing = measure_empty_thought(layout.head), self._get_closing(prompt)
+            return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout.alignment))
+        empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
         if closing is None or empty:
             return Completion(index, prompt, text, empty)
         return Completion(index, prompt, closing + text, measure_empty_thought(closing))
 
-    def _fit_thought(self, text: str, prompt: str, reasoning: str, layout: AnswerLayout) -> str:
+    def _cut(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> str:
+        """Return the part of the answered text that the model writes."""
+        extra, _, lead = layout.alignment
+        if lead is None:
+            shared = prompt if answered.startswith(prompt) else prompt.removesuffix(extra)
+            if prompt.endswith(extra) and answered.startswith(shared):
+                return layout.end.close(answered)[len(shared) :]
+        else:
+            place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
+            behind = _split_behind(self.renderer.render(index + 1, place), BEFORE)
+            if behind is not None and behind.startswith(lead) and prompt.endswith(extra):
+                return layout.end.close(behind)[len(lead) :]
+        raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
+
+    def _fit_thought(self, text: str, prompt: str, reasoning: str, alignment: Alignment) -> str:
         """Return a completion that contains the thought once."""
         opened = find_open_thought(prompt)
         if not contains(text, reasoning):
             closing = self._get_closing(prompt)
             if closing is None or self.effort < Effort.CLOSE_THOUGHTS:
                 raise RejectedRecord(f"the chat template does not write the thought {reasoning[:40]!r}")
-            return reasoning + closing + text[measure_empty_thought(layout.head) :]
-        if measure_empty_thought(layout.extra) and not opened and self.effort < Effort.THINK_ANYWAY:
+            return reasoning + closing + text[measure_empty_thought(alignment.head) :]
+        if measure_empty_thought(alignment.extra) and not opened and self.effort < Effort.THINK_ANYWAY:
             raise RejectedRecord(
-                f"the generation prompt ends with {layout.extra[-40:]!r}, and the answer has a thought"
+                f"the generation prompt ends with {alignment.extra[-40:]!r}, and the answer has a thought"
             )
         if opened and text.lstrip().startswith(opened.tag):  # the prompt has written that tag already
             return text.lstrip()[len(opened.tag) :].removeprefix(opened.blank)
@@ -259,5 +294,11 @@ def _check_parts(message: Message, text: str) -> None:
 
 def _check_plain_answer(content: str, text: str, layout: AnswerLayout) -> None:
     """Require a completion that is the content, with what the template writes around it."""
-    if not any(text == layout.head + variant + layout.end.closing for variant in get_variants(content)):
+    if not any(text == layout.alignment.head + variant + layout.end.closing for variant in get_variants(content)):
         raise RejectedRecord("the chat template changes the answer's text")
+
+
+def _split_behind(text: str, number: int) -> str | None:
+    """Return the text behind the last sentinel of that number; None if there is none."""
+    _, found, behind = text.rpartition(make_sentinel(number))
+    return behind if found else None
