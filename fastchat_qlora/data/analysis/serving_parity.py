@@ -22,8 +22,10 @@ from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.sources.formats import parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord
+from fastchat_qlora.data.templates.message_forms import to_template_messages
 from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -32,23 +34,21 @@ COMPARED_SEQUENCES = 16
 COMPARED_LINES = 256  # of a file, among which sequences are chosen; later ones would take long to find again
 
 Place = tuple[str, int]  # the file and the line of a record
+Prompt = list[int]  # the tokens with which a server asks for an answer
 THOUGHT_TAGS = re.compile(r"\s*(?:[<\[◁][^<>\[\]◁▷\s]+[>\]▷](?:thought)?\s*)+")
 THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 class Request(NamedTuple):
-    """The messages of a conversation as a client sends them, with its tools and the arguments of the chat template."""
+    """The messages of a conversation as a client sends them, with its tools and the arguments of the chat template.
+
+    `answers` are the indices of the messages that are supervised.
+    """
 
     messages: list[TemplateMessage]
     tools: Sequence[Any]
     template_kwargs: Mapping[str, Any]
-
-
-class Prompt(NamedTuple):
-    """The tokens with which a server asks for an answer."""
-
-    ids: list[int]
-    has_generation_prompt: bool
+    answers: Sequence[int]
 
 
 class Mismatch(NamedTuple):
@@ -90,12 +90,13 @@ def report_parity(
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
     tokenizer.chat_template = server_template or tokenizer.chat_template
-    conversations: dict[Place, Conversation] = {}
+    requests: dict[Place, Request] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversations[record.source.file, record.source.line] = to_conversation(parse_record(record.value))
-    chosen = [row for row in chosen if _get_place(row) in conversations]
-    compared = ((row, _compare(row, conversations[_get_place(row)], tokenizer, preprocessor)) for row in chosen)
+            conversation = to_conversation(parse_record(record.value))
+            requests[record.source.file, record.source.line] = make_request(conversation, preprocessor)
+    chosen = [row for row in chosen if _get_place(row) in requests]
+    compared = ((row, _compare(row, requests[_get_place(row)], tokenizer, preprocessor.settings)) for row in chosen)
     found = [f"{row['file']}:{row['line']}: {difference}" for row, difference in compared if difference]
     equal = f"Serve parity: {len(chosen) - len(found)} of {len(chosen)} sequences begin with a server's prompt"
     if found:
@@ -132,51 +133,53 @@ def _reload(tokenizer: Any) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, preprocessor: Preprocessor) -> str:
+def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: PreprocessingSettings) -> str:
     """Describe the first difference before an answer of a sequence; empty if there is none."""
-    request = make_request(conversation, preprocessor)
     try:
-        prompts = [_get_prompt(tokenizer, request, i) for i in preprocessor.choose(conversation)]
+        prompts = [_get_prompt(tokenizer, request, i) for i in request.answers]
     except TemplateRefusal as refusal:
         return f"the saved chat template refuses the messages before an answer: {refusal}"
     ids = row["input_ids"]
-    if preprocessor.settings.train_on == "all":
+    if settings.train_on == "all":
         return _compare_all(ids, prompts, row["turns"], tokenizer)
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
-        return preprocessor.settings.empty_thoughts == "mask" and is_empty_thought(tokenizer.decode(tokens))
+        return settings.empty_thoughts == "mask" and is_empty_thought(tokenizer.decode(tokens))
 
-    served = [prompt.ids for prompt in prompts]
     previous_end = 0
     for number, (start, end) in enumerate(find_supervised(row["labels"]), 1):
-        if mismatch := find_mismatch(ids, served, SupervisedSpan(start, end, previous_end), may_precede_answer):
-            difference = _describe_mismatch(mismatch, tokenizer) + _hint(mismatch, prompts)
-            return f"before answer {number} the sequence {difference}"
+        if mismatch := find_mismatch(ids, prompts, SupervisedSpan(start, end, previous_end), may_precede_answer):
+            return f"before answer {number} the sequence {_describe_mismatch(mismatch, tokenizer)}"
         previous_end = end
     return ""
 
 
 def make_request(conversation: Conversation, preprocessor: Preprocessor) -> Request:
-    """Return what a client sends, in the mode in which the record was rendered."""
-    messages = [message.to_template() for message in conversation.messages]
-    own = {**preprocessor.settings.chat_template_kwargs, **conversation.chat_template_kwargs}
-    return Request(messages, conversation.tools, own)
+    """Return what a client sends, in the form and the mode in which the record was rendered.
+
+    Raises:
+        RejectedRecord: the file has changed, and the record is no longer accepted.
+    """
+    answers, tools = preprocessor.choose(conversation), conversation.tools
+    if not answers:
+        raise RejectedRecord("no answer is left")
+    if preprocessor.chat_template is None:
+        return Request([message.to_template() for message in conversation.messages], tools, {}, answers)
+    attempt = preprocessor.chat_template.find_attempt(conversation, answers)
+    return Request(to_template_messages(conversation.messages, attempt.form), tools, attempt.arguments, answers)
 
 
 def _get_prompt(tokenizer: Any, request: Request, index: int) -> Prompt:
     """Return a server's prompt for an answer."""
-    asked, plain = (
-        render_chat_template(
-            tokenizer,
-            request.messages[:index],
-            request.tools,
-            add_generation_prompt=prompt,
-            template_kwargs=request.template_kwargs,
-        )
-        for prompt in (True, False)
+    text = render_chat_template(
+        tokenizer,
+        request.messages[:index],
+        request.tools,
+        add_generation_prompt=True,
+        template_kwargs=request.template_kwargs,
     )
     # verbose=False: no remark on its length
-    return Prompt(list(tokenizer(asked, add_special_tokens=False, verbose=False).input_ids), asked != plain)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def is_empty_thought(text: str) -> bool:
@@ -186,15 +189,14 @@ def is_empty_thought(text: str) -> bool:
 
 def _compare_all(ids: Sequence[int], prompts: Sequence[Prompt], turns: int, tokenizer: Any) -> str:
     """Describe the first difference where every token is supervised: each turn in a sequence has its prompt there."""
-    common = [_count_common(prompt.ids, ids) for prompt in prompts]
-    contained = [count == len(prompt.ids) < len(ids) for count, prompt in zip(common, prompts, strict=True)]
-    if sum(contained) >= turns:
+    common = [_count_common(prompt, ids) for prompt in prompts]
+    others = [i for i, prompt in enumerate(prompts) if not common[i] == len(prompt) < len(ids)]
+    if len(prompts) - len(others) >= turns:
         return ""
-    others = [(count, prompt) for count, prompt, found in zip(common, prompts, contained, strict=True) if not found]
-    count, prompt = max(others, key=lambda one: one[0], default=(0, Prompt([], has_generation_prompt=True)))
-    mismatch = Mismatch(count, _get_token(prompt.ids, count), _get_token(ids, count))
-    number = prompts.index(prompt) + 1 if prompt in prompts else 1
-    return f"before answer {number} the sequence {_describe_mismatch(mismatch, tokenizer)}"
+    nearest = max(others, key=lambda i: common[i])
+    position = common[nearest]
+    mismatch = Mismatch(position, _get_token(prompts[nearest], position), _get_token(ids, position))
+    return f"before answer {nearest + 1} the sequence {_describe_mismatch(mismatch, tokenizer)}"
 
 
 def find_mismatch(
@@ -240,8 +242,3 @@ def _describe_mismatch(mismatch: Mismatch, tokenizer: Any) -> str:
     if mismatch.is_longer:
         return f"has {trained} as token {mismatch.position} of the answer, which a server's prompt has already"
     return f"has {trained} as token {mismatch.position}, a server has {served}"
-
-
-def _hint(mismatch: Mismatch, prompts: Sequence[Prompt]) -> str:
-    lacks_prompt = not any(prompt.has_generation_prompt for prompt in prompts)
-    return ": the chat template has no generation prompt" if mismatch.served is None and lacks_prompt else ""

@@ -231,20 +231,15 @@ def test_compared_sequences_are_spread_over_files(
     assert max(line for _, line in seen) == serving_parity.COMPARED_LINES
 
 
-def test_missing_generation_prompt_is_logged(
+def test_templates_without_a_generation_prompt_have_the_model_write_its_header(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """The sequence begins with the server's prompt, but the model would have to generate an unsupervised header."""
     start = tokenizer.chat_template.index("{% if add_gen")
     tokenizer.chat_template = tokenizer.chat_template[:start]
     rows = load(tokenizer, data_file, tmp_path)
-    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
-    header = len(tokenizer(ASSISTANT).input_ids)
-    [line] = parity_lines(notices)
-    assert line.startswith("Serve parity: 0 of 12 sequences") and line.endswith(
-        f"before answer 1 the sequence has '<|im_start|>' (id 1) as token {first - header}, a server has nothing "
-        "more: the chat template has no generation prompt"
-    )
+    supervised = [token for token in rows[0]["labels"] if token != -100]
+    assert tokenizer.decode(supervised) == f"{ASSISTANT}I'm Pellico.<|im_end|>"
+    assert parity_lines(notices)[0].startswith(ALIKE.format(12))
 
 
 def test_template_may_need_no_generation_prompt(
@@ -346,9 +341,10 @@ def test_only_masked_empty_thoughts_may_stand_before_an_answer() -> None:
 
 def test_requests_have_the_arguments_of_run_and_record(tokenizer: PreTrainedTokenizerFast) -> None:
     settings = PreprocessingSettings("auto", 512, "truncate", chat_template_kwargs={"a": 1, "b": 1})
-    own = Conversation([Message("user", "Hi")], chat_template_kwargs={"b": 2})
-    request = make_request(own, Preprocessor(tokenizer, settings))
-    assert (request.template_kwargs, request.messages) == ({"a": 1, "b": 2}, [{"role": "user", "content": "Hi"}])
+    messages = [Message("user", "Hi"), Message("assistant", "Ho")]
+    request = make_request(Conversation(messages, (), {"b": 2}), Preprocessor(tokenizer, settings))
+    assert (request.template_kwargs, request.answers) == ({"a": 1, "b": 2}, [1])
+    assert request.messages[0] == {"role": "user", "content": "Hi"}
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])

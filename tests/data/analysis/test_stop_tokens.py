@@ -88,7 +88,7 @@ def test_cut_answers_have_no_stop_token(tokenizer: PreTrainedTokenizerFast, data
         return find_stop_tokens(rows, tokenizer, length, supervises_all=flags.get("train_on") == "all")
 
     assert found() == found(train_on="all") == [2]
-    assert found(20, max_rejected=1.0) == []
+    assert found(19, max_rejected=1.0) == []
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
