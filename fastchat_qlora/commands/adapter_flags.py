@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, string_to_bool
+from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.paths import ADAPTER_FILES, check_model_path
 from fastchat_qlora.config.validation.ranges import check_ranges
 from fastchat_qlora.errors import UserError, raise_errors
@@ -28,6 +29,7 @@ def build_chat_parser() -> FlagParser:
     )
     add = parser.add_argument
     add("--system", help="System message; by default the chat template's own.")
+    add("--chat_template_kwargs", help="Arguments of the chat template as a JSON object; by default the training's.")
     add("--message", action="append", help="Ask this and exit; several make one conversation, - reads stdin.")
     add("--temperature", type=float, default=0.0, help="Of sampling; 0 is greedy decoding.")
     add("--top_p", type=float, default=1.0, help="Sample from the most likely tokens of this share.")
@@ -74,7 +76,9 @@ def parse_chat(argv: Sequence[str]) -> argparse.Namespace:
         errors.append(f"--message {STDIN_MESSAGE}: standard input can be read only once; give it once")
     if sys.stdin is None and (STDIN_MESSAGE in messages or not messages):  # Python's sign of a closed descriptor
         errors.append("standard input is closed, so nothing can be asked; give --message TEXT")
-    raise_errors([*errors, *check_ranges(values)])
+    raise_errors([*errors, *check_ranges(values), *check_json_flags(values)])
+    if values.chat_template_kwargs is not None:
+        values.chat_template_kwargs = parse_object(values.chat_template_kwargs)
     return values
 
 

@@ -40,6 +40,7 @@ from fastchat_qlora.model.quantization.base_quantization import (
 from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal
+from fastchat_qlora.training.checkpoints.adapter_export import TEMPLATE_KWARGS_KEY
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE
 from fastchat_qlora.utils.text import one_line
@@ -77,6 +78,12 @@ class TrainedAdapter(NamedTuple):
     def base(self) -> str:
         """Hub id or folder of the base model."""
         return self.model_args.model_name_or_path
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Arguments of the chat template in the training, or those of the base model."""
+        found = getattr(self.generation, TEMPLATE_KWARGS_KEY, None)
+        return found if isinstance(found, dict) else {}
 
     @property
     def stop_ids(self) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 
 BARE_IS_TRUE: dict[str, Any] = {"nargs": "?", "const": True}
@@ -52,6 +53,21 @@ class DataArguments:
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
     lazy_preprocess: bool = flag("Check conversations at the start, but tokenize them when they are needed.", False)
     conv_template: str = flag("Prompt template; auto takes the tokenizer's chat template, or else vicuna.", "auto")
+    chat_template_kwargs: dict[str, Any] | str | None = flag(
+        "Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'; a record's own come "
+        "first.",
+        None,
+    )
+    empty_thoughts: Literal["mask", "train", "prompt"] = flag(
+        "Answers without a thought where the prompt asks for one: leave the empty thought out of the loss (mask), "
+        "train it, or render the record with the prompt of the mode without thinking.",
+        "mask",
+    )
+    content_tokens: Literal["reject", "allow"] = flag(
+        "Records that contain the tokenizer's special tokens as text: reject them, or train on them as they stand.",
+        "reject",
+    )
+    serving_template: str = flag("Chat template (a Jinja file) of the server, with which sequences are compared.", "")
     train_on: Literal["assistant", "last", "all"] = flag(
         "Tokens in the loss: those of all assistant messages, of the last one only, or all tokens.", "assistant"
     )
@@ -67,6 +83,10 @@ class DataArguments:
     )
     max_rejected: float = flag("Share of records that may be rejected before the run refuses to start.", 0.05)
     preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)
+
+    def __post_init__(self) -> None:
+        """Parse the arguments of the chat template."""
+        self.chat_template_kwargs = parse_object(self.chat_template_kwargs)
 
 
 @dataclass

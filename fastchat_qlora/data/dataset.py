@@ -12,6 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.readers import (
@@ -21,6 +22,11 @@ from fastchat_qlora.data.sources.readers import (
     read_file,
     read_hub_dataset,
     source_name,
+)
+from fastchat_qlora.data.templates.renderer import (
+    check_template_kwargs,
+    describe_template_kwargs,
+    read_serving_template,
 )
 from fastchat_qlora.data.tokenization.build import (
     REJECTED_FILE,
@@ -65,7 +71,7 @@ class LoadedData(NamedTuple):
     summary: RejectionSummary
     rejected: Path  # the file that lists the rejected records
     contents: list[str]  # hashes of the files, in their order; their names are not in them
-    template: str  # the name of the prompt template
+    template: str  # the name of the prompt template, with its arguments
 
 
 def load_dataset(
@@ -93,7 +99,8 @@ def load_dataset(
         UserError: a file cannot be read, more than `max_rejected` of the records are rejected, or none is left.
     """
     preprocessor = Preprocessor(tokenizer, make_settings(data_args, max_length))
-    logger.info(f"Conversations are written with {preprocessor.name}.")
+    _check_arguments(preprocessor)
+    server_template = read_serving_template(data_args.serving_template)
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
     sources = [
         DataSource(names, flag, cache_dir, show_progress=mode != "worker", exclude=output_dir)
@@ -112,14 +119,28 @@ def load_dataset(
                 raise UserError(error)
             logger.warning(f"Training would stop here: {error}")
     if mode != "worker" and len(loaded[0].sequences):
-        report_parity(loaded[0].sequences, preprocessor, sources[0].records_at)
+        report_parity(loaded[0].sequences, preprocessor, sources[0].records_at, server_template)
     return Splits(*loaded)
+
+
+def _check_arguments(preprocessor: Preprocessor) -> None:
+    """Require that the template reads its arguments, and log both."""
+    template_kwargs = preprocessor.settings.chat_template_kwargs
+    check_template_kwargs(preprocessor.tokenizer, template_kwargs, "--chat_template_kwargs")
+    logger.info(f"Conversations are written with {preprocessor.name}{describe_template_kwargs(template_kwargs)}.")
 
 
 def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSettings:
     """Return the settings of a run's data flags."""
     return PreprocessingSettings(
-        data_args.conv_template, max_length, data_args.overlong, data_args.train_on, data_args.lazy_preprocess
+        data_args.conv_template,
+        max_length,
+        data_args.overlong,
+        data_args.train_on,
+        data_args.lazy_preprocess,
+        parse_object(data_args.chat_template_kwargs),
+        data_args.empty_thoughts,
+        data_args.content_tokens,
     )
 
 
@@ -262,7 +283,8 @@ def _load(
     if preprocessor.settings.lazy:
         sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.settings.max_length))
     hashes = [content for _, content in contents]
-    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, preprocessor.name)
+    template = preprocessor.name + describe_template_kwargs(preprocessor.settings.chat_template_kwargs)
+    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, template)
 
 
 def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None) -> str:

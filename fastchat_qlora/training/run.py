@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.distributed.process_group import host_group, process_group
 from fastchat_qlora.distributed.topology import Topology, get_device_map, get_topology
@@ -48,7 +49,10 @@ def train(args: RunArguments) -> Path:
     writes = topology.is_main and not training_args.dry_run
     with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
-        prompts = encode_prompts(training_args.sample_prompts or (), prepared.data.tokenizer, prepared.base.config)
+        template_kwargs = parse_object(args.data.chat_template_kwargs)
+        prompts = encode_prompts(
+            training_args.sample_prompts or (), prepared.data.tokenizer, prepared.base.config, template_kwargs
+        )
         if training_args.dry_run:
             logger.info("Dry run: everything is right up to here; the weights are not loaded.")
             return output_dir
@@ -58,7 +62,8 @@ def train(args: RunArguments) -> Path:
         clock = FirstStepClock()
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
         run_sanity_check(trainer)
-        effective = EffectiveSettings(trainer, topology, prepared.base.sizes, prepared.base.quantization.published)
+        published, template = prepared.base.quantization.published, prepared.data.loaded.train.template
+        effective = EffectiveSettings(trainer, topology, prepared.base.sizes, published, template)
         answers = SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)
         report, checkpoint = RunReport(summary, answers), prepared.checkpoint

@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 MAY_DIFFER_BY_PROCESS = (
     *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "lora_weight_path"),
-    *("resume_from_checkpoint", "local_rank", "run_name"),
+    *("resume_from_checkpoint", "local_rank", "run_name", "serving_template"),
 )
 """Flags that name folders or processes, which machines may have in other places."""
 
@@ -214,9 +214,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     run_preflight(training_args, base.meta_model)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
-    stop_tokens = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, training_args.model_max_length)
-    if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
-        logger.warning(notice)
+    stop_tokens = _find_stop_tokens(args, data)
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
     identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
@@ -239,6 +237,14 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         model_cost=_estimate_cost(args, base, dtype, datasets.train, topology),
         stop_tokens=stop_tokens,
     )
+
+
+def _find_stop_tokens(args: RunArguments, data: PreparedData) -> list[int]:
+    supervises_all, max_length = args.data.train_on == "all", args.training.model_max_length
+    found = find_stop_tokens(data.loaded.train.sequences, data.tokenizer, max_length, supervises_all=supervises_all)
+    if notice := describe_stop_tokens(found, data.tokenizer):
+        logger.warning(notice)
+    return found
 
 
 def _warn_of_slow_bf16(topology: Topology, dtype: torch.dtype) -> None:

@@ -384,9 +384,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The trained model's generation settings, with its stop tokens."""
+        """The trained model's generation settings, with its stop tokens and the arguments of its chat template."""
         base, tokenizer = self.adapter.get_base_model(), self.processing_class
-        return adapter_export.build_generation_config(base, tokenizer, self._stop_tokens)
+        template_kwargs = self._fingerprint.get("chat_template_kwargs") or {}
+        return adapter_export.build_generation_config(base, tokenizer, self._stop_tokens, template_kwargs)
 
     @property
     def adapter(self) -> PeftModel:

@@ -1,9 +1,11 @@
 """`fastchat-qlora chat`: a conversation with a base model and its adapter, in a terminal or from a pipe."""
 
+import json
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers import GenerationConfig, set_seed
 
@@ -11,7 +13,7 @@ from fastchat_qlora.commands.adapter_flags import STDIN_MESSAGE, parse_chat
 from fastchat_qlora.commands.chat.generation import ChatModel, Decoding, render_prompt
 from fastchat_qlora.commands.chat.input import read_pipe, read_stdin, read_terminal
 from fastchat_qlora.commands.load_adapter import TrainedAdapter, load_with_adapter, open_adapter
-from fastchat_qlora.data.templates.renderer import TemplateMessage
+from fastchat_qlora.data.templates.renderer import TemplateMessage, check_template_kwargs
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import get_context_length, get_dtype_name
 from fastchat_qlora.utils.signals import Stopped
@@ -39,17 +41,21 @@ def chat(argv: Sequence[str]) -> None:
     if not adapter.tokenizer.chat_template:
         reason = "neither it nor its base model has a chat template; add the chat_template.jinja of its training"
         raise UserError(f"ADAPTER {adapter.folder}: {reason}")
+    kept, given = adapter.template_kwargs, flags.chat_template_kwargs
+    check_template_kwargs(adapter.tokenizer, given or {}, "--chat_template_kwargs")
+    template_kwargs = kept if given is None else given
     decoding = Decoding(flags.temperature, flags.top_p, flags.max_new_tokens)
-    render_prompt(adapter.tokenizer, _make_messages(flags.system, "Hi"))  # fails where the system message is refused
+    # Fails where the system message is refused.
+    render_prompt(adapter.tokenizer, _make_messages(flags.system, "Hi"), template_kwargs)
     with open_stdout():
         pass  # fails where it is closed
     messages = [read_stdin() if message == STDIN_MESSAGE else message for message in flags.message or ()]
     peft_model = load_with_adapter(adapter)
     peft_model.get_base_model().generation_config = GenerationConfig()  # the model's own defaults do not apply
     set_seed(flags.seed)
-    logger.info(_describe_chat(adapter, decoding))
+    logger.info(_describe_chat(adapter, decoding, template_kwargs))
     limit = get_context_length(adapter.config)
-    model = ChatModel(peft_model, adapter.tokenizer, adapter.stop_ids, decoding, limit)
+    model = ChatModel(peft_model, adapter.tokenizer, adapter.stop_ids, decoding, limit, template_kwargs)
     is_terminal = not messages and sys.stdin.isatty()
     session = ChatSession(model, flags.system, is_terminal=is_terminal)
     for message in messages:
@@ -61,7 +67,7 @@ def chat(argv: Sequence[str]) -> None:
         session.run(read_terminal() if is_terminal else read_pipe())
 
 
-def _describe_chat(adapter: TrainedAdapter, decoding: Decoding) -> str:
+def _describe_chat(adapter: TrainedAdapter, decoding: Decoding, template_kwargs: Mapping[str, Any]) -> str:
     kind, trained_on = adapter.precision.quantization.kind, ""
     precision = get_dtype_name(adapter.precision.dtype) if kind == "none" else kind
     if adapter.trained_on not in (None, kind):
@@ -69,9 +75,10 @@ def _describe_chat(adapter: TrainedAdapter, decoding: Decoding) -> str:
         trained_on = f", which was trained on {weights}"
     stops = ", ".join(str(adapter.tokenizer.convert_ids_to_tokens(index) or index) for index in adapter.stop_ids)
     biases = "" if adapter.lora_config.bias == "none" else " /base keeps the trained biases."
+    arguments = f" The chat template has the arguments {json.dumps(dict(template_kwargs))}." if template_kwargs else ""
     return (
         f"{adapter.base} in {precision} with {adapter.folder}{trained_on}; {decoding}; an answer ends at {stops}."
-        f"{biases} /help lists the commands."
+        f"{arguments}{biases} /help lists the commands."
     )
 
 
@@ -147,7 +154,7 @@ class ChatSession:
         return answer.text
 
     def _set_system(self, system: str | None) -> None:
-        render_prompt(self._model.tokenizer, _make_messages(system, "Hi"))  # fails where the system message is refused
+        self._model.render(_make_messages(system, "Hi"))  # fails where the system message is refused
         self._system, self._messages = system, _make_messages(system)
         start = "this system message" if system else "the chat template's own start"
         logger.info(f"A new conversation, with {start}.")

@@ -1,6 +1,6 @@
 """Messages of a conversation -> the answer of a model, token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
-from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
+from fastchat_qlora.data.templates.renderer import NO_KWARGS, TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 
 ShowText = Callable[[str], None]  # takes each piece of an answer as soon as it is generated
@@ -65,10 +65,12 @@ class _AnswerStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is un
         """Ignore the end: no text is held back."""
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[TemplateMessage]) -> list[int]:
+def render_prompt(
+    tokenizer: Any, messages: Sequence[TemplateMessage], template_kwargs: Mapping[str, Any] = NO_KWARGS
+) -> list[int]:
     """Return the tokens of a conversation up to its next answer; UserError if the chat template refuses it."""
     try:
-        text = render_chat_template(tokenizer, messages, add_generation_prompt=True)
+        text = render_chat_template(tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
     except TemplateRefusal as refusal:
         raise UserError(f"the chat template refuses the conversation: {refusal}") from refusal
     return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
@@ -85,16 +87,26 @@ class ChatModel:
     """A model with its adapter, in evaluation mode, and the tokenizer with the chat template of the training."""
 
     def __init__(
-        self, model: PeftModel, tokenizer: Any, stop_ids: Sequence[int], decoding: Decoding, context_length: int | None
+        self,
+        model: PeftModel,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        decoding: Decoding,
+        context_length: int | None,
+        template_kwargs: Mapping[str, Any] = NO_KWARGS,
     ) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer, self.context_length, self._template_kwargs = tokenizer, context_length, template_kwargs
         self._model, self._stop_ids, self._decoding = model, list(stop_ids), decoding
+
+    def render(self, messages: Sequence[TemplateMessage]) -> list[int]:
+        """Return the tokens of a conversation up to its next answer; UserError if the chat template refuses it."""
+        return render_prompt(self.tokenizer, messages, self._template_kwargs)
 
     def drop_oldest(self, messages: list[TemplateMessage]) -> int:
         """Remove the oldest turns until the rest and an answer fit the model; return the number of their messages."""
         removed, limit = 0, self.context_length
         while limit is not None:
-            length = len(render_prompt(self.tokenizer, messages))
+            length = len(self.render(messages))
             first = 1 if messages[0]["role"] == "system" else 0
             is_last = len(messages) - first == 1
             if length + (1 if is_last else min(self._decoding.max_new_tokens, limit // 4)) <= limit:
@@ -108,7 +120,7 @@ class ChatModel:
     @torch.inference_mode()
     def answer(self, messages: Sequence[TemplateMessage], show: ShowText, *, adapter: bool = True) -> Answer:
         """Answer the last message, with the adapter or without; Ctrl-C stops the answer."""
-        ids = torch.tensor([render_prompt(self.tokenizer, messages)], device=self._model.device)
+        ids = torch.tensor([self.render(messages)], device=self._model.device)
         streamer, was_stopped = _AnswerStreamer(self.tokenizer, self._stop_ids, show), False
         temperature, top_p, longest = self._decoding
         cut_off_by, limit = f"--max_new_tokens {longest}", self.context_length

@@ -34,6 +34,21 @@ UNSUPPORTED_ACCELERATOR = {
     "use_configured_state": "the run has no other state",
 }
 
+RENDERED_NAMES = {
+    "messages": "the records have them",
+    "conversation": "the records have it",
+    "tools": "put 'tools' into the records",
+    "documents": "put their text into the messages",
+    "chat_template": "change the model's chat_template.jinja, or give --conv_template",
+    **dict.fromkeys(("add_generation_prompt", "continue_final_message"), "rendering sets it"),
+    **dict.fromkeys(("tokenize", "padding", "truncation", "max_length", "return_tensors"), "rendering sets it"),
+    **dict.fromkeys(("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"), "rendering sets it"),
+    **dict.fromkeys(("sanitize_control_tokens", "raise_exception", "strftime_now"), "rendering sets it"),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token"), "the tokenizer has it"),
+    **dict.fromkeys(("cls_token", "mask_token", "additional_special_tokens"), "the tokenizer has it"),
+}
+"""Names that no argument of a chat template may have, and why."""
+
 
 def parse_json(given: str) -> Any:
     """Parse JSON given in place, or in the file of that name. Without any, raise an OSError or a ValueError."""
@@ -66,6 +81,8 @@ def _read_object(given: str, examples: str = "") -> dict[str, Any]:
 
 def parse_object(given: Any) -> dict[str, Any]:
     """Return the JSON object of a flag, or an empty one if it is malformed, which is reported elsewhere."""
+    if isinstance(given, dict):
+        return given
     with suppress(ValueError):
         return _read_object(given) if given else {}
     return {}
@@ -116,6 +133,13 @@ def _check_checkpointing_kwargs(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"use_reentrant true is not supported with {', '.join(others)}; drop one"
 
 
+def find_template_kwargs_errors(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield an error for each argument of a chat template whose name is not free."""
+    for name in settings:
+        if name in RENDERED_NAMES:
+            yield f"{name} cannot be an argument of the chat template ({RENDERED_NAMES[name]}); leave it out"
+
+
 JSON_FLAGS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "deepspeed": find_malformed_config,
     "fsdp_config": find_fsdp_config_errors,
@@ -123,6 +147,7 @@ JSON_FLAGS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "lr_scheduler_kwargs": lambda settings: (),  # checked by building the schedule; see training/preflight.py
     "activation_checkpointing_kwargs": _check_checkpointing_kwargs,
     "gradient_checkpointing_kwargs": _check_checkpointing_kwargs,
+    "chat_template_kwargs": find_template_kwargs_errors,
 }
 """Flag -> check of its settings."""
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastchat_qlora.config.validation.json_flags import read_small_file
 from fastchat_qlora.utils.file_types import is_data_file
 from fastchat_qlora.utils.text import is_text
 
@@ -28,6 +29,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
             yield f"--{flag} {name}: its name is not UTF-8, and files that are written contain it; rename it"
         elif str(_expand(name)).startswith("~"):
             yield f"--{flag} {name}: no such user; give the full path"
+    yield from _check_serving_template(values.serving_template)
     adapter = _expand(values.lora_weight_path)
     for name in ADAPTER_FILES:
         if values.lora_weight_path and not os.path.exists(adapter / name):
@@ -36,6 +38,19 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
     parts = [_expand(resume) / name for name in ("trainer_state.json", "adapter_model.safetensors")]
     if resume.lower() not in ("true", "false") and not all(map(os.path.exists, parts)):
         yield f"--resume_from_checkpoint {resume}: no checkpoint found there; give a folder checkpoint-N, or True"
+
+
+def _check_serving_template(name: str) -> list[str]:
+    try:
+        reason = "" if not name or read_small_file(_expand(name)).decode("utf-8-sig").strip() else "the file is empty"
+    except FileNotFoundError:
+        reason = "no such file"
+    except UnicodeDecodeError:
+        reason = "is not UTF-8"
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    remedy = "give the Jinja file of a chat template, such as chat_template.jinja"
+    return [f"--serving_template {name}: {reason}; {remedy}"] if reason else []
 
 
 def check_model_path(name: str) -> list[str]:

@@ -1,14 +1,15 @@
 """Compare the tokens before an answer in training with the prompt of a server.
 
-A server renders the messages before an answer with the saved tokenizer's chat template and its generation prompt, and
-tokenizes that. Here that is done for some sequences, with the tokenizer saved and loaded again; each supervised
-answer's prompt must be the beginning of its sequence. After the prompt the template may write more before the answer,
-such as an empty thought; where there is no generation prompt at all, that would be a header that nobody writes.
+A server renders the messages before an answer with a chat template and its generation prompt, and tokenizes that. Here
+that is done for some sequences, each record with its own arguments of the template, with the tokenizer saved and loaded
+again, or with a server's own template. Each supervised answer must begin where such a prompt ends. Only an empty
+thought may stand between, where --empty_thoughts leaves it out of the loss.
 """
 
 import logging
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from fastchat_qlora.data.analysis.stop_tokens import find_supervised
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.sources.formats import parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord
-from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
+from fastchat_qlora.data.templates.message_forms import to_template_messages
+from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -32,14 +35,32 @@ COMPARED_LINES = 256  # of a file, among which sequences are chosen; later ones 
 
 Place = tuple[str, int]  # the file and the line of a record
 Prompt = list[int]  # the tokens with which a server asks for an answer
+THOUGHT_TAGS = re.compile(r"\s*(?:[<\[◁][^<>\[\]◁▷\s]+[>\]▷](?:thought)?\s*)+")
+THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
+
+
+class Request(NamedTuple):
+    """The messages of a conversation as a client sends them, with its tools and the arguments of the chat template.
+
+    `answers` are the indices of the messages that are supervised.
+    """
+
+    messages: list[TemplateMessage]
+    tools: Sequence[Any]
+    template_kwargs: Mapping[str, Any]
+    answers: Sequence[int]
 
 
 class Mismatch(NamedTuple):
-    """The first differing token of a prompt, in serving and in training; None after the end of either."""
+    """The first differing token of a prompt, in serving and in training; None after the end of either.
+
+    `is_longer` if they are equal, and the answer begins there while the prompt goes on.
+    """
 
     position: int
     served: int | None
     trained: int | None
+    is_longer: bool = False
 
 
 class SupervisedSpan(NamedTuple):
@@ -51,12 +72,16 @@ class SupervisedSpan(NamedTuple):
 
 
 def report_parity(
-    sequences: Dataset, preprocessor: Preprocessor, read: Callable[[set[Place]], Iterable[RawRecord]]
+    sequences: Dataset,
+    preprocessor: Preprocessor,
+    read: Callable[[set[Place]], Iterable[RawRecord]],
+    server_template: str | None = None,
 ) -> None:
     """Compare some sequences with a server's prompts, and log how many agree and where the first one differs.
 
     Args:
         read: reads the records at some places.
+        server_template: the chat template of the server, if it is not the tokenizer's.
     """
     chosen = [sequences[i] for i in choose_sequences(sequences, preprocessor.settings.overlong)]
     try:
@@ -64,18 +89,21 @@ def report_parity(
     except Exception as error:  # a tokenizer may have code of its own, which nobody is asked to trust here
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
-    conversations: dict[Place, Conversation] = {}
+    tokenizer.chat_template = server_template or tokenizer.chat_template
+    requests: dict[Place, Request] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversations[record.source.file, record.source.line] = to_conversation(parse_record(record.value))
-    chosen = [row for row in chosen if _get_place(row) in conversations]
-    compared = ((row, _compare(row, conversations[_get_place(row)], tokenizer, preprocessor)) for row in chosen)
+            conversation = to_conversation(parse_record(record.value))
+            requests[record.source.file, record.source.line] = make_request(conversation, preprocessor)
+    chosen = [row for row in chosen if _get_place(row) in requests]
+    compared = ((row, _compare(row, requests[_get_place(row)], tokenizer, preprocessor.settings)) for row in chosen)
     found = [f"{row['file']}:{row['line']}: {difference}" for row, difference in compared if difference]
     equal = f"Serve parity: {len(chosen) - len(found)} of {len(chosen)} sequences begin with a server's prompt"
     if found:
         logger.warning(f"{equal}. {found[0]}")
     elif chosen:
-        logger.info(f"{equal}, with the tokenizer saved and loaded again.")
+        template = " and the template of --serving_template" if server_template else ""
+        logger.info(f"{equal}, with the tokenizer saved and loaded again{template}.")
 
 
 def choose_sequences(sequences: Dataset, overlong: str) -> list[int]:
@@ -105,77 +133,105 @@ def _reload(tokenizer: Any) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _compare(row: dict[str, Any], conversation: Conversation, tokenizer: Any, preprocessor: Preprocessor) -> str:
+def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: PreprocessingSettings) -> str:
     """Describe the first difference before an answer of a sequence; empty if there is none."""
     try:
-        prompts, has_generation_prompt = _get_prompts(tokenizer, conversation, preprocessor.choose(conversation))
+        prompts = [_get_prompt(tokenizer, request, i) for i in request.answers]
     except TemplateRefusal as refusal:
         return f"the saved chat template refuses the messages before an answer: {refusal}"
+    ids = row["input_ids"]
+    if settings.train_on == "all":
+        return _compare_all(ids, prompts, row["turns"], tokenizer)
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
-        return has_generation_prompt or not tokenizer.decode(tokens).strip()
+        return settings.empty_thoughts == "mask" and is_empty_thought(tokenizer.decode(tokens))
 
-    supervises_all = preprocessor.settings.train_on == "all"
-    for number, span in enumerate(_find_supervised(row, supervises_all=supervises_all), 1):
-        # The prompts of later answers are longer than the text up to the end of this one.
-        fitting = [prompt for prompt in prompts if len(prompt) < span.end]
-        candidates = (fitting[-1:] if supervises_all else fitting) or prompts[:1]
-        if mismatch := find_mismatch(row["input_ids"], candidates, span, may_precede_answer):
-            ends = mismatch.served is None and not has_generation_prompt
-            hint = ": the chat template has no generation prompt" if ends else ""
-            return f"before answer {number} the sequence {_describe_mismatch(mismatch, tokenizer)}{hint}"
+    previous_end = 0
+    for number, (start, end) in enumerate(find_supervised(row["labels"]), 1):
+        if mismatch := find_mismatch(ids, prompts, SupervisedSpan(start, end, previous_end), may_precede_answer):
+            return f"before answer {number} the sequence {_describe_mismatch(mismatch, tokenizer)}"
+        previous_end = end
     return ""
 
 
-def _get_prompts(tokenizer: Any, conversation: Conversation, answers: Sequence[int]) -> tuple[list[Prompt], bool]:
-    """Return a server's prompts for these answers, and whether the chat template has a generation prompt."""
-    prompts = []
-    has_generation_prompt = False
-    for i in answers:
-        messages = [message.to_template() for message in conversation.messages[:i]]
-        asked, plain = (
-            render_chat_template(tokenizer, messages, conversation.tools, add_generation_prompt=prompt)
-            for prompt in (True, False)
-        )
-        has_generation_prompt |= asked != plain
-        # verbose=False: no remark on its length
-        prompts.append(list(tokenizer(asked, add_special_tokens=False, verbose=False).input_ids))
-    return prompts, has_generation_prompt
+def make_request(conversation: Conversation, preprocessor: Preprocessor) -> Request:
+    """Return what a client sends, in the form and the mode in which the record was rendered.
+
+    Raises:
+        RejectedRecord: the file has changed, and the record is no longer accepted.
+    """
+    answers, tools = preprocessor.choose(conversation), conversation.tools
+    if not answers:
+        raise RejectedRecord("no answer is left")
+    if preprocessor.chat_template is None:
+        return Request([message.to_template() for message in conversation.messages], tools, {}, answers)
+    attempt = preprocessor.chat_template.find_attempt(conversation, answers)
+    return Request(to_template_messages(conversation.messages, attempt.form), tools, attempt.arguments, answers)
 
 
-def _find_supervised(row: dict[str, Any], *, supervises_all: bool) -> list[SupervisedSpan]:
-    """Return the runs of supervised tokens; where everything is supervised, the whole sequence."""
-    if supervises_all:
-        return [SupervisedSpan(0, len(row["input_ids"]), 0)]
-    supervised = np.concatenate([[False], np.asarray(row["labels"]) != IGNORE_INDEX, [False]])
-    edges = np.flatnonzero(supervised[1:] != supervised[:-1]).tolist()
-    starts, ends = edges[::2], edges[1::2]
-    return [SupervisedSpan(*span) for span in zip(starts, ends, [0, *ends], strict=False)]
+def _get_prompt(tokenizer: Any, request: Request, index: int) -> Prompt:
+    """Return a server's prompt for an answer."""
+    text = render_chat_template(
+        tokenizer,
+        request.messages[:index],
+        request.tools,
+        add_generation_prompt=True,
+        template_kwargs=request.template_kwargs,
+    )
+    # verbose=False: no remark on its length
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def is_empty_thought(text: str) -> bool:
+    """Return whether a text is the tags of a thought, or its closing tag, and nothing else."""
+    return bool(THOUGHT_TAGS.fullmatch(text) and THOUGHT_WORD.search(text))
+
+
+def _compare_all(ids: Sequence[int], prompts: Sequence[Prompt], turns: int, tokenizer: Any) -> str:
+    """Describe the first difference where every token is supervised: each turn in a sequence has its prompt there."""
+    common = [_count_common(prompt, ids) for prompt in prompts]
+    others = [i for i, prompt in enumerate(prompts) if not common[i] == len(prompt) < len(ids)]
+    if len(prompts) - len(others) >= turns:
+        return ""
+    nearest = max(others, key=lambda i: common[i])
+    position = common[nearest]
+    mismatch = Mismatch(position, _get_token(prompts[nearest], position), _get_token(ids, position))
+    return f"before answer {nearest + 1} the sequence {_describe_mismatch(mismatch, tokenizer)}"
 
 
 def find_mismatch(
     ids: Sequence[int],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     span: SupervisedSpan,
-    may_precede_answer: Callable[[Sequence[int]], bool] = lambda tokens: True,
+    may_precede_answer: Callable[[Sequence[int]], bool] = lambda tokens: False,
 ) -> Mismatch | None:
-    """Return where the nearest prompt differs from the sequence before the answer; None if one does not.
+    """Return where the nearest prompt differs from the sequence before an answer; None if one ends there.
 
     Args:
-        prompts: of the answers that the span may be.
+        prompts: of all answers of the conversation.
         may_precede_answer: whether tokens may stand between a prompt and its answer.
     """
-    nearest: Mismatch | None = None
+    nearest = Mismatch(0, None, _get_token(ids, 0))
     for prompt in prompts:
-        differing = (i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
-        common = next(differing, min(len(prompt), len(ids)))
-        is_complete = common == len(prompt) and span.previous_end <= common < span.end
-        if is_complete and may_precede_answer(ids[common : span.start]):
+        common = _count_common(prompt, ids)
+        is_before = common == len(prompt) and span.previous_end <= common <= span.start
+        if is_before and (common == span.start or may_precede_answer(ids[common : span.start])):
             return None
-        if nearest is None or common > nearest.position:
-            served, trained = ((tokens[common] if common < len(tokens) else None) for tokens in (prompt, ids))
-            nearest = Mismatch(common, served, trained)
+        is_of_another = common >= span.end or (common == len(prompt) and common < span.previous_end)
+        position = min(common, span.start)
+        if position >= nearest.position and not is_of_another:
+            served, trained = _get_token(prompt, position), _get_token(ids, position)
+            nearest = Mismatch(position, served, trained, is_longer=common > position)
     return nearest
+
+
+def _count_common(one: Sequence[int], other: Sequence[int]) -> int:
+    differing = (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(one), len(other)))
+
+
+def _get_token(ids: Sequence[int], position: int) -> int | None:
+    return ids[position] if position < len(ids) else None
 
 
 def _describe_mismatch(mismatch: Mismatch, tokenizer: Any) -> str:
@@ -183,4 +239,6 @@ def _describe_mismatch(mismatch: Mismatch, tokenizer: Any) -> str:
         "nothing more" if token is None else f"{tokenizer.decode([token])!r} (id {token})"
         for token in (mismatch.served, mismatch.trained)
     )
+    if mismatch.is_longer:
+        return f"has {trained} as token {mismatch.position} of the answer, which a server's prompt has already"
     return f"has {trained} as token {mismatch.position}, a server has {served}"

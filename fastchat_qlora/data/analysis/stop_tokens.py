@@ -1,6 +1,7 @@
 """Supervised sequences -> the tokens that a model learns to end its turns with."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,31 +12,46 @@ from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 MAX_SAMPLED_SEQUENCES = 500  # spread over all of them
 
 
-def find_stop_tokens(sequences: Dataset, tokenizer: Any, max_length: int) -> list[int]:
-    """Return the ids of the special and added tokens that supervised answers end with, the most frequent first.
+def find_stop_tokens(sequences: Dataset, tokenizer: Any, max_length: int, *, supervises_all: bool = False) -> list[int]:
+    """Return the ids of the special and added tokens that end answers and stand nowhere else in them.
 
-    An answer that was cut short ends anywhere, and does not count; a whole one does, also where its sequence was cut
-    after it.
+    The most frequent comes first. A token that ends answers and also stands between their parts, such as the close tag
+    of a call, is none, unless no other ends them. An answer that was cut short ends anywhere, and does not count; a
+    whole one does, also where its sequence was cut after it.
 
     Args:
         max_length: tokens of a sequence that was cut inside an answer.
+        supervises_all: of prompts too (--train_on all), so that a sequence's last answer alone shows its end.
     """
     chosen = np.linspace(0, len(sequences) - 1, min(MAX_SAMPLED_SEQUENCES, len(sequences))).astype(int)
     batch = sequences[np.unique(chosen).tolist()]
     names = ("input_ids", "labels", "length", "full_length", "turns")
     can_end = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-    found: Counter[int] = Counter()
+    ends: Counter[int] = Counter()
+    inside: set[int] = set()
     for ids, labels, length, full_length, turns in zip(*(batch[name] for name in names), strict=True):
-        supervised = np.asarray(labels) != IGNORE_INDEX
-        ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False)).tolist()
+        spans = find_supervised(labels)
         may_be_cut = full_length > length >= max_length and turns <= 1
-        last = [_get_last_token(ids[: end + 1], can_end, tokenizer) for end in (ends[:-1] if may_be_cut else ends)]
-        found.update(token for token in last if token in can_end)
-    return [token for token, _ in found.most_common()]
+        if supervises_all:
+            is_end = spans and spans[-1][1] == len(ids) and not may_be_cut  # else a masked answer comes last
+            ends.update([_get_last_token(ids, can_end, tokenizer)] if is_end else [])
+            continue
+        ends.update(ids[end - 1] for _, end in (spans[:-1] if may_be_cut else spans))
+        if turns <= len(spans):  # else a span may be of several answers
+            inside.update(token for start, end in spans for token in ids[start : end - 1])
+    found = [token for token, _ in ends.most_common() if token in can_end]
+    return [token for token in found if token not in inside] or found[:1]
 
 
-def _get_last_token(ids: list[int], can_end: set[int], tokenizer: Any) -> int:
-    """Return the last token before the line break that follows a turn's end where every token is supervised."""
+def find_supervised(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the start and the end of each run of supervised tokens."""
+    supervised = np.concatenate([[False], np.asarray(labels) != IGNORE_INDEX, [False]])
+    edges = np.flatnonzero(supervised[1:] != supervised[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _get_last_token(ids: Sequence[int], can_end: set[int], tokenizer: Any) -> int:
+    """Return the last token before the line break that a named template writes behind a turn."""
     for token in reversed(ids):
         if token in can_end or tokenizer.decode([token]).strip():
             return token

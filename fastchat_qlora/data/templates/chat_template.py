@@ -131,6 +131,14 @@ class ChatTemplate:
         drafts, note = self._render_carefully(conversation, wanted)
         return Rendering([self._make_segments(draft.pieces, messages, wanted) for draft in drafts], note)
 
+    def find_attempt(self, conversation: Conversation, wanted: Sequence[int]) -> Attempt:
+        """Return the way in which `render` writes a conversation."""
+        for attempt in self._list_attempts(conversation):
+            with suppress(RejectedRecord):
+                self._try(conversation, wanted, attempt)
+                return attempt
+        raise RejectedRecord("the chat template renders it in no form")
+
     def _make_segments(
         self, pieces: Sequence[TextPiece], messages: Sequence[Message], wanted: Sequence[int]
     ) -> list[Segment]:

@@ -1,11 +1,26 @@
 """Messages -> text by the tokenizer's chat template, in transformers' immutable sandbox."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from transformers import PreTrainedTokenizerBase
+
+from fastchat_qlora.config.validation.json_flags import RENDERED_NAMES, read_small_file
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.utils.text import did_you_mean, one_line
+
 TemplateMessage = dict[str, Any]  # as chat templates expect a message
 MAX_REASON_CHARACTERS = 1000
+ASKING = ("defined", "undefined", "default", "d", "none")  # tests and filters of Jinja
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class TemplateRefusal(Exception):
@@ -18,9 +33,12 @@ def render_chat_template(
     tools: Sequence[Any] = (),
     *,
     add_generation_prompt: bool = False,
-    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
 ) -> str:
     """Render messages as `tokenizer.apply_chat_template` does.
+
+    Args:
+        template_kwargs: arguments of the template, such as enable_thinking.
 
     Raises:
         TemplateRefusal: the template raises, fails, or is missing.
@@ -36,3 +54,81 @@ def render_chat_template(
     except Exception as error:  # a template is a program, and some tokenizers bring code: both fail in any way
         raise TemplateRefusal(str(error)[:MAX_REASON_CHARACTERS]) from error
     return str(text)
+
+
+class _GenerationBlocks(Extension):
+    """The statement `generation` of transformers' templates, as the block that it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements of a block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+_PARSER = Environment(extensions=[_GenerationBlocks, loopcontrols])  # which renders nothing
+
+
+def read_serving_template(path: str) -> str | None:
+    """Return the template in the file of --serving_template; None without one.
+
+    Raises:
+        UserError: it is no Jinja template.
+    """
+    if not path:
+        return None
+    template = read_small_file(Path(os.path.expanduser(path))).decode("utf-8-sig")
+    try:
+        _PARSER.parse(template)
+    except TemplateError as error:
+        remedy = "give the Jinja file of a chat template, such as chat_template.jinja"
+        raise UserError(
+            f"--serving_template {path}: is no Jinja template ({one_line(error, 200)}); {remedy}"
+        ) from error
+    return template
+
+
+def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
+    """Return the names that a chat template reads, and those among them that look like arguments.
+
+    A name that is assigned in one branch and read behind it is no argument, unless the template asks whether it is
+    defined.
+
+    Raises:
+        TemplateError: a template is no Jinja.
+    """
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, dict) else [template]
+    read: set[str] = set()
+    assigned: set[str] = set()
+    for tree in map(_PARSER.parse, sources):
+        read |= find_undeclared_variables(tree) - RENDERED_NAMES.keys()
+        assigned |= {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+        for node in tree.find_all((nodes.Test, nodes.Filter)):
+            if node.name in ASKING and isinstance(node.node, nodes.Name):
+                assigned.discard(node.node.name)
+    return read, read - assigned
+
+
+def check_template_kwargs(tokenizer: Any, template_kwargs: Mapping[str, Any], flag: str) -> None:
+    """Require that the chat template reads each of its arguments.
+
+    Raises:
+        UserError: it reads others, whose names are in the error.
+    """
+    if not template_kwargs or type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        return  # the code of some tokenizers writes the text itself
+    try:
+        read, arguments = find_template_variables(tokenizer)
+    except TemplateError as error:
+        raise UserError(f"{flag}: the chat template cannot be read ({error}); correct it") from error
+    if unread := [name for name in template_kwargs if name not in read]:
+        found = f"it reads {', '.join(sorted(arguments))}" if arguments else "it has no arguments"
+        names = ", ".join(unread)
+        raise UserError(f"{flag} {names}: not read by the chat template, {found}; {did_you_mean(unread[0], arguments)}")
+
+
+def describe_template_kwargs(template_kwargs: Mapping[str, Any]) -> str:
+    """Return the arguments of a chat template as the end of a sentence; empty without any."""
+    return f", with the arguments {json.dumps(dict(template_kwargs))}" if template_kwargs else ""

@@ -40,13 +40,16 @@ class EffectiveSettings(TrainerCallback):  # type: ignore[misc]  # transformers 
         topology: Topology,
         sizes: Mapping[str, int] | None = None,
         published: str = "none",
+        template: str = "",
     ) -> None:
         self._trainer, self._topology, self._sizes, self._published = trainer, topology, sizes, published
+        self._template = template  # of the conversations, with its arguments
         self.settings: dict[str, str] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Read back and log the settings; a collective operation."""
         self.settings = read_back(self._trainer, self._sizes, self._published)
+        self.settings |= {"prompts": self._template} if self._template else {}
         found = self.settings["strategy"]
         if found != self._topology.strategy:
             raise RunError(f"the strategy is {found}, and {self._topology.strategy} was asked for; check the libraries")

@@ -1,7 +1,7 @@
 """Answers of the model to a few prompts, before training and after it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from accelerate.utils import broadcast, reduce
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
+from fastchat_qlora.data.templates.renderer import NO_KWARGS, TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import one_line
@@ -72,7 +72,10 @@ class SampleGenerations(TrainerCallback):  # type: ignore[misc]  # transformers 
 
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
 ) -> dict[str, list[int]]:
     """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
@@ -80,7 +83,10 @@ def encode_prompts(
     for number, prompt in enumerate(prompts, 1):
         shown = f"--sample_prompts {one_line(prompt, 60)!r} (number {number})"
         try:
-            text = render_chat_template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+            messages = [{"role": "user", "content": prompt}]
+            text = render_chat_template(
+                tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs
+            )
         except TemplateRefusal as refusal:
             reason = one_line(refusal, 200)
             raise UserError(f"{shown}: the chat template refuses it ({reason}); give another prompt") from refusal

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE, sync
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+TEMPLATE_KWARGS_KEY = "default_chat_template_kwargs"  # in generation_config.json
 
 SAVED_DTYPE = torch.float32  # dtype of every tensor in an adapter's file, whatever the strategy
 Shapes = Mapping[str, torch.Size]
@@ -158,8 +160,17 @@ def replace_adapter_files(source: Path, target: Path) -> None:
     sync(target)
 
 
-def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: Sequence[int]) -> GenerationConfig:
-    """Return the base model's generation settings, with `stop_tokens` added to its own and the tokenizer's."""
+def build_generation_config(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    stop_tokens: Sequence[int],
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> GenerationConfig:
+    """Return the base model's generation settings, with `stop_tokens` added to its own and the tokenizer's.
+
+    The arguments of the chat template are those of the training. transformers keeps them, and no server reads them by
+    itself yet; some published models have them under this name.
+    """
     config = copy.deepcopy(getattr(base, "generation_config", None) or GenerationConfig())
     own = (config.eos_token_id, getattr(base.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id)
     ids = [token for found in own for token in make_id_list(found)]
@@ -167,5 +178,8 @@ def build_generation_config(base: PreTrainedModel, tokenizer: Any, stop_tokens: 
     config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
+    vars(config).pop(TEMPLATE_KWARGS_KEY, None)  # of the base model
+    if template_kwargs:
+        setattr(config, TEMPLATE_KWARGS_KEY, dict(template_kwargs))
     config._from_model_config = False  # else transformers may rebuild it from the base model's configuration
     return config

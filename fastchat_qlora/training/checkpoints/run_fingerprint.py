@@ -29,7 +29,7 @@ STEP_FLAGS = (
 )
 """Flags that decide what a step is. `max_steps` and `num_train_epochs` are missing: a run may be made longer."""
 
-DATA_FLAGS = ("overlong", "train_on", "eval_split")
+DATA_FLAGS = ("overlong", "train_on", "eval_split", "chat_template_kwargs", "empty_thoughts", "content_tokens")
 
 TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, "model_max_length", "data", "chat_template", "tokenizer")
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""

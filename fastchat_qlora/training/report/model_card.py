@@ -4,6 +4,7 @@ The head is what the hub reads (https://huggingface.co/docs/hub/model-cards). Th
 data, never its content, and nothing about this machine.
 """
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 
 from fastchat_qlora import __version__
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.model.adapter.lora import describe_targets
 from fastchat_qlora.model.loading.auto_class import get_auto_class
 from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_dtype_name
@@ -50,7 +52,14 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
     environment = Environment(
         loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "number": _number, "code": _code, "plain": _plain_name, "shell": shlex.quote}
+    environment.filters |= {
+        "cell": _cell,
+        "number": _number,
+        "code": _code,
+        "plain": _plain_name,
+        "shell": shlex.quote,
+        "json": json.dumps,
+    }
     text = environment.get_template("model_card.md.jinja").render(
         summary=summary,
         name=name,
@@ -64,6 +73,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         targets=describe_targets(config),
         packs_experts=any(map(get_quant_states, summary.trainer.adapter.modules())),
         metrics=metrics,
+        template_kwargs=parse_object(summary.args.data.chat_template_kwargs),
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),
         served_name=re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter",

@@ -1,5 +1,6 @@
 """Numbers and texts of a run, for report.html and the model card."""
 
+import json
 import os
 import platform
 import shlex
@@ -131,6 +132,8 @@ def _as_flag(value: Any) -> Any:
 def _show_flag(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(shlex.quote(_show_flag(item)) for item in value)
+    if isinstance(value, dict):
+        return json.dumps(value, default=str)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

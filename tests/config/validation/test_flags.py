@@ -45,6 +45,7 @@ def files(tmp_path: Path, model_folder: Path) -> Path:
         "untargeted_adapter/adapter_model.safetensors": "",
         "other_adapter/adapter_config.json": {"peft_type": "IA3", "target_modules": ["q_proj"]},
         "untargeted_adapter/adapter_config.json": {"peft_type": "LORA", "r": 8},
+        "broken.jinja": "{% for m in messages %}",
         "broken.json": '{"zero_optimization": ',
         "broken_tokenizer/tokenizer.json": "{}",
         "list_tokenizer/tokenizer_config.json": [],
@@ -239,6 +240,32 @@ LATE = {
         ["--liger_kernel_config", '{"rope": true}'],
         ["--liger_kernel_config", "no effect without --use_liger_kernel True"],
     ),
+    "arguments of the template, no JSON": (
+        ["--chat_template_kwargs", "{enable_thinking: false}"],
+        ["--chat_template_kwargs {enable_thinking: false}: cannot be read as JSON", "correct it"],
+    ),
+    "arguments of the template, no object": (
+        ["--chat_template_kwargs", "no_records.json"],
+        ["--chat_template_kwargs no_records.json: must be a JSON object, not list; correct it"],
+    ),
+    "arguments of the template, no file": (
+        ["--chat_template_kwargs", "false"],
+        ["--chat_template_kwargs false: no such file; give a JSON object or a file with one"],
+    ),
+    "arguments of the template, a name that is taken": (
+        ["--chat_template_kwargs", '{"tools": [], "eos_token": "x"}'],
+        ["tools cannot be an argument of the chat template (put 'tools' into the records)", "eos_token cannot be"],
+    ),
+    "no template of a server": (
+        ["--serving_template", "none.jinja"],
+        ["--serving_template none.jinja: no such file; give the Jinja file"],
+    ),
+    "template of a server is a folder": (
+        ["--serving_template", "folder"],
+        ["--serving_template folder: cannot be read"],
+    ),
+    "template of a server is blank": (["--serving_template", "blank.json"], ["blank.json: the file is empty"]),
+    "template of a server, not UTF-8": (["--serving_template", "latin1.json"], ["latin1.json: is not UTF-8"]),
     "best of nothing": (["--save_strategy", "best"], ["--save_strategy best", "--metric_for_best_model eval_loss"]),
     "no reporter": (["--report_to", ""], ["--report_to", "choose from none"]),
     "DoRA in 8 bits": (["--use_dora", "--load_in_8bit", "--use_cpu"], ["--use_dora True", "--load_in_8bit True"]),
@@ -291,6 +318,14 @@ SEEN_BEFORE_WEIGHTS = {
     ),
     "half of one": (["--data_path", "one.json", "--eval_split", "0.5"], ["--eval_split 0.5", "leaves nothing"]),
     "no room for an answer": (["--model_max_length", "3"], ["12 of 12", "first 3 tokens"]),
+    "arguments that no template reads": (
+        ["--chat_template_kwargs", '{"enable_thinking": false}'],
+        ["--chat_template_kwargs enable_thinking: not read by the chat template, it has no arguments; drop it"],
+    ),
+    "template of a server is no template": (
+        ["--serving_template", "broken.jinja"],
+        ["--serving_template broken.jinja: is no Jinja template", "give the Jinja file"],
+    ),
     "unknown template": (["--conv_template", "klingon"], ["--conv_template klingon", "choose auto", "vicuna"]),
     "targets match nothing": (
         ["--lora_target_modules", "query", "value"],

@@ -13,9 +13,18 @@ from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.analysis import serving_parity
-from fastchat_qlora.data.analysis.serving_parity import Mismatch, SupervisedSpan, find_mismatch
+from fastchat_qlora.data.analysis.serving_parity import (
+    Mismatch,
+    SupervisedSpan,
+    find_mismatch,
+    is_empty_thought,
+    make_request,
+)
 from fastchat_qlora.data.analysis.stop_tokens import find_stop_tokens
+from fastchat_qlora.data.conversation import Conversation, Message
 from fastchat_qlora.data.dataset import load_dataset
+from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 
 ASSISTANT = "<|im_start|>assistant\n"
 
@@ -222,20 +231,15 @@ def test_compared_sequences_are_spread_over_files(
     assert max(line for _, line in seen) == serving_parity.COMPARED_LINES
 
 
-def test_missing_generation_prompt_is_logged(
+def test_templates_without_a_generation_prompt_have_the_model_write_its_header(
     tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """The sequence begins with the server's prompt, but the model would have to generate an unsupervised header."""
     start = tokenizer.chat_template.index("{% if add_gen")
     tokenizer.chat_template = tokenizer.chat_template[:start]
     rows = load(tokenizer, data_file, tmp_path)
-    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
-    header = len(tokenizer(ASSISTANT).input_ids)
-    [line] = parity_lines(notices)
-    assert line.startswith("Serve parity: 0 of 12 sequences") and line.endswith(
-        f"before answer 1 the sequence has '<|im_start|>' (id 1) as token {first - header}, a server has nothing "
-        "more: the chat template has no generation prompt"
-    )
+    supervised = [token for token in rows[0]["labels"] if token != -100]
+    assert tokenizer.decode(supervised) == f"{ASSISTANT}I'm Pellico.<|im_end|>"
+    assert parity_lines(notices)[0].startswith(ALIKE.format(12))
 
 
 def test_template_may_need_no_generation_prompt(
@@ -283,32 +287,78 @@ def run_of(ids: Sequence[int], *prompts: list[int], start: int, after: int = 0) 
 def test_nearest_prompt_is_compared() -> None:
     ids = [1, 2, 3, 4, 5, 6]
     assert run_of(ids, [1, 2, 3], start=3) is None
-    assert run_of(ids, [1, 2], start=3) is None, "what stands between is the template's"
     assert run_of(ids, [9], [1, 2, 3], start=3) is None
     assert run_of(ids, [9], [1, 2, 8], start=3) == Mismatch(2, 8, 3)
-    assert run_of(ids, [1, 2], start=5, after=4) == Mismatch(2, None, 3), "another answer's prompt"
-    assert run_of(ids, [*ids, 7], start=3) == Mismatch(6, 7, None)
+    assert run_of(ids, [1, 2, 8], [1, 2, 3, 4, 5, 6, 7], start=3) == Mismatch(2, 8, 3), "the other is a later answer's"
+    assert run_of(ids, [1, 2], [1, 2, 3, 4, 9], start=5, after=4) == Mismatch(4, 9, 5), "the first is an earlier one's"
 
 
-def test_cut_answers_have_no_stop_token(tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path) -> None:
-    def found(*flags: str, length: int = 512) -> list[int]:
-        rows = load(copy.deepcopy(tokenizer), data_file, tmp_path, *flags, model_max_length=length)
-        assert len(rows)
-        return find_stop_tokens(rows, tokenizer, length)
-
-    assert found() == found("--train_on", "all") == [2]
-    assert found("--max_rejected", "1.0", length=20) == []
+def test_no_prompt_passes_because_it_is_short() -> None:
+    ids = [1, 2, 3, 4, 5, 6]
+    assert run_of(ids, [1, 2], start=3) == Mismatch(2, None, 3)
+    assert run_of(ids, [], start=3) == Mismatch(0, None, 1)
+    assert run_of(ids, start=3) == Mismatch(0, None, 1)
 
 
-@pytest.mark.parametrize("train_on", ["assistant", "all"])
-@pytest.mark.parametrize("overlong", ["truncate", "split"])
-def test_sequences_cut_after_an_answer_have_stop_tokens(
-    overlong: str, train_on: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_prompts_may_have_what_the_answer_begins_with() -> None:
+    """The model would write it twice."""
+    assert run_of([1, 2, 3, 4, 5, 6], [1, 2, 3, 4], start=3) == Mismatch(3, 4, 4, is_longer=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_empty"),
+    [
+        ("<think>\n\n</think>\n\n", True),
+        ("\n</think>\n\n", True),
+        ("</think>", True),
+        ("[THINK][/THINK]", True),
+        ("<|START_THINKING|><|END_THINKING|>", True),
+        ("<|channel>thought\n<channel|>", True),
+        ("<seed:think></seed:think>", True),
+        ("", False),
+        ("\n", False),
+        ("<|assistant|>", False),
+        ("<|im_start|>assistant\n", False),
+        ("<think>\nHm.\n</think>", False),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("<|channel|>final<|message|>", False),
+    ],
+)
+def test_empty_thoughts_are_recognized(text: str, is_empty: bool) -> None:
+    assert is_empty_thought(text) == is_empty
+
+
+def test_only_masked_empty_thoughts_may_stand_before_an_answer() -> None:
+    ids = [1, 2, 3, 4, 5, 6]
+
+    def allow(tokens: Sequence[int]) -> bool:
+        return list(tokens) == [3]
+
+    assert find_mismatch(ids, [[1, 2]], SupervisedSpan(3, 6, 0), allow) is None
+    assert find_mismatch(ids, [[1]], SupervisedSpan(3, 6, 0), allow) == Mismatch(1, None, 2)
+    assert find_mismatch(ids, [[1, 2]], SupervisedSpan(3, 6, 3), allow) == Mismatch(0, None, 1), "of the answer before"
+
+
+def test_requests_have_the_arguments_of_run_and_record(tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = PreprocessingSettings("auto", 512, "truncate", chat_template_kwargs={"a": 1, "b": 1})
+    messages = [Message("user", "Hi"), Message("assistant", "Ho")]
+    request = make_request(Conversation(messages, (), {"b": 2}), Preprocessor(tokenizer, settings))
+    assert (request.template_kwargs, request.answers) == ({"a": 1, "b": 2}, [1])
+    assert request.messages[0] == {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_template_of_a_server_is_compared(
+    train_on: str, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any
 ) -> None:
-    """Such sequences end with a complete answer, so the model learns to stop."""
-    turns = [("human", "hi"), ("gpt", "One"), ("human", "And then? " * 9), ("gpt", "Two " * 40)]
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps([sharegpt(turns)] * 3))
-    rows = load(tokenizer, data, tmp_path, "--overlong", overlong, "--train_on", train_on, model_max_length=60)
-    assert len(rows) == (3 if overlong == "truncate" else 6)
-    assert find_stop_tokens(rows, tokenizer, 60) == [2]
+    """A template that opens a thought in its prompt serves what was not trained."""
+    same, other = tmp_path / "same.jinja", tmp_path / "other.jinja"
+    same.write_text(tokenizer.chat_template)
+    other.write_text(tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>'"))
+    for template in (same, other):
+        load(tokenizer, data_file, tmp_path, "--serving_template", str(template), "--train_on", train_on)
+    first, second = parity_lines(notices)
+    assert first == ALIKE.format(12)[:-1] + " and the template of --serving_template."
+    assert second.startswith("Serve parity: 0 of 12 sequences begin with a server's prompt. ")
+    assert f" {data_file}:1: before answer 1 the sequence has 'I' (id 43) as token 15, " in second
+    assert second.endswith(", a server has '<' (id 30)")

@@ -90,6 +90,17 @@ def test_stop_tokens_come_first_in_every_family(
     assert base.generation_config.eos_token_id == own, "the base is left alone"
 
 
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, {}])
+def test_template_arguments_are_those_of_the_training(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """A base model's own are not kept: without arguments the template's defaults were trained."""
+    base = make_base("llama")
+    base.generation_config.default_chat_template_kwargs = {"enable_thinking": True}
+    build_generation_config(base, Tokens(), [2], kwargs).to_json_file(tmp_path / NAME)
+    found = json.loads((tmp_path / NAME).read_text())
+    assert found.get("default_chat_template_kwargs", {}) == kwargs
+    assert base.generation_config.default_chat_template_kwargs == {"enable_thinking": True}
+
+
 class Tokens:
     """The attributes of a tokenizer that are read: without a BOS token, and with the base model's end token."""
 
