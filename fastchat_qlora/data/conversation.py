@@ -69,5 +69,5 @@ class Segment(NamedTuple):
     text: str
     supervised: bool = False  # its tokens are in the loss
     ends_turn: bool = False  # a whole assistant turn ends with it, so that the text may be cut after it
-    masked: bool = False  # the record excludes this turn from the loss, even where all text is supervised
+    begins_turn: bool = False  # the model begins to write here, behind its prompt
     weight: float = 1.0  # of its tokens in the loss, if they are supervised

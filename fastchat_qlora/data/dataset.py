@@ -111,8 +111,6 @@ def load_dataset(
             if mode != "preview":
                 raise UserError(error)
             logger.warning(f"Training would stop here: {error}")
-    if mode != "worker" and preprocessor.chat_template and (gap := preprocessor.chat_template.describe_prompt_gap()):
-        logger.warning(gap)
     if mode != "worker" and len(loaded[0].sequences):
         report_parity(loaded[0].sequences, preprocessor, sources[0].records_at)
     return Splits(*loaded)

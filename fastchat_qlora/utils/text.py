@@ -82,3 +82,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the advice about an unknown name: the nearest known one, or to drop it."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {nearest[0]}?" if nearest else "drop it"
+
+
+def count_common_prefix(one: str, other: str) -> int:
+    """Return the number of characters that both texts begin with, by bisection: texts may have millions."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(other[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low

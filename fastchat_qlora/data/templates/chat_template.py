@@ -1,104 +1,173 @@
 """Messages -> segments by a tokenizer's own chat template.
 
-Before an answer, a server shows the model the messages before it, rendered with the generation prompt. So an answer may
-be supervised in a text only if that text, up to the answer, is what the server would show. Most templates only ever
-append, and one text has all answers. Some rewrite earlier turns once a later one follows (they drop reasoning, move
-the system message); then the conversation becomes several texts, as it would on a server.
+Before an answer, a server shows the model the messages before it, rendered with the generation prompt; the model writes
+the rest. A sequence is just that: the prompt of an answer and its completion (completions.py). Where the prompt of a
+later answer begins with an earlier prompt and its completion, both answers are supervised in one sequence. Where the
+template rewrites what was said (drops thoughts, moves the system message), they become several.
 
 `{% generation %}` markers are not needed and change nothing: the assistant's text is found by rendering.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
-from fastchat_qlora.data.templates.assistant_spans import (
-    SENTINEL_ANSWER,
-    AssistantSpanFinder,
-    RenderedText,
-    make_segments,
-    split_at_turns,
+from fastchat_qlora.data.templates.answers.completions import (
+    Completion,
+    CompletionFinder,
+    Effort,
+    TemplateFacts,
+    WrittenThought,
+)
+from fastchat_qlora.data.templates.answers.message_parts import WRITTEN_SENTINELS, contains
+from fastchat_qlora.data.templates.answers.thoughts import measure_empty_thought
+from fastchat_qlora.data.templates.message_forms import (
+    MessageForm,
+    TemplateMessages,
+    list_forms,
+    set_content,
+    split_thought,
+    to_template_messages,
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
-from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL, SENTINEL, replace_content
+from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL, SENTINEL, make_sentinel, replace_content
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
+from fastchat_qlora.data.tokenization.settings import EmptyThoughts
 
-NEXT_QUESTION = Message("user", "-")
+QUESTION = Message("user", "-")
 
 MAX_SKELETONS = 2_000
+MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
+MIN_TELLING_CHARACTERS = 16  # of a content that does not stand in a prompt by chance
+# Variables of chat templates that switch thinking on and off.
+THINKING_ON = ({"enable_thinking": True, "thinking": True, "thinking_mode": "enabled"}, {"reasoning_effort": "high"})
+THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_mode": "disabled"}
+
+
+class Attempt(NamedTuple):
+    """One way to render a conversation; those of a record's own come first."""
+
+    form: MessageForm
+    effort: Effort
+    arguments: Mapping[str, Any]  # of the template
+    mode: str = ""  # how the arguments differ from the record's
+
+    def describe(self) -> str:
+        """Return what differs from the record, for the log; empty for its own form."""
+        closed = "thoughts that the template drops, as its prompt opens them"
+        efforts = {Effort.CLOSE_THOUGHTS: closed, Effort.THINK_ANYWAY: "thoughts behind a prompt without thinking"}
+        return ", ".join(filter(None, (self.form.describe(), self.mode, efforts.get(self.effort, ""))))
+
+
+class TextPiece(NamedTuple):
+    """A piece of a sequence's text: a part of its prompt, an empty thought, or an answer."""
+
+    text: str
+    place: int = -1  # the index of the assistant's message, in an answer and its empty thought
+    is_empty_thought: bool = False
+    is_new: bool = True  # no earlier sequence of the conversation has it
+
+
+class SequenceDraft(NamedTuple):
+    """The text of one sequence in pieces, and the template's own texts that prove it."""
+
+    pieces: list[TextPiece]
+    proofs: list[tuple[int, bool, str]]  # (number of messages, with the generation prompt, text)
+
+
+class Rendering(NamedTuple):
+    """A conversation's sequences in segments; `note` says what differs from the record's own form."""
+
+    texts: list[list[Segment]]
+    note: str = ""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, with the tokens at ends and beginnings of turns (`control_tokens`)."""
+    """A tokenizer's chat template.
 
-    def __init__(self, tokenizer: Any, control_tokens: StringMatcher) -> None:
+    Args:
+        control_tokens: the tokens at ends and beginnings of turns.
+        arguments: of the template, for records without their own.
+        empty_thoughts, supervise_all: see --empty_thoughts and --train_on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        control_tokens: StringMatcher,
+        arguments: Mapping[str, Any],
+        empty_thoughts: EmptyThoughts = "mask",
+        *,
+        supervise_all: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.control_tokens = control_tokens
+        self.arguments, self.empty_thoughts, self.supervise_all = arguments, empty_thoughts, supervise_all
+        self.source = json.dumps(tokenizer.chat_template, ensure_ascii=False)
         self.literals = _find_literals(tokenizer.chat_template)
-        self.skeletons: dict[str, list[RenderedText]] = {}
+        self.skeletons: dict[str, list[SequenceDraft]] = {}
+        self.facts: dict[str, TemplateFacts] = {}
+        self.shown_tools: set[str] = set()
 
-    def render(self, conversation: Conversation, supervised: Sequence[int]) -> list[list[Segment]]:
-        """Render a conversation as one or several texts in segments, each supervised answer in one of them.
+    def render(self, conversation: Conversation, wanted: Sequence[int]) -> Rendering:
+        """Render a conversation as one or several texts in segments, each wanted answer in one of them.
 
         Args:
-            supervised: indices of the assistant's messages to supervise.
+            wanted: indices of the assistant's messages to supervise.
 
         Raises:
             RejectedRecord: the template refuses the conversation, omits something or changes a content.
         """
-        skeletons = self._get_skeletons(conversation, set(supervised))
-        filled = [self._fill(skeleton, conversation.messages) for skeleton in skeletons]
-        texts = [segments for segments in filled if segments is not None]
+        messages = conversation.messages
+        skeletons = self._get_skeletons(conversation, wanted)
+        filled = [self._fill(skeleton, conversation) for skeleton in skeletons]
+        texts = [pieces for pieces in filled if pieces is not None]
         if texts and len(texts) == len(filled):
-            return texts
-        return self._render_carefully(conversation, set(supervised))
+            return Rendering([self._make_segments(pieces, messages, wanted) for pieces in texts])
+        drafts, note = self._render_carefully(conversation, wanted)
+        return Rendering([self._make_segments(draft.pieces, messages, wanted) for draft in drafts], note)
 
-    def describe_prompt_gap(self) -> str:
-        """Return a sentence on text that the generation prompt adds before the place of an answer, if there is any.
+    def _make_segments(
+        self, pieces: Sequence[TextPiece], messages: Sequence[Message], wanted: Sequence[int]
+    ) -> list[Segment]:
+        segments = []
+        begins = True
+        for text, index, is_empty_thought, is_new in pieces:
+            if index < 0:
+                segments.append(Segment(text, self.supervise_all and is_new))
+                begins = True
+                continue
+            weight = messages[index].weight
+            supervised = index in wanted and weight > 0 and is_new
+            if is_empty_thought:
+                supervised &= self.empty_thoughts == "train" or self.supervise_all
+            segments.append(
+                Segment(text, supervised, ends_turn=not is_empty_thought, begins_turn=begins, weight=weight or 1.0)
+            )
+            begins = False
+        return segments
 
-        For example, DeepSeek's prompt opens a thought, which answers without reasoning do not have.
-        """
-        question = [NEXT_QUESTION]
+    def _fill(self, skeleton: SequenceDraft, conversation: Conversation) -> list[TextPiece] | None:
+        """Return the pieces of a conversation's own text, or None if the skeleton with its contents is not that."""
+        arguments = {**self.arguments, **conversation.chat_template_kwargs}
+        contents = [message.content for message in conversation.messages]
         try:
-            prompt, without_prompt = self._apply(question, prompt=True), self._apply(question)
-            before, found, _ = self._apply([*question, SENTINEL_ANSWER]).partition(SENTINEL)
-        except RejectedRecord:
-            return ""
-        if not found or prompt == without_prompt or before.startswith(prompt.rstrip()):
-            return ""
-        return (
-            f"The generation prompt ends with {prompt[-30:]!r}, but the chat template writes an answer without "
-            f"reasoning after {before[-30:]!r}; such answers are supervised there."
-        )
-
-    def _fill(self, skeleton: RenderedText, messages: Sequence[Message]) -> list[Segment] | None:
-        """Return the segments of a conversation's own text, or None if the skeleton with its contents is not that."""
-        if any(not messages[i].train for i in skeleton.unplaced):
-            return None
-        try:
-            text = self._apply(messages[: skeleton.count])
+            rendered = [
+                self._apply(to_template_messages(conversation.messages[:count], MessageForm()), prompt, (), arguments)
+                for count, prompt, _ in skeleton.proofs
+            ]
         except RejectedRecord:  # raised again by careful rendering if it is the conversation's fault
             return None
-        contents = [message.content for message in messages]
         for variant in (contents, [content.strip() for content in contents]):
-            pieces = [_insert_contents(piece, variant) for piece in split_at_turns(skeleton)]
-            if "".join(pieces) == text + skeleton.closing:
-                return make_segments(pieces, skeleton.turns, messages)
+            proofs = [_insert_contents(text, variant) for *_, text in skeleton.proofs]
+            if proofs == rendered:
+                return [piece._replace(text=_insert_contents(piece.text, variant)) for piece in skeleton.pieces]
         return None
 
-    def _render_carefully(self, conversation: Conversation, wanted: set[int]) -> list[list[Segment]]:
-        """Render and compare each answer; needed where contents may change what the template does."""
-        texts = self._find_texts(conversation, wanted)
-        for tool in conversation.tools:
-            name = str(tool["function"].get("name", ""))
-            if not all(name in rendered.text for rendered in texts):
-                raise RejectedRecord(f"the chat template omits the tool {name[:40]!r}")
-        return [make_segments(split_at_turns(rendered), rendered.turns, conversation.messages) for rendered in texts]
-
-    def _get_skeletons(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:
+    def _get_skeletons(self, conversation: Conversation, wanted: Sequence[int]) -> list[SequenceDraft]:
         """Return the skeletons of this sequence of roles; none where contents may change what the template does.
 
         A skeleton is the text that the template writes around contents, with sentinels in place of these:
@@ -110,37 +179,206 @@ class ChatTemplate:
             return []
         if any(self.literals.search(message.content) for message in messages):
             return []
-        roles = " ".join(message.role for message in messages)
-        answers = sum(message.role == "assistant" for message in messages)
-        key = f"{roles} {sorted(wanted)}" if len(wanted) < answers else roles
+        key = " ".join([message.role for message in messages])
+        if len(wanted) < sum(message.role == "assistant" for message in messages):
+            key += f" {sorted(wanted)}"
+        if conversation.chat_template_kwargs:
+            key += json.dumps(dict(conversation.chat_template_kwargs), sort_keys=True, default=str)
         if key not in self.skeletons:
             if len(self.skeletons) >= MAX_SKELETONS:
                 self.skeletons.clear()
-            sentinels = Conversation([replace_content(message, i) for i, message in enumerate(messages)])
+            sentinels = [replace_content(message, i) for i, message in enumerate(messages)]
             self.skeletons[key] = []
             with suppress(RejectedRecord):  # the conversation itself shall give the reason
-                self.skeletons[key] = self._find_texts(sentinels, wanted)
+                self.skeletons[key], note = self._render_carefully(conversation._replace(messages=sentinels), wanted)
+                if note:
+                    self.skeletons[key] = []
         return self.skeletons[key]
 
-    def _find_texts(self, conversation: Conversation, wanted: set[int]) -> list[RenderedText]:
-        messages, tools = conversation.messages, conversation.tools
-        known: dict[tuple[Any, ...], str] = {}
+    def _render_carefully(self, conversation: Conversation, wanted: Sequence[int]) -> tuple[list[SequenceDraft], str]:
+        """Render and compare each answer; return the sequences, and what differs from the record's own form."""
+        errors = []
+        for attempt in self._list_attempts(conversation):
+            try:
+                return self._try(conversation, wanted, attempt), attempt.describe()
+            except RejectedRecord as error:
+                errors.append(error)
+        raise next((error for error in errors if not isinstance(error.__cause__, TemplateRefusal)), errors[0])
 
-        def render(count: int, prompt: bool, replaced: Mapping[int, Message]) -> str:
-            key = (count, prompt, tuple((i, message.content, message.reasoning) for i, message in replaced.items()))
-            if key not in known:
-                shown = [replaced.get(i, message) for i, message in enumerate([*messages, NEXT_QUESTION][:count])]
-                known[key] = self._apply(shown, tools, prompt=prompt)
-            return known[key]
+    def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
+        own = {**self.arguments, **conversation.chat_template_kwargs}
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        has_thoughts = any(split_thought(answer).reasoning.strip() for answer in answers)
+        modes: list[tuple[Mapping[str, Any], str]] = [(own, "")]
+        if has_thoughts:
+            modes += [self._switch(own, values) for values in THINKING_ON]
+        elif self.empty_thoughts == "prompt":
+            modes.insert(0, self._switch(own, THINKING_OFF))
+        modes = [mode for i, mode in enumerate(modes) if mode not in modes[:i]]
+        for effort in Effort if has_thoughts else [Effort.TEMPLATE_ONLY]:
+            for arguments, mode in modes:
+                for form in list_forms(conversation.messages):
+                    yield Attempt(form, effort, arguments, mode)
 
-        return AssistantSpanFinder(messages, render, self.control_tokens).find_texts(wanted)
+    def _switch(self, own: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """Return arguments with those values that the template reads and nobody has chosen, and their names."""
+        chosen = {name: value for name, value in values.items() if name in self.source and name not in own}
+        return {**own, **chosen}, ", ".join(f"{name}: {json.dumps(value)}" for name, value in chosen.items())
 
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
-        shown = [message.to_template() for message in messages]
+    def _try(self, conversation: Conversation, wanted: Sequence[int], attempt: Attempt) -> list[SequenceDraft]:
+        facts = self._get_facts(attempt.arguments)
+
+        def apply(messages: TemplateMessages, prompt: bool) -> str:
+            return self._apply(messages, prompt, conversation.tools, attempt.arguments)
+
+        finder = CompletionFinder(conversation.messages, attempt.form, facts._replace(apply=apply), attempt.effort)
+        groups: list[list[Completion]] = []
+        characters, previous = 0, -1
+        for index in wanted:
+            completion = finder.find(index)
+            _check_shown(finder, completion, previous)
+            last = groups[-1][-1] if groups else None
+            if last and completion.prompt.startswith(last.prompt + last.text):
+                groups[-1].append(completion)
+            else:
+                groups.append([completion])
+                characters += len(completion.prompt)
+            if characters > MAX_RENDERED_CHARACTERS:
+                raise RejectedRecord(f"the chat template renders more than {MAX_RENDERED_CHARACTERS} characters for it")
+            previous = index
+        self._check_tools(conversation, wanted[0], attempt)
+        return [self._draft(finder, group, groups[i - 1][-1] if i else None) for i, group in enumerate(groups)]
+
+    def _draft(self, finder: CompletionFinder, group: Sequence[Completion], before: Completion | None) -> SequenceDraft:
+        """Cut the text of a sequence into pieces."""
+        last = group[-1]
+        text = last.prompt + last.text
+        pieces: list[TextPiece] = []
+        position = 0
+        for completion in group:
+            start = len(completion.prompt)
+            known = _find_first_new(finder, completion, before) if before and not pieces and self.supervise_all else 0
+            for cut, is_new in ((known, False), (start, True)):
+                if cut > position:
+                    pieces.append(TextPiece(text[position:cut], is_new=is_new))
+                    position = cut
+            if completion.empty_thought:
+                position = start + completion.empty_thought
+                pieces.append(TextPiece(text[start:position], completion.place, is_empty_thought=True))
+            end = start + len(completion.text)
+            pieces.append(TextPiece(text[position:end], completion.place))
+            position = end
+        proofs = [(last.place + 1, False, finder.renderer.get_answered(last.place))]
+        if not proofs[0][2].startswith(last.prompt):
+            proofs.append((last.place, True, last.prompt))
+        return SequenceDraft(pieces, proofs)
+
+    def _check_tools(self, conversation: Conversation, first: int, attempt: Attempt) -> None:
+        """Require each tool's description in the prompt, by sentinels; its name may stand anywhere."""
+        if not conversation.tools:
+            return
+        roles = [message.role for message in conversation.messages[:first]]
+        key = json.dumps([roles, conversation.tools, attempt.arguments], default=str)
+        if key in self.shown_tools:
+            return
+        tools = [_replace_description(tool, i) for i, tool in enumerate(conversation.tools)]
+        messages = to_template_messages(conversation.messages[:first], attempt.form)
+        text = self._apply(messages, True, tools, attempt.arguments)
+        written = {int(found.group(1)) for found in WRITTEN_SENTINELS.finditer(text)}
+        missing = [tool for i, tool in enumerate(conversation.tools) if i not in written]
+        if missing:
+            name = str(missing[0]["function"].get("name", ""))[:40]
+            raise RejectedRecord(f"the chat template omits the tool {name!r} or its description")
+        self.shown_tools.add(key)
+
+    def _get_facts(self, arguments: Mapping[str, Any]) -> TemplateFacts:
+        key = json.dumps(dict(arguments), sort_keys=True, default=str)
+        if key not in self.facts:
+
+            def apply(messages: TemplateMessages, prompt: bool) -> str:
+                return self._apply(messages, prompt, (), arguments)
+
+            headers: dict[str, str] = {}
+
+            def get_header(role: str) -> str:
+                if role not in headers:
+                    headers[role] = ""
+                    with suppress(RejectedRecord):
+                        text, found, _ = apply([{"role": role, "content": SENTINEL}], False).partition(SENTINEL)
+                        headers[role] = text if found else ""
+                return headers[role]
+
+            facts = TemplateFacts(apply, get_header, self.control_tokens, self.tokenizer.eos_token)
+            self.facts[key] = facts._replace(thought=_find_written_thought(facts))
+        return self.facts[key]
+
+    def _apply(
+        self, messages: TemplateMessages, prompt: bool, tools: Sequence[Any], arguments: Mapping[str, Any]
+    ) -> str:
         try:
-            return render_chat_template(self.tokenizer, shown, tools, add_generation_prompt=prompt)
+            return render_chat_template(
+                self.tokenizer, messages, tools, add_generation_prompt=prompt, template_kwargs=arguments
+            )
         except TemplateRefusal as refusal:
             raise RejectedRecord(f"the chat template refuses the conversation: {refusal}") from refusal
+
+
+def _check_shown(finder: CompletionFinder, completion: Completion, previous: int) -> None:
+    """Require that the others' messages since the previous answer stand in the prompt, and not by chance."""
+    others = [
+        (i, message.content.strip())
+        for i, message in enumerate(finder.messages[: completion.place])
+        if i > previous and message.role != "assistant"
+    ]
+    for i, content in others:
+        if not contains(completion.prompt, content):
+            role = finder.messages[i].role
+            raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
+    short = [i for i, content in others if len(content) < MIN_TELLING_CHARACTERS and SENTINEL not in content]
+    replaced = {i: set_content(finder.renderer.messages[i], make_sentinel(i)) for i in short}
+    text = ""
+    if replaced:
+        with suppress(RejectedRecord):  # a template that looks into contents
+            text = finder.renderer.render(completion.place, replaced, prompt=True)
+    written = {int(found.group(1)) for found in WRITTEN_SENTINELS.finditer(text)}
+    for i in short if text else ():
+        if i not in written:
+            role = finder.messages[i].role
+            raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
+
+
+def _find_first_new(finder: CompletionFinder, completion: Completion, before: Completion) -> int:
+    """Return the beginning of the first message in a prompt that the sequence before does not have."""
+    place = set_content(finder.renderer.messages[before.place + 1], SENTINEL)
+    with suppress(RejectedRecord):
+        text, found, _ = finder.renderer.render(completion.place, {before.place + 1: place}, prompt=True).partition(
+            SENTINEL
+        )
+        if found and completion.prompt.startswith(text):
+            return len(text)
+    return 0
+
+
+def _find_written_thought(facts: TemplateFacts) -> WrittenThought | None:
+    """Return how a template writes a thought in the last answer; None if it writes none."""
+    answer = Message("assistant", make_sentinel(1), reasoning=make_sentinel(0))
+    question = to_template_messages([QUESTION], MessageForm())
+    for form in ("own", "tags", "parts"):
+        with suppress(RejectedRecord):
+            prompt = facts.apply(question, True)
+            messages = to_template_messages([QUESTION, answer], MessageForm(thoughts=form))
+            pieces = NUMBERED_SENTINEL.split(facts.apply(messages, False))
+            if pieces[1::2] == ["0", "1"]:
+                extra = prompt[len(pieces[0]) :] if prompt.startswith(pieces[0]) else None
+                closing = pieces[2][: measure_empty_thought(pieces[2]) or None]
+                return WrittenThought(extra is not None and not measure_empty_thought(extra), closing)
+    return None
+
+
+def _replace_description(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
+    function = dict(tool["function"])
+    function["description" if function.get("description") else "name"] = make_sentinel(number)
+    return {**tool, "function": function}
 
 
 def _insert_contents(piece: str, contents: Sequence[str]) -> str:

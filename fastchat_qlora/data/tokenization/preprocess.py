@@ -16,8 +16,14 @@ from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
 from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, EncodedText, Encoder, TokenizedConversation
-from fastchat_qlora.data.tokenization.schema import TokenizedSequence, build_table
+from fastchat_qlora.data.tokenization.labels import (
+    IGNORE_INDEX,
+    EncodedText,
+    Encoder,
+    LabeledText,
+    TokenizedConversation,
+)
+from fastchat_qlora.data.tokenization.schema import build_table
 from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
@@ -59,9 +65,14 @@ class Preprocessor:
         self.settings = settings
         add_bos = self._set_template(settings.conv_template)
         self.control_tokens = find_control_tokens(tokenizer)
-        self.chat_template = None if self.template else ChatTemplate(tokenizer, self.control_tokens)
-        self.encoder = Encoder(
-            tokenizer, self.control_tokens, add_bos=add_bos, supervise_all=settings.train_on == "all"
+        self.supervise_all = settings.train_on == "all"
+        self.chat_template = None if self.template else self._make_chat_template()
+        self.encoder = Encoder(tokenizer, self.control_tokens, add_bos=add_bos)
+
+    def _make_chat_template(self) -> ChatTemplate:
+        arguments, empty_thoughts = self.settings.chat_template_kwargs, self.settings.empty_thoughts
+        return ChatTemplate(
+            self.tokenizer, self.control_tokens, arguments, empty_thoughts, supervise_all=self.supervise_all
         )
 
     def _set_template(self, conv_template: str) -> bool:
@@ -130,7 +141,7 @@ class Preprocessor:
     def finish(self, drafts: Sequence[Draft], encoded: Sequence[EncodedText]) -> PreprocessedBatch:
         """Label the texts and cut them to length. A record is rejected as a whole or not at all."""
         texts = iter(encoded)
-        sequences: list[tuple[int, Source, TokenizedSequence]] = []
+        sequences: list[tuple[int, Source, LabeledText]] = []
         rejections = []
         for draft in drafts:
             try:
@@ -155,11 +166,10 @@ class Preprocessor:
             messages = _mask_others(conversation.messages, supervised)
             if conversation.tools:
                 raise RejectedRecord("the template does not support 'tools'")
-            return [self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)]
+            segments = self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
+            return [[one if one.ends_turn else one._replace(supervised=self.supervise_all) for one in segments]]
         assert self.chat_template is not None
-        texts = self.chat_template.render(conversation, supervised)
-        # The last one is the whole conversation, as the template writes it when all has been said.
-        return texts[-1:] if self.settings.train_on == "all" else texts
+        return self.chat_template.render(conversation, supervised).texts
 
     def choose(self, conversation: Conversation) -> list[int]:
         """Return the indices of the messages to supervise; with `train_on all` also of masked ones, to render all."""
@@ -168,13 +178,13 @@ class Preprocessor:
         supervised = [i for i in answers if conversation.messages[i].train]
         return answers if supervised and self.settings.train_on == "all" else supervised
 
-    def _fit(self, conversation: Conversation, texts: Sequence[EncodedText]) -> list[TokenizedSequence]:
+    def _fit(self, conversation: Conversation, texts: Sequence[EncodedText]) -> list[LabeledText]:
         """Return the sequences of one record.
 
         Raises:
             RejectedRecord: the labels of a text cannot be proven, or no supervised token fits.
         """
-        sequences = [TokenizedSequence(text.segments, self.encoder.label(text)) for text in texts]
+        sequences = [sequence for text in texts for sequence in self.encoder.label(text)]
         longest = max(len(sequence.tokens.input_ids) for sequence in sequences)
         if longest > self.settings.max_length and self.settings.overlong in ("drop", "error"):
             reason = f"too long ({longest} tokens, --model_max_length {self.settings.max_length})"
@@ -185,7 +195,7 @@ class Preprocessor:
                 return parts
         return self._truncate(sequences)
 
-    def _truncate(self, sequences: Sequence[TokenizedSequence]) -> list[TokenizedSequence]:
+    def _truncate(self, sequences: Sequence[LabeledText]) -> list[LabeledText]:
         """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
         kept, full_length = [], 0
         reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
@@ -197,12 +207,12 @@ class Preprocessor:
                 full_length += tokens.full_length
                 continue
             if (cut.labels != IGNORE_INDEX).any():
-                kept.append(TokenizedSequence(segments, cut))
+                kept.append(LabeledText(segments, cut))
         if not kept:
             raise reason
         return _extend_full_length(kept, full_length and full_length + kept[0].tokens.full_length)
 
-    def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[TokenizedSequence]:
+    def _split(self, conversation: Conversation, tokenized: Sequence[TokenizedConversation]) -> list[LabeledText]:
         """Return the sequences of the parts of a conversation that is too long; none if it cannot be split."""
         answers = sum(message.role == "assistant" for message in conversation.messages)
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
@@ -212,7 +222,7 @@ class Preprocessor:
         ]
         if len(parts) < 2:
             return []
-        sequences: list[TokenizedSequence] = []
+        sequences: list[LabeledText] = []
         full_length = 0
         for part in parts:
             try:
@@ -229,7 +239,7 @@ def _mask_others(messages: Sequence[Message], supervised: Sequence[int]) -> list
     return [message._replace(weight=message.weight if i in supervised else 0.0) for i, message in enumerate(messages)]
 
 
-def _extend_full_length(sequences: list[TokenizedSequence], full_length: int) -> list[TokenizedSequence]:
+def _extend_full_length(sequences: list[LabeledText], full_length: int) -> list[LabeledText]:
     """Raise the first sequence's full length to this one, so that a record with omitted parts counts as shortened."""
     if sequences and full_length > sequences[0].tokens.full_length:
         sequences[0] = sequences[0]._replace(tokens=sequences[0].tokens._replace(full_length=full_length))

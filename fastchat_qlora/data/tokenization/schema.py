@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ from datasets import Features, List, Value
 
 from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.data.sources.readers import Source
-from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
+from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, LabeledText
 from fastchat_qlora.data.tokenization.token_bytes import Ids
 from fastchat_qlora.data.tokenization.truncation import truncate
 
@@ -31,14 +31,7 @@ EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Val
 LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
-class TokenizedSequence(NamedTuple):
-    """The text of one sequence to train on, and the tokens of all of it or of its beginning."""
-
-    segments: Sequence[Segment]
-    tokens: TokenizedConversation
-
-
-def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, lazy: bool) -> pa.Table:
+def build_table(sequences: Sequence[tuple[int, Source, LabeledText]], *, lazy: bool) -> pa.Table:
     """Return a table of sequences, each with the number and the source of its record.
 
     If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
@@ -81,6 +74,6 @@ class TokenizeOnAccess:
         """Replace the column `segments` by `input_ids` and `labels`."""
         texts = [[Segment(*part) for part in json.loads(text)] for text in batch["segments"]]
         encoded = self.encoder.encode(texts, enough=self.max_length)
-        labeled = [truncate(self.encoder.label(text), self.max_length) for text in encoded]
+        labeled = [truncate(self.encoder.label(text)[0].tokens, self.max_length) for text in encoded]
         tokens = {name: [getattr(one, name).tolist() for one in labeled] for name in ("input_ids", "labels")}
         return {**tokens, **{name: values for name, values in batch.items() if name != "segments"}}

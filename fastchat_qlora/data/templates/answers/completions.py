@@ -1,0 +1,304 @@
+"""Prompts and completions: what a server has when the model speaks, and what the model then writes.
+
+    prompt          <|user|>Hi<|end|><|assistant|>                     with the generation prompt
+    answered        <|user|>Hi<|end|><|assistant|>Hello!<|end|>\\n      the template's text that ends with the answer
+    completion                                    Hello!<|end|>        what is behind the prompt, up to the turn's end
+
+Where the answered text does not begin with the prompt, the two part at a token: the prompt may have opened a thought
+that the answer lacks, say. Anything else is a reason to reject the conversation.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.templates.answers.alignment import Alignment, align_behind, is_thought
+from fastchat_qlora.data.templates.answers.message_parts import (
+    WRITTEN_SENTINELS,
+    contains,
+    get_variants,
+    list_parts,
+    replace_parts,
+)
+from fastchat_qlora.data.templates.answers.thoughts import find_open_thought, measure_empty_thought
+from fastchat_qlora.data.templates.answers.turn_ends import TextsBehindAnswer, TurnEnd, find_turn_end
+from fastchat_qlora.data.templates.message_forms import (
+    MessageForm,
+    set_content,
+    split_thought,
+    to_template_messages,
+)
+from fastchat_qlora.data.templates.prompts import Apply, PrefixRenderer
+from fastchat_qlora.data.templates.sentinels import make_sentinel
+from fastchat_qlora.data.templates.special_tokens import StringMatcher
+
+BEFORE, NEXT = 9_999_998, 9_999_999  # numbers of the sentinels in the messages before and behind an answer
+
+
+class Effort(IntEnum):
+    """What may be done to have a thought in the completion; tried from the first on."""
+
+    TEMPLATE_ONLY = 0  # the template writes it
+    CLOSE_THOUGHTS = 1  # the template drops it, but its prompt has opened one, which is closed as models do
+    THINK_ANYWAY = 2  # the template writes it, though its prompt has closed one
+
+
+class Completion(NamedTuple):
+    """What the model has to write behind a prompt, up to the end of its turn."""
+
+    place: int  # the index of the message
+    prompt: str
+    text: str
+    empty_thought: int = 0  # characters at the beginning of `text`
+
+
+class WrittenThought(NamedTuple):
+    """How a template writes a thought: whether a prompt ends in front of it, and the text behind it."""
+
+    follows_prompt: bool
+    closing: str
+
+
+class TemplateFacts(NamedTuple):
+    """A chat template with the arguments of a run or record, and what is known of it.
+
+    `get_header` returns the text before the first message of a role, in a conversation of its own.
+    """
+
+    apply: Apply
+    get_header: Callable[[str], str]
+    tokens: StringMatcher  # special tokens, which end turns and begin them
+    eos: str | None
+    thought: WrittenThought | None = None
+
+
+class AnswerLayout(NamedTuple):
+    """The text that a template writes around an answer of one kind."""
+
+    alignment: Alignment
+    end: TurnEnd
+
+
+class CompletionFinder:
+    """A search for the completions of one conversation in one form."""
+
+    def __init__(self, messages: Sequence[Message], form: MessageForm, facts: TemplateFacts, effort: Effort) -> None:
+        self.messages = messages
+        self.form = form
+        self.facts = facts
+        self.effort = effort
+        self.renderer = PrefixRenderer(to_template_messages(messages, form), facts.apply)
+        self.layouts: dict[tuple[Any, ...], AnswerLayout] = {}
+
+    def find(self, index: int) -> Completion:
+        """Return the completion of a message.
+
+        Raises:
+            RejectedRecord: the template refuses it, omits something, changes a content, or ends no turn.
+        """
+        try:
+            return self._find(index)
+        except RejectedRecord as error:
+            raise RejectedRecord(f"message {index}: {error}", error.kind) from error
+
+    def _find(self, index: int) -> Completion:
+        prompt, answered = self.renderer.get_prompt(index), self.renderer.get_answered(index)
+        kind = self._get_kind(index)
+        if kind in self.layouts:
+            try:
+                return self._complete(index, prompt, answered, self.layouts[kind])
+            except RejectedRecord:  # the layout may differ from place to place
+                pass
+        self.layouts[kind] = self._find_layout(index, prompt)
+        return self._complete(index, prompt, answered, self.layouts[kind])
+
+    def _get_kind(self, index: int) -> tuple[Any, ...]:
+        message = self.messages[index]
+        before = self.messages[index - 1].role if index else ""
+        parts = bool(split_thought(message).reasoning.strip()), bool(message.content.strip()), len(list_parts(message))
+        return (*parts, len(message.tool_calls), before, self._get_next_role(index))
+
+    def _get_next_role(self, index: int) -> str:
+        """Return the role of the message that follows, or can follow."""
+        following = self.messages[index + 1].role if index + 1 < len(self.messages) else "assistant"
+        if following != "assistant":
+            return following
+        return "tool" if self.messages[index].tool_calls else "user"
+
+    def _find_layout(self, index: int, prompt: str) -> AnswerLayout:
+        """Find what the template writes around an answer, with sentinels for all of its parts."""
+        replaced, count = self._replace(index)
+        alone = self.renderer.render(index + 1, {index: replaced})
+        found = list(WRITTEN_SENTINELS.finditer(alone))
+        self._check_written({int(one.group(1)) for one in found}, count, index)
+        if alone.startswith(prompt) and found[0].start() >= len(prompt):
+            alignment = Alignment("", alone[len(prompt) : found[0].start()])
+        else:
+            alignment = self._align(index, prompt, replaced)
+        texts = TextsBehindAnswer(
+            alone[found[-1].end() :],
+            self._render_followed(index, replaced, found[-1].group(1)),
+            self.facts.get_header(self._get_next_role(index)),
+            self._render_between_calls(index),
+        )
+        return AnswerLayout(alignment, find_turn_end(texts, self.facts.tokens, self.facts.eos))
+
+    def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
+        """Align a prompt with the text of its answer, from the message between both on."""
+        place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
+        in_prompt = _split_behind(self.renderer.render(index, place, prompt=True), BEFORE)
+        answered = self.renderer.render(index + 1, {**place, index: replaced})
+        behind = _split_behind(answered, BEFORE)
+        first = WRITTEN_SENTINELS.search(behind or "")
+        if in_prompt is None or behind is None or first is None:
+            raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
+        found = align_behind(in_prompt, behind[: first.start()], self.facts.tokens)
+        if found.extra and not is_thought(found.extra) and self.facts.tokens.search(found.head):
+            self._check_head(found, replaced)
+        shared = prompt.removesuffix(found.extra)
+        is_shared = prompt.endswith(found.extra) and found.lead == in_prompt.removesuffix(found.extra)
+        alone = self.renderer.render(index + 1, {index: replaced})
+        return found._replace(lead=None) if is_shared and alone.startswith(shared) else found
+
+    def _check_head(self, found: Alignment, replaced: dict[str, Any]) -> None:
+        """Require that the answer begins so behind a whole generation prompt elsewhere; else it is another header."""
+        question = {"role": "user", "content": "-"}
+        prompt, text = self.facts.apply([question], True), self.facts.apply([question, replaced], False)
+        if not text.startswith(prompt + found.head):
+            raise RejectedRecord(
+                f"the chat template begins the answer with {found.head[:40]!r}, where its generation prompt has "
+                f"{found.extra[:40]!r}"
+            )
+
+    def _render_between_calls(self, index: int) -> str:
+        """Return the text between two calls in one message; nothing if there is none or the template refuses two."""
+        message = self.messages[index]
+        if not message.tool_calls:
+            return ""
+        call = message.tool_calls[0]
+        _, count = replace_parts(message._replace(tool_calls=(call,)))
+        two, _ = replace_parts(message._replace(tool_calls=(call, call)))
+        shown = to_template_messages([*self.messages[:index], two], self.form)[index]
+        try:
+            text = self.renderer.render(index + 1, {index: shown})
+        except RejectedRecord:
+            return ""
+        found = list(WRITTEN_SENTINELS.finditer(text))
+        ends = [mark.end() for mark in found if int(mark.group(1)) < count]
+        begins = [mark.start() for mark in found if int(mark.group(1)) >= count]
+        return text[max(ends) : min(begins)] if ends and begins else ""
+
+    def _replace(self, index: int) -> tuple[dict[str, Any], int]:
+        """Return the template message with a sentinel for each part, and their number."""
+        replaced, count = replace_parts(self.messages[index])
+        return to_template_messages([*self.messages[:index], replaced], self.form)[index], count
+
+    def _check_written(self, written: set[int], count: int, index: int) -> None:
+        """Require all parts; a thought that is dropped may be written all the same."""
+        message = self.messages[index]
+        has_thought = bool(split_thought(message).reasoning.strip())
+        missing = set(range(count)) - written - ({0} if has_thought and self.effort >= Effort.CLOSE_THOUGHTS else set())
+        if missing and not message.tool_calls and not has_thought:
+            raise RejectedRecord("the chat template omits the answer")
+        if missing or not written:
+            reasoning = [split_thought(message).reasoning] if has_thought else []
+            part = [*reasoning, *list_parts(message)][min(missing, default=0)]
+            raise RejectedRecord(f"the chat template does not write {part.strip()[:40]!r} of the message")
+
+    def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
+        """Return the text from an answer's last part to the message behind it; None if there is none."""
+        following = self._get_following(index)
+        try:
+            text = self.renderer.render(index + 1, {index: replaced}, [following])
+        except RejectedRecord:
+            return None
+        found = list(WRITTEN_SENTINELS.finditer(text))
+        numbers = [one.group(1) for one in found]
+        if str(NEXT) not in numbers:
+            return None
+        at = numbers.index(str(NEXT))
+        before = [one for one in found[:at] if one.group(1) == last]
+        return text[before[-1].end() : found[at].start()] if before else None
+
+    def _get_following(self, index: int) -> dict[str, Any]:
+        """Return the next message with a sentinel as content; one that could follow where there is none."""
+        role, content = self._get_next_role(index), make_sentinel(NEXT)
+        if index + 1 < len(self.messages) and self.messages[index + 1].role == role:
+            return set_content(self.renderer.messages[index + 1], content)
+        if role != "tool" or not self.messages[index].tool_calls:
+            return set_content({"role": role, "content": self.renderer.messages[index]["content"]}, content)
+        call = self.renderer.messages[index]["tool_calls"][0]
+        identity = {"tool_call_id": call.get("id", ""), "name": call["function"]["name"]}
+        return {"role": role, "content": content, **identity}
+
+    def _complete(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> Completion:
+        """Return what stands behind the prompt, and check that it is the message."""
+        text = self._cut(index, prompt, answered, layout)
+        message = self.messages[index]
+        reasoning = split_thought(message).reasoning.strip()
+        if reasoning or message.tool_calls:
+            _check_parts(message, text)
+        else:
+            _check_plain_answer(message.content, text, layout)
+        if reasoning:
+            return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout.alignment))
+        empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
+        if closing is None or empty:
+            return Completion(index, prompt, text, empty)
+        return Completion(index, prompt, closing + text, measure_empty_thought(closing))
+
+    def _cut(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> str:
+        """Return the part of the answered text that the model writes."""
+        extra, _, lead = layout.alignment
+        if lead is None:
+            shared = prompt if answered.startswith(prompt) else prompt.removesuffix(extra)
+            if prompt.endswith(extra) and answered.startswith(shared):
+                return layout.end.close(answered)[len(shared) :]
+        else:
+            place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
+            behind = _split_behind(self.renderer.render(index + 1, place), BEFORE)
+            if behind is not None and behind.startswith(lead) and prompt.endswith(extra):
+                return layout.end.close(behind)[len(lead) :]
+        raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
+
+    def _fit_thought(self, text: str, prompt: str, reasoning: str, alignment: Alignment) -> str:
+        """Return a completion that contains the thought once."""
+        opened = find_open_thought(prompt)
+        if not contains(text, reasoning):
+            closing = self._get_closing(prompt)
+            if closing is None or self.effort < Effort.CLOSE_THOUGHTS:
+                raise RejectedRecord(f"the chat template does not write the thought {reasoning[:40]!r}")
+            return reasoning + closing + text[measure_empty_thought(alignment.head) :]
+        if measure_empty_thought(alignment.extra) and not opened and self.effort < Effort.THINK_ANYWAY:
+            raise RejectedRecord(
+                f"the generation prompt ends with {alignment.extra[-40:]!r}, and the answer has a thought"
+            )
+        if opened and text.lstrip().startswith(opened.tag):  # the prompt has written that tag already
+            return text.lstrip()[len(opened.tag) :].removeprefix(opened.blank)
+        return text
+
+    def _get_closing(self, prompt: str) -> str | None:
+        """Return the text that closes the thought that a prompt has opened; None if it has not."""
+        if self.facts.thought and self.facts.thought.follows_prompt:
+            return self.facts.thought.closing
+        opened = find_open_thought(prompt)
+        return opened.closing if opened else None
+
+
+def _check_parts(message: Message, text: str) -> None:
+    missing = [part for part in list_parts(message) if not contains(text, part)]
+    if missing:
+        raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
+
+
+def _check_plain_answer(content: str, text: str, layout: AnswerLayout) -> None:
+    """Require a completion that is the content, with what the template writes around it."""
+    if not any(text == layout.alignment.head + variant + layout.end.closing for variant in get_variants(content)):
+        raise RejectedRecord("the chat template changes the answer's text")
+
+
+def _split_behind(text: str, number: int) -> str | None:
+    """Return the text behind the last sentinel of that number; None if there is none."""
+    _, found, behind = text.rpartition(make_sentinel(number))
+    return behind if found else None
