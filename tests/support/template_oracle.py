@@ -13,7 +13,7 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from template_records import MODES, PLACEHOLDER_ID, Record, get_forms, has_thoughts
+from template_records import MODES, PLACEHOLDER_ID, Form, Record, get_forms, has_thoughts, reform, split_thought
 from template_sources import Family
 
 IGNORE_INDEX = -100
@@ -22,11 +22,14 @@ Messages = Sequence[Mapping[str, Any]]
 
 THOUGHT_TAG = re.compile(
     r"</?(?:\w+:)?think(?:ing)?(?::\w+)?>|<\|(?:START|END)_THINKING\|>|<\|channel>thought\n?|<channel\|>"
-    r"|\[/?THINK\]|<\|(?:open|close)\|>think<\|sep\|>|<\|open\|>response<\|sep\|>"
+    r"|\[/?THINK\]|<\|(?:open|close)\|>think<\|sep\|>"
 )
 """Tags of thoughts; a thought with nothing in it is made of these and of blanks."""
 
-CLOSING_TAG = re.compile(r"</|END_THINKING|<channel\||\[/|<\|close|response")
+ANSWER_TAG = re.compile(r"<\|open\|>response<\|sep\|>|\[BEGIN FINAL RESPONSE\]")
+"""Tags between a thought and an answer, which may count as part of either."""
+
+CLOSING_TAG = re.compile(r"</|END_THINKING|<channel\||\[/|<\|close")
 OWN_ID = re.compile(r'(?:"(?:tool_call_id|call_id|id)": "|\[CALL_ID\]|_call:begin\|>)([\w-]+)')
 """The identity of a call that has none in its record, as a sequence shows it."""
 
@@ -34,7 +37,7 @@ SEVERAL_STOPS = re.compile("GigaChat|Solar")
 """Families in which the token that ends a turn also stands between the parts of one."""
 
 FORM = "the form"
-OF_FORMS = {FORM, "words", "a call"}
+OF_FORMS = {FORM, "words", "a call", "a thought"}
 """What a template may write in one form of a record and not in another."""
 
 NEXT = {"role": "user", "content": "-"}
@@ -61,12 +64,13 @@ def find_spans(sequences: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
 class Server:
     """A template with one form of a record's messages, as a server uses them."""
 
-    def __init__(self, tokenizer: Any, messages: Messages, tools: Any, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, record: Record, form: Form, mode: int) -> None:
         self.tokenizer = tokenizer
-        self.messages = messages
-        self.tools = tools
-        self.kwargs = kwargs
-        self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        self.own: Messages = record["messages"]
+        self.messages = reform(self.own, form)
+        self.tools = record.get("tools")
+        self.kwargs = MODES[mode]
+        self.answers = [i for i, message in enumerate(self.own) if message["role"] == "assistant"]
         self.refusal = ""
         self.known: dict[tuple[int, bool, bool], str | None] = {}
 
@@ -100,6 +104,11 @@ class Server:
     def prompt_ids(self) -> dict[int, list[int]]:
         """The same as tokens."""
         return {i: self.tokenize(text) for i, text in self.prompts.items()}
+
+    def may_have_made(self, text: str) -> bool:
+        """Return whether a sequence begins with the first prompt."""
+        prompt = self.render(self.answers[0], prompt=True)
+        return prompt is not None and text.startswith(prompt)
 
     def is_refused(self) -> bool:
         """Return whether the template refuses a prompt, an answer or the whole."""
@@ -142,9 +151,8 @@ class Servers:
     def get_forms(self, mode: int, own_id: str = PLACEHOLDER_ID) -> list[Server]:
         """Return a server for each form of the record."""
         if (mode, own_id) not in self.known:
-            tools, kwargs = self.record.get("tools"), MODES[mode]
             forms = get_forms(self.record, own_id)
-            self.known[mode, own_id] = [Server(self.tokenizer, form, tools, kwargs) for form in forms]
+            self.known[mode, own_id] = [Server(self.tokenizer, self.record, form, mode) for form in forms]
         return self.known[mode, own_id]
 
     def __iter__(self) -> Iterator[Server]:
@@ -152,17 +160,27 @@ class Servers:
             yield from self.get_forms(mode)
 
 
-def find_faults(servers: Servers, family: Family, sequences: Sequence[Mapping[str, Any]], mode: int) -> list[str]:
-    """Return what is wrong with sequences, by the form of the record in which least is wrong."""
-    found: list[list[str]] = []
+class Judgment(NamedTuple):
+    """What is wrong with sequences, by the form and mode in which least is wrong."""
+
+    faults: tuple[str, ...]
+    mode: int = 0  # of MODES
+
+
+def judge(servers: Servers, family: Family, sequences: Sequence[Mapping[str, Any]]) -> Judgment:
+    """Judge the sequences of a record."""
+    found: list[Judgment] = []
     texts = [str(servers.tokenizer.decode(sequence["input_ids"])) for sequence in sequences]
     own_id = next((match.group(1) for text in texts for match in OWN_ID.finditer(text)), PLACEHOLDER_ID)
-    for server in servers.get_forms(mode, own_id):
-        faults = [*_judge(server, family, sequences)]
-        if not faults:
-            return []
-        found.append(faults)
-    return min(found, key=len)
+    for mode in servers.modes:
+        for server in servers.get_forms(mode, own_id):
+            if server.may_have_made(texts[0]):
+                faults = tuple(_judge(server, family, sequences))
+                if not faults:
+                    return Judgment((), mode)
+                found.append(Judgment(faults, mode))
+    none = Judgment(("prompt: no server has that of the first sequence",))
+    return min(found, key=lambda judgment: len(judgment.faults), default=none)
 
 
 def _judge(server: Server, family: Family, sequences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -184,7 +202,7 @@ def _judge(server: Server, family: Family, sequences: Sequence[Mapping[str, Any]
 
 
 def _judge_completion(server: Server, family: Family, index: int, gap: str, text: str) -> Iterator[str]:
-    message = server.messages[index]
+    message = server.own[index]
     prompt = server.prompts[index]
     missing = [part for part in get_parts(message) if not contains(text, part)]
     if missing:
@@ -192,11 +210,11 @@ def _judge_completion(server: Server, family: Family, index: int, gap: str, text
     for other in find_omitted(server, index, prompt):
         yield f"prompt: {other!r} is not in it"
     yield from _judge_end(family, message, text)
-    if has_thought(message):
+    if split_thought(message)[0]:
         if gap and message.get("reasoning_content"):
             yield f"front: {gap!r} is not supervised"
         yield from _judge_thought(message, prompt + text)
-    elif THOUGHT_TAG.match(text.lstrip()) and not _strip_tags(text[: _find_first(text, message)]):
+    elif THOUGHT_TAG.match(text.lstrip()):
         yield f"front: an empty thought is supervised: {text[:40]!r}"
     words = text.removesuffix(_get_end(family, message))
     if not any(_is_whole(prompt, gap, words, answered, message) for answered in server.get_answered(index)):
@@ -224,8 +242,7 @@ def _get_stop(end: str) -> str:
 
 def _judge_thought(message: Mapping[str, Any], text: str) -> Iterator[str]:
     """Check that the last tag before a thought opens one."""
-    thought = message.get("reasoning_content")
-    place = text.rfind(thought.strip()) if thought else -1
+    place = text.rfind(split_thought(message)[0])
     tags = THOUGHT_TAG.findall(text[:place]) if place > 0 else []
     if tags and CLOSING_TAG.search(tags[-1]):
         yield f"front: a thought after {tags[-1]!r}"
@@ -234,23 +251,22 @@ def _judge_thought(message: Mapping[str, Any], text: str) -> Iterator[str]:
 def _is_whole(prompt: str, gap: str, text: str, answered: str, message: Mapping[str, Any]) -> bool:
     """Return whether an answer is complete at its front, by a text in which the template has written it.
 
-    Where that text does not begin with the prompt, the answer begins where the two part, but for an empty thought.
+    Where that text does not begin with the prompt, the answer begins where the two part, but for an empty thought and
+    what the prompt ends with as well.
     """
     if answered.startswith(prompt + gap + text):
         return True
     edge = _find_edge(prompt, answered)
     place = answered.find(text, edge)
     if place >= 0:
-        return not _strip_tags(answered[edge:place])
+        return _strip_tags(prompt).endswith(_strip_tags(answered[edge:place]))
     return _has_given_thought(text, answered[edge:], message)
 
 
 def _find_edge(one: str, other: str) -> int:
-    """Return where two texts part, or the beginning of the tag in which they do."""
-    common = len(commonprefix([one, other]))  # noqa: RUF071  # by characters
-    opened = max(one.rfind(character, 0, common) for character in "<[")
-    is_open = opened >= 0 and not re.search(r"[>\]\s]", one[opened:common])
-    return opened if is_open else common
+    """Return where two texts part, or the beginning of the word or tag in which they do."""
+    common = commonprefix([one, other])  # by characters  # noqa: RUF071
+    return len(re.sub(r"(?:[<\[][^>\]\s]*|\w+)$", "", common))
 
 
 def _has_given_thought(text: str, written: str, message: Mapping[str, Any]) -> bool:
@@ -258,50 +274,29 @@ def _has_given_thought(text: str, written: str, message: Mapping[str, Any]) -> b
 
     Some templates open a thought in the prompt, and write none in an answer.
     """
-    place = _find_first(text, message)
-    return place > 0 and text[place:] in written and _strip_tags(text[:place]) == _get_thought(message)
-
-
-def _find_first(text: str, message: Mapping[str, Any]) -> int:
-    """Return the place of an answer's own words, or its call, after any thought."""
-    content = _split_thought(message)[1]
-    if content:
-        return text.find(content)
-    tags = [*THOUGHT_TAG.finditer(text)]
-    return tags[-1].end() if tags else 0
+    thought = split_thought(message)[0]
+    end = text.find(thought) + len(thought) if thought else 0
+    tags = re.match(rf"(?:\s|{THOUGHT_TAG.pattern}|{ANSWER_TAG.pattern})*", text[end:])
+    begin = end + (tags.end() if tags else 0)
+    return text[begin:].strip() in written and _strip_tags(text[:begin]) == thought
 
 
 def _strip_tags(text: str) -> str:
-    return THOUGHT_TAG.sub("", text).strip()
-
-
-def _split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the thought and the words of a message."""
-    content = message.get("content")
-    content = content if isinstance(content, str) else ""
-    if message.get("reasoning_content"):
-        return message["reasoning_content"].strip(), content.strip()
-    thought, found, rest = content.rpartition("</think>")
-    return (_strip_tags(thought), rest.strip()) if found else ("", content.strip())
-
-
-def _get_thought(message: Mapping[str, Any]) -> str:
-    return _split_thought(message)[0]
-
-
-def has_thought(message: Mapping[str, Any]) -> bool:
-    """Return whether a message has a thought, in a field or in its content."""
-    return bool(_get_thought(message))
+    return ANSWER_TAG.sub("", THOUGHT_TAG.sub("", text)).strip()
 
 
 def get_parts(message: Mapping[str, Any]) -> list[str]:
     """Return what must be written of a message: thought, words, and names, keys and values of calls."""
-    parts = [*_split_thought(message)]
+    return [part for part in [*split_thought(message), *_get_call_parts(message)] if part]
+
+
+def _get_call_parts(message: Mapping[str, Any]) -> list[str]:
+    parts: list[str] = []
     for call in message.get("tool_calls") or []:
         arguments = call["function"]["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         parts += [call["function"]["name"], *arguments, *map(str, arguments.values())]
-    return [part for part in parts if part]
+    return parts
 
 
 def contains(text: str, part: str) -> bool:
@@ -310,8 +305,9 @@ def contains(text: str, part: str) -> bool:
 
 
 def find_omitted(server: Server, index: int, prompt: str) -> list[str]:
-    """Return what a prompt lacks: others' messages before this one, and descriptions of tools."""
-    others = [str(message["content"]) for message in server.messages[:index] if message["role"] != "assistant"]
+    """Return what a prompt lacks: others' messages since the answer before, and descriptions of tools."""
+    previous = max((i for i in server.answers if i < index), default=-1)
+    others = [str(message["content"]) for message in server.own[previous + 1 : index]]
     described = [tool["function"]["description"] for tool in server.tools or []]
     return [part for part in [*others, *described] if not contains(prompt, part)]
 
@@ -345,10 +341,9 @@ def _find_missing(server: Server) -> Iterator[str]:
     """Yield kinds of what is missing."""
     for i in server.answers:
         prompt, answered = server.prompts[i], server.render(i + 1) or ""
-        thought, content = _split_thought(server.messages[i])
+        thought, content = split_thought(server.own[i])
         written = answered[_find_edge(prompt, answered) :]
-        calls = {**server.messages[i], "content": "", "reasoning_content": ""}
         yield from ("the tools or a message" for _ in find_omitted(server, i, prompt))
         yield from ("a thought" for _ in [thought] if not contains(written, thought))
         yield from ("words" for _ in [content] if not contains(written, content))
-        yield from ("a call" for part in get_parts(calls) if not contains(written, part))
+        yield from ("a call" for part in _get_call_parts(server.own[i]) if not contains(written, part))

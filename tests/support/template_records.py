@@ -2,8 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
 
@@ -139,38 +139,78 @@ RECORDS: dict[str, Record] = {
 }
 
 THINKING = {"enable_thinking": True, "thinking": True, "thinking_mode": "enabled"}
-MODES: tuple[Mapping[str, Any], ...] = ({}, THINKING, {**THINKING, "reasoning_effort": "high"})
-"""The template's own mode, and the one with thoughts, under the names that templates have for it."""
-
+MODES: tuple[Mapping[str, Any], ...] = ({}, THINKING, {"reasoning_effort": "high"})
+"""The template's own mode, and those with thoughts, under the names that templates have for them."""
 
 PLACEHOLDER_ID = "000000000"
 
 
-def get_forms(record: Record, own_id: str = PLACEHOLDER_ID) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages of a record in the forms in which servers show them to a template.
+class Form(NamedTuple):
+    """One way in which servers show a record's messages to a template; the first values are those of most."""
 
-    Args:
-        own_id: the identity of a call, which is a single one, where the record's is missing or not wanted.
-    """
+    thoughts: str = "own"  # own, field, tags in the content, or a part of it
+    as_text: bool = False  # arguments of calls
+    content: str = "own"  # own; of a call without words null or absent; or parts, a list of one text each
+    identity: str = ""  # of the only call, where the record has none of nine characters
+
+
+def get_forms(record: Record, own_id: str = PLACEHOLDER_ID) -> Iterator[Form]:
+    """Yield the forms of a record."""
     has_calls = any(message.get("tool_calls") for message in record["messages"])
-    forms = itertools.product(("", None, "absent"), (False, True), ("", own_id)) if has_calls else [("", False, "")]
-    for empty, as_text, identity in forms:
-        yield [_reform(message, empty, as_text, identity) for message in record["messages"]]
+    contents = ("own", "null", "absent", "parts") if has_calls else ("own", "parts")
+    thoughts = ("own", "field", "tags", "parts") if has_thoughts(record) else ("own",)
+    for values in itertools.product(("", own_id) if has_calls else ("",), thoughts, contents, (False, True)):
+        identity, thought, content, as_text = values
+        if has_calls or not as_text:
+            yield Form(thought, as_text, content, identity)
 
 
-def _reform(message: Mapping[str, Any], empty: str | None, as_text: bool, identity: str) -> dict[str, Any]:
-    formed = dict(message)
-    if identity and formed["role"] == "tool" and _lacks_id(formed.get("tool_call_id")):
-        formed["tool_call_id"] = identity
-    if thought := formed.get("reasoning_content"):
-        formed |= {"reasoning": thought, "thinking": thought}
+def has_thoughts(record: Record) -> bool:
+    """Return whether a record has a thought, in a field or in a content."""
+    return any(split_thought(message)[0] for message in record["messages"])
+
+
+def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the thought and the words of a message, without blanks around them."""
+    content = message.get("content") or ""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"].strip(), content.strip()
+    thought, found, rest = content.rpartition("</think>")
+    return (thought.replace("<think>", "").strip(), rest.strip()) if found else ("", content.strip())
+
+
+def reform(messages: Sequence[Mapping[str, Any]], form: Form) -> list[dict[str, Any]]:
+    """Return messages in a form."""
+    return [_reform(message, form) for message in messages]
+
+
+def _reform(message: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    formed = _show_thought(message, form)
+    if formed["role"] == "tool" and form.identity and _lacks_id(formed.get("tool_call_id")):
+        formed["tool_call_id"] = form.identity
     if calls := formed.get("tool_calls"):
-        formed["tool_calls"] = [_reform_call(call, as_text, identity) for call in calls]
+        formed["tool_calls"] = [_reform_call(call, form) for call in calls]
         if not formed["content"]:
-            formed["content"] = empty
-            if empty == "absent":
+            formed["content"] = "" if form.content == "own" else None
+            if form.content == "absent":
                 del formed["content"]
+    if form.content == "parts" and isinstance(formed["content"], str | None):
+        formed["content"] = [{"type": "text", "text": formed["content"] or ""}]
     return formed
+
+
+def _show_thought(message: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    thought, words = split_thought(message)
+    if not thought or (form.thoughts == "own" and not message.get("reasoning_content")):
+        return dict(message)
+    others = {key: value for key, value in message.items() if key != "reasoning_content"}
+    if form.thoughts == "tags":
+        own = message["content"] if not message.get("reasoning_content") else ""
+        return {**others, "content": own or f"<think>\n{thought}\n</think>\n\n{words}"}
+    if form.thoughts == "parts":
+        return {**others, "content": [{"type": "thinking", "thinking": thought}, {"type": "text", "text": words}]}
+    names = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought)
+    return {**others, **names, "content": words}
 
 
 def _lacks_id(given: str | None) -> bool:
@@ -178,15 +218,10 @@ def _lacks_id(given: str | None) -> bool:
     return given is None or len(given) != 9
 
 
-def _reform_call(call: Mapping[str, Any], as_text: bool, identity: str) -> dict[str, Any]:
+def _reform_call(call: Mapping[str, Any], form: Form) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    changed = {"id": identity} if identity and _lacks_id(call.get("id")) else {}
-    shown = json.dumps(arguments) if as_text else arguments
+    changed = {"id": form.identity} if form.identity and _lacks_id(call.get("id")) else {}
+    shown = json.dumps(arguments) if form.as_text else arguments
     return {**call, **changed, "function": {**function, "arguments": shown}}
-
-
-def has_thoughts(record: Record) -> bool:
-    """Return whether a record has a thought, in a field or in a content."""
-    return any(message.get("reasoning_content") or "<think>" in str(message) for message in record["messages"])

@@ -21,8 +21,8 @@ from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from template_oracle import Servers, find_faults, find_omission, find_refusal
-from template_records import MODES, RECORDS, Record, has_thoughts
+from template_oracle import Judgment, Servers, find_omission, find_refusal, judge
+from template_records import RECORDS, Record
 from template_sources import Family, download_templates, get_family, make_tokenizer, read_templates
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parents[2] / ".pytest_cache" / "llama.cpp"
@@ -33,10 +33,9 @@ class Cell(NamedTuple):
 
     sequences: list[dict[str, Any]]
     rejection: str
-    mode: int = 0  # of MODES
     refusal: str = ""  # of the template itself, in every form and mode
     omission: str = ""  # what the template leaves out of the record, in every form and mode
-    faults: tuple[str, ...] = ()  # of the sequences
+    judgment: Judgment = Judgment(())
 
     @property
     def is_accepted(self) -> bool:
@@ -55,30 +54,17 @@ class Sweep:
         self.name = name
         self.family: Family = get_family(name)
         self.tokenizer: PreTrainedTokenizerBase = make_tokenizer(name, source)
-        self.preprocessors: dict[int, Preprocessor] = {}
+        self.preprocessor = Preprocessor(self.tokenizer, PreprocessingSettings("auto", 100_000, "truncate"))
 
-    def judge(self, record: Record) -> Cell:
+    def run(self, record: Record) -> Cell:
         """Preprocess a record, and judge what comes out."""
         servers = Servers(self.tokenizer, record)
-        if refusal := find_refusal(servers):
-            return self.preprocess(record)._replace(refusal=refusal)
-        cell = self.preprocess(record)._replace(omission=find_omission(servers))
-        faults = find_faults(servers, self.family, cell.sequences, cell.mode) if cell.is_accepted else []
-        return cell._replace(faults=tuple(faults))
-
-    def preprocess(self, record: Record) -> Cell:
-        """Preprocess a record; where its thoughts are rejected, in the mode with thoughts as well."""
-        cells = (self._preprocess(record, mode) for mode in range(len(MODES) if has_thoughts(record) else 1))
-        first = next(cells)
-        return first if first.is_accepted else next((cell for cell in cells if cell.is_accepted), first)
-
-    def _preprocess(self, record: Record, mode: int) -> Cell:
-        if mode not in self.preprocessors:
-            settings = PreprocessingSettings("auto", 100_000, "truncate", chat_template_kwargs=MODES[mode])
-            self.preprocessors[mode] = Preprocessor(self.tokenizer, settings)
         line = json.dumps(record).encode()
-        batch = self.preprocessors[mode]([(0, RawRecord(Source("record", 1), line))])
-        return Cell(batch.sequences.to_pylist(), "".join(one.reason for one in batch.rejections), mode)
+        batch = self.preprocessor([(0, RawRecord(Source("record", 1), line))])
+        cell = Cell(batch.sequences.to_pylist(), "".join(one.reason for one in batch.rejections), find_refusal(servers))
+        if not cell.refusal:
+            cell = cell._replace(omission=find_omission(servers))
+        return cell._replace(judgment=judge(servers, self.family, cell.sequences)) if cell.is_accepted else cell
 
     def show(self, sequence: Mapping[str, Any]) -> str:
         """Return a sequence as text, with its supervised parts in ⟦⟧."""
@@ -93,7 +79,7 @@ class Sweep:
 def describe(cell: Cell) -> str:
     """Return what becomes of a cell, in a line."""
     if cell.is_accepted:
-        return "accepted" + (" in the mode with thoughts" if cell.mode else "")
+        return "accepted" + (" in the mode with thoughts" if cell.judgment.mode else "")
     if cell.refusal:
         return f"refused by the template: {cell.refusal}"
     omission = f"; the template leaves out {cell.omission}" if cell.omission else ""
@@ -117,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(sweep: Sweep, kinds: Sequence[str] | Mapping[str, Any], characters: int) -> Iterator[str]:
     for kind in kinds:
-        cell = sweep.judge(RECORDS[kind])
+        cell = sweep.run(RECORDS[kind])
         yield f"{sweep.name} {kind}: {describe(cell)}"
-        yield from (f"    FAULT {fault}" for fault in cell.faults)
+        yield from (f"    FAULT {fault}" for fault in cell.judgment.faults)
         yield from (f"    {sweep.show(sequence)[-characters:]!r}" for sequence in cell.sequences)
 
 
