@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
@@ -98,7 +99,7 @@ class ChatTemplate:
         self,
         tokenizer: Any,
         control_tokens: StringMatcher,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Any] = MappingProxyType({}),
         empty_thoughts: EmptyThoughts = "mask",
         *,
         supervise_all: bool = False,

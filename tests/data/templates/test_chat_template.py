@@ -39,7 +39,7 @@ def to_messages(turns: Turns) -> list[Message]:
 def render_rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[list[Segment]]:
     """Supervise all answers, in one or several sequences."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers)
+    return ChatTemplate(tokenizer, find_control_tokens(tokenizer)).render(Conversation(messages), answers).texts
 
 
 def render_chat_template(
@@ -51,12 +51,14 @@ def render_chat_template(
 
 
 def supervised_texts(tokenizer: PreTrainedTokenizerFast, template: str, turns: Turns) -> list[str]:
-    """Return the supervised texts; all segments together must be the rendered text."""
+    """Return the supervised texts; all segments together must begin the rendered text."""
     tokenizer.chat_template = template
     messages = to_messages(turns)
     segments = render_chat_template(messages, tokenizer, find_control_tokens(tokenizer))
     whole = tokenizer.apply_chat_template([message.to_template() for message in messages], tokenize=False)
-    assert "".join(segment.text for segment in segments) == whole
+    shown = "".join(segment.text for segment in segments)
+    assert whole.startswith(shown)
+    assert segments[-1].supervised  # a model writes nothing behind its turn
     return [segment.text for segment in segments if segment.supervised]
 
 
@@ -72,7 +74,6 @@ def test_chatml_headers_are_not_supervised(tokenizer: PreTrainedTokenizerFast) -
         ("one two<|im_end|>", True),
         ("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
         ("three<|im_end|>", True),
-        ("\n", False),
     ]
 
 
@@ -86,7 +87,27 @@ def assert_supervised(content: str, template: str, tokenizer: PreTrainedTokenize
     assert supervised_texts(tokenizer, template, turns) == [content + "<|im_end|>"] * 2
 
 
-@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, THINKING], ids=["chatml", "default system", "thinking"])
+def assert_supervised_behind_an_empty_thought(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that the thought that a prompt has opened is closed, and that the closing is not supervised."""
+    tokenizer.chat_template = THINKING
+    asked = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n"
+    turns = [("user", "Say it."), ("assistant", content), ("user", content), ("assistant", content)]
+    first, second = render_rows(to_messages(turns), tokenizer)
+    answer = [
+        Segment("\n</think>\n\n", begins_turn=True),
+        Segment(content + "<|im_end|>", supervised=True, ends_turn=True),
+    ]
+    assert first == [Segment(asked + "<think>\n"), *answer]
+    history = f"{asked}{content}<|im_end|>\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert second == [Segment(history), *answer]
+
+
+@pytest.mark.parametrize("content", ["fine", "?", "trailing \n\n", "  indented\n  twice", "\n\nleading", "assistant"])
+def test_opened_thoughts_are_closed(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert_supervised_behind_an_empty_thought(content, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM], ids=["chatml", "default system"])
 @pytest.mark.parametrize("content", CONTENTS)
 def test_contents_are_supervised_unchanged(template: str, content: str, tokenizer: PreTrainedTokenizerFast) -> None:
     assert_supervised(content, template, tokenizer)
@@ -97,25 +118,12 @@ def test_blanks_before_contents_are_supervised(content: str, tokenizer: PreTrain
     assert_supervised(content, CHATML, tokenizer)
 
 
-@pytest.mark.parametrize("content", INDENTED)
-def test_blanks_before_contents_are_supervised_where_the_prompt_differs(
-    content: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    assert_supervised(content, THINKING, tokenizer)
-
-
 @pytest.mark.parametrize(
     "content", ["user", "assistant", "system", "assistant\n", "\nassistant", "assistant\nassistant"]
 )
 def test_content_equal_to_a_header_is_found(content: str, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", content), ("assistant", content), ("user", "assistant"), ("assistant", "user")]
     assert supervised_texts(tokenizer, CHATML, turns) == [content + "<|im_end|>", "user<|im_end|>"]
-
-
-def test_content_equal_to_a_header_is_found_where_the_prompt_differs(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert supervised_texts(tokenizer, THINKING, [("user", "Who?"), ("assistant", "assistant")]) == [
-        "assistant<|im_end|>"
-    ]
 
 
 def test_default_system_prompt_is_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -224,22 +232,29 @@ def test_rewritten_answers_are_supervised_in_several_texts(
     asked = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n"
     assert first == [
         Segment(asked),
-        Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True),
-        Segment("\n"),
+        Segment("<think>easy</think>one<|im_end|>", supervised=True, ends_turn=True, begins_turn=True),
     ]
-    # The rest of the earlier answer is a turn too: a text may be cut after it, and `train_on all` needs it.
     then = "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
-    earlier_turn = [Segment(asked), Segment(f"{shown}<|im_end|>", ends_turn=True), Segment(then)]
     assert second == [
-        *(earlier_turn if shown else [Segment(f"{asked}<|im_end|>{then}")]),
-        Segment("two<|im_end|>", supervised=True, ends_turn=True),
-        Segment("\n"),
+        Segment(f"{asked}{shown}<|im_end|>{then}"),
+        Segment("two<|im_end|>", supervised=True, ends_turn=True, begins_turn=True),
     ]
 
 
 def test_omitted_message_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RejectedRecord, match="message 0: the chat template omits the user's message"):
-        supervised_texts(tokenizer, CHATML.replace("in messages", "in messages[-2:]"), TALK)
+        supervised_texts(tokenizer, CHATML.replace("in messages", "in messages[1:]"), TALK)
+
+
+def test_messages_that_a_later_prompt_drops_are_not_in_its_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A template that shows the last two messages only, as a server would with it."""
+    tokenizer.chat_template = CHATML.replace("in messages", "in messages[-2:]")
+    first, second = render_rows(to_messages(TALK), tokenizer)
+    assert first[0].text == "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n"
+    assert second[0].text == (
+        "<|im_start|>assistant\none two<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [one.text for row in (first, second) for one in row[1:]] == ["one two<|im_end|>", "three<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +274,7 @@ def test_answer_with_added_text_is_rejected(tokenizer: PreTrainedTokenizerFast) 
 
 def test_turn_may_end_with_two_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """As Command R does: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. A server waits for the second."""
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     template = CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>")
     assert supervised_texts(tokenizer, template, TALK) == [
         "one two<|im_end|><|endoftext|>",
@@ -277,9 +293,9 @@ def test_end_token_of_the_next_message_closes_the_turn(tokenizer: PreTrainedToke
         [row] = render_rows(to_messages(TALK), tokenizer)
         assert row == [
             Segment("Q: Count. A:"),
-            Segment(" one two<|im_end|>", supervised=True, ends_turn=True),
+            Segment(" one two<|im_end|>", supervised=True, ends_turn=True, begins_turn=True),
             Segment("Q: And? A:"),
-            Segment(" three<|im_end|>", supervised=True, ends_turn=True),
+            Segment(" three<|im_end|>", supervised=True, ends_turn=True, begins_turn=True),
         ]
     consecutive = [*TALK, ("assistant", "four")]
     with pytest.raises(
@@ -288,17 +304,14 @@ def test_end_token_of_the_next_message_closes_the_turn(tokenizer: PreTrainedToke
         render_rows(to_messages(consecutive), tokenizer)
 
 
-def test_end_token_that_replaces_other_text_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A following message removes the last answer's line break, so no text has both it and the end of the turn."""
+def test_blank_that_a_following_message_removes_is_not_written(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         "{{ '<|im_end|>Q: ' + message.content + ' A:' }}"
         "{% else %}{{ ' ' + message.content + ('\n' if loop.last else '') }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(
-        RejectedRecord, match=r"^message 3: the chat template does not end the turn with a special token"
-    ):
-        render_rows(to_messages(TALK), tokenizer)
+    [row] = render_rows(to_messages(TALK), tokenizer)
+    assert [one.text for one in row if one.supervised] == [" one two<|im_end|>", " three<|im_end|>"]
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
@@ -311,11 +324,11 @@ def test_next_header_is_not_supervised(between: str, tokenizer: PreTrainedTokeni
     ).replace("\n", "\\n")
     [row] = render_rows(to_messages(TALK), tokenizer)
     assert [segment.text for segment in row if segment.supervised] == ["one two<|im_end|>", "three<|im_end|>"]
-    assert row[-1].text == prompt
 
 
-def test_header_is_found_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The header is distinguished from the answer by rendering another answer in its place."""
+def test_header_is_supervised_without_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A server writes none, so the model has to."""
     template = CHATML.replace(GENERATION_PROMPT, "")
     assert template != CHATML
-    assert supervised_texts(tokenizer, template, TALK) == ["one two<|im_end|>", "three<|im_end|>"]
+    header = "<|im_start|>assistant\n"
+    assert supervised_texts(tokenizer, template, TALK) == [f"{header}one two<|im_end|>", f"{header}three<|im_end|>"]

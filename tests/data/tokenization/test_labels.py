@@ -37,29 +37,41 @@ def render_chat_template(
 ) -> list[Segment]:
     """Return one text with all answers."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers)
+    [segments] = ChatTemplate(tokenizer, special).render(Conversation(messages), answers).texts
     return segments
+
+
+Tokenized = list[TokenizedConversation] | RejectedRecord
+
+
+def answer(text: str) -> Segment:
+    """Return a supervised answer behind its prompt."""
+    return Segment(text, supervised=True, ends_turn=True, begins_turn=True)
 
 
 def tokenize_batch(
     batch: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerFast, *, add_bos: bool
-) -> list[TokenizedConversation | RejectedRecord]:
-    """Tokenize texts together; arrays become lists, to be compared."""
+) -> list[Tokenized]:
+    """Tokenize texts together, each to its sequences; arrays become lists, to be compared."""
     encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
-    labeled: list[TokenizedConversation | RejectedRecord] = []
+    labeled: list[Tokenized] = []
     for encoded in encoder.encode(batch):
         try:
-            tokens = encoder.label(encoded)
-            labeled.append(tokens._replace(input_ids=tokens.input_ids.tolist(), labels=tokens.labels.tolist()))
+            tokens = [one.tokens for one in encoder.label(encoded)]
+            labeled.append(
+                [one._replace(input_ids=one.input_ids.tolist(), labels=one.labels.tolist()) for one in tokens]
+            )
         except RejectedRecord as error:
             labeled.append(error)
     return labeled
 
 
-def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation | RejectedRecord:
-    """Tokenize one conversation, without a BOS token."""
+def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedConversation:
+    """Tokenize one conversation to one sequence, without a BOS token."""
     [tokens] = tokenize_batch([segments], tokenizer, add_bos=False)
-    return tokens
+    assert not isinstance(tokens, RejectedRecord)
+    [only] = tokens
+    return only
 
 
 def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
@@ -91,7 +103,7 @@ def chatml_pieces(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
             (f"{line_break}<|im_start|>user\n{question}{END}\n<|im_start|>assistant\n", False),
             (answer + END, True),
         ]
-    return [*expected, ("\n", False)]
+    return expected
 
 
 def vicuna_pieces(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
@@ -123,9 +135,35 @@ def holds_special_token(turns: list[tuple[str, str]]) -> bool:
     return any(token in text for turn in turns for text in turn for token in ("<|endoftext|>", "<|im_start|>", END))
 
 
+def serve(expected: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
+    """Return ids and labels by the rule: a prompt's own ids, and behind them those of the whole or of the answer."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    sequences: list[tuple[list[int], list[int]]] = []
+    prompt = ""
+    for text, supervised in expected:
+        if not supervised:
+            prompt += text
+            continue
+        asked, whole = ids(prompt), ids(prompt + text)
+        written = whole[len(asked) :] if whole[: len(asked)] == asked else ids(text)
+        known: tuple[list[int], list[int]] = sequences[-1] if sequences else ([], [])
+        if sequences and asked[: len(known[0])] == known[0]:
+            sequences.pop()
+        else:
+            known = ([], [])
+        labels = known[1] + [IGNORE_INDEX] * (len(asked) - len(known[0]))
+        sequences.append((asked + written, labels + written))
+        prompt += text
+    return sequences
+
+
 @given(turns=conversations)
 @settings(max_examples=200, deadline=None)
 def test_chatml_labels_are_the_answers(turns: list[tuple[str, str]], shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """An answer that begins with a line break grows into one token with its header, and is tokenized alone then."""
     messages = to_messages(turns)
     special = find_control_tokens(shared_tokenizer)
     if holds_special_token(turns):
@@ -133,12 +171,13 @@ def test_chatml_labels_are_the_answers(turns: list[tuple[str, str]], shared_toke
             check_plain(messages, special)
         return
     check_plain(messages, special)
-    tokens = tokenize(render_chat_template(messages, shared_tokenizer, special), shared_tokenizer)
-    if isinstance(tokens, RejectedRecord):
-        assert "across the edge" in str(tokens)
-        assert any(answer[0].isspace() for _, answer in turns)  # it can only have grown into one with the header's end
-        return
-    assert_exact(tokens, chatml_pieces(turns), shared_tokenizer)
+    segments = render_chat_template(messages, shared_tokenizer, special)
+    [tokens] = tokenize_batch([segments], shared_tokenizer, add_bos=False)
+    assert not isinstance(tokens, RejectedRecord)
+    expected = chatml_pieces(turns)
+    assert [(one.input_ids, one.labels) for one in tokens] == serve(expected, shared_tokenizer)
+    if len(tokens) == 1 and not any(said[0].isspace() for _, said in turns):
+        assert_exact(tokens[0], expected, shared_tokenizer)
 
 
 @given(turns=conversations)
@@ -148,48 +187,78 @@ def test_vicuna_labels_are_the_answers(turns: list[tuple[str, str]], shared_toke
     assume(not holds_special_token(turns))
     segments = get_template("vicuna").render([Message("system", "Be kind."), *to_messages(turns)], "<s>", END)
     tokens = tokenize(segments, shared_tokenizer)
-    assert not isinstance(tokens, RejectedRecord)
     assert_exact(tokens, vicuna_pieces(turns), shared_tokenizer)
 
 
 def test_labels_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) -> None:
     """Letters are tokens of their own, so the labels are easy to read."""
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
-    segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
+    segments = [Segment("X"), answer("Y" + END), Segment("Z"), answer("Z" + END)]
     tokens = tokenize([*segments, Segment("X")], shared_tokenizer)
-    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7)
+    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7, None)
 
 
-@pytest.mark.parametrize(
-    ("before", "answer", "after"),
-    [("Is th", "is so", ""), ("Is ", "this", " so"), ("Is", " th", "is so"), ("", "Is th", "is so")],
-)
-def test_token_across_an_edge_is_rejected(
-    before: str, answer: str, after: str, shared_tokenizer: PreTrainedTokenizerFast
+def test_weights_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    segments = [Segment("X"), answer("Y" + END)._replace(weight=0.25), Segment("Z"), answer("Z" + END)]
+    weights = tokenize(segments, shared_tokenizer).weights
+    assert weights is not None
+    assert weights.tolist() == [1, 0.25, 0.25, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("before", "said"), [("Is th", "is so"), ("Is ", "this"), ("Is", " th"), ("X", "is so")])
+def test_token_across_an_edge_is_in_neither(before: str, said: str, shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The prompt has its own ids, and the answer those of its text."""
+    assert "\u0120this" in shared_tokenizer.tokenize("Is this so")
+    tokens = tokenize([Segment(before), answer(said)], shared_tokenizer)
+    assert [(tokens.input_ids, tokens.labels)] == serve([(before, False), (said, True)], shared_tokenizer)
+    assert tokens.input_ids[: len(shared_tokenizer(before).input_ids)] == shared_tokenizer(before).input_ids
+
+
+def test_answers_whose_ids_a_later_prompt_changes_are_sequences_of_their_own(
+    shared_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    assert "Ġthis" in shared_tokenizer.tokenize("Is this so")
-    tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], shared_tokenizer)
-    assert isinstance(tokens, RejectedRecord)
-    assert "across the edge of an answer" in str(tokens)
+    """The second prompt is tokenized as a whole, so it does not begin with the ids of the first sequence."""
+    segments = [Segment("Is th"), answer("is so" + END), Segment("Is "), answer("X" + END)]
+    [tokens] = tokenize_batch([segments], shared_tokenizer, add_bos=False)
+    assert not isinstance(tokens, RejectedRecord)
+    expected = [("Is th", False), ("is so" + END, True), ("Is ", False), ("X" + END, True)]
+    assert [(one.input_ids, one.labels) for one in tokens] == serve(expected, shared_tokenizer)
+    assert len(tokens) == 2
+
+
+def test_answer_behind_a_dummy_prefix_has_none_of_its_own() -> None:
+    """A blank in front of every text is the prompt's: an answer that is tokenized alone has none."""
+    tokenizer = prefixing_tokenizer()
+    tokens = tokenize([Segment("a a"), answer("b c")], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens.input_ids) == ["\u2581a", "\u2581a", "b", "\u2581c"]
+    assert tokens.labels == [IGNORE_INDEX, IGNORE_INDEX, *tokens.input_ids[2:]]
+
+
+def prefixing_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a BPE tokenizer like Llama's, in which "ab" is one token."""
+    vocabulary = {token: i for i, token in enumerate(["\u2581", "a", "b", "c", "\u2581a", "\u2581c", "\u2581ab"])}
+    merges = [("\u2581", "a"), ("\u2581", "c"), ("\u2581a", "b")]
+    bpe = Tokenizer(models.BPE(vocabulary, merges))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True], ids=["plain offsets", "trimmed offsets"])
 @given(
     before=st.text(" \na:", min_size=1, max_size=6),
-    answer=st.text(" \na", min_size=1, max_size=6).filter(str.strip),
+    said=st.text(" \na", min_size=1, max_size=6).filter(str.strip),
     after=st.text(" \na", max_size=6),
 )
 @settings(max_examples=150, deadline=None)
-def test_merged_blanks_are_exact_or_rejected(before: str, answer: str, after: str, trim_offsets: bool) -> None:
+def test_merged_blanks_follow_the_rule(before: str, said: str, after: str, trim_offsets: bool) -> None:
     """Also if a tokenizer omits blanks from its offsets."""
     tokenizer = blank_tokenizer(trim_offsets)
-    tokens = tokenize([Segment(before), Segment(answer, supervised=True), Segment(after)], tokenizer)
-    if not isinstance(tokens, RejectedRecord):
-        assert [text for text, supervised in pieces(tokens, tokenizer) if supervised] == [answer]
-        return
-    ends = {len(decode(tokenizer(before + answer + after).input_ids[:i], tokenizer)) for i in range(20)}
-    # Trimmed offsets may cost a record that could have been supervised; plain ones may not.
-    assert trim_offsets or not {len(before), len(before + answer)} <= ends
+    tokens = tokenize([Segment(before), answer(said)], tokenizer)
+    assert [(tokens.input_ids, tokens.labels)] == serve([(before, False), (said, True)], tokenizer)
+    [followed] = tokenize_batch([[Segment(before), answer(said), Segment(after)]], tokenizer, add_bos=False)
+    assert not isinstance(followed, RejectedRecord)
+    assert [text for text, supervised in pieces(followed[0], tokenizer) if supervised] == [said]
 
 
 @cache
@@ -209,36 +278,29 @@ def test_normalized_answer_is_rejected_and_normalized_question_is_not(tokenizer:
     """A normalizer may change a question, which is not supervised, but not an answer."""
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     decomposed, composed = "cafe\u0301", "caf\u00e9"
-    asked = tokenize([Segment(f"{decomposed}?"), Segment("Yes" + END, supervised=True)], tokenizer)
-    assert isinstance(asked, TokenizedConversation)
+    asked = tokenize([Segment(f"{decomposed}?"), answer("Yes" + END)], tokenizer)
     assert pieces(asked, tokenizer) == [(f"{composed}?", False), ("Yes" + END, True)]
-    said = tokenize([Segment("What?"), Segment(decomposed + END, supervised=True)], tokenizer)
+    [said] = tokenize_batch([[Segment("What?"), answer(decomposed + END)]], tokenizer, add_bos=False)
     assert isinstance(said, RejectedRecord)
     assert f"decode to '{composed}{END}'" in str(said)
     assert f"the record has '{decomposed}{END}'" in str(said)
 
 
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = tokenize([Segment("XYZ" + END, supervised=True)], shared_tokenizer)
+    tokens = tokenize([answer("XYZ" + END)], shared_tokenizer)
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
-    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4)
+    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4, None)
 
 
 def test_batch_equals_single_conversations(shared_tokenizer: PreTrainedTokenizerFast) -> None:
-    """A rejected neighbor and other lengths have no effect."""
-    said = ["a", "b " * 50, "Γειά 🙂"]
-    batch = [[Segment("Q"), Segment(text + END, supervised=True)] for text in said]
-    batch.insert(1, [Segment("Is th"), Segment("is so", supervised=True)])
+    """Neighbors have no effect, neither of other lengths nor such as begin with the same text."""
+    shared = "Once more. " * 300
+    said = ["a", "b " * 50, "\u0393\u03b5\u03b9\u03ac"]
+    batch = [[Segment("Q"), answer(text + END)] for text in said]
+    batch.insert(1, [Segment("Is th"), answer("is so")])
+    batch += [[Segment(f"{shared}<|im_start|>{text}"), answer(text + END)] for text in said]
     together = tokenize_batch(batch, shared_tokenizer, add_bos=False)
-    alone = [tokenize(segments, shared_tokenizer) for segments in batch]
-    assert [type(tokens) for tokens in together] == [
-        TokenizedConversation,
-        RejectedRecord,
-        TokenizedConversation,
-        TokenizedConversation,
-    ]
-    assert [together[i] for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
-    assert str(together[1]) == str(alone[1])
+    assert together == [[tokenize(segments, shared_tokenizer)] for segments in batch]
 
 
 def test_empty_batch(shared_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -249,13 +311,12 @@ def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
     """It is the first token, is not supervised, and shifts the ends of turns."""
     tokenizer.bos_token = "<|endoftext|>"
     bos = tokenizer.bos_token_id
-    segments = [Segment("Q"), Segment("A" + END, supervised=True)]
-    written = [Segment("<|endoftext|>Q"), Segment("A" + END, supervised=True)]
+    segments = [Segment("Q"), answer("A" + END)]
+    written = [Segment("<|endoftext|>Q"), answer("A" + END)]
     bare = tokenize(segments, tokenizer)
-    assert isinstance(bare, TokenizedConversation)
     assert bos not in bare.input_ids
-    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4)
-    assert tokenize_batch([segments, written], tokenizer, add_bos=True) == [expected, expected]
+    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4, None)
+    assert tokenize_batch([segments, written], tokenizer, add_bos=True) == [[expected], [expected]]
     assert tokenize(written, tokenizer) == expected
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from fastchat_qlora.data.conversation import Message, RejectedRecord
 from fastchat_qlora.data.templates.answers.alignment import Alignment, align_behind, is_thought
 from fastchat_qlora.data.templates.answers.message_parts import (
+    TAG,
     WRITTEN_SENTINELS,
     contains,
     get_variants,
@@ -22,7 +23,7 @@ from fastchat_qlora.data.templates.answers.message_parts import (
     replace_parts,
 )
 from fastchat_qlora.data.templates.answers.thoughts import find_open_thought, measure_empty_thought
-from fastchat_qlora.data.templates.answers.turn_ends import TextsBehindAnswer, TurnEnd, find_turn_end
+from fastchat_qlora.data.templates.answers.turn_ends import NO_END, TextsBehindAnswer, TurnEnd, find_turn_end
 from fastchat_qlora.data.templates.message_forms import (
     MessageForm,
     set_content,
@@ -117,7 +118,8 @@ class CompletionFinder:
         message = self.messages[index]
         before = self.messages[index - 1].role if index else ""
         parts = bool(split_thought(message).reasoning.strip()), bool(message.content.strip()), len(list_parts(message))
-        return (*parts, len(message.tool_calls), before, self._get_next_role(index))
+        following = self.messages[index + 1].role if index + 1 < len(self.messages) else ""
+        return (*parts, len(message.tool_calls), before, following)
 
     def _get_next_role(self, index: int) -> str:
         """Return the role of the message that follows, or can follow."""
@@ -142,7 +144,10 @@ class CompletionFinder:
             self.facts.get_header(self._get_next_role(index)),
             self._render_between_calls(index),
         )
-        return AnswerLayout(alignment, find_turn_end(texts, self.facts.tokens, self.facts.eos))
+        end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
+        if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
+            raise RejectedRecord(NO_END)  # the one who is next names no end
+        return AnswerLayout(alignment, end)
 
     def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
         """Align a prompt with the text of its answer, from the message between both on."""
@@ -240,7 +245,7 @@ class CompletionFinder:
         if reasoning or message.tool_calls:
             _check_parts(message, text)
         else:
-            _check_plain_answer(message.content, text, layout)
+            _check_plain_answer(message.content, text, layout, self.facts.tokens)
         if reasoning:
             return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout.alignment))
         empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
@@ -292,10 +297,16 @@ def _check_parts(message: Message, text: str) -> None:
         raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
 
 
-def _check_plain_answer(content: str, text: str, layout: AnswerLayout) -> None:
-    """Require a completion that is the content, with what the template writes around it."""
-    if not any(text == layout.alignment.head + variant + layout.end.closing for variant in get_variants(content)):
+def _check_plain_answer(content: str, text: str, layout: AnswerLayout, tokens: StringMatcher) -> None:
+    """Require a completion that is the content, with nothing but tokens and tags of the template around it."""
+    head, closing = layout.alignment.head, layout.end.closing
+    if not any(text == head + variant + closing for variant in get_variants(content)):
         raise RejectedRecord("the chat template changes the answer's text")
+    if head.strip() and not (tokens.search(head) or TAG.search(head)):
+        raise RejectedRecord(f"the chat template inserts {head[:40]!r} before the answer")
+    first = tokens.search(closing)
+    if first and closing[: first.start()].strip():
+        raise RejectedRecord(f"the chat template adds {closing[: first.start()][:40]!r} to the answer")
 
 
 def _split_behind(text: str, number: int) -> str | None:

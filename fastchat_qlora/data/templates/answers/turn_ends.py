@@ -63,7 +63,8 @@ def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | No
     alone, followed = texts.alone, texts.followed
     stop = _find_stop(texts, tokens, eos)
     if stop is not None:
-        first = tokens.search(alone)
+        own = (one for one in tokens.pattern.finditer(alone) if one.group() not in texts.between_calls)
+        first = next(own, tokens.search(alone))  # what closes a call may be written otherwise for another argument
         return TurnEnd(alone[:stop], alone[first.start() if first else 0 : stop], alone[stop:])
     written = alone.rstrip()
     behind = None if followed is None else _get_behind(written, followed)
