@@ -144,7 +144,7 @@ def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: Pr
         return _compare_all(ids, prompts, row["turns"], tokenizer)
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
-        return settings.empty_thoughts == "mask" and is_empty_thought(tokenizer.decode(tokens))
+        return settings.empty_thoughts != "train" and is_empty_thought(tokenizer.decode(tokens))
 
     previous_end = 0
     for number, (start, end) in enumerate(find_supervised(row["labels"]), 1):
