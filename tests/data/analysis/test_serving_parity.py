@@ -363,7 +363,7 @@ def test_records_are_compared_in_their_mode(name: str, flags: list[str], tmp_pat
     """Answers with thoughts, without, and both in one conversation."""
     tokenizer = copy.deepcopy(real_templates.byte_level(name))
     if "enable_thinking" not in tokenizer.chat_template and "--chat_template_kwargs" in flags:
-        return
+        pytest.skip("the template has no such argument")
     ask, plain = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
     thinking = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}
     data = tmp_path / "data.jsonl"
