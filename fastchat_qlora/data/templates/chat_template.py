@@ -199,17 +199,21 @@ class ChatTemplate:
             sentinels = [replace_content(message, i) for i, message in enumerate(messages)]
             self.skeletons[key] = []
             with suppress(RejectedRecord):  # the conversation itself shall give the reason
-                self.skeletons[key], note = self._render_carefully(conversation._replace(messages=sentinels), wanted)
+                self.skeletons[key], note = self._render_carefully(
+                    conversation._replace(messages=sentinels), wanted, is_skeleton=True
+                )
                 if note:
                     self.skeletons[key] = []
         return self.skeletons[key]
 
-    def _render_carefully(self, conversation: Conversation, wanted: Sequence[int]) -> tuple[list[SequenceDraft], str]:
+    def _render_carefully(
+        self, conversation: Conversation, wanted: Sequence[int], *, is_skeleton: bool = False
+    ) -> tuple[list[SequenceDraft], str]:
         """Render and compare each answer; return the sequences, and what differs from the record's own form."""
         errors = []
         for attempt in self._list_attempts(conversation):
             try:
-                return self._try(conversation, wanted, attempt), attempt.describe()
+                return self._try(conversation, wanted, attempt, is_skeleton=is_skeleton), attempt.describe()
             except RejectedRecord as error:
                 errors.append(error)
         raise next((error for error in errors if not isinstance(error.__cause__, TemplateRefusal)), errors[0])
@@ -234,7 +238,9 @@ class ChatTemplate:
         chosen = {name: value for name, value in values.items() if name in self.source and name not in own}
         return {**own, **chosen}, ", ".join(f"{name}: {json.dumps(value)}" for name, value in chosen.items())
 
-    def _try(self, conversation: Conversation, wanted: Sequence[int], attempt: Attempt) -> list[SequenceDraft]:
+    def _try(
+        self, conversation: Conversation, wanted: Sequence[int], attempt: Attempt, *, is_skeleton: bool = False
+    ) -> list[SequenceDraft]:
         facts = self._get_facts(attempt.arguments)
 
         def apply(messages: TemplateMessages, prompt: bool) -> str:
@@ -256,9 +262,15 @@ class ChatTemplate:
                 raise RejectedRecord(f"the chat template renders more than {MAX_RENDERED_CHARACTERS} characters for it")
             previous = index
         self._check_tools(conversation, wanted[0], attempt)
-        return [self._draft(finder, group, groups[i - 1][-1] if i else None) for i, group in enumerate(groups)]
+        befores = [None, *(group[-1] for group in groups)]
+        return [
+            self._draft(finder, group, before, is_skeleton=is_skeleton)
+            for group, before in zip(groups, befores, strict=False)
+        ]
 
-    def _draft(self, finder: CompletionFinder, group: Sequence[Completion], before: Completion | None) -> SequenceDraft:
+    def _draft(
+        self, finder: CompletionFinder, group: Sequence[Completion], before: Completion | None, *, is_skeleton: bool
+    ) -> SequenceDraft:
         """Cut the text of a sequence into pieces."""
         last = group[-1]
         text = last.prompt + last.text
@@ -277,10 +289,12 @@ class ChatTemplate:
             end = start + len(completion.text)
             pieces.append(TextPiece(text[position:end], completion.place))
             position = end
-        proofs = [(last.place + 1, False, finder.renderer.get_answered(last.place))]
-        if not proofs[0][2].startswith(last.prompt):
-            proofs.append((last.place, True, last.prompt))
-        return SequenceDraft(pieces, proofs)
+        return SequenceDraft(pieces, self._list_proofs(finder, last) if is_skeleton else [])
+
+    def _list_proofs(self, finder: CompletionFinder, last: Completion) -> list[tuple[int, bool, str]]:
+        answered = finder.renderer.get_answered(last.place)
+        proofs = [(last.place + 1, False, answered)]
+        return proofs if answered.startswith(last.prompt) else [*proofs, (last.place, True, last.prompt)]
 
     def _check_tools(self, conversation: Conversation, first: int, attempt: Attempt) -> None:
         """Require each tool's description in the prompt, by sentinels; its name may stand anywhere."""

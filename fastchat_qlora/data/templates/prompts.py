@@ -105,9 +105,9 @@ class PrefixRenderer:
             self.content_ends.clear()
 
     def _is_local(self) -> bool:
-        """Compare prefixes of 1, 2, 4, ... answers and of all with the template's own texts."""
+        """Compare prefixes of 4, 16, 64, ... answers and of all with the template's own texts."""
         last = len(self.answers) - 1
-        chosen = {min(2**power, last) for power in range(len(self.answers).bit_length())} | {last}
+        chosen = {min(4**power, last) for power in range(1, len(self.answers).bit_length())}
         for index in (self.answers[i] for i in sorted(chosen)):
             for count, prompt in ((index, True), (index + 1, False)):
                 windowed = self._render_window(index, count, prompt=prompt)
