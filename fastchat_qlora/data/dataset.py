@@ -321,4 +321,5 @@ def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
         if len(sequences) > conversations:
             line += f" {conversations} conversations became {len(sequences)} sequences."
         line += f" Thoughts: sequences {thoughts}." if (thoughts := count_thoughts(sequences)) else ""
-    return "\n".join([line, *reasons])
+    notes = [f"  rendered otherwise than the record has it, {count}: {note}" for note, count in summary.notes.items()]
+    return "\n".join([line, *reasons, *notes])
