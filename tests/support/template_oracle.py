@@ -69,6 +69,7 @@ class Server:
         self.own: Messages = record["messages"]
         self.messages = reform(self.own, form)
         self.tools = record.get("tools")
+        self.form = form
         self.kwargs = MODES[mode]
         self.answers = [i for i, message in enumerate(self.own) if message["role"] == "assistant"]
         self.refusal = ""
@@ -112,8 +113,9 @@ class Server:
 
     def is_refused(self) -> bool:
         """Return whether the template refuses a prompt, an answer or the whole."""
-        counts = [*(i + 1 for i in self.answers), len(self.messages)]
-        return len(self.prompts) < len(self.answers) or any(self.render(count) is None for count in counts)
+        if len(self.messages) - 1 > self.answers[-1] and self.render(len(self.messages)) is None:
+            return True
+        return any(self.render(i, prompt=True) is None or self.render(i + 1) is None for i in reversed(self.answers))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text as a server has them."""
@@ -154,10 +156,6 @@ class Servers:
             forms = get_forms(self.record, own_id)
             self.known[mode, own_id] = [Server(self.tokenizer, self.record, form, mode) for form in forms]
         return self.known[mode, own_id]
-
-    def __iter__(self) -> Iterator[Server]:
-        for mode in self.modes:
-            yield from self.get_forms(mode)
 
 
 class Judgment(NamedTuple):
@@ -266,7 +264,7 @@ def _is_whole(prompt: str, gap: str, text: str, answered: str, message: Mapping[
 def _find_edge(one: str, other: str) -> int:
     """Return where two texts part, or the beginning of the word or tag in which they do."""
     common = commonprefix([one, other])  # by characters  # noqa: RUF071
-    return len(re.sub(r"(?:[<\[][^>\]\s]*|\w+)$", "", common))
+    return len(re.sub(r"(?:[<\[][^>\]\s]*|\w+)\Z", "", common))
 
 
 def _has_given_thought(text: str, written: str, message: Mapping[str, Any]) -> bool:
@@ -316,25 +314,35 @@ def find_omitted(server: Server, index: int, prompt: str) -> list[str]:
 
 
 def find_refusal(servers: Servers) -> str:
-    """Return why a template refuses a record in every form and mode; '' if it does not."""
-    for server in servers:
-        if not server.is_refused():
-            return ""
-    return servers.get_forms(0)[0].refusal
+    """Return why a template refuses a record in every form; '' if it does not."""
+    forms = servers.get_forms(0)
+    return forms[0].refusal if all(server.is_refused() for server in forms) else ""
 
 
 def find_omission(servers: Servers) -> str:
-    """Return what a template leaves out of a record, in the form and mode in which it writes most; '' if nothing."""
-    best: list[str] = []
-    for mode in servers.modes:
-        for server in servers.get_forms(mode):
-            missing = [FORM] if server.is_refused() else [*_find_missing(server)]
-            if not missing:
-                return ""
-            best = min(best or missing, missing, key=lambda kinds: (FORM in kinds, len(kinds)))
-            if not OF_FORMS.intersection(missing):
-                break  # another form writes no more
-    return best[0]
+    """Return what a template leaves out of a record, in the form and mode in which it writes most; '' if nothing.
+
+    The form of calls is chosen first, and then that of thoughts.
+    """
+    forms = servers.get_forms(0)
+    plain = [i for i, server in enumerate(forms) if server.form.thoughts == "own"]
+    chosen, missing = _find_best([forms[i] for i in plain])
+    alike = [i for i, server in enumerate(forms) if server.form[1:] == chosen.form[1:]]
+    others = [servers.get_forms(mode)[i] for mode in servers.modes for i in alike]
+    return next(iter(_find_best(others)[1] if missing else missing), "")
+
+
+def _find_best(servers: Sequence[Server]) -> tuple[Server, list[str]]:
+    """Return the server that leaves out least, and what it leaves out."""
+    best: tuple[Server, list[str]] | None = None
+    for server in servers:
+        missing = [FORM] * 100 if server.is_refused() else [*_find_missing(server)]
+        if best is None or len(missing) < len(best[1]):
+            best = server, missing
+        if not OF_FORMS.intersection(missing):
+            break  # another form writes no more
+    assert best is not None
+    return best
 
 
 def _find_missing(server: Server) -> Iterator[str]:

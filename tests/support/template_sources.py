@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,7 +176,7 @@ def train_backend(like_gpt2: bool) -> str:
 
 
 def make_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with the template and the tokens that it writes.
+    """Return a tokenizer with a template and the tokens that it writes.
 
     Where the template writes the token that begins a text, the tokenizer adds one too, as those of Llama and Gemma do.
     With TRL's templates it splits as GPT-2 does: a blank or line break at the end of a prompt is another token then.
@@ -189,6 +190,17 @@ def make_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
     if "bos_token" in source:
         ids = [(bos, backend.token_to_id(bos))]
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=family.eos)
+    return _wrap(backend, source, eos_token=family.eos, bos_token=bos)
+
+
+def make_plain_tokenizer(source: str, eos: str, special: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with a template and these special tokens."""
+    backend = Tokenizer.from_str(train_backend(False))
+    backend.add_special_tokens([eos, *special])
+    return _wrap(backend, source, eos_token=eos)
+
+
+def _wrap(backend: Tokenizer, source: str, **tokens: str) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     tokenizer.chat_template = source
     return tokenizer

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Cell(NamedTuple):
 
     sequences: list[dict[str, Any]]
     rejection: str
-    refusal: str = ""  # of the template itself, in every form and mode
+    refusal: str = ""  # of the template itself, in every form
     omission: str = ""  # what the template leaves out of the record, in every form and mode
     judgment: Judgment = Judgment(())
 
@@ -54,26 +55,50 @@ class Sweep:
         self.name = name
         self.family: Family = get_family(name)
         self.tokenizer: PreTrainedTokenizerBase = make_tokenizer(name, source)
-        self.preprocessor = Preprocessor(self.tokenizer, PreprocessingSettings("auto", 100_000, "truncate"))
 
     def run(self, record: Record) -> Cell:
         """Preprocess a record, and judge what comes out."""
         servers = Servers(self.tokenizer, record)
-        line = json.dumps(record).encode()
-        batch = self.preprocessor([(0, RawRecord(Source("record", 1), line))])
-        cell = Cell(batch.sequences.to_pylist(), "".join(one.reason for one in batch.rejections), find_refusal(servers))
-        if not cell.refusal:
-            cell = cell._replace(omission=find_omission(servers))
-        return cell._replace(judgment=judge(servers, self.family, cell.sequences)) if cell.is_accepted else cell
+        cell = self.try_out(record, servers)
+        if refusal := find_refusal(servers):
+            return cell._replace(refusal=refusal)
+        return cell._replace(omission=find_omission(servers))
 
-    def show(self, sequence: Mapping[str, Any]) -> str:
-        """Return a sequence as text, with its supervised parts in ⟦⟧."""
-        text = ""
-        pairs = zip(sequence["input_ids"], sequence["labels"], strict=True)
-        for supervised, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
-            decoded = str(self.tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
-            text += f"⟦{decoded}⟧" if supervised else decoded
-        return text
+    def try_out(self, record: Record, servers: Servers | None = None) -> Cell:
+        """Preprocess a record, and judge its sequences, but not what the template itself can do with it."""
+        sequences, reason = preprocess(self.tokenizer, record)
+        known = servers or Servers(self.tokenizer, record)
+        return Cell(sequences, reason, judgment=judge(known, self.family, sequences) if sequences else Judgment(()))
+
+
+def preprocess(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[list[dict[str, Any]], str]:
+    """Return the sequences of a record, or none and the reason why."""
+    preprocessor = _get_preprocessor(tokenizer)
+    batch = preprocessor([(0, RawRecord(Source("record", 1), json.dumps(record).encode()))])
+    return batch.sequences.to_pylist(), "".join(one.reason for one in batch.rejections)
+
+
+@lru_cache(maxsize=1)
+def _get_preprocessor(tokenizer: PreTrainedTokenizerBase) -> Preprocessor:
+    return Preprocessor(tokenizer, PreprocessingSettings("auto", 100_000, "truncate"))
+
+
+def split_at_labels(tokenizer: Any, sequence: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Yield the parts of a sequence as text, and whether they are supervised."""
+    pairs = zip(sequence["input_ids"], sequence["labels"], strict=True)
+    for supervised, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+        yield supervised, str(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
+
+
+def supervised_texts(tokenizer: Any, sequence: Mapping[str, Any]) -> list[str]:
+    """Return the supervised parts of a sequence as text."""
+    return [text for supervised, text in split_at_labels(tokenizer, sequence) if supervised]
+
+
+def show(tokenizer: Any, sequence: Mapping[str, Any]) -> str:
+    """Return a sequence as text, with its supervised parts in ⟦⟧."""
+    parts = split_at_labels(tokenizer, sequence)
+    return "".join(f"⟦{text}⟧" if supervised else text for supervised, text in parts)
 
 
 def describe(cell: Cell) -> str:
@@ -106,7 +131,7 @@ def _run(sweep: Sweep, kinds: Sequence[str] | Mapping[str, Any], characters: int
         cell = sweep.run(RECORDS[kind])
         yield f"{sweep.name} {kind}: {describe(cell)}"
         yield from (f"    FAULT {fault}" for fault in cell.judgment.faults)
-        yield from (f"    {sweep.show(sequence)[-characters:]!r}" for sequence in cell.sequences)
+        yield from (f"    {show(sweep.tokenizer, sequence)[-characters:]!r}" for sequence in cell.sequences)
 
 
 if __name__ == "__main__":
