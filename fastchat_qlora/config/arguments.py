@@ -45,8 +45,8 @@ class DataArguments:
     """The conversations to train on."""
 
     data_path: list[str] = flag(
-        "ShareGPT, OpenAI or Alpaca records: .json, .jsonl or .parquet files (also .gz, .zst), folders, or hub "
-        "datasets (name or name:split); one or several."
+        "ShareGPT, OpenAI or Alpaca records: .json, .jsonl, .csv, .parquet or .arrow files (also .gz, .zst, .bz2, .xz, "
+        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastchat_qlora.utils.file_types import is_data_file
+from fastchat_qlora.utils.file_types import is_data_file, parse_folder_name, parse_hub_name
 from fastchat_qlora.utils.text import is_text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -61,15 +61,19 @@ def check_data_path(flag: str, name: str) -> list[str]:
             return [f"--{flag} {name}: is not a regular file; write it to a file first"]
         is_empty = path.stat().st_size == 0
         return [f"--{flag} {name}: the file is empty; it must contain conversations"] if is_empty else []
-    hub_name, _, split = name.partition(":")
-    if split and os.path.exists(Path(hub_name)):
-        is_repository = Path(hub_name).is_dir()
-        return [] if is_repository else [f"--{flag} {name}: a file has no splits; give {hub_name}"]
-    looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
-    if not name or looks_local or len(name) > MAX_HUB_NAME_LENGTH:
+    local = parse_folder_name(name)
+    folder = _expand(local.path)
+    if name and local.split and os.path.exists(folder):
+        return [] if folder.is_dir() else [f"--{flag} {name}: a file has no splits; give {local.path}"]
+    if local.path and (folder.parent / "README.md").is_file():  # which may declare a subset of that name
+        return []
+    hub_name = parse_hub_name(name).path
+    looks_local = name.startswith((".", "/", "~")) or is_data_file(hub_name) or ".." in hub_name.split("/")
+    looks_local = looks_local or (hub_name.count("/") > 1 and os.path.isdir(hub_name.partition("/")[0]))
+    if not hub_name or looks_local or len(name) > MAX_HUB_NAME_LENGTH:
         return [
-            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file, a folder, or a hub "
-            "dataset such as org/name or org/name:split"
+            f"--{flag} {name}: no such file; give a .json, .jsonl, .csv, .parquet or .arrow file, a folder, or a hub "
+            "dataset such as org/name or org/name/subset:split@revision"
         ]
     return []
 
