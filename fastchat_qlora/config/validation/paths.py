@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def check_data_path(flag: str, name: str) -> list[str]:
     folder = _expand(local.path)
     if name and local.split and os.path.exists(folder):
         return [] if folder.is_dir() else [f"--{flag} {name}: a file has no splits; give {local.path}"]
-    if local.path and (folder.parent / "README.md").is_file():  # which may declare a subset of that name
+    if local.path and _declares_subset(folder.parent / "README.md", folder.name):
         return []
     hub_name = parse_hub_name(name).path
     looks_local = name.startswith((".", "/", "~")) or is_data_file(hub_name) or ".." in hub_name.split("/")
@@ -76,6 +77,16 @@ def check_data_path(flag: str, name: str) -> list[str]:
             "dataset such as org/name or org/name/subset:split@revision"
         ]
     return []
+
+
+def _declares_subset(readme: Path, name: str) -> bool:
+    """Return whether a dataset's README.md seems to declare a subset; a parser of YAML takes too long to import."""
+    try:
+        return (
+            re.search(rf"config_name:\s*['\"]?{re.escape(name)}['\"]?\s*$", readme.read_text("utf-8"), re.M) is not None
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def check_writable(output_dir: str) -> list[str]:

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     others: list[str]  # names of files with no data, or in no split
 
 
-def find_layout(names: Sequence[str], readme: Path | None, where: str) -> Layout:
+def find_layout(names: Sequence[str], readme: Path, where: str) -> Layout:
     """Return the layout of a dataset by the names of its files, relative to its folder, in order.
 
     Args:
@@ -64,12 +64,12 @@ def _drop_metadata(names: Sequence[str]) -> list[str]:
     ]
 
 
-def read_configs(readme: Path | None, where: str) -> dict[str, dict[str, Any]]:
+def read_configs(readme: Path, where: str) -> dict[str, dict[str, Any]]:
     """Return the subsets that a dataset's README.md declares, by name; none without one."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    if readme is None or not readme.is_file():
+    if not readme.is_file():
         return {}
     try:
         declared = DatasetCard(readme.read_text("utf-8"), ignore_metadata_errors=True).data.get("configs")

@@ -44,11 +44,21 @@ class DataFile(NamedTuple):
 class Repository(NamedTuple):
     """A folder, or a dataset of the hub."""
 
-    name: str  # without the parts that are chosen
+    path: str  # of the folder, or an id such as org/name
     where: str  # what errors begin with: the flag and the name as given
     files: list[str]  # names relative to it
-    readme: Path | None
+    readme: Path
+    revision: str = ""
     is_complete: bool = True  # False if only the names of files in the cache are known
+
+    def name_part(self, subset: str, split: str = "") -> str:
+        """Return a part's name on a command line: `org/name/subset:split@revision`."""
+        parts = (
+            f"/{subset}" if subset else "",
+            f":{split}" if split else "",
+            f"@{self.revision}" if self.revision else "",
+        )
+        return self.path + "".join(parts)
 
 
 class Choice(NamedTuple):
@@ -88,12 +98,14 @@ def find_data(name: str, flag: str, cache_dir: str | None, exclude: Path | None 
 def _find_declaring_folder(path: str, where: str) -> Path | None:
     """Return the folder above a path, if its README.md declares a subset of that name."""
     folder, subset = Path(path).parent, os.path.basename(path.rstrip("/"))
-    readme = folder / README
-    return folder if subset and readme.is_file() and subset in read_configs(readme, where) else None
+    try:
+        return folder if subset and subset in read_configs(folder / README, where) else None
+    except UserError:  # of a folder that nobody gave
+        return None
 
 
 def _find_in_folder(path: str, flag: str, subset: str, split: str, exclude: Path | None) -> list[DataFile]:
-    where = f"{flag} {path}"
+    where, readme = f"{flag} {path}", Path(path, README)
     try:
         found, ignored = find_files(path, exclude and exclude.resolve())
     except OSError as error:
@@ -101,11 +113,10 @@ def _find_in_folder(path: str, flag: str, subset: str, split: str, exclude: Path
             f"{flag} {error.filename}: cannot be read: {error.strerror}; give a folder you may read"
         ) from error
     names = [file.relative_to(path).as_posix() for file in found]
-    readme = Path(path, README)
-    repository = Repository(path, where, names, readme if readme.is_file() else None)
+    repository = Repository(path, where, names, readme)
     choice = choose_files(repository, subset, split, flag)
     others = sorted([*(file for file in ignored if file != readme), *(Path(path, name) for name in choice.others)])
-    _log_choice(repository, choice._replace(others=[str(file.relative_to(path)) for file in others]), flag)
+    _log_choice(repository, choice._replace(others=[str(file.relative_to(path)) for file in others]), flag, subset)
     return _select_rows(
         choice, {name: DataFile(Path(path, name), source_name(Path(path, name))) for name in names}, where
     )
@@ -124,7 +135,7 @@ def choose_files(repository: Repository, subset: str, split: str, flag: str) -> 
             f"{repository.where}: no data file in {subset or 'that folder'}; give .json, .jsonl, .csv, "
             ".parquet or .arrow files"
         )
-    spec = split or _choose_split(repository, splits, flag)
+    spec = split or _choose_split(repository, splits, flag, subset)
     chosen = {name: splits.get(name, []) for name in split_names(spec)}
     if missing := [name for name, files in chosen.items() if not files]:
         known = join_names(name for name, files in splits.items() if files)
@@ -140,6 +151,8 @@ def split_names(spec: str) -> list[str]:
 
 def _choose_subset(repository: Repository, layout: Layout, subset: str) -> SplitFiles:
     if not subset and layout.default is not None:
+        if others := [name for name in layout.subsets if name != layout.default]:
+            logger.info(f"{repository.where}: reading the subset {layout.default}, not {join_names(others)}.")
         return layout.subsets[layout.default]
     if subset in layout.subsets and layout.default != ALL_FILES:
         return layout.subsets[subset]
@@ -147,16 +160,16 @@ def _choose_subset(repository: Repository, layout: Layout, subset: str) -> Split
         return splits
     known = join_names(layout.subsets) if layout.default != ALL_FILES else "no subsets"
     what = f"has no subset {subset}" if subset else "has several subsets"
-    raise UserError(f"{repository.where}: {what}; give one as {repository.name}/SUBSET: {known}")
+    raise UserError(f"{repository.where}: {what}; give one as {repository.name_part('SUBSET')}: {known}")
 
 
-def _choose_split(repository: Repository, splits: SplitFiles, flag: str) -> str:
+def _choose_split(repository: Repository, splits: SplitFiles, flag: str, subset: str) -> str:
     filled = [name for name, files in splits.items() if files]
     preferred = next((name for name in PREFERRED_SPLITS.get(flag, (TRAIN_SPLIT,)) if name in filled), None)
     if preferred is None and (len(filled) > 1 or not repository.is_complete):
         rest = "" if repository.is_complete else " in the cache, which is all that can be read offline"
         found = f"{repository.where}: has the splits {join_names(filled)}{rest}"
-        raise UserError(f"{found}; choose one as {repository.name}:SPLIT")
+        raise UserError(f"{found}; choose one as {repository.name_part(subset, 'SPLIT')}")
     return preferred or filled[0]
 
 
@@ -198,13 +211,14 @@ def _count_rows(file: DataFile, where: str) -> int:
     return sum(1 for _ in read_file(file.path, where.partition(" ")[0]))
 
 
-def _log_choice(repository: Repository, choice: Choice, flag: str) -> None:
+def _log_choice(repository: Repository, choice: Choice, flag: str, subset: str) -> None:
     """Log what is left out: other splits, and other files."""
     where, count = repository.where, len(choice.files)
     if choice.other_splits:
         others = join_names(f"{name} ({len(files)} files)" for name, files in choice.other_splits.items())
         is_offered = flag != EVAL_FLAG and EVAL_SPLIT in choice.other_splits
-        hint = f"; give {EVAL_FLAG} {repository.name}:{EVAL_SPLIT} to evaluate on {EVAL_SPLIT}" if is_offered else ""
+        evaluation = f"{EVAL_FLAG} {repository.name_part(subset, EVAL_SPLIT)}"
+        hint = f"; give {evaluation} to evaluate on {EVAL_SPLIT}" if is_offered else ""
         logger.info(f"{where}: reading the split {choice.spec} ({count} files), not {others}{hint}.")
     if choice.others:
         names = join_names(choice.others, 5)
@@ -222,17 +236,17 @@ def _find_on_hub(name: str, flag: str, cache_dir: str | None) -> list[DataFile]:
             f"{where}: its rows come from a program, {script}, which is not run; give {repo}@refs/convert/parquet if "
             "the hub has converted it, or write its rows as .jsonl"
         )
-    label = f"{repo}@{revision}" if revision else repo
-    readme = folder / README
-    repository = Repository(label, where, files, readme if readme.is_file() else None, is_complete)
+    repository = Repository(repo, where, files, folder / README, revision, is_complete)
     choice = choose_files(repository, subset, split, flag)
     folder = _download(repo, folder.name, [glob.escape(file) for file in choice.files], cache_dir, where)
     unread = [file for file in choice.files if not has_data(folder / file)]  # archives of images
     others = [file for file in choice.others if file not in HUB_FILES] + unread
     splits = {name: [file for file in files if file not in unread] for name, files in choice.splits.items()}
     choice = choice._replace(splits=splits, others=others)
-    _log_choice(repository, choice, flag)
-    return _select_rows(choice, {file: DataFile(folder / file, f"{label}/{file}") for file in choice.files}, where)
+    _log_choice(repository, choice, flag, subset)
+    return _select_rows(
+        choice, {file: DataFile(folder / file, f"{repository.name_part('')}/{file}") for file in choice.files}, where
+    )
 
 
 def _download(repo: str, revision: str | None, patterns: list[str], cache_dir: str | None, where: str) -> Path:
