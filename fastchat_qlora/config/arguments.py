@@ -31,6 +31,7 @@ class ModelArguments:
     """The base model and its tokenizer."""
 
     model_name_or_path: str = flag("Hub id or local folder of the base model.")
+    model_revision: str | None = flag("Branch, tag or commit of the base model on the hub.", None)
     trust_remote_code: bool = flag("Run the code that a model repository brings along.", False)
     padding_side: Literal["right", "left"] = flag("Side on which shorter sequences of a batch are padded.", "right")
     attn_implementation: str = flag(
@@ -38,6 +39,11 @@ class ModelArguments:
         "conversations apart.",
         "auto",
     )
+
+    @property
+    def revision(self) -> str:
+        """The revision that `from_pretrained` takes."""
+        return self.model_revision or "main"
 
 
 @dataclass

@@ -20,6 +20,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
         for name in getattr(values, flag) or []:
             yield from check_data_path(flag, name)
     yield from check_model_path(values.model_name_or_path)
+    yield from check_revision(values.model_revision, values.model_name_or_path)
     output = _expand(values.output_dir)
     if not values.output_dir or (os.path.exists(output) and not output.is_dir()):
         yield f"--output_dir {values.output_dir}: is a file or empty; give a folder"
@@ -50,6 +51,21 @@ def check_model_path(name: str) -> list[str]:
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > MAX_HUB_NAME_LENGTH:
         return [f"{flag}: no such folder; give a local folder or a hub id such as org/model"]
     return []
+
+
+def check_revision(revision: str | None, model: str | None) -> list[str]:
+    """Return the error in the revision of a base model, if any."""
+    flag = f"--model_revision {revision}"
+    if revision is not None and model and os.path.isdir(_expand(model)):
+        return [f"{flag}: {model} is a folder, which has no revisions; drop the flag"]
+    error = "" if revision is None else find_revision_error(revision)
+    return [f"{flag}: {error}; give a branch, a tag or a commit of the model on the hub"] if error else []
+
+
+def find_revision_error(revision: str) -> str:
+    """Return what is wrong with the name of a revision, which becomes a part of paths; empty if nothing is."""
+    is_name = re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) and ".." not in revision
+    return "" if is_name and len(revision) <= MAX_HUB_NAME_LENGTH else "must be a name such as main or refs/pr/1"
 
 
 def check_data_path(flag: str, name: str) -> list[str]:
