@@ -2,12 +2,16 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CHATML
 from datasets import Dataset, DatasetDict
+from fake_hub import COMMIT, serve
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -239,3 +243,62 @@ class TestHub:
         (tmp_path / "hub").rename(tmp_path / "mine")
         [file] = find_data("org/name", "--data_path", str(tmp_path / "mine"))
         assert file.path.read_text() == LINE
+
+
+ASK = """
+import json, sys
+from fastchat_qlora.data.sources.repository import find_data
+from fastchat_qlora.errors import UserError
+for name in sys.argv[1:]:
+    try:
+        print(json.dumps([(file.name, file.path.read_text()) for file in find_data(name, "--data_path", None)]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def ask(names: list[str], **environment: str) -> list[Any]:
+    """Return what names stand for in another process, which reads the address of the hub when it starts."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *names],
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_files_are_downloaded_from_the_hub_and_read_again_without_it(tmp_path: Path) -> None:
+    """Of several subsets and splits the files of one are downloaded; a server on this machine stands for the hub."""
+    files = {name: name.encode() for name in ("en/train.jsonl", "en/dev.jsonl", "de/train[1].jsonl", "images.zip")}
+    configs = CONFIGS.format("en", "en/train.jsonl").removesuffix("---\n")
+    configs += "  - split: validation\n    path: en/dev.jsonl\n- config_name: de\n  data_dir: de\n---\n"
+    cache = {"HF_HOME": str(tmp_path)}
+    with serve("datasets", "org/name", files | {"README.md": configs.encode()}, refs=("main", "v1")) as hub:
+        names = [
+            "org/name/en",
+            f"org/name/de:train@{COMMIT}",
+            "org/name@v1",
+            "org/name/en@v9",
+            "org/name/en:test",
+            "org/no",
+        ]
+        found = ask(names, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", **cache)
+        [again] = ask(["org/name/en"], HF_ENDPOINT=hub, HF_HUB_OFFLINE="1", **cache)
+    assert found[0] == again == [["org/name/en/train.jsonl", "en/train.jsonl"]]
+    assert found[1] == [[f"org/name@{COMMIT}/de/train[1].jsonl", "de/train[1].jsonl"]]
+    for error, reason in zip(
+        found[2:],
+        [
+            "org/name@v1: has several subsets; give one as org/name/SUBSET@v1: en, de",
+            "org/name/en@v9: org/name has no revision v9; give a branch, a tag or a commit",
+            "org/name/en:test: has no split test with data; its splits are train, validation",
+            "org/no: neither a file or folder here nor a dataset that can be loaded: 404 Client Error",
+        ],
+        strict=True,
+    ):
+        assert error.startswith(f"--data_path {reason}")
+    cached = {path.name for path in tmp_path.rglob("*") if path.is_symlink()}
+    assert cached == {"README.md", "train.jsonl", "train[1].jsonl"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CHATML
 from huggingface_hub import constants
+from huggingface_hub.errors import RevisionNotFoundError
 from quick_runs import command, train
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -70,6 +71,15 @@ def test_unknown_revision_is_an_error(hub_cache: Path) -> None:
     reason = r"^--model_name_or_path org/model: neither a model's folder nor .* reached \(--model_revision v9\): "
     with pytest.raises(UserError, match=reason):
         base_model.load_config(args, str(hub_cache))
+
+
+def test_unknown_revision_is_named_when_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("v9 is not a valid git identifier") from RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(base_model.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"^--model_revision v9: org/model has no branch, tag or commit of that name; "):
+        base_model.load_config(ModelArguments("org/model", model_revision="v9"), None)
 
 
 def test_adapter_names_its_revision(hub_cache: Path, data_file: Path, tmp_path: Path) -> None:
