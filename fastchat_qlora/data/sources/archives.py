@@ -27,7 +27,13 @@ DECOMPRESSORS: dict[str, tuple[tuple[bytes, ...], Callable[[Any], Any]]] = {
 """Suffix -> the bytes that such a file may begin with, and what opens it."""
 
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
-OTHER_ARCHIVES = {"a 7z": b"7z\xbc\xaf\x27\x1c", "a RAR": b"Rar!\x1a\x07", "a PDF": b"%PDF-", "an HDF5": b"\x89HDF"}
+OTHER_ARCHIVES = {
+    "a 7z": b"7z\xbc\xaf\x27\x1c",
+    "a RAR": b"Rar!\x1a\x07",
+    "a PDF": b"%PDF-",
+    "an HDF5": b"\x89HDF",
+    "an SQLite": b"SQLite format 3",
+}
 TAR_MAGIC, TAR_OFFSET = b"ustar", 257
 
 

@@ -88,6 +88,8 @@ def test_adapter_names_its_revision(hub_cache: Path, data_file: Path, tmp_path: 
     saved = json.loads((output / "adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/model", "v1")
     assert json.loads((output / "training_args.json").read_text())["model"]["model_revision"] == "v1"
+    card = (output / "README.md").read_text()
+    assert all(text in card for text in ("(revision `v1`)", '(base, revision="v1", dtype=', "org/model --revision v1 "))
     for given, expected in {"": "v1", "--model_revision main": "main", "--model_name_or_path org/model": "v1"}.items():
         adapter = open_adapter(parse_chat([str(output), "--cache_dir", str(hub_cache), *given.split()]))
         assert adapter.model_args.model_revision == expected
