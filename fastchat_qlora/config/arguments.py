@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 
 BARE_IS_TRUE: dict[str, Any] = {"nargs": "?", "const": True}
@@ -49,6 +50,12 @@ class DataArguments:
         "datasets (name or name:split); one or several."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
+    columns: dict[str, Any] | str | None = flag(
+        "Other names of the records' fields as a JSON object: column -> role (user, assistant, system, reasoning) or "
+        'known field, such as \'{"question": "user", "reply": "assistant"}\'.',
+        None,
+    )
+    system_prompt: str = flag("System message of conversations that have none.", "")
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
     lazy_preprocess: bool = flag("Check conversations at the start, but tokenize them when they are needed.", False)
     conv_template: str = flag("Prompt template; auto takes the tokenizer's chat template, or else vicuna.", "auto")
@@ -67,6 +74,10 @@ class DataArguments:
     )
     max_rejected: float = flag("Share of records that may be rejected before the run refuses to start.", 0.05)
     preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)
+
+    def __post_init__(self) -> None:
+        """Parse the flags with JSON objects."""
+        self.columns = parse_object(self.columns)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.readers import (
@@ -121,7 +122,13 @@ def load_dataset(
 def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSettings:
     """Return the settings of a run's data flags."""
     return PreprocessingSettings(
-        data_args.conv_template, max_length, data_args.overlong, data_args.train_on, data_args.lazy_preprocess
+        data_args.conv_template,
+        max_length,
+        data_args.overlong,
+        data_args.train_on,
+        data_args.lazy_preprocess,
+        columns=parse_object(data_args.columns),
+        system_prompt=data_args.system_prompt,
     )
 
 

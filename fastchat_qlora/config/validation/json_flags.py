@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastchat_qlora.config.validation.columns import find_column_errors
 from fastchat_qlora.config.validation.deepspeed import find_malformed_config
 from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
 from fastchat_qlora.config.validation.json_schema import OBJECT, SWITCH, WHOLE_NUMBER, find_invalid, one_of
@@ -66,6 +67,8 @@ def _read_object(given: str, examples: str = "") -> dict[str, Any]:
 
 def parse_object(given: Any) -> dict[str, Any]:
     """Return the JSON object of a flag, or an empty one if it is malformed, which is reported elsewhere."""
+    if isinstance(given, dict):
+        return given
     with suppress(ValueError):
         return _read_object(given) if given else {}
     return {}
@@ -117,6 +120,7 @@ def _check_checkpointing_kwargs(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 JSON_FLAGS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "columns": find_column_errors,
     "deepspeed": find_malformed_config,
     "fsdp_config": find_fsdp_config_errors,
     "accelerator_config": _check_accelerator_config,

@@ -65,9 +65,11 @@ def report_parity(
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
     conversations: dict[Place, Conversation] = {}
+    settings = preprocessor.settings
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversations[record.source.file, record.source.line] = to_conversation(parse_record(record.value))
+            conversation = to_conversation(parse_record(record.value), settings.columns, settings.system_prompt)
+            conversations[record.source.file, record.source.line] = conversation
     chosen = [row for row in chosen if _get_place(row) in conversations]
     compared = ((row, _compare(row, conversations[_get_place(row)], tokenizer, preprocessor)) for row in chosen)
     found = [f"{row['file']}:{row['line']}: {difference}" for row, difference in compared if difference]

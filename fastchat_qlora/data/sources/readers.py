@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind
-from fastchat_qlora.data.sources.formats import FIELDS
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.sources.json_reader import read_json_records
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.file_types import is_data_file, strip_compression_suffix
