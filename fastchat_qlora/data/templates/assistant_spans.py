@@ -314,5 +314,6 @@ def make_segments(pieces: Sequence[str], turns: Sequence[AssistantTurn], message
     for turn, before, answer in zip(turns, pieces[::2], pieces[1::2], strict=False):
         train = messages[turn.index].train
         segments += [Segment(before)] if before else []
-        segments.append(Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train))
+        weight = messages[turn.index].weight
+        segments.append(Segment(answer, turn.is_supervised and train, ends_turn=True, masked=not train, weight=weight))
     return [*segments, Segment(pieces[-1])] if pieces[-1] else segments

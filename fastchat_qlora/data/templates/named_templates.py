@@ -45,7 +45,9 @@ class ConversationTemplate:
                 continue
             answer = blank + message.content + end
             segments += [Segment(prompt)] if prompt else []
-            segments.append(Segment(answer, supervised=message.train, ends_turn=True, masked=not message.train))
+            segments.append(
+                Segment(answer, message.train, ends_turn=True, masked=not message.train, weight=message.weight)
+            )
             segments += [Segment(after_assistant)] if after_assistant else []
         return segments
 

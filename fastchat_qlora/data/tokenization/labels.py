@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastchat_qlora.data.conversation import RejectedRecord, RejectionKind, Segment
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
@@ -25,6 +26,8 @@ class TokenizedConversation(NamedTuple):
     labels: Ids  # shape (tokens,): the ids of supervised tokens, IGNORE_INDEX elsewhere
     turn_ends: list[int]  # for each assistant turn, the number of tokens up to its end
     full_length: int  # tokens of the whole conversation; an estimate where only its beginning was tokenized
+    # Shape (tokens,): of supervised tokens in the loss, 0 elsewhere; None where every supervised token weighs 1.
+    weights: NDArray[np.float32] | None = None
 
 
 class EncodedText(NamedTuple):
@@ -117,14 +120,17 @@ class Encoder:
             turns = self._find_by_offsets(ids, encoded.segments)
         else:
             turns = _find_by_bytes(positions, encoded.segments, pieces)
-        labels = self._make_labels(ids, turns)
+        labels, weights = self._make_labels(ids, turns), _make_weights(len(ids), turns)
         ends = [turn.last for turn in turns]
         if self.bos_token is not None and not text.startswith(self.bos_token.encode()):
             ids = np.concatenate([[self.bos_id], ids], dtype=np.int32)
             labels = np.concatenate([[IGNORE_INDEX], labels], dtype=np.int32)
+            weights = None if weights is None else np.concatenate([[0], weights], dtype=np.float32)
             ends = [end + 1 for end in ends]
         labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
-        return TokenizedConversation(ids, labels, ends, round(len(ids) / encoded.share))
+        if weights is not None:
+            weights[labels == IGNORE_INDEX] = 0
+        return TokenizedConversation(ids, labels, ends, round(len(ids) / encoded.share), weights)
 
     def _make_labels(self, ids: Ids, turns: Sequence[TokenSpan]) -> Ids:
         labels = ids.copy() if self.supervise_all else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
@@ -170,6 +176,16 @@ class Encoder:
         made = [token for token in made if token in self.control_tokens.strings]
         if made != [match.group() for match in self.control_tokens.pattern.finditer(text)]:
             raise RejectedRecord("the tokenizer finds special tokens in text that contains none")
+
+
+def _make_weights(count: int, turns: Sequence[TokenSpan]) -> NDArray[np.float32] | None:
+    """Return the weights of tokens where a turn has another one than 1."""
+    if all(turn.segment.weight == 1 for turn in turns if turn.segment.supervised):
+        return None
+    weights = np.ones(count, dtype=np.float32)
+    for first, last, segment in turns:
+        weights[first:last] = segment.weight
+    return weights
 
 
 def _find_by_bytes(positions: TokenPositions, segments: Sequence[Segment], pieces: Sequence[bytes]) -> list[TokenSpan]:

@@ -23,7 +23,8 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
     if not (labels != IGNORE_INDEX).any():
         reason = f"no supervised token within the first {max_length} tokens"
         raise RejectedRecord(reason, RejectionKind.NOTHING_SUPERVISED)
-    return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length)
+    weights = None if tokens.weights is None else tokens.weights[:cut]
+    return TokenizedConversation(tokens.input_ids[:cut], labels, whole_turns or [cut], tokens.full_length, weights)
 
 
 def split_messages(messages: Sequence[Message], turn_ends: Sequence[int], max_length: int) -> list[list[Message]]:

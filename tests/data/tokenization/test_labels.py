@@ -5,6 +5,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -157,7 +158,7 @@ def test_labels_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) -> 
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
     segments = [Segment("X"), Segment("Y" + END, supervised=True), Segment("Z"), Segment("Z" + END, supervised=True)]
     tokens = tokenize([*segments, Segment("X")], shared_tokenizer)
-    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7)
+    assert tokens == ([x, y, end, z, z, end, x], [-100, y, end, -100, z, end, -100], [3, 6], 7, None)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_normalized_answer_is_rejected_and_normalized_question_is_not(tokenizer:
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenize([Segment("XYZ" + END, supervised=True)], shared_tokenizer)
     x, y, z, end = shared_tokenizer.convert_tokens_to_ids(["X", "Y", "Z", END])
-    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4)
+    assert tokens == ([x, y, z, end], [-100, y, z, end], [4], 4, None)
 
 
 def test_batch_equals_single_conversations(shared_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -254,7 +255,7 @@ def test_bos_is_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = tokenize(segments, tokenizer)
     assert isinstance(bare, TokenizedConversation)
     assert bos not in bare.input_ids
-    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4)
+    expected = ([bos, *bare.input_ids], [-100, *bare.labels], [4], 4, None)
     assert tokenize_batch([segments, written], tokenizer, add_bos=True) == [expected, expected]
     assert tokenize(written, tokenizer) == expected
 
@@ -280,3 +281,26 @@ def test_lookalikes_of_special_tokens_are_plain(text: str, shared_tokenizer: Pre
 def test_tokenizer_may_have_no_special_tokens() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     check_plain([Message("user", "<s> anything at all")], find_control_tokens(bare))
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("supervise_all", [False, True])
+def test_weights_are_those_of_their_turn(
+    add_bos: bool, supervise_all: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each token of a turn has its weight; none is written where every weight is 1, or no token is supervised."""
+    tokenizer.bos_token = "<|endoftext|>"
+    segments = [
+        Segment("QQ"),
+        Segment("A" + END, supervised=True, ends_turn=True, weight=0.25),
+        Segment("B" + END, ends_turn=True, masked=True, weight=0.0),
+        Segment("C" + END, supervised=True, ends_turn=True),
+    ]
+    encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos, supervise_all=supervise_all)
+    weighted, unweighted = map(encoder.label, encoder.encode([segments, [segments[0], *segments[2:]]]))
+    assert unweighted.weights is None and weighted.weights is not None
+    assert weighted.weights.dtype == np.float32
+    own = {True: 1.0, False: 0.0}[supervise_all]
+    first = [0.0, own] if add_bos else [0.0]
+    assert weighted.weights.tolist() == [*first, own, 0.25, 0.25, 0.0, 0.0, 1.0, 1.0]
+    assert ((weighted.weights > 0) == (weighted.labels != IGNORE_INDEX)).all()
