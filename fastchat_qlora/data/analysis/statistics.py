@@ -145,7 +145,7 @@ def compute_statistics(sequences: Dataset) -> DatasetStatistics:
 
 def _add_up_weights(sequences: Dataset, supervised: NDArray[np.int64]) -> float:
     """Return the sum of the weights of all supervised tokens."""
-    weights = get_column(sequences, "weight")  # NaN where there are none
+    weights = np.asarray(get_column(sequences, "weight"), dtype=np.float64)  # NaN where there are none
     return float(np.where(np.isnan(weights), supervised, weights).sum())
 
 
