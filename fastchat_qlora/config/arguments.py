@@ -56,6 +56,12 @@ class DataArguments:
         ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
+    columns: dict[str, Any] | str | None = flag(
+        "Other names of the records' fields as a JSON object: column -> role (user, assistant, system, reasoning) or "
+        'known field, such as \'{"question": "user", "reply": "assistant"}\'.',
+        None,
+    )
+    system_prompt: str = flag("System message of conversations that have none.", "")
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
     lazy_preprocess: bool = flag("Check conversations at the start, but tokenize them when they are needed.", False)
     conv_template: str = flag("Prompt template; auto takes the tokenizer's chat template, or else vicuna.", "auto")
@@ -91,7 +97,8 @@ class DataArguments:
     preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)
 
     def __post_init__(self) -> None:
-        """Parse the arguments of the chat template."""
+        """Parse the flags with JSON objects."""
+        self.columns = parse_object(self.columns)
         self.chat_template_kwargs = parse_object(self.chat_template_kwargs)
 
 

@@ -16,6 +16,7 @@ from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.analysis.thought_kinds import count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.data_source import DataSource
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.templates.renderer import (
     check_template_kwargs,
     describe_template_kwargs,
@@ -95,8 +96,9 @@ def load_dataset(
     _check_arguments(preprocessor)
     server_template = read_serving_template(data_args.serving_template)
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
+    columns = {*FIELDS, *preprocessor.settings.columns}
     sources = [
-        DataSource(names, flag, cache_dir, show_progress=mode != "worker", exclude=output_dir)
+        DataSource(names, flag, cache_dir, show_progress=mode != "worker", exclude=output_dir, columns=columns)
         for flag, names in paths.items()
         if names
     ]
@@ -134,6 +136,8 @@ def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSet
         parse_object(data_args.chat_template_kwargs),
         data_args.empty_thoughts,
         data_args.content_tokens,
+        columns=parse_object(data_args.columns),
+        system_prompt=data_args.system_prompt,
     )
 
 

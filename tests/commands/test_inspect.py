@@ -250,7 +250,7 @@ def test_parts_add_up_to_the_sequence(tokenizer: PreTrainedTokenizerFast) -> Non
     ids = tokenizer("Γειά σου 🙂 and so on", add_special_tokens=False).input_ids
     for edge in range(1, len(ids)):
         labels = [IGNORE_INDEX] * edge + ids[edge:]
-        parts = Example("train", "1 of 1", "file", None, ids, labels, len(ids), tokenizer).parts
+        parts = Example("train", "1 of 1", "file", None, ids, labels, None, len(ids), tokenizer).parts
         assert [part.supervised for part in parts] == [False, True]
         if tokenizer.decode(ids).startswith(tokenizer.decode(ids[:edge])):  # not between the bytes of one character
             assert "".join(part.text for part in parts) == "Γειά σου 🙂 and so on"
@@ -393,3 +393,22 @@ def test_both_prompts_of_a_template_are_shown(
     assert f"""thinking, {{"enable_thinking": true}}: '{end}' no thinking, {{"enable_thinking": false}}: '""" in shown
     used = f"'{end}<think></think>' (used, unless a record has arguments of its own)"
     assert used in shown and used in text and "<h2>Ends of the generation prompts</h2>" in text
+
+
+def test_weights_are_shades(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the terminal with the weight behind the mark, on the page and in JSON Lines."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "loss_weight": 0.1}]
+    turns += [turns[0], {"role": "assistant", "content": "Bye"}]
+    data, page, lines = (tmp_path / name for name in ("a.jsonl", "page.html", "lines.jsonl"))
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    assert inspect(base, data) == 0
+    out = capsys.readouterr().out
+    assert "\u27e6Yo<|im_end|>\u27e7\u00d70.1\n" in out and "\u27e6Bye<|im_end|>\u27e7\n" in out
+    assert inspect(base, data, "--output", str(page)) == 0
+    text = page.read_text(encoding="utf-8")
+    assert '<mark style="--weight: 0.1' in text and 'data-weight="\u00d70.1">Yo&lt;|im_end|&gt;</mark>' in text
+    assert "<mark>Bye&lt;|im_end|&gt;</mark>" in text
+    assert inspect(base, data, "--output", str(lines)) == 0
+    row = json.loads(lines.read_text(encoding="utf-8"))
+    supervised = [w for w, label in zip(row["weights"], row["labels"], strict=True) if label != IGNORE_INDEX]
+    assert set(supervised) == {0.1, 1.0} and sum(row["weights"]) == pytest.approx(sum(supervised))

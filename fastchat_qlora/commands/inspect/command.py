@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
@@ -61,13 +61,15 @@ def _print_to_stdout(report: Report, examples: Iterable[Example], last_line: str
 def write_json_lines(report: Report, target: IO[str]) -> None:
     """Write one JSON object a sequence, with the ids and labels of training."""
     for example in report.examples:
-        record = {
+        record: dict[str, Any] = {
             "id": example.id,
             "source": example.source,
             "input_ids": example.input_ids,
             "labels": example.labels,
             "truncated": example.is_shortened,
         }
+        if example.weights is not None:
+            record["weights"] = [round(weight, 7) for weight in example.weights]  # as the record has them
         if len(report.statistics) > 1:
             record["set"] = example.set
         target.write(json.dumps(record, ensure_ascii=False) + "\n")

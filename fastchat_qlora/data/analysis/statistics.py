@@ -34,6 +34,7 @@ class Example:
     id: str | None
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None  # of supervised tokens in the loss; None where all are 1
     full_length: int
     tokenizer: Any
 
@@ -53,13 +54,13 @@ class Example:
 
     @property
     def parts(self) -> list[Segment]:
-        """Text of the sequence, cut where supervision begins or ends, with escapes for what cannot be seen.
+        """Text of the sequence, cut where supervision or its weight changes, with escapes for what cannot be seen.
 
         A piece is what its tokens add to the text before them: decoded alone, it would lose its first blank in
         tokenizers of Llama's family.
         """
-        is_supervised = np.array(self.labels) != IGNORE_INDEX
-        edges = [0, *(np.flatnonzero(is_supervised[1:] != is_supervised[:-1]) + 1).tolist(), len(self.input_ids)]
+        weights = (np.array(self.labels) != IGNORE_INDEX) * np.array(1.0 if self.weights is None else self.weights)
+        edges = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(self.input_ids)]
         parts = []
         before = ""
         for start, end in pairwise(edges):
@@ -67,7 +68,8 @@ class Example:
             if not text.startswith(before):  # half of a character stands on either side of the edge
                 before = ""
                 text = self.tokenizer.decode(self.input_ids[start:end], clean_up_tokenization_spaces=False)
-            parts.append(Segment(escape_control(text[len(before) :]), bool(is_supervised[start])))
+            shown, weight = escape_control(text[len(before) :]), float(weights[start])
+            parts.append(Segment(shown, weight > 0, weight=weight))
             before = text
         return parts
 
@@ -98,8 +100,14 @@ class DatasetStatistics:
     tokens: int
     supervised: int
     thoughts: ThoughtCounts
+    weight: float  # of the supervised tokens in the loss, together
     lengths: dict[str, int]
     histogram: list[Bin]
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether a supervised token weighs less than 1."""
+        return self.weight != self.supervised
 
 
 def summarize_rejections(data: LoadedData) -> RejectionReport:
@@ -115,7 +123,7 @@ def get_examples(name: str, sequences: Dataset, tokenizer: Any, count: int) -> I
     total = len(sequences)
     for i, row in enumerate(sequences.select(range(min(count or total, total))), 1):
         source = f"{row['file']}:{row['line']}"
-        copied = {column: row[column] for column in ("id", "input_ids", "labels", "full_length")}
+        copied = {column: row[column] for column in ("id", "input_ids", "labels", "weights", "full_length")}
         yield Example(set=name, position=f"{i} of {total}", source=source, tokenizer=tokenizer, **copied)
 
 
@@ -132,9 +140,16 @@ def compute_statistics(sequences: Dataset) -> DatasetStatistics:
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
         thoughts=count_thoughts(sequences),
+        weight=_add_up_weights(sequences, supervised),
         lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
         histogram=_count_by_length(lengths) if len(lengths) else [],
     )
+
+
+def _add_up_weights(sequences: Dataset, supervised: NDArray[np.int64]) -> float:
+    """Return the sum of the weights of all supervised tokens."""
+    weights = np.asarray(get_column(sequences, "weight"), dtype=np.float64)  # NaN where there are none
+    return float(np.where(np.isnan(weights), supervised, weights).sum())
 
 
 def _count_by_length(lengths: NDArray[np.int64]) -> list[Bin]:
@@ -158,6 +173,7 @@ def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
     share = f" ({statistics.supervised / statistics.tokens:.1%})" if statistics.tokens else ""
     lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in statistics.lengths.items())
     thoughts = {"thoughts": f"sequences {statistics.thoughts}"} if statistics.thoughts else {}
+    weight = {"weight of these": f"{statistics.weight:,.1f}"} if statistics.is_weighted else {}
     return {
         "sequences": f"{statistics.rows:,}",
         "conversations": f"{statistics.conversations:,}",
@@ -166,5 +182,6 @@ def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
         **thoughts,
         "tokens": f"{statistics.tokens:,}",
         "supervised tokens": f"{statistics.supervised:,}{share}",
+        **weight,
         "tokens per sequence": lengths or "none",
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from fastchat_qlora.data.sources.formats import FIELDS
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.sources.readers import RawRecord, ReportBytes, read_file
 from fastchat_qlora.data.sources.repository import DataFile, describe_rows, find_data
 from fastchat_qlora.data.tokenization.cache import hash_content

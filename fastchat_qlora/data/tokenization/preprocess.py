@@ -108,7 +108,7 @@ class Preprocessor:
             [transformers.__version__, tokenizers.__version__, jinja2.__version__],
             [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template],
             [self.control_tokens.strings, self.tokenizer.special_tokens_map],
-            [self.name, self.encoder.bos_token, asdict(self.settings)],
+            [self.name, self.encoder.bos_token, asdict(self.settings), list(self.settings.columns)],
         ]
         digest = hashlib.sha256(b"\0".join(code))
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
@@ -128,7 +128,7 @@ class Preprocessor:
         try:
             parsed = parse_record(record.value)
             source = source._replace(id=get_id(parsed))
-            conversation = to_conversation(parsed)
+            conversation = to_conversation(parsed, self.settings.columns, self.settings.system_prompt)
             if self.settings.content_tokens == "reject":
                 check_plain(conversation, self.control_tokens)
             return Draft(number, source, conversation, self.render(conversation))

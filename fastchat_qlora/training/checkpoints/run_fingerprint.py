@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import get_dtype_name
@@ -29,7 +30,10 @@ STEP_FLAGS = (
 )
 """Flags that decide what a step is. `max_steps` and `num_train_epochs` are missing: a run may be made longer."""
 
-DATA_FLAGS = ("overlong", "train_on", "eval_split", "chat_template_kwargs", "empty_thoughts", "content_tokens")
+DATA_FLAGS = (
+    *("overlong", "train_on", "eval_split", "columns", "system_prompt"),
+    *("chat_template_kwargs", "empty_thoughts", "content_tokens"),
+)
 
 TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, "model_max_length", "data", "chat_template", "tokenizer")
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
@@ -98,6 +102,9 @@ def fingerprint_settings(
     optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
     flags = {name: getattr(training, name) for name in (*OPTIMIZER_FLAGS, *STEP_FLAGS, "model_max_length")}
     flags |= {name: getattr(data, name) for name in DATA_FLAGS}
+    flags["columns"] = [
+        f"{name}: {target}" for name, target in parse_object(data.columns).items()
+    ]  # their order decides too
     return {
         "strategy": NO_STRATEGY if is_alone else topology.strategy,
         "processes": topology.world_size,
