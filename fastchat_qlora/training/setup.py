@@ -17,7 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
-from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset, split_datasets
+from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset
+from fastchat_qlora.data.selection import select_data, split_datasets
 from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
@@ -128,7 +129,12 @@ def prepare_data(
     loaded = load_dataset(
         args.data, tokenizer, max_length=max_length, output_dir=output_dir, cache_dir=cache_dir, mode=mode
     )
-    return PreparedData(tokenizer, loaded)
+    return PreparedData(tokenizer, select_data(loaded, args.data.duplicates, get_data_seed(args), mode))
+
+
+def get_data_seed(args: RunArguments) -> int:
+    """Return the seed by which data is chosen and ordered."""
+    return int(args.training.seed if args.training.data_seed is None else args.training.data_seed)
 
 
 def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
@@ -221,7 +227,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
         checkpoint.check(identity)
-    datasets = split_datasets(data.loaded, args.data.eval_split, training_args.seed)
+    datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
     require_agreement(_get_shared_settings(args, datasets, checkpoint))
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
@@ -274,9 +280,8 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
     """Return the dataset that batches are made of: sequences, or packed sequences."""
     dataset: Dataset | PackedDataset = sequences
     if args.data.packing:
-        seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
         lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
-        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, seed))
+        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, get_data_seed(args)))
         share = lengths.sum() / (len(dataset) * capacity)
         logger.info(
             f"{len(sequences)} conversations in {len(dataset)} packed sequences of {capacity} tokens, {share:.1%} full."

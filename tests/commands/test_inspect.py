@@ -19,7 +19,8 @@ from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.data.analysis.statistics import Example
-from fastchat_qlora.data.dataset import load_dataset, split_datasets
+from fastchat_qlora.data.dataset import load_dataset
+from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 from fastchat_qlora.utils.text import escape_control

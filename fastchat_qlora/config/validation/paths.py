@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastchat_qlora.config.mixture import parse_entry
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.file_types import is_data_file
 from fastchat_qlora.utils.text import is_text
 
@@ -17,7 +19,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
     """Yield errors about the data and the folders of the model, the output, the adapter and the checkpoint."""
     for flag in ("data_path", "eval_data_path"):
         for name in getattr(values, flag) or []:
-            yield from check_data_path(flag, name)
+            yield from _check_entry(flag, name)
     yield from check_model_path(values.model_name_or_path)
     output = _expand(values.output_dir)
     if not values.output_dir or (os.path.exists(output) and not output.is_dir()):
@@ -36,6 +38,16 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
     parts = [_expand(resume) / name for name in ("trainer_state.json", "adapter_model.safetensors")]
     if resume.lower() not in ("true", "false") and not all(map(os.path.exists, parts)):
         yield f"--resume_from_checkpoint {resume}: no checkpoint found there; give a folder checkpoint-N, or True"
+
+
+def _check_entry(flag: str, text: str) -> Iterator[str]:
+    """Yield errors about an entry of data: its path, and how much of it is used."""
+    try:
+        entry = parse_entry(text)
+    except UserError as error:
+        yield f"--{flag} {text}: {error}"
+    else:
+        yield from check_data_path(flag, entry.path)
 
 
 def check_model_path(name: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind, Segment
+from fastchat_qlora.data.conversation_hash import ConversationHashes, hash_conversation
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate
@@ -131,6 +132,7 @@ class Preprocessor:
         """Label the texts and cut them to length. A record is rejected as a whole or not at all."""
         texts = iter(encoded)
         sequences: list[tuple[int, Source, TokenizedSequence]] = []
+        hashes: dict[int, ConversationHashes] = {}
         rejections = []
         for draft in drafts:
             try:
@@ -138,9 +140,10 @@ class Preprocessor:
                     raise draft.rejection
                 own = self._fit(draft.conversation, list(islice(texts, len(draft.texts))))
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
+                hashes[draft.number] = hash_conversation(draft.conversation)
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
-        return PreprocessedBatch(build_table(sequences, lazy=self.settings.lazy), rejections, len(drafts))
+        return PreprocessedBatch(build_table(sequences, hashes, lazy=self.settings.lazy), rejections, len(drafts))
 
     def render(self, conversation: Conversation) -> list[list[Segment]]:
         """Render a conversation as one or several texts in segments that know whether they are supervised.

@@ -1,7 +1,7 @@
 """Sequences -> a table with their sources; and texts -> tokens on access, where the table keeps texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from fastchat_qlora.data.conversation import Segment
+from fastchat_qlora.data.conversation_hash import ConversationHashes
 from fastchat_qlora.data.sources.readers import Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, TokenizedConversation
 from fastchat_qlora.data.tokenization.token_bytes import Ids
@@ -23,9 +24,10 @@ COMMON_COLUMNS = {
     "supervised": Value("int32"),
     "full_length": Value("int32"),
     "turns": Value("int32"),
+    **{f"{name}_hash": Value("uint64") for name in ConversationHashes._fields},
 }
 """A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the tokens of
-the whole conversation, and the assistant turns in the sequence."""
+the whole conversation, the assistant turns in the sequence, and the hashes of its record's conversation."""
 
 EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON_COLUMNS})
 LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
@@ -38,8 +40,10 @@ class TokenizedSequence(NamedTuple):
     tokens: TokenizedConversation
 
 
-def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, lazy: bool) -> pa.Table:
-    """Return a table of sequences, each with the number and the source of its record.
+def build_table(
+    sequences: Sequence[tuple[int, Source, TokenizedSequence]], hashes: Mapping[int, ConversationHashes], *, lazy: bool
+) -> pa.Table:
+    """Return a table of sequences, each with the number and the source of its record, whose hashes are given.
 
     If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
@@ -58,6 +62,8 @@ def build_table(sequences: Sequence[tuple[int, Source, TokenizedSequence]], *, l
         "full_length": [one.full_length for one in tokens],
         "turns": [len(one.turn_ends) for one in tokens],
     }
+    for i, name in enumerate(ConversationHashes._fields):
+        columns[f"{name}_hash"] = [hashes[number][i] for number, _, _ in sequences]
     if lazy:
         columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]
     else:
