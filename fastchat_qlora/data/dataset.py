@@ -321,7 +321,7 @@ def summarize(loaded: LoadedData) -> str:
     line = f"{loaded.flag}: {summary.read} read, {', '.join(parts)}, {loaded.total('accepted')} accepted"
     notes = [f"  rejected {count}: {reason}" for reason, count in list(summary.reasons.items())[:5]]
     if len(loaded.sources) > 1 or any(source.entry.settings for source in loaded.sources):
-        notes += [f"  {source.name}: {describe_source(source)}" for source in loaded.sources]
+        notes += [f"  {source.name}: {describe_source_counts(source)}" for source in loaded.sources]
     notes += [f"  {finding.describe()}" for finding in loaded.findings if finding.size]
     if len(sequences):
         full, kept = (get_column(sequences, name) for name in ("full_length", "length"))
@@ -335,7 +335,7 @@ def summarize(loaded: LoadedData) -> str:
     return "\n".join([line, *notes])
 
 
-def describe_source(source: SourceCounts) -> str:
+def describe_source_counts(source: SourceCounts) -> str:
     """Return what becomes of an entry's records, without what becomes of none."""
     counts = {name: getattr(source, name) for name in ("rejected", "dropped", "not_sampled")}
     parts = [f"{source.accepted:,} of {source.read:,} records"]

@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,12 @@ class PreparedData(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     loaded: Splits[LoadedData]
+
+    @property
+    def source_names(self) -> Splits[Sequence[str]]:
+        """The names of the sources of each split; those of a split that was held out are those of its data."""
+        train, evaluated = self.loaded.train, self.loaded.eval or self.loaded.train
+        return Splits(*([source.name for source in data.sources] for data in (train, evaluated)))
 
 
 class PreparedBase(NamedTuple):
@@ -224,7 +231,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if notice := describe_stop_tokens(stop_tokens, data.tokenizer):
         logger.warning(notice)
     base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
-    identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train, base_files)
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))

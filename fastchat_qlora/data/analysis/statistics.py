@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastchat_qlora.data.analysis.duplicates import Finding
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Segment
-from fastchat_qlora.data.dataset import LoadedData, SourceCounts, describe_source
+from fastchat_qlora.data.dataset import LoadedData, SourceCounts, describe_source_counts
 from fastchat_qlora.data.sources.readers import Rejection, Source
 from fastchat_qlora.data.tokenization.build import RejectionSummary, describe_rejection
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
@@ -160,7 +160,7 @@ def format_rejections(report: RejectionReport) -> dict[str, str]:
     counts |= {finding.kind.value: finding.size for finding in report.findings}
     texts = {escape_control(name): f"{count:,}" for name, count in counts.items()}
     if len(report.sources) > 1 or any(source.entry.settings for source in report.sources):
-        texts |= {f"source {source.name}": describe_source(source) for source in report.sources}
+        texts |= {f"source {source.name}": describe_source_counts(source) for source in report.sources}
     return texts
 
 

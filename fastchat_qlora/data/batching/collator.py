@@ -29,7 +29,8 @@ class Collator:
 
     - `supervised`: shape (targets,), the positions in the flattened batch whose next token is supervised;
     - `labels`: shape (targets,), those next tokens;
-    - `conversation`: shape (targets,), the index of the conversation of each.
+    - `conversation`: shape (targets,), the index of the conversation of each;
+    - `source`: shape (conversations,), the index of the entry of the data flag that each is of.
 
     The first token of a conversation is never a target: nothing of its own precedes it.
 
@@ -63,6 +64,7 @@ class Collator:
             "supervised": torch.from_numpy(np.concatenate(positions)),
             "labels": torch.from_numpy(np.concatenate(labels)).long(),
             "conversation": torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts)),
+            "source": torch.tensor([sequence.get("source", 0) for sequence in sequences]),
             "num_tokens": sum(lengths),
             "num_supervised": sum(counts),
             "num_conversations": len(sequences),
