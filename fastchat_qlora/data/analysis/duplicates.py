@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -82,24 +82,44 @@ def find_leaks(table: RecordTable, used: Indices, training: RecordTable, trained
     """Return the used records that are trained on too, and those of which the prompt is."""
     findings = []
     for kind, name in ((FindingKind.LEAK, "conversation"), (FindingKind.PROMPT_LEAK, "prompt")):
-        values, known = getattr(table, name)[used], getattr(training, name)[trained]
-        is_known = np.isin(values, known)
-        order = np.argsort(known, kind="stable")
-        earlier = trained[order[np.searchsorted(known, values[is_known], sorter=order)]]
-        findings.append(_build_finding(kind, table, used[is_known], training, earlier))
+        earlier = _find_in(getattr(table, name)[used], getattr(training, name)[trained])
+        is_known = earlier >= 0
+        findings.append(_build_finding(kind, table, used[is_known], training, trained[earlier[is_known]]))
         used = used[~is_known]
     return findings
 
 
 def find_leaked(table: RecordTable, training: RecordTable, trained: Indices) -> NDArray[np.bool_]:
     """Return for each record whether it is trained on too."""
-    return np.isin(table.conversation, training.conversation[trained])
+    return _find_in(table.conversation, training.conversation[trained]) >= 0
 
 
-def _find_first(values: NDArray[Any]) -> Indices:
+def _find_first(values: Hashes) -> Indices:
     """Return for each value the index of the first one that is equal."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    return np.asarray(first[inverse], dtype=np.int64)
+    order, starts, first = _group(values)
+    found = np.empty_like(order)
+    found[order] = np.repeat(first, np.diff(starts, append=len(order)))
+    return found
+
+
+def _find_in(values: Hashes, known: Hashes) -> Indices:
+    """Return for each value the index of the first known one that is equal, or -1."""
+    if not len(known):
+        return np.full(len(values), -1)
+    _, _, first = _group(known)
+    places = np.searchsorted(known[first], values).clip(max=len(first) - 1)
+    return np.where(known[first][places] == values, first[places], -1)
+
+
+def _group(values: Hashes) -> tuple[Indices, Indices, Indices]:
+    """Return the order of values, where in it equal ones begin, and the first index of each of these groups.
+
+    np.unique does the same with a stable sort, in twice the time.
+    """
+    order = np.argsort(values)
+    ordered = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(values)])
+    return order, starts, np.minimum.reduceat(order, starts) if len(values) else order
 
 
 def _build_finding(
