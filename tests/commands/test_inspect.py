@@ -138,6 +138,26 @@ def test_terminal_shows_counts(base: Path, records: Path, capsys: pytest.Capture
     assert sum(int(rows) for rows in re.findall(r"to \d+ tokens +(\d+)", out)) == 9
 
 
+def test_terminal_shows_what_is_not_used(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each source, with the duplicates; training would stop for them if that is asked for."""
+    entry, flags = f"{records}#max_samples=4", ["--num_examples", "1", "--duplicates", "drop"]
+    assert inspect(base, Path(entry), *flags, "--eval_data_path", str(records)) == 0
+    out = capsys.readouterr().out
+    parts = out.split("--eval_data_path")
+    trained, evaluated = (dict(re.findall(r"^  ([a-z ]+?)  +(\d+) *$", part, re.MULTILINE)) for part in parts)
+    counts = [int(trained[name]) for name in ("accepted", "rejected", "dropped", "not sampled")]
+    assert sum(counts) == int(trained["read"]) == 11
+    assert (
+        trained["accepted"] == evaluated["exact duplicates"] == evaluated["conversations of the training data"] == "4"
+    )
+    assert evaluated["dropped"] == "8"
+    assert re.search(r"source \S+ +4 of 11 records, 2 rejected, 4 dropped, 1 not sampled", out)
+    assert re.search(rf"conversations of the training data: 4 \({re.escape(str(records))}:\d+ as ", out)
+    assert cli.main(["train", *f"--model_name_or_path {base} --output_dir {base}/out --data_path {records}".split(),
+        *f"--eval_data_path {records} --duplicates error --max_rejected 1".split()]) == 2  # fmt: skip
+    assert "--duplicates error: --eval_data_path has conversations of the training data: 9 (" in capsys.readouterr().err
+
+
 def test_color_where_it_is_forced(
     base: Path, records: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

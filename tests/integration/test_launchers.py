@@ -84,11 +84,12 @@ def test_evaluation_does_not_depend_on_the_ranks(model_folder: Path, data: Path,
     for name, part in {"first": records[:20], "second": records[20:]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     entries = f"{tmp_path / 'first.json'}#share=0.9 {tmp_path / 'second.json'}#repeat=1.6"
-    results, histories = {}, {}
+    results, histories, rows = {}, {}, {"one": 4, "two": 2}
     for name, launcher in {"one": "python train_lora.py", "two": TWO_PROCESSES["ddp"].format(port=port)}.items():
         forked.succeed(
             f"{launcher} --model_name_or_path {model_folder} --data_path {entries} {QUICK} "
-            f"--output_dir {tmp_path / name} --eval_split 7 --per_device_eval_batch_size 2 --per_device_train_batch_size {4 if name == 'one' else 2}"
+            f"--output_dir {tmp_path / name} --eval_split 7 "
+            f"--per_device_eval_batch_size 2 --per_device_train_batch_size {rows[name]}"
         )
         results[name] = json.loads((tmp_path / name / "train_results.json").read_text())
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
