@@ -23,7 +23,7 @@ from fastchat_qlora.data.analysis.duplicates import (
 )
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.dataset import LoadedData, LoadMode, SourceCounts, Splits, summarize
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def select_data(loaded: Splits[LoadedData], duplicates: str, seed: int, mode: Lo
     for data in selected:
         logger.info(summarize(data))
     errors = [error for selection in selections for error in selection.find_errors(duplicates)]
-    if errors and mode != "preview":
-        raise UserError("\n".join(errors))
+    if mode != "preview":
+        raise_errors(errors)
     for error in errors:
         logger.warning(f"Training would stop here: {error}")
     return Splits(*selected)
