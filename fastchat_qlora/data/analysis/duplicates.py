@@ -96,7 +96,7 @@ def find_leaked(table: RecordTable, training: RecordTable, trained: Indices) -> 
 
 def _find_first(values: Hashes) -> Indices:
     """Return for each value the index of the first one that is equal."""
-    order, starts, first = _group(values)
+    order, starts, first = _group_equals(values)
     found = np.empty_like(order)
     found[order] = np.repeat(first, np.diff(starts, append=len(order)))
     return found
@@ -106,12 +106,12 @@ def _find_in(values: Hashes, known: Hashes) -> Indices:
     """Return for each value the index of the first known one that is equal, or -1."""
     if not len(known):
         return np.full(len(values), -1)
-    _, _, first = _group(known)
+    _, _, first = _group_equals(known)
     places = np.searchsorted(known[first], values).clip(max=len(first) - 1)
     return np.where(known[first][places] == values, first[places], -1)
 
 
-def _group(values: Hashes) -> tuple[Indices, Indices, Indices]:
+def _group_equals(values: Hashes) -> tuple[Indices, Indices, Indices]:
     """Return the order of values, where in it equal ones begin, and the first index of each of these groups.
 
     np.unique does the same with a stable sort, in twice the time.

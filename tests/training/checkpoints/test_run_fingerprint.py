@@ -38,6 +38,8 @@ def fingerprint(model_folder: Path, data_file: Path, tmp_path: Path, flags: str 
         ("--warmup_steps 0.1 --lr_scheduler_type cosine", {"warmup_steps", "lr_scheduler_type"}),
         ("--max_steps 7 --save_steps 2 --logging_steps 3 --save_total_limit 1", set()),
         ("--overlong drop --train_on last --eval_split 2", {"overlong", "train_on", "eval_split"}),
+        ("--duplicates drop", {"duplicates"}),
+        ("--duplicates error", set()),
     ],
 )
 def test_flags_change_the_fingerprint(
