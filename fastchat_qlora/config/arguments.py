@@ -53,7 +53,8 @@ class DataArguments:
 
     data_path: list[str] = flag(
         "ShareGPT, OpenAI or Alpaca records: .json, .jsonl, .csv, .parquet or .arrow files (also .gz, .zst, .bz2, .xz, "
-        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several."
+        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several. "
+        "a.jsonl#max_samples=1000,share=0.5,repeat=2 uses a part of it or repeats it."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
     columns: dict[str, Any] | str | None = flag(
@@ -92,6 +93,11 @@ class DataArguments:
     packing: bool = flag(
         "Pack complete conversations into sequences of up to model_max_length tokens; a batch counts packed sequences.",
         False,
+    )
+    duplicates: Literal["keep", "drop", "error"] = flag(
+        "What to do with conversations that stood before, in the same data or, for evaluation, in the training data: "
+        "keep and count them, drop them, or stop with an error.",
+        "keep",
     )
     max_rejected: float = flag("Share of records that may be rejected before the run refuses to start.", 0.05)
     preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)

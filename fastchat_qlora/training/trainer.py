@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
 from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import check_loaded
@@ -34,11 +35,14 @@ from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_write
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
+from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
+
+NO_SOURCES: Splits[Sequence[str]] = Splits(())  # names of the entries of the data flags
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -53,6 +57,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         fingerprint: Mapping[str, Any] | None = None,  # see run_fingerprint.py
         shapes: Mapping[str, torch.Size] | None = None,  # of the adapter's tensors in its file
         stop_tokens: Sequence[int] = (),  # for generation_config.json
+        source_names: Splits[Sequence[str]] = NO_SOURCES,
         **kwargs: Any,
     ) -> None:
         self._fingerprint, self._shapes, self._stop_tokens = dict(fingerprint or {}), shapes, stop_tokens
@@ -66,7 +71,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self.throughput = Throughput()
         self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of weighted losses, sum of weights
+        self._losses_by_source, self._eval_names = SourceLosses(source_names.train), source_names.eval or ("",)
+        # Of each source of the evaluation data: sum of weighted losses, sum of weights.
+        self._evaluated = torch.zeros(len(self._eval_names), 2, dtype=torch.float64)
         self._router_loss: torch.Tensor | None = None  # of the last micro-batch
         self._router_part: torch.Tensor | float = 0.0  # of the last micro-batch's loss
         self._router_losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # since the last log, with their targets
@@ -180,6 +187,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> torch.Tensor:
         """Return a micro-batch's share of the weighted mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
+        self._losses_by_source.add(losses, inputs)
         weights = inputs.get(WEIGHTS)
         loss = chunked_loss.compute_mean_loss(losses, num_items_in_batch, weights)
         router_loss = self._weigh_router_loss(losses, weights, num_items_in_batch)
@@ -225,7 +233,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation"}
+        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
@@ -254,16 +262,20 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             for values in (losses * weights, weights)
         )
         # By conversation: this drops those that were repeated to give every process as many.
-        gathered = self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1))
-        self._evaluated += gathered.cpu().double().sum(0)  # not every device has fp64
+        columns = torch.stack([sums, counts, inputs["source"].float()], dim=1)
+        gathered = self.accelerator.gather_for_metrics(columns).cpu().double()  # not every device has fp64
+        self._evaluated.index_add_(0, gathered[:, 2].long(), gathered[:, :2])
         return sums.sum() / chunked_loss.at_least_tiny(counts.sum()), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate with the weighted mean loss over supervised tokens, not over batches."""
+        """Evaluate with the weighted mean loss over supervised tokens, not over batches, and that of each source."""
         self._evaluated.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, weights = self._evaluated.tolist()
+        loss, weights = self._evaluated.sum(0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / weights if weights else 0.0
+        if len(self._eval_names) > 1:
+            means = compute_means(self._eval_names, *self._evaluated.T.tolist())
+            output.metrics.update({f"{metric_key_prefix}_{name}_loss": mean for name, mean in means.items()})
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -304,6 +316,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Add throughput to log entries with a loss."""
         if "loss" in logs:
             logs |= self.throughput.read(self.accelerator, self.args.device)
+            logs |= self._losses_by_source.read(self.accelerator)
             if self._router_losses:
                 total = sum(float(loss) * float(targets) for loss, targets in self._router_losses)
                 logs["router_loss"] = total / sum(

@@ -15,9 +15,10 @@ from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.prompt_modes import find_prompt_modes
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
-from fastchat_qlora.data.dataset import Splits, split_datasets
+from fastchat_qlora.data.dataset import Splits
+from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.training.setup import prepare_data
+from fastchat_qlora.training.setup import get_data_seed, prepare_data
 from fastchat_qlora.utils.stdout import open_stdout
 
 INSPECT_PROG = "fastchat-qlora inspect"
@@ -82,7 +83,7 @@ def _prepare_report(args: RunArguments, limit: int) -> Report:
     tokenizer, loaded = prepare_data(args, None, output_dir=get_output_dir(args), mode="preview")
     splits = Splits(loaded.train.sequences).named()
     if len(splits["train"]):  # else nothing can be held out
-        splits = split_datasets(loaded, args.data.eval_split, args.training.seed).named()
+        splits = split_datasets(loaded, args.data.eval_split, get_data_seed(args)).named()
     examples = (get_examples(name, sequences, tokenizer, limit) for name, sequences in splits.items())
     rejections = {f"{data.flag} {' '.join(data.paths)}": summarize_rejections(data) for data in loaded.named().values()}
     return Report(

@@ -62,13 +62,15 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
         console.print(Text("Ends of the generation prompts", style="bold"))
         for name, ending in format_prompts(report.prompts).items():
             console.print(Text(f"  {name}: {ending}"), soft_wrap=True)
-    for flag, (summary, listed) in report.rejections.items():
+    for flag, found in report.rejections.items():
         console.print(Text(escape_control(flag), style="bold"), soft_wrap=True)
-        console.print(_build_table(format_rejections(summary)))
-        for line in listed:
+        console.print(_build_table(format_rejections(found)))
+        for line in found.found:
+            console.print(Text(f"  {escape_control(line)}", style="yellow"), soft_wrap=True)
+        for line in found.listed:
             console.print(Text(f"  {escape_control(line)}", style="red"), soft_wrap=True)
-        if len(listed) < summary.rejected:
-            console.print(f"  ... and {summary.rejected - len(listed):,} more")
+        if len(found.listed) < found.summary.rejected:
+            console.print(f"  ... and {found.summary.rejected - len(found.listed):,} more")
     for name, statistics in report.statistics.items():
         title = f"{name}, at most {report.max_length:,} tokens a sequence"
         console.print("", Text(title, style="bold"), sep="\n")
@@ -84,7 +86,7 @@ def write_page(report: Report, target: IO[str]) -> None:
         report=report,
         examples=report.examples,
         prompts=format_prompts(report.prompts),
-        rejections={flag: (found, format_rejections(found.summary)) for flag, found in report.rejections.items()},
+        rejections={flag: (found, format_rejections(found)) for flag, found in report.rejections.items()},
         statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
     )
     target.writelines(page)

@@ -1,7 +1,7 @@
 """Sequences and rejections -> examples, counts and lengths, for a terminal or a page."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -10,10 +10,11 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from fastchat_qlora.data.analysis.duplicates import Finding
 from fastchat_qlora.data.analysis.thought_kinds import ThoughtCounts, count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Segment
-from fastchat_qlora.data.dataset import LoadedData
+from fastchat_qlora.data.dataset import LoadedData, SourceCounts, describe_source_counts
 from fastchat_qlora.data.sources.readers import Rejection, Source
 from fastchat_qlora.data.tokenization.build import RejectionSummary, describe_rejection
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
@@ -79,6 +80,13 @@ class RejectionReport(NamedTuple):
 
     summary: RejectionSummary
     listed: list[str]
+    sources: Sequence[SourceCounts] = ()
+    findings: Sequence[Finding] = ()
+
+    @property
+    def found(self) -> list[str]:
+        """The duplicates and leaks, one kind a line, with the places of the first."""
+        return [finding.describe() for finding in self.findings if finding.size]
 
 
 class Bin(NamedTuple):
@@ -115,7 +123,8 @@ def summarize_rejections(data: LoadedData) -> RejectionReport:
     with data.rejected.open(encoding="utf-8") as lines:
         first = [json.loads(line) for line in islice(lines, MAX_LISTED_REJECTIONS)]
     rejections = [Rejection(Source(line["file"], line["line"], line["id"]), line["reason"]) for line in first]
-    return RejectionReport(data.summary, [describe_rejection(rejection) for rejection in rejections])
+    listed = [describe_rejection(rejection) for rejection in rejections]
+    return RejectionReport(data.summary, listed, data.sources, data.findings)
 
 
 def get_examples(name: str, sequences: Dataset, tokenizer: Any, count: int) -> Iterator[Example]:
@@ -160,12 +169,17 @@ def _count_by_length(lengths: NDArray[np.int64]) -> list[Bin]:
     return [Bin(int(edge), int(edge) + width - 1, int(n)) for edge, n in zip(edges, counts, strict=False)]
 
 
-def format_rejections(summary: RejectionSummary) -> dict[str, str]:
-    """Return the counts of one flag's records as texts by name."""
-    accepted = summary.read - summary.rejected
-    counts = {"read": summary.read, "accepted": accepted, "rejected": summary.rejected}
-    reasons = {f"rejected: {reason}": count for reason, count in summary.reasons.items()}
-    return {escape_control(name): f"{count:,}" for name, count in {**counts, **reasons}.items()}
+def format_rejections(report: RejectionReport) -> dict[str, str]:
+    """Return the counts of one flag's records, and of each of its sources, as texts by name."""
+    counts = {"read": report.summary.read}
+    for name in ("accepted", "rejected", "dropped", "not_sampled"):
+        counts[name.replace("_", " ")] = sum(getattr(source, name) for source in report.sources)
+    counts |= {f"rejected: {reason}": count for reason, count in report.summary.reasons.items()}
+    counts |= {finding.kind.value: finding.size for finding in report.findings}
+    texts = {escape_control(name): f"{count:,}" for name, count in counts.items()}
+    if len(report.sources) > 1 or any(source.entry.settings for source in report.sources):
+        texts |= {f"source {source.name}": describe_source_counts(source) for source in report.sources}
+    return texts
 
 
 def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:

@@ -31,6 +31,7 @@ class Collator:
     - `labels`: shape (targets,), those next tokens;
     - `conversation`: shape (targets,), the index of the conversation of each;
     - `weights`: shape (targets,) in fp32, their weights in the loss, only where a conversation has any.
+    - `source`: shape (conversations,), the index of the entry of the data flag that each is of.
 
     The first token of a conversation is never a target: nothing of its own precedes it.
 
@@ -67,6 +68,7 @@ class Collator:
                 "supervised": torch.from_numpy(np.concatenate(positions)),
                 "labels": torch.from_numpy(np.concatenate(labels)).long(),
                 "conversation": torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts)),
+                "source": torch.tensor([sequence.get("source", 0) for sequence in sequences]),
                 "num_tokens": sum(lengths),
                 "num_supervised": sum(counts),
                 "num_conversations": len(sequences),

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fastchat_qlora.data.analysis.thought_kinds import classify_thoughts
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind
+from fastchat_qlora.data.conversation_hash import ConversationHashes, hash_conversation
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate, Rendering
@@ -147,6 +148,7 @@ class Preprocessor:
         texts = iter(encoded)
         sequences: list[tuple[int, Source, LabeledText]] = []
         thoughts: list[int] = []
+        hashes: dict[int, ConversationHashes] = {}
         rejections = []
         notes: Counter[str] = Counter()
         for draft in drafts:
@@ -155,11 +157,12 @@ class Preprocessor:
                     raise draft.rejection
                 own = self._fit(draft.conversation, list(islice(texts, len(draft.rendering.texts))))
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
+                hashes[draft.number] = hash_conversation(draft.conversation)
                 thoughts += [classify_thoughts(draft.conversation, sequence.segments) for sequence in own]
                 notes.update([draft.rendering.note] if draft.rendering.note else [])
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
-        table = build_table(sequences, thoughts, lazy=self.settings.lazy)
+        table = build_table(sequences, hashes, thoughts, lazy=self.settings.lazy)
         return PreprocessedBatch(table, rejections, len(drafts), notes)
 
     def render(self, conversation: Conversation) -> Rendering:

@@ -1,7 +1,7 @@
 """Sequences -> a table with their sources; and texts -> tokens on access, where the table keeps texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from datasets import Features, List, Value
 from numpy.typing import NDArray
 
 from fastchat_qlora.data.conversation import Segment
+from fastchat_qlora.data.conversation_hash import ConversationHashes
 from fastchat_qlora.data.sources.readers import Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, LabeledText
 from fastchat_qlora.data.tokenization.token_bytes import Ids
@@ -26,10 +27,11 @@ COMMON_COLUMNS = {
     "full_length": Value("int32"),
     "turns": Value("int32"),
     "thoughts": Value("int8"),
+    **{f"{name}_hash": Value("uint64") for name in ConversationHashes._fields},
 }
 """A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the sum of their
 weights in the loss (null where each is 1), the tokens of the whole conversation, the assistant turns in the sequence,
-and their thoughts (a ThoughtKind)."""
+their thoughts (a ThoughtKind), and the hashes of its record's conversation."""
 
 TOKEN_COLUMNS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "weights": List(Value("float32"))}
 """Tokens, their labels, and the weights of supervised ones in the loss: null where all of them are 1."""
@@ -39,9 +41,13 @@ LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
 def build_table(
-    sequences: Sequence[tuple[int, Source, LabeledText]], thoughts: Sequence[int], *, lazy: bool
+    sequences: Sequence[tuple[int, Source, LabeledText]],
+    hashes: Mapping[int, ConversationHashes],
+    thoughts: Sequence[int],
+    *,
+    lazy: bool,
 ) -> pa.Table:
-    """Return a table of sequences, each with the number and the source of its record, and the kind of its thoughts.
+    """Return a table of sequences, each with the number and source of its record, whose hashes are given, and thoughts.
 
     If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
@@ -62,6 +68,8 @@ def build_table(
         "turns": [len(one.turn_ends) for one in tokens],
         "thoughts": thoughts,
     }
+    for i, name in enumerate(ConversationHashes._fields):
+        columns[f"{name}_hash"] = [hashes[number][i] for number, _, _ in sequences]
     if lazy:
         columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]
     else:

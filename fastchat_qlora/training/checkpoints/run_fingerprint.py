@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.json_flags import parse_object
+from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import get_dtype_name
@@ -35,7 +36,9 @@ DATA_FLAGS = (
     *("chat_template_kwargs", "empty_thoughts", "content_tokens"),
 )
 
-TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, "model_max_length", "data", "chat_template", "tokenizer")
+DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "chat_template", "tokenizer")
+
+TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES)
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
 
 LABELS = {
@@ -49,6 +52,7 @@ LABELS = {
     "packing_capacity": "--packing, tokens of a sequence",
     "fsdp_state_dict_type": "--fsdp_config, state_dict_type",
     "data": "--data_path, content",
+    "mixture": "--data_path, settings of its entries",
     "chat_template": "chat template (--conv_template)",
     "tokenizer": "tokenizer",
     "base_model": "--model_name_or_path, content",
@@ -111,6 +115,7 @@ def fingerprint_settings(
         "optimizer": optimizer.lower().removesuffix("_fused"),
         "optimizer_offload": get_offload_device(deepspeed, "offload_optimizer"),
         "deepspeed_state_layout": describe_state_layout(deepspeed),
+        "duplicates": "drop" if data.duplicates == "drop" else "keep",  # error changes nothing
         "compute_dtype": get_dtype_name(dtype),
         "base_quantization": quantization.to_dict(),
         "packing_capacity": training.model_max_length if data.packing else None,
@@ -136,10 +141,12 @@ def _sort_names(names: str | Collection[str] | None) -> str | list[str]:
     return names if isinstance(names, str) else sorted(names or ())
 
 
-def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -> dict[str, Any]:
-    """Return short digests of the data (`contents` are hashes of its files), the tokenizer and the base model."""
+def fingerprint_data(tokenizer: Any, data: LoadedData, base_files: str) -> dict[str, Any]:
+    """Return short digests of the data, the tokenizer and the base model, and the settings of the data's entries."""
+    has_settings = any(source.entry.settings for source in data.sources)
     return {
-        "data": _short_digest(" ".join(contents)),
+        "data": _short_digest(" ".join(data.contents)),
+        "mixture": [f"{one.read}x{one.entry.settings or 'all'}" for one in data.sources] if has_settings else [],
         "chat_template": _short_digest(str(tokenizer.chat_template)),
         "tokenizer": _short_digest(tokenizer.backend_tokenizer.to_str()),
         "base_model": _short_digest(base_files),

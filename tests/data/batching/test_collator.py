@@ -85,7 +85,7 @@ def test_mask_goes_by_length(side: str, tokenizer: PreTrainedTokenizerFast) -> N
         {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
     ]
     batch = collator(tokenizer, f"padded on the {side}")(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", *BATCH_INFO}
+    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", "source", *BATCH_INFO}
     width = batch["input_ids"].shape[1]
     assert width >= 5
     for i, row in enumerate(rows):
