@@ -40,6 +40,8 @@ from fastchat_qlora.data.tokenization.settings import EmptyThoughts
 
 QUESTION = Message("user", "-")
 
+LISTED_PART = re.compile(r"""['"]type['"]: ['"](?:text|thinking)['"]""")  # of a list that a template wrote as it is
+
 MAX_SKELETONS = 2_000
 MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
 MIN_TELLING_CHARACTERS = 16  # of a content that does not stand in a prompt by chance
@@ -186,7 +188,7 @@ class ChatTemplate:
         messages = conversation.messages
         if conversation.tools or not all(message.is_plain for message in messages):
             return []
-        if any(self.literals.search(message.content) for message in messages):
+        if any(self.literals.search(message.content) or _has_written_thought(message) for message in messages):
             return []
         key = " ".join([message.role for message in messages])
         if len(wanted) < sum(message.role == "assistant" for message in messages):
@@ -230,7 +232,8 @@ class ChatTemplate:
         modes = [mode for i, mode in enumerate(modes) if mode not in modes[:i]]
         for effort in Effort if has_thoughts else [Effort.TEMPLATE_ONLY]:
             for arguments, mode in modes:
-                for form in list_forms(conversation.messages):
+                thought = self._get_facts(arguments).thought if has_thoughts else None
+                for form in list_forms(conversation.messages, thought.form if thought else "own"):
                     yield Attempt(form, effort, arguments, mode)
 
     def _switch(self, own: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -341,6 +344,12 @@ def _is_refusal(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, TemplateRefusal) or _is_refusal(error.__cause__))
 
 
+def _has_written_thought(message: Message) -> bool:
+    """Return whether a content begins with a thought in tags."""
+    may_have = message.role == "assistant" and message.content.lstrip()[:1] in ("<", "[")  # for speed
+    return may_have and bool(split_thought(message).reasoning)
+
+
 def _check_shown(finder: CompletionFinder, completion: Completion, previous: int) -> None:
     """Require that the others' messages since the previous answer stand in the prompt, and not by chance."""
     others = [
@@ -380,16 +389,19 @@ def _find_first_new(finder: CompletionFinder, completion: Completion, before: Co
 def _find_written_thought(facts: TemplateFacts) -> WrittenThought | None:
     """Return how a template writes a thought in the last answer; None if it writes none."""
     answer = Message("assistant", make_sentinel(1), reasoning=make_sentinel(0))
-    question = to_template_messages([QUESTION], MessageForm())
-    for form in ("own", "tags", "parts"):
+    texts = {}
+    for form in ("field", "parts", "tags"):
         with suppress(RejectedRecord):
-            prompt = facts.apply(question, True)
-            messages = to_template_messages([QUESTION, answer], MessageForm(thoughts=form))
-            pieces = NUMBERED_SENTINEL.split(facts.apply(messages, False))
-            if pieces[1::2] == ["0", "1"]:
+            texts[form] = facts.apply(to_template_messages([QUESTION, answer], MessageForm(thoughts=form)), False)
+    for form, text in texts.items():
+        pieces = NUMBERED_SENTINEL.split(text)
+        if pieces[1::2] == ["0", "1"] and not LISTED_PART.search(text):
+            with suppress(RejectedRecord):
+                prompt = facts.apply(to_template_messages([QUESTION], MessageForm()), True)
                 extra = prompt[len(pieces[0]) :] if prompt.startswith(pieces[0]) else None
                 closing = pieces[2][: measure_empty_thought(pieces[2]) or None]
-                return WrittenThought(extra is not None and not measure_empty_thought(extra), closing)
+                follows = extra is not None and not measure_empty_thought(extra)
+                return WrittenThought("own" if text == texts.get("tags") else form, follows, closing)
     return None
 
 

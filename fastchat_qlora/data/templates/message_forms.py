@@ -54,19 +54,33 @@ def split_thought(message: Message) -> Thought:
     return Thought(written["reasoning"], written["content"])
 
 
-def list_forms(messages: Sequence[Message]) -> Iterator[MessageForm]:
-    """Yield the forms that differ for these messages, the record's own first."""
+def list_forms(messages: Sequence[Message], native: str = "own") -> Iterator[MessageForm]:
+    """Yield the forms that differ for these messages, the record's own first.
+
+    Args:
+        native: the form of thoughts that the template writes in its own way. Thoughts in tags are a part of the content
+            to a template that knows none there, so the native form comes before them.
+    """
     calls = [message for message in messages if message.tool_calls]
-    has_thoughts = any(split_thought(message).reasoning for message in messages if message.role == "assistant")
     yield from (
         MessageForm(*values)
         for values in product(
-            ("own", "field", "tags", "parts") if has_thoughts else ("own",),
+            _list_thought_forms(messages, native),
             ("object", "text") if calls else ("object",),
             ("text", "null", "parts") if any(not call.content for call in calls) else ("text", "parts"),
             ("own", "short") if calls and not _has_short_ids(messages) else ("own",),
         )
     )
+
+
+def _list_thought_forms(messages: Sequence[Message], native: str) -> list[str]:
+    answers = [message for message in messages if message.role == "assistant" and split_thought(message).reasoning]
+    if not answers:
+        return ["own"]
+    has_own_field = all(answer.reasoning for answer in answers)
+    first = ["own", native] if has_own_field else [native, "own"]
+    forms = [*first, "field", "tags", "parts"]
+    return [form for form in dict.fromkeys(forms) if not (has_own_field and form == "field")]
 
 
 def _has_short_ids(messages: Sequence[Message]) -> bool:

@@ -54,8 +54,9 @@ class Completion(NamedTuple):
 
 
 class WrittenThought(NamedTuple):
-    """How a template writes a thought: whether a prompt ends in front of it, and the text behind it."""
+    """How a template writes a thought: its form, whether a prompt ends in front of it, and the text behind it."""
 
+    form: str  # of MessageForm; own where a field and tags make no difference
     follows_prompt: bool
     closing: str
 
