@@ -269,14 +269,26 @@ class Encoder:
         return [TokenSpan(known, len(ids), segments[-1])]
 
     def _tokenize_completion(self, prompt: Ids, before: str, completion: Sequence[Segment]) -> Ids:
-        """Return the ids behind a prompt in the whole text, or those of the completion's text alone."""
+        """Return the ids behind a prompt in the whole text, or those of the completion's text alone.
+
+        Raises:
+            RejectedRecord: neither gives the text, such as where an end token swallows a blank in front of it.
+        """
         text = "".join(one.text for one in completion)
         whole = self._tokenize(before + text)
-        if len(whole) > len(prompt) and (whole[: len(prompt)] == prompt).all():
+        is_behind = len(whole) > len(prompt) and (whole[: len(prompt)] == prompt).all()
+        if is_behind and self._gives(whole[len(prompt) :], text):
             return whole[len(prompt) :]
         if self.without_prefix is None:
             self.without_prefix = _remove_dummy_prefix(self.backend)
-        return _pack(self.without_prefix.encode(text, add_special_tokens=False).ids)
+        alone = _pack(self.without_prefix.encode(text, add_special_tokens=False).ids)
+        if not self._gives(alone, text):
+            self._check_decoded(alone.tolist(), text)
+        return alone
+
+    def _gives(self, ids: Ids, text: str) -> bool:
+        """Return whether tokens are a text, perhaps with the blank that a tokenizer puts behind an added token."""
+        return b"".join(self.token_bytes.vocabulary[ids].tolist()) in (text.encode(), b" " + text.encode())
 
     def _find_completion_spans(self, ids: Ids, completion: Sequence[Segment], offset: int) -> list[TokenSpan]:
         """Return the tokens of a completion's segments; a token across their edge is the answer's."""
