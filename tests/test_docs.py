@@ -35,7 +35,10 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MODEL = Path(".quickstart/SmolLM2-135M-Instruct")
 IN_PROJECT = ("scripts/", "playground/", "data/", "docs/", "tests/", "fastchat_qlora/")
 VLLM = {"--enable-lora", "--lora-modules", "--max-lora-rank", "--tokenizer", "--generation-config"}
+VLLM |= {"--default-chat-template-kwargs"}
 """Flags of `vllm serve`, which is not installed here, as vLLM's documentation has them."""
+LLAMA_CPP = {"--reasoning", "--chat-template-kwargs"}
+"""Flags of `llama-server`, as common/arg.cpp of llama.cpp has them."""
 STAND_INS = ("python", "pip", "torchrun", "deepspeed", "ruff", "mypy", "lint-imports")
 """Programs that scripts start; their arguments are recorded, and checked with their parsers afterwards."""
 STAND_IN = """#!/bin/sh
@@ -299,7 +302,7 @@ def _known_flags() -> set[str]:
 
 def test_every_flag_that_a_page_names_exists() -> None:
     """This includes the right column of docs/migration.md; flags in commands are read by their programs."""
-    known = _known_flags() | VLLM
+    known = _known_flags() | VLLM | LLAMA_CPP
     unknown = [
         f"{name}:{number}: {flag}"
         for name in NAMES

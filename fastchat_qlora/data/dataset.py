@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.serving_parity import report_parity
+from fastchat_qlora.data.analysis.thought_kinds import count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.readers import (
     RawRecord,
@@ -319,4 +320,6 @@ def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
         line += f", {shortened} shortened; {tokens} tokens, {share:.0%} supervised; longest {about}{full.max()} tokens."
         if len(sequences) > conversations:
             line += f" {conversations} conversations became {len(sequences)} sequences."
-    return "\n".join([line, *reasons])
+        line += f" Thoughts: sequences {thoughts}." if (thoughts := count_thoughts(sequences)) else ""
+    notes = [f"  rendered otherwise than the record has it, {count}: {note}" for note, count in summary.notes.items()]
+    return "\n".join([line, *reasons, *notes])

@@ -377,3 +377,22 @@ def test_control_characters_of_the_data_are_escaped(
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", captured.out + captured.err)
     assert ESCAPED in captured.err
     assert ESCAPED in captured.out or command == "train"
+
+
+MODES = "{% if add_generation_prompt and not enable_thinking | default(true) %}<think></think>{% endif %}"
+
+
+def test_both_prompts_of_a_template_are_shown(
+    base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + MODES, encoding="utf-8")
+    flags = ["--max_rejected", "1", "--chat_template_kwargs", '{"enable_thinking": false}']
+    page = tmp_path / "page.html"
+    assert inspect(base, records, *flags) == inspect(base, records, *flags, "--output", str(page)) == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    end = r"<|im_end|>\n<|im_start|>assistant\n"
+    assert f"""thinking, {{"enable_thinking": true}}: '{end}' no thinking, {{"enable_thinking": false}}: '""" in shown
+    used = f"'{end}<think></think>' (used, unless a record has arguments of its own)"
+    assert used in shown and used in text and "<h2>Ends of the generation prompts</h2>" in text

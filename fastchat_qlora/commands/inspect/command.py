@@ -12,6 +12,8 @@ from fastchat_qlora.commands.inspect.views import Report, print_report, write_pa
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
 from fastchat_qlora.config.arguments import RunArguments, flag
 from fastchat_qlora.config.parser import parse_command
+from fastchat_qlora.config.validation.json_flags import parse_object
+from fastchat_qlora.data.analysis.prompt_modes import find_prompt_modes
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
 from fastchat_qlora.data.dataset import Splits, split_datasets
 from fastchat_qlora.errors import UserError
@@ -84,6 +86,7 @@ def _prepare_report(args: RunArguments, limit: int) -> Report:
     return Report(
         model=args.model.model_name_or_path,
         max_length=args.training.model_max_length,
+        prompts=find_prompt_modes(tokenizer, parse_object(args.data.chat_template_kwargs)),
         rejections=rejections,
         statistics={name: compute_statistics(sequences) for name, sequences in splits.items()},
         examples=chain.from_iterable(examples),

@@ -1,5 +1,6 @@
 """The sequences and statistics of a run -> text for a terminal, or an HTML page."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastchat_qlora.commands.output import Screen
+from fastchat_qlora.data.analysis.prompt_modes import PromptMode
 from fastchat_qlora.data.analysis.statistics import (
     DatasetStatistics,
     Example,
@@ -23,6 +25,7 @@ from fastchat_qlora.utils.text import escape_control
 OPEN_MARK, CLOSE_MARK = "⟦", "⟧"  # around supervised text, for files and for readers who do not see colors
 SUPERVISED_STYLE, CONTEXT_STYLE = "bold green", "dim"
 BAR_COLUMNS = 30
+MAX_PROMPT_CHARACTERS = 60  # that are shown of the end of a prompt
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Report:
 
     model: str
     max_length: int
+    prompts: list[PromptMode]  # empty where the template has one mode
     rejections: dict[str, RejectionReport]
     statistics: dict[str, DatasetStatistics]
     examples: Iterator[Example]
@@ -49,6 +53,10 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
         supervised, context = (f"{OPEN_MARK}this{CLOSE_MARK}", SUPERVISED_STYLE), ("this", CONTEXT_STYLE)
         legend = Text.assemble("Supervised: ", supervised, "  Context only: ", context)
         console.print(legend, Rule(style="dim"), sep="\n")
+    if report.prompts:
+        console.print(Text("Ends of the generation prompts", style="bold"))
+        for name, ending in format_prompts(report.prompts).items():
+            console.print(Text(f"  {name}: {ending}"), soft_wrap=True)
     for flag, (summary, listed) in report.rejections.items():
         console.print(Text(escape_control(flag), style="bold"), soft_wrap=True)
         console.print(_build_table(format_rejections(summary)))
@@ -70,10 +78,20 @@ def write_page(report: Report, target: IO[str]) -> None:
         "inspect",
         report=report,
         examples=report.examples,
+        prompts=format_prompts(report.prompts),
         rejections={flag: (found, format_rejections(found.summary)) for flag, found in report.rejections.items()},
         statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
     )
     target.writelines(page)
+
+
+def format_prompts(modes: Iterable[PromptMode]) -> dict[str, str]:
+    """Return the ends of prompts as texts by the name of their mode."""
+    return {
+        f"{mode.name}, {json.dumps(dict(mode.arguments))}": repr(mode.ending[-MAX_PROMPT_CHARACTERS:])
+        + (" (used, unless a record has arguments of its own)" if mode.is_used else "")
+        for mode in modes
+    }
 
 
 def _mark_supervised(example: Example) -> Text:

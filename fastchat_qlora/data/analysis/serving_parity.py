@@ -36,7 +36,7 @@ COMPARED_LINES = 256  # of a file, among which sequences are chosen; later ones 
 Place = tuple[str, int]  # the file and the line of a record
 Prompt = list[int]  # the tokens with which a server asks for an answer
 THOUGHT_TAGS = re.compile(r"\s*(?:[<\[◁][^<>\[\]◁▷\s]+[>\]▷](?:thought)?\s*)+")
-THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
+THOUGHT_NAME = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 class Request(NamedTuple):
@@ -144,7 +144,7 @@ def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: Pr
         return _compare_all(ids, prompts, row["turns"], tokenizer)
 
     def may_precede_answer(tokens: Sequence[int]) -> bool:
-        return settings.empty_thoughts == "mask" and is_empty_thought(tokenizer.decode(tokens))
+        return settings.empty_thoughts != "train" and is_empty_thought(tokenizer.decode(tokens))
 
     previous_end = 0
     for number, (start, end) in enumerate(find_supervised(row["labels"]), 1):
@@ -184,7 +184,7 @@ def _get_prompt(tokenizer: Any, request: Request, index: int) -> Prompt:
 
 def is_empty_thought(text: str) -> bool:
     """Return whether a text is the tags of a thought, or its closing tag, and nothing else."""
-    return bool(THOUGHT_TAGS.fullmatch(text) and THOUGHT_WORD.search(text))
+    return bool(THOUGHT_TAGS.fullmatch(text) and THOUGHT_NAME.search(text))
 
 
 def _compare_all(ids: Sequence[int], prompts: Sequence[Prompt], turns: int, tokenizer: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from fastchat_qlora.data.analysis.thought_kinds import ThoughtCounts, count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.data.dataset import LoadedData
@@ -96,6 +97,7 @@ class DatasetStatistics:
     answers: int
     tokens: int
     supervised: int
+    thoughts: ThoughtCounts
     lengths: dict[str, int]
     histogram: list[Bin]
 
@@ -129,6 +131,7 @@ def compute_statistics(sequences: Dataset) -> DatasetStatistics:
         answers=int(turns.sum()),
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
+        thoughts=count_thoughts(sequences),
         lengths={name: int(np.percentile(lengths, q)) for name, q in PERCENTILES.items()} if len(lengths) else {},
         histogram=_count_by_length(lengths) if len(lengths) else [],
     )
@@ -154,11 +157,13 @@ def format_statistics(statistics: DatasetStatistics) -> dict[str, str]:
     """Return the counts of a split as texts by name."""
     share = f" ({statistics.supervised / statistics.tokens:.1%})" if statistics.tokens else ""
     lengths = ", ".join(f"{name}\N{NO-BREAK SPACE}{length:,}" for name, length in statistics.lengths.items())
+    thoughts = {"thoughts": f"sequences {statistics.thoughts}"} if statistics.thoughts else {}
     return {
         "sequences": f"{statistics.rows:,}",
         "conversations": f"{statistics.conversations:,}",
         "shortened": f"{statistics.shortened:,}",
         "assistant turns": f"{statistics.answers:,}",
+        **thoughts,
         "tokens": f"{statistics.tokens:,}",
         "supervised tokens": f"{statistics.supervised:,}{share}",
         "tokens per sequence": lengths or "none",

@@ -12,6 +12,8 @@ from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_
 BRACKETED = re.compile(r"[<\[]\S+[>\]]")  # <|user|>, <start_of_turn>, [INST]
 WRITTEN_BY_ASSISTANTS = re.compile(r"</?(?:think|thought|reason|answer|tool|function)\w*>")
 
+HINT = "; --content_tokens allow takes it as it stands"
+
 SAMPLE_ROLES = ("user", "user assistant user", "system user assistant")
 
 
@@ -67,7 +69,7 @@ def check_plain(conversation: Conversation, control_tokens: StringMatcher) -> No
             rest = json.dumps([message.reasoning, message.tool_calls, dict(message.extra)], ensure_ascii=False)
             found = control_tokens.search(message.reasoning) or control_tokens.search(rest)
         if found:
-            raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}")
+            raise RejectedRecord(f"message {i}: contains the special token {found.group()!r}{HINT}")
     found = control_tokens.search(json.dumps(conversation.tools, ensure_ascii=False)) if conversation.tools else None
     if found:
-        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}")
+        raise RejectedRecord(f"'tools' contains the special token {found.group()!r}{HINT}")

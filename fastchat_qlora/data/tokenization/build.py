@@ -46,11 +46,14 @@ class RejectionSummary:
     reasons: dict[str, int] = field(default_factory=dict)  # generalized reason -> count, the most frequent first
     first: str = ""  # source and reason of the first rejected record that is not too long; empty if there is none
     first_too_long: str = ""
+    notes: dict[str, int] = field(default_factory=dict)  # what was rendered otherwise -> accepted records
 
     def add(self, batch: PreprocessedBatch) -> None:
         """Count a batch, with a bounded number of reasons."""
         self.read += batch.read
         self.rejected += len(batch.rejections)
+        for note, count in batch.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
         for rejection in batch.rejections:
             if rejection.kind is RejectionKind.TOO_LONG:
                 self.too_long += 1

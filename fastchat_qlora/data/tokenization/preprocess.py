@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind, Segment
+from fastchat_qlora.data.analysis.thought_kinds import classify_thoughts
+from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
-from fastchat_qlora.data.templates.chat_template import ChatTemplate
+from fastchat_qlora.data.templates.chat_template import ChatTemplate, Rendering
 from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
 from fastchat_qlora.data.tokenization.labels import (
@@ -33,21 +35,22 @@ NOTHING_FITS = "no supervised token: no token of an answer is left"
 
 
 class Draft(NamedTuple):
-    """A numbered record before tokenization: its conversation and texts, or its rejection."""
+    """A numbered record before tokenization: its conversation as rendered, or its rejection."""
 
     number: int
     source: Source
     conversation: Conversation
-    texts: list[list[Segment]]
+    rendering: Rendering
     rejection: RejectedRecord | None = None
 
 
 class PreprocessedBatch(NamedTuple):
-    """A table with the columns of EAGER_FEATURES or LAZY_FEATURES, the rejections, and the number of records read."""
+    """A table with the columns of EAGER_FEATURES or LAZY_FEATURES, and what became of the records."""
 
     sequences: pa.Table
     rejections: list[Rejection]
-    read: int
+    read: int  # records
+    notes: Mapping[str, int]  # what was rendered otherwise than the record has it -> accepted records
 
 
 class Preprocessor:
@@ -126,14 +129,15 @@ class Preprocessor:
             parsed = parse_record(record.value)
             source = source._replace(id=get_id(parsed))
             conversation = to_conversation(parsed)
-            check_plain(conversation, self.control_tokens)
+            if self.settings.content_tokens == "reject":
+                check_plain(conversation, self.control_tokens)
             return Draft(number, source, conversation, self.render(conversation))
         except RejectedRecord as error:
-            return Draft(number, source, Conversation(()), [], error)
+            return Draft(number, source, Conversation(()), Rendering([]), error)
 
     def encode(self, drafts: Sequence[Draft]) -> list[EncodedText]:
         """Tokenize all texts, on all cores and outside of Python."""
-        texts = [segments for draft in drafts for segments in draft.texts]
+        texts = [segments for draft in drafts for segments in draft.rendering.texts]
         return self.encoder.encode(
             texts, enough=self.settings.max_length if self.settings.overlong == "truncate" else None
         )
@@ -142,18 +146,23 @@ class Preprocessor:
         """Label the texts and cut them to length. A record is rejected as a whole or not at all."""
         texts = iter(encoded)
         sequences: list[tuple[int, Source, LabeledText]] = []
+        thoughts: list[int] = []
         rejections = []
+        notes: Counter[str] = Counter()
         for draft in drafts:
             try:
                 if draft.rejection:
                     raise draft.rejection
-                own = self._fit(draft.conversation, list(islice(texts, len(draft.texts))))
+                own = self._fit(draft.conversation, list(islice(texts, len(draft.rendering.texts))))
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
+                thoughts += [classify_thoughts(draft.conversation, sequence.segments) for sequence in own]
+                notes.update([draft.rendering.note] if draft.rendering.note else [])
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
-        return PreprocessedBatch(build_table(sequences, lazy=self.settings.lazy), rejections, len(drafts))
+        table = build_table(sequences, thoughts, lazy=self.settings.lazy)
+        return PreprocessedBatch(table, rejections, len(drafts), notes)
 
-    def render(self, conversation: Conversation) -> list[list[Segment]]:
+    def render(self, conversation: Conversation) -> Rendering:
         """Render a conversation as one or several texts in segments that know whether they are supervised.
 
         Raises:
@@ -167,9 +176,11 @@ class Preprocessor:
             if conversation.tools:
                 raise RejectedRecord("the template does not support 'tools'")
             segments = self.template.render(messages, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
-            return [[one if one.ends_turn else one._replace(supervised=self.supervise_all) for one in segments]]
+            return Rendering(
+                [[one if one.ends_turn else one._replace(supervised=self.supervise_all) for one in segments]]
+            )
         assert self.chat_template is not None
-        return self.chat_template.render(conversation, supervised).texts
+        return self.chat_template.render(conversation, supervised)
 
     def choose(self, conversation: Conversation) -> list[int]:
         """Return the indices of the messages to supervise; with `train_on all` also of masked ones, to render all."""
@@ -226,7 +237,7 @@ class Preprocessor:
         full_length = 0
         for part in parts:
             try:
-                sequences += self._fit(part, self.encoder.encode(self.render(part)))
+                sequences += self._fit(part, self.encoder.encode(self.render(part).texts))
             except RejectedRecord as error:
                 if error.kind is not RejectionKind.NOTHING_SUPERVISED:
                     raise

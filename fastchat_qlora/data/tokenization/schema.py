@@ -23,16 +23,19 @@ COMMON_COLUMNS = {
     "supervised": Value("int32"),
     "full_length": Value("int32"),
     "turns": Value("int32"),
+    "thoughts": Value("int8"),
 }
 """A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the tokens of
-the whole conversation, and the assistant turns in the sequence."""
+the whole conversation, the assistant turns in the sequence, and their thoughts (a ThoughtKind)."""
 
 EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON_COLUMNS})
 LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
-def build_table(sequences: Sequence[tuple[int, Source, LabeledText]], *, lazy: bool) -> pa.Table:
-    """Return a table of sequences, each with the number and the source of its record.
+def build_table(
+    sequences: Sequence[tuple[int, Source, LabeledText]], thoughts: Sequence[int], *, lazy: bool
+) -> pa.Table:
+    """Return a table of sequences, each with the number and the source of its record, and the kind of its thoughts.
 
     If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
@@ -50,6 +53,7 @@ def build_table(sequences: Sequence[tuple[int, Source, LabeledText]], *, lazy: b
         "supervised": np.diff(supervised[offsets]),
         "full_length": [one.full_length for one in tokens],
         "turns": [len(one.turn_ends) for one in tokens],
+        "thoughts": thoughts,
     }
     if lazy:
         columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]

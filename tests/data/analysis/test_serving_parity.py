@@ -347,6 +347,32 @@ def test_requests_have_the_arguments_of_run_and_record(tokenizer: PreTrainedToke
     assert request.messages[0] == {"role": "user", "content": "Hi"}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--empty_thoughts", "train"],
+        ["--empty_thoughts", "prompt"],
+        ["--train_on", "all"],
+        ["--chat_template_kwargs", '{"enable_thinking": false}'],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseekv3"])
+def test_records_are_compared_in_their_mode(name: str, flags: list[str], tmp_path: Path, notices: Any) -> None:
+    """Answers with thoughts, without, and both in one conversation."""
+    tokenizer = copy.deepcopy(real_templates.byte_level(name))
+    if "enable_thinking" not in tokenizer.chat_template and "--chat_template_kwargs" in flags:
+        pytest.skip("the template has no such argument")
+    ask, plain = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
+    thinking = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}
+    data = tmp_path / "data.jsonl"
+    conversations = ([ask, plain], [ask, thinking], [ask, plain, ask, thinking], [ask, thinking, ask, plain])
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    rows = load(tokenizer, data, tmp_path, *flags)
+    assert len(rows) >= 4 and parity_lines(notices)[0] == ALIKE.format(len(rows))
+
+
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
 def test_template_of_a_server_is_compared(
     train_on: str, tokenizer: PreTrainedTokenizerFast, data_file: Path, tmp_path: Path, notices: Any

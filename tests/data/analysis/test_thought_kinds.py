@@ -1,0 +1,92 @@
+"""Sequences are counted by the thoughts in their answers, and templates with two prompts show both."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import real_templates
+from datasets import Dataset
+
+from fastchat_qlora.data.analysis.prompt_modes import find_prompt_modes
+from fastchat_qlora.data.analysis.statistics import compute_statistics, format_statistics
+from fastchat_qlora.data.analysis.thought_kinds import ThoughtCounts, ThoughtKind, count_thoughts
+from fastchat_qlora.data.sources.readers import RawRecord, Source
+from fastchat_qlora.data.tokenization.preprocess import Preprocessor
+from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
+
+ASK = {"role": "user", "content": "How many?"}
+PLAIN = {"role": "assistant", "content": "Three."}
+FIELD = {"role": "assistant", "content": "Three.", "reasoning_content": "One, two, three."}
+TAGS = {"role": "assistant", "content": "<think>\nOne, two, three.\n</think>\n\nThree."}
+WITHOUT, WITH, EMPTY = ThoughtKind
+NO_THINKING = {"enable_thinking": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    real_templates.make_folders(tokenizer_folder, tmp_path_factory.mktemp("sentencepiece"))
+
+
+def sequences(name: str, *messages: list[dict[str, Any]], **settings: Any) -> Dataset:
+    tokenizer = copy.deepcopy(real_templates.byte_level(name))
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 4096, "truncate", **settings))
+    records = [(i, RawRecord(Source("f", i + 1), {"messages": turns})) for i, turns in enumerate(messages)]
+    done = preprocessor(records)
+    assert done.rejections == []
+    return Dataset(done.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "settings", "kinds"),
+    [
+        ("qwen2_5", [ASK, PLAIN], {}, [WITHOUT]),
+        ("qwen3", [ASK, PLAIN], {}, [EMPTY]),
+        ("qwen3", [ASK, PLAIN], {"empty_thoughts": "train"}, [EMPTY]),
+        ("qwen3", [ASK, PLAIN], {"empty_thoughts": "prompt"}, [WITHOUT]),
+        ("qwen3", [ASK, PLAIN], {"chat_template_kwargs": NO_THINKING}, [WITHOUT]),
+        ("qwen3", [ASK, FIELD], {}, [WITH]),
+        ("qwen3", [ASK, TAGS], {}, [WITH]),
+        ("qwen3", [ASK, FIELD, ASK, PLAIN], {}, [WITH, EMPTY]),
+        ("qwen3", [ASK, FIELD, ASK, PLAIN], {"train_on": "last"}, [EMPTY]),
+        ("gptoss", [ASK, FIELD], {}, [WITH]),
+    ],
+)
+def test_sequences_have_the_kind_of_their_thoughts(
+    name: str, messages: list[dict[str, Any]], settings: dict[str, Any], kinds: list[ThoughtKind]
+) -> None:
+    for lazy in (False, True):
+        assert list(sequences(name, messages, lazy=lazy, **settings)["thoughts"]) == kinds
+
+
+def test_kinds_are_counted_in_the_statistics() -> None:
+    found = sequences("qwen3", [ASK, PLAIN], [ASK, FIELD], [ASK, PLAIN])
+    assert count_thoughts(found) == ThoughtCounts(with_thoughts=1, without=0, empty=2)
+    shown = format_statistics(compute_statistics(found))
+    assert shown["thoughts"] == "sequences 1 with, 0 without, 2 with an empty one"
+    assert "thoughts" not in format_statistics(compute_statistics(sequences("qwen2_5", [ASK, PLAIN])))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "used"), [({}, [True, False]), ({"enable_thinking": True}, [True, False]), (NO_THINKING, [False, True])]
+)
+def test_both_prompts_of_a_template_are_found(kwargs: dict[str, Any], used: list[bool]) -> None:
+    thinking, other = find_prompt_modes(real_templates.byte_level("qwen3"), kwargs)
+    assert [mode.is_used for mode in (thinking, other)] == used
+    assert (thinking.name, thinking.arguments) == ("thinking", {"enable_thinking": True})
+    assert thinking.ending == "<|im_end|>\n<|im_start|>assistant\n"
+    assert (other.name, other.arguments) == ("no thinking", NO_THINKING)
+    assert other.ending == thinking.ending + "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "gptoss", "llama3_1"])
+def test_templates_with_one_mode_show_no_prompts(name: str) -> None:
+    assert find_prompt_modes(real_templates.byte_level(name), {}) == []
+
+
+def test_a_mode_may_differ_in_front_of_the_question(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{{ 'Think. ' if thinking else 'Go. ' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    assert [mode.ending for mode in find_prompt_modes(tokenizer, {})] == ["Think. ...A:", "Go. ...A:"]
