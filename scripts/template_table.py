@@ -108,7 +108,7 @@ def count(rows: Iterable[Row]) -> tuple[int, int]:
 
 def _table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table whose first column is in code; messages of programs are plain text in it."""
-    plain = ([re.sub(r"\s+", " ", cell).replace("|", "/").replace("`", "'") for cell in cells] for cells in rows)
+    plain = ([re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("`", "'") for cell in cells] for cells in rows)
     lines = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, *cells in plain)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
