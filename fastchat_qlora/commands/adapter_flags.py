@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastchat_qlora.config.flag_parsing import FlagParser, find_unknown_flags, string_to_bool
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
-from fastchat_qlora.config.validation.paths import ADAPTER_FILES, check_model_path
+from fastchat_qlora.config.validation.paths import ADAPTER_FILES, check_model_path, check_revision
 from fastchat_qlora.config.validation.ranges import check_ranges
 from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import is_text
@@ -58,6 +58,7 @@ def _build_parser(command: str, *, description: str, quantization: str) -> FlagP
     add, trust_code = parser.add_argument, "Run the code of the base model's repository."
     add("adapter", metavar="ADAPTER", help="Folder of the adapter: an output_dir or a checkpoint-N.")
     add("--model_name_or_path", help="Base model, if it is not the one that the adapter names.")
+    add("--model_revision", help="Branch, tag or commit of the base model, if not the one that the adapter names.")
     add("--cache_dir", help="Cache folder for downloads.")
     add("--trust_remote_code", type=string_to_bool, nargs="?", const=True, default=False, help=trust_code)
     add("--quantization", choices=QUANTIZATIONS, default="as_trained", help=quantization)
@@ -105,6 +106,7 @@ def _parse_adapter_flags(parser: FlagParser, argv: Sequence[str]) -> tuple[argpa
         errors.append(f"{values.adapter or 'ADAPTER'}: {' and '.join(missing)} not found; {remedy}")
     if values.model_name_or_path is not None:
         errors += check_model_path(values.model_name_or_path)
+    errors += check_revision(values.model_revision, values.model_name_or_path)
     return values, errors
 
 

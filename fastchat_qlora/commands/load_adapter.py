@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
-from fastchat_qlora.config.validation.paths import check_model_path
+from fastchat_qlora.config.validation.paths import check_model_path, find_revision_error
 from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import (
@@ -101,7 +101,8 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     folder, cache_dir = Path(os.path.expanduser(flags.adapter)), flags.cache_dir
     lora_config = read_lora_config(str(folder), flag=ADAPTER_FLAG)
     base = _choose_base(folder, flags.model_name_or_path)
-    model_args = ModelArguments(model_name_or_path=base, trust_remote_code=flags.trust_remote_code)
+    revision = flags.model_revision or _read_revision(folder, base)
+    model_args = ModelArguments(base, model_revision=revision, trust_remote_code=flags.trust_remote_code)
     config = base_model.load_config(model_args, cache_dir)
     meta_model = base_model.build_meta_model(config)
     published = read_published_quantization(config, base, meta_model)
@@ -115,7 +116,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     tokenizer = _load_adapter_tokenizer(folder, model_args, config, cache_dir)
     remedy = f"give the base model on which the adapter in {folder} was trained; the tokenizer is the adapter's"
     check_vocabulary(tokenizer, config, base, remedy)
-    generation = load_generation_config(folder, base, tokenizer, config, cache_dir)
+    generation = load_generation_config(folder, model_args, tokenizer, config, cache_dir)
     return TrainedAdapter(
         folder, lora_config, model_args, cache_dir, config, precision, published, trained_on, tokenizer, generation
     )
@@ -123,7 +124,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
 
 def _choose_base(folder: Path, given: str | None) -> str:
     """Return the base model that is given, or else the one that the adapter names."""
-    found = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    found = _read_adapter_config(folder).get("base_model_name_or_path")
     named = found if isinstance(found, str) else ""
     if given:
         if named and Path(named) != Path(given):
@@ -133,6 +134,27 @@ def _choose_base(folder: Path, given: str | None) -> str:
         reason = f", {named[:200]}, is neither a local model's folder nor a hub id" if named else " has no name"
         raise UserError(f"{ADAPTER_FLAG} {folder}: its base model{reason}; give --model_name_or_path")
     return named
+
+
+def _read_revision(folder: Path, base: str) -> str | None:
+    """Return the revision that an adapter names of its base model, if that is used, and from the hub."""
+    settings = _read_adapter_config(folder)
+    revision = settings.get("revision")
+    if not revision or settings.get("base_model_name_or_path") != base or os.path.isdir(os.path.expanduser(base)):
+        return None
+    if not isinstance(revision, str) or find_revision_error(revision):
+        raise UserError(
+            f"{ADAPTER_FLAG} {folder}: its adapter_config.json has the revision {str(revision)[:80]!r}, which is no "
+            "branch, tag or commit; give --model_revision"
+        )
+    logger.info(f"{folder}: its base model {base} is used at the revision {revision}, as in training.")
+    return revision
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of an adapter that `read_lora_config` has checked."""
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return settings
 
 
 def _choose_precision(
@@ -206,12 +228,13 @@ def _load_adapter_tokenizer(
     folder: Path, model_args: ModelArguments, config: PretrainedConfig, cache_dir: str | None
 ) -> PreTrainedTokenizerBase:
     settings: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    revision = model_args.revision
     if (length := base_model.get_context_length(config)) is not None:
         settings["model_max_length"] = length  # the file has the --model_max_length of the training
     if (folder / "tokenizer_config.json").is_file():
         return load_raw_tokenizer(str(folder), flag=ADAPTER_FLAG, **settings)
     logger.warning(f"{folder}: has no tokenizer; that of the base model is used, with its chat template.")
-    return load_raw_tokenizer(model_args.model_name_or_path, **settings)
+    return load_raw_tokenizer(model_args.model_name_or_path, revision=revision, **settings)
 
 
 def load_with_adapter(adapter: TrainedAdapter, base: PreTrainedModel | None = None) -> PeftModel:

@@ -13,6 +13,7 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.sources.readers import find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.atomic import write_atomically
+from fastchat_qlora.utils.file_types import parse_folder_name
 
 
 class Screen(Console):
@@ -30,7 +31,8 @@ def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
     output, run = os.path.realpath(path), get_output_dir(args)
     names = [*args.data.data_path, *(args.data.eval_data_path or ())]
     try:
-        data = {os.path.realpath(file) for name in names for file in find_files(name, run and run.resolve())[0]}
+        paths = [name if os.path.exists(name) else parse_folder_name(name).path for name in names]
+        data = {os.path.realpath(file) for path in paths for file in find_files(path, run and run.resolve())[0]}
     except OSError:  # reading the data will report it
         data = set()
     if output in data:

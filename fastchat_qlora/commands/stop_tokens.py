@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.data.analysis.stop_tokens import make_id_list
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
 from fastchat_qlora.errors import UserError
@@ -19,7 +20,7 @@ ANSWER_SENTINEL = "Quillon"  # a word that no chat template writes by itself
 
 
 def load_generation_config(
-    adapter: Path, base: str, tokenizer: Any, model: PretrainedConfig, cache_dir: str | None
+    adapter: Path, model_args: ModelArguments, tokenizer: Any, model: PretrainedConfig, cache_dir: str | None
 ) -> GenerationConfig:
     """Return the generation settings that lie beside an adapter, or those of its base model.
 
@@ -32,7 +33,8 @@ def load_generation_config(
         if config.eos_token_id is not None:
             return config
     try:
-        path = fetch_file(base, GENERATION_CONFIG_NAME, cache_dir)
+        base, revision = model_args.model_name_or_path, model_args.model_revision
+        path = fetch_file(base, GENERATION_CONFIG_NAME, cache_dir, revision)
     except OSError:  # no hub in reach, and not in the cache
         path = None
     config = _read_generation_config(path, vocabulary_size) if path else GenerationConfig()

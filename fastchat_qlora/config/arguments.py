@@ -32,6 +32,7 @@ class ModelArguments:
     """The base model and its tokenizer."""
 
     model_name_or_path: str = flag("Hub id or local folder of the base model.")
+    model_revision: str | None = flag("Branch, tag or commit of the base model on the hub.", None)
     trust_remote_code: bool = flag("Run the code that a model repository brings along.", False)
     padding_side: Literal["right", "left"] = flag("Side on which shorter sequences of a batch are padded.", "right")
     attn_implementation: str = flag(
@@ -40,14 +41,19 @@ class ModelArguments:
         "auto",
     )
 
+    @property
+    def revision(self) -> str:
+        """The revision that `from_pretrained` takes."""
+        return self.model_revision or "main"
+
 
 @dataclass
 class DataArguments:
     """The conversations to train on."""
 
     data_path: list[str] = flag(
-        "ShareGPT, OpenAI or Alpaca records: .json, .jsonl or .parquet files (also .gz, .zst), folders, or hub "
-        "datasets (name or name:split); one or several."
+        "ShareGPT, OpenAI or Alpaca records: .json, .jsonl, .csv, .parquet or .arrow files (also .gz, .zst, .bz2, .xz, "
+        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)

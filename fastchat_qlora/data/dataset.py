@@ -2,28 +2,20 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from fastchat_qlora.config.arguments import DataArguments
 from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.analysis.thought_kinds import count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
-from fastchat_qlora.data.sources.readers import (
-    RawRecord,
-    find_files,
-    load_hub_dataset,
-    read_file,
-    read_hub_dataset,
-    source_name,
-)
+from fastchat_qlora.data.sources.data_source import DataSource
 from fastchat_qlora.data.templates.renderer import (
     check_template_kwargs,
     describe_template_kwargs,
@@ -36,7 +28,7 @@ from fastchat_qlora.data.tokenization.build import (
     build_sequences,
     choose_workers,
 )
-from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, hash_content, open_or_build
+from fastchat_qlora.data.tokenization.cache import get_cache_root, get_key, open_or_build
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
 from fastchat_qlora.data.tokenization.schema import TokenizeOnAccess
 from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
@@ -145,11 +137,11 @@ def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSet
     )
 
 
-def _remove_old_rejections(rejected_to: Path, sources: Sequence["DataSource"]) -> None:
+def _remove_old_rejections(rejected_to: Path, sources: Sequence[DataSource]) -> None:
     """Remove the list of an earlier run."""
     target = os.path.realpath(rejected_to)
     for source in sources:
-        if any(hub is None and os.path.realpath(name) == target for name, hub in source.parts):
+        if any(os.path.realpath(part.path) == target for part in source.parts):
             raise UserError(f"{source.flag} {rejected_to}: would be written by this run; give another --output_dir")
     try:
         rejected_to.unlink(missing_ok=True)
@@ -179,85 +171,6 @@ def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> 
     held_out = np.random.default_rng(seed).permutation(conversations)[:size]
     is_held_out = np.isin(records, held_out)
     return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))
-
-
-class DataSource:
-    """The files and hub datasets of one flag, in order.
-
-    Args:
-        cache_dir: of downloads.
-        exclude: a folder whose files are not read: the run's own output.
-
-    Raises:
-        UserError: something cannot be read.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        flag: str,
-        cache_dir: str | None,
-        *,
-        show_progress: bool,
-        exclude: Path | None = None,
-    ) -> None:
-        self.paths = list(paths)
-        self.flag = flag
-        self.show_progress = show_progress
-        self.parts: list[tuple[str, Any]] = []
-        for path in paths:
-            if os.path.exists(path):
-                self.parts += [(str(file), None) for file in self._find_files(path, exclude)]
-            else:
-                self.parts.append((path, load_hub_dataset(path, flag, cache_dir)))
-        self.size = sum(os.path.getsize(name) if hub is None else hub.data.nbytes for name, hub in self.parts)
-
-    def _find_files(self, path: str, exclude: Path | None) -> list[Path]:
-        try:
-            files, ignored = find_files(path, exclude and exclude.resolve())
-        except OSError as error:
-            raise self._cannot_read(error, "folder") from error
-        if not files:
-            raise UserError(f"{self.flag} {path}: no data file in that folder; give .json, .jsonl or .parquet files")
-        if ignored:
-            names = [str(file.relative_to(path)) for file in ignored[:5]] + ["..." for _ in ignored[5:6]]
-            logger.info(
-                f"{self.flag} {path}: reading {len(files)} files, not {len(ignored)} others: {', '.join(names)}"
-            )
-        return files
-
-    def _cannot_read(self, error: OSError, kind: str) -> UserError:
-        return UserError(f"{self.flag} {error.filename}: cannot be read: {error.strerror}; give a {kind} you may read")
-
-    def contents(self) -> list[tuple[str, str]]:
-        """Return the name and the content's hash of each part."""
-        try:
-            return [
-                (source_name(name), hash_content(Path(name)) if hub is None else str(hub._fingerprint))
-                for name, hub in self.parts
-            ]
-        except OSError as error:
-            raise self._cannot_read(error, "file") from error
-
-    def records(self) -> Iterator[RawRecord]:
-        """Yield all records."""
-        hidden = None if self.show_progress else True  # None: shown where there is a terminal
-        with tqdm(total=self.size, desc="Tokenizing", unit="B", unit_scale=True, disable=hidden) as bar:
-            for name, hub in self.parts:
-                if hub is None:
-                    yield from read_file(Path(name), self.flag, bar.update)
-                else:
-                    yield from read_hub_dataset(name, hub, bar.update)
-
-    def records_at(self, places: set[tuple[str, int]]) -> Iterator[RawRecord]:
-        """Yield the records at (file, line) places; each file is read up to the last one."""
-        for name, hub in self.parts:
-            left = {line for file, line in places if file == source_name(name)}
-            records = read_file(Path(name), self.flag) if hub is None else read_hub_dataset(name, hub)
-            while left and (record := next(records, None)):
-                if record.source.line in left:
-                    left.remove(record.source.line)
-                    yield record
 
 
 def _load(

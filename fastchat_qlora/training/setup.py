@@ -206,6 +206,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         trusted=training_args.trust_checkpoint,
     )
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
+    lora_config.revision = args.model.model_revision  # PEFT loads the base model at that
     base = prepare_base(args, lora_config)
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     if checkpoint:
@@ -215,7 +216,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
-    base_files = fingerprint_base_model(args.model.model_name_or_path, base.config)
+    base_files = fingerprint_base_model(args.model, args.training.cache_dir)
     identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
     if checkpoint:
         checkpoint.check(identity)

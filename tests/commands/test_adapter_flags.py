@@ -46,7 +46,15 @@ def test_no_library_is_imported_for_help_and_mistakes(command: str, code: int, m
 
 
 FLAGS = [
-    *("--output_dir", "--model_name_or_path", "--cache_dir", "--trust_remote_code", "--quantization", "--system"),
+    *(
+        "--output_dir",
+        "--model_name_or_path",
+        "--model_revision",
+        "--cache_dir",
+        "--trust_remote_code",
+        "--quantization",
+        "--system",
+    ),
     *("--message", "--temperature", "--top_p", "--max_new_tokens", "--seed", "--dtype", "--max_shard_size", "--verify"),
 ]
 ODD_VALUES = [

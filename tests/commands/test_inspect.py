@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from fastchat_qlora import cli
 from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
-from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.config.arguments import DataArguments, ModelArguments
 from fastchat_qlora.data.analysis.statistics import Example
 from fastchat_qlora.data.dataset import load_dataset, split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
@@ -55,11 +55,8 @@ def inspect(base: Path, data: Path, *flags: str) -> int:
 def load_training_sequences(base: Path, output_dir: Path, **data_args: Any) -> dict[str, list[tuple[Any, ...]]]:
     """The sequences that a run with these arguments trains on."""
 
-    class Model:
-        model_name_or_path, padding_side, trust_remote_code = str(base), "right", False
-
     length = int(MODEL_MAX_LENGTH)
-    tokenizer = load_tokenizer(Model, cache_dir=None, model_max_length=length)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(ModelArguments(str(base)), cache_dir=None, model_max_length=length)
     args = DataArguments(max_rejected=1.0, **data_args)
     loaded = load_dataset(args, tokenizer, max_length=length, output_dir=output_dir)
     splits = split_datasets(loaded, args.eval_split, seed=42).named()

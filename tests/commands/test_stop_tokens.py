@@ -7,6 +7,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fastchat_qlora.commands.stop_tokens import find_end_of_turn, load_generation_config
+from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
 
 CONFIG = LlamaConfig(vocab_size=600)
@@ -21,6 +22,10 @@ TEMPLATES = {
     "no assistant": ("{{ raise_exception('no') }}", []),
     "without its content": ("{% for m in messages %}{{ m['role'] }}{% endfor %}", []),
 }
+
+
+def base_at(folder: Path) -> ModelArguments:
+    return ModelArguments(str(folder / "base"))
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
@@ -52,7 +57,7 @@ def test_sources_of_stop_tokens(
         (tmp_path / name).mkdir()
         if settings is not None:
             GenerationConfig(**settings).save_pretrained(tmp_path / name)
-    found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
+    found = load_generation_config(tmp_path / "adapter", base_at(tmp_path), tokenizer, CONFIG, None)
     assert found.eos_token_id == expected
 
 
@@ -72,7 +77,7 @@ def test_stop_tokens_outside_the_vocabulary_are_left_out(
     for written, expected in ((f"[{invalid}]", [IM_END]), (f"[7, {invalid}, 599]", [7, 599])):
         notices.clear()
         path.write_text(f'{{"eos_token_id": {written}}}')
-        found = load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
+        found = load_generation_config(tmp_path / "adapter", base_at(tmp_path), tokenizer, CONFIG, None)
         assert found.eos_token_id == (expected if folder == "adapter" else list(dict.fromkeys([IM_END, *expected])))
         assert f"{path}: 1 of its " in notices.text and "are not in the vocabulary of the model" in notices.text
 
@@ -83,4 +88,4 @@ def test_corrupt_file_is_an_error(folder: str, tokenizer: PreTrainedTokenizerFas
         (tmp_path / name).mkdir()
     (tmp_path / folder / "generation_config.json").write_text('{"eos_token_id": ')
     with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
-        load_generation_config(tmp_path / "adapter", str(tmp_path / "base"), tokenizer, CONFIG, None)
+        load_generation_config(tmp_path / "adapter", base_at(tmp_path), tokenizer, CONFIG, None)

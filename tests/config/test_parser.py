@@ -165,6 +165,10 @@ class Arrival(NamedTuple):
         Arrival(["--modules_to_save", "lm_head"], "lora", "modules_to_save", ["lm_head"]),
         Arrival(["--lora_bias", "all"], "lora", "lora_bias", "all"),
         Arrival(["--lora_bias", "lora_only"], "lora", "lora_bias", "lora_only"),
+        Arrival(
+            ["--model_name_or_path", "org/model", "--model_revision", "refs/pr/1"],
+            *("model", "model_revision", "refs/pr/1"),
+        ),
         Arrival(["--padding_side", "left"], "model", "padding_side", "left"),
         Arrival(["--overlong", "drop"], "data", "overlong", "drop"),
         Arrival(["--overlong", "error"], "data", "overlong", "error"),

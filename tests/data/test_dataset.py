@@ -14,7 +14,7 @@ from loaded_data import load_splits
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fastchat_qlora.data.dataset import DataSource
+from fastchat_qlora.data.sources.data_source import DataSource
 from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.errors import UserError
@@ -293,10 +293,10 @@ class TestPlaces:
         write(folder / "a.jsonl", sharegpt(HI))
         (folder / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
         (folder / "linked").symlink_to(tmp_path)
-        (folder / "b.json.bz2").write_bytes(b"")
+        (folder / "b.json.lz4").write_bytes(b"")
         (folder / ".hidden.txt").write_bytes(b"")
         assert len(build(folder, tokenizer, tmp_path)["train"]) == 1
-        logged = f"--data_path {folder}: reading 1 files, not 3 others: b.json.bz2, gone.jsonl, linked"
+        logged = f"--data_path {folder}: reading 1 files, not 3 others: b.json.lz4, gone.jsonl, linked"
         assert logged in notices.messages
         for i in range(4):
             (folder / f"notes{i}.txt").write_bytes(b"")
@@ -334,14 +334,10 @@ class TestPlaces:
             assert [(row["file"], row["line"], row["id"]) for row in train] == [(name, 1, "a")]
             assert [(record["file"], record["line"]) for record in rejected(tmp_path)] == [(name, 2)]
 
-    def test_size_counts_files_and_hub_datasets(
-        self, data_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_size_counts_the_bytes_of_all_files(self, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The number of processes and the end of the progress bar depend on it."""
-        hub = Dataset.from_list([sharegpt(turns) for turns in CONVERSATIONS * 200])
-        monkeypatch.setattr("fastchat_qlora.data.dataset.load_hub_dataset", lambda *args: hub)
-        source = DataSource(["org/name", str(data_file), "org/name"], "--data_path", None, show_progress=False)
-        assert source.size == 2 * hub.data.nbytes + data_file.stat().st_size
+        source = DataSource([str(data_file)] * 2, "--data_path", None, show_progress=False)
+        assert source.size == 2 * data_file.stat().st_size
         logged: list[int] = []
 
         class Bar:
@@ -356,8 +352,8 @@ class TestPlaces:
             def update(self, count: int) -> None:
                 logged.append(count)
 
-        monkeypatch.setattr("fastchat_qlora.data.dataset.tqdm", Bar)
-        assert sum(1 for _ in source.records()) == 2 * 800 + 12
+        monkeypatch.setattr("fastchat_qlora.data.sources.data_source.tqdm", Bar)
+        assert sum(1 for _ in source.records()) == 2 * 12
         assert sum(logged) == source.size
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastchat_qlora.config.validation.json_flags import read_small_file
-from fastchat_qlora.utils.file_types import is_data_file
+from fastchat_qlora.utils.file_types import is_data_file, parse_folder_name, parse_hub_name
 from fastchat_qlora.utils.text import is_text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -20,6 +21,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
         for name in getattr(values, flag) or []:
             yield from check_data_path(flag, name)
     yield from check_model_path(values.model_name_or_path)
+    yield from check_revision(values.model_revision, values.model_name_or_path)
     output = _expand(values.output_dir)
     if not values.output_dir or (os.path.exists(output) and not output.is_dir()):
         yield f"--output_dir {values.output_dir}: is a file or empty; give a folder"
@@ -66,6 +68,21 @@ def check_model_path(name: str) -> list[str]:
     return []
 
 
+def check_revision(revision: str | None, model: str | None) -> list[str]:
+    """Return the error in the revision of a base model, if any."""
+    flag = f"--model_revision {revision}"
+    if revision is not None and model and os.path.isdir(_expand(model)):
+        return [f"{flag}: {model} is a folder, which has no revisions; drop the flag"]
+    error = "" if revision is None else find_revision_error(revision)
+    return [f"{flag}: {error}; give a branch, a tag or a commit of the model on the hub"] if error else []
+
+
+def find_revision_error(revision: str) -> str:
+    """Return what is wrong with the name of a revision, which becomes a part of paths; empty if nothing is."""
+    is_name = re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) and ".." not in revision
+    return "" if is_name and len(revision) <= MAX_HUB_NAME_LENGTH else "must be a name such as main or refs/pr/1"
+
+
 def check_data_path(flag: str, name: str) -> list[str]:
     """Return the error in the name of data (a file, a folder or a dataset on the hub), if any."""
     path = _expand(name)
@@ -76,17 +93,31 @@ def check_data_path(flag: str, name: str) -> list[str]:
             return [f"--{flag} {name}: is not a regular file; write it to a file first"]
         is_empty = path.stat().st_size == 0
         return [f"--{flag} {name}: the file is empty; it must contain conversations"] if is_empty else []
-    hub_name, _, split = name.partition(":")
-    if split and os.path.exists(Path(hub_name)):
-        is_repository = Path(hub_name).is_dir()
-        return [] if is_repository else [f"--{flag} {name}: a file has no splits; give {hub_name}"]
-    looks_local = name.startswith((".", "/", "~")) or is_data_file(name) or hub_name.count("/") > 1
-    if not name or looks_local or len(name) > MAX_HUB_NAME_LENGTH:
+    local = parse_folder_name(name)
+    folder = _expand(local.path)
+    if name and local.split and os.path.exists(folder):
+        return [] if folder.is_dir() else [f"--{flag} {name}: a file has no splits; give {local.path}"]
+    if local.path and _declares_subset(folder.parent / "README.md", folder.name):
+        return []
+    hub_name = parse_hub_name(name).path
+    looks_local = name.startswith((".", "/", "~")) or is_data_file(hub_name) or ".." in hub_name.split("/")
+    looks_local = looks_local or (hub_name.count("/") > 1 and os.path.isdir(hub_name.partition("/")[0]))
+    if not hub_name or looks_local or len(name) > MAX_HUB_NAME_LENGTH:
         return [
-            f"--{flag} {name}: no such file; give a .json, .jsonl or .parquet file, a folder, or a hub "
-            "dataset such as org/name or org/name:split"
+            f"--{flag} {name}: no such file; give a .json, .jsonl, .csv, .parquet or .arrow file, a folder, or a hub "
+            "dataset such as org/name or org/name/subset:split@revision"
         ]
     return []
+
+
+def _declares_subset(readme: Path, name: str) -> bool:
+    """Return whether a dataset's README.md seems to declare a subset; a parser of YAML takes too long to import."""
+    try:
+        return (
+            re.search(rf"config_name:\s*['\"]?{re.escape(name)}['\"]?\s*$", readme.read_text("utf-8"), re.M) is not None
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def check_writable(output_dir: str) -> list[str]:

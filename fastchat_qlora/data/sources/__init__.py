@@ -1,4 +1,4 @@
 """Files and hub datasets -> raw records -> conversations.
 
-Start with readers.read_file and formats.to_conversation.
+Start with repository.find_data, readers.read_file and formats.to_conversation.
 """

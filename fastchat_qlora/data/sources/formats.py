@@ -237,7 +237,7 @@ def _read_call(call: Any) -> dict[str, Any]:
         raise RejectedRecord("a tool call's arguments must be an object")
     try:
         text = json.dumps([function["name"], arguments], ensure_ascii=False, allow_nan=False)
-    except ValueError as error:  # NaN
+    except (ValueError, TypeError) as error:  # NaN; a timestamp of a Parquet file
         raise RejectedRecord(f"a tool call's arguments are not JSON: {error}") from error
     _read_text(text)
     identity = {"id": _read_text(call["id"])} if isinstance(call.get("id"), str) else {}
@@ -261,5 +261,8 @@ def _read_tools(record: dict[str, Any]) -> list[Mapping[str, Any]]:
     functions = [tool["function"] for tool in tools]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise RejectedRecord("'tools': a function must be an object with a name")
-    _read_text(json.dumps(tools, ensure_ascii=False), "'tools': ")
+    try:
+        _read_text(json.dumps(tools, ensure_ascii=False), "'tools': ")
+    except TypeError as error:  # a timestamp of a Parquet file
+        raise RejectedRecord(f"'tools' are not JSON: {error}") from error
     return tools

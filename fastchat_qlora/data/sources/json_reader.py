@@ -1,19 +1,15 @@
-"""JSON files -> records, one after another: arrays and lines, also in .gz and .zst."""
+"""JSON files -> records, one after another, from arrays and lines."""
 
 import codecs
-import gzip
 import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.utils.file_types import LINE_SUFFIXES, strip_compression_suffix
+from fastchat_qlora.utils.file_types import LINE_SUFFIXES
 
 NumberedRecord = tuple[int, Any]
 
@@ -28,31 +24,38 @@ NUMBER_MAY_GO_ON = ("", ".", "e", "E", "e+", "e-", "E+", "E-")  # if the text en
 NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-def read_json_records(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[NumberedRecord]:
+def read_json_records(file: io.BufferedReader, name: str, where: str) -> Iterator[NumberedRecord]:
     """Return the records of an open JSON file, numbered by lines or items from 1.
 
-    A record is parsed, a line's bytes, or a RejectedRecord. The file's suffixes give the compression, and whether it
-    contains lines.
+    A record is parsed, a line's bytes, or a RejectedRecord. Files of lines are known by their name, those with an array
+    or lines under another name by how they begin.
+
+    Args:
+        where: what errors begin with: the flag and the path.
 
     Raises:
         UserError: it is not an array of valid JSON in UTF-8, and does not contain lines.
     """
-    file = _decompress(path.name.lower(), raw)
     skipped = len(file.read(3)) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
     if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{flag} {path}: is text in UTF-16; convert the file to UTF-8")
-    if strip_compression_suffix(path.name).endswith(LINE_SUFFIXES):
+        raise UserError(f"{where}: is text in UTF-16; convert the file to UTF-8")
+    if name.endswith(LINE_SUFFIXES) and not _begins_with_an_array(file):
         return _read_lines(file)
     skipped += _skip_blanks(file)
-    return _read_lines(file) if _begins_with_a_line(file) else _read_array(JsonStream(file, f"{flag} {path}", skipped))
+    return _read_lines(file) if _begins_with_a_line(file) else _read_array(JsonStream(file, where, skipped))
 
 
-def _decompress(name: str, raw: io.BufferedReader) -> io.BufferedReader:
-    if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if name.endswith(".zst"):
-        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), MIN_READ_BYTES)
-    return io.BufferedReader(raw, MIN_READ_BYTES)
+def _begins_with_an_array(file: io.BufferedReader) -> bool:
+    """Return whether a file of lines begins with an array, and not with a line that is one and has others below it."""
+    start = file.peek(1).lstrip()
+    line, _, rest = start.partition(b"\n")
+    if not start.startswith(b"[") or not rest.strip():
+        return start.startswith(b"[")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return not isinstance(error, RecursionError)
+    return False
 
 
 def _skip_blanks(file: io.BufferedReader) -> int:

@@ -216,7 +216,7 @@ class ChatTemplate:
                 return self._try(conversation, wanted, attempt, is_skeleton=is_skeleton), attempt.describe()
             except RejectedRecord as error:
                 errors.append(error)
-        raise next((error for error in errors if not isinstance(error.__cause__, TemplateRefusal)), errors[0])
+        raise next((error for error in errors if not _is_refusal(error)), errors[0])
 
     def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
         own = {**self.arguments, **conversation.chat_template_kwargs}
@@ -321,17 +321,7 @@ class ChatTemplate:
             def apply(messages: TemplateMessages, prompt: bool) -> str:
                 return self._apply(messages, prompt, (), arguments)
 
-            headers: dict[str, str] = {}
-
-            def get_header(role: str) -> str:
-                if role not in headers:
-                    headers[role] = ""
-                    with suppress(RejectedRecord):
-                        text, found, _ = apply([{"role": role, "content": SENTINEL}], False).partition(SENTINEL)
-                        headers[role] = text if found else ""
-                return headers[role]
-
-            facts = TemplateFacts(apply, get_header, self.control_tokens, self.tokenizer.eos_token)
+            facts = TemplateFacts(apply, self.control_tokens, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
             self.facts[key] = facts._replace(thought=_find_written_thought(facts))
         return self.facts[key]
 
@@ -344,6 +334,11 @@ class ChatTemplate:
             )
         except TemplateRefusal as refusal:
             raise RejectedRecord(f"the chat template refuses the conversation: {refusal}") from refusal
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Return whether an error goes back to the template's own."""
+    return error is not None and (isinstance(error, TemplateRefusal) or _is_refusal(error.__cause__))
 
 
 def _check_shown(finder: CompletionFinder, completion: Completion, previous: int) -> None:

@@ -10,10 +10,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
@@ -74,12 +76,21 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
 def _read_config(model_args: ModelArguments, cache_dir: str | None, flag: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(
-            model_args.model_name_or_path, cache_dir=cache_dir, trust_remote_code=model_args.trust_remote_code
+            model_args.model_name_or_path,
+            revision=model_args.revision,
+            cache_dir=cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
         )
     except Exception as error:  # libraries raise anything on untrusted files
         _check_quantization_settings(Path(model_args.model_name_or_path).expanduser() / CONFIG_NAME, flag)
-        reason = one_line(error, 300)
-        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached: {reason}") from error
+        reason, revision = one_line(error, 300), model_args.model_revision
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            raise UserError(
+                f"--model_revision {revision}: {model_args.model_name_or_path} has no branch, tag or commit of that "
+                "name; give another one, or drop the flag"
+            ) from error
+        at = f" (--model_revision {revision})" if revision else ""
+        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached{at}: {reason}") from error
 
 
 def _check_quantization_settings(path: Path, flag: str) -> None:
@@ -105,15 +116,16 @@ def _check_kernels(config: PretrainedConfig, flag: str) -> None:
             )
 
 
-def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) -> str:
+def fingerprint_base_model(model_args: ModelArguments, cache_dir: str | None) -> str:
     """Return the commit of a hub id, or a hash of the start, middle and end of each weights file.
 
     Hashing all of it would take as long as loading it, and another training of the same model differs everywhere.
     """
-    if commit := getattr(config, "_commit_hash", None):
-        return str(commit)
+    folder = Path(model_args.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        return _find_commit(model_args, cache_dir)
     digest = hashlib.sha256()
-    for path in sorted(Path(model_name_or_path).expanduser().glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -121,6 +133,13 @@ def fingerprint_base_model(model_name_or_path: str, config: PretrainedConfig) ->
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _find_commit(model_args: ModelArguments, cache_dir: str | None) -> str:
+    """Return the commit of a hub id whose configuration has been read, by the folder of the cache that it lies in."""
+    name, revision = model_args.model_name_or_path, model_args.revision
+    file = cached_file(name, CONFIG_NAME, revision=revision, cache_dir=cache_dir, local_files_only=True)
+    return str(extract_commit_hash(file, None))
 
 
 def get_context_length(config: PretrainedConfig) -> int | None:
@@ -210,6 +229,7 @@ def load_model(
         with read_weights_in_order(needed=is_published):
             model, found = get_auto_class(config).from_pretrained(
                 model_args.model_name_or_path,
+                revision=model_args.revision,
                 dtype=dtype,
                 device_map=device_map,
                 attn_implementation=get_text_attention(get_model_config(config), attn_implementation),

@@ -19,6 +19,7 @@ def load_tokenizer(
     """Load the fast tokenizer of the base model, and set its padding token."""
     tokenizer = load_raw_tokenizer(
         model_args.model_name_or_path,
+        revision=model_args.revision,
         cache_dir=cache_dir,
         model_max_length=model_max_length,
         padding_side=model_args.padding_side,

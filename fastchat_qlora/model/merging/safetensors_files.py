@@ -38,14 +38,15 @@ class WeightFiles:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
-def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
+def find_weight_files(name: str, cache_dir: str | None, revision: str | None = None) -> list[Path]:
     """Return a base model's safetensors files, downloaded if the model is on the hub; raise UserError without them."""
     flag = f"--model_name_or_path {name}"
     try:
-        if single := fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir):
+        if single := fetch_file(name, SAFE_WEIGHTS_NAME, cache_dir, revision):
             return [single]
-        index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir)
-        files = [fetch_file(name, file, cache_dir) for file in read_weight_index(index, flag)] if index else []
+        index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, cache_dir, revision)
+        names = read_weight_index(index, flag) if index else []
+        files = [fetch_file(name, file, cache_dir, revision) for file in names]
     except OSError as error:
         raise UserError(f"{flag}: its weights cannot be read: {one_line(error, 300)}; download it again") from error
     if not files or None in files:
@@ -53,11 +54,13 @@ def find_weight_files(name: str, cache_dir: str | None) -> list[Path]:
     return [file for file in files if file]
 
 
-def fetch_file(name: str, file: str, cache_dir: str | None) -> Path | None:
+def fetch_file(name: str, file: str, cache_dir: str | None, revision: str | None = None) -> Path | None:
     """Return a file of a model, downloaded if it is on the hub; None if there is no such file."""
     folder = Path(name).expanduser()
     model = str(folder) if folder.is_dir() else name
-    found = cached_file(model, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        model, file, revision=revision, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False
+    )
     return Path(found) if found else None
 
 

@@ -108,6 +108,7 @@ def fingerprint_settings(
         "base_quantization": quantization.to_dict(),
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
+        "model_revision": args.model.model_revision,
         **{name: getattr(value, "value", value) for name, value in flags.items()},  # enums by their values
         **get_lora_values(lora_config),
         "lora_target_modules": _sort_names(lora_config.target_modules),

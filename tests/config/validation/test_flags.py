@@ -115,6 +115,11 @@ SEEN_AT_ONCE = {
     "name that steers": (["--data_path", "\x1b[31m.json"], ["--data_path \\x1b[31m.json: no such file"]),
     "no such eval data": (["--eval_data_path", "none.json"], ["--eval_data_path none.json", "no such file"]),
     "model, absolute": (["--model_name_or_path", "/none"], ["--model_name_or_path /none", "give a local folder"]),
+    "revision of a folder": (["--model_revision", "v1"], ["--model_revision v1: ", "is a folder", "drop the flag"]),
+    "revision, parent": (
+        ["--model_name_or_path", "org/model", "--model_revision", "../v1"],
+        ["--model_revision ../v1: must be a name such as main"],
+    ),
     "model, relative": (["--model_name_or_path", "./none"], ["--model_name_or_path ./none", "give a local folder"]),
     "model, parent": (["--model_name_or_path", "../a/b"], ["--model_name_or_path ../a/b", "give a local folder"]),
     "model, deep": (["--model_name_or_path", "a/b/c"], ["--model_name_or_path a/b/c", "give a local folder"]),

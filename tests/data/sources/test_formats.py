@@ -1,7 +1,9 @@
 """Every format that a record may come in means the same conversation; its flags decide on supervision."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +188,19 @@ def write_all(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
         "c.json": lines,  # JSON Lines under the other name
         "d.jsonl.gz": gzip.compress(lines),
         "e.json.zst": pa.compress(json.dumps(records).encode(), "zstd", asbytes=True),
+        "g.jsonl.bz2": bz2.compress(lines),
+        "h.json.xz": lzma.compress(json.dumps(records).encode()),
+        "i.jsonl": json.dumps(records).encode(),  # an array under the other name
+        "j.json": gzip.compress(lines),  # compressed, without the suffix
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    pq.write_table(pa.Table.from_pylist(records), folder / "f.parquet")
-    return [folder / name for name in (*contents, "f.parquet")]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, folder / "k.parquet")
+    for name, open_file in (("l.arrow", pa.ipc.new_file), ("m.arrow", pa.ipc.new_stream)):
+        with (folder / name).open("wb") as file, open_file(file, table.schema) as writer:
+            writer.write_table(table)
+    return [folder / name for name in (*contents, "k.parquet", "l.arrow", "m.arrow")]
 
 
 def test_files_of_every_kind_make_the_same_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -209,9 +219,9 @@ def test_files_of_every_kind_make_the_same_sequences(tokenizer: PreTrainedTokeni
     assert together["file"] == [str(path) for path in paths for _ in records]
 
 
-@pytest.mark.parametrize("split", ["train", "test", "train[:1]"])
+@pytest.mark.parametrize("split", ["train", "test", "train[:1]", "train[-1:]+test[:50%]"])
 def test_split_of_a_dataset_repository_is_read(split: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """`name:split` works as for a hub id; the datasets library reads the repository's files."""
+    """`name:split` works as for a hub id, with datasets' slices."""
     repository = tmp_path / "repository"
     (repository / "data").mkdir(parents=True)
     for name, count in (("train", 3), ("test", 2)):
@@ -219,6 +229,7 @@ def test_split_of_a_dataset_repository_is_read(split: str, tokenizer: PreTrained
         Dataset.from_list(records).to_parquet(repository / "data" / f"{name}-00000-of-00001.parquet")
     rows = build(f"{repository}:{split}", tokenizer, tmp_path)["train"]
     expected = {"train": ["train0", "train1", "train2"], "test": ["test0", "test1"], "train[:1]": ["train0"]}
+    expected["train[-1:]+test[:50%]"] = ["train2", "test0"]
     assert rows["id"] == expected[split]
 
 

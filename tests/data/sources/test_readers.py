@@ -13,19 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CONVERSATIONS, sharegpt
-from datasets import Dataset
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
 from fastchat_qlora.data.sources import json_reader
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import (
     BATCH_ROWS,
-    RawRecord,
     Rejection,
     Source,
     find_files,
     read_file,
-    read_hub_dataset,
 )
 from fastchat_qlora.errors import UserError
 
@@ -590,7 +587,7 @@ def test_find_files_tells_data_from_other_entries(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "data" / "run"
     for folder in (data / "sub", data / ".git", run, tmp_path / "elsewhere"):
         folder.mkdir(parents=True)
-    for name in ("b.jsonl", "sub/a.json", "sub/.hidden.json", ".git/c.json", "run/d.json", "notes.txt", "e.json.bz2"):
+    for name in ("b.jsonl", "sub/a.json", "sub/.hidden.json", ".git/c.json", "run/d.json", "notes.txt", "e.json.lz4"):
         (data / name).write_bytes(line())
     (tmp_path / "elsewhere" / "f.json").write_bytes(line())
     (data / "link.json").symlink_to(tmp_path / "elsewhere" / "f.json")
@@ -599,7 +596,7 @@ def test_find_files_tells_data_from_other_entries(tmp_path: Path) -> None:
     os.mkfifo(data / "pipe.jsonl")
     files, left_out = find_files(str(data), without=run)
     assert [str(file.relative_to(data)) for file in files] == ["b.jsonl", "link.json", "sub/a.json"]
-    names = ["broken.json", "e.json.bz2", "linked", "notes.txt", "pipe.jsonl"]
+    names = ["broken.json", "e.json.lz4", "linked", "notes.txt", "pipe.jsonl"]
     assert [str(file.relative_to(data)) for file in left_out] == names
     assert data / "run" / "d.json" in find_files(str(data))[0]
 
@@ -621,35 +618,3 @@ def test_progress_of_a_file_adds_up_to_its_bytes(count: int, name: str, tmp_path
     reported: list[int] = []
     assert len(list(read_file(path, "--data_path", reported.append))) == count
     assert sum(reported) == path.stat().st_size
-
-
-@with_unreadable_values
-@pytest.mark.parametrize("before", [0, BATCH_ROWS - 1, BATCH_ROWS])
-def test_hub_row_with_an_unreadable_value_is_rejected(
-    columns: dict[str, pa.Array], good: list[bool], before: int
-) -> None:
-    """As in Parquet files."""
-    table = pa.table(columns)
-    dataset = Dataset(pa.concat_tables([table.slice(0, 1)] * before + [table]))
-    values = [record.value for record in read_hub_dataset("org/name", dataset)]
-    assert [bool(value) and not isinstance(value, RejectedRecord) for value in values] == [good[0]] * before + good
-    assert all(isinstance(value, RejectedRecord) or set(value) <= {"id", "messages"} for value in values)
-
-
-@pytest.mark.parametrize("count", [0, 1, BATCH_ROWS, BATCH_ROWS + 1, 3 * BATCH_ROWS - 1])
-def test_progress_of_a_hub_dataset_adds_up_to_its_bytes(count: int) -> None:
-    dataset = Dataset.from_list([{**GOOD, "id": "x" * (i % 13)} for i in range(count)])
-    reported: list[int] = []
-    records = list(read_hub_dataset("org/name", dataset, reported.append))
-    assert [record.source for record in records] == [Source("org/name", i + 1) for i in range(count)]
-    assert sum(reported) == dataset.data.nbytes
-    assert len(reported) == -(-count // BATCH_ROWS)
-
-
-@pytest.mark.parametrize("counts", [(168, 392), (399, 406), (574,)])
-def test_progress_of_a_hub_dataset_loses_nothing_to_rounding(counts: tuple[int, ...]) -> None:
-    for count in counts:
-        dataset = Dataset.from_dict({"messages": ["x" * (i % 13) for i in range(count)]})
-        reported: list[int] = []
-        assert all(isinstance(record, RawRecord) for record in read_hub_dataset("org/name", dataset, reported.append))
-        assert sum(reported) == dataset.data.nbytes

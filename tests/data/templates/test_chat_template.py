@@ -259,12 +259,18 @@ def test_messages_that_a_later_prompt_drops_are_not_in_its_sequence(tokenizer: P
 
 @pytest.mark.parametrize(
     "answer",
-    ["message['content'] | upper", "'Sure: ' + message['content']", "message['content'] | replace(' ', '')", "'no'"],
+    ["message['content'] | upper", "message['content'] | replace(' ', '')", "'no'"],
 )
 def test_changed_answer_is_rejected(answer: str, tokenizer: PreTrainedTokenizerFast) -> None:
     template = CHATML.replace(CONTENT, f"({answer} if message.role == 'assistant' else {CONTENT})")
     with pytest.raises(RejectedRecord, match=r"message 1: the chat template (changes|inserts|omits) .*answer"):
         supervised_texts(tokenizer, template, TALK)
+
+
+def test_text_of_the_template_before_an_answer_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As functionary has: behind its prompt, the model writes to whom it speaks."""
+    template = CHATML.replace(CONTENT, f"('all: ' if message.role == 'assistant' else '') + {CONTENT}")
+    assert supervised_texts(tokenizer, template, TALK) == ["all: one two<|im_end|>", "all: three<|im_end|>"]
 
 
 def test_answer_with_added_text_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:

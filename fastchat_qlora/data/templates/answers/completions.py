@@ -8,14 +8,13 @@ Where the answered text does not begin with the prompt, the two part at a token:
 that the answer lacks, say. Anything else is a reason to reject the conversation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Message, RejectedRecord
 from fastchat_qlora.data.templates.answers.alignment import Alignment, align_behind, is_thought
 from fastchat_qlora.data.templates.answers.message_parts import (
-    TAG,
     WRITTEN_SENTINELS,
     contains,
     get_variants,
@@ -31,7 +30,7 @@ from fastchat_qlora.data.templates.message_forms import (
     to_template_messages,
 )
 from fastchat_qlora.data.templates.prompts import Apply, PrefixRenderer
-from fastchat_qlora.data.templates.sentinels import make_sentinel
+from fastchat_qlora.data.templates.sentinels import SENTINEL, make_sentinel
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 
 BEFORE, NEXT = 9_999_998, 9_999_999  # numbers of the sentinels in the messages before and behind an answer
@@ -62,14 +61,11 @@ class WrittenThought(NamedTuple):
 
 
 class TemplateFacts(NamedTuple):
-    """A chat template with the arguments of a run or record, and what is known of it.
-
-    `get_header` returns the text before the first message of a role, in a conversation of its own.
-    """
+    """A chat template with the arguments of a run or record, and what is known of it."""
 
     apply: Apply
-    get_header: Callable[[str], str]
     tokens: StringMatcher  # special tokens, which end turns and begin them
+    bos: str
     eos: str | None
     thought: WrittenThought | None = None
 
@@ -91,6 +87,7 @@ class CompletionFinder:
         self.effort = effort
         self.renderer = PrefixRenderer(to_template_messages(messages, form), facts.apply)
         self.layouts: dict[tuple[Any, ...], AnswerLayout] = {}
+        self.headers: dict[str, str] = {}
 
     def find(self, index: int) -> Completion:
         """Return the completion of a message.
@@ -141,13 +138,24 @@ class CompletionFinder:
         texts = TextsBehindAnswer(
             alone[found[-1].end() :],
             self._render_followed(index, replaced, found[-1].group(1)),
-            self.facts.get_header(self._get_next_role(index)),
+            self._get_header(self._get_next_role(index)),
             self._render_between_calls(index),
         )
         end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
         if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
             raise RejectedRecord(NO_END)  # the one who is next names no end
         return AnswerLayout(alignment, end)
+
+    def _get_header(self, role: str) -> str:
+        """Return the text before a message of a role in a conversation of its own; nothing if there can be none."""
+        if role not in self.headers:
+            shown = set_content({"role": role, "content": self.renderer.messages[0]["content"]}, SENTINEL)
+            try:
+                text, found, _ = self.facts.apply([shown], False).partition(SENTINEL)
+            except RejectedRecord:
+                text = found = ""
+            self.headers[role] = text.removeprefix(self.facts.bos) if found else ""
+        return self.headers[role]
 
     def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
         """Align a prompt with the text of its answer, from the message between both on."""
@@ -240,6 +248,10 @@ class CompletionFinder:
     def _complete(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> Completion:
         """Return what stands behind the prompt, and check that it is the message."""
         text = self._cut(index, prompt, answered, layout)
+        if self.facts.eos and self.facts.eos in text[: len(text) - len(layout.end.stop)]:
+            raise RejectedRecord(
+                f"the chat template writes {self.facts.eos!r}, where a server stops, inside the answer"
+            )
         message = self.messages[index]
         reasoning = split_thought(message).reasoning.strip()
         if reasoning or message.tool_calls:
@@ -274,7 +286,8 @@ class CompletionFinder:
             closing = self._get_closing(prompt)
             if closing is None or self.effort < Effort.CLOSE_THOUGHTS:
                 raise RejectedRecord(f"the chat template does not write the thought {reasoning[:40]!r}")
-            return reasoning + closing + text[measure_empty_thought(alignment.head) :]
+            rest = text[measure_empty_thought(alignment.head) :]
+            return reasoning + (closing.rstrip() if rest[:1].isspace() else closing) + rest
         if measure_empty_thought(alignment.extra) and not opened and self.effort < Effort.THINK_ANYWAY:
             raise RejectedRecord(
                 f"the generation prompt ends with {alignment.extra[-40:]!r}, and the answer has a thought"
@@ -298,12 +311,10 @@ def _check_parts(message: Message, text: str) -> None:
 
 
 def _check_plain_answer(content: str, text: str, layout: AnswerLayout, tokens: StringMatcher) -> None:
-    """Require a completion that is the content, with nothing but tokens and tags of the template around it."""
+    """Require a completion that is the content, with what the template writes before it and ends the turn with."""
     head, closing = layout.alignment.head, layout.end.closing
     if not any(text == head + variant + closing for variant in get_variants(content)):
         raise RejectedRecord("the chat template changes the answer's text")
-    if head.strip() and not (tokens.search(head) or TAG.search(head)):
-        raise RejectedRecord(f"the chat template inserts {head[:40]!r} before the answer")
     first = tokens.search(closing)
     if first and closing[: first.start()].strip():
         raise RejectedRecord(f"the chat template adds {closing[: first.start()][:40]!r} to the answer")

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.data.templates.sentinels import SENTINEL
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.utils.text import count_common_prefix
 
@@ -41,7 +42,7 @@ class TextsBehindAnswer(NamedTuple):
     Args:
         alone: where nothing follows.
         followed: up to the next message; None if the template refuses one.
-        header: text that the template writes before such a message elsewhere.
+        header: text that the template writes before such a message in a conversation of its own.
         between_calls: text between two calls of one message, whose tokens end no turn.
     """
 
@@ -60,6 +61,13 @@ def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | No
     Raises:
         RejectedRecord: no special token ends the turn, or none that could be told from the next header.
     """
+    end = _find_turn_end(texts, tokens, eos)
+    if SENTINEL in end.closing:  # the next message was taken for a part of the end
+        raise RejectedRecord(NO_END)
+    return end
+
+
+def _find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> TurnEnd:
     alone, followed = texts.alone, texts.followed
     stop = _find_stop(texts, tokens, eos)
     if stop is not None:
@@ -97,13 +105,18 @@ def _find_stop(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None)
         return last
     common = alone[: count_common_prefix(alone, followed)]
     if _find_last(common, tokens) is None:  # another end where the conversation goes on, such as gpt-oss has
-        return None if _has_words(alone[:last], tokens) else last
+        if _has_words(alone[:last], tokens):
+            raise RejectedRecord(NO_END)
+        return last
     # A generation prompt in every text, say: what is left is the end, and the beginning of any header.
     end = _find_last(_remove_header(followed, texts.header, tokens), tokens)
     if end is not None and alone.startswith(followed[:end]):
         return end
-    first = tokens.search(alone)
-    return first.end() if first else None
+    # All of it is in the header too, in which a default system message may have ended.
+    first, opening = tokens.search(alone), tokens.search(texts.header)
+    if first is None or (opening and first.group() == opening.group()):
+        raise RejectedRecord(NO_END)
+    return first.end()
 
 
 def _has_words(text: str, tokens: StringMatcher) -> bool:
