@@ -36,6 +36,8 @@ CONVERSATIONS = [
     [("human", "hi"), ("gpt", "Hello, how are you today?"), ("human", "fine"), ("gpt", "Good to hear.")],
 ]
 
+TWELVE = [[("human", first[1] + "!" * i), *rest] for i in range(3) for first, *rest in CONVERSATIONS]
+
 
 def sharegpt(turns: list[tuple[str, str]], identity: str = "c") -> dict:
     """A ShareGPT record from (role, text) pairs."""
@@ -72,9 +74,9 @@ def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
-    """Twelve conversations as a ShareGPT array."""
+    """Twelve different conversations as a ShareGPT array."""
     path = tmp_path / "conversations.json"
-    records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(CONVERSATIONS * 3)]
+    records = [sharegpt(turns, f"c{i}") for i, turns in enumerate(TWELVE)]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
 

@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 
 from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.mixture import get_path
 from fastchat_qlora.data.sources.readers import find_files
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.atomic import write_atomically
@@ -29,7 +30,7 @@ def check_output(path: Path, args: RunArguments, argv: Sequence[str]) -> None:
     if os.path.isdir(path):
         raise UserError(f"--output {path}: is a folder; give the name of a file")
     output, run = os.path.realpath(path), get_output_dir(args)
-    names = [*args.data.data_path, *(args.data.eval_data_path or ())]
+    names = [get_path(text) for text in (*args.data.data_path, *(args.data.eval_data_path or ()))]
     try:
         paths = [name if os.path.exists(name) else parse_folder_name(name).path for name in names]
         data = {os.path.realpath(file) for path in paths for file in find_files(path, run and run.resolve())[0]}

@@ -53,9 +53,16 @@ class DataArguments:
 
     data_path: list[str] = flag(
         "ShareGPT, OpenAI or Alpaca records: .json, .jsonl, .csv, .parquet or .arrow files (also .gz, .zst, .bz2, .xz, "
-        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several."
+        ".zip), folders (folder:split), or hub datasets (org/name/subset:split@revision); one or several. "
+        "a.jsonl#max_samples=1000,share=0.5,repeat=2 uses a part of it or repeats it."
     )
     eval_data_path: list[str] | None = flag("Conversations to evaluate on; same formats.", None)
+    columns: dict[str, Any] | str | None = flag(
+        "Other names of the records' fields as a JSON object: column -> role (user, assistant, system, reasoning) or "
+        'known field, such as \'{"question": "user", "reply": "assistant"}\'.',
+        None,
+    )
+    system_prompt: str = flag("System message of conversations that have none.", "")
     eval_split: float = flag("Conversations held out from the training data for evaluation: share (< 1) or count.", 0.0)
     lazy_preprocess: bool = flag("Check conversations at the start, but tokenize them when they are needed.", False)
     conv_template: str = flag("Prompt template; auto takes the tokenizer's chat template, or else vicuna.", "auto")
@@ -87,11 +94,17 @@ class DataArguments:
         "Pack complete conversations into sequences of up to model_max_length tokens; a batch counts packed sequences.",
         False,
     )
+    duplicates: Literal["keep", "drop", "error"] = flag(
+        "What to do with conversations that stood before, in the same data or, for evaluation, in the training data: "
+        "keep and count them, drop them, or stop with an error.",
+        "keep",
+    )
     max_rejected: float = flag("Share of records that may be rejected before the run refuses to start.", 0.05)
     preprocessing_num_workers: int | None = flag("Processes that tokenize; by default by cores and data.", None)
 
     def __post_init__(self) -> None:
-        """Parse the arguments of the chat template."""
+        """Parse the flags with JSON objects."""
+        self.columns = parse_object(self.columns)
         self.chat_template_kwargs = parse_object(self.chat_template_kwargs)
 
 

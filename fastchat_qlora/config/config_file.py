@@ -1,7 +1,7 @@
 """YAML or JSON file -> the flags that its settings stand for, before those of the command line.
 
     model_name_or_path: org/model
-    data_path: [a.json, b.jsonl]
+    data_path: [a.json, {path: b.jsonl, max_samples: 10000}]
     learning_rate: 1e-4
     deepspeed: {zero_optimization: {stage: 2}}
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, find_nearest_flag, normalize_flag
 from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name
+from fastchat_qlora.config.mixture import ENTRY_FLAGS, format_entry
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, read_small_file, reject_duplicates
 from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
@@ -189,6 +190,8 @@ def _to_arguments(setting: Setting, known: Mapping[str, argparse.Action], parser
         raise UserError(f"unknown key {name}: {hint}")
     if value is None or (flag in AUTOMATIC and value == "auto"):
         return []
+    if flag[2:] in ENTRY_FLAGS:
+        value = _format_entries(name, value)
     if isinstance(value, dict) and action and action.type is str and flag[2:] not in JSON_FLAGS:
         raise UserError(f"{name} takes no object; give a value")
     if isinstance(value, list) and (action is None or action.nargs not in ("+", "*")):
@@ -201,6 +204,15 @@ def _to_arguments(setting: Setting, known: Mapping[str, argparse.Action], parser
         if len(values) > 1 and parser._parse_optional(text) is not None:
             raise UserError(f"{name} holds {text!r}, which looks like a flag; put ./ before a file's name")
     return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values] if values else []
+
+
+def _format_entries(name: str, value: Any) -> Any:
+    """Return data entries as on a command line; those that are objects have a path and settings."""
+    try:
+        entries = value if isinstance(value, list) else [value]
+        return [format_entry(entry) if isinstance(entry, dict) else entry for entry in entries]
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _check_value(name: str, text: Any, action: argparse.Action | None, parser: FlagParser) -> None:

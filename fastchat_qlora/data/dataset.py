@@ -11,11 +11,14 @@ import numpy as np
 from datasets import Dataset
 
 from fastchat_qlora.config.arguments import DataArguments
+from fastchat_qlora.config.mixture import DataEntry, get_path, name_entries, parse_entry
 from fastchat_qlora.config.validation.json_flags import parse_object
+from fastchat_qlora.data.analysis.duplicates import Finding
 from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.analysis.thought_kinds import count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.sources.data_source import DataSource
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.templates.renderer import (
     check_template_kwargs,
     describe_template_kwargs,
@@ -55,6 +58,22 @@ class Splits(Generic[T]):
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
 
+class SourceCounts(NamedTuple):
+    """The records of one entry of a data flag, by what becomes of them."""
+
+    name: str  # short, and no other entry's
+    entry: DataEntry
+    read: int
+    rejected: int
+    dropped: int = 0  # for they are duplicates
+    not_sampled: int = 0
+
+    @property
+    def accepted(self) -> int:
+        """The conversations that are used."""
+        return self.read - self.rejected - self.dropped - self.not_sampled
+
+
 class LoadedData(NamedTuple):
     """The data of one flag."""
 
@@ -65,6 +84,12 @@ class LoadedData(NamedTuple):
     rejected: Path  # the file that lists the rejected records
     contents: list[str]  # hashes of the files, in their order; their names are not in them
     template: str  # the name of the prompt template, with its arguments
+    sources: Sequence[SourceCounts] = ()  # of each entry; a sequence's column `source` is an index into them
+    findings: Sequence[Finding] = ()  # duplicates and leaks
+
+    def total(self, name: str) -> int:
+        """Return the sum over all entries of the count of that name."""
+        return sum(getattr(source, name) for source in self.sources)
 
 
 def load_dataset(
@@ -95,8 +120,16 @@ def load_dataset(
     _check_arguments(preprocessor)
     server_template = read_serving_template(data_args.serving_template)
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
+    columns = {*FIELDS, *preprocessor.settings.columns}
     sources = [
-        DataSource(names, flag, cache_dir, show_progress=mode != "worker", exclude=output_dir)
+        DataSource(
+            [*map(get_path, names)],
+            flag,
+            cache_dir,
+            show_progress=mode != "worker",
+            exclude=output_dir,
+            columns=columns,
+        )
         for flag, names in paths.items()
         if names
     ]
@@ -105,8 +138,9 @@ def load_dataset(
         _remove_old_rejections(rejected_to, sources)
     loaded = []
     for source in sources:
+        entries = [parse_entry(text) for text in paths[source.flag] or ()]
         workers = choose_workers(data_args.preprocessing_num_workers, source.size)
-        loaded.append(_load(source, preprocessor, workers, rejected_to, cache_dir))
+        loaded.append(_load(source, entries, preprocessor, workers, rejected_to, cache_dir))
         if error := _find_error(loaded[-1], data_args, rejected_to):
             if mode != "preview":
                 raise UserError(error)
@@ -134,6 +168,8 @@ def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSet
         parse_object(data_args.chat_template_kwargs),
         data_args.empty_thoughts,
         data_args.content_tokens,
+        columns=parse_object(data_args.columns),
+        system_prompt=data_args.system_prompt,
     )
 
 
@@ -149,32 +185,13 @@ def _remove_old_rejections(rejected_to: Path, sources: Sequence[DataSource]) -> 
         raise UserError(f"--output_dir: {rejected_to} cannot be written: {error.strerror}; remove it") from error
 
 
-def split_datasets(loaded: Splits[LoadedData], eval_split: float, seed: int) -> Splits[Dataset]:
-    """Return the sequences to train on and to evaluate on.
-
-    Whole conversations are moved: one that became several sequences must not be trained on and then evaluated on.
-
-    Args:
-        eval_split: share or number of training conversations to evaluate on, chosen by the seed.
-    """
-    sequences = loaded.train.sequences
-    if not eval_split:
-        return Splits(sequences, loaded.eval and loaded.eval.sequences)
-    records = get_column(sequences, "record")
-    conversations = np.unique(records)
-    size = int(eval_split if eval_split >= 1 else eval_split * len(conversations))
-    if not 0 < size < len(conversations):
-        raise UserError(
-            f"--eval_split {eval_split:g}: takes {size} of {len(conversations)} conversations and leaves nothing on "
-            "one side; give another share or count, or --eval_data_path"
-        )
-    held_out = np.random.default_rng(seed).permutation(conversations)[:size]
-    is_held_out = np.isin(records, held_out)
-    return Splits(*(sequences.select(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out)))
-
-
 def _load(
-    source: DataSource, preprocessor: Preprocessor, workers: int, rejected_to: Path | None, cache_dir: str | None
+    source: DataSource,
+    entries: Sequence[DataEntry],
+    preprocessor: Preprocessor,
+    workers: int,
+    rejected_to: Path | None,
+    cache_dir: str | None,
 ) -> LoadedData:
     contents = source.contents()
 
@@ -182,7 +199,7 @@ def _load(
         summary = build_sequences(source.records(), preprocessor, workers, folder, source.flag)
         if source.contents() != contents:
             raise UserError(f"{source.flag}: a file changed while it was read; start again when it is complete")
-        return asdict(summary)
+        return asdict(summary) | {"read_by_part": source.read_by_part}
 
     key = get_key(preprocessor.fingerprint(), contents)
     entry, facts, built = open_or_build(get_cache_root(cache_dir), key, build)
@@ -192,13 +209,26 @@ def _load(
     if rejected_to is not None and summary.rejected:
         with rejected_to.open("ab") as target:
             target.write(rejected.read_bytes())
-    sequences = Dataset.from_file(str(entry / SEQUENCES_FILE))
-    logger.info(_summarize(sequences, summary, source.flag))
+    sequences, counts = _add_sources(Dataset.from_file(str(entry / SEQUENCES_FILE)), summary, source, entries)
     if preprocessor.settings.lazy:
         sequences = sequences.with_transform(TokenizeOnAccess(preprocessor.encoder, preprocessor.settings.max_length))
     hashes = [content for _, content in contents]
     template = preprocessor.name + describe_template_kwargs(preprocessor.settings.chat_template_kwargs)
-    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, template)
+    return LoadedData(source.flag, source.paths, sequences, summary, rejected, hashes, template, sources=counts)
+
+
+def _add_sources(
+    sequences: Dataset, summary: RejectionSummary, source: DataSource, entries: Sequence[DataEntry]
+) -> tuple[Dataset, list[SourceCounts]]:
+    """Add the column `source`, the index of a sequence's entry, which the cache does not know, and count records."""
+    read = np.bincount(source.path_indices, summary.read_by_part, minlength=len(entries)).astype(np.int64)
+    records = get_column(sequences, "record")
+    column = np.searchsorted(read.cumsum(), records, side="right").astype(np.int32)
+    _, first = np.unique(records, return_index=True)
+    rejected = read - np.bincount(column[first], minlength=len(entries))
+    names = name_entries([entry.path for entry in entries])
+    counts = [SourceCounts(*facts) for facts in zip(names, entries, read.tolist(), rejected.tolist(), strict=True)]
+    return sequences.add_column("source", column), counts
 
 
 def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | None) -> str:
@@ -220,10 +250,15 @@ def _find_error(loaded: LoadedData, data_args: DataArguments, listed_in: Path | 
     return ""
 
 
-def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
+def summarize(loaded: LoadedData) -> str:
     """Return the counts that are logged at the start of a run."""
-    line = f"{flag}: {summary.read} read, {summary.rejected} rejected"
-    reasons = [f"  rejected {count}: {reason}" for reason, count in list(summary.reasons.items())[:5]]
+    sequences, summary = loaded.sequences, loaded.summary
+    parts = [f"{loaded.total(name)} {name.replace('_', ' ')}" for name in ("rejected", "dropped", "not_sampled")]
+    line = f"{loaded.flag}: {summary.read} read, {', '.join(parts)}, {loaded.total('accepted')} accepted"
+    notes = [f"  rejected {count}: {reason}" for reason, count in list(summary.reasons.items())[:5]]
+    if len(loaded.sources) > 1 or any(source.entry.settings for source in loaded.sources):
+        notes += [f"  {source.name}: {describe_source_counts(source)}" for source in loaded.sources]
+    notes += [f"  {finding.describe()}" for finding in loaded.findings if finding.size]
     if len(sequences):
         full, kept = (get_column(sequences, name) for name in ("full_length", "length"))
         records, tokens = get_column(sequences, "record"), kept.sum()
@@ -234,5 +269,14 @@ def _summarize(sequences: Dataset, summary: RejectionSummary, flag: str) -> str:
         if len(sequences) > conversations:
             line += f" {conversations} conversations became {len(sequences)} sequences."
         line += f" Thoughts: sequences {thoughts}." if (thoughts := count_thoughts(sequences)) else ""
-    notes = [f"  rendered otherwise than the record has it, {count}: {note}" for note, count in summary.notes.items()]
-    return "\n".join([line, *reasons, *notes])
+    notes += [f"  rendered otherwise than the record has it, {count}: {note}" for note, count in summary.notes.items()]
+    return "\n".join([line, *notes])
+
+
+def describe_source_counts(source: SourceCounts) -> str:
+    """Return what becomes of an entry's records, without what becomes of none."""
+    counts = {name: getattr(source, name) for name in ("rejected", "dropped", "not_sampled")}
+    parts = [f"{source.accepted:,} of {source.read:,} records"]
+    parts += [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    parts += [f"each {source.entry.repeat:g} times"] if source.entry.repeat != 1 else []
+    return ", ".join(parts)

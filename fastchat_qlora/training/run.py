@@ -122,4 +122,5 @@ def _build_trainer(
         fingerprint=prepared.fingerprint,
         shapes=prepared.shapes,
         stop_tokens=prepared.stop_tokens,
+        source_names=prepared.data.source_names,
     )

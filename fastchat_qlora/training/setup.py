@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
-from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset, split_datasets
+from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset
+from fastchat_qlora.data.selection import select_data, split_datasets
 from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
@@ -81,6 +83,12 @@ class PreparedData(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     loaded: Splits[LoadedData]
 
+    @property
+    def source_names(self) -> Splits[Sequence[str]]:
+        """The names of the sources of each split; those of a split that was held out are those of its data."""
+        train, evaluated = self.loaded.train, self.loaded.eval or self.loaded.train
+        return Splits(*([source.name for source in data.sources] for data in (train, evaluated)))
+
 
 class PreparedBase(NamedTuple):
     """The base model as far as its configuration tells."""
@@ -128,7 +136,12 @@ def prepare_data(
     loaded = load_dataset(
         args.data, tokenizer, max_length=max_length, output_dir=output_dir, cache_dir=cache_dir, mode=mode
     )
-    return PreparedData(tokenizer, loaded)
+    return PreparedData(tokenizer, select_data(loaded, args.data.duplicates, get_data_seed(args), mode))
+
+
+def get_data_seed(args: RunArguments) -> int:
+    """Return the seed by which data is chosen and ordered."""
+    return int(args.training.seed if args.training.data_seed is None else args.training.data_seed)
 
 
 def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
@@ -217,10 +230,10 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
     base_files = fingerprint_base_model(args.model, args.training.cache_dir)
-    identity = fingerprint_data(data.tokenizer, data.loaded.train.contents, base_files)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train, base_files)
     if checkpoint:
         checkpoint.check(identity)
-    datasets = split_datasets(data.loaded, args.data.eval_split, training_args.seed)
+    datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
     require_agreement(_get_shared_settings(args, datasets, checkpoint))
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
@@ -281,9 +294,8 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
     """Return the dataset that batches are made of: sequences, or packed sequences."""
     dataset: Dataset | PackedDataset = sequences
     if args.data.packing:
-        seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
         lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
-        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, seed))
+        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, get_data_seed(args)))
         share = lengths.sum() / (len(dataset) * capacity)
         logger.info(
             f"{len(sequences)} conversations in {len(dataset)} packed sequences of {capacity} tokens, {share:.1%} full."

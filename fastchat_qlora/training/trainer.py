@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
 from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import check_loaded
@@ -34,10 +35,14 @@ from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_write
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
+from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
+WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
+
+NO_SOURCES: Splits[Sequence[str]] = Splits(())  # names of the entries of the data flags
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -52,6 +57,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         fingerprint: Mapping[str, Any] | None = None,  # see run_fingerprint.py
         shapes: Mapping[str, torch.Size] | None = None,  # of the adapter's tensors in its file
         stop_tokens: Sequence[int] = (),  # for generation_config.json
+        source_names: Splits[Sequence[str]] = NO_SOURCES,
         **kwargs: Any,
     ) -> None:
         self._fingerprint, self._shapes, self._stop_tokens = dict(fingerprint or {}), shapes, stop_tokens
@@ -65,10 +71,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self.throughput = Throughput()
         self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
+        self._losses_by_source, self._eval_names = SourceLosses(source_names.train), source_names.eval or ("",)
+        # Of each source of the evaluation data: sum of weighted losses, sum of weights.
+        self._evaluated = torch.zeros(len(self._eval_names), 2, dtype=torch.float64)
         self._router_loss: torch.Tensor | None = None  # of the last micro-batch
         self._router_part: torch.Tensor | float = 0.0  # of the last micro-batch's loss
-        self._router_losses: list[tuple[torch.Tensor, int]] = []  # since the last log, with their targets
+        self._router_losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # since the last log, with their targets
         self.loss_head: chunked_loss.LossHead | None = None
         if reason := chunked_loss.explain_plain_loss(self.adapter):
             self.use_plain_loss(reason)
@@ -129,9 +137,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """Return the micro-batches of one optimizer step and the number of targets in them, over all processes.
+        """Return the micro-batches of one optimizer step and the weights of all targets in them, over all processes.
 
-        The numbers are plain integers from the collator, so that nothing waits for the device.
+        Numbers are plain integers from the collator, and weights are added up on the device, so that nothing waits for
+        it.
         """
         if self.state.global_step >= self.state.max_steps:
             # A run that finished in the middle of an epoch would take one more step when it is started again.
@@ -145,8 +154,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.step = Step([info["sources"] for info in infos], supervised)
         sizes = [batch["input_ids"].numel() for batch in batches]
         self.largest_batch_tokens = max([self.largest_batch_tokens, *sizes])
+        unweighted = [
+            info["num_supervised"] for batch, info in zip(batches, infos, strict=True) if WEIGHTS not in batch
+        ]
         # Filled by the device: a copy from the host would wait until the previous step is done.
-        targets = torch.full((), supervised, device=device)
+        targets = torch.full((), float(sum(unweighted)), device=device)
+        for weights in (batch[WEIGHTS] for batch in batches if WEIGHTS in batch):
+            targets += weights.to(device, non_blocking=True).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
         return batches, targets
@@ -171,10 +185,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return a micro-batch's share of the mean over all targets of the optimizer step."""
+        """Return a micro-batch's share of the weighted mean over all targets of the optimizer step."""
         losses, _ = self._token_losses(model, inputs)
-        loss = chunked_loss.compute_mean_loss(losses, num_items_in_batch)
-        router_loss = self._weigh_router_loss(len(losses), num_items_in_batch)
+        self._losses_by_source.add(losses, inputs)
+        weights = inputs.get(WEIGHTS)
+        loss = chunked_loss.compute_mean_loss(losses, num_items_in_batch, weights)
+        router_loss = self._weigh_router_loss(losses, weights, num_items_in_batch)
         loss = loss + router_loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             processes = self.accelerator.num_processes  # strategies average gradients over processes
@@ -199,21 +215,25 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._router_loss = getattr(outputs, "aux_loss", None)
         return losses, batch["conversation"]
 
-    def _weigh_router_loss(self, targets: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-        """Return the share of a micro-batch of so many targets in the step's router loss, with its weight.
+    def _weigh_router_loss(
+        self, losses: torch.Tensor, weights: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor | float:
+        """Return the share of a micro-batch in the step's router loss, with its weight.
 
         A router loss is a mean over the tokens of a micro-batch, so that it counts by the micro-batch's targets.
         """
         if self._router_loss is None:
             return 0.0
-        share = targets / torch.clamp(torch.as_tensor(num_items_in_batch or targets), min=1)
+        targets = torch.tensor(len(losses)) if weights is None else weights.sum()
+        total = targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        share = targets.to(total.device) / chunked_loss.at_least_tiny(total)
         weight: float = self.adapter.config.get_text_config().router_aux_loss_coef
         self._router_losses.append((self._router_loss.detach(), targets))
         return weight * share.to(self._router_loss.device) * self._router_loss
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, "conversation"}
+        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
@@ -236,19 +256,26 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         conversations = inputs["num_conversations"]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, owners = self._token_losses(model, inputs)
-        sums = torch.zeros(conversations, device=losses.device).index_add_(0, owners, losses)
-        counts = torch.bincount(owners, minlength=conversations).float()
+        weights = inputs.get(WEIGHTS, torch.ones_like(losses))
+        sums, counts = (
+            torch.zeros(conversations, device=losses.device).index_add_(0, owners, values)
+            for values in (losses * weights, weights)
+        )
         # By conversation: this drops those that were repeated to give every process as many.
-        gathered = self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1))
-        self._evaluated += gathered.cpu().double().sum(0)  # not every device has fp64
-        return sums.sum() / counts.sum().clamp(min=1), None, None
+        columns = torch.stack([sums, counts, inputs["source"].float()], dim=1)
+        gathered = self.accelerator.gather_for_metrics(columns).cpu().double()  # not every device has fp64
+        self._evaluated.index_add_(0, gathered[:, 2].long(), gathered[:, :2])
+        return sums.sum() / chunked_loss.at_least_tiny(counts.sum()), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate with the mean loss over supervised tokens, not over batches."""
+        """Evaluate with the weighted mean loss over supervised tokens, not over batches, and that of each source."""
         self._evaluated.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self._evaluated.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        loss, weights = self._evaluated.sum(0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / weights if weights else 0.0
+        if len(self._eval_names) > 1:
+            means = compute_means(self._eval_names, *self._evaluated.T.tolist())
+            output.metrics.update({f"{metric_key_prefix}_{name}_loss": mean for name, mean in means.items()})
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -289,9 +316,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Add throughput to log entries with a loss."""
         if "loss" in logs:
             logs |= self.throughput.read(self.accelerator, self.args.device)
+            logs |= self._losses_by_source.read(self.accelerator)
             if self._router_losses:
-                total = sum(float(loss) * targets for loss, targets in self._router_losses)
-                logs["router_loss"] = total / sum(targets for _, targets in self._router_losses)  # of this process
+                total = sum(float(loss) * float(targets) for loss, targets in self._router_losses)
+                logs["router_loss"] = total / sum(
+                    float(targets) for _, targets in self._router_losses
+                )  # of this process
                 self._router_losses.clear()
         super().log(logs, start_time)
 

@@ -19,7 +19,8 @@ from fastchat_qlora.commands.inspect import command
 from fastchat_qlora.commands.inspect.views import Report
 from fastchat_qlora.config.arguments import DataArguments, ModelArguments
 from fastchat_qlora.data.analysis.statistics import Example
-from fastchat_qlora.data.dataset import load_dataset, split_datasets
+from fastchat_qlora.data.dataset import load_dataset
+from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 from fastchat_qlora.utils.text import escape_control
@@ -132,6 +133,28 @@ def test_terminal_shows_counts(base: Path, records: Path, capsys: pytest.Capture
     assert facts.items() <= counts.items()
     assert f"{records}:10 (id forged): message 1: contains the special token '<|im_end|>'" in out
     assert sum(int(rows) for rows in re.findall(r"to \d+ tokens +(\d+)", out)) == 9
+
+
+def test_terminal_shows_what_is_not_used(base: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each source, with the duplicates; training would stop for them if that is asked for."""
+    entry, flags = f"{records}#max_samples=4", ["--num_examples", "1", "--duplicates", "drop"]
+    assert inspect(base, Path(entry), *flags, "--eval_data_path", str(records)) == 0
+    out = capsys.readouterr().out
+    parts = out.split("--eval_data_path")
+    trained, evaluated = (dict(re.findall(r"^  ([a-z ]+?)  +(\d+) *$", part, re.MULTILINE)) for part in parts)
+    counts = [int(trained[name]) for name in ("accepted", "rejected", "dropped", "not sampled")]
+    assert sum(counts) == int(trained["read"]) == 11
+    assert (
+        trained["accepted"] == evaluated["exact duplicates"] == evaluated["conversations of the training data"] == "4"
+    )
+    assert evaluated["dropped"] == "8"
+    assert "source records 4 of 11 records, 2 rejected, 4 dropped, 1 not sampled" in " ".join(out.split())
+    assert re.search(rf"conversations of the training data: 4 \({re.escape(str(records))}:\d+ as ", out)
+    assert cli.main(["train", *f"--model_name_or_path {base} --output_dir {base}/out --data_path {records}".split(),
+        *f"--eval_data_path {records} --duplicates error --max_rejected 1".split()]) == 2  # fmt: skip
+    said = capsys.readouterr().err
+    assert "error: 2 problems: (1) --duplicates error: --data_path has exact duplicates: " in said
+    assert "(2) --duplicates error: --eval_data_path has " in said and "conversations of the training data: 9 (" in said
 
 
 def test_color_where_it_is_forced(
@@ -250,7 +273,7 @@ def test_parts_add_up_to_the_sequence(tokenizer: PreTrainedTokenizerFast) -> Non
     ids = tokenizer("Γειά σου 🙂 and so on", add_special_tokens=False).input_ids
     for edge in range(1, len(ids)):
         labels = [IGNORE_INDEX] * edge + ids[edge:]
-        parts = Example("train", "1 of 1", "file", None, ids, labels, len(ids), tokenizer).parts
+        parts = Example("train", "1 of 1", "file", None, ids, labels, None, len(ids), tokenizer).parts
         assert [part.supervised for part in parts] == [False, True]
         if tokenizer.decode(ids).startswith(tokenizer.decode(ids[:edge])):  # not between the bytes of one character
             assert "".join(part.text for part in parts) == "Γειά σου 🙂 and so on"
@@ -393,3 +416,22 @@ def test_both_prompts_of_a_template_are_shown(
     assert f"""thinking, {{"enable_thinking": true}}: '{end}' no thinking, {{"enable_thinking": false}}: '""" in shown
     used = f"'{end}<think></think>' (used, unless a record has arguments of its own)"
     assert used in shown and used in text and "<h2>Ends of the generation prompts</h2>" in text
+
+
+def test_weights_are_shades(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the terminal with the weight behind the mark, on the page and in JSON Lines."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "loss_weight": 0.1}]
+    turns += [turns[0], {"role": "assistant", "content": "Bye"}]
+    data, page, lines = (tmp_path / name for name in ("a.jsonl", "page.html", "lines.jsonl"))
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    assert inspect(base, data) == 0
+    out = capsys.readouterr().out
+    assert "\u27e6Yo<|im_end|>\u27e7\u00d70.1\n" in out and "\u27e6Bye<|im_end|>\u27e7\n" in out
+    assert inspect(base, data, "--output", str(page)) == 0
+    text = page.read_text(encoding="utf-8")
+    assert '<mark style="--weight: 0.1' in text and 'data-weight="\u00d70.1">Yo&lt;|im_end|&gt;</mark>' in text
+    assert "<mark>Bye&lt;|im_end|&gt;</mark>" in text
+    assert inspect(base, data, "--output", str(lines)) == 0
+    row = json.loads(lines.read_text(encoding="utf-8"))
+    supervised = [w for w, label in zip(row["weights"], row["labels"], strict=True) if label != IGNORE_INDEX]
+    assert set(supervised) == {0.1, 1.0} and sum(row["weights"]) == pytest.approx(sum(supervised))

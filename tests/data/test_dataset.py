@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, CONVERSATIONS, sharegpt
+from conftest import CHATML, CONVERSATIONS, TWELVE, sharegpt
 from datasets import Dataset
 from loaded_data import load_splits
 from tokenizers import processors
@@ -71,7 +71,7 @@ class TestRecords:
         dataset = build(data_file, tokenizer, tmp_path, max_rejected=0.0)
         assert list(dataset) == ["train"]
         assert list(dataset["train"]["id"]) == [f"c{i}" for i in range(12)]
-        for row, turns in zip(dataset["train"], CONVERSATIONS * 3, strict=True):
+        for row, turns in zip(dataset["train"], TWELVE, strict=True):
             text = "".join(
                 f"<|im_start|>{'user' if role == 'human' else 'assistant'}\n{said}<|im_end|>\n" for role, said in turns
             )
@@ -381,7 +381,7 @@ class TestOverlong:
         limit = whole[1]["length"]
         long = [row["id"] for row in whole if row["length"] > limit]
         kept = build(data_file, tokenizer, tmp_path, overlong="drop", max_length=limit, max_rejected=0.0)["train"]
-        assert {"c1", "c5", "c9"} <= set(kept["id"])
+        assert "c1" in kept["id"] and len(long) > 2
         assert sorted([*kept["id"], *long]) == sorted(whole["id"])
         assert [record["id"] for record in rejected(tmp_path)] == long
         for record, row in zip(rejected(tmp_path), [row for row in whole if row["id"] in long], strict=True):
@@ -520,7 +520,8 @@ class TestPreprocessing:
         assert shortened
         [summary] = [record.getMessage() for record in caplog.records if " read, " in record.getMessage()]
         assert summary.splitlines()[0] == (
-            f"--data_path: 14 read, 2 rejected, {shortened} shortened; {tokens} tokens, "
+            "--data_path: 14 read, 2 rejected, 0 dropped, 0 not sampled, 12 accepted, "
+            f"{shortened} shortened; {tokens} tokens, "
             f"{supervised / tokens:.0%} supervised; longest about {max(train['full_length'])} tokens."
         )
         assert "rejected 1: contains the special token" in summary
@@ -552,7 +553,7 @@ class TestTemplate:
         kept = own and conv_template == "auto"
         assert tokenizer.chat_template == (own if kept else get_template("vicuna").to_jinja(add_bos=False))
         assert ("the tokenizer's chat template" if kept else "the vicuna template") in caplog.text
-        for row, turns in zip(train, CONVERSATIONS * 3, strict=True):
+        for row, turns in zip(train, TWELVE, strict=True):
             self.assert_serves(row, turns, tokenizer)
         tokenizer.save_pretrained(tmp_path / "saved")
         saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")

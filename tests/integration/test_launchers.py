@@ -76,16 +76,30 @@ def test_masters_are_saved(model_folder: Path, data: Path, tmp_path: Path, port:
 
 
 def test_evaluation_does_not_depend_on_the_ranks(model_folder: Path, data: Path, tmp_path: Path, port: int) -> None:
-    """Of seven sequences on two ranks one is repeated for even batches, and must not count twice."""
-    results = {}
+    """Of seven sequences on two ranks one is repeated for even batches, and must not count twice.
+
+    Nor do losses by source depend on them.
+    """
+    records = json.loads(data.read_text())
+    for name, part in {"first": records[:20], "second": records[20:]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    entries = f"{tmp_path / 'first.json'}#share=0.9 {tmp_path / 'second.json'}#repeat=1.6"
+    results, histories, rows = {}, {}, {"one": 4, "two": 2}
     for name, launcher in {"one": "python train_lora.py", "two": TWO_PROCESSES["ddp"].format(port=port)}.items():
         forked.succeed(
-            f"{launcher} --model_name_or_path {model_folder} --data_path {data} --output_dir {tmp_path / name} {QUICK} "
-            f"--eval_split 7 --per_device_eval_batch_size 2 --per_device_train_batch_size {4 if name == 'one' else 2}"
+            f"{launcher} --model_name_or_path {model_folder} --data_path {entries} {QUICK} "
+            f"--output_dir {tmp_path / name} --eval_split 7 "
+            f"--per_device_eval_batch_size 2 --per_device_train_batch_size {rows[name]}"
         )
         results[name] = json.loads((tmp_path / name / "train_results.json").read_text())
-    assert results["two"]["eval_loss"] == pytest.approx(results["one"]["eval_loss"], rel=1e-5)
-    assert results["two"]["train_loss"] == pytest.approx(results["one"]["train_loss"], rel=1e-5)
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        logged = [{key: loss for key, loss in entry.items() if key.startswith("loss")} for entry in history]
+        histories[name] = [losses for losses in logged if losses]
+    for key in ("eval_loss", "eval_first_loss", "eval_second_loss", "train_loss"):
+        assert results["two"][key] == pytest.approx(results["one"][key], rel=1e-5), key
+    assert {key for losses in histories["one"] for key in losses} == {"loss", "loss/first", "loss/second"}
+    for one, two in zip(histories["one"], histories["two"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 # FastChat's docs/training.md and scripts/train_lora.sh, with other paths, steps and hardware flags (--tf32, --fp16,

@@ -1,6 +1,7 @@
 """Two-layer models with random weights, one of each family that attends or scores in its own way."""
 
 import copy
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,9 @@ def conversation(length: int, seed: int, supervised_share: float = 0.6) -> dict[
     keep = torch.rand(length, generator=generator) < supervised_share
     keep[0] = False
     return {"input_ids": ids.tolist(), "labels": torch.where(keep, ids, -100).tolist()}
+
+
+def weighted(row: dict[str, list[int]], *weights: float) -> dict[str, Any]:
+    """Give the supervised tokens of a conversation these weights in the loss, in turn."""
+    given = itertools.cycle(weights)
+    return {**row, "weights": [0.0 if label == -100 else next(given) for label in row["labels"]]}

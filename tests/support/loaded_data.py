@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_qlora.config.arguments import DataArguments
-from fastchat_qlora.data.dataset import LoadMode, load_dataset, split_datasets
+from fastchat_qlora.data.dataset import LoadMode, load_dataset
+from fastchat_qlora.data.selection import select_data, split_datasets
 
 
 def load_splits(
@@ -33,4 +34,4 @@ def load_splits(
         cache_dir=None if cache_dir is None else str(cache_dir),
         mode=mode,
     )
-    return split_datasets(loaded, args.eval_split, seed).named()
+    return split_datasets(select_data(loaded, args.duplicates, seed, mode), args.eval_split, seed).named()

@@ -1,5 +1,6 @@
 """In every layout, each conversation is trained on as if by itself."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from families import (
     make_trainer,
     our_peft,
     plain_peft,
+    weighted,
 )
 from hybrids import HYBRIDS, SINKS, make_hybrid
 from peft import PeftModel
@@ -43,13 +45,15 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def truth(model: PeftModel) -> LossAndGradients:
+def truth(model: PeftModel, rows: Sequence[dict[str, Any]] = CONVERSATIONS) -> LossAndGradients:
     """Return loss and gradients of transformers and PEFT, conversation by conversation."""
-    losses = []
-    for row in CONVERSATIONS:
+    losses, targets = [], 0.0
+    for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-        losses.append(F.cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum"))
-    targets = sum(label != -100 for row in CONVERSATIONS for label in row["labels"])
+        labels = torch.tensor(row["labels"][1:])
+        weights = torch.tensor(row.get("weights", [1.0] * len(row["labels"]))[1:]) * (labels != -100)
+        losses.append((weights * F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")).sum())
+        targets += float(weights.sum())
     loss = sum(losses) / targets
     loss.backward()
     return loss.detach(), gradients(model)
@@ -60,22 +64,24 @@ def truths() -> dict[str, LossAndGradients]:
     return {family: truth(plain_peft(make_base(family)).train()) for family in FAMILIES}
 
 
-def batch_of(trainer: LoraTrainer, layout: str) -> dict[str, Any]:
+def batch_of(trainer: LoraTrainer, layout: str, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return all conversations as one batch; packed in sequences of 24 tokens, they have another order."""
     if layout != "packed":
-        return trainer.data_collator(CONVERSATIONS)
-    sampler = PackingSampler([len(row["input_ids"]) for row in CONVERSATIONS], 24, seed=0)
+        return trainer.data_collator(data)
+    sampler = PackingSampler([len(row["input_ids"]) for row in data], 24, seed=0)
     rows = list(sampler)
-    assert 1 < len(rows) < len(CONVERSATIONS)
-    return trainer.data_collator(PackedDataset(CONVERSATIONS, sampler).__getitems__(rows))
+    assert 1 < len(rows) < len(data)
+    return trainer.data_collator(PackedDataset(data, sampler).__getitems__(rows))
 
 
-def train_step(model: PeftModel, folder: Path, layout: str, checkpointing: str) -> LossAndGradients:
+def train_step(
+    model: PeftModel, folder: Path, layout: str, checkpointing: str, rows: Sequence[dict[str, Any]] = CONVERSATIONS
+) -> LossAndGradients:
     trainer = make_trainer(model.train(), folder, LAYOUTS[layout][1])
     if settings := CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(settings)
         model.enable_input_require_grads()
-    (batch,), count = trainer.get_batch_samples(iter([batch_of(trainer, layout)]), 1, torch.device("cpu"))
+    (batch,), count = trainer.get_batch_samples(iter([batch_of(trainer, layout, rows)]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
     loss.backward()
     return loss.detach(), gradients(model)
@@ -99,6 +105,16 @@ def test_loss_and_gradients_are_those_of_each_conversation_alone(
     model = our_peft(make_base(family, LAYOUTS[layout][0]))
     require_equal(train_step(model, tmp_path, layout, checkpointing), truths[family])
     assert isinstance(model.get_output_embeddings(), LossHead)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weighted_loss_and_gradients_are_those_of_each_conversation_alone(layout: str, tmp_path: Path) -> None:
+    """Some conversations have no weights, others a fraction for each token."""
+    rows = [weighted(CONVERSATIONS[0], 0.25, 1.0, 0.7), *CONVERSATIONS[1:3], weighted(CONVERSATIONS[3], 0.5)]
+    rows.append(CONVERSATIONS[4])
+    expected = truth(plain_peft(make_base("llama")).train(), rows)
+    found = train_step(our_peft(make_base("llama", LAYOUTS[layout][0])), tmp_path, layout, "kept", rows)
+    require_equal(found, expected)
 
 
 MIXER_TARGETS = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from families import VOCABULARY, Largest, conversation, make_base, make_trainer, our_peft
+from families import VOCABULARY, Largest, conversation, make_base, make_trainer, our_peft, weighted
 
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops import chunked_loss as loss
@@ -14,6 +14,13 @@ from fastchat_qlora.training.trainer import LoraTrainer
 
 CONVERSATIONS = [conversation(length, seed) for seed, length in enumerate((23, 4, 17, 9, 30, 12))]
 UNSUPERVISED = conversation(11, seed=9, supervised_share=0.0)
+WEIGHTED = [
+    *CONVERSATIONS[:2],
+    weighted(CONVERSATIONS[2], 0.25, 1.0),
+    weighted(CONVERSATIONS[3], 0.1),
+    CONVERSATIONS[4],
+]
+"""Some of the conversations with weights, which are less than 1 together in a batch of one of them."""
 CPU = torch.device("cpu")
 
 
@@ -38,10 +45,12 @@ LAYOUTS = ["end to end", "padded on the right"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_accumulation_is_the_same_as_a_larger_batch(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows", [[*CONVERSATIONS[:3], UNSUPERVISED], [*WEIGHTED[1:4], UNSUPERVISED]], ids=["plain", "weighted"]
+)
+def test_accumulation_is_the_same_as_a_larger_batch(rows: list[dict[str, Any]], layout: str, tmp_path: Path) -> None:
     """Also if one micro-batch has no supervised token."""
     trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
-    rows = [*CONVERSATIONS[:3], UNSUPERVISED]
     loss_of_one, gradients = step(trainer, rows)
     loss_of_four, summed = step(trainer, *([row] for row in rows))
     assert loss_of_four == pytest.approx(loss_of_one, rel=1e-6)
@@ -73,26 +82,55 @@ def test_finished_run_takes_no_batch(tmp_path: Path) -> None:
     assert trainer.control.should_training_stop and trainer.throughput.seen == [0, 0]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_factors_in_the_mean(layout: str, tmp_path: Path) -> None:
+    """Half of all weights change nothing; single ones make a weighted mean, whose denominator may be less than 1."""
+    trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
+    plain, gradients = step(trainer, CONVERSATIONS)
+    halved, same = step(trainer, [weighted(row, 0.5) for row in CONVERSATIONS])
+    assert halved == pytest.approx(plain, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (same[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    supervised = [i for i, label in enumerate(CONVERSATIONS[0]["labels"]) if label != -100]
+    only = {**CONVERSATIONS[0], "weights": [0.0] * len(CONVERSATIONS[0]["labels"])}
+    alone = {**CONVERSATIONS[0], "labels": [-100] * len(CONVERSATIONS[0]["labels"])}
+    only["weights"][supervised[2]], alone["labels"][supervised[2]] = 0.125, CONVERSATIONS[0]["labels"][supervised[2]]
+    assert step(trainer, [only])[0] == pytest.approx(step(trainer, [alone])[0], rel=1e-6)
+
+
+def test_weights_of_a_step_are_added_up(tmp_path: Path) -> None:
+    """Over micro-batches with weights and without."""
+    trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
+    batches = [WEIGHTED[:2], WEIGHTED[2:4], WEIGHTED[4:]]
+    _, total = trainer.get_batch_samples((trainer.data_collator(rows) for rows in batches), 3, CPU)
+    counts = [sum(label != -100 for label in row["labels"]) for row in WEIGHTED]
+    sums = [sum(row["weights"]) if "weights" in row else count for row, count in zip(WEIGHTED, counts, strict=True)]
+    assert float(total) == pytest.approx(sum(sums), rel=1e-6) and sum(sums) < sum(counts)
+    assert trainer.throughput.seen[1] == trainer.step.supervised == sum(counts)
+
+
+@pytest.mark.parametrize("data", [CONVERSATIONS, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_evaluation_is_the_same_in_every_layout(family: str, tmp_path: Path) -> None:
-    """It is a mean over tokens."""
-    data = Dataset.from_list(CONVERSATIONS)
+def test_evaluation_is_the_same_in_every_layout(family: str, data: list[dict[str, Any]], tmp_path: Path) -> None:
+    """It is a weighted mean over tokens."""
+    sequences = Dataset.from_list([{"weights": None, **row} for row in data])
     evaluated = []
     for layout in (*LAYOUTS, "padded on the left"):
         for rows in (1, 4):
             model = our_peft(make_base(family, attention(layout)))
             flags = {"per_device_eval_batch_size": rows}
-            trainer = make_trainer(model, tmp_path, layout, eval_dataset=data, flags=flags)
+            trainer = make_trainer(model, tmp_path, layout, eval_dataset=sequences, flags=flags)
             evaluated.append(trainer.evaluate()["eval_loss"])
             assert trainer.evaluate()["eval_loss"] == evaluated[-1], "each time from the start"
     model = make_trainer(our_peft(make_base(family)).eval(), tmp_path).model
     total = targets = 0.0
-    for row in CONVERSATIONS:
+    for row in data:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        targets += (labels != -100).sum().item()
+        weights = torch.tensor(row.get("weights", [1.0] * len(row["labels"]))[1:]) * (labels != -100)
+        total += (weights * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).sum().item()
+        targets += weights.sum().item()
     assert evaluated == pytest.approx([total / targets] * 6, rel=1e-5)
 
 

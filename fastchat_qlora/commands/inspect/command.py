@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
@@ -15,9 +15,10 @@ from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.prompt_modes import find_prompt_modes
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
-from fastchat_qlora.data.dataset import Splits, split_datasets
+from fastchat_qlora.data.dataset import Splits
+from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.training.setup import prepare_data
+from fastchat_qlora.training.setup import get_data_seed, prepare_data
 from fastchat_qlora.utils.stdout import open_stdout
 
 INSPECT_PROG = "fastchat-qlora inspect"
@@ -61,13 +62,15 @@ def _print_to_stdout(report: Report, examples: Iterable[Example], last_line: str
 def write_json_lines(report: Report, target: IO[str]) -> None:
     """Write one JSON object a sequence, with the ids and labels of training."""
     for example in report.examples:
-        record = {
+        record: dict[str, Any] = {
             "id": example.id,
             "source": example.source,
             "input_ids": example.input_ids,
             "labels": example.labels,
             "truncated": example.is_shortened,
         }
+        if example.weights is not None:
+            record["weights"] = [round(weight, 7) for weight in example.weights]  # as the record has them
         if len(report.statistics) > 1:
             record["set"] = example.set
         target.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -80,7 +83,7 @@ def _prepare_report(args: RunArguments, limit: int) -> Report:
     tokenizer, loaded = prepare_data(args, None, output_dir=get_output_dir(args), mode="preview")
     splits = Splits(loaded.train.sequences).named()
     if len(splits["train"]):  # else nothing can be held out
-        splits = split_datasets(loaded, args.data.eval_split, args.training.seed).named()
+        splits = split_datasets(loaded, args.data.eval_split, get_data_seed(args)).named()
     examples = (get_examples(name, sequences, tokenizer, limit) for name, sequences in splits.items())
     rejections = {f"{data.flag} {' '.join(data.paths)}": summarize_rejections(data) for data in loaded.named().values()}
     return Report(

@@ -19,11 +19,13 @@ from fastchat_qlora.data.analysis.statistics import (
     format_rejections,
     format_statistics,
 )
+from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.utils.html import stream_page
 from fastchat_qlora.utils.text import escape_control
 
 OPEN_MARK, CLOSE_MARK = "⟦", "⟧"  # around supervised text, for files and for readers who do not see colors
 SUPERVISED_STYLE, CONTEXT_STYLE = "bold green", "dim"
+DARKEST, BRIGHTEST = 70, 200  # green of tokens whose weight in the loss is less than 1
 BAR_COLUMNS = 30
 MAX_PROMPT_CHARACTERS = 60  # that are shown of the end of a prompt
 
@@ -44,26 +46,31 @@ class Report:
 def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -> None:
     """Print sequences first, so that the counts stand right above the prompt."""
     console = Screen(file=target, highlight=False)
-    shown = False
+    shown = weighted = False
     for example in examples:
-        shown = True
+        shown, weighted = True, weighted or example.weights is not None
         console.print(Text(example.title, style="bold"), soft_wrap=True)
         console.print(_mark_supervised(example), "", soft_wrap=True, sep="\n")
     if shown:
         supervised, context = (f"{OPEN_MARK}this{CLOSE_MARK}", SUPERVISED_STYLE), ("this", CONTEXT_STYLE)
         legend = Text.assemble("Supervised: ", supervised, "  Context only: ", context)
+        if weighted:
+            half = Segment("this", supervised=True, weight=0.5)
+            legend.append_text(Text.assemble("  With half the weight: ", _mark(half)))
         console.print(legend, Rule(style="dim"), sep="\n")
     if report.prompts:
         console.print(Text("Ends of the generation prompts", style="bold"))
         for name, ending in format_prompts(report.prompts).items():
             console.print(Text(f"  {name}: {ending}"), soft_wrap=True)
-    for flag, (summary, listed) in report.rejections.items():
+    for flag, found in report.rejections.items():
         console.print(Text(escape_control(flag), style="bold"), soft_wrap=True)
-        console.print(_build_table(format_rejections(summary)))
-        for line in listed:
+        console.print(_build_table(format_rejections(found)))
+        for line in found.found:
+            console.print(Text(f"  {escape_control(line)}", style="yellow"), soft_wrap=True)
+        for line in found.listed:
             console.print(Text(f"  {escape_control(line)}", style="red"), soft_wrap=True)
-        if len(listed) < summary.rejected:
-            console.print(f"  ... and {summary.rejected - len(listed):,} more")
+        if len(found.listed) < found.summary.rejected:
+            console.print(f"  ... and {found.summary.rejected - len(found.listed):,} more")
     for name, statistics in report.statistics.items():
         title = f"{name}, at most {report.max_length:,} tokens a sequence"
         console.print("", Text(title, style="bold"), sep="\n")
@@ -79,7 +86,7 @@ def write_page(report: Report, target: IO[str]) -> None:
         report=report,
         examples=report.examples,
         prompts=format_prompts(report.prompts),
-        rejections={flag: (found, format_rejections(found.summary)) for flag, found in report.rejections.items()},
+        rejections={flag: (found, format_rejections(found)) for flag, found in report.rejections.items()},
         statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
     )
     target.writelines(page)
@@ -95,13 +102,18 @@ def format_prompts(modes: Iterable[PromptMode]) -> dict[str, str]:
 
 
 def _mark_supervised(example: Example) -> Text:
-    text = Text()
-    for part in example.parts:
-        if part.supervised:
-            text.append(f"{OPEN_MARK}{part.text}{CLOSE_MARK}", SUPERVISED_STYLE)
-        else:
-            text.append(part.text, CONTEXT_STYLE)
-    return text
+    return Text.assemble(*map(_mark, example.parts))
+
+
+def _mark(part: Segment) -> Text:
+    """Return a part of a sequence in a color and between marks by its weight in the loss."""
+    if not part.supervised:
+        return Text(part.text, CONTEXT_STYLE)
+    marked = f"{OPEN_MARK}{part.text}{CLOSE_MARK}"
+    if part.weight == 1:
+        return Text(marked, SUPERVISED_STYLE)
+    green = round(DARKEST + part.weight * (BRIGHTEST - DARKEST))
+    return Text(f"{marked}\N{MULTIPLICATION SIGN}{part.weight:.3g}", f"rgb(0,{green},0)")
 
 
 def _build_table(facts: dict[str, str]) -> Table:

@@ -14,7 +14,7 @@ from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_opti
 from fastchat_qlora.commands.plan.plan import DiskUsage, Plan, Speed, TrainingTime
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.packing import find_max_batch_tokens, get_column
-from fastchat_qlora.data.dataset import split_datasets
+from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu
 from fastchat_qlora.errors import UserError
@@ -111,7 +111,7 @@ def _read_sequences(args: RunArguments, config: PretrainedConfig) -> Dataset:
     loaded = setup.prepare_data(args, config, output_dir=None, mode="preview").loaded
     if not len(loaded.train.sequences):
         raise UserError(f"--data_path {' '.join(args.data.data_path)}: no conversation is left to train on; correct it")
-    return split_datasets(loaded, args.data.eval_split, args.training.seed).train
+    return split_datasets(loaded, args.data.eval_split, setup.get_data_seed(args)).train
 
 
 def _get_settings(

@@ -184,6 +184,8 @@ def _check_availability(values: Values) -> Iterator[str]:
         yield "--sample_prompts '': a prompt is empty; give it a text, or drop the flag"
     if not all(map(is_text, prompts)):
         yield "--sample_prompts: a prompt is not UTF-8, so no tokenizer reads it; write it in UTF-8"
+    if not is_text(values.system_prompt):
+        yield "--system_prompt: is not UTF-8, so no tokenizer reads it; write it in UTF-8"
     if values.do_predict:
         yield "--do_predict True: prediction is not supported; drop the flag"
 

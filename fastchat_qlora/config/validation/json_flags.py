@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastchat_qlora.config.validation.columns import find_column_errors
 from fastchat_qlora.config.validation.deepspeed import find_malformed_config
 from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
 from fastchat_qlora.config.validation.json_schema import OBJECT, SWITCH, WHOLE_NUMBER, find_invalid, one_of
@@ -141,6 +142,7 @@ def find_template_kwargs_errors(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 JSON_FLAGS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "columns": find_column_errors,
     "deepspeed": find_malformed_config,
     "fsdp_config": find_fsdp_config_errors,
     "accelerator_config": _check_accelerator_config,

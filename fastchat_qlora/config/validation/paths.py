@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastchat_qlora.config.mixture import parse_entry
 from fastchat_qlora.config.validation.json_flags import read_small_file
+from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.file_types import is_data_file, parse_folder_name, parse_hub_name
 from fastchat_qlora.utils.text import is_text
 
@@ -19,7 +21,7 @@ def check_paths(values: argparse.Namespace) -> Iterator[str]:
     """Yield errors about the data and the folders of the model, the output, the adapter and the checkpoint."""
     for flag in ("data_path", "eval_data_path"):
         for name in getattr(values, flag) or []:
-            yield from check_data_path(flag, name)
+            yield from _check_entry(flag, name)
     yield from check_model_path(values.model_name_or_path)
     yield from check_revision(values.model_revision, values.model_name_or_path)
     output = _expand(values.output_dir)
@@ -53,6 +55,16 @@ def _check_serving_template(name: str) -> list[str]:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     remedy = "give the Jinja file of a chat template, such as chat_template.jinja"
     return [f"--serving_template {name}: {reason}; {remedy}"] if reason else []
+
+
+def _check_entry(flag: str, text: str) -> Iterator[str]:
+    """Yield errors about an entry of data: its path, and how much of it is used."""
+    try:
+        entry = parse_entry(text)
+    except UserError as error:
+        yield f"--{flag} {text}: {error}"
+    else:
+        yield from check_data_path(flag, entry.path)
 
 
 def check_model_path(name: str) -> list[str]:

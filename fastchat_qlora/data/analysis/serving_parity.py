@@ -90,10 +90,11 @@ def report_parity(
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
     tokenizer.chat_template = server_template or tokenizer.chat_template
+    settings = preprocessor.settings
     requests: dict[Place, Request] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversation = to_conversation(parse_record(record.value))
+            conversation = to_conversation(parse_record(record.value), settings.columns, settings.system_prompt)
             requests[record.source.file, record.source.line] = make_request(conversation, preprocessor)
     chosen = [row for row in chosen if _get_place(row) in requests]
     compared = ((row, _compare(row, requests[_get_place(row)], tokenizer, preprocessor.settings)) for row in chosen)

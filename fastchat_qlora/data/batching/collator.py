@@ -29,7 +29,9 @@ class Collator:
 
     - `supervised`: shape (targets,), the positions in the flattened batch whose next token is supervised;
     - `labels`: shape (targets,), those next tokens;
-    - `conversation`: shape (targets,), the index of the conversation of each.
+    - `conversation`: shape (targets,), the index of the conversation of each;
+    - `weights`: shape (targets,) in fp32, their weights in the loss, only where a conversation has any.
+    - `source`: shape (conversations,), the index of the entry of the data flag that each is of.
 
     The first token of a conversation is never a target: nothing of its own precedes it.
 
@@ -50,7 +52,7 @@ class Collator:
         self._pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=PADDING_MULTIPLE)
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch of sequences, which have `input_ids` and `labels`."""
+        """Return a batch of sequences, which have `input_ids`, `labels` and perhaps `weights`."""
         lengths = [len(sequence["input_ids"]) for sequence in sequences]
         lay_out = self._lay_end_to_end if self.padding_free else self._pad_to_longest
         inputs, starts = lay_out(sequences, lengths)
@@ -59,15 +61,20 @@ class Collator:
         positions = [start + places for start, places in zip(starts, supervised, strict=True)]
         labels = [target[places] for target, places in zip(targets, supervised, strict=True)]
         counts = [len(places) for places in supervised]
-        return inputs | {
-            "supervised": torch.from_numpy(np.concatenate(positions)),
-            "labels": torch.from_numpy(np.concatenate(labels)).long(),
-            "conversation": torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts)),
-            "num_tokens": sum(lengths),
-            "num_supervised": sum(counts),
-            "num_conversations": len(sequences),
-            "sources": [tuple(sequence.get(name) for name in ("file", "line", "id")) for sequence in sequences],
-        }
+        return (
+            inputs
+            | _get_weights(sequences, supervised)
+            | {
+                "supervised": torch.from_numpy(np.concatenate(positions)),
+                "labels": torch.from_numpy(np.concatenate(labels)).long(),
+                "conversation": torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts)),
+                "source": torch.tensor([sequence.get("source", 0) for sequence in sequences]),
+                "num_tokens": sum(lengths),
+                "num_supervised": sum(counts),
+                "num_conversations": len(sequences),
+                "sources": [tuple(sequence.get(name) for name in ("file", "line", "id")) for sequence in sequences],
+            }
+        )
 
     def _lay_end_to_end(
         self, sequences: Sequence[dict[str, Any]], lengths: list[int]
@@ -97,3 +104,15 @@ class Collator:
         ]
         # The tokenizer may pad with a token that the model has no embedding for; masked, any other will do.
         return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}, starts
+
+
+def _get_weights(sequences: Sequence[dict[str, Any]], supervised: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return the weights of the targets (places in each sequence, without its first token), if there are any."""
+    given = [sequence.get("weights") for sequence in sequences]
+    if all(weights is None for weights in given):
+        return {}
+    own = [
+        np.ones(len(places)) if weights is None else np.asarray(weights)[1:][places]
+        for weights, places in zip(given, supervised, strict=True)
+    ]
+    return {"weights": torch.from_numpy(np.concatenate(own)).float()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from fastchat_qlora.data.sources.formats import FIELDS
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.sources.readers import RawRecord, ReportBytes, read_file
 from fastchat_qlora.data.sources.repository import DataFile, describe_rows, find_data
 from fastchat_qlora.data.tokenization.cache import hash_content
@@ -40,7 +40,10 @@ class DataSource:
         self.flag = flag
         self.show_progress = show_progress
         self.columns = columns
-        self.parts: list[DataFile] = [part for path in paths for part in find_data(path, flag, cache_dir, exclude)]
+        found = [(i, part) for i, path in enumerate(paths) for part in find_data(path, flag, cache_dir, exclude)]
+        self.parts: list[DataFile] = [part for _, part in found]
+        self.path_indices = [i for i, _ in found]  # of each part: that of its path
+        self.read_by_part: list[int] = []  # records that were read of each part
         self.size = sum(os.path.getsize(part.path) for part in self.parts)
 
     def contents(self) -> list[tuple[str, str]]:
@@ -53,11 +56,15 @@ class DataSource:
             ) from error
 
     def records(self) -> Iterator[RawRecord]:
-        """Yield all records."""
+        """Yield all records, and count those of each part."""
+        self.read_by_part = []
         hidden = None if self.show_progress else True  # None: shown where there is a terminal
         with tqdm(total=self.size, desc="Tokenizing", unit="B", unit_scale=True, disable=hidden) as bar:
             for part in self.parts:
-                yield from self._read(part, bar.update)
+                self.read_by_part.append(0)
+                for record in self._read(part, bar.update):
+                    self.read_by_part[-1] += 1
+                    yield record
 
     def records_at(self, places: set[tuple[str, int]]) -> Iterator[RawRecord]:
         """Yield the records at (file, line) places; each file is read up to the last one."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import RejectionKind
 from fastchat_qlora.data.sources.archives import DAMAGE, OpenedData, has_data, open_data
-from fastchat_qlora.data.sources.formats import FIELDS
+from fastchat_qlora.data.sources.fields.names import FIELDS
 from fastchat_qlora.data.sources.json_reader import NumberedRecord, read_json_records
 from fastchat_qlora.data.sources.tables import BATCH_ROWS, open_copy, read_arrow, read_csv, read_parquet
 from fastchat_qlora.errors import UserError

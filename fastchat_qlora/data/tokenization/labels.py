@@ -41,7 +41,8 @@ class TokenizedConversation(NamedTuple):
     labels: Ids  # shape (tokens,): the ids of supervised tokens, IGNORE_INDEX elsewhere
     turn_ends: list[int]  # for each assistant turn, the number of tokens up to its end
     full_length: int  # tokens of the whole conversation; an estimate where only its beginning was tokenized
-    weights: NDArray[np.float32] | None = None  # shape (tokens,), of supervised tokens; None where all weigh 1
+    # Shape (tokens,): of supervised tokens in the loss, 0 elsewhere; None where every supervised token weighs 1.
+    weights: NDArray[np.float32] | None = None
 
 
 class EncodedText(NamedTuple):
@@ -165,20 +166,21 @@ class Encoder:
 
     def _make_labels(self, ids: Ids, spans: Sequence[TokenSpan], text: EncodedText) -> TokenizedConversation:
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        weights = None
+        weights = np.zeros(len(ids), dtype=np.float32) if any(_is_weighted(span) for span in spans) else None
         for first, last, segment in spans:
             if segment.supervised:
                 labels[first:last] = ids[first:last]
-                if segment.weight != 1:
-                    weights = np.ones(len(ids), dtype=np.float32) if weights is None else weights
+                if weights is not None:
                     weights[first:last] = segment.weight
         ends = [span.last for span in spans if span.segment.ends_turn]
         if self.bos_token is not None and not text.segments[0].text.startswith(self.bos_token):
             ids = np.concatenate([[self.bos_id], ids], dtype=np.int32)
             labels = np.concatenate([[IGNORE_INDEX], labels], dtype=np.int32)
-            weights = None if weights is None else np.concatenate([[1], weights], dtype=np.float32)
+            weights = None if weights is None else np.concatenate([[0], weights], dtype=np.float32)
             ends = [end + 1 for end in ends]
         labels[0] = IGNORE_INDEX  # nothing stands before the first token that could predict it
+        if weights is not None:
+            weights[0] = 0
         return TokenizedConversation(ids, labels, ends, round(len(ids) / text.share), weights)
 
     def _find_spans(self, ids: Ids, segments: Sequence[Segment]) -> list[TokenSpan]:
@@ -334,6 +336,10 @@ class Encoder:
         made = [token for token in made if token in self.control_tokens.strings]
         if made != [match.group() for match in self.control_tokens.pattern.finditer(text)]:
             raise RejectedRecord("the tokenizer finds special tokens in text that contains none")
+
+
+def _is_weighted(span: TokenSpan) -> bool:
+    return span.segment.supervised and span.segment.weight != 1
 
 
 def _pack(ids: Sequence[int]) -> Ids:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fastchat_qlora.data.analysis.thought_kinds import classify_thoughts
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, RejectionKind
+from fastchat_qlora.data.conversation_hash import ConversationHashes, hash_conversation
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate, Rendering
@@ -108,7 +109,7 @@ class Preprocessor:
             [transformers.__version__, tokenizers.__version__, jinja2.__version__],
             [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template],
             [self.control_tokens.strings, self.tokenizer.special_tokens_map],
-            [self.name, self.encoder.bos_token, asdict(self.settings)],
+            [self.name, self.encoder.bos_token, asdict(self.settings), list(self.settings.columns)],
         ]
         digest = hashlib.sha256(b"\0".join(code))
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
@@ -128,7 +129,7 @@ class Preprocessor:
         try:
             parsed = parse_record(record.value)
             source = source._replace(id=get_id(parsed))
-            conversation = to_conversation(parsed)
+            conversation = to_conversation(parsed, self.settings.columns, self.settings.system_prompt)
             if self.settings.content_tokens == "reject":
                 check_plain(conversation, self.control_tokens)
             return Draft(number, source, conversation, self.render(conversation))
@@ -147,6 +148,7 @@ class Preprocessor:
         texts = iter(encoded)
         sequences: list[tuple[int, Source, LabeledText]] = []
         thoughts: list[int] = []
+        hashes: dict[int, ConversationHashes] = {}
         rejections = []
         notes: Counter[str] = Counter()
         for draft in drafts:
@@ -155,11 +157,12 @@ class Preprocessor:
                     raise draft.rejection
                 own = self._fit(draft.conversation, list(islice(texts, len(draft.rendering.texts))))
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
+                hashes[draft.number] = hash_conversation(draft.conversation)
                 thoughts += [classify_thoughts(draft.conversation, sequence.segments) for sequence in own]
                 notes.update([draft.rendering.note] if draft.rendering.note else [])
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
-        table = build_table(sequences, thoughts, lazy=self.settings.lazy)
+        table = build_table(sequences, hashes, thoughts, lazy=self.settings.lazy)
         return PreprocessedBatch(table, rejections, len(drafts), notes)
 
     def render(self, conversation: Conversation) -> Rendering:

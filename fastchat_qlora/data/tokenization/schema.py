@@ -1,14 +1,16 @@
 """Sequences -> a table with their sources; and texts -> tokens on access, where the table keeps texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
+from numpy.typing import NDArray
 
 from fastchat_qlora.data.conversation import Segment
+from fastchat_qlora.data.conversation_hash import ConversationHashes
 from fastchat_qlora.data.sources.readers import Source
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, Encoder, LabeledText
 from fastchat_qlora.data.tokenization.token_bytes import Ids
@@ -21,21 +23,31 @@ COMMON_COLUMNS = {
     "record": Value("int64"),
     "length": Value("int32"),
     "supervised": Value("int32"),
+    "weight": Value("float64"),
     "full_length": Value("int32"),
     "turns": Value("int32"),
     "thoughts": Value("int8"),
+    **{f"{name}_hash": Value("uint64") for name in ConversationHashes._fields},
 }
-"""A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the tokens of
-the whole conversation, the assistant turns in the sequence, and their thoughts (a ThoughtKind)."""
+"""A sequence's source (`record` counts through all files), its tokens, the supervised ones among them, the sum of their
+weights in the loss (null where each is 1), the tokens of the whole conversation, the assistant turns in the sequence,
+their thoughts (a ThoughtKind), and the hashes of its record's conversation."""
 
-EAGER_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **COMMON_COLUMNS})
+TOKEN_COLUMNS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "weights": List(Value("float32"))}
+"""Tokens, their labels, and the weights of supervised ones in the loss: null where all of them are 1."""
+
+EAGER_FEATURES = Features({**TOKEN_COLUMNS, **COMMON_COLUMNS})
 LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
 
 
 def build_table(
-    sequences: Sequence[tuple[int, Source, LabeledText]], thoughts: Sequence[int], *, lazy: bool
+    sequences: Sequence[tuple[int, Source, LabeledText]],
+    hashes: Mapping[int, ConversationHashes],
+    thoughts: Sequence[int],
+    *,
+    lazy: bool,
 ) -> pa.Table:
-    """Return a table of sequences, each with the number and the source of its record, and the kind of its thoughts.
+    """Return a table of sequences, each with the number and source of its record, whose hashes are given, and thoughts.
 
     If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
     """
@@ -51,16 +63,28 @@ def build_table(
         "record": [number for number, _, _ in sequences],
         "length": np.diff(offsets),
         "supervised": np.diff(supervised[offsets]),
+        "weight": [None if one.weights is None else float(one.weights.sum(dtype=np.float64)) for one in tokens],
         "full_length": [one.full_length for one in tokens],
         "turns": [len(one.turn_ends) for one in tokens],
         "thoughts": thoughts,
     }
+    for i, name in enumerate(ConversationHashes._fields):
+        columns[f"{name}_hash"] = [hashes[number][i] for number, _, _ in sequences]
     if lazy:
         columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]
     else:
         columns["input_ids"] = pa.ListArray.from_arrays(offsets, _concatenate([one.input_ids for one in tokens]))
         columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
+        columns["weights"] = _list_weights([one.weights for one in tokens])
     return pa.table(columns, schema=(LAZY_FEATURES if lazy else EAGER_FEATURES).arrow_schema)
+
+
+def _list_weights(weights: Sequence[NDArray[np.float32] | None]) -> pa.Array:
+    """Return a column of weights, null for sequences without; so it takes four bytes a sequence where none has any."""
+    given = [one for one in weights if one is not None]
+    offsets = np.cumsum([0, *(0 if one is None else len(one) for one in weights)], dtype=np.int32)
+    values = np.concatenate([*given, np.empty(0, dtype=np.float32)], dtype=np.float32)
+    return pa.ListArray.from_arrays(offsets, values, mask=pa.array([one is None for one in weights], pa.bool_()))
 
 
 def _concatenate(arrays: Sequence[Ids]) -> Ids:
@@ -75,9 +99,13 @@ class TokenizeOnAccess:
         self.max_length = max_length
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Replace the column `segments` by `input_ids` and `labels`."""
+        """Replace the column `segments` by TOKEN_COLUMNS."""
         texts = [[Segment(*part) for part in json.loads(text)] for text in batch["segments"]]
         encoded = self.encoder.encode(texts, enough=self.max_length)
         labeled = [truncate(self.encoder.label(text)[0].tokens, self.max_length) for text in encoded]
-        tokens = {name: [getattr(one, name).tolist() for one in labeled] for name in ("input_ids", "labels")}
+        tokens = {name: [_to_list(getattr(one, name)) for one in labeled] for name in TOKEN_COLUMNS}
         return {**tokens, **{name: values for name, values in batch.items() if name != "segments"}}
+
+
+def _to_list(array: NDArray[Any] | None) -> list[Any] | None:
+    return None if array is None else array.tolist()

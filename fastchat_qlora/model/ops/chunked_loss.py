@@ -31,14 +31,26 @@ def get_softmax_length(vocabulary: int, device_type: str) -> int:
     return max(1, SOFTMAX_BYTES.get(device_type, SOFTMAX_BYTES_ON_ACCELERATOR) // (4 * vocabulary))
 
 
-def compute_mean_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """Return a micro-batch's share of the mean loss over the whole optimizer step.
+def compute_mean_loss(
+    losses: torch.Tensor, num_items_in_batch: torch.Tensor | float | None, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return a micro-batch's share of the weighted mean loss over the whole optimizer step.
 
-    Dividing by the targets in all micro-batches of all processes (`num_items_in_batch`) makes it a mean over tokens:
-    the same for 1 x 4 as for 4 x 1 conversations. None stands for the targets of this micro-batch.
+    Dividing by the weights of the targets in all micro-batches of all processes (`num_items_in_batch`) makes it a mean
+    over tokens: the same for 1 x 4 as for 4 x 1 conversations. None stands for the targets of this micro-batch.
+
+    Args:
+        weights: of each target, shape (targets,); None where each weighs 1.
     """
-    count = losses.numel() if num_items_in_batch is None else num_items_in_batch
-    return losses.sum() / torch.clamp(torch.as_tensor(count, device=losses.device), min=1)
+    total = losses if weights is None else losses * weights
+    if num_items_in_batch is None:
+        num_items_in_batch = losses.numel() if weights is None else weights.sum()
+    return total.sum() / at_least_tiny(torch.as_tensor(num_items_in_batch, device=losses.device))
+
+
+def at_least_tiny(total: torch.Tensor) -> torch.Tensor:
+    """Return a sum of weights to divide by, which is 0 where nothing is supervised and may be less than 1."""
+    return total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def compute_token_losses(

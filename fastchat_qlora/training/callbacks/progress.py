@@ -1,6 +1,7 @@
 """Progress of a run: a bar in a terminal, and a plain line for each log entry."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.training.source_losses import EVALUATION_LOSS, TRAINING_LOSS, find_source_losses
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,10 @@ def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, secon
     place = f"step {step:,} of {max_steps:,} ({step / max(max_steps, 1):.0%})"
     if "eval_loss" in logs:
         took = f" in {_format_seconds(logs['eval_runtime'])}" if "eval_runtime" in logs else ""
-        return f"{place}: eval_loss {logs['eval_loss']:.4g}{took}"
+        return f"{place}: eval_loss {logs['eval_loss']:.4g}{_format_sources(logs, EVALUATION_LOSS)}{took}"
     if "loss" not in logs:
         return ""
-    parts = [f"loss {logs['loss']:.4g}"]
+    parts = [f"loss {logs['loss']:.4g}{_format_sources(logs, TRAINING_LOSS)}"]
     if "router_loss" in logs:
         parts.append(f"router loss {logs['router_loss']:.4g}")
     if "learning_rate" in logs:
@@ -89,6 +91,12 @@ def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, secon
     if step < max_steps:
         parts.append(f"{_format_seconds(seconds_left)} left")
     return f"{place}: {', '.join(parts)}"
+
+
+def _format_sources(logs: Mapping[str, float], keys: re.Pattern[str]) -> str:
+    """Return the losses of sources in parentheses; empty if there are none."""
+    losses = [f"{name} {logs[key]:.4g}" for name, key in find_source_losses(logs, keys).items()]
+    return f" ({', '.join(losses)})" if losses else ""
 
 
 def _shows_bars(args: TrainingArguments, state: TrainerState) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.validation.json_flags import parse_object
+from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.model.loading.base_model import get_dtype_name
@@ -29,9 +31,14 @@ STEP_FLAGS = (
 )
 """Flags that decide what a step is. `max_steps` and `num_train_epochs` are missing: a run may be made longer."""
 
-DATA_FLAGS = ("overlong", "train_on", "eval_split", "chat_template_kwargs", "empty_thoughts", "content_tokens")
+DATA_FLAGS = (
+    *("overlong", "train_on", "eval_split", "columns", "system_prompt"),
+    *("chat_template_kwargs", "empty_thoughts", "content_tokens"),
+)
 
-TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, "model_max_length", "data", "chat_template", "tokenizer")
+DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "chat_template", "tokenizer")
+
+TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES)
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
 
 LABELS = {
@@ -45,6 +52,7 @@ LABELS = {
     "packing_capacity": "--packing, tokens of a sequence",
     "fsdp_state_dict_type": "--fsdp_config, state_dict_type",
     "data": "--data_path, content",
+    "mixture": "--data_path, settings of its entries",
     "chat_template": "chat template (--conv_template)",
     "tokenizer": "tokenizer",
     "base_model": "--model_name_or_path, content",
@@ -98,12 +106,16 @@ def fingerprint_settings(
     optimizer = get_optimizer_name(deepspeed, OptimizerNames(training.optim).value)
     flags = {name: getattr(training, name) for name in (*OPTIMIZER_FLAGS, *STEP_FLAGS, "model_max_length")}
     flags |= {name: getattr(data, name) for name in DATA_FLAGS}
+    flags["columns"] = [
+        f"{name}: {target}" for name, target in parse_object(data.columns).items()
+    ]  # their order decides too
     return {
         "strategy": NO_STRATEGY if is_alone else topology.strategy,
         "processes": topology.world_size,
         "optimizer": optimizer.lower().removesuffix("_fused"),
         "optimizer_offload": get_offload_device(deepspeed, "offload_optimizer"),
         "deepspeed_state_layout": describe_state_layout(deepspeed),
+        "duplicates": "drop" if data.duplicates == "drop" else "keep",  # error changes nothing
         "compute_dtype": get_dtype_name(dtype),
         "base_quantization": quantization.to_dict(),
         "packing_capacity": training.model_max_length if data.packing else None,
@@ -129,10 +141,12 @@ def _sort_names(names: str | Collection[str] | None) -> str | list[str]:
     return names if isinstance(names, str) else sorted(names or ())
 
 
-def fingerprint_data(tokenizer: Any, contents: Sequence[str], base_files: str) -> dict[str, Any]:
-    """Return short digests of the data (`contents` are hashes of its files), the tokenizer and the base model."""
+def fingerprint_data(tokenizer: Any, data: LoadedData, base_files: str) -> dict[str, Any]:
+    """Return short digests of the data, the tokenizer and the base model, and the settings of the data's entries."""
+    has_settings = any(source.entry.settings for source in data.sources)
     return {
-        "data": _short_digest(" ".join(contents)),
+        "data": _short_digest(" ".join(data.contents)),
+        "mixture": [f"{one.read}x{one.entry.settings or 'all'}" for one in data.sources] if has_settings else [],
         "chat_template": _short_digest(str(tokenizer.chat_template)),
         "tokenizer": _short_digest(tokenizer.backend_tokenizer.to_str()),
         "base_model": _short_digest(base_files),

@@ -120,7 +120,7 @@ class RunReport(AbstractContextManager["RunReport"], TrainerCallback):  # type: 
         summary, training = self._summary, self._summary.args.training
         examples = get_examples("train", summary.splits["train"], summary.prepared.data.tokenizer, SHOWN_SEQUENCES)
         return {
-            "rejections": {flag: (one, format_rejections(one.summary)) for flag, one in summary.rejections.items()},
+            "rejections": {flag: (one, format_rejections(one)) for flag, one in summary.rejections.items()},
             "statistics": {name: format_statistics(found) for name, found in summary.statistics.items()},
             "examples": [] if training.push_to_hub else list(examples),
             "flags": get_flags(summary.args),

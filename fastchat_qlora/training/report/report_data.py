@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from enum import Enum
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettin
 from fastchat_qlora.training.callbacks.throughput import TokenTotal
 from fastchat_qlora.training.report.charts import Chart, Curve, get_curve, thin_out
 from fastchat_qlora.training.setup import PreparedRun
+from fastchat_qlora.training.source_losses import EVALUATION_LOSS, TRAINING_LOSS, find_source_losses
 from fastchat_qlora.training.trainer import LoraTrainer
 from fastchat_qlora.utils.text import mask_secrets
 
@@ -78,6 +81,8 @@ def get_charts(
     lengths = Curve("sequences", "bar", [first for first, _ in bins], [count for _, count in bins])
     charts = [
         Chart("loss", "Loss (nats per supervised token)", [loss, evaluation]),
+        Chart("sources", "Loss by source", _get_source_curves(history, TRAINING_LOSS, is_noisy=True)),
+        Chart("eval_sources", "Evaluation by source", _get_source_curves(history, EVALUATION_LOSS, is_noisy=False)),
         Chart("throughput", "Throughput (tokens/s)", [tokens, supervised], ",.0f"),
         Chart("gradient", "Gradient norm", [gradient]),
         Chart("router", "Router loss, without its weight", [get_curve(history, "router_loss", "router", "c2")]),
@@ -88,6 +93,15 @@ def get_charts(
     charts.append(Chart("lengths", "Sequences by length (tokens)", [lengths], ",.0f", is_bars=True, axis="tokens"))
     kept = [chart._replace(curves=[thin_out(curve) for curve in chart.curves if curve.steps]) for chart in charts]
     return [chart for chart in kept if chart.curves]
+
+
+def _get_source_curves(history: Sequence[Mapping[str, Any]], keys: re.Pattern[str], *, is_noisy: bool) -> list[Curve]:
+    """Return a curve for each source of which the log has losses."""
+    found: dict[str, str] = {}
+    for entry in history:
+        found |= find_source_losses(entry, keys)
+    colors = zip(found.items(), cycle(("c1", "c2", "c3", "c4")), strict=False)
+    return [get_curve(history, key, name, color, is_noisy=is_noisy) for (name, key), color in colors]
 
 
 def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[tuple[str, str, str]]:

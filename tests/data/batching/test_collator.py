@@ -85,7 +85,7 @@ def test_mask_goes_by_length(side: str, tokenizer: PreTrainedTokenizerFast) -> N
         {"input_ids": [7, 8, 9, 10, pad], "labels": [-100, -100, 9, 10, pad], "id": None, "reason": ""},
     ]
     batch = collator(tokenizer, f"padded on the {side}")(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", *BATCH_INFO}
+    assert set(batch) == {"input_ids", "attention_mask", "supervised", "labels", "conversation", "source", *BATCH_INFO}
     width = batch["input_ids"].shape[1]
     assert width >= 5
     for i, row in enumerate(rows):
@@ -117,6 +117,19 @@ def test_batch_of_a_dataset_has_all_targets(
         assert batch["attention_mask"].sum(dim=1).tolist() == lengths
         real = batch["input_ids"][batch["attention_mask"].bool()]
         assert real.tolist() == [token for row in rows for token in row["input_ids"]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_stand_beside_their_targets(layout: str) -> None:
+    """A conversation without weights has 1 for each target; a batch of such conversations has none."""
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "weights": None},
+        {"input_ids": [8, 9, 10, 11], "labels": [8, -100, 10, 11], "weights": [0.5, 0.0, 0.25, 1.0]},
+    ]
+    batch = collator(Padding(), layout)(rows)
+    assert batch["labels"].tolist() == [6, 7, 10, 11]
+    assert batch["weights"].tolist() == [1.0, 1.0, 0.25, 1.0] and batch["weights"].dtype == torch.float32
+    assert "weights" not in collator(Padding(), layout)(rows[:1])
 
 
 def test_width_is_rounded_up_to_a_multiple_of_eight(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,8 @@ from loaded_data import load_splits
 from transformers import PreTrainedTokenizerFast
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
-from fastchat_qlora.data.sources.formats import FIELDS, to_conversation
+from fastchat_qlora.data.sources.fields.names import FIELDS
+from fastchat_qlora.data.sources.formats import to_conversation
 from fastchat_qlora.errors import UserError
 
 SYSTEM = "Be brief."
@@ -106,25 +107,49 @@ def test_all_forms_of_tool_calls_are_equal(said: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"weight": 0.5}, "message 1: 'train' or 'weight' must be 0 or 1, is '0.5'"),
-        ({"train": "yes"}, "must be 0 or 1"),
+        ({"weight": 1.5}, "message 1: weight: found the number 1.5; expected true, false or a number from 0 to 1"),
+        ({"train": "yes"}, "message 1: train: found the text 'yes'; expected true, false or a number"),
+        ({"loss": float("nan")}, "message 1: loss: found the number nan; expected"),
+        ({"masked": 0.5}, "message 1: masked: found the number 0.5; expected true or false"),
+        ({"loss": True, "masked": True}, "message 1: found loss true, masked true, which contradict each other"),
+        ({"weight": 0.5, "loss_weight": 0.25}, "message 1: found loss_weight 0.25, weight 0.5, which contradict"),
+        ({"images": ["1.jpg"]}, "message 1: images: found a list of 1; expected text only"),
         (
             {"content": [{"type": "image_url", "image_url": "x"}]},
-            "message 1: a content part must be text, not 'image_url'",
+            "message 1: content, part 0: found the type 'image_url'; expected text, thinking, reasoning or tool_call",
         ),
-        ({"content": None}, "message 1: must be an object with text"),
-        ({"tool_calls": "add"}, "message 1: a tool call is not JSON"),
+        ({"content": ["Yo", 5]}, "message 1: content, part 1: found the number 5; expected text, or an object"),
+        (
+            {"content": [{"type": "text", "text": "Yo"}, {"type": "thinking", "thinking": "So"}]},
+            "message 1: content, part 1: found a thought after text or a call; expected thoughts first",
+        ),
+        (
+            {"content": [{"type": "tool_call", "value": CALL["function"]}, {"type": "text", "text": "Yo"}]},
+            "message 1: content, part 1: found text after a tool call; expected calls at the end",
+        ),
+        ({"content": None}, "message 1: empty answer: content: found null; expected text or a tool call"),
+        ({"content": "", "reasoning": "So"}, "message 1: empty answer, with thoughts only: content: found empty text"),
+        ({"content": 5}, "message 1: content: found the number 5; expected text or a list of parts"),
+        ({"content": b"Yo"}, "message 1: content: found a value of type bytes, which JSON does not have"),
+        ({"reasoning": "So", "thinking": "No"}, "message 1: found different thoughts in reasoning and thinking"),
+        ({"tool_calls": "add"}, "message 1: tool_calls: found text that is not JSON"),
         (
             {"tool_calls": [CALL], "function_call": CALL["function"]},
-            "message 1: has both 'tool_calls' and 'function_call'",
+            "message 1: found both tool_calls and function_call; expected one of them",
         ),
-        ({"tool_calls": [{"function": {}}]}, "message 1: a tool call must have a function with a name"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "message 1: a tool call is not JSON"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be an object"),
+        ({"tool_calls": [{"function": {}}]}, "message 1: tool_calls: found an empty object; expected a tool call with"),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "message 1: tool_calls, arguments of a call: found text that is not JSON",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]},
+            "message 1: tool_calls, arguments of a call: found a list of 1; expected an object",
+        ),
         *[
             (
                 {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
-                "message 1: .* are not JSON: Out of",
+                "message 1: .* found what is not JSON: Out of",
             )
             for arguments in ({"a": float("nan")}, {"a": [{"b": float("-inf")}]}, '{"a": NaN}', '{"a": [-Infinity]}')
         ],
@@ -144,14 +169,14 @@ SAID_BEFORE = [{"role": "system", "content": SYSTEM}, *HI]
 @pytest.mark.parametrize("turns", [{"messages": HI}, {"messages": SAID_BEFORE}, {"instruction": "Hi", "output": "Ho"}])
 def test_system_message_must_be_text(turns: dict[str, Any], system: Any) -> None:
     """A system message is never dropped silently."""
-    with pytest.raises(RejectedRecord, match=r"^'system' must be text$"):
+    with pytest.raises(RejectedRecord, match=r"^system: found .*; expected text$"):
         to_conversation({"system": system, **turns})
 
 
 @pytest.mark.parametrize("first", [SYSTEM + " ", "Be verbose.", [{"type": "text", "text": "Be verbose."}]])
 def test_system_messages_must_not_differ(first: Any) -> None:
     record = {"system": SYSTEM, "messages": [{"role": "system", "content": first}, *HI]}
-    with pytest.raises(RejectedRecord, match=r"^'system' and the first message are system messages that differ$"):
+    with pytest.raises(RejectedRecord, match=r"^system and the first message are system messages that differ"):
         to_conversation(record)
 
 

@@ -174,7 +174,7 @@ def test_sentinel_characters_are_rejected(place: str, character: str) -> None:
     else:
         answer[place] = f"x{character}"
     done = prepare(byte_level("glm4moe"), {"messages": [SAID[0], answer], "tools": [tool]})
-    assert [rejection.reason.partition(": ")[2] for rejection in done.rejections] == [
+    assert [rejection.reason.rpartition(": ")[2] for rejection in done.rejections] == [
         "contains U+FDD0 or U+FDD1, which are not characters"
     ]
 

@@ -5,6 +5,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -202,7 +203,7 @@ def test_weights_of_single_letters(shared_tokenizer: PreTrainedTokenizerFast) ->
     segments = [Segment("X"), answer("Y" + END)._replace(weight=0.25), Segment("Z"), answer("Z" + END)]
     weights = tokenize(segments, shared_tokenizer).weights
     assert weights is not None
-    assert weights.tolist() == [1, 0.25, 0.25, 1, 1, 1]
+    assert weights.tolist() == [0, 0.25, 0.25, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("before", "said"), [("Is th", "is so"), ("Is ", "this"), ("Is", " th"), ("X", "is so")])
@@ -341,3 +342,27 @@ def test_lookalikes_of_special_tokens_are_plain(text: str, shared_tokenizer: Pre
 def test_tokenizer_may_have_no_special_tokens() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     check_plain([Message("user", "<s> anything at all")], find_control_tokens(bare))
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("supervise_all", [False, True])
+def test_weights_are_those_of_their_turn(
+    add_bos: bool, supervise_all: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each token of a turn has its weight; none is written where every weight is 1."""
+    tokenizer.bos_token = "<|endoftext|>"
+    segments = [
+        Segment("QQ", supervised=supervise_all),
+        answer("A" + END)._replace(weight=0.25),
+        answer("B" + END)._replace(supervised=False),
+        answer("C" + END),
+    ]
+    encoder = Encoder(tokenizer, find_control_tokens(tokenizer), add_bos=add_bos)
+    encoded = encoder.encode([segments, [segments[0], *segments[2:]]])
+    [weighted], [unweighted] = ([one.tokens for one in encoder.label(text)] for text in encoded)
+    assert unweighted.weights is None and weighted.weights is not None
+    assert weighted.weights.dtype == np.float32
+    own = {True: 1.0, False: 0.0}[supervise_all]
+    first = [0.0, own] if add_bos else [0.0]
+    assert weighted.weights.tolist() == [*first, own, 0.25, 0.25, 0.0, 0.0, 1.0, 1.0]
+    assert ((weighted.weights > 0) == (weighted.labels != IGNORE_INDEX)).all()

@@ -106,3 +106,11 @@ def test_truncation_keeps_a_beginning_with_supervised_tokens(
     else:
         assert length == max_length
         assert END not in kept.labels
+
+
+def test_weights_are_cut_with_their_tokens() -> None:
+    tokens = conversation((3, 2), (3, 2))
+    weights = np.where(tokens.labels == IGNORE_INDEX, 0, np.linspace(0.1, 1, len(tokens.labels))).astype(np.float32)
+    cut = truncate(tokens._replace(weights=weights), 9)
+    assert cut.weights is not None and cut.weights.tolist() == weights[:5].tolist()
+    assert truncate(tokens, 9).weights is None

@@ -43,6 +43,8 @@ def fingerprint(model_folder: Path, data_file: Path, tmp_path: Path, flags: str 
             {"chat_template_kwargs", "empty_thoughts", "content_tokens"},
         ),
         ("--chat_template_kwargs {}", set()),
+        ("--duplicates drop", {"duplicates"}),
+        ("--duplicates error", set()),
     ],
 )
 def test_flags_change_the_fingerprint(

@@ -246,7 +246,7 @@ def test_flags_are_those_that_were_given(model_folder: Path, data_file: Path) ->
     assert {name: value for name, value in found.items() if name not in by_the_machine} == expected
 
 
-ROW = {"length": 3, "supervised": 1, "full_length": 3, "turns": 1, "thoughts": 0, "record": 0}
+ROW = {"length": 3, "supervised": 1, "weight": 0.5, "full_length": 3, "turns": 1, "thoughts": 0, "record": 0}
 HISTORY = [
     {"step": 1, "loss": 4.0, "memory_gib": 1.5},
     {"step": 1, "eval_loss": 3.5},

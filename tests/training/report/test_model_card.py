@@ -98,9 +98,8 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
     data.write_text("[{}]")
     rejected.write_text("")
     args = parse_args(f"--model_name_or_path {name} --data_path {data} --output_dir {tmp_path / 'out'}".split())
-    empty = Dataset.from_dict(
-        {key: [] for key in ("length", "supervised", "full_length", "turns", "thoughts", "record")}
-    )
+    columns = ("length", "supervised", "weight", "full_length", "turns", "thoughts", "record")
+    empty = Dataset.from_dict({key: [] for key in columns})
     summary = RejectionSummary(read=5, rejected=5)
     loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template")
     base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
