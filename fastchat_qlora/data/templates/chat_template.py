@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.answers.completions import (
+    LISTED_PART,
     Completion,
     CompletionFinder,
     Effort,
     TemplateFacts,
+    ThoughtNotWritten,
     WrittenThought,
 )
 from fastchat_qlora.data.templates.answers.message_parts import WRITTEN_SENTINELS, contains
@@ -29,6 +31,7 @@ from fastchat_qlora.data.templates.message_forms import (
     MessageForm,
     TemplateMessages,
     list_forms,
+    list_thought_forms,
     set_content,
     split_thought,
     to_template_messages,
@@ -40,8 +43,6 @@ from fastchat_qlora.data.tokenization.settings import EmptyThoughts
 
 QUESTION = Message("user", "-")
 
-LISTED_PART = re.compile(r"""['"]type['"]: ['"](?:text|thinking)['"]""")  # of a list that a template wrote as it is
-
 MAX_SKELETONS = 2_000
 MAX_RENDERED_CHARACTERS = 20_000_000  # of one conversation; a template that rewrites earlier turns makes many texts
 MIN_TELLING_CHARACTERS = 16  # of a content that does not stand in a prompt by chance
@@ -51,7 +52,7 @@ THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_mode": "d
 
 
 class Attempt(NamedTuple):
-    """One way to render a conversation; those of a record's own come first."""
+    """One way to render a conversation; a record's own comes first."""
 
     form: MessageForm
     effort: Effort
@@ -130,16 +131,12 @@ class ChatTemplate:
         texts = [pieces for pieces in filled if pieces is not None]
         if texts and len(texts) == len(filled):
             return Rendering([self._make_segments(pieces, messages, wanted) for pieces in texts])
-        drafts, note = self._render_carefully(conversation, wanted)
-        return Rendering([self._make_segments(draft.pieces, messages, wanted) for draft in drafts], note)
+        drafts, attempt = self._render_carefully(conversation, wanted)
+        return Rendering([self._make_segments(draft.pieces, messages, wanted) for draft in drafts], attempt.describe())
 
     def find_attempt(self, conversation: Conversation, wanted: Sequence[int]) -> Attempt:
-        """Return the way in which `render` writes a conversation."""
-        for attempt in self._list_attempts(conversation):
-            with suppress(RejectedRecord):
-                self._try(conversation, wanted, attempt)
-                return attempt
-        raise RejectedRecord("the chat template renders it in no form")
+        """Return the way in which `render` writes a conversation; raise RejectedRecord if there is none."""
+        return self._render_carefully(conversation, wanted)[1]
 
     def _make_segments(
         self, pieces: Sequence[TextPiece], messages: Sequence[Message], wanted: Sequence[int]
@@ -201,23 +198,32 @@ class ChatTemplate:
             sentinels = [replace_content(message, i) for i, message in enumerate(messages)]
             self.skeletons[key] = []
             with suppress(RejectedRecord):  # the conversation itself shall give the reason
-                self.skeletons[key], note = self._render_carefully(
+                self.skeletons[key], attempt = self._render_carefully(
                     conversation._replace(messages=sentinels), wanted, is_skeleton=True
                 )
-                if note:
+                if attempt.describe():
                     self.skeletons[key] = []
         return self.skeletons[key]
 
     def _render_carefully(
         self, conversation: Conversation, wanted: Sequence[int], *, is_skeleton: bool = False
-    ) -> tuple[list[SequenceDraft], str]:
-        """Render and compare each answer; return the sequences, and what differs from the record's own form."""
-        errors = []
-        for attempt in self._list_attempts(conversation):
-            try:
-                return self._try(conversation, wanted, attempt, is_skeleton=is_skeleton), attempt.describe()
-            except RejectedRecord as error:
-                errors.append(error)
+    ) -> tuple[list[SequenceDraft], Attempt]:
+        """Render and compare each answer; return the sequences, and the way in which they are rendered."""
+        errors: list[RejectedRecord] = []
+        forms = list_forms(conversation.messages)
+        for number, attempt in enumerate(self._list_attempts(conversation)):
+            for form in forms:
+                tried = attempt._replace(form=form._replace(thoughts=attempt.form.thoughts))
+                try:
+                    return self._try(conversation, wanted, tried, is_skeleton=is_skeleton), tried
+                except ThoughtNotWritten as error:  # the rest is right
+                    errors.append(error)
+                    forms = [form]
+                    break
+                except RejectedRecord as error:
+                    errors.append(error)
+            if number == 0 and not isinstance(errors[-1], ThoughtNotWritten):
+                forms = forms[:1]  # the thoughts are not at fault, or only in the own form
         raise next((error for error in errors if not _is_refusal(error)), errors[0])
 
     def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
@@ -230,11 +236,16 @@ class ChatTemplate:
         elif self.empty_thoughts == "prompt":
             modes.insert(0, self._switch(own, THINKING_OFF))
         modes = [mode for i, mode in enumerate(modes) if mode not in modes[:i]]
-        for effort in Effort if has_thoughts else [Effort.TEMPLATE_ONLY]:
-            for arguments, mode in modes:
-                thought = self._get_facts(arguments).thought if has_thoughts else None
-                for form in list_forms(conversation.messages, thought.form if thought else "own"):
-                    yield Attempt(form, effort, arguments, mode)
+        if not has_thoughts:
+            yield from (Attempt(MessageForm(), Effort.TEMPLATE_ONLY, arguments, mode) for arguments, mode in modes)
+            return
+        for in_content in (False, True):
+            for effort in Effort:
+                for arguments, mode in modes:
+                    thought = self._get_facts(arguments).thought
+                    found = list_thought_forms(conversation.messages, thought.form if thought else "field")
+                    for form in found.in_content if in_content else found.apart:
+                        yield Attempt(MessageForm(thoughts=form), effort, arguments, mode)
 
     def _switch(self, own: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         """Return arguments with those values that the template reads and nobody has chosen, and their names."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -54,33 +54,39 @@ def split_thought(message: Message) -> Thought:
     return Thought(written["reasoning"], written["content"])
 
 
-def list_forms(messages: Sequence[Message], native: str = "own") -> Iterator[MessageForm]:
-    """Yield the forms that differ for these messages, the record's own first.
-
-    Args:
-        native: the form of thoughts that the template writes in its own way. Thoughts in tags are a part of the content
-            to a template that knows none there, so the native form comes before them.
-    """
+def list_forms(messages: Sequence[Message]) -> list[MessageForm]:
+    """Return the forms that differ for these messages, apart from their thoughts; the record's own is the first."""
     calls = [message for message in messages if message.tool_calls]
-    yield from (
-        MessageForm(*values)
+    return [
+        MessageForm("own", *values)
         for values in product(
-            _list_thought_forms(messages, native),
             ("object", "text") if calls else ("object",),
             ("text", "null", "parts") if any(not call.content for call in calls) else ("text", "parts"),
             ("own", "short") if calls and not _has_short_ids(messages) else ("own",),
         )
-    )
+    ]
 
 
-def _list_thought_forms(messages: Sequence[Message], native: str) -> list[str]:
+class ThoughtForms(NamedTuple):
+    """Forms of thoughts that differ: those that are more than text to a template, and those in the content."""
+
+    apart: list[str]
+    in_content: list[str]
+
+
+def list_thought_forms(messages: Sequence[Message], native: str) -> ThoughtForms:
+    """Return the forms of thoughts, the record's own first, and then the one that the template writes in its own way.
+
+    Args:
+        native: that form; own if it is the same whether a thought is in a field or in tags.
+    """
     answers = [message for message in messages if message.role == "assistant" and split_thought(message).reasoning]
-    if not answers:
-        return ["own"]
-    has_own_field = all(answer.reasoning for answer in answers)
-    first = ["own", native] if has_own_field else [native, "own"]
-    forms = [*first, "field", "tags", "parts"]
-    return [form for form in dict.fromkeys(forms) if not (has_own_field and form == "field")]
+    if all(answer.reasoning for answer in answers):
+        apart = ["own", native, "parts"]
+        return ThoughtForms([form for form in dict.fromkeys(apart) if form not in ("field", "tags")], ["tags"])
+    apart = ["own"] if native == "own" else []
+    apart += [form for form in dict.fromkeys((native, "field", "parts")) if form not in ("own", "tags")]
+    return ThoughtForms(apart, [] if native == "own" else ["own", "tags"])
 
 
 def _has_short_ids(messages: Sequence[Message]) -> bool:

@@ -8,6 +8,7 @@ Where the answered text does not begin with the prompt, the two part at a token:
 that the answer lacks, say. Anything else is a reason to reject the conversation.
 """
 
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from fastchat_qlora.data.templates.prompts import Apply, PrefixRenderer
 from fastchat_qlora.data.templates.sentinels import SENTINEL, make_sentinel
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 
+LISTED_PART = re.compile(r"""['"]type['"]: ?['"](?:text|thinking)['"]""")  # of a list that a template wrote as it is
 BEFORE, NEXT = 9_999_998, 9_999_999  # numbers of the sentinels in the messages before and behind an answer
 
 
@@ -42,6 +44,10 @@ class Effort(IntEnum):
     TEMPLATE_ONLY = 0  # the template writes it
     CLOSE_THOUGHTS = 1  # the template drops it, but its prompt has opened one, which is closed as models do
     THINK_ANYWAY = 2  # the template writes it, though its prompt has closed one
+
+
+class ThoughtNotWritten(RejectedRecord):
+    """A thought that the template drops, or writes behind a prompt that has closed one."""
 
 
 class Completion(NamedTuple):
@@ -99,7 +105,7 @@ class CompletionFinder:
         try:
             return self._find(index)
         except RejectedRecord as error:
-            raise RejectedRecord(f"message {index}: {error}", error.kind) from error
+            raise type(error)(f"message {index}: {error}", error.kind) from error
 
     def _find(self, index: int) -> Completion:
         prompt, answered = self.renderer.get_prompt(index), self.renderer.get_answered(index)
@@ -218,7 +224,8 @@ class CompletionFinder:
         if missing or not written:
             reasoning = [split_thought(message).reasoning] if has_thought else []
             part = [*reasoning, *list_parts(message)][min(missing, default=0)]
-            raise RejectedRecord(f"the chat template does not write {part.strip()[:40]!r} of the message")
+            kind = ThoughtNotWritten if missing == {0} and has_thought else RejectedRecord
+            raise kind(f"the chat template does not write {part.strip()[:40]!r} of the message")
 
     def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
         """Return the text from an answer's last part to the message behind it; None if there is none."""
@@ -253,6 +260,8 @@ class CompletionFinder:
             raise RejectedRecord(
                 f"the chat template writes {self.facts.eos!r}, where a server stops, inside the answer"
             )
+        if "parts" in self.form and LISTED_PART.search(text):
+            raise RejectedRecord("the chat template writes lists of parts as they are")
         message = self.messages[index]
         reasoning = split_thought(message).reasoning.strip()
         if reasoning or message.tool_calls:
@@ -286,11 +295,11 @@ class CompletionFinder:
         if not contains(text, reasoning):
             closing = self._get_closing(prompt)
             if closing is None or self.effort < Effort.CLOSE_THOUGHTS:
-                raise RejectedRecord(f"the chat template does not write the thought {reasoning[:40]!r}")
+                raise ThoughtNotWritten(f"the chat template does not write the thought {reasoning[:40]!r}")
             rest = text[measure_empty_thought(alignment.head) :]
             return reasoning + (closing.rstrip() if rest[:1].isspace() else closing) + rest
         if measure_empty_thought(alignment.extra) and not opened and self.effort < Effort.THINK_ANYWAY:
-            raise RejectedRecord(
+            raise ThoughtNotWritten(
                 f"the generation prompt ends with {alignment.extra[-40:]!r}, and the answer has a thought"
             )
         if opened and text.lstrip().startswith(opened.tag):  # the prompt has written that tag already
