@@ -412,7 +412,8 @@ def _find_written_thought(facts: TemplateFacts) -> WrittenThought | None:
                 extra = prompt[len(pieces[0]) :] if prompt.startswith(pieces[0]) else None
                 closing = pieces[2][: measure_empty_thought(pieces[2]) or None]
                 follows = extra is not None and not measure_empty_thought(extra)
-                return WrittenThought("own" if text == texts.get("tags") else form, follows, closing)
+                is_same = form == "field" and text == texts.get("tags")
+                return WrittenThought("own" if is_same else form, follows, closing)
     return None
 
 

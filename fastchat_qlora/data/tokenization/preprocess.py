@@ -213,9 +213,9 @@ class Preprocessor:
         """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
         kept, full_length = [], 0
         reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
-        for segments, tokens in sequences:
+        for i, (segments, tokens) in enumerate(sequences):
             try:
-                cut = truncate(tokens, self.settings.max_length)
+                cut = truncate(tokens, self.settings.max_length, may_cut_answer=i == 0)
             except RejectedRecord as error:
                 reason = error
                 full_length += tokens.full_length

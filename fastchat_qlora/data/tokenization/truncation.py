@@ -6,11 +6,11 @@ from fastchat_qlora.data.conversation import Message, RejectedRecord, RejectionK
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX, TokenizedConversation
 
 
-def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConversation:
+def truncate(tokens: TokenizedConversation, max_length: int, *, may_cut_answer: bool = True) -> TokenizedConversation:
     """Return the beginning of a conversation, up to the end of the last whole assistant turn that fits.
 
-    A first turn that is too long is cut inside, without an end token: the model must not learn to stop where the record
-    continues.
+    A conversation's first answer that is too long is cut inside, without an end token: the model must not learn to stop
+    where the record continues.
 
     Raises:
         RejectedRecord: no supervised token fits.
@@ -19,7 +19,7 @@ def truncate(tokens: TokenizedConversation, max_length: int) -> TokenizedConvers
         return tokens
     whole_turns = [end for end in tokens.turn_ends if end <= max_length]
     cut = whole_turns[-1] if whole_turns else max_length
-    labels = tokens.labels[:cut]
+    labels = tokens.labels[: cut if whole_turns or may_cut_answer else 0]
     if not (labels != IGNORE_INDEX).any():
         reason = f"no supervised token within the first {max_length} tokens"
         raise RejectedRecord(reason, RejectionKind.NOTHING_SUPERVISED)

@@ -52,7 +52,7 @@ SUPERVISED_OF_TOOLS = {
     "gptoss": [
         [
             ' to=functions.add<|channel|>commentary json<|message|>{"a": 1, "b": "two"}<|call|>',
-            "It is three.<|return|>",
+            "<|channel|>final<|message|>It is three.<|return|>",
         ]
     ],
     "glm4moe": [[GLM_CALL, "It is three.<|user|>"]],
@@ -110,12 +110,11 @@ def test_reasoning_is_supervised_after_the_prompt_of_a_server(name: str) -> None
 @pytest.mark.parametrize(
     ("name", "record", "reason"),
     [
-        ("qwen2_5", {"messages": REASONING}, "message 1: the chat template does not write 'First"),
         ("llama3", {"messages": TOOLS, "tools": [ADD]}, "message 1: the chat template does not write 'add'"),
         ("phi3", {"messages": REASONING[:1] + TOOLS[3:], "tools": [ADD]}, "the chat template omits the tool 'add'"),
-        ("gemma", {"messages": TOOLS, "tools": [ADD]}, "the chat template refuses the conversation"),
+        ("gemma", {"messages": TOOLS, "tools": [ADD]}, "message 1: the chat template does not write 'add'"),
     ],
-    ids=["no words for thoughts", "none for calls", "none for tools", "refuses"],
+    ids=["no words for calls", "none for tools", "refuses the results"],
 )
 def test_unsupported_parts_are_rejected(name: str, record: Any, reason: str) -> None:
     done = prepare(byte_level(name), record)
@@ -135,9 +134,8 @@ SAID = [
     [
         {**SAID[1], "tool_calls": [CALL]},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "end", "arguments": {}}}]},
-        {"role": "assistant", "content": "The sum is three.", "reasoning_content": "three"},
     ],
-    ids=["announced", "named as the end token", "thought"],
+    ids=["announced", "named as the end token"],
 )
 def test_unsupported_parts_are_missed_where_the_same_words_are_in_the_content(name: str, message: Any) -> None:
     """The words of a call or of reasoning may be in the content too, or in the token that ends the turn."""
@@ -179,6 +177,18 @@ def test_sentinel_characters_are_rejected(place: str, character: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "phi3"])
+def test_thoughts_are_text_to_a_template_that_knows_none(name: str) -> None:
+    """They are in tags then, which is logged with a count."""
+    tokenizer = byte_level(name)
+    answer = {"role": "assistant", "content": "The sum is three.", "reasoning_content": "three"}
+    done = prepare(tokenizer, {"messages": [SAID[0], answer]})
+    assert done.notes == {"thoughts in <think> tags": 1}
+    [row] = done.sequences.to_pylist()
+    [said] = supervised_texts(row, tokenizer)
+    assert said.startswith("<think>\nthree\n</think>\n\nThe sum is three.<|")
+
+
 def test_private_use_characters_are_text() -> None:
     """Icon fonts use them; one at the end of a question was once confused with the answer."""
     messages = [
@@ -211,12 +221,12 @@ def test_rewriting_template_is_rendered_few_times_per_answer(thoughts: bool) -> 
         patch.setattr(tokenizer, "apply_chat_template", counted)
         done = preprocessor([(0, RawRecord(Source("f", 1), {"messages": messages}))])
     assert len(done.sequences) == 20
-    assert all(row["turns"] == i + 1 for i, row in enumerate(done.sequences.to_pylist()))
+    assert all(row["turns"] == 1 for row in done.sequences.to_pylist())
     assert count < 8 * 20
 
 
 def test_too_many_rendered_characters_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastchat_qlora.data.templates.assistant_spans.MAX_RENDERED_CHARACTERS", 2_000)
+    monkeypatch.setattr("fastchat_qlora.data.templates.chat_template.MAX_RENDERED_CHARACTERS", 2_000)
     messages = [{"role": role, "content": f"{role} {i}" * 5} for i, role in enumerate(("user", "assistant") * 20)]
     [rejection] = prepare(byte_level("qwen3"), {"messages": messages}).rejections
     assert rejection.reason == "the chat template renders more than 2000 characters for it"
@@ -239,15 +249,13 @@ class TestWholeConversations:
     @pytest.mark.parametrize("name", ["qwen3", "qwen3_8"])
     @pytest.mark.parametrize(("index", "kept"), [(1, "nine ten"), (3, "SECRET")])
     def test_masked_answer_is_never_supervised(self, name: str, index: int, kept: str) -> None:
-        """`train_on all` does not supervise it either, at any position; everything else is supervised."""
+        """`train_on all` does not supervise it either, in any sequence; everything else is supervised once."""
         tokenizer = byte_level(name)
-        [texts] = supervised_texts_of(tokenizer, self.mask(index), train_on="all")
-        said = "".join(texts)
+        rows = supervised_texts_of(tokenizer, self.mask(index), train_on="all")
+        said = "".join(text for texts in rows for text in texts)
         hidden = "SECRET" if index == 1 else "nine ten"
         assert hidden not in said
-        assert kept in said
-        assert "user\nHi" in said
-        assert "user\nMore" in said
+        assert [said.count(text) for text in (kept, "\nHi<|im_end|>", "More<|im_end|>")] == [1, 1, 1]
 
     def test_later_answer_is_never_cut(self) -> None:
         """Only the first answer may be cut inside. A sequence whose later answer is too long is lost and counted."""
@@ -305,13 +313,14 @@ def test_special_tokens_may_swallow_blanks(conv_template: str, family: str, stri
     ]
     preprocessor = Preprocessor(tokenizer, PreprocessingSettings(conv_template, 1000, "truncate"))
     done = preprocessor([(i, RawRecord(Source("f", i), record)) for i, record in enumerate(records)])
-    rows = {row["line"]: row for row in done.sequences.to_pylist()}
+    rows = done.sequences.to_pylist()  # one for each answer where a prompt's ids change with what follows
     # An end token may swallow a blank, which is then in no token, so the answer cannot be supervised exactly.
     swallowed = {3} if "lstrip" in strips else set()
-    assert set(rows) == {0, 1, 2, 3} - swallowed
-    for line, row in rows.items():
+    assert {row["line"] for row in rows} == {0, 1, 2, 3} - swallowed
+    for line in {row["line"] for row in rows}:
         said = texts[line].removeprefix(" " if family == "sentencepiece" else "")  # its decoder drops a first blank
-        assert supervised_texts(row, tokenizer) == [f"{said}<|end|>"] * 2
+        supervised = [text for row in rows if row["line"] == line for text in supervised_texts(row, tokenizer)]
+        assert supervised == [f"{said}<|end|>"] * 2
 
 
 def test_special_tokens_made_by_normalization_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,6 +5,7 @@ The templates are those that TRL has: stock templates of the common model famili
 """
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 NO_SYSTEM = {"gemma", "gemma_training"}
 OPENS_THOUGHT = ("deepseek", "nemotron")  # their prompt ends with <think>, which earlier answers do not have
 REWRITES = {"qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "gptoss", "gptoss_training"}
-HEADER = "<|channel|>final<|message|>"  # of gpt-oss, which the model writes itself
+HEADER = re.compile(r"<\|channel\|> ?final<\|message\|>")  # of gpt-oss, which the model writes itself
 
 AWKWARD = [
     "\n",
@@ -70,7 +71,7 @@ def equals_answer(decoded: str, content: str, end: str) -> bool:
     """
     if decoded.endswith(end.replace("▁", " ")):  # as a SentencePiece decoder writes it
         end = end.replace("▁", " ")
-    written = decoded[: len(decoded) - len(end)].removeprefix(HEADER)
+    written = HEADER.sub("", decoded[: len(decoded) - len(end)], count=1)
     if "</think>" in content:
         written, content = "".join(written.split()), "".join(content.split())
     return decoded.endswith(end) and written.strip() == content.strip()

@@ -82,6 +82,7 @@ class AnswerLayout(NamedTuple):
 
     alignment: Alignment
     end: TurnEnd
+    has_thought: bool  # whether it writes the thought of an answer that has one
 
 
 class CompletionFinder:
@@ -151,7 +152,8 @@ class CompletionFinder:
         end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
         if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
             raise RejectedRecord(NO_END)  # the one who is next names no end
-        return AnswerLayout(alignment, end)
+        has_thought = bool(split_thought(self.messages[index]).reasoning.strip()) and found[0].group(1) == "0"
+        return AnswerLayout(alignment, end, has_thought)
 
     def _get_header(self, role: str) -> str:
         """Return the text before a message of a role in a conversation of its own; nothing if there can be none."""
@@ -269,7 +271,7 @@ class CompletionFinder:
         else:
             _check_plain_answer(message.content, text, layout, self.facts.tokens)
         if reasoning:
-            return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout.alignment))
+            return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout))
         empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
         if closing is None or empty:
             return Completion(index, prompt, text, empty)
@@ -289,10 +291,11 @@ class CompletionFinder:
                 return layout.end.close(behind)[len(lead) :]
         raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
 
-    def _fit_thought(self, text: str, prompt: str, reasoning: str, alignment: Alignment) -> str:
+    def _fit_thought(self, text: str, prompt: str, reasoning: str, layout: AnswerLayout) -> str:
         """Return a completion that contains the thought once."""
         opened = find_open_thought(prompt)
-        if not contains(text, reasoning):
+        alignment = layout.alignment
+        if not (layout.has_thought and contains(text, reasoning)):
             closing = self._get_closing(prompt)
             if closing is None or self.effort < Effort.CLOSE_THOUGHTS:
                 raise ThoughtNotWritten(f"the chat template does not write the thought {reasoning[:40]!r}")
