@@ -151,8 +151,14 @@ def load_dataset(
 
 
 def _check_arguments(preprocessor: Preprocessor) -> None:
-    """Require that the template reads its arguments, and log both."""
-    template_kwargs = preprocessor.settings.chat_template_kwargs
+    """Require a plain system prompt, and that the template reads its arguments; log template and arguments."""
+    settings, template_kwargs = preprocessor.settings, preprocessor.settings.chat_template_kwargs
+    found = settings.content_tokens == "reject" and preprocessor.control_tokens.search(settings.system_prompt)
+    if found:
+        raise UserError(
+            f"--system_prompt: contains the special token {found.group()!r}; leave it out, or give --content_tokens "
+            "allow"
+        )
     check_template_kwargs(preprocessor.tokenizer, template_kwargs, "--chat_template_kwargs")
     logger.info(f"Conversations are written with {preprocessor.name}{describe_template_kwargs(template_kwargs)}.")
 

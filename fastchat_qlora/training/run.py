@@ -51,7 +51,11 @@ def train(args: RunArguments) -> Path:
         prepared = prepare(args, topology, dtype)
         template_kwargs = parse_object(args.data.chat_template_kwargs)
         prompts = encode_prompts(
-            training_args.sample_prompts or (), prepared.data.tokenizer, prepared.base.config, template_kwargs
+            training_args.sample_prompts or (),
+            prepared.data.tokenizer,
+            prepared.base.config,
+            template_kwargs,
+            args.data.system_prompt,
         )
         if training_args.dry_run:
             logger.info("Dry run: everything is right up to here; the weights are not loaded.")

@@ -579,3 +579,15 @@ class TestTemplate:
         train = build(data_file, tokenizer, tmp_path, conv_template="vicuna")["train"]
         assert tokenizer.bos_token_id not in train[0]["input_ids"]
         self.assert_serves(train[0], CONVERSATIONS[0], tokenizer)
+
+
+def test_special_token_in_the_system_prompt_is_one_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.chat_template = CHATML
+    data = write(tmp_path / "a.jsonl", sharegpt(HI))
+    prompt = "Be kind.<|im_end|>"
+    with pytest.raises(UserError) as error:
+        build(data, tokenizer, tmp_path, system_prompt=prompt)
+    assert str(error.value) == (
+        "--system_prompt: contains the special token '<|im_end|>'; leave it out, or give --content_tokens allow"
+    )
+    assert len(build(data, tokenizer, tmp_path, system_prompt=prompt, content_tokens="allow")["train"]) == 1

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import CHATML
 from quick_runs import command, train
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from fastchat_qlora import cli
 from fastchat_qlora.config.arguments import DataArguments
@@ -82,6 +83,13 @@ def test_sample_prompts_have_the_arguments(run: tuple[list[str], Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run[1])
     [ids] = encode_prompts(["Hi"], tokenizer, PretrainedConfig(max_position_embeddings=512), BRIEF).values()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_sample_prompts_have_the_system_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = CHATML
+    [ids] = encode_prompts(["Hi"], tokenizer, PretrainedConfig(), system_prompt="Be kind.").values()
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from fastchat_qlora.config.validation.json_flags import find_template_kwargs_errors
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord
 from fastchat_qlora.data.sources.fields.calls import read_tools
 from fastchat_qlora.data.sources.fields.names import ID_FIELDS, KWARGS_FIELD
 from fastchat_qlora.data.sources.fields.turns import check_fit, read_messages, rename_columns
-from fastchat_qlora.data.sources.fields.values import describe, reject, write_json
+from fastchat_qlora.data.sources.fields.values import describe, parse_json_text, reject, write_json
 
 MAX_RECORD_CHARACTERS = 10_000_000  # millions of tokens, more than any model attends to
 MAX_MESSAGES = 1_000  # the work of checking a chat template grows with its square
@@ -73,11 +74,16 @@ def to_conversation(record: Any, columns: Mapping[str, str] = NO_COLUMNS, system
 
 
 def _read_template_kwargs(record: dict[str, Any]) -> Mapping[str, Any]:
+    """Return the template's arguments from an object, or from its JSON text in a table."""
     kwargs = record.get(KWARGS_FIELD)
+    if isinstance(kwargs, str):
+        kwargs = parse_json_text(kwargs or "{}", KWARGS_FIELD)
     if kwargs is None:
         return Conversation(()).chat_template_kwargs
     if not isinstance(kwargs, dict):
-        raise reject(KWARGS_FIELD, kwargs, "an object with arguments of the chat template")
+        raise reject(KWARGS_FIELD, kwargs, "an object with arguments of the chat template, or that as JSON text")
+    for error in find_template_kwargs_errors(kwargs):
+        raise RejectedRecord(f"{KWARGS_FIELD}: {error}")
     write_json(kwargs, KWARGS_FIELD)
     return kwargs
 

@@ -76,14 +76,20 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     template_kwargs: Mapping[str, Any] = NO_KWARGS,
+    system_prompt: str = "",
 ) -> dict[str, list[int]]:
-    """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it."""
+    """Return each prompt's tokens, with the chat template and its generation prompt as a server would write it.
+
+    Args:
+        system_prompt: the system message that records without one have.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     encoded = {}
     for number, prompt in enumerate(prompts, 1):
         shown = f"--sample_prompts {one_line(prompt, 60)!r} (number {number})"
         try:
-            messages = [{"role": "user", "content": prompt}]
+            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            messages = [*system, {"role": "user", "content": prompt}]
             text = render_chat_template(
                 tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs
             )

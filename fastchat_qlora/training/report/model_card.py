@@ -73,6 +73,7 @@ def build_model_card(name: str, summary: RunSummary, metrics: Mapping[str, Any])
         targets=describe_targets(config),
         packs_experts=any(map(get_quant_states, summary.trainer.adapter.modules())),
         metrics=metrics,
+        sampled=[one for data in prepared.data.loaded.named().values() for one in data.sources if one.entry.settings],
         template_kwargs=parse_object(summary.args.data.chat_template_kwargs),
         refused=explain_vllm_refusal(config),
         max_rank=next((rank for rank in VLLM_RANKS if rank >= config.r), config.r),

@@ -59,6 +59,14 @@ def test_sequences_have_the_kind_of_their_thoughts(
         assert list(sequences(name, messages, lazy=lazy, **settings)["thoughts"]) == kinds
 
 
+def test_parts_of_a_split_conversation_keep_the_arguments_of_the_record() -> None:
+    tokenizer = copy.deepcopy(real_templates.byte_level("qwen3"))
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 60, "split"))
+    record = {"messages": [ASK, PLAIN] * 4, "chat_template_kwargs": NO_THINKING}
+    rows = Dataset(preprocessor([(0, RawRecord(Source("f", 1), record))]).sequences)
+    assert len(rows) > 1 and set(rows["thoughts"]) == {WITHOUT}
+
+
 def test_kinds_are_counted_in_the_statistics() -> None:
     found = sequences("qwen3", [ASK, PLAIN], [ASK, FIELD], [ASK, PLAIN])
     assert count_thoughts(found) == ThoughtCounts(with_thoughts=1, without=0, empty=2)

@@ -175,9 +175,34 @@ def test_forms_of_tools(tools: Any) -> None:
     assert to_conversation({"messages": [USER, ANSWER], "tools": tools}).tools == [CALL]
 
 
-def test_template_arguments_of_a_record_are_kept() -> None:
-    record = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False}}
-    assert to_conversation(record).chat_template_kwargs == {"enable_thinking": False}
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        ('{"enable_thinking": false}', {"enable_thinking": False}),
+        ("", {}),
+        ("null", {}),
+        (None, {}),
+    ],
+)
+def test_template_arguments_of_a_record_are_kept(given: Any, kept: Any) -> None:
+    """A table may have them as JSON text."""
+    record = {"messages": [USER, ANSWER], "chat_template_kwargs": given}
+    assert to_conversation(record).chat_template_kwargs == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"tools": []}, "tools cannot be an argument of the chat template (put 'tools' into the records); leave it ou"),
+        ({"add_generation_prompt": False}, "add_generation_prompt cannot be an argument of the chat template (render"),
+        ("[1]", "found a list of 1; expected an object with arguments of the chat template, or that as JSON text"),
+        ("no", "found text that is not JSON: Expecting value: line 1 column 1 (char 0); expected JSON"),
+    ],
+)
+def test_template_arguments_that_no_record_can_have(given: Any, reason: str) -> None:
+    with pytest.raises(RejectedRecord, match=re.escape(f"chat_template_kwargs: {reason}")):
+        to_conversation({"messages": [USER, ANSWER], "chat_template_kwargs": given})
 
 
 UNFIT: dict[str, tuple[Record, str]] = {

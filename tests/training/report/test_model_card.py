@@ -17,8 +17,9 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig
 from transformers import TrainerState
 
+from fastchat_qlora.config.mixture import DataEntry
 from fastchat_qlora.config.parser import parse_args
-from fastchat_qlora.data.dataset import LoadedData, Splits
+from fastchat_qlora.data.dataset import LoadedData, SourceCounts, Splits
 from fastchat_qlora.data.tokenization.build import RejectionSummary
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.training import run
@@ -74,8 +75,10 @@ def test_card_describes_the_run_and_its_code_runs(
     assert (
         f"# my-adapter\n\nA {'QLoRA' if quantized else 'LoRA'} adapter for the model in the folder `base model`" in card
     )
-    assert re.search(r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 10 \| ", card, re.MULTILINE)
-    assert re.search(r"^\| evaluation, held out \| of these \|  \|  \| 2 \| ", card, re.MULTILINE)
+    assert re.search(
+        r"^\| training \| <code>my conversations\.json</code> \| 12 \| 0 \| 0 \| 0 \| 10 \| ", card, re.MULTILINE
+    )
+    assert re.search(r"^\| evaluation, held out \| of these \|  \|  \|  \|  \| 2 \| ", card, re.MULTILINE)
     assert "A turn of the assistant ends with `<|im_end|>`" in card and "the tokenizer's chat template" in card
     facts, results = table(card), json.loads((output / "train_results.json").read_text())
     assert (facts["rank"], facts["alpha"]) == ("20" if flags[0] == "--lora_r" else "8", "16")
@@ -92,7 +95,7 @@ def test_card_describes_the_run_and_its_code_runs(
     assert printed.getvalue().strip()
 
 
-def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
+def card_of(name: str, tokenizer: Any, tmp_path: Path, *sources: SourceCounts, **lora: Any) -> str:
     """Return the card of a run that was not run: of a base model on the hub, with settings only."""
     data, rejected = tmp_path / "data.json", tmp_path / "rejected.jsonl"
     data.write_text("[{}]")
@@ -101,7 +104,7 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, **lora: Any) -> str:
     columns = ("length", "supervised", "weight", "full_length", "turns", "thoughts", "record")
     empty = Dataset.from_dict({key: [] for key in columns})
     summary = RejectionSummary(read=5, rejected=5)
-    loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template")
+    loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template", sources)
     base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
     known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
     prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
@@ -118,6 +121,19 @@ def test_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) ->
     assert found["tags"][0] == "base_model:adapter:org/base"
     assert "vllm serve org/base --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 " in card
     assert "# my adapter__x\n" in card and "my-host" not in card and "stands for the folder" not in card
+
+
+def test_parts_of_a_mixture_are_listed(tokenizer: Any, tmp_path: Path) -> None:
+    sources = [
+        SourceCounts("a", DataEntry("a.jsonl"), read=9, rejected=1, dropped=3),
+        SourceCounts(
+            "b", DataEntry("b|c.jsonl", max_samples=2, repeat=2.0), read=9, rejected=2, dropped=1, not_sampled=4
+        ),
+    ]
+    card = card_of("org/base", tokenizer, tmp_path, *sources)
+    assert re.search(r"^\| training \| \S+ \| 5 \| 5 \| 4 \| 4 \| 0 \| ", card, re.MULTILINE)
+    listed = "- <code>b&#124;c.jsonl</code>: `max_samples=2,repeat=2`"
+    assert f"\n\nUsed in part, or several times:\n\n{listed}\n\nConversations are" in card and "- `a" not in card
 
 
 @pytest.mark.parametrize(
