@@ -49,14 +49,7 @@ def train(args: RunArguments) -> Path:
     writes = topology.is_main and not training_args.dry_run
     with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
         prepared = prepare(args, topology, dtype)
-        template_kwargs = parse_object(args.data.chat_template_kwargs)
-        prompts = encode_prompts(
-            training_args.sample_prompts or (),
-            prepared.data.tokenizer,
-            prepared.base.config,
-            template_kwargs,
-            args.data.system_prompt,
-        )
+        prompts = _encode_sample_prompts(args, prepared)
         if training_args.dry_run:
             logger.info("Dry run: everything is right up to here; the weights are not loaded.")
             return output_dir
@@ -89,6 +82,14 @@ def train(args: RunArguments) -> Path:
             trainer.push_to_hub(commit_message="Adapter")
     logger.info(f"The adapter is in {output_dir}.")
     return output_dir
+
+
+def _encode_sample_prompts(args: RunArguments, prepared: PreparedRun) -> Any:
+    template_kwargs = parse_object(args.data.chat_template_kwargs)
+    tokenizer, config = prepared.data.tokenizer, prepared.base.config
+    return encode_prompts(
+        args.training.sample_prompts or (), tokenizer, config, template_kwargs, args.data.system_prompt
+    )
 
 
 def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, dtype: torch.dtype) -> Any:

@@ -1,8 +1,8 @@
 """One conversation -> its texts up to each message, as a server would render them.
 
-A template renders each prefix of the messages anew, so a conversation of n messages would cost n * n. Long ones are
-rendered once as a whole; a prefix then is the beginning of that text, and what a short conversation of the first and
-the last messages of the prefix has at its end:
+A template renders each prefix of the messages anew, so the work grows with the square of their number. Long
+conversations are rendered once as a whole; a prefix then is the beginning of that text, and what a short conversation
+of the first and the last messages of the prefix has at its end:
 
     whole      <head> ... {call 60} {result 60} {call 61} ...
     window     <head> {call 60} {result 60} <generation prompt>
@@ -79,7 +79,7 @@ class PrefixRenderer:
         return self.whole[: self.content_ends[before]] + behind if found else None
 
     def _locate_contents(self) -> None:
-        """Find the ends of the others' contents in the whole text, and prove that prefixes can be made of it."""
+        """Set the ends of the others' contents in the whole text, if prefixes can be made of it."""
         others = [i for i, one in enumerate(self.messages) if one["role"] != "assistant"]
         replaced = {i: set_content(self.messages[i], make_sentinel(FIRST_PLACE + i)) for i in others}
         try:

@@ -44,7 +44,7 @@ def find_edge(prompt: str, answered: str, tokens: StringMatcher) -> int:
 
 
 def align_behind(prompt: str, answered: str, tokens: StringMatcher) -> Alignment:
-    """Align what stands behind the message before an answer: in its prompt, and up to the answer's first part.
+    """Return the alignment of what stands behind the message before an answer: in its prompt, and up to the answer.
 
     Where both write a header (the prompt a message in front of it, say), the answer goes on behind its last token.
     """

@@ -134,7 +134,7 @@ class CompletionFinder:
         return "tool" if self.messages[index].tool_calls else "user"
 
     def _find_layout(self, index: int, prompt: str) -> AnswerLayout:
-        """Find what the template writes around an answer, with sentinels for all of its parts."""
+        """Return what the template writes around an answer, with sentinels for all of its parts."""
         replaced, count = self._replace(index)
         alone = self.renderer.render(index + 1, {index: replaced})
         found = list(WRITTEN_SENTINELS.finditer(alone))
@@ -167,7 +167,7 @@ class CompletionFinder:
         return self.headers[role]
 
     def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
-        """Align a prompt with the text of its answer, from the message between both on."""
+        """Return the alignment of a prompt with the text of its answer, from the message between both on."""
         place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
         in_prompt = _split_behind(self.renderer.render(index, place, prompt=True), BEFORE)
         answered = self.renderer.render(index + 1, {**place, index: replaced})
@@ -267,7 +267,7 @@ class CompletionFinder:
         message = self.messages[index]
         reasoning = split_thought(message).reasoning.strip()
         if reasoning or message.tool_calls:
-            _check_parts(message, text)
+            _require_parts(message, text)
         else:
             _check_plain_answer(message.content, text, layout, self.facts.tokens)
         if reasoning:
@@ -317,7 +317,7 @@ class CompletionFinder:
         return opened.closing if opened else None
 
 
-def _check_parts(message: Message, text: str) -> None:
+def _require_parts(message: Message, text: str) -> None:
     missing = [part for part in list_parts(message) if not contains(text, part)]
     if missing:
         raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
