@@ -120,13 +120,11 @@ def load_dataset(
     _check_arguments(preprocessor)
     server_template = read_serving_template(data_args.serving_template)
     paths = {"--data_path": data_args.data_path, "--eval_data_path": data_args.eval_data_path}
-    options: dict[str, Any] = {
-        "show_progress": mode != "worker",
-        "exclude": output_dir,
-        "columns": {*FIELDS, *preprocessor.settings.columns},
-    }
+    columns = {*FIELDS, *preprocessor.settings.columns}
     sources = [
-        DataSource([*map(get_path, names)], flag, cache_dir, **options) for flag, names in paths.items() if names
+        DataSource([*map(get_path, names)], flag, cache_dir, mode != "worker", exclude=output_dir, columns=columns)
+        for flag, names in paths.items()
+        if names
     ]
     rejected_to = output_dir / REJECTED_FILE if output_dir is not None and mode == "main" else None
     if rejected_to is not None:

@@ -31,8 +31,8 @@ class DataSource:
         paths: Sequence[str],
         flag: str,
         cache_dir: str | None,
-        *,
         show_progress: bool,
+        *,
         exclude: Path | None = None,
         columns: Collection[str] = FIELDS,
     ) -> None:
