@@ -1,8 +1,8 @@
 """One conversation -> its texts up to each message, as a server would render them.
 
-A template renders each prefix of the messages from its beginning, so the work grows with the square of their number. Long
-conversations are rendered once as a whole; a prefix then is the beginning of that text, and what a short conversation
-of the first and the last messages of the prefix has at its end:
+A template renders each prefix of the messages from its beginning, so the work grows with the square of their number.
+Long conversations are rendered once as a whole; a prefix then is the beginning of that text, and what a short
+conversation of the first and the last messages of the prefix has at its end:
 
     whole      <head> ... {call 60} {result 60} {call 61} ...
     window     <head> {call 60} {result 60} <generation prompt>
