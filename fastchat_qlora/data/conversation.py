@@ -34,6 +34,7 @@ class Message(NamedTuple):
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = MappingProxyType({})  # for the chat template, such as a tool's name and the id of a call
     weight: float = 1.0  # of an assistant's tokens in the loss, from 0 (masked) to 1
+    unused_weight: float | None = None  # that the record gives to a message of another role
 
     @property
     def train(self) -> bool:

@@ -268,7 +268,7 @@ def summarize(loaded: LoadedData) -> str:
         if len(sequences) > conversations:
             line += f" {conversations} conversations became {len(sequences)} sequences."
         line += f" Thoughts: sequences {thoughts}." if (thoughts := count_thoughts(sequences)) else ""
-    notes += [f"  rendered otherwise than the record has it, {count}: {note}" for note, count in summary.notes.items()]
+    notes += [f"  {note}: {count} records" for note, count in summary.notes.items()]
     return "\n".join([line, *notes])
 
 

@@ -46,7 +46,7 @@ class RejectionSummary:
     reasons: dict[str, int] = field(default_factory=dict)  # generalized reason -> count, the most frequent first
     first: str = ""  # source and reason of the first rejected record that is not too long; empty if there is none
     first_too_long: str = ""
-    notes: dict[str, int] = field(default_factory=dict)  # what was rendered otherwise -> accepted records
+    notes: dict[str, int] = field(default_factory=dict)  # what was done otherwise -> accepted records
     read_by_part: list[int] = field(default_factory=list)  # records of each file or hub dataset, in their order
 
     def add(self, batch: PreprocessedBatch) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
 
 MASKED_BY_FLAGS = "no supervised token: 'train' or 'weight' is 0 for every answer"
+UNUSED_WEIGHTS = "a weight of another message than the assistant's has no effect"
 NOTHING_FITS = "no supervised token: no token of an answer is left"
 
 
@@ -51,7 +52,7 @@ class PreprocessedBatch(NamedTuple):
     sequences: pa.Table
     rejections: list[Rejection]
     read: int  # records
-    notes: Mapping[str, int]  # what was rendered otherwise than the record has it -> accepted records
+    notes: Mapping[str, int]  # what was done otherwise than the record has it -> accepted records
 
 
 class Preprocessor:
@@ -159,11 +160,19 @@ class Preprocessor:
                 sequences += [(draft.number, draft.source, sequence) for sequence in own]
                 hashes[draft.number] = hash_conversation(draft.conversation)
                 thoughts += [classify_thoughts(draft.conversation, sequence.segments) for sequence in own]
-                notes.update([draft.rendering.note] if draft.rendering.note else [])
+                notes.update(self._list_notes(draft))
             except RejectedRecord as error:
                 rejections.append(Rejection(draft.source, str(error), error.kind))
         table = build_table(sequences, hashes, thoughts, lazy=self.settings.lazy)
         return PreprocessedBatch(table, rejections, len(drafts), notes)
+
+    def _list_notes(self, draft: Draft) -> Iterator[str]:
+        """Yield what is done otherwise than a record has it."""
+        if draft.rendering.note:
+            yield f"rendered otherwise than the record has it ({draft.rendering.note})"
+        done = float(self.supervise_all)
+        if any(message.unused_weight not in (None, done) for message in draft.conversation.messages):
+            yield UNUSED_WEIGHTS
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render a conversation as one or several texts in segments that know whether they are supervised.

@@ -227,8 +227,8 @@ UNFIT: dict[str, tuple[Record, str]] = {
     },
     "image's bytes": ({"image": {"bytes": b"x"}}, "image: found an object with bytes; expected text only"),
     "kwargs": (
-        {"chat_template_kwargs": "x"},
-        "chat_template_kwargs: found the text 'x'; expected an object with arguments",
+        {"chat_template_kwargs": 5},
+        "chat_template_kwargs: found the number 5; expected an object with arguments",
     ),
     "date in kwargs": (
         {"chat_template_kwargs": {"a": datetime.now(UTC)}},
@@ -307,8 +307,8 @@ def test_reasons_say_what_was_found_and_what_is_expected(record: Record, reason:
 @pytest.mark.parametrize(
     ("fields", "weight"),
     [
-        ({}, 1.0),
-        ({"loss": None, "weight": None, "masked": None}, 1.0),
+        ({}, None),
+        ({"loss": None, "weight": None, "masked": None}, None),
         ({"loss": False}, 0.0),
         ({"loss_weight": 0.0}, 0.0),
         ({"masked": True}, 0.0),
@@ -320,10 +320,11 @@ def test_reasons_say_what_was_found_and_what_is_expected(record: Record, reason:
         ({"weight": 1, "loss_weight": 1.0}, 1.0),
     ],
 )
-def test_weights_under_every_name(fields: Record, weight: float) -> None:
+def test_weights_under_every_name(fields: Record, weight: float | None) -> None:
     assert read_weight(fields) == weight
-    messages = [{**USER, "loss": None}, {**ANSWER, **fields}]
-    assert to_conversation({"messages": messages}).messages == [SAID[0], SAID[1]._replace(weight=weight)]
+    messages = [{**USER, **fields}, {**ANSWER, **fields}]
+    answer = SAID[1]._replace(weight=1.0 if weight is None else weight)
+    assert to_conversation({"messages": messages}).messages == [SAID[0]._replace(unused_weight=weight), answer]
 
 
 @pytest.mark.parametrize("value", [None, False, True, 0, 0.5, 1])

@@ -97,3 +97,34 @@ def test_column_of_weights_costs_nothing_without_any(tokenizer: PreTrainedTokeni
     column = load([RECORDS[1]] * 200, tokenizer, tmp_path).data.column("weights")
     assert column.null_count == 200 and column.type == pa.list_(pa.float32())
     assert column.nbytes <= 200 * 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "train_on", "count"),
+    [
+        ({"loss": True}, "assistant", 2),
+        ({"weight": 0.5}, "assistant", 2),
+        ({"loss": False}, "assistant", 0),
+        ({"weight": None}, "assistant", 0),
+        ({}, "assistant", 0),
+        ({"masked": True}, "all", 2),
+        ({"loss": True}, "all", 0),
+    ],
+)
+def test_weights_of_other_roles_are_counted(
+    fields: dict[str, Any],
+    train_on: str,
+    count: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    answer = {"role": "assistant", "content": "Yes."}
+    load(
+        [{"messages": [USER | fields, answer]}] * 2 + [{"messages": [USER, answer]}],
+        tokenizer,
+        tmp_path,
+        train_on=train_on,
+    )
+    logged = "  a weight of another message than the assistant's has no effect: 2 records"
+    assert (logged in "\n".join(notices.messages).split("\n")) == (count == 2)

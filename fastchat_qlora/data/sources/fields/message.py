@@ -67,13 +67,14 @@ def _read_any_message(turn: Any) -> Message:
         content = _read_call_text(turn, field) if name in CALL_ROLES else _read_answer(turn, field)
         if reasoning and content.reasoning not in ("", reasoning):
             raise RejectedRecord(f"found thoughts in {field} and others in a field of their own; expected one of them")
+        weight = 1.0 if weight is None else weight
         return Message(role, content.text, reasoning or content.reasoning, content.calls, weight=weight)
     calls = get_calls(turn)
     if reasoning or calls:
         found = "thoughts" if reasoning else "tool calls"
         raise RejectedRecord(f"found {found} in a message of the {role}; expected them in the assistant's only")
     text = _read_result(turn.get(field), field) if role == "tool" else _read_content(turn.get(field), field).text
-    return Message(role, text, extra=_read_extra(turn))
+    return Message(role, text, extra=_read_extra(turn), unused_weight=weight)
 
 
 def _read_role(turn: Any) -> tuple[Role, str]:

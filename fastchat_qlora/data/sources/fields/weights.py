@@ -7,8 +7,8 @@ from fastchat_qlora.data.sources.fields.names import MASK_FIELD, WEIGHT_FIELDS
 from fastchat_qlora.data.sources.fields.values import reject
 
 
-def read_weight(turn: dict[str, Any]) -> float:
-    """Return the weight of a message in the loss, from 0 (masked) to 1.
+def read_weight(turn: dict[str, Any]) -> float | None:
+    """Return the weight of a message in the loss, from 0 (masked) to 1; None if no field has one.
 
     A boolean says whether it counts, a number how much: `"train": true, "weight": 0.5` is 0.5.
 
@@ -17,7 +17,7 @@ def read_weight(turn: dict[str, Any]) -> float:
     """
     given = {name: turn[name] for name in (*WEIGHT_FIELDS, MASK_FIELD) if turn.get(name) is not None}
     if not given:
-        return 1.0
+        return None
     weights = {name: _read_one(name, value) for name, value in given.items()}
     counts = {weights[name] for name, value in given.items() if not isinstance(value, bool)}
     if len(counts) > 1 or len({weight > 0 for weight in weights.values()}) > 1:
