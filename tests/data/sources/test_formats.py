@@ -300,7 +300,7 @@ def test_train_on_all_supervises_every_token(tokenizer: PreTrainedTokenizerFast,
 def test_run_stops_when_all_answers_are_masked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [{**turn, "weight": 0} for turn in OPENAI["messages"]]}]))
-    with pytest.raises(UserError, match="no supervised token: 'train' or 'weight' is 0"):
+    with pytest.raises(UserError, match="no supervised token: a weight of 0, loss, train"):
         build(path, tokenizer, tmp_path)
 
 
