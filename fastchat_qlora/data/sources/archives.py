@@ -103,4 +103,4 @@ def _check_kind(name: str, file: io.BufferedReader, where: str) -> None:
     if start[TAR_OFFSET:].startswith(TAR_MAGIC):
         kinds = ["a tar"]
     if kinds:
-        raise UserError(f"{where}: is {kinds[0]} file, which is not read; unpack it, or pack its files as .zip")
+        raise UserError(f"{where}: is {kinds[0]} file, which is not read; unpack it, or write its records as .jsonl")

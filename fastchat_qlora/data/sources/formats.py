@@ -68,7 +68,7 @@ def to_conversation(record: Any, columns: Mapping[str, str] = NO_COLUMNS, system
     while len(messages) > first and messages[first].role == "assistant":
         del messages[first]
     if not any(message.role == "assistant" for message in messages):
-        raise RejectedRecord("no answer: the conversation has no assistant turn after a user's")
+        raise RejectedRecord("no answer: found no assistant's message after a user's; expected one")
     _check_size(messages, tools)
     return Conversation(messages, tools, kwargs)
 

@@ -31,7 +31,7 @@ from fastchat_qlora.data.tokenization.settings import PreprocessingSettings
 from fastchat_qlora.data.tokenization.truncation import split_messages, truncate
 from fastchat_qlora.errors import UserError
 
-MASKED_BY_FLAGS = "no supervised token: 'train' or 'weight' is 0 for every answer"
+MASKED_BY_FLAGS = "no supervised token: a weight of 0, loss, train or masked masks every answer; expected one without"
 UNUSED_WEIGHTS = "a weight of another message than the assistant's has no effect"
 NOTHING_FITS = "no supervised token: no token of an answer is left"
 

@@ -269,7 +269,13 @@ def test_records_of_other_data_are_rejected(layout: Record, name: str) -> None:
             {"question": "a"},
             "no answer: found an object with question; expected an answer beside 'question', as answer",
         ),
-        ({"prompt": "a", "completion": None}, "completion: empty answer: content: found null; expected text"),
+        ({"prompt": "a", "completion": None}, "completion: empty answer: found null; expected text"),
+        ({"prompt": "a", "completion": " "}, "completion: empty answer: found empty text; expected text"),
+        ({"question": "a", "answer": 3}, "answer: found the number 3; expected one text, or a list of messages"),
+        ({"question": "a", "answer": ["b", "c"]}, "answer: found a list of 2; expected one text, or a list of messag"),
+        ({"messages": [{"role": None, "content": "a"}]}, "message 0: role: found null; expected one of system, devel"),
+        ({"messages": [{"from": None, "value": "a"}]}, "message 0: from: found null; expected one of system, develop"),
+        ({"messages": [USER]}, "no answer: found no assistant's message after a user's; expected one"),
         ({"prompt": 5, "completion": "b"}, "prompt: found the number 5; expected text, or a list of messages"),
         ({"prompt": [USER], "context": "c", "completion": "b"}, "context: found the text 'c'; expected nothing beside"),
         ({"prompt": [USER], "completion": [{"role": "x"}]}, "completion: message 0: unknown role: found the text 'x'"),
@@ -279,7 +285,7 @@ def test_records_of_other_data_are_rejected(layout: Record, name: str) -> None:
         ),
         (
             {"conversation": [{"human": "a", "assistant": None}]},
-            "message 0: assistant: empty answer: content: found null",
+            "message 0: assistant: empty answer: found null",
         ),
         ({"conversation": [{"human": "a", "reply": "b"}]}, "message 0: no role: found an object with human, reply"),
         ({"text": "Hi? Alpha."}, "no turns: found an object with text; expected messages"),
@@ -329,7 +335,8 @@ def test_weights_under_every_name(fields: Record, weight: float | None) -> None:
 
 @pytest.mark.parametrize("value", [None, False, True, 0, 0.5, 1])
 def test_weight_of_a_question_has_no_effect(value: Any) -> None:
-    assert to_conversation({"messages": [{**USER, "loss": value}, ANSWER]}).messages == SAID
+    asked, answer = to_conversation({"messages": [{**USER, "loss": value}, ANSWER]}).messages
+    assert [asked._replace(unused_weight=None), answer] == SAID
 
 
 SYSTEM = Message("system", "Be brief.")
@@ -379,9 +386,10 @@ def test_columns_give_fields_their_meaning(record: Record, columns: dict[str, st
     ("record", "reason"),
     [
         ({"a": "x"}, "no column of --columns: found an object with a; expected q, r"),
-        ({"q": "x"}, "column r: found null; expected text, since --columns makes it the message of the assistant"),
+        ({"q": "x"}, "column r: found an object with q; expected text, since --columns makes it the message of the"),
         ({"q": "x", "r": ""}, "column r: found null; expected text"),
-        ({"q": 5, "r": "x"}, "column q: content: found the number 5; expected text"),
+        ({"q": 5, "r": "x"}, "column q: found the number 5; expected one text"),
+        ({"q": ["x", "y"], "r": "x"}, "column q: found a list of 2; expected one text, or a list of messages"),
         ({"q": "x", "r": "y", "label": False}, "label: found false"),
     ],
 )

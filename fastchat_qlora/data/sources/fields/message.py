@@ -82,6 +82,8 @@ def _read_role(turn: Any) -> tuple[Role, str]:
     if not isinstance(turn, dict):
         raise RejectedRecord(f"found {describe(turn)}; expected {A_MESSAGE}")
     name = turn["role"] if turn.get("role") is not None else turn.get("from")
+    if name is None and not {"role", "from"}.isdisjoint(turn):
+        raise reject("role" if "role" in turn else "from", None, f"one of {', '.join(ROLES)}")
     if name is None:
         raise RejectedRecord(f"no role: found {describe(turn)}; expected {A_MESSAGE}")
     lowered = name.lower() if isinstance(name, str) else ""

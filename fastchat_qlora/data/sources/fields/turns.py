@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from fastchat_qlora.config.validation.columns import COLUMN_ROLES
@@ -31,6 +32,7 @@ from fastchat_qlora.data.sources.fields.values import (
 
 Read = TypeVar("Read")
 
+NO_THOUGHTS: Mapping[str, Any] = MappingProxyType({})
 MODES = ("on", "off")  # values of a field `reasoning` that is a switch and no thought, as in Nemotron's data
 KNOWN_LAYOUTS = (
     "messages (a list of {role, content}), conversations (a list of {from, value}), or a question and its answer such "
@@ -94,9 +96,10 @@ def _read_columns(record: dict[str, Any], columns: Mapping[str, str]) -> list[Me
             thoughts = {REASONING_FIELDS[0]: content}
             continue
         if not is_given(content):
-            raise reject(place, content or None, f"text, since --columns makes it the message of the {role}")
+            found = content or None if any(name in record for name in names) else record
+            raise reject(place, found, f"text, since --columns makes it the message of the {role}")
         own, thoughts = (thoughts, {}) if role == "assistant" else ({}, thoughts)
-        messages.append(_read_in(place, {"role": role, "content": content, **own}, read_message))
+        messages.append(_read_field(place, role, content, own))
     if thoughts:
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
         messages[last] = messages[last]._replace(reasoning=read_text(thoughts[REASONING_FIELDS[0]], "reasoning"))
@@ -215,8 +218,17 @@ def _read_pair(record: dict[str, Any]) -> list[Message]:
     thoughts = {
         name: record[name] for name in REASONING_FIELDS if is_given(record.get(name)) and record[name] not in MODES
     }
-    message = {"role": "assistant", "content": answered, **thoughts}
-    return [*messages, _read_in(answer, message, read_message)]
+    return [*messages, _read_field(answer, "assistant", answered, thoughts)]
+
+
+def _read_field(place: str, role: str, value: Any, thoughts: Mapping[str, Any] = NO_THOUGHTS) -> Message:
+    """Return the message whose content is a field of the record: text or a list of parts, not a list of texts."""
+    if role == "assistant" and (not is_given(value) or (isinstance(value, str) and value.isspace())):
+        raise RejectedRecord(f"{place}: empty answer: found {describe(value)}; expected text, or a list of messages")
+    is_choice = isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
+    if is_choice or not isinstance(value, str | list):
+        raise reject(place, value, "one text, or a list of messages")
+    return _read_in(place, {"role": role, "content": value, **thoughts}, read_message)
 
 
 def _mask(message: Message) -> Message:
