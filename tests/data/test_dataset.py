@@ -123,8 +123,9 @@ class TestRecords:
         build(path, tokenizer, tmp_path)
         assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == (
             f'{{"file": "{path}", "line": 2, "id": "ώ", '
-            '"reason": "message 1: contains the special token \'<|im_end|>\'; --content_tokens allow takes it as it stands"}'
-            f'\n{{"file": "{path}", "line": 3, "id": null, '
+            '"reason": "message 1: contains the special token \'<|im_end|>\'; '
+            '--content_tokens allow takes it as it stands"}\n'
+            f'{{"file": "{path}", "line": 3, "id": null, '
             '"reason": "the record is not an object: found the number 5; expected an object with fields"}\n'
         )
 
@@ -535,7 +536,8 @@ class TestTemplate:
     def assert_serves(self, row: dict[str, Any], turns: list[tuple[str, str]], tokenizer: Any) -> None:
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
         messages = [{"role": roles[role], "content": said} for role, said in turns]
-        assert tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == row["input_ids"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")  # behind the last turn
+        assert tokenizer(text, add_special_tokens=False).input_ids == row["input_ids"]
 
     @pytest.mark.parametrize("own", [CHATML, None], ids=["has a template", "has none"])
     @pytest.mark.parametrize("conv_template", ["auto", "vicuna"])

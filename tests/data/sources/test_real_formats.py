@@ -183,7 +183,7 @@ def test_thoughts_are_text_to_a_template_that_knows_none(name: str) -> None:
     tokenizer = byte_level(name)
     answer = {"role": "assistant", "content": "The sum is three.", "reasoning_content": "three"}
     done = prepare(tokenizer, {"messages": [SAID[0], answer]})
-    assert done.notes == {"thoughts in <think> tags": 1}
+    assert done.notes == {"rendered otherwise than the record has it (thoughts in <think> tags)": 1}
     [row] = done.sequences.to_pylist()
     [said] = supervised_texts(row, tokenizer)
     assert said.startswith("<think>\nthree\n</think>\n\nThe sum is three.<|")
