@@ -232,7 +232,7 @@ class Preprocessor:
         ends = next((tokens.turn_ends for tokens in tokenized if len(tokens.turn_ends) == answers), [0] * answers)
         messages = _mask_others(conversation.messages, self.choose(conversation))
         parts = [
-            Conversation(part, conversation.tools) for part in split_messages(messages, ends, self.settings.max_length)
+            conversation._replace(messages=part) for part in split_messages(messages, ends, self.settings.max_length)
         ]
         if len(parts) < 2:
             return []
