@@ -137,10 +137,10 @@ def _reload(tokenizer: Any) -> Any:
 def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: PreprocessingSettings) -> str:
     """Describe the first difference before an answer of a sequence; empty if there is none."""
     try:
-        prompts = [_get_prompt(tokenizer, request, i) for i in request.answers]
+        prompts: list[Any] = [np.asarray(_get_prompt(tokenizer, request, i)) for i in request.answers]
     except TemplateRefusal as refusal:
         return f"the saved chat template refuses the messages before an answer: {refusal}"
-    ids = row["input_ids"]
+    ids: Any = np.asarray(row["input_ids"])  # a long conversation is compared with many prompts
     if settings.train_on == "all":
         return _compare_all(ids, prompts, row["turns"], tokenizer)
 
@@ -227,12 +227,13 @@ def find_mismatch(
 
 
 def _count_common(one: Sequence[int], other: Sequence[int]) -> int:
-    differing = (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-    return next(differing, min(len(one), len(other)))
+    most = min(len(one), len(other))
+    differing = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
+    return int(differing[0]) if len(differing) else most
 
 
 def _get_token(ids: Sequence[int], position: int) -> int | None:
-    return ids[position] if position < len(ids) else None
+    return int(ids[position]) if position < len(ids) else None
 
 
 def _describe_mismatch(mismatch: Mismatch, tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.answers.completions import (
     LISTED_PART,
+    NEXT,
     Completion,
     CompletionFinder,
     Effort,
@@ -388,11 +389,10 @@ def _check_shown(finder: CompletionFinder, completion: Completion, previous: int
 
 def _find_first_new(finder: CompletionFinder, completion: Completion, before: Completion) -> int:
     """Return the beginning of the first message in a prompt that the sequence before does not have."""
-    place = set_content(finder.renderer.messages[before.place + 1], SENTINEL)
+    sentinel = make_sentinel(NEXT)  # contents of a skeleton are sentinels too
+    place = {before.place + 1: set_content(finder.renderer.messages[before.place + 1], sentinel)}
     with suppress(RejectedRecord):
-        text, found, _ = finder.renderer.render(completion.place, {before.place + 1: place}, prompt=True).partition(
-            SENTINEL
-        )
+        text, found, _ = finder.renderer.render(completion.place, place, prompt=True).partition(sentinel)
         if found and completion.prompt.startswith(text):
             return len(text)
     return 0

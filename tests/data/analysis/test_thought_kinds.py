@@ -59,12 +59,17 @@ def test_sequences_have_the_kind_of_their_thoughts(
         assert list(sequences(name, messages, lazy=lazy, **settings)["thoughts"]) == kinds
 
 
-def test_parts_of_a_split_conversation_keep_the_arguments_of_the_record() -> None:
+def test_parts_of_a_conversation_have_the_arguments_of_its_record() -> None:
     tokenizer = copy.deepcopy(real_templates.byte_level("qwen3"))
     preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 60, "split"))
     record = {"messages": [ASK, PLAIN] * 4, "chat_template_kwargs": NO_THINKING}
-    rows = Dataset(preprocessor([(0, RawRecord(Source("f", 1), record))]).sequences)
-    assert len(rows) > 1 and set(rows["thoughts"]) == {WITHOUT}
+    found = preprocessor([(0, RawRecord(Source("f", 1), record))])
+    assert found.sequences.num_rows > 1
+    closed = "<think>\n\n</think>\n\n"
+    for ids in found.sequences.column("input_ids").to_pylist():
+        prompt, _, _ = tokenizer.decode(ids).rpartition(PLAIN["content"])
+        assert prompt.endswith(closed)
+    assert found.sequences.column("thoughts").to_pylist() == [WITHOUT] * found.sequences.num_rows
 
 
 def test_kinds_are_counted_in_the_statistics() -> None:

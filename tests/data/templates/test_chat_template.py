@@ -340,6 +340,21 @@ def test_header_is_supervised_without_a_generation_prompt(tokenizer: PreTrainedT
     assert supervised_texts(tokenizer, template, TALK) == [f"{header}one two<|im_end|>", f"{header}three<|im_end|>"]
 
 
+@pytest.mark.parametrize("end", ["", "<think>"], ids=["by skeletons", "each for itself"])
+def test_prompts_in_several_sequences_are_supervised_once(end: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where each answer has a sequence, its prompt has a new part; a masked answer stays masked in later prompts."""
+    tokenizer.chat_template = THINKING
+    words = ["one", "two", "three", "four", "five", "six"]
+    messages = to_messages([(role, word) for role, word in zip(["user", "assistant"] * 3, words, strict=True)])
+    messages[0] = messages[0]._replace(content=words[0] + end)
+    messages[1] = messages[1]._replace(weight=0.0)
+    chat_template = ChatTemplate(tokenizer, find_control_tokens(tokenizer), supervise_all=True)
+    rows = chat_template.render(Conversation(messages), [1, 3, 5]).texts
+    assert len(rows) == 3
+    supervised = "".join(segment.text for row in rows for segment in row if segment.supervised)
+    assert [supervised.count(word) for word in words] == [1, 0, 1, 1, 1, 1]
+
+
 def test_long_conversations_have_the_prompts_of_a_server(tokenizer: PreTrainedTokenizerFast) -> None:
     """Prefixes of one that is rendered as a whole have the thoughts that later turns drop."""
     thought = "{% if message.reasoning and loop.index0 > last.at %}<think>{{ message.reasoning }}</think>{% endif %}"

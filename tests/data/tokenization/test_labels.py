@@ -299,6 +299,9 @@ def test_normalized_answer_is_rejected_and_normalized_question_is_not(tokenizer:
     assert isinstance(said, RejectedRecord)
     assert f"decode to '{composed}{END}'" in str(said)
     assert f"the record has '{decomposed}{END}'" in str(said)
+    [alone] = tokenize_batch([[Segment("Is th"), answer(f"is {decomposed}{END}")]], tokenizer, add_bos=False)
+    assert isinstance(alone, RejectedRecord)
+    assert f"decode to 'is {composed}{END}'" in str(alone)
 
 
 def test_first_token_is_not_supervised(shared_tokenizer: PreTrainedTokenizerFast) -> None:
