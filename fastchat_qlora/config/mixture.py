@@ -20,6 +20,8 @@ SETTINGS: dict[str, Kind] = {
 }
 """Setting of an entry -> its values."""
 
+SETTING = re.compile(r"#\w+=")  # where settings begin
+
 
 class DataEntry(NamedTuple):
     """A file, a folder or a hub dataset, and how much of it is used."""
@@ -46,14 +48,21 @@ def parse_entry(text: str) -> DataEntry:
         UserError: a setting is unknown, given twice, or out of its range.
     """
     path, mark, settings = text.rpartition("#")
-    exists = os.path.exists(os.path.expanduser(text))
-    if exists or not path or not mark or not (re.match(r"\w+=", settings) or os.path.exists(os.path.expanduser(path))):
+    if _exists(text) or not mark or not (SETTING.match(mark + settings) or _exists(path)):
         return DataEntry(text)
+    if not path or (SETTING.search(path) and not _exists(path)):
+        raise UserError(
+            "settings stand behind a path and one #, with commas between them; write a.jsonl#share=0.5,repeat=2"
+        )
     pairs = [setting.partition("=")[::2] for setting in settings.split(",")]
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} is given twice; drop one")
     return build_entry(path, dict(pairs))
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and os.path.exists(os.path.expanduser(path))
 
 
 def build_entry(path: str, settings: Mapping[str, Any]) -> DataEntry:

@@ -65,6 +65,7 @@ def test_entry_reads_back_as_it_is_written(max_samples: int | None, share: float
         ("weight=2", "unknown setting 'weight'; known are max_samples, share, repeat, as in a.jsonl#max_samples=1000"),
         ("max_samples", "max_samples=: must be a whole number"),
         ("share=0.5&repeat=2", "share=0.5&repeat=2: must be above 0"),
+        ("share=0.5#repeat=2", "settings stand behind a path and one #, with commas between them; write a.jsonl#sha"),
     ],
 )
 @pytest.mark.parametrize("flag", ["data_path", "eval_data_path"])
@@ -73,6 +74,11 @@ def test_wrong_setting_is_an_error(flag: str, setting: str, reason: str) -> None
     with pytest.raises(UserError) as error:
         parse_args([*NEEDED, *others, f"--{flag}", f"a.jsonl#{setting}"])
     assert str(error.value).startswith(f"--{flag} a.jsonl#{setting}: {reason}")
+
+
+def test_settings_without_a_path_are_an_error() -> None:
+    with pytest.raises(UserError, match="--data_path #repeat=2: settings stand behind a path and one #"):
+        parse_args([*NEEDED, "--data_path", "#repeat=2"])
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])

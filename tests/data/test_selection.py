@@ -231,6 +231,7 @@ MESSAGES = st.lists(
         tool_calls=st.sampled_from([(), ({"name": "f"},)]),
         extra=st.just({}),
         weight=st.sampled_from([1.0, 0.5, 0.0]),
+        unused_weight=st.none(),
     ),
     max_size=3,
 )

@@ -175,7 +175,7 @@ def format_rejections(report: RejectionReport) -> dict[str, str]:
     for name in ("accepted", "rejected", "dropped", "not_sampled"):
         counts[name.replace("_", " ")] = sum(getattr(source, name) for source in report.sources)
     counts |= {f"rejected: {reason}": count for reason, count in report.summary.reasons.items()}
-    counts |= {finding.kind.value: finding.size for finding in report.findings}
+    counts |= report.summary.notes | {finding.kind.value: finding.size for finding in report.findings}
     texts = {escape_control(name): f"{count:,}" for name, count in counts.items()}
     if len(report.sources) > 1 or any(source.entry.settings for source in report.sources):
         texts |= {f"source {source.name}": describe_source_counts(source) for source in report.sources}

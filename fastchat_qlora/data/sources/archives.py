@@ -69,13 +69,16 @@ def open_data(path: Path, raw: io.BufferedReader, flag: str) -> Iterator[OpenedD
 
 def has_data(path: Path) -> bool:
     """Return whether a file is no archive, or one with data files; also for one that cannot be opened."""
-    if not is_archive(path.name):
-        return True
+    return not is_archive(path.name) or list_data_files(path) != []
+
+
+def list_data_files(path: Path) -> list[str] | None:
+    """Return the names of the data files in an archive; None for another file, or if it cannot be opened."""
     try:
         with ZipFile(path) as archive:
-            return bool(_list_members(archive))
+            return _list_members(archive)
     except (OSError, BadZipFile):
-        return True  # reading it will report that
+        return None  # reading it will report that
 
 
 def _list_members(archive: ZipFile) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fastchat_qlora.data.sources.archives import has_data
+from fastchat_qlora.data.sources.archives import has_data, list_data_files
 from fastchat_qlora.data.sources.layout import (
     ALL_FILES,
     TRAIN_SPLIT,
@@ -24,10 +24,10 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-EVAL_FLAG, EVAL_SPLIT = "--eval_data_path", "validation"
+EVAL_FLAG, EVAL_SPLIT, TEST_SPLIT = "--eval_data_path", "validation", "test"
 README = "README.md"
 HUB_FILES = (README, ".gitattributes")  # of a repository, which nobody takes for data
-PREFERRED_SPLITS = {EVAL_FLAG: (EVAL_SPLIT, "test", TRAIN_SPLIT)}
+PREFERRED_SPLITS = {EVAL_FLAG: (EVAL_SPLIT, TEST_SPLIT, TRAIN_SPLIT)}
 """Flag -> the splits of which the first there is is read where none is chosen; of other flags it is `train`."""
 
 MAX_LISTED = 20  # names in an error
@@ -86,6 +86,7 @@ def find_data(name: str, flag: str, cache_dir: str | None, exclude: Path | None 
         UserError: there are none, or it is not clear which.
     """
     if os.path.exists(name) and not os.path.isdir(name):
+        _log_splits_of_archive(name, flag)
         return [DataFile(Path(name), source_name(name))]
     path, split, _ = (name, "", "") if os.path.isdir(name) else parse_folder_name(name)
     if (declared := _find_declaring_folder(path, f"{flag} {name}")) is not None:
@@ -93,6 +94,16 @@ def find_data(name: str, flag: str, cache_dir: str | None, exclude: Path | None 
     if os.path.isdir(path):
         return _find_in_folder(path, flag, "", split, exclude)
     return _find_on_hub(name, flag, cache_dir)
+
+
+def _log_splits_of_archive(name: str, flag: str) -> None:
+    """Log that an archive is read whole, if its files look like several splits."""
+    splits = [split for split, files in find_splits_below(list_data_files(Path(name)) or [], "").items() if files]
+    if len(splits) > 1:
+        found = join_names(splits)
+        logger.warning(
+            f"{flag} {name}: reading all files of this archive, of the splits {found}; unpack it to read one."
+        )
 
 
 def _find_declaring_folder(path: str, where: str) -> Path | None:
@@ -214,6 +225,11 @@ def _count_rows(file: DataFile, where: str) -> int:
 def _log_choice(repository: Repository, choice: Choice, flag: str, subset: str) -> None:
     """Log what is left out: other splits, and other files."""
     where, count = repository.where, len(choice.files)
+    if choice.spec in (EVAL_SPLIT, TEST_SPLIT) and flag != EVAL_FLAG and not choice.other_splits:
+        evaluation = f"{EVAL_FLAG} {repository.name_part(subset, choice.spec)}"
+        logger.info(
+            f"{where}: reading the split {choice.spec}, its only one; give {evaluation} to evaluate on it instead."
+        )
     if choice.other_splits:
         others = join_names(f"{name} ({len(files)} files)" for name, files in choice.other_splits.items())
         is_offered = flag != EVAL_FLAG and EVAL_SPLIT in choice.other_splits

@@ -111,14 +111,19 @@ def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
     return read, read - assigned
 
 
+def has_plain_template(tokenizer: Any) -> bool:
+    """Return whether the template decides on the text; the code of some tokenizers writes it itself."""
+    return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
+
 def check_template_kwargs(tokenizer: Any, template_kwargs: Mapping[str, Any], flag: str) -> None:
     """Require that the chat template reads each of its arguments.
 
     Raises:
         UserError: it reads others, whose names are in the error.
     """
-    if not template_kwargs or type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-        return  # the code of some tokenizers writes the text itself
+    if not template_kwargs or not has_plain_template(tokenizer):
+        return
     try:
         read, arguments = find_template_variables(tokenizer)
     except TemplateError as error:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fastchat_qlora.data.sources.formats import get_id, parse_record, to_convers
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate, Rendering
 from fastchat_qlora.data.templates.named_templates import get_template
+from fastchat_qlora.data.templates.renderer import find_template_variables, has_plain_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
 from fastchat_qlora.data.tokenization.labels import (
     IGNORE_INDEX,
@@ -170,9 +172,17 @@ class Preprocessor:
         """Yield what is done otherwise than a record has it."""
         if draft.rendering.note:
             yield f"rendered otherwise than the record has it ({draft.rendering.note})"
+        for name in draft.conversation.chat_template_kwargs:
+            if self._read_arguments is not None and name not in self._read_arguments:
+                yield f"the template argument {name} of a record is not read by the chat template"
         done = float(self.supervise_all)
         if any(message.unused_weight not in (None, done) for message in draft.conversation.messages):
             yield UNUSED_WEIGHTS
+
+    @cached_property
+    def _read_arguments(self) -> set[str] | None:
+        """The names that the chat template reads; None if that is not known."""
+        return find_template_variables(self.tokenizer)[0] if has_plain_template(self.tokenizer) else None
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render a conversation as one or several texts in segments that know whether they are supervised.

@@ -72,6 +72,17 @@ def test_parts_of_a_conversation_have_the_arguments_of_its_record() -> None:
     assert found.sequences.column("thoughts").to_pylist() == [WITHOUT] * found.sequences.num_rows
 
 
+@pytest.mark.parametrize(("name", "count"), [("qwen3", 0), ("qwen2_5", 2)])
+def test_arguments_of_records_that_no_template_reads_are_counted(name: str, count: int) -> None:
+    preprocessor = Preprocessor(
+        copy.deepcopy(real_templates.byte_level(name)), PreprocessingSettings("auto", 4096, "truncate")
+    )
+    record = {"messages": [ASK, PLAIN], "chat_template_kwargs": NO_THINKING}
+    done = preprocessor([(i, RawRecord(Source("f", i + 1), record)) for i in range(2)])
+    note = "the template argument enable_thinking of a record is not read by the chat template"
+    assert done.rejections == [] and done.notes == ({note: count} if count else {})
+
+
 def test_kinds_are_counted_in_the_statistics() -> None:
     found = sequences("qwen3", [ASK, PLAIN], [ASK, FIELD], [ASK, PLAIN])
     assert count_thoughts(found) == ThoughtCounts(with_thoughts=1, without=0, empty=2)

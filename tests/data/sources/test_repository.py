@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from conftest import CHATML
@@ -68,6 +69,31 @@ class TestFolders:
         assert names_of(tmp_path, "--eval_data_path") == [f"{tmp_path}/valid.jsonl"]
         assert names_of(f"{tmp_path}:train", "--eval_data_path") == [f"{tmp_path}/train.jsonl"]
         assert "reading the split validation (1 files), not train (1 files), test (1 files)." in notices.messages[1]
+
+    @pytest.mark.parametrize(("file", "split"), [("dev.jsonl", "validation"), ("test.jsonl", "test")])
+    def test_lone_split_is_offered_for_evaluation(
+        self, file: str, split: str, tmp_path: Path, notices: pytest.LogCaptureFixture
+    ) -> None:
+        write_all(tmp_path, file)
+        assert names_of(tmp_path, "--eval_data_path") == [f"{tmp_path}/{file}"] and notices.messages == []
+        assert names_of(tmp_path) == [f"{tmp_path}/{file}"]
+        assert notices.messages == [
+            f"--data_path {tmp_path}: reading the split {split}, its only one; give --eval_data_path "
+            f"{tmp_path}:{split} to evaluate on it instead."
+        ]
+
+    @pytest.mark.parametrize(("other", "is_logged"), [("test.jsonl", True), ("train_2.jsonl", False), ("a.png", False)])
+    def test_archive_with_several_splits_is_logged(
+        self, other: str, is_logged: bool, tmp_path: Path, notices: pytest.LogCaptureFixture
+    ) -> None:
+        with ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("in/train.jsonl", LINE)
+            archive.writestr(f"in/{other}", LINE)
+        assert names_of(tmp_path / "a.zip") == [f"{tmp_path}/a.zip"]
+        logged = (
+            f"--data_path {tmp_path}/a.zip: reading all files of this archive, of the splits train, test; unpack it"
+        )
+        assert [message.startswith(logged) for message in notices.messages] == [True] * is_logged
 
     def test_files_without_a_split_are_all_read(self, tmp_path: Path) -> None:
         write_all(tmp_path, "a.jsonl", "sub/b.json", "latest.jsonl")
