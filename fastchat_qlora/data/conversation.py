@@ -22,6 +22,7 @@ class RejectedRecord(ValueError):
     def __init__(self, reason: str, kind: RejectionKind = RejectionKind.INVALID) -> None:
         super().__init__(reason)
         self.kind = kind
+        self.message: int | None = None  # the index of the one at fault, where an answer cannot be rendered
 
 
 class Message(NamedTuple):

@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from fastchat_qlora.data.conversation import Conversation, Message, RejectedRecord, Segment
 from fastchat_qlora.data.templates.answers.completions import (
     LISTED_PART,
@@ -37,7 +39,7 @@ from fastchat_qlora.data.templates.message_forms import (
     split_thought,
     to_template_messages,
 )
-from fastchat_qlora.data.templates.renderer import TemplateRefusal, render_chat_template
+from fastchat_qlora.data.templates.renderer import TemplateRefusal, find_template_variables, render_chat_template
 from fastchat_qlora.data.templates.sentinels import NUMBERED_SENTINEL, SENTINEL, make_sentinel, replace_content
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.data.tokenization.settings import EmptyThoughts
@@ -111,7 +113,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.control_tokens = control_tokens
         self.arguments, self.empty_thoughts, self.supervise_all = arguments, empty_thoughts, supervise_all
-        self.source = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+        self.variables = _find_variables(tokenizer)
         self.literals = _find_literals(tokenizer.chat_template)
         self.skeletons: dict[str, list[SequenceDraft]] = {}
         self.facts: dict[str, TemplateFacts] = {}
@@ -215,8 +217,9 @@ class ChatTemplate:
         for number, attempt in enumerate(self._list_attempts(conversation)):
             for form in forms:
                 tried = attempt._replace(form=form._replace(thoughts=attempt.form.thoughts))
+                suspect = errors[-1].message if errors else None
                 try:
-                    return self._try(conversation, wanted, tried, is_skeleton=is_skeleton), tried
+                    return self._try(conversation, wanted, tried, suspect, is_skeleton=is_skeleton), tried
                 except ThoughtNotWritten as error:  # the rest is right
                     errors.append(error)
                     forms = [form]
@@ -250,18 +253,27 @@ class ChatTemplate:
 
     def _switch(self, own: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         """Return arguments with those values that the template reads and nobody has chosen, and their names."""
-        chosen = {name: value for name, value in values.items() if name in self.source and name not in own}
+        chosen = {name: value for name, value in values.items() if name in self.variables and name not in own}
         return {**own, **chosen}, ", ".join(f"{name}: {json.dumps(value)}" for name, value in chosen.items())
 
     def _try(
-        self, conversation: Conversation, wanted: Sequence[int], attempt: Attempt, *, is_skeleton: bool = False
+        self,
+        conversation: Conversation,
+        wanted: Sequence[int],
+        attempt: Attempt,
+        suspect: int | None,
+        *,
+        is_skeleton: bool,
     ) -> list[SequenceDraft]:
+        """Return the sequences in one way; the answer that failed in another is tried first."""
         facts = self._get_facts(attempt.arguments)
 
         def apply(messages: TemplateMessages, prompt: bool) -> str:
             return self._apply(messages, prompt, conversation.tools, attempt.arguments)
 
         finder = CompletionFinder(conversation.messages, attempt.form, facts._replace(apply=apply), attempt.effort)
+        if suspect is not None:
+            finder.find(suspect)
         groups: list[list[Completion]] = []
         characters, previous = 0, -1
         for index in wanted:
@@ -349,6 +361,12 @@ class ChatTemplate:
             )
         except TemplateRefusal as refusal:
             raise RejectedRecord(f"the chat template refuses the conversation: {refusal}") from refusal
+
+
+def _find_variables(tokenizer: Any) -> set[str]:
+    with suppress(TemplateError, TypeError):  # one that is no Jinja refuses all records; others bring code
+        return find_template_variables(tokenizer)[0]
+    return set()
 
 
 def _is_refusal(error: BaseException | None) -> bool:

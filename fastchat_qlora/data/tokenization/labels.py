@@ -31,6 +31,7 @@ MAX_CHARACTERS_PER_TOKEN = 5
 """A little more than prose has. Only speed depends on it: a text that will be cut is tokenized up to so many
 characters, and as a whole where they turn out to hold too few tokens."""
 MAX_KNOWN_TAIL_BYTES = 100  # of a prompt from its last special token on, to be remembered
+MAX_KNOWN_TAILS = 10_000
 MIN_SHARED_CHARACTERS = 2_000  # that two texts begin with, to be tokenized once
 
 
@@ -223,7 +224,7 @@ class Encoder:
             if is_same is None:
                 own = self._tokenize(tail.decode("utf-8", "replace"))
                 is_same = len(own) == edge - first and bool((own == ids[first:edge]).all())
-                if len(tail) <= MAX_KNOWN_TAIL_BYTES:
+                if len(tail) <= MAX_KNOWN_TAIL_BYTES and len(self.known_tails) < MAX_KNOWN_TAILS:
                     self.known_tails[tail] = is_same
             if not is_same:
                 raise EdgeInToken

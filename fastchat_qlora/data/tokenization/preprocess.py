@@ -229,10 +229,15 @@ class Preprocessor:
         return self._truncate(sequences)
 
     def _truncate(self, sequences: Sequence[LabeledText]) -> list[LabeledText]:
-        """Cut to length; sequences whose answer starts too late are left out, as long as one remains."""
-        kept, full_length = [], 0
+        """Cut to length; sequences none of whose answers fits are left out, as long as one remains."""
+        fitting = [
+            one for one in sequences if min(one.tokens.turn_ends, default=0) <= self.settings.max_length
+        ] or sequences
+        kept = []
+        total = sum(one.tokens.full_length for one in sequences)
+        full_length = total - sum(one.tokens.full_length for one in fitting)
         reason = RejectedRecord(NOTHING_FITS, RejectionKind.NOTHING_SUPERVISED)
-        for i, (segments, tokens) in enumerate(sequences):
+        for i, (segments, tokens) in enumerate(fitting):
             try:
                 cut = truncate(tokens, self.settings.max_length, may_cut_answer=i == 0)
             except RejectedRecord as error:

@@ -59,6 +59,18 @@ def test_sequences_have_the_kind_of_their_thoughts(
         assert list(sequences(name, messages, lazy=lazy, **settings)["thoughts"]) == kinds
 
 
+def test_answer_that_does_not_fit_is_left_out_with_its_sequence() -> None:
+    """It is not cut inside, as long as another answer of the conversation fits."""
+    tokenizer = copy.deepcopy(real_templates.byte_level("qwen3"))
+    preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 60, "truncate"))
+    long = {"role": "assistant", "content": "Three. " * 40}
+    found = preprocessor([(0, RawRecord(Source("f", 1), {"messages": [ASK, PLAIN, ASK, long]}))])
+    [labels] = found.sequences.column("labels").to_pylist()
+    assert tokenizer.decode([token for token in labels if token >= 0]) == "Three.<|im_end|>"
+    [length], [full_length] = (found.sequences.column(name).to_pylist() for name in ("length", "full_length"))
+    assert full_length > length  # it counts as shortened
+
+
 def test_parts_of_a_conversation_have_the_arguments_of_its_record() -> None:
     tokenizer = copy.deepcopy(real_templates.byte_level("qwen3"))
     preprocessor = Preprocessor(tokenizer, PreprocessingSettings("auto", 60, "split"))

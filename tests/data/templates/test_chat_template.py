@@ -377,3 +377,10 @@ def test_long_conversations_have_the_prompts_of_a_server(tokenizer: PreTrainedTo
         assert "Steps first." in prompt
         assert any(row.startswith(prompt + messages[index].content + "<|im_end|>") for row in rows)
     assert "Steps first." not in rows[-1]
+
+
+def test_only_variables_of_a_template_switch_thinking_off(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A field of messages with the name of such an argument is none, and nothing is noted."""
+    tokenizer.chat_template = CHATML + "{% if messages[0].thinking %}{% endif %}"
+    chat_template = ChatTemplate(tokenizer, find_control_tokens(tokenizer), empty_thoughts="prompt")
+    assert chat_template.render(Conversation(to_messages(TALK)), [1, 3]).note == ""

@@ -106,7 +106,9 @@ class CompletionFinder:
         try:
             return self._find(index)
         except RejectedRecord as error:
-            raise type(error)(f"message {index}: {error}", error.kind) from error
+            located = type(error)(f"message {index}: {error}", error.kind)
+            located.message = index
+            raise located from error
 
     def _find(self, index: int) -> Completion:
         prompt, answered = self.renderer.get_prompt(index), self.renderer.get_answered(index)
@@ -285,11 +287,18 @@ class CompletionFinder:
             if prompt.endswith(extra) and answered.startswith(shared):
                 return layout.end.close(answered)[len(shared) :]
         else:
-            place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
-            behind = _split_behind(self.renderer.render(index + 1, place), BEFORE)
+            behind = self._get_behind(index, answered)
             if behind is not None and behind.startswith(lead) and prompt.endswith(extra):
                 return layout.end.close(behind)[len(lead) :]
         raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
+
+    def _get_behind(self, index: int, answered: str) -> str | None:
+        """Return the text of an answer behind the message before it; None if that cannot be told."""
+        _, end = self.renderer.contents.get(index - 1, (0, 0))
+        if end and answered.startswith(self.renderer.whole[:end]):
+            return answered[end:]
+        place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
+        return _split_behind(self.renderer.render(index + 1, place), BEFORE)
 
     def _fit_thought(self, text: str, prompt: str, reasoning: str, layout: AnswerLayout) -> str:
         """Return a completion that contains the thought once."""
