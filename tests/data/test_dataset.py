@@ -75,7 +75,7 @@ class TestRecords:
             text = "".join(
                 f"<|im_start|>{'user' if role == 'human' else 'assistant'}\n{said}<|im_end|>\n" for role, said in turns
             )
-            assert row["input_ids"] == tokenizer(text.removesuffix("\n")).input_ids  # behind the end of the turn
+            assert row["input_ids"] == tokenizer(text.removesuffix("\n")).input_ids
             assert supervised_text(row, tokenizer) == "".join(
                 said + "<|im_end|>" for role, said in turns if role == "gpt"
             )
@@ -123,10 +123,9 @@ class TestRecords:
         build(path, tokenizer, tmp_path)
         assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == (
             f'{{"file": "{path}", "line": 2, "id": "ώ", '
-            '"reason": "message 1: contains the special token \'<|im_end|>\'; --content_tokens allow takes it as it '
-            'stands"}\n'
-            f'{{"file": "{path}", "line": 3, "id": null, "reason": "the record is not an object: found the number 5; '
-            'expected an object with fields"}\n'
+            '"reason": "message 1: contains the special token \'<|im_end|>\'; --content_tokens allow takes it as it stands"}'
+            f'\n{{"file": "{path}", "line": 3, "id": null, '
+            '"reason": "the record is not an object: found the number 5; expected an object with fields"}\n'
         )
 
     def test_list_of_an_earlier_run_is_removed(
@@ -536,9 +535,7 @@ class TestTemplate:
     def assert_serves(self, row: dict[str, Any], turns: list[tuple[str, str]], tokenizer: Any) -> None:
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
         messages = [{"role": roles[role], "content": said} for role, said in turns]
-        served, size = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False), row["length"]
-        assert served[:size] == row["input_ids"]
-        assert not tokenizer.decode(served[size:]).strip()  # what stands behind the end of the turn
+        assert tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == row["input_ids"]
 
     @pytest.mark.parametrize("own", [CHATML, None], ids=["has a template", "has none"])
     @pytest.mark.parametrize("conv_template", ["auto", "vicuna"])

@@ -140,7 +140,7 @@ def test_mutated_records_are_accepted_or_rejected_with_a_reason(
     assert accepted > 500
     assert rejected > 500
     assert (calls > 100) == has_tools
-    assert (thoughts > 100) == (template == "qwen3")
+    assert (thoughts > 100) == (template in ("auto", "qwen2_5", "qwen3"))  # a named template has none
 
 
 @pytest.fixture
@@ -287,7 +287,8 @@ def test_added_tokens_around_turns_count_as_control_tokens(
     done = preprocessor([(i, RawRecord(Source("f", i + 1), record)) for i, record in enumerate(records)])
     supervised = [[label for label in row["labels"] if label != IGNORE_INDEX] for row in done.sequences.to_pylist()]
     assert [tokenizer.decode(labels) for labels in supervised] == [f"{texts[i]}{END}" for i in (0, 2, 3)]
-    assert [rejection.reason for rejection in done.rejections] == [f"message 1: contains the special token {END!r}"]
+    reason = f"message 1: contains the special token {END!r}; --content_tokens allow takes it as it stands"
+    assert [rejection.reason for rejection in done.rejections] == [reason]
 
 
 def with_plain_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> PreTrainedTokenizerFast:

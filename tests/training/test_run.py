@@ -123,7 +123,7 @@ def test_results_count_real_tokens(model_folder: Path, data_file: Path, tmp_path
     real = supervised = 0
     for record in records:
         messages = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")  # the turn has ended there
         real += len(tokenizer(text, add_special_tokens=False).input_ids)
         answers = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
         supervised += sum(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)

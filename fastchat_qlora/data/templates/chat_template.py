@@ -372,7 +372,8 @@ def _check_shown(finder: CompletionFinder, completion: Completion, previous: int
         if not contains(completion.prompt, content):
             role = finder.messages[i].role
             raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
-    short = [i for i, content in others if len(content) < MIN_TELLING_CHARACTERS and SENTINEL not in content]
+    unknown = [(i, content) for i, content in others if i not in finder.renderer.contents]  # found by sentinels there
+    short = [i for i, content in unknown if len(content) < MIN_TELLING_CHARACTERS and SENTINEL not in content]
     replaced = {i: set_content(finder.renderer.messages[i], make_sentinel(i)) for i in short}
     text = ""
     if replaced:

@@ -247,26 +247,29 @@ class Encoder:
             prompt = self._tokenize("".join(one.text for one in segments[:begin]))
             goes_on = len(done) and len(prompt) >= len(done) and (prompt[: len(done)] == done).all()
             if spans and not goes_on:
-                yield self._finish_sequence(done, spans, segments, start, begin, encoded)
+                own = _find_prompt_start(segments, begin)
+                yield self._finish_sequence(done, spans, segments[:own], start, encoded)
                 spans = []
-                start = begin
+                start = own
             before = segments[:begin]
             spans += self._find_prompt_spans(prompt, before, len(done) if goes_on else None)
             ids = self._tokenize_completion(prompt, "".join(one.text for one in before), completion)
             spans += self._find_completion_spans(ids, completion, len(prompt))
             done = np.concatenate([prompt, ids], dtype=np.int32)
-        yield self._finish_sequence(done, spans, segments, start, len(segments), encoded)
+        yield self._finish_sequence(done, spans, segments, start, encoded)
 
     def _find_prompt_spans(self, ids: Ids, segments: Sequence[Segment], known: int | None) -> list[TokenSpan]:
-        """Return the tokens of the last part of a prompt, if it is supervised."""
-        if not (segments and segments[-1].supervised and not segments[-1].ends_turn):
+        """Return the tokens of a prompt behind the answer before, from the first supervised part on."""
+        places = range(_find_prompt_start(segments, len(segments)), len(segments))
+        first = next((i for i in places if segments[i].supervised), None)
+        if first is None:
             return []
-        pieces = [one.text.encode() for one in segments]
         if known is None:
+            pieces = [one.text.encode() for one in segments]
             positions = self.token_bytes.locate(ids, b"".join(pieces))
-            own = len(b"".join(pieces[:-1]))
+            own = len(b"".join(pieces[:first]))
             known = len(ids) if positions is None else int(np.searchsorted(positions.starts, own))
-        return [TokenSpan(known, len(ids), segments[-1])]
+        return [TokenSpan(known, len(ids), segments[first])]
 
     def _tokenize_completion(self, prompt: Ids, before: str, completion: Sequence[Segment]) -> Ids:
         """Return the ids behind a prompt in the whole text, or those of the completion's text alone.
@@ -302,11 +305,11 @@ class Encoder:
         ]
 
     def _finish_sequence(
-        self, ids: Ids, spans: Sequence[TokenSpan], segments: Sequence[Segment], start: int, end: int, text: EncodedText
+        self, ids: Ids, spans: Sequence[TokenSpan], segments: Sequence[Segment], start: int, text: EncodedText
     ) -> LabeledText:
         """Return a sequence; what stands before its own segments is its prompt."""
         before = [Segment(one.text) for one in segments[:start]]
-        shown = [*before, *segments[start:end]]
+        shown = [*before, *segments[start:]]
         return LabeledText(shown, self._make_labels(ids, spans, text._replace(segments=shown)))
 
     def _find_by_offsets(self, ids: Ids, segments: Sequence[Segment]) -> list[TokenSpan]:
@@ -348,6 +351,11 @@ class Encoder:
         made = [token for token in made if token in self.control_tokens.strings]
         if made != [match.group() for match in self.control_tokens.pattern.finditer(text)]:
             raise RejectedRecord("the tokenizer finds special tokens in text that contains none")
+
+
+def _find_prompt_start(segments: Sequence[Segment], end: int) -> int:
+    """Return the first segment behind the last answer in front of a segment."""
+    return next((i for i in range(end, 0, -1) if segments[i - 1].ends_turn), 0)
 
 
 def _is_weighted(span: TokenSpan) -> bool:

@@ -314,7 +314,7 @@ SEEN_BEFORE_WEIGHTS = {
     ),
     "unknown role": (
         ["--data_path", "role.json"],
-        ["role.json:1", "seven", "'alien'", "known are", "human", "fix the data"],
+        ["role.json:1", "seven", "'alien'", "expected one of", "human", "fix the data"],
     ),
     "bad eval data": (["--eval_data_path", "role.json"], ["--eval_data_path", "role.json:1", "'alien'"]),
     "nothing left to train on": (

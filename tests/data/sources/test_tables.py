@@ -142,5 +142,6 @@ def test_timestamps_in_arguments_are_a_rejected_record(tokenizer: PreTrainedToke
     assert rows["line"] == [2]
     [rejected] = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()]
     assert rejected["reason"] == (
-        "message 1: a tool call's arguments are not JSON: Object of type datetime is not JSON serializable"
+        "message 1: tool_calls, arguments of a call: found what is not JSON: Object of type datetime is not JSON "
+        "serializable; expected JSON values only"
     )

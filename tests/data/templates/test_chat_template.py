@@ -338,3 +338,27 @@ def test_header_is_supervised_without_a_generation_prompt(tokenizer: PreTrainedT
     assert template != CHATML
     header = "<|im_start|>assistant\n"
     assert supervised_texts(tokenizer, template, TALK) == [f"{header}one two<|im_end|>", f"{header}three<|im_end|>"]
+
+
+def test_long_conversations_have_the_prompts_of_a_server(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Prefixes of one that is rendered as a whole have the thoughts that later turns drop."""
+    thought = "{% if message.reasoning and loop.index0 > last.at %}<think>{{ message.reasoning }}</think>{% endif %}"
+    find_last = (
+        "{% set last = namespace(at=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+        "{% set last.at = loop.index0 %}{% endif %}{% endfor %}"
+    )
+    header, content = "'<|im_start|>' + message['role'] + '\n'", "message['content']"
+    tokenizer.chat_template = find_last + CHATML.replace(
+        f"{header} + {content}", f"{header} }}}}{thought}{{{{ {content}"
+    )
+    talk = [("user", "How many of them?"), ("assistant", "About three.")]
+    steps = [("assistant", "One more step."), ("tool", "It is done, look.")] * 6
+    messages = to_messages([*talk * 24, ("user", "Go on."), *steps, *talk[1:], *talk * 12])
+    messages[49] = messages[49]._replace(reasoning="Steps first.")
+    rows = ["".join(segment.text for segment in row) for row in render_rows(messages, tokenizer)]
+    shown = [message.to_template() for message in messages]
+    for index in (51, 59, 61):
+        prompt = tokenizer.apply_chat_template(shown[:index], tokenize=False, add_generation_prompt=True)
+        assert "Steps first." in prompt
+        assert any(row.startswith(prompt + messages[index].content + "<|im_end|>") for row in rows)
+    assert "Steps first." not in rows[-1]

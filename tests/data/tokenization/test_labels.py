@@ -227,6 +227,20 @@ def test_answers_whose_ids_a_later_prompt_changes_are_sequences_of_their_own(
     assert len(tokens) == 2
 
 
+def test_supervised_prompts_stay_so_in_sequences_of_their_own(shared_tokenizer: PreTrainedTokenizerFast) -> None:
+    """All parts of a prompt are supervised, each once, and so they are when the sequence's text is tokenized again."""
+    asked = [Segment("B", supervised=True), Segment("Is ", supervised=True)]
+    segments = [Segment("A", supervised=True), Segment("Is th", True), answer("is so" + END), *asked, answer("X" + END)]
+    encoder = Encoder(shared_tokenizer, find_control_tokens(shared_tokenizer), add_bos=False)
+    sequences = encoder.label(encoder.encode([segments])[0])
+    shown = [shared_tokenizer.decode(one.tokens.labels[one.tokens.labels != IGNORE_INDEX]) for one in sequences]
+    assert shown == ["Is this so" + END, "BIs X" + END]  # nothing predicts the first token
+    again = [encoder.label(text) for text in encoder.encode([one.segments for one in sequences])]
+    for one, [other] in zip(sequences, again, strict=True):
+        assert one.tokens.input_ids.tolist() == other.tokens.input_ids.tolist()
+        assert one.tokens.labels.tolist() == other.tokens.labels.tolist()
+
+
 def test_answer_behind_a_dummy_prefix_has_none_of_its_own() -> None:
     """A blank in front of every text is the prompt's: an answer that is tokenized alone has none."""
     tokenizer = prefixing_tokenizer()

@@ -67,7 +67,7 @@ def test_other_stop_tokens_than_eos_are_logged(
 def test_answers_that_are_all_cut_short_are_logged(
     model: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
 ) -> None:
-    config = train(model, data_file, tmp_path / "out", "--model_max_length", "20", "--max_rejected", "1.0")
+    config = train(model, data_file, tmp_path / "out", "--model_max_length", "16", "--max_rejected", "1.0")
     assert config.eos_token_id == [2], "the base's own"
     assert "No answer ends within --model_max_length tokens, so the model does not learn to stop; raise it." in (
         notices.messages
