@@ -123,8 +123,8 @@ class TestRecords:
         build(path, tokenizer, tmp_path)
         assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == (
             f'{{"file": "{path}", "line": 2, "id": "ώ", '
-            '"reason": "message 1: contains the special token \'<|im_end|>\'; --content_tokens allow takes it as it stands"}'
-            f'\n{{"file": "{path}", "line": 3, "id": null, '
+            '"reason": "message 1: contains the special token \'<|im_end|>\'; --content_tokens allow takes it as it '
+            f'stands"}}\n{{"file": "{path}", "line": 3, "id": null, '
             '"reason": "the record is not an object: found the number 5; expected an object with fields"}\n'
         )
 
