@@ -157,7 +157,8 @@ def _find_foresight(trainer: LoraTrainer, forward: torch.nn.Module, conversation
         logger.warning(f"Whether the model sees later tokens is not checked: {one_line(error, 300)}.")
         return ""
     # Without numbers there is nothing to tell; the first step reports them.
-    is_causal = influence.is_rounding(model.dtype) or math.isnan(influence.change)
+    in_8_bits = getattr(model, "is_loaded_in_8bit", False)
+    is_causal = influence.is_rounding(model.dtype, in_8_bits=in_8_bits) or math.isnan(influence.change)
     return "" if is_causal else f"{influence.change:.1e}"
 
 
