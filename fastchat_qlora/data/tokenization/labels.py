@@ -149,7 +149,7 @@ class Encoder:
         if text[:MIN_SHARED_CHARACTERS] != before[:MIN_SHARED_CHARACTERS]:
             return 0
         common = count_common_prefix(before, text)
-        return max((text.rfind(cut, 0, common) for cut in self.safe_cuts), default=0) if common > 0 else 0
+        return max([0, *(text.rfind(cut, 0, common) for cut in self.safe_cuts)])
 
     def label(self, encoded: EncodedText) -> list[LabeledText]:
         """Return the tokens of a text with their labels, as one sequence, or several where ids require it.

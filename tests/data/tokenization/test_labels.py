@@ -317,6 +317,7 @@ def test_batch_equals_single_conversations(shared_tokenizer: PreTrainedTokenizer
     batch = [[Segment("Q"), answer(text + END)] for text in said]
     batch.insert(1, [Segment("Is th"), answer("is so")])
     batch += [[Segment(f"{shared}<|im_start|>{text}"), answer(text + END)] for text in said]
+    batch += [[Segment(f"{shared}Say {text}:"), answer(text + END)] for text in said]  # no special token in common
     together = tokenize_batch(batch, shared_tokenizer, add_bos=False)
     assert together == [[tokenize(segments, shared_tokenizer)] for segments in batch]
 
