@@ -6,12 +6,12 @@ python scripts/flag_table.py --check    # exit code 1 if it is not what would be
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import transformers
+from pages import add_check_flag, write_or_check
 
 from fastchat_qlora.commands.adapter_flags import build_chat_parser, build_merge_parser
 from fastchat_qlora.commands.inspect.command import InspectArguments
@@ -147,12 +147,8 @@ def _choices(hint: Any) -> str:
 def main() -> None:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
-    if not parser.parse_args().check:
-        PAGE.write_text(flags_page(), encoding="utf-8")
-        print(f"{PAGE} is written.")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != flags_page():
-        sys.exit(f"{PAGE} is not current: run python scripts/flag_table.py")
+    add_check_flag(parser)
+    write_or_check(PAGE, flags_page(), check=parser.parse_args().check)
 
 
 if __name__ == "__main__":

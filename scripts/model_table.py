@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests/models", "tests/support", "playground/benchmark")]
 import transformers  # noqa: E402
 from harness import examine_apart  # noqa: E402
+from pages import add_check_flag, write_or_check  # noqa: E402
 from tiny import NOT_BUILT, names  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -112,18 +113,13 @@ def read_record() -> dict[str, Any]:
 def main() -> None:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
+    add_check_flag(parser)
     parser.add_argument("--run", nargs="*", metavar="NAME", help="run these architectures again; all if none is named")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="architectures at a time")
     args = parser.parse_args()
     if args.run is not None:
         run(args.run or names(), args.jobs)
-    page = models_page(read_record())
-    if not args.check:
-        PAGE.write_text(page, encoding="utf-8")
-        print(f"{PAGE} is written.")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        sys.exit(f"{PAGE} is not current: run python scripts/model_table.py")
+    write_or_check(PAGE, models_page(read_record()), check=args.check)
 
 
 if __name__ == "__main__":

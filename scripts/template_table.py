@@ -15,6 +15,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as in the tests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import trl  # noqa: E402
+from pages import add_check_flag, write_or_check  # noqa: E402
 from template_records import RECORDS  # noqa: E402
 from template_sources import ARCHIVE, download_templates, read_templates  # noqa: E402
 from template_sweep import TEMPLATE_FOLDER, Cell, Sweep  # noqa: E402
@@ -132,14 +133,9 @@ def run() -> dict[str, dict[str, Cell]]:
 def main() -> None:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
+    add_check_flag(parser)
     args = parser.parse_args()
-    page = templates_page(run())
-    if not args.check:
-        PAGE.write_text(page, encoding="utf-8")
-        print(f"{PAGE} is written.")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        sys.exit(f"{PAGE} is not current: run python scripts/template_table.py")
+    write_or_check(PAGE, templates_page(run()), check=args.check)
 
 
 if __name__ == "__main__":
