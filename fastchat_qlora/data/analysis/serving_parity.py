@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from fastchat_qlora.data.analysis.stop_tokens import find_supervised
 from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord
-from fastchat_qlora.data.sources.formats import parse_record, to_conversation
+from fastchat_qlora.data.sources.formats import parse_record
 from fastchat_qlora.data.sources.readers import RawRecord
 from fastchat_qlora.data.templates.message_forms import to_template_messages
 from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
@@ -90,11 +90,10 @@ def report_parity(
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
     tokenizer.chat_template = server_template or tokenizer.chat_template
-    settings = preprocessor.settings
     requests: dict[Place, Request] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since
-            conversation = to_conversation(parse_record(record.value), settings.columns, settings.system_prompt)
+            conversation = preprocessor.read_conversation(parse_record(record.value))
             requests[record.source.file, record.source.line] = make_request(conversation, preprocessor)
     chosen = [row for row in chosen if _get_place(row) in requests]
     compared = ((row, _compare(row, requests[_get_place(row)], tokenizer, preprocessor.settings)) for row in chosen)

@@ -8,9 +8,9 @@ import numpy as np
 from datasets import Dataset
 
 from fastchat_qlora.data.batching.packing import get_column
-from fastchat_qlora.data.conversation import Conversation, Message, Segment
+from fastchat_qlora.data.conversation import Conversation, Segment
 from fastchat_qlora.data.templates.answers.message_parts import contains
-from fastchat_qlora.data.templates.message_forms import split_thought
+from fastchat_qlora.data.templates.message_forms import get_thought
 
 
 class ThoughtKind(IntEnum):
@@ -37,7 +37,7 @@ class ThoughtCounts(NamedTuple):
 
 def classify_thoughts(conversation: Conversation, segments: Sequence[Segment]) -> ThoughtKind:
     """Return the kind of a conversation's sequence."""
-    thoughts = [thought for message in conversation.messages if (thought := _get_thought(message))]
+    thoughts = [thought for message in conversation.messages if (thought := get_thought(message))]
     if thoughts:
         texts = [segment.text for segment in segments if segment.supervised and segment.ends_turn]
         if any(contains(text, thought) for thought in thoughts for text in texts):
@@ -46,14 +46,6 @@ def classify_thoughts(conversation: Conversation, segments: Sequence[Segment]) -
         if segment.begins_turn and not segment.ends_turn:
             return ThoughtKind.EMPTY
     return ThoughtKind.WITHOUT
-
-
-def _get_thought(message: Message) -> str:
-    if message.role != "assistant":
-        return ""
-    if not message.reasoning and not message.content.lstrip().startswith(("<", "[")):
-        return ""  # as nearly always, and much faster than to look for tags
-    return split_thought(message).reasoning.strip()
 
 
 def count_thoughts(sequences: Dataset) -> ThoughtCounts:

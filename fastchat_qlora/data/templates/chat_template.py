@@ -33,10 +33,10 @@ from fastchat_qlora.data.templates.answers.thoughts import measure_empty_thought
 from fastchat_qlora.data.templates.message_forms import (
     MessageForm,
     TemplateMessages,
+    get_thought,
     list_forms,
     list_thought_forms,
     set_content,
-    split_thought,
     to_template_messages,
 )
 from fastchat_qlora.data.templates.renderer import TemplateRefusal, find_template_variables, render_chat_template
@@ -163,7 +163,7 @@ class ChatTemplate:
 
     def _fill(self, skeleton: SequenceDraft, conversation: Conversation) -> list[TextPiece] | None:
         """Return the pieces of a conversation's own text, or None if the skeleton with its contents is not that."""
-        arguments = {**self.arguments, **conversation.chat_template_kwargs}
+        arguments = self._get_arguments(conversation)
         contents = [message.content for message in conversation.messages]
         try:
             rendered = [
@@ -178,6 +178,10 @@ class ChatTemplate:
                 return [piece._replace(text=_insert_contents(piece.text, variant)) for piece in skeleton.pieces]
         return None
 
+    def _get_arguments(self, conversation: Conversation) -> dict[str, Any]:
+        """Return the template's arguments for a record: its own, and the run's."""
+        return {**self.arguments, **conversation.chat_template_kwargs}
+
     def _get_skeletons(self, conversation: Conversation, wanted: Sequence[int]) -> list[SequenceDraft]:
         """Return the skeletons of this sequence of roles; none where contents may change what the template does.
 
@@ -188,7 +192,7 @@ class ChatTemplate:
         messages = conversation.messages
         if conversation.tools or not all(message.is_plain for message in messages):
             return []
-        if any(self.literals.search(message.content) or _has_written_thought(message) for message in messages):
+        if any(self.literals.search(message.content) or get_thought(message) for message in messages):
             return []
         key = " ".join([message.role for message in messages])
         if len(wanted) < sum(message.role == "assistant" for message in messages):
@@ -231,9 +235,8 @@ class ChatTemplate:
         raise next((error for error in errors if not _is_refusal(error)), errors[0])
 
     def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
-        own = {**self.arguments, **conversation.chat_template_kwargs}
-        answers = [message for message in conversation.messages if message.role == "assistant"]
-        has_thoughts = any(split_thought(answer).reasoning.strip() for answer in answers)
+        own = self._get_arguments(conversation)
+        has_thoughts = any(map(get_thought, conversation.messages))
         modes: list[tuple[Mapping[str, Any], str]] = [(own, "")]
         if has_thoughts:
             modes += [self._switch(own, values) for values in THINKING_ON]
@@ -374,12 +377,6 @@ def _is_refusal(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, TemplateRefusal) or _is_refusal(error.__cause__))
 
 
-def _has_written_thought(message: Message) -> bool:
-    """Return whether a content begins with a thought in tags."""
-    may_have = message.role == "assistant" and message.content.lstrip()[:1] in ("<", "[")  # for speed
-    return may_have and bool(split_thought(message).reasoning)
-
-
 def _check_shown(finder: CompletionFinder, completion: Completion, previous: int) -> None:
     """Require that the others' messages since the previous answer stand in the prompt, and not by chance."""
     others = [
@@ -387,22 +384,18 @@ def _check_shown(finder: CompletionFinder, completion: Completion, previous: int
         for i, message in enumerate(finder.messages[: completion.place])
         if i > previous and message.role != "assistant"
     ]
-    for i, content in others:
-        if not contains(completion.prompt, content):
-            role = finder.messages[i].role
-            raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
+    missing = [i for i, content in others if not contains(completion.prompt, content)]
     unknown = [(i, content) for i, content in others if i not in finder.renderer.contents]  # found by sentinels there
     short = [i for i, content in unknown if len(content) < MIN_TELLING_CHARACTERS and SENTINEL not in content]
     replaced = {i: set_content(finder.renderer.messages[i], make_sentinel(i)) for i in short}
-    text = ""
-    if replaced:
+    if replaced and not missing:
         with suppress(RejectedRecord):  # a template that looks into contents
             text = finder.renderer.render(completion.place, replaced, prompt=True)
-    written = {int(found.group(1)) for found in WRITTEN_SENTINELS.finditer(text)}
-    for i in short if text else ():
-        if i not in written:
-            role = finder.messages[i].role
-            raise RejectedRecord(f"message {i}: the chat template omits the {role}'s message")
+            written = {int(found.group(1)) for found in WRITTEN_SENTINELS.finditer(text)}
+            missing = [i for i in short if text and i not in written]
+    if missing:
+        role = finder.messages[missing[0]].role
+        raise RejectedRecord(f"message {missing[0]}: the chat template omits the {role}'s message")
 
 
 def _find_first_new(finder: CompletionFinder, completion: Completion, before: Completion) -> int:

@@ -255,8 +255,6 @@ class Encoder:
             before = segments[:begin]
             spans += self._find_prompt_spans(prompt, before, len(done) if goes_on else None)
             ids = self._tokenize_completion(prompt, "".join(one.text for one in before), completion)
-            if any(one.supervised for one in completion):
-                self._check_completion(ids, "".join(one.text for one in completion))
             spans += self._find_completion_spans(ids, completion, len(prompt))
             done = np.concatenate([prompt, ids], dtype=np.int32)
         yield self._finish_sequence(done, spans, segments, start, encoded)
@@ -295,11 +293,6 @@ class Encoder:
     def _gives(self, ids: Ids, text: str) -> bool:
         """Return whether tokens are a text, perhaps with the blank that a tokenizer puts behind an added token."""
         return b"".join(self.token_bytes.vocabulary[ids].tolist()) in (text.encode(), b" " + text.encode())
-
-    def _check_completion(self, ids: Ids, text: str) -> None:
-        """Require tokens that give a completion's bytes, or decode to it."""
-        if not len(ids) or self.token_bytes.locate(ids, text.encode()) is None:
-            self._check_decoded(ids.tolist(), text)
 
     def _find_completion_spans(self, ids: Ids, completion: Sequence[Segment], offset: int) -> list[TokenSpan]:
         """Return the tokens of a completion's segments; a token across their edge is the answer's."""

@@ -132,12 +132,16 @@ class Preprocessor:
         try:
             parsed = parse_record(record.value)
             source = source._replace(id=get_id(parsed))
-            conversation = to_conversation(parsed, self.settings.columns, self.settings.system_prompt)
+            conversation = self.read_conversation(parsed)
             if self.settings.content_tokens == "reject":
                 check_plain(conversation, self.control_tokens)
             return Draft(number, source, conversation, self.render(conversation))
         except RejectedRecord as error:
             return Draft(number, source, Conversation(()), Rendering([]), error)
+
+    def read_conversation(self, parsed: Any) -> Conversation:
+        """Return the conversation of a parsed record; raise RejectedRecord if it is none."""
+        return to_conversation(parsed, self.settings.columns, self.settings.system_prompt)
 
     def encode(self, drafts: Sequence[Draft]) -> list[EncodedText]:
         """Tokenize all texts, on all cores and outside of Python."""

@@ -26,8 +26,8 @@ from fastchat_qlora.data.templates.answers.thoughts import find_open_thought, me
 from fastchat_qlora.data.templates.answers.turn_ends import NO_END, TextsBehindAnswer, TurnEnd, find_turn_end
 from fastchat_qlora.data.templates.message_forms import (
     MessageForm,
+    get_thought,
     set_content,
-    split_thought,
     to_template_messages,
 )
 from fastchat_qlora.data.templates.prompts import Apply, PrefixRenderer
@@ -124,7 +124,7 @@ class CompletionFinder:
     def _get_kind(self, index: int) -> tuple[Any, ...]:
         message = self.messages[index]
         before = self.messages[index - 1].role if index else ""
-        parts = bool(split_thought(message).reasoning.strip()), bool(message.content.strip()), len(list_parts(message))
+        parts = bool(get_thought(message)), bool(message.content.strip()), len(list_parts(message))
         following = self.messages[index + 1].role if index + 1 < len(self.messages) else ""
         return (*parts, len(message.tool_calls), before, following)
 
@@ -144,7 +144,7 @@ class CompletionFinder:
         if alone.startswith(prompt) and found[0].start() >= len(prompt):
             alignment = Alignment("", alone[len(prompt) : found[0].start()])
         else:
-            alignment = self._align(index, prompt, replaced)
+            alignment = self._align(index, prompt, replaced, alone)
         texts = TextsBehindAnswer(
             alone[found[-1].end() :],
             self._render_followed(index, replaced, found[-1].group(1)),
@@ -154,7 +154,7 @@ class CompletionFinder:
         end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
         if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
             raise RejectedRecord(NO_END)  # the one who is next names no end
-        has_thought = bool(split_thought(self.messages[index]).reasoning.strip()) and found[0].group(1) == "0"
+        has_thought = bool(get_thought(self.messages[index])) and found[0].group(1) == "0"
         return AnswerLayout(alignment, end, has_thought)
 
     def _get_header(self, role: str) -> str:
@@ -168,12 +168,11 @@ class CompletionFinder:
             self.headers[role] = text.removeprefix(self.facts.bos) if found else ""
         return self.headers[role]
 
-    def _align(self, index: int, prompt: str, replaced: dict[str, Any]) -> Alignment:
+    def _align(self, index: int, prompt: str, replaced: dict[str, Any], alone: str) -> Alignment:
         """Return the alignment of a prompt with the text of its answer, from the message between both on."""
-        place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
-        in_prompt = _split_behind(self.renderer.render(index, place, prompt=True), BEFORE)
-        answered = self.renderer.render(index + 1, {**place, index: replaced})
-        behind = _split_behind(answered, BEFORE)
+        place = self._mark_before(index)
+        in_prompt = _split_behind(self.renderer.render(index, place, prompt=True))
+        behind = _split_behind(self.renderer.render(index + 1, {**place, index: replaced}))
         first = WRITTEN_SENTINELS.search(behind or "")
         if in_prompt is None or behind is None or first is None:
             raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
@@ -182,7 +181,6 @@ class CompletionFinder:
             self._check_head(found, replaced)
         shared = prompt.removesuffix(found.extra)
         is_shared = prompt.endswith(found.extra) and found.lead == in_prompt.removesuffix(found.extra)
-        alone = self.renderer.render(index + 1, {index: replaced})
         return found._replace(lead=None) if is_shared and alone.startswith(shared) else found
 
     def _check_head(self, found: Alignment, replaced: dict[str, Any]) -> None:
@@ -203,9 +201,8 @@ class CompletionFinder:
         call = message.tool_calls[0]
         _, count = replace_parts(message._replace(tool_calls=(call,)))
         two, _ = replace_parts(message._replace(tool_calls=(call, call)))
-        shown = to_template_messages([*self.messages[:index], two], self.form)[index]
         try:
-            text = self.renderer.render(index + 1, {index: shown})
+            text = self.renderer.render(index + 1, {index: self._show(index, two)})
         except RejectedRecord:
             return ""
         found = list(WRITTEN_SENTINELS.finditer(text))
@@ -216,20 +213,23 @@ class CompletionFinder:
     def _replace(self, index: int) -> tuple[dict[str, Any], int]:
         """Return the template message with a sentinel for each part, and their number."""
         replaced, count = replace_parts(self.messages[index])
-        return to_template_messages([*self.messages[:index], replaced], self.form)[index], count
+        return self._show(index, replaced), count
+
+    def _show(self, index: int, message: Message) -> dict[str, Any]:
+        """Return another message in the place of one as the template gets it; ids go by those before it."""
+        return to_template_messages([*self.messages[:index], message], self.form)[index]
 
     def _check_written(self, written: set[int], count: int, index: int) -> None:
         """Require all parts; a thought that is dropped may be written all the same."""
         message = self.messages[index]
-        has_thought = bool(split_thought(message).reasoning.strip())
-        missing = set(range(count)) - written - ({0} if has_thought and self.effort >= Effort.CLOSE_THOUGHTS else set())
-        if missing and not message.tool_calls and not has_thought:
+        thought = get_thought(message)
+        missing = set(range(count)) - written - ({0} if thought and self.effort >= Effort.CLOSE_THOUGHTS else set())
+        if missing and not message.tool_calls and not thought:
             raise RejectedRecord("the chat template omits the answer")
         if missing or not written:
-            reasoning = [split_thought(message).reasoning] if has_thought else []
-            part = [*reasoning, *list_parts(message)][min(missing, default=0)]
-            kind = ThoughtNotWritten if missing == {0} and has_thought else RejectedRecord
-            raise kind(f"the chat template does not write {part.strip()[:40]!r} of the message")
+            part = [*([thought] if thought else []), *list_parts(message)][min(missing, default=0)]
+            kind = ThoughtNotWritten if missing == {0} and thought else RejectedRecord
+            raise kind(f"the chat template does not write {part[:40]!r} of the message")
 
     def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
         """Return the text from an answer's last part to the message behind it; None if there is none."""
@@ -267,7 +267,7 @@ class CompletionFinder:
         if "parts" in self.form and LISTED_PART.search(text):
             raise RejectedRecord("the chat template writes lists of parts as they are")
         message = self.messages[index]
-        reasoning = split_thought(message).reasoning.strip()
+        reasoning = get_thought(message)
         if reasoning or message.tool_calls:
             _require_parts(message, text)
         else:
@@ -297,8 +297,11 @@ class CompletionFinder:
         _, end = self.renderer.contents.get(index - 1, (0, 0))
         if end and answered.startswith(self.renderer.whole[:end]):
             return answered[end:]
-        place = {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
-        return _split_behind(self.renderer.render(index + 1, place), BEFORE)
+        return _split_behind(self.renderer.render(index + 1, self._mark_before(index)))
+
+    def _mark_before(self, index: int) -> dict[int, dict[str, Any]]:
+        """Return the message before an answer with a sentinel as content, by its index."""
+        return {index - 1: set_content(self.renderer.messages[index - 1], make_sentinel(BEFORE))}
 
     def _fit_thought(self, text: str, prompt: str, reasoning: str, layout: AnswerLayout) -> str:
         """Return a completion that contains the thought once."""
@@ -342,7 +345,7 @@ def _check_plain_answer(content: str, text: str, layout: AnswerLayout, tokens: S
         raise RejectedRecord(f"the chat template adds {closing[: first.start()][:40]!r} to the answer")
 
 
-def _split_behind(text: str, number: int) -> str | None:
-    """Return the text behind the last sentinel of that number; None if there is none."""
-    _, found, behind = text.rpartition(make_sentinel(number))
+def _split_behind(text: str) -> str | None:
+    """Return the text behind the sentinel in the message before an answer; None if there is none."""
+    _, found, behind = text.rpartition(make_sentinel(BEFORE))
     return behind if found else None
