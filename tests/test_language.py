@@ -115,6 +115,14 @@ def test_a_top_level_name_has_one_meaning() -> None:
     assert {name: found for name, found in places.items() if len(found) > 1 and name != "logger"} == {}
 
 
+def test_modules_of_tests_differ_in_name() -> None:
+    """pytest imports them by file name, so that two of one name are an error, but only when both are run."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in (ROOT / "tests").rglob("*.py"):
+        places[path.name].append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_every_package_says_what_goes_in_and_out() -> None:
     missing = [path for path, tree in MODULES.items() if path.name == "__init__.py" and not ast.get_docstring(tree)]
     assert missing == []
