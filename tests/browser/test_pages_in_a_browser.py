@@ -141,6 +141,14 @@ def test_report_shows_every_point(width: int, scheme: str, run: Path, browser: A
         assert visible.count() == points, chart
     assert page.locator("#lengths .bar").count() > 3
     assert page.locator("figure svg").filter(visible=True).count() == 6
+    cut = page.evaluate("""() => [...document.querySelectorAll("figure svg")].flatMap(svg => {
+        const picture = svg.getBoundingClientRect();
+        return [...svg.querySelectorAll("text")].filter(text => {
+            const box = text.getBoundingClientRect();
+            return box.width && (box.left < picture.left || box.right > picture.right || box.top < picture.top);
+        }).map(text => text.textContent);
+    })""")
+    assert cut == [], "letters of charts are cut off"
 
 
 def test_points_show_their_values(run: Path, browser: Any) -> None:

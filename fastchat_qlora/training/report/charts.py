@@ -12,6 +12,8 @@ MAX_POINTS = 400  # points of a curve; longer curves are drawn as means of neigh
 MAX_VISIBLE_POINTS = 60  # points of a curve that are all visible; of longer curves a point appears under the pointer
 MIN_SMOOTHED_POINTS = 24  # points of a noisy curve from which on a smoothed one is drawn over it
 MAX_VALUE = 1e100  # largest value that matplotlib can do arithmetic with
+LETTER_WIDTH, LETTER_HEIGHT = 7, 13  # pixels of a digit and of a line of text
+LABEL_PADDING = 6  # pixels around labels
 COLORS = {name: f"#0000c{number}" for number, name in enumerate(("c1", "c2", "c3", "c4", "bar", "line", "quiet"))}
 """CSS variable of the page -> the color that matplotlib draws in its place."""
 
@@ -79,18 +81,21 @@ def smooth(values: Sequence[float]) -> list[float]:
 def draw(chart: Chart, width: int, height: int) -> str:
     """Return a chart as an `svg` element of that many pixels, whose points and bars have their values as titles."""
     from matplotlib import rc_context, rcdefaults, rcParams
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context():
         rcdefaults()  # a user's matplotlibrc is for the user's pictures
         salt = f"{chart.name} {width}"  # ids of markers must not be those of another chart on the page
         rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "font.family": "DejaVu Sans"})
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")  # 72 units of SVG are an inch
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # 72 units of SVG are an inch
         axes = figure.add_subplot()
         titles = [title for curve in chart.curves for title in _plot(axes, curve, chart)]
         _format_axes(axes, chart, width)
+        _set_margins(axes, width, height)
         written = io.BytesIO()
-        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        # savefig would draw everything twice, to know of a size that is given here
+        FigureCanvasSVG(figure).print_svg(written, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _add_titles(written.getvalue(), titles, chart.title)
 
 
@@ -119,7 +124,7 @@ def _format_axes(axes: Any, chart: Chart, width: int) -> None:
     for patch in (axes.patch, axes.figure.patch, *(axes.spines[side] for side in ("left", "right", "top"))):
         patch.set_visible(False)
     axes.spines["bottom"].set_color(COLORS["quiet"])
-    axes.tick_params(length=0, pad=6, labelcolor=COLORS["quiet"])
+    axes.tick_params(length=0, pad=LABEL_PADDING, labelcolor=COLORS["quiet"])
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=COLORS["line"])
     bins = max(3, width // 60)
@@ -132,6 +137,18 @@ def _format_axes(axes: Any, chart: Chart, width: int) -> None:
         axes.set_ylim(bottom=0)
     for step in chart.marks:
         axes.axvline(step, gid="mark", color=COLORS["quiet"], linestyle="--", linewidth=1, zorder=1)
+
+
+def _set_margins(axes: Any, width: int, height: int) -> None:
+    """Leave room for the labels; matplotlib's layouts draw all of them several times for that."""
+    longest = [
+        LETTER_WIDTH * max(map(len, axis.get_major_formatter().format_ticks(axis.get_majorticklocs())), default=0)
+        for axis in (axes.xaxis, axes.yaxis)
+    ]
+    left, right = 2 * LABEL_PADDING + longest[1], LABEL_PADDING + longest[0] // 2
+    above = LABEL_PADDING + (LETTER_HEIGHT if axes.yaxis.get_major_formatter().get_offset() else 0)
+    below = 2 * (LETTER_HEIGHT + LABEL_PADDING)
+    axes.set_position((left / width, below / height, 1 - (left + right) / width, 1 - (above + below) / height))
 
 
 def _add_titles(written: bytes, titles: list[str], label: str) -> str:
