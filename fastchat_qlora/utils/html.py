@@ -1,6 +1,7 @@
 """HTML pages, each in one file that needs no other file and no network."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from fastchat_qlora import __version__
@@ -17,11 +18,16 @@ def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:
         name: name of the template without its suffixes.
         values: variables of the template. Its filter `visible` is escape_control, for untrusted text.
     """
+    stream = _get_environment(package).get_template(f"{name}.html.jinja").stream(version=__version__, **values)
+    stream.enable_buffering(BUFFERED_PIECES)
+    return stream
+
+
+@cache  # it keeps the compiled templates: a run writes its page many times
+def _get_environment(package: str) -> Any:
     from jinja2 import ChoiceLoader, Environment, PackageLoader
 
     loader = ChoiceLoader([PackageLoader(package), PackageLoader(__package__)])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = escape_control
-    stream = environment.get_template(f"{name}.html.jinja").stream(version=__version__, **values)
-    stream.enable_buffering(BUFFERED_PIECES)
-    return stream
+    return environment

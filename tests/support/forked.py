@@ -25,6 +25,7 @@ from launching import ROOT, free_port
 PRELOAD = [
     *("fastchat_qlora.training.run", "fastchat_qlora.config.arguments", "deepspeed", "forked"),
     *("matplotlib.figure", "matplotlib.backends.backend_svg", "transformers.models.llama.modeling_llama"),
+    "frozen",
 ]
 
 
