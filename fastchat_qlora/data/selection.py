@@ -58,6 +58,9 @@ class Selection:
         for i, source in enumerate(self.data.sources):
             among = np.flatnonzero((self.sources == i) & ~self.is_dropped)
             size = _count_sampled(source.entry, len(among))
+            if source.read == source.rejected and len(self.sources):
+                counts = f"{source.read} records read, {source.rejected} rejected"
+                self.errors.append(f"{self.data.flag} {source.entry}: holds no conversation ({counts}); leave it out")
             left_out = np.random.default_rng((seed, SAMPLING)).permutation(among)[size:]
             self.is_sampled[left_out] = False
             if len(among) and not size:
