@@ -356,9 +356,7 @@ def test_weight_of_a_pair_is_that_of_its_answer() -> None:
 
 def test_thoughts_beside_a_list_of_answers_are_rejected() -> None:
     record = {"prompt": [USER], "completion": [ANSWER], "reasoning": "Hm."}
-    with pytest.raises(
-        RejectedRecord, match=r"^reasoning: found the text 'Hm\.'; expected thoughts in the mes"
-    ):
+    with pytest.raises(RejectedRecord, match=r"^reasoning: found the text 'Hm\.'; expected thoughts in the mes"):
         to_conversation(record)
 
 
