@@ -6,6 +6,9 @@ from typing import NamedTuple
 import xxhash
 
 from fastchat_qlora.data.conversation import Conversation, Message
+from fastchat_qlora.data.templates.message_forms import split_thought
+
+THOUGHT_START = "<think>"
 
 
 class ConversationHashes(NamedTuple):
@@ -31,10 +34,20 @@ def hash_conversation(conversation: Conversation) -> ConversationHashes:
 
 
 def _to_bytes(message: Message) -> bytes:
-    """Return a message as bytes; lengths make different messages different."""
-    text = f"{message.role} {len(message.content)} {message.content}"
-    if not message.is_plain:
-        text += json.dumps([message.reasoning, list(map(dict, message.tool_calls)), dict(message.extra)], default=str)
+    """Return a message as bytes; lengths make different messages different.
+
+    Thoughts are the same in a field and in the usual tags. The ids of calls are not in it: they differ from one export
+    of a conversation to the next.
+    """
+    reasoning, content = message.reasoning.strip(), message.content
+    if message.role == "assistant" and not reasoning and content.lstrip().startswith(THOUGHT_START):
+        thought = split_thought(message)
+        if reasoning := thought.reasoning.strip():
+            content = thought.content.lstrip()
+    text = f"{message.role} {len(content)} {content}"
+    if reasoning or not message.is_plain:
+        functions = [call.get("function", call) for call in message.tool_calls]
+        text += json.dumps([reasoning, functions, message.extra.get("name")], default=str)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -17,8 +17,10 @@ from fastchat_qlora.data.analysis.duplicates import Finding
 from fastchat_qlora.data.analysis.serving_parity import report_parity
 from fastchat_qlora.data.analysis.thought_kinds import count_thoughts
 from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.conversation import RejectedRecord
 from fastchat_qlora.data.sources.data_source import DataSource
 from fastchat_qlora.data.sources.fields.names import FIELDS
+from fastchat_qlora.data.sources.fields.values import check_text
 from fastchat_qlora.data.templates.renderer import (
     check_template_kwargs,
     describe_template_kwargs,
@@ -152,6 +154,10 @@ def _check_arguments(preprocessor: Preprocessor) -> None:
             f"--system_prompt: contains the special token {found.group()!r}; leave it out, or give --content_tokens "
             "allow"
         )
+    try:
+        check_text(settings.system_prompt)
+    except RejectedRecord as error:
+        raise UserError(f"--system_prompt: {error}; leave them out") from error
     check_template_kwargs(preprocessor.tokenizer, template_kwargs, "--chat_template_kwargs")
     logger.info(f"Conversations are written with {preprocessor.name}{describe_template_kwargs(template_kwargs)}.")
 

@@ -58,6 +58,8 @@ class Selection:
         for i, source in enumerate(self.data.sources):
             among = np.flatnonzero((self.sources == i) & ~self.is_dropped)
             size = _count_sampled(source.entry, len(among))
+            if not source.read and len(self.sources):
+                self.errors.append(f"{self.data.flag} {source.entry}: has no records; leave it out, or give others")
             left_out = np.random.default_rng((seed, SAMPLING)).permutation(among)[size:]
             self.is_sampled[left_out] = False
             if len(among) and not size:

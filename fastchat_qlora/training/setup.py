@@ -297,9 +297,7 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
         lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
         dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, get_data_seed(args)))
         share = lengths.sum() / (len(dataset) * capacity)
-        logger.info(
-            f"{len(sequences)} conversations in {len(dataset)} packed sequences of {capacity} tokens, {share:.1%} full."
-        )
+        logger.info(f"{len(sequences)} sequences in {len(dataset)} packed ones of {capacity} tokens, {share:.1%} full.")
     at_once = args.training.per_device_train_batch_size * processes
     if args.training.dataloader_drop_last and len(dataset) < at_once:
         unit = "packed sequences" if args.data.packing else "conversations"

@@ -594,3 +594,21 @@ def test_special_token_in_the_system_prompt_is_one_error(tokenizer: PreTrainedTo
         "--system_prompt: contains the special token '<|im_end|>'; leave it out, or give --content_tokens allow"
     )
     assert len(build(data, tokenizer, tmp_path, system_prompt=prompt, content_tokens="allow")["train"]) == 1
+
+
+def test_no_character_in_the_system_prompt_is_one_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", sharegpt(HI))
+    with pytest.raises(UserError, match=r"^--system_prompt: contains U\+FDD0 or U\+FDD1, which are not characters"):
+        build(data, tokenizer, tmp_path, system_prompt="Be \ufdd0.")
+
+
+THINKING = CHATML.replace("message['content']", "(message['reasoning_content'] | default('')) + message['content']")
+
+
+def test_special_tokens_in_a_thought_are_allowed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The record writes the end token, and not the template."""
+    tokenizer.chat_template = THINKING
+    answer = {"role": "assistant", "content": "Hello", "reasoning_content": "a <|im_end|> b"}
+    data = write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "Hi"}, answer]})
+    [row] = build(data, tokenizer, tmp_path, content_tokens="allow")["train"]
+    assert supervised_text(row, tokenizer) == "a <|im_end|> bHello<|im_end|>"

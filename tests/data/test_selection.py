@@ -207,6 +207,13 @@ def test_entry_that_takes_nothing_is_an_error(tokenizer: PreTrainedTokenizerFast
         load_splits(f"{data}#share=0.01", tokenizer, tmp_path)
 
 
+def test_entry_without_records_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a.jsonl", numbered("a", 20)), tmp_path / "none.json"]
+    paths[1].write_text("[]")
+    with pytest.raises(UserError, match=rf"^--data_path {paths[1]}: has no records; leave it out, or give others$"):
+        load_splits(paths, tokenizer, tmp_path)
+
+
 def test_rejected_records_belong_to_their_source(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,7 +235,7 @@ MESSAGES = st.lists(
         st.sampled_from(["system", "user", "assistant", "tool"]),
         st.text(alphabet="ab 1\0", max_size=3),
         reasoning=st.sampled_from(["", "a"]),
-        tool_calls=st.sampled_from([(), ({"name": "f"},)]),
+        tool_calls=st.sampled_from([(), ({"name": "f"},), ({"name": "g"},)]),
         extra=st.just({}),
         weight=st.sampled_from([1.0, 0.5, 0.0]),
         unused_weight=st.none(),
@@ -255,3 +262,26 @@ def test_hashes_are_equal_exactly_if_the_messages_are(
         hash_conversation(Conversation(first[: (answers or [len(first)])[0]])).prompt
     )
     assert (one.weights == 0) == all(first[i].weight == 1 for i in answers)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_equal"),
+    [
+        (Message("assistant", "A", "Hm."), Message("assistant", "<think>\nHm.\n</think>\n\nA"), True),
+        (Message("assistant", "A", "Hm."), Message("assistant", "A", "\nHm. "), True),
+        (Message("assistant", "A", "Hm."), Message("assistant", "<reasoning>Hm.</reasoning>A"), False),
+        (Message("assistant", "A"), Message("assistant", "<think></think>A"), False),
+        (Message("user", "<think>a</think>A"), Message("user", "<think>a</think> A"), False),
+        (
+            Message("assistant", "", tool_calls=({"id": "1", "function": {"name": "f"}},)),
+            Message("assistant", "", tool_calls=({"id": "2", "function": {"name": "f"}},)),
+            True,
+        ),
+        (Message("tool", "r", extra={"tool_call_id": "1"}), Message("tool", "r", extra={"tool_call_id": "2"}), True),
+        (Message("tool", "r", extra={"name": "f"}), Message("tool", "r", extra={"name": "g"}), False),
+    ],
+)
+def test_hashes_go_by_what_was_said(first: Message, second: Message, are_equal: bool) -> None:
+    """The form of a thought and the ids of calls are not in them."""
+    one, two = (hash_conversation(Conversation([Message("user", "Q"), message])) for message in (first, second))
+    assert (one == two) == are_equal

@@ -14,7 +14,15 @@ COLUMN_FIELDS = (
 )
 """Known fields of a record that a column may stand for."""
 
-TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
+WHOLE = ("messages", "conversations", "conversation")  # all messages of a record
+
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (*((target,) for target in WHOLE), ("prompt", "completion"), ("user", "assistant")),
+    (WHOLE, ("history",)),
+    (WHOLE, ("reasoning",)),
+    (("tools",), ("functions",)),
+)
+"""Groups of targets; where a record has those of one group, those of the others would not be read."""
 
 
 def find_column_errors(columns: Mapping[str, Any]) -> Iterator[str]:
@@ -28,7 +36,9 @@ def find_column_errors(columns: Mapping[str, Any]) -> Iterator[str]:
     for role, other in (("user", "assistant"), ("assistant", "user")):
         if role in targets and other not in targets:
             yield f"makes a column the message of the {role} and none that of the {other}; name that too"
-    if turns := [target for target in targets if target in TURNS and "user" in targets]:
-        yield f"has columns for messages and {turns[0]} beside them; give one or the other"
+    for groups in ALTERNATIVES:
+        found = [next((target for target in group if target in targets), "") for group in groups]
+        if len(given := [target for target in found if target]) > 1:
+            yield f"has columns for {' and '.join(given)}, of which one would not be read; give one or the other"
     if repeated := sorted({target for target in targets if target in COLUMN_FIELDS and targets.count(target) > 1}):
         yield f"has several columns for {', '.join(repeated)}; give one"

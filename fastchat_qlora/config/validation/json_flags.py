@@ -55,6 +55,7 @@ def parse_json(given: str) -> Any:
     """Parse JSON given in place, or in the file of that name. Without any, raise an OSError or a ValueError."""
     try:
         settings = json.loads(json_text(given), object_pairs_hook=reject_duplicates)
+        json.dumps(settings, ensure_ascii=False, allow_nan=False).encode()  # Python reads NaN and half characters
     except RecursionError as error:
         raise ValueError(f"objects in more than {MAX_DEPTH} others") from error
     level = [settings]

@@ -138,7 +138,7 @@ def _compare(row: dict[str, Any], request: Request, tokenizer: Any, settings: Pr
     try:
         prompts: list[Any] = [np.asarray(_get_prompt(tokenizer, request, i)) for i in request.answers]
     except TemplateRefusal as refusal:
-        return f"the saved chat template refuses the messages before an answer: {refusal}"
+        return f"the chat template refuses the messages before an answer: {refusal}"
     ids: Any = np.asarray(row["input_ids"])  # a long conversation is compared with many prompts
     if settings.train_on == "all":
         return _compare_all(ids, prompts, row["turns"], tokenizer)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastchat_qlora.data.conversation import RejectedRecord
+from fastchat_qlora.data.sources.fields.values import describe
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.utils.file_types import LINE_SUFFIXES
 
@@ -93,8 +94,8 @@ def _read_lines(file: io.BufferedReader) -> Iterator[NumberedRecord]:
 
 def _read_array(stream: "JsonStream") -> Iterator[NumberedRecord]:
     if (first := stream.peek()) != "[":
-        value = stream.read_value()
-        kind = "an object" if first == "{" else f"a {type(value).__name__}"
+        value = stream.read_value()  # a RejectedRecord if it is nested too deep
+        kind = "an object" if first == "{" else describe(value)
         raise UserError(f"{stream.name}: must be an array of records, not {kind}; JSON Lines files end in .jsonl")
     stream.take("[")
     separator = stream.take("]") if stream.peek() == "]" else ","

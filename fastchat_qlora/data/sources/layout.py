@@ -76,7 +76,9 @@ def read_configs(readme: Path, where: str) -> dict[str, dict[str, Any]]:
         configs = [{key: value for key, value in one.items() if key != "features"} for one in declared or []]
         return dict(MetadataConfigs.from_dataset_card_data({"configs": configs}))
     except Exception as error:  # people write it by hand, and libraries raise anything on it
-        raise UserError(f"{where}: the configs in its README.md are not valid: {one_line(error, 300)}") from error
+        raise UserError(
+            f"{where}: the configs in its README.md are not valid: {one_line(error, 300)}; correct them"
+        ) from error
 
 
 def _find_declared_splits(names: Sequence[str], config: Mapping[str, Any], where: str) -> SplitFiles:

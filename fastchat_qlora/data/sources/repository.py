@@ -142,9 +142,9 @@ def choose_files(repository: Repository, subset: str, split: str, flag: str) -> 
     layout = find_layout(repository.files, repository.readme, repository.where)
     splits = _choose_subset(repository, layout, subset)
     if not any(splits.values()):
+        where = f"the places that its {README} declares" if splits else subset or "that folder"
         raise UserError(
-            f"{repository.where}: no data file in {subset or 'that folder'}; give .json, .jsonl, .csv, "
-            ".parquet or .arrow files"
+            f"{repository.where}: no data file in {where}; give .json, .jsonl, .csv, .parquet or .arrow files there"
         )
     spec = split or _choose_split(repository, splits, flag, subset)
     chosen = {name: splits.get(name, []) for name in split_names(spec)}

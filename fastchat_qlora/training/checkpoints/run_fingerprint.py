@@ -78,7 +78,7 @@ def _format(value: Any) -> str:
         return ", ".join(f"{key} {item}" for key, item in value.items()) or "defaults"
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, "") else str(value)
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:

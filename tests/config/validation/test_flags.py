@@ -249,6 +249,14 @@ LATE = {
         ["--chat_template_kwargs", "{enable_thinking: false}"],
         ["--chat_template_kwargs {enable_thinking: false}: cannot be read as JSON", "correct it"],
     ),
+    "arguments of the template, NaN": (
+        ["--chat_template_kwargs", '{"a": NaN}'],
+        ['--chat_template_kwargs {"a": NaN}: cannot be read as JSON: Out of range float values', "correct it"],
+    ),
+    "arguments of the template, half a character": (
+        ["--chat_template_kwargs", '{"a": "\\ud800"}'],
+        ["cannot be read as JSON: 'utf-8' codec can't encode character"],
+    ),
     "arguments of the template, no object": (
         ["--chat_template_kwargs", "no_records.json"],
         ["--chat_template_kwargs no_records.json: must be a JSON object, not list; correct it"],

@@ -113,8 +113,12 @@ THOUGHT = [SAID[0], Message("assistant", "Alpha.", "Hm.")]
         },
         {"question": "Hi?", "answer": "Alpha.", "reasoning": "Hm."},
         {"conversation": [{"human": "Hi?", "assistant": "Alpha.", "thought": "Hm."}]},
+        {"messages": [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nAlpha.", "thinking": "Hm."}]},
     ],
-    ids=["thinking", "both", "parts of a field", "part", "part with value", "parts of a part", "question", "pair"],
+    ids=[
+        *("thinking", "both", "parts of a field", "part", "part with value", "parts of a part", "question", "pair"),
+        "tags too",
+    ],
 )
 def test_thoughts_are_the_reasoning_of_an_answer(record: Record) -> None:
     assert to_conversation(record).messages == THOUGHT
@@ -206,9 +210,16 @@ def test_template_arguments_that_no_record_can_have(given: Any, reason: str) -> 
 
 
 UNFIT: dict[str, tuple[Record, str]] = {
-    "label": ({"label": False}, "label: found false; expected no answer marked as bad"),
-    "label as text": ({"label": "False"}, "label: found the text 'False'; expected no answer marked as bad"),
-    "kto_tag": ({"kto_tag": False}, "kto_tag: found false; expected no answer marked as bad"),
+    "label": ({"label": False}, "label: found false; expected no record marked as bad or as not to be trained on"),
+    "label as text": (
+        {"label": "False"},
+        "label: found the text 'False'; expected no record marked as bad or as not to be trained on",
+    ),
+    "train": ({"train": False}, "train: found false; expected no record marked as bad or as not to be trained on"),
+    "kto_tag": (
+        {"kto_tag": False},
+        "kto_tag: found false; expected no record marked as bad or as not to be trained on",
+    ),
     "chosen": (
         {"chosen": [ANSWER], "rejected": []},
         "chosen: found a list of 1; expected one answer and no preference",
@@ -241,6 +252,10 @@ UNFIT: dict[str, tuple[Record, str]] = {
     "NaN in tools": ({"tools": [{"name": "f", "x": float("nan")}]}, "tools: found what is not JSON: Out of range"),
     "tools": ({"tools": {"name": "f"}}, "tools: found an object with name; expected a list of objects"),
     "tool": ({"tools": [5]}, "tools, item 0: found the number 5; expected a function with a name"),
+    "both names of tools": (
+        {"tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        "found different tools in tools and functions; expected one",
+    ),
     "systems": (
         {"system": "a", "system_prompt": "b"},
         "found different texts in system and system_prompt; expected one",
@@ -333,6 +348,18 @@ def test_weights_under_every_name(fields: Record, weight: float | None) -> None:
     assert to_conversation({"messages": messages}).messages == [SAID[0]._replace(unused_weight=weight), answer]
 
 
+def test_weight_of_a_pair_is_that_of_its_answer() -> None:
+    pair = {"human": "Hi?", "assistant": "Alpha."}
+    found = to_conversation({"conversation": [{**pair, "weight": 0.5}, {**pair, "train": False}, pair]}).messages
+    assert found == [*SAID[:1], SAID[1]._replace(weight=0.5), *SAID[:1], SAID[1]._replace(weight=0.0), *SAID]
+
+
+def test_thoughts_beside_a_list_of_answers_are_rejected() -> None:
+    record = {"prompt": [USER], "completion": [ANSWER], "reasoning": "Hm."}
+    with pytest.raises(RejectedRecord, match=r"^reasoning: found the text 'Hm\.'; expected thoughts in the mes"):
+        to_conversation(record)
+
+
 @pytest.mark.parametrize("value", [None, False, True, 0, 0.5, 1])
 def test_weight_of_a_question_has_no_effect(value: Any) -> None:
     asked, answer = to_conversation({"messages": [{**USER, "loss": value}, ANSWER]}).messages
@@ -375,6 +402,21 @@ SYSTEM = Message("system", "Be brief.")
         ({"messages": [USER, ANSWER], "s": "Be brief."}, {"s": "system"}, [SYSTEM, *SAID]),
         ({"p": "Hi?", "completion": "Alpha."}, {"p": "prompt"}, SAID),
         ({"question": "Hi?", "answer": "Alpha.", "cot": "Hm."}, {"cot": "reasoning"}, THOUGHT),
+        (
+            {"q": "Hi?", "r": "Alpha.", "h": [["Hi?", "Alpha."]], "history": [["x", "y"]]},
+            {"q": "user", "r": "assistant", "h": "history"},
+            [*SAID, *SAID],
+        ),
+        (
+            {"a": "Hi?", "b": "Alpha.", "input": "x", "question": "y", "answer": "z", "history": [["x", "y"]]},
+            {"a": "prompt", "b": "completion"},
+            SAID,
+        ),
+        (
+            {"q": "Hi?", "r": "Alpha.", "s": "Be brief.", "system_prompt": "x"},
+            {"q": "user", "r": "assistant", "s": "system"},
+            [SYSTEM, *SAID],
+        ),
     ],
 )
 def test_columns_give_fields_their_meaning(record: Record, columns: dict[str, str], messages: list[Message]) -> None:
@@ -391,6 +433,10 @@ def test_columns_give_fields_their_meaning(record: Record, columns: dict[str, st
         ({"q": 5, "r": "x"}, "column q: found the number 5; expected one text"),
         ({"q": ["x", "y"], "r": "x"}, "column q: found a list of 2; expected one text, or a list of messages"),
         ({"q": "x", "r": "y", "label": False}, "label: found false"),
+        (
+            {"q": "x", "r": [USER, ANSWER]},
+            "column r: content, part 0: found an object with role, content; expected text, or a part with type and",
+        ),
     ],
 )
 def test_records_without_the_columns_are_rejected(record: Record, reason: str) -> None:
@@ -408,7 +454,12 @@ def test_records_without_the_columns_are_rejected(record: Record, reason: str) -
         ({"q": "users"}, "not 'users'; did you mean user?"),
         ({"q": 5}, "q must be one of .*, not 5; give a name"),
         ({"q": "user"}, "makes a column the message of the user and none that of the assistant"),
-        ({"q": "user", "r": "assistant", "d": "messages"}, "has columns for messages and messages beside them"),
+        ({"q": "user", "r": "assistant", "d": "messages"}, "has columns for messages and user, of which one would"),
+        ({"a": "messages", "b": "conversations"}, "has columns for messages and conversations, of which one would not"),
+        ({"a": "messages", "b": "prompt"}, "has columns for messages and prompt, of which one would not be read"),
+        ({"a": "conversation", "b": "history"}, "has columns for conversation and history, of which one would not be"),
+        ({"a": "messages", "b": "reasoning"}, "has columns for messages and reasoning, of which one would not be read"),
+        ({"a": "tools", "b": "functions"}, "has columns for tools and functions, of which one would not be read"),
         ({"a": "tools", "b": "tools"}, "has several columns for tools; give one"),
     ],
 )

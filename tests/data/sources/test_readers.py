@@ -243,8 +243,8 @@ def test_contents_are_unchanged() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'"text"', "must be an array of records, not a str"),
-        (b"null", "must be an array of records, not a NoneType"),
+        (b'"text"', "must be an array of records, not the text 'text'"),
+        (b"null", "must be an array of records, not null"),
         (line([GOOD])[:-1], "not valid JSON"),
         (line([GOOD, GOOD])[:-30], "not valid JSON"),
         (b"\n" + line([GOOD]) + b"\n" + line([GOOD]), r"not valid JSON.*write JSON Lines \(\.jsonl\)"),

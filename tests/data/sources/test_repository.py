@@ -146,6 +146,12 @@ class TestFolders:
         with pytest.raises(UserError, match=reason):
             names_of(tmp_path)
 
+    def test_declared_files_that_are_missing_are_named_so(self, tmp_path: Path) -> None:
+        write_all(tmp_path, "a.jsonl")
+        (tmp_path / "README.md").write_text(CONFIGS.format("default", "other.jsonl"))
+        with pytest.raises(UserError, match=f"^--data_path {tmp_path}: no data file in the places that its README"):
+            names_of(tmp_path)
+
     def test_subset_needs_no_folder_of_its_name(self, tmp_path: Path) -> None:
         write_all(tmp_path, "a.jsonl", "b.jsonl")
         (tmp_path / "README.md").write_text(CONFIGS.format("mine", "b.jsonl"))

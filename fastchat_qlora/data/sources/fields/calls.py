@@ -47,7 +47,10 @@ def _read_call(call: Any, field: str) -> dict[str, Any]:
 
 def read_tools(record: dict[str, Any]) -> list[Mapping[str, Any]]:
     """Return the tools of a record from a list or its JSON text."""
-    field = next((name for name in TOOL_FIELDS if record.get(name)), "tools")
+    given = [name for name in TOOL_FIELDS if record.get(name)]
+    if len(given) > 1 and record[given[0]] != record[given[1]]:
+        raise RejectedRecord(f"found different tools in {' and '.join(given)}; expected one of them")
+    field = given[0] if given else "tools"
     tools = record.get(field) or []
     if isinstance(tools, str):
         tools = parse_json_text(tools, field) or []

@@ -68,7 +68,8 @@ def _read_any_message(turn: Any) -> Message:
         if reasoning and content.reasoning not in ("", reasoning):
             raise RejectedRecord(f"found thoughts in {field} and others in a field of their own; expected one of them")
         weight = 1.0 if weight is None else weight
-        return Message(role, content.text, reasoning or content.reasoning, content.calls, weight=weight)
+        text = _drop_repeated_thought(content.text, reasoning)
+        return Message(role, text, reasoning or content.reasoning, content.calls, weight=weight)
     calls = get_calls(turn)
     if reasoning or calls:
         found = "thoughts" if reasoning else "tool calls"
@@ -113,6 +114,14 @@ def _read_call_text(turn: dict[str, Any], field: str) -> Content:
     if not isinstance(value, str) or thought is None:
         return Content("", calls=read_calls(value, field))
     return Content("", check_text(thought.group(1).strip(), field), read_calls(value[thought.end() :], field))
+
+
+def _drop_repeated_thought(text: str, reasoning: str) -> str:
+    """Return a content without the thought in tags that is in a field too: it would be supervised twice."""
+    written = THOUGHT.match(text) if reasoning else None
+    if written is None or written.group(1).strip() != reasoning.strip():
+        return text
+    return text[written.end() :].lstrip() or text
 
 
 def _read_reasoning(turn: dict[str, Any]) -> str:
@@ -163,6 +172,8 @@ def _add_part(content: Content, part: Any, place: str, *, is_answer: bool) -> Co
         RejectedRecord: the part is of another type, or stands where no template writes it.
     """
     kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+    if isinstance(part, dict) and not {"role", "from"}.isdisjoint(part):
+        raise reject(place, part, "text, or a part with type and text, and no message")
     if kind in TEXT_PARTS:
         text = _read_part_text(part, place)
         if content.calls and text.strip():

@@ -41,7 +41,7 @@ BELOW_QUESTION = ("input", "context")  # fields whose text stands below the ques
 
 MEDIA_FIELDS = ("images", "audios", "videos", "image", "audio", "video")
 PREFERENCE_FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages")
-LABEL_FIELDS = ("label", "kto_tag")  # false where the answer is a bad one
+LABEL_FIELDS = ("label", "kto_tag", "train", "loss")  # false where the answer is a bad one, or none to learn
 
 UNFIT_FIELDS = frozenset((*MEDIA_FIELDS, *PREFERENCE_FIELDS, *LABEL_FIELDS))
 """Fields of data on which a run cannot train."""

@@ -17,6 +17,7 @@ from fastchat_qlora.data.sources.fields.names import (
     PREFERENCE_FIELDS,
     REASONING_FIELDS,
     SYSTEM_FIELDS,
+    TOOL_FIELDS,
     TURN_FIELDS,
     UNFIT_FIELDS,
 )
@@ -29,6 +30,7 @@ from fastchat_qlora.data.sources.fields.values import (
     read_text,
     reject,
 )
+from fastchat_qlora.data.sources.fields.weights import read_weight
 
 Read = TypeVar("Read")
 
@@ -61,15 +63,17 @@ def rename_columns(record: dict[str, Any], columns: Mapping[str, str]) -> dict[s
     if not any(name in record for name in columns):
         raise RejectedRecord(f"no column of --columns: found {describe(record)}; expected {', '.join(columns)}")
     targets = set(columns.values())
-    replaced = CONVERSATION_FIELDS if "user" in targets else {*TURN_FIELDS} if targets & CONVERSATION_FIELDS else set()
+    is_whole = "user" in targets or targets >= {"prompt", "completion"}
+    replaced = CONVERSATION_FIELDS if is_whole else {*TURN_FIELDS} if targets & CONVERSATION_FIELDS else set()
     dropped = {*columns, *replaced, *(PREFERENCE_FIELDS if replaced else ())}
+    dropped.update(*(group for group in (SYSTEM_FIELDS, TOOL_FIELDS) if targets.intersection(group)))
     renamed = {name: value for name, value in record.items() if name not in dropped}
     renamed |= {target: record.get(name) for name, target in columns.items() if target not in COLUMN_ROLES}
     for role, field in (("system", SYSTEM_FIELDS[0]), ("reasoning", REASONING_FIELDS[0])):
         if text := _join_columns(record, [name for name, target in columns.items() if target == role]):
             renamed[field] = text
     if "user" in targets:
-        renamed[TURN_FIELDS[0]] = _read_columns(record, columns)
+        renamed[TURN_FIELDS[0]] = [*_read_history(renamed), *_read_columns(record, columns)]
     return renamed
 
 
@@ -117,7 +121,7 @@ def check_fit(record: dict[str, Any]) -> None:
             raise reject(field, record[field], expected)
     for field in LABEL_FIELDS:
         if str(record.get(field)).lower() == "false":
-            raise reject(field, record[field], "no answer marked as bad, since a run trains on all of them")
+            raise reject(field, record[field], "no record marked as bad or as not to be trained on")
 
 
 def read_messages(record: dict[str, Any], system_prompt: str = "") -> list[Message]:
@@ -162,7 +166,8 @@ def _is_pair(turn: Any) -> bool:
 
 
 def _read_pair_of_list(turn: dict[str, Any]) -> list[Message]:
-    return _add_system(_read_pair(turn), turn, "")
+    messages, weight = _add_system(_read_pair(turn), turn, ""), read_weight(turn)
+    return messages if weight is None else [*messages[:-1], messages[-1]._replace(weight=weight)]
 
 
 def _find_pairs(record: dict[str, Any]) -> list[Pair]:
@@ -213,11 +218,13 @@ def _read_pair(record: dict[str, Any]) -> list[Message]:
         raise reject(below[0], record[below[0]], f"nothing beside the messages in {question}")
     else:  # all of them are context, as TRL has it
         messages = [_mask(message) for message in _read_in(question, asked, _read_list)]
-    if _is_list_of_messages(answered):
-        return [*messages, *_read_in(answer, answered, _read_list)]
     thoughts = {
         name: record[name] for name in REASONING_FIELDS if is_given(record.get(name)) and record[name] not in MODES
     }
+    if _is_list_of_messages(answered):
+        if thoughts:
+            raise reject(*next(iter(thoughts.items())), f"thoughts in the messages in {answer}")
+        return [*messages, *_read_in(answer, answered, _read_list)]
     return [*messages, _read_field(answer, "assistant", answered, thoughts)]
 
 

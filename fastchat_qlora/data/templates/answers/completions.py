@@ -259,11 +259,10 @@ class CompletionFinder:
 
     def _complete(self, index: int, prompt: str, answered: str, layout: AnswerLayout) -> Completion:
         """Return what stands behind the prompt, and check that it is the message."""
-        text = self._cut(index, prompt, answered, layout)
-        if self.facts.eos and self.facts.eos in text[: len(text) - len(layout.end.stop)]:
-            raise RejectedRecord(
-                f"the chat template writes {self.facts.eos!r}, where a server stops, inside the answer"
-            )
+        text, eos = self._cut(index, prompt, answered, layout), self.facts.eos
+        inside = text[: len(text) - len(layout.end.stop)].count(eos) if eos else 0
+        if inside and inside > _count_own(self.messages[index], str(eos)):
+            raise RejectedRecord(f"the chat template writes {eos!r}, where a server stops, inside the answer")
         if "parts" in self.form and LISTED_PART.search(text):
             raise RejectedRecord("the chat template writes lists of parts as they are")
         message = self.messages[index]
@@ -327,6 +326,11 @@ class CompletionFinder:
             return self.facts.thought.closing
         opened = find_open_thought(prompt)
         return opened.closing if opened else None
+
+
+def _count_own(message: Message, token: str) -> int:
+    """Return how often a message itself has a token, as --content_tokens allows."""
+    return sum(part.count(token) for part in (get_thought(message), *list_parts(message)))
 
 
 def _require_parts(message: Message, text: str) -> None:
