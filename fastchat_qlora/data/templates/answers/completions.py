@@ -150,6 +150,7 @@ class CompletionFinder:
             self._render_followed(index, replaced, found[-1].group(1)),
             self._get_header(self._get_next_role(index)),
             self._render_between_calls(index),
+            prompt,
         )
         end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
         if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
@@ -177,7 +178,7 @@ class CompletionFinder:
         if in_prompt is None or behind is None or first is None:
             raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
         found = align_behind(in_prompt, behind[: first.start()], self.facts.tokens)
-        if found.extra and not is_thought(found.extra) and self.facts.tokens.search(found.head):
+        if found.extra.strip() and not is_thought(found.extra) and self.facts.tokens.search(found.head):
             self._check_head(found, replaced)
         shared = prompt.removesuffix(found.extra)
         is_shared = prompt.endswith(found.extra) and found.lead == in_prompt.removesuffix(found.extra)
@@ -271,7 +272,9 @@ class CompletionFinder:
         if reasoning or message.tool_calls:
             _require_parts(message, text)
         else:
-            _check_plain_answer(message.content, text, layout, self.facts.tokens)
+            _check_plain_answer(message.content, text, layout)
+        if not message.tool_calls:
+            _check_end(layout.end.closing, self.facts.tokens)
         if reasoning:
             return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout))
         empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
@@ -335,11 +338,15 @@ def _require_parts(message: Message, text: str) -> None:
         raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
 
 
-def _check_plain_answer(content: str, text: str, layout: AnswerLayout, tokens: StringMatcher) -> None:
+def _check_plain_answer(content: str, text: str, layout: AnswerLayout) -> None:
     """Require a completion that is the content, with what the template writes before it and ends the turn with."""
     head, closing = layout.alignment.head, layout.end.closing
     if not any(text == head + variant + closing for variant in get_variants(content)):
         raise RejectedRecord("the chat template changes the answer's text")
+
+
+def _check_end(closing: str, tokens: StringMatcher) -> None:
+    """Require that no words stand between an answer and the first token of its end."""
     first = tokens.search(closing)
     if first and closing[: first.start()].strip():
         raise RejectedRecord(f"the chat template adds {closing[: first.start()][:40]!r} to the answer")
