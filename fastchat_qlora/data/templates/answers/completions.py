@@ -145,10 +145,15 @@ class CompletionFinder:
             alignment = Alignment("", alone[len(prompt) : found[0].start()])
         else:
             alignment = self._align(index, prompt, replaced, alone)
+        role = self._get_next_role(index)
+        followed = self._render_followed(index, replaced, found[-1].group(1), role)
+        if followed is None and role == "system":  # which the template may move to its beginning
+            role = "user"
+            followed = self._render_followed(index, replaced, found[-1].group(1), role)
         texts = TextsBehindAnswer(
             alone[found[-1].end() :],
-            self._render_followed(index, replaced, found[-1].group(1)),
-            self._get_header(self._get_next_role(index)),
+            followed,
+            self._get_header(role),
             self._render_between_calls(index),
             prompt,
         )
@@ -232,9 +237,9 @@ class CompletionFinder:
             kind = ThoughtNotWritten if missing == {0} and thought else RejectedRecord
             raise kind(f"the chat template does not write {part[:40]!r} of the message")
 
-    def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
-        """Return the text from an answer's last part to the message behind it; None if there is none."""
-        following = self._get_following(index)
+    def _render_followed(self, index: int, replaced: dict[str, Any], last: str, role: str) -> str | None:
+        """Return the text from an answer's last part to a message behind it; None if there is none."""
+        following = self._get_following(index, role)
         try:
             text = self.renderer.render(index + 1, {index: replaced}, [following])
         except RejectedRecord:
@@ -247,9 +252,9 @@ class CompletionFinder:
         before = [one for one in found[:at] if one.group(1) == last]
         return text[before[-1].end() : found[at].start()] if before else None
 
-    def _get_following(self, index: int) -> dict[str, Any]:
-        """Return the next message with a sentinel as content; one that could follow where there is none."""
-        role, content = self._get_next_role(index), make_sentinel(NEXT)
+    def _get_following(self, index: int, role: str) -> dict[str, Any]:
+        """Return the next message with a sentinel as content; one that could follow where it has another role."""
+        content = make_sentinel(NEXT)
         if index + 1 < len(self.messages) and self.messages[index + 1].role == role:
             return set_content(self.renderer.messages[index + 1], content)
         if role != "tool" or not self.messages[index].tool_calls:

@@ -68,13 +68,20 @@ def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | No
     Raises:
         RejectedRecord: no special token ends the turn, or none that could be told from the next header.
     """
-    alone = texts.alone.strip()
-    if alone and texts.prompt.rstrip().endswith(alone) and not (eos and eos in alone):  # one in every text, say
+    if _is_generation_prompt(texts, tokens, eos):  # in every text, and behind no end
         return find_turn_end(texts._replace(alone=""), tokens, eos)._replace(trail=texts.alone)
     end = _find_turn_end(texts, tokens, eos)
     if SENTINEL in end.closing or not end.stop:  # the next message was taken for a part of the end
         raise RejectedRecord(NO_END)
     return end
+
+
+def _is_generation_prompt(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> bool:
+    """Return whether the text behind a last answer is a generation prompt, with nothing that the next message has."""
+    alone, followed = texts.alone.strip(), texts.followed or texts.alone
+    common = alone[: count_common_prefix(alone, followed.strip())]
+    is_end = not alone or (eos and eos in alone) or texts.find_own_tokens(common, tokens)
+    return not is_end and texts.prompt.rstrip().endswith(alone)
 
 
 def _find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> TurnEnd:
