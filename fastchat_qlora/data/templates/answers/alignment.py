@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from fastchat_qlora.data.templates.answers.message_parts import TAG
-from fastchat_qlora.data.templates.answers.thoughts import measure_empty_thought
+from fastchat_qlora.data.templates.answers.thoughts import find_open_thought, measure_empty_thought
 from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.utils.text import count_common_prefix
 
@@ -53,10 +53,13 @@ def align_behind(prompt: str, answered: str, tokens: StringMatcher) -> Alignment
     edge = find_edge(prompt, answered, tokens)
     extra, head = prompt[edge:], answered[edge:]
     if extra and not is_thought(extra):
-        for token in tokens.pattern.finditer(extra):
-            end = _find_header(extra[token.start() :], head)
+        opened = find_open_thought(extra)
+        thought = opened.tag + opened.blank if opened else ""
+        header = extra.removesuffix(thought)
+        for token in tokens.pattern.finditer(header):
+            end = _find_header(header[token.start() :], head)
             if end is not None:
-                return Alignment("", head[end:], answered[: edge + end])
+                return Alignment(thought, head[end:], answered[: edge + end])
     return Alignment(extra, head, answered[:edge])
 
 
