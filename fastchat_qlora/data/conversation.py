@@ -7,6 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")
+"""Names that records and chat templates have for thoughts; the last is Cohere's for those before a call."""
+
 
 class RejectionKind(Enum):
     """A group of reasons for rejection, with consequences of its own."""
@@ -51,7 +54,7 @@ class Message(NamedTuple):
         """Return the message as chat templates expect it."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content, **self.extra}
         if self.reasoning:
-            fields |= {"reasoning_content": self.reasoning, "thinking": self.reasoning, "reasoning": self.reasoning}
+            fields |= dict.fromkeys(REASONING_FIELDS, self.reasoning)
         if self.tool_calls:
             fields["tool_calls"] = list(self.tool_calls)
         return fields

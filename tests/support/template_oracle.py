@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 Messages = Sequence[Mapping[str, Any]]
 
 THOUGHT_TAG = re.compile(
-    r"</?(?:\w+:)?think(?:ing)?(?::\w+)?>|<\|(?:START|END)_THINKING\|>|<\|channel>thought\n?|<channel\|>"
+    r"</?(?:\w+:)?(?:think(?:ing)?|thought)(?::\w+)?>|<\|(?:START|END)_THINKING\|>|<\|channel>thought\n?|<channel\|>"
     r"|\[/?THINK\]|<\|(?:open|close)\|>think<\|sep\|>"
 )
 """Tags of thoughts; a thought with nothing in it is made of these and of blanks."""

@@ -209,7 +209,7 @@ def _show_thought(message: Mapping[str, Any], form: Form) -> dict[str, Any]:
         return {**others, "content": own or f"<think>\n{thought}\n</think>\n\n{words}"}
     if form.thoughts == "parts":
         return {**others, "content": [{"type": "thinking", "thinking": thought}, {"type": "text", "text": words}]}
-    names = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought)
+    names = dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "tool_plan"), thought)
     return {**others, **names, "content": words}
 
 

@@ -232,7 +232,7 @@ class ChatTemplate:
                     errors.append(error)
             if number == 0 and not isinstance(errors[-1], ThoughtNotWritten):
                 forms = forms[:1]  # the thoughts are not at fault, or only in the own form
-        raise next((error for error in errors if not _is_refusal(error)), errors[0])
+        raise _choose_reason(errors)
 
     def _list_attempts(self, conversation: Conversation) -> Iterator[Attempt]:
         own = self._get_arguments(conversation)
@@ -372,6 +372,16 @@ def _find_variables(tokenizer: Any) -> set[str]:
     return set()
 
 
+def _choose_reason(errors: Sequence[RejectedRecord]) -> RejectedRecord:
+    """Return the first reason; where that is a thought, what fails without it, or the thought that fails last."""
+    first = next((error for error in errors if not _is_refusal(error)), errors[0])
+    if not isinstance(first, ThoughtNotWritten):
+        return first
+    if not (isinstance(errors[-1], ThoughtNotWritten) or _is_refusal(errors[-1])):
+        return errors[-1]  # with the thought as text like any other
+    return max((one for one in errors if isinstance(one, ThoughtNotWritten)), key=lambda one: one.message or 0)
+
+
 def _is_refusal(error: BaseException | None) -> bool:
     """Return whether an error goes back to the template's own."""
     return error is not None and (isinstance(error, TemplateRefusal) or _is_refusal(error.__cause__))
@@ -423,7 +433,7 @@ def _find_written_thought(facts: TemplateFacts) -> WrittenThought | None:
                 prompt = facts.apply(to_template_messages([QUESTION], MessageForm()), True)
                 extra = prompt[len(pieces[0]) :] if prompt.startswith(pieces[0]) else None
                 closing = pieces[2][: measure_empty_thought(pieces[2]) or None]
-                follows = extra is not None and not measure_empty_thought(extra)
+                follows = extra is not None and not extra.strip()  # else a closed thought, or another header
                 is_same = form == "field" and text == texts.get("tags")
                 return WrittenThought("own" if is_same else form, follows, closing)
     return None

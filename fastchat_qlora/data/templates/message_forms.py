@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from fastchat_qlora.data.conversation import Message
+from fastchat_qlora.data.conversation import REASONING_FIELDS, Message
 
 TemplateMessages = list[dict[str, Any]]  # as chat templates expect messages
 
@@ -140,9 +140,9 @@ def _write_thought(message: Message, form: MessageForm) -> dict[str, Any]:
         return {}
     if form.thoughts == "field":
         reasoning = thought.reasoning.strip()
-        fields = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning)
+        fields = dict.fromkeys(REASONING_FIELDS, reasoning)
         return {**fields, "content": thought.content.lstrip()}
-    names: dict[str, Any] = dict.fromkeys(("reasoning_content", "thinking", "reasoning"))
+    names: dict[str, Any] = dict.fromkeys(REASONING_FIELDS)
     if form.thoughts == "tags":
         written = message.content if not message.reasoning else _write_tags(thought)
         return {**names, "content": written}

@@ -3,13 +3,12 @@
 import re
 from typing import Any, NamedTuple
 
-from fastchat_qlora.data.conversation import Message, RejectedRecord, Role
+from fastchat_qlora.data.conversation import REASONING_FIELDS, Message, RejectedRecord, Role
 from fastchat_qlora.data.sources.fields.calls import get_calls, read_calls
 from fastchat_qlora.data.sources.fields.names import (
     CALL_ROLES,
     CONTENT_FIELDS,
     MEDIA_FIELDS,
-    REASONING_FIELDS,
     ROLES,
     TEXT_ROLES,
 )

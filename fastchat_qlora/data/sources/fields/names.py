@@ -1,6 +1,6 @@
 """Names of roles and fields in published data sets."""
 
-from fastchat_qlora.data.conversation import Role
+from fastchat_qlora.data.conversation import REASONING_FIELDS, Role
 
 CALL_ROLES = ("function_call", "tool_call")  # whose text is the call, as JSON
 ROLE_NAMES: dict[Role, tuple[str, ...]] = {
@@ -19,7 +19,6 @@ TURN_FIELDS = ("messages", "conversations", "conversation")
 SYSTEM_FIELDS = ("system", "system_prompt")
 TOOL_FIELDS = ("tools", "functions")
 CONTENT_FIELDS = ("content", "value", "text")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
 WEIGHT_FIELDS = ("loss", "loss_weight", "train", "weight")
 MASK_FIELD = "masked"
 KWARGS_FIELD = "chat_template_kwargs"

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from fastchat_qlora.config.validation.columns import COLUMN_ROLES
-from fastchat_qlora.data.conversation import Message, RejectedRecord
+from fastchat_qlora.data.conversation import REASONING_FIELDS, Message, RejectedRecord
 from fastchat_qlora.data.sources.fields.message import check_text_only, read_message
 from fastchat_qlora.data.sources.fields.names import (
     ANSWER_FIELDS,
@@ -15,7 +15,6 @@ from fastchat_qlora.data.sources.fields.names import (
     HISTORY_FIELD,
     LABEL_FIELDS,
     PREFERENCE_FIELDS,
-    REASONING_FIELDS,
     SYSTEM_FIELDS,
     TOOL_FIELDS,
     TURN_FIELDS,

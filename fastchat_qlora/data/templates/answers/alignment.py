@@ -4,6 +4,7 @@ prompt     ... {question}<|end|><|assistant|><think>      extra    <think>
 answered   ... {question}<|end|><|assistant|>{answer}     head     nothing
 """
 
+import re
 from typing import NamedTuple
 
 from fastchat_qlora.data.templates.answers.message_parts import TAG
@@ -12,6 +13,7 @@ from fastchat_qlora.data.templates.special_tokens import StringMatcher
 from fastchat_qlora.utils.text import count_common_prefix
 
 MAX_TOKEN_CHARACTERS = 80
+TAG_START = re.compile(r"[<\[]")
 
 
 class Alignment(NamedTuple):
@@ -38,9 +40,9 @@ def find_edge(prompt: str, answered: str, tokens: StringMatcher) -> int:
             edge = next((one.start() for one in found if one.start() < edge < one.end()), edge)
     while 0 < edge < len(prompt) and prompt[edge - 1 : edge + 1].isalnum():
         edge -= 1
-    opened = find_open_thought(prompt[:edge])
-    is_closed = opened and measure_empty_thought(prompt[edge:])  # an empty thought, of which the answer has the tag
-    return edge - len(opened.tag + opened.blank) if opened and is_closed else edge
+    tags = (tag.start() for tag in TAG_START.finditer(prompt, start, edge))
+    # Of an empty thought in the prompt, the answer may have the tag that opens it.
+    return next((tag for tag in tags if tag + measure_empty_thought(prompt[tag:]) > edge), edge)
 
 
 def align_behind(prompt: str, answered: str, tokens: StringMatcher) -> Alignment:
@@ -51,14 +53,25 @@ def align_behind(prompt: str, answered: str, tokens: StringMatcher) -> Alignment
     edge = find_edge(prompt, answered, tokens)
     extra, head = prompt[edge:], answered[edge:]
     if extra and not is_thought(extra):
-        for token in tokens.pattern.finditer(extra):
-            header = extra[token.start() :]
-            if header in head:
-                end = edge + head.rindex(header) + len(header)
-                return Alignment("", answered[end:], answered[:end])
+        opened = find_open_thought(extra)
+        thought = opened.tag + opened.blank if opened else ""
+        header = extra.removesuffix(thought)
+        for token in tokens.pattern.finditer(header):
+            end = _find_header(header[token.start() :], head)
+            if end is not None:
+                return Alignment(thought, head[end:], answered[: edge + end])
     return Alignment(extra, head, answered[:edge])
 
 
+def _find_header(header: str, head: str) -> int | None:
+    """Return the end of a header in a text that may have other blanks, as templates with indented lines do."""
+    if header in head:
+        return head.rindex(header) + len(header)
+    blanks = r"\s*" if header[-1:].isspace() else ""
+    found = re.finditer(r"\s*".join(map(re.escape, "".join(header.split()))) + blanks, head)
+    return max((one.end() for one in found), default=None)
+
+
 def is_thought(extra: str) -> bool:
-    """Return whether what only the prompt has opens a thought, or is an empty one."""
-    return bool(find_open_thought(extra) or measure_empty_thought(extra))
+    """Return whether what only the prompt has opens a thought, or is an empty one, without a header before it."""
+    return bool(measure_empty_thought(extra))

@@ -145,11 +145,17 @@ class CompletionFinder:
             alignment = Alignment("", alone[len(prompt) : found[0].start()])
         else:
             alignment = self._align(index, prompt, replaced, alone)
+        role = self._get_next_role(index)
+        followed = self._render_followed(index, replaced, found[-1].group(1), role)
+        if followed is None and role == "system":  # which the template may move to its beginning
+            role = "user"
+            followed = self._render_followed(index, replaced, found[-1].group(1), role)
         texts = TextsBehindAnswer(
             alone[found[-1].end() :],
-            self._render_followed(index, replaced, found[-1].group(1)),
-            self._get_header(self._get_next_role(index)),
+            followed,
+            self._get_header(role),
             self._render_between_calls(index),
+            prompt,
         )
         end = find_turn_end(texts, self.facts.tokens, self.facts.eos)
         if not end.is_written and index + 1 < len(self.messages) and self.messages[index + 1].role == "assistant":
@@ -177,7 +183,7 @@ class CompletionFinder:
         if in_prompt is None or behind is None or first is None:
             raise RejectedRecord("the chat template shows other messages before the answer than in its prompt")
         found = align_behind(in_prompt, behind[: first.start()], self.facts.tokens)
-        if found.extra and not is_thought(found.extra) and self.facts.tokens.search(found.head):
+        if found.extra.strip() and not is_thought(found.extra) and self.facts.tokens.search(found.head):
             self._check_head(found, replaced)
         shared = prompt.removesuffix(found.extra)
         is_shared = prompt.endswith(found.extra) and found.lead == in_prompt.removesuffix(found.extra)
@@ -231,9 +237,9 @@ class CompletionFinder:
             kind = ThoughtNotWritten if missing == {0} and thought else RejectedRecord
             raise kind(f"the chat template does not write {part[:40]!r} of the message")
 
-    def _render_followed(self, index: int, replaced: dict[str, Any], last: str) -> str | None:
-        """Return the text from an answer's last part to the message behind it; None if there is none."""
-        following = self._get_following(index)
+    def _render_followed(self, index: int, replaced: dict[str, Any], last: str, role: str) -> str | None:
+        """Return the text from an answer's last part to a message behind it; None if there is none."""
+        following = self._get_following(index, role)
         try:
             text = self.renderer.render(index + 1, {index: replaced}, [following])
         except RejectedRecord:
@@ -246,9 +252,9 @@ class CompletionFinder:
         before = [one for one in found[:at] if one.group(1) == last]
         return text[before[-1].end() : found[at].start()] if before else None
 
-    def _get_following(self, index: int) -> dict[str, Any]:
-        """Return the next message with a sentinel as content; one that could follow where there is none."""
-        role, content = self._get_next_role(index), make_sentinel(NEXT)
+    def _get_following(self, index: int, role: str) -> dict[str, Any]:
+        """Return the next message with a sentinel as content; one that could follow where it has another role."""
+        content = make_sentinel(NEXT)
         if index + 1 < len(self.messages) and self.messages[index + 1].role == role:
             return set_content(self.renderer.messages[index + 1], content)
         if role != "tool" or not self.messages[index].tool_calls:
@@ -270,7 +276,9 @@ class CompletionFinder:
         if reasoning or message.tool_calls:
             _require_parts(message, text)
         else:
-            _check_plain_answer(message.content, text, layout, self.facts.tokens)
+            _check_plain_answer(message.content, text, layout)
+        if not message.tool_calls:
+            _check_end(layout.end.closing, self.facts.tokens)
         if reasoning:
             return Completion(index, prompt, self._fit_thought(text, prompt, reasoning, layout))
         empty, closing = measure_empty_thought(layout.alignment.head), self._get_closing(prompt)
@@ -339,11 +347,15 @@ def _require_parts(message: Message, text: str) -> None:
         raise RejectedRecord(f"the chat template does not write {missing[0][:40]!r} of the message")
 
 
-def _check_plain_answer(content: str, text: str, layout: AnswerLayout, tokens: StringMatcher) -> None:
+def _check_plain_answer(content: str, text: str, layout: AnswerLayout) -> None:
     """Require a completion that is the content, with what the template writes before it and ends the turn with."""
     head, closing = layout.alignment.head, layout.end.closing
     if not any(text == head + variant + closing for variant in get_variants(content)):
         raise RejectedRecord("the chat template changes the answer's text")
+
+
+def _check_end(closing: str, tokens: StringMatcher) -> None:
+    """Require that no words stand between an answer and the first token of its end."""
     first = tokens.search(closing)
     if first and closing[: first.start()].strip():
         raise RejectedRecord(f"the chat template adds {closing[: first.start()][:40]!r} to the answer")

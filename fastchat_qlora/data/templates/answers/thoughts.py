@@ -7,9 +7,11 @@ OPEN_TAG = re.compile(
     r"(?P<tag><(?P<name>[\w:]*(?:think|thought|reasoning)[\w:]*)>|\[THINK\]|<\|START_THINKING\|>)(?P<blank>\s*)$",
     re.IGNORECASE,
 )
-# The last word on thinking in the text before an answer, to the end of the tag or token that it stands in.
-THOUGHT_WORD = re.compile(
-    r".*(?:think|thought|reason)[\w:]*(?:[>\]]|\|>|\uff5c>|\s*<\|?\w+\|?>)\s*", re.IGNORECASE | re.DOTALL
+# A tag or token of thoughts, and the text up to the end of the last one; another header has other tokens in front.
+EMPTY_THOUGHT = re.compile(
+    r"\s*(?=(?:[<\[][^\s>\]]*|<\|?\w+\|?>)(?:think|thought|reason))"
+    r".*(?:think|thought|reason)[\w:]*(?:[>\]]|\|>|\uff5c>|\s*<\|?\w+\|?>)\s*",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -38,5 +40,5 @@ def find_open_thought(prompt: str) -> OpenThought | None:
 
 def measure_empty_thought(head: str) -> int:
     """Return the characters at the beginning of a text that are an empty thought, or close one."""
-    found = THOUGHT_WORD.match(head)
+    found = EMPTY_THOUGHT.match(head)
     return found.end() if found else 0

@@ -5,6 +5,7 @@ with the next     ...SENTINEL<|end|>\\n<|user|>\\n       up to the next message
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastchat_qlora.data.conversation import RejectedRecord
@@ -44,12 +45,18 @@ class TextsBehindAnswer(NamedTuple):
         followed: up to the next message; None if the template refuses one.
         header: text that the template writes before such a message in a conversation of its own.
         between_calls: text between two calls of one message, whose tokens end no turn.
+        prompt: the text before the answer, with the generation prompt.
     """
 
     alone: str
     followed: str | None
     header: str
     between_calls: str
+    prompt: str = ""
+
+    def find_own_tokens(self, text: str, tokens: StringMatcher) -> list[re.Match[str]]:
+        """Return the special tokens of a text that do not stand between calls."""
+        return [one for one in tokens.pattern.finditer(text) if one.group() not in self.between_calls]
 
 
 def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> TurnEnd:
@@ -61,17 +68,27 @@ def find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | No
     Raises:
         RejectedRecord: no special token ends the turn, or none that could be told from the next header.
     """
+    if _is_generation_prompt(texts, tokens, eos):  # in every text, and behind no end
+        return find_turn_end(texts._replace(alone=""), tokens, eos)._replace(trail=texts.alone)
     end = _find_turn_end(texts, tokens, eos)
-    if SENTINEL in end.closing:  # the next message was taken for a part of the end
+    if SENTINEL in end.closing or not end.stop:  # the next message was taken for a part of the end
         raise RejectedRecord(NO_END)
     return end
+
+
+def _is_generation_prompt(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> bool:
+    """Return whether the text behind a last answer is a generation prompt, with nothing that the next message has."""
+    alone, followed = texts.alone.strip(), texts.followed or texts.alone
+    common = alone[: count_common_prefix(alone, followed.strip())]
+    is_end = not alone or (eos and eos in alone) or texts.find_own_tokens(common, tokens)
+    return not is_end and texts.prompt.rstrip().endswith(alone)
 
 
 def _find_turn_end(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None) -> TurnEnd:
     alone, followed = texts.alone, texts.followed
     stop = _find_stop(texts, tokens, eos)
     if stop is not None:
-        own = (one for one in tokens.pattern.finditer(alone) if one.group() not in texts.between_calls)
+        own = iter(texts.find_own_tokens(alone, tokens))
         first = next(own, tokens.search(alone))  # what closes a call may be written otherwise for another argument
         return TurnEnd(alone[:stop], alone[first.start() if first else 0 : stop], alone[stop:])
     written = alone.rstrip()
@@ -99,13 +116,13 @@ def _find_stop(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None)
     last = _find_last(alone, tokens)
     if eos and eos in alone:
         last = alone.index(eos) + len(eos)
-    elif last is None or all(one.group() in texts.between_calls for one in tokens.pattern.finditer(alone)):
+    elif last is None or not texts.find_own_tokens(alone, tokens):
         return None
     if followed is None or followed.startswith(alone[:last].rstrip()):
         return last
     common = alone[: count_common_prefix(alone, followed)]
-    if _find_last(common, tokens) is None:  # another end where the conversation goes on, such as gpt-oss has
-        if _has_words(alone[:last], tokens):
+    if not texts.find_own_tokens(common, tokens):  # another end where the conversation goes on, such as gpt-oss has
+        if _has_words(alone[:last], texts.find_own_tokens(alone, tokens), tokens):
             raise RejectedRecord(NO_END)
         return last
     # A generation prompt in every text, say: what is left is the end, and the beginning of any header.
@@ -119,10 +136,9 @@ def _find_stop(texts: TextsBehindAnswer, tokens: StringMatcher, eos: str | None)
     return first.end()
 
 
-def _has_words(text: str, tokens: StringMatcher) -> bool:
-    """Return whether there is more than blanks between the special tokens of a text."""
-    first = tokens.search(text)
-    return bool(first and tokens.pattern.sub("", text[first.start() :]).strip())
+def _has_words(text: str, own: Sequence[re.Match[str]], tokens: StringMatcher) -> bool:
+    """Return whether there is more than blanks between the special tokens of a text, from the first own one on."""
+    return bool(own and tokens.pattern.sub("", text[own[0].start() :]).strip())
 
 
 def _find_stop_before_header(behind: str, header: str, tokens: StringMatcher, eos: str | None) -> int:
