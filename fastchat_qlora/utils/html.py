@@ -1,6 +1,6 @@
 """HTML pages, each in one file that needs no other file and no network."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,17 +10,17 @@ from fastchat_qlora.utils.text import escape_control
 BUFFERED_PIECES = 64  # of a page, written at once
 
 
-def stream_page(package: str, name: str, **values: Any) -> Iterable[str]:
-    """Render a template piece by piece; every value is escaped unless it is marked as safe.
+def stream_page(package: str, name: str, **values: Any) -> Iterator[str]:
+    """Yield a rendered template piece by piece; every value is escaped unless it is marked as safe.
 
     Args:
         package: the package whose folder `templates` holds the template; it can extend those of this package.
         name: name of the template without its suffixes.
         values: variables of the template. Its filter `visible` is escape_control, for untrusted text.
     """
-    stream = _get_environment(package).get_template(f"{name}.html.jinja").stream(version=__version__, **values)
+    stream: Any = _get_environment(package).get_template(f"{name}.html.jinja").stream(version=__version__, **values)
     stream.enable_buffering(BUFFERED_PIECES)
-    return stream
+    yield from stream
 
 
 @cache  # it keeps the compiled templates: a run writes its page many times
