@@ -43,7 +43,7 @@ have none: their indexers have as many heads as published ones, of which few lea
 (DeepSeek-V3.2 and its kin), and Doge keeps as many keys as it has positions, since equal tokens have equal scores.
 
 A name with a plus sign is a variant of the configuration. Random weights show whether numbers are right, not how well a
-model learns. CI tests 25 of them in every run, and `pytest -m models` the others.
+model learns. CI tests 14 of them in every run, and `pytest -m models` the others.
 """
 
 

@@ -75,7 +75,7 @@ def succeed(command: str) -> object:
     return None
 
 
-IN_CI = ("QLoRA, two conversations ", "LoRA ZeRO-3", "QLoRA FSDP2")
+IN_CI = ("LoRA fp32", "QLoRA FSDP2")
 """Cases of every CI run; `pytest -m matrix` runs the rest."""
 
 

@@ -17,9 +17,18 @@ from fastchat_qlora import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "playground" / "recipes").glob("*.yaml"))
+CORE = ("llama-3.1-8b-lora-8gpu-ddp", "llama-3.1-8b-lora-2gpu-fsdp", "llama-3.3-70b-qlora-8gpu-zero3", "qwen3-8b-lora-1gpu")
+"""Recipes of every CI run, one for each strategy; `pytest -m models` runs the rest."""
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_ci_exist() -> None:
+    assert set(CORE) < {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=[] if path.stem in CORE else pytest.mark.models, id=path.stem) for path in RECIPES],
+)
 def test_recipe_fits_its_gpus(
     recipe: Path,
     tokenizer_folder: Path,

@@ -83,7 +83,7 @@ class TestEveryTemplate:
     """Each template with each family of tokenizers."""
 
     @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), system=st.none() | answers)
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
     def test_supervised_text_equals_the_answers(
         self, name: str, family: str, turns: list[tuple[str, str]], system: str | None
     ) -> None:
@@ -100,7 +100,7 @@ class TestEveryTemplate:
             said.remove(next(text for text in said if equals_answer(text, answer, ENDS[name])))
 
     @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3), guess=st.sampled_from([1, 5]))
-    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
     def test_beginning_has_the_tokens_of_the_whole_text(
         self, name: str, family: str, turns: list[tuple[str, str]], guess: int
     ) -> None:
