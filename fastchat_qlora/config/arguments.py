@@ -71,6 +71,9 @@ class DataArguments:
         "first.",
         None,
     )
+    chat_template_date: str = flag(
+        "Date that chat templates write, such as 2026-11-30; by default that of the run's first start.", ""
+    )
     empty_thoughts: Literal["mask", "train", "prompt"] = flag(
         "Answers without a thought where the prompt asks for one: leave the empty thought out of the loss (mask), "
         "train it, or render the record with the prompt of the mode without thinking.",

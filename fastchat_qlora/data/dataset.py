@@ -175,6 +175,7 @@ def make_settings(data_args: DataArguments, max_length: int) -> PreprocessingSet
         data_args.content_tokens,
         columns=parse_object(data_args.columns),
         system_prompt=data_args.system_prompt,
+        date=data_args.chat_template_date,
     )
 
 

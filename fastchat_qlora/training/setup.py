@@ -20,6 +20,7 @@ from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
 from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset
 from fastchat_qlora.data.selection import select_data, split_datasets
+from fastchat_qlora.data.templates.clock import choose_date
 from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
@@ -133,6 +134,8 @@ def prepare_data(
     tokenizer = load_tokenizer(args.model, cache_dir=cache_dir, model_max_length=max_length)
     if config is not None:
         check_vocabulary(tokenizer, config, args.model.model_name_or_path)
+    data = args.data
+    data.chat_template_date = choose_date(tokenizer, data.conv_template, data.chat_template_date)
     loaded = load_dataset(
         args.data, tokenizer, max_length=max_length, output_dir=output_dir, cache_dir=cache_dir, mode=mode
     )
@@ -224,13 +227,14 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     if checkpoint:
         checkpoint.check(settings)
+        args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
     run_preflight(training_args, base.meta_model)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
     base_files = fingerprint_base_model(args.model, args.training.cache_dir)
-    identity = fingerprint_data(data.tokenizer, data.loaded.train, base_files)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train, base_files, args.data.chat_template_date)
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from datetime import date
 from typing import Any
 
 VISIBLE_CONTROLS = "\n\t\u200c\u200d"  # the last two join letters of Indic and Persian scripts, and emoji
@@ -24,6 +25,14 @@ def escape_control(text: str) -> str:
         if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
     }
     return text.translate(str.maketrans(controls)) if controls else text
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a day as in 2026-11-30."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def is_text(text: str) -> bool:

@@ -10,7 +10,7 @@ from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag, parse_switch
-from fastchat_qlora.utils.text import is_text
+from fastchat_qlora.utils.text import is_date, is_text
 
 Values = argparse.Namespace
 
@@ -186,6 +186,8 @@ def _check_availability(values: Values) -> Iterator[str]:
         yield "--sample_prompts: a prompt is not UTF-8, so no tokenizer reads it; write it in UTF-8"
     if not is_text(values.system_prompt):
         yield "--system_prompt: is not UTF-8, so no tokenizer reads it; write it in UTF-8"
+    if values.chat_template_date and not is_date(values.chat_template_date):
+        yield f"--chat_template_date {values.chat_template_date}: is no date; write it as in 2026-11-30"
     if values.do_predict:
         yield "--do_predict True: prediction is not supported; drop the flag"
 

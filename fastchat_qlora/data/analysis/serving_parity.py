@@ -22,6 +22,7 @@ from fastchat_qlora.data.batching.packing import get_column
 from fastchat_qlora.data.conversation import Conversation, RejectedRecord
 from fastchat_qlora.data.sources.formats import parse_record
 from fastchat_qlora.data.sources.readers import RawRecord
+from fastchat_qlora.data.templates.clock import fix_date
 from fastchat_qlora.data.templates.message_forms import to_template_messages
 from fastchat_qlora.data.templates.renderer import TemplateMessage, TemplateRefusal, render_chat_template
 from fastchat_qlora.data.tokenization.preprocess import Preprocessor
@@ -90,6 +91,7 @@ def report_parity(
         logger.warning(f"Serve parity: not compared, the saved tokenizer cannot be loaded: {one_line(error, 200)}")
         return
     tokenizer.chat_template = server_template or tokenizer.chat_template
+    tokenizer = fix_date(tokenizer, preprocessor.settings.date)
     requests: dict[Place, Request] = {}
     for record in read({_get_place(row) for row in chosen}):
         with suppress(RejectedRecord):  # the file may have changed since

@@ -89,6 +89,21 @@ def read_serving_template(path: str) -> str | None:
     return template
 
 
+def read_template_names(tokenizer: Any) -> set[str]:
+    """Return the names that a chat template reads and does not set, also those that rendering sets.
+
+    Raises:
+        TemplateError: a template is no Jinja.
+    """
+    return set().union(*map(find_undeclared_variables, parse_templates(tokenizer)))
+
+
+def parse_templates(tokenizer: Any) -> list[nodes.Template]:
+    """Return the syntax trees of a chat template, or of all if there are several; raise TemplateError."""
+    template = tokenizer.chat_template
+    return [*map(_PARSER.parse, template.values() if isinstance(template, dict) else [template])]
+
+
 def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
     """Return the names that a chat template reads, and those among them that look like arguments.
 
@@ -98,12 +113,9 @@ def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
     Raises:
         TemplateError: a template is no Jinja.
     """
-    template = tokenizer.chat_template
-    sources = template.values() if isinstance(template, dict) else [template]
-    read: set[str] = set()
+    read = read_template_names(tokenizer) - RENDERED_NAMES.keys()
     assigned: set[str] = set()
-    for tree in map(_PARSER.parse, sources):
-        read |= find_undeclared_variables(tree) - RENDERED_NAMES.keys()
+    for tree in parse_templates(tokenizer):
         assigned |= {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
         for node in tree.find_all((nodes.Test, nodes.Filter)):
             if node.name in ASKING and isinstance(node.node, nodes.Name):

@@ -18,6 +18,7 @@ from fastchat_qlora.data.conversation_hash import ConversationHashes, hash_conve
 from fastchat_qlora.data.sources.formats import get_id, parse_record, to_conversation
 from fastchat_qlora.data.sources.readers import RawRecord, Rejection, Source
 from fastchat_qlora.data.templates.chat_template import ChatTemplate, Rendering
+from fastchat_qlora.data.templates.clock import fix_date
 from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.templates.renderer import find_template_variables, has_plain_template
 from fastchat_qlora.data.templates.special_tokens import check_plain, find_control_tokens
@@ -77,9 +78,13 @@ class Preprocessor:
         self.encoder = Encoder(tokenizer, self.control_tokens, add_bos=add_bos)
 
     def _make_chat_template(self) -> ChatTemplate:
-        arguments, empty_thoughts = self.settings.chat_template_kwargs, self.settings.empty_thoughts
+        settings = self.settings
         return ChatTemplate(
-            self.tokenizer, self.control_tokens, arguments, empty_thoughts, supervise_all=self.supervise_all
+            fix_date(self.tokenizer, settings.date),
+            self.control_tokens,
+            settings.chat_template_kwargs,
+            settings.empty_thoughts,
+            supervise_all=self.supervise_all,
         )
 
     def _set_template(self, conv_template: str) -> bool:

@@ -22,3 +22,4 @@ class PreprocessingSettings:
     content_tokens: ContentTokens = "reject"
     columns: Mapping[str, str] = field(default_factory=dict)
     system_prompt: str = ""
+    date: str = ""  # --chat_template_date, if the template reads the clock

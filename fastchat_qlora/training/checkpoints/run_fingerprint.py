@@ -36,7 +36,7 @@ DATA_FLAGS = (
     *("chat_template_kwargs", "empty_thoughts", "content_tokens"),
 )
 
-DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "chat_template", "tokenizer")
+DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "tokenizer", "chat_template", "chat_template_date")
 
 TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES)
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
@@ -141,13 +141,14 @@ def _sort_names(names: str | Collection[str] | None) -> str | list[str]:
     return names if isinstance(names, str) else sorted(names or ())
 
 
-def fingerprint_data(tokenizer: Any, data: LoadedData, base_files: str) -> dict[str, Any]:
-    """Return short digests of the data, the tokenizer and the base model, and the settings of the data's entries."""
+def fingerprint_data(tokenizer: Any, data: LoadedData, base_files: str, date: str) -> dict[str, Any]:
+    """Return short digests of data, tokenizer and base model, the settings of the data's entries, and the date."""
     has_settings = any(source.entry.settings for source in data.sources)
     return {
         "data": _short_digest(" ".join(data.contents)),
         "mixture": [f"{one.read}x{one.entry.settings or 'all'}" for one in data.sources] if has_settings else [],
         "chat_template": _short_digest(str(tokenizer.chat_template)),
+        "chat_template_date": date,
         "tokenizer": _short_digest(tokenizer.backend_tokenizer.to_str()),
         "base_model": _short_digest(base_files),
     }

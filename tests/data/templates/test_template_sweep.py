@@ -4,6 +4,7 @@ docs/templates.md says what becomes of each pair; templates that TRL has twice, 
 """
 
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from template_oracle import Servers, judge
 from template_records import RECORDS
 from template_sources import download_templates, read_templates
 from template_sweep import TEMPLATE_FOLDER, Sweep
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from fastchat_qlora.data.templates.clock import CLOCK, choose_date, fix_date
+from fastchat_qlora.data.templates.renderer import render_chat_template
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -49,6 +55,19 @@ def test_sequences_are_prompts_and_completions_of_a_server(name: str, templates:
     accepted = {kind: cell.judgment.mode > 0 for kind, cell in cells.items() if cell.is_accepted}
     known = {kind: code == "on" for kind, code in ROWS[name].items() if code in ACCEPTED}
     assert accepted == known, "run python scripts/template_table.py"
+
+
+def test_templates_with_a_fixed_date_write_what_a_server_writes_that_day(templates: dict[str, str]) -> None:
+    dated = [name for name, source in templates.items() if CLOCK in source]
+    if not dated:
+        pytest.skip("no template reads the clock")
+    for name in dated:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=templates[name])
+        today = choose_date(tokenizer, "auto", "")
+        assert today == date.today().isoformat()
+        for messages in ([{"role": "user", "content": "Hi"}], RECORDS["system"]["messages"][:2]):
+            server = render_chat_template(tokenizer, messages, add_generation_prompt=True)
+            assert render_chat_template(fix_date(tokenizer, today), messages, add_generation_prompt=True) == server
 
 
 def test_nine_in_ten_of_what_templates_render_is_accepted() -> None:
