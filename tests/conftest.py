@@ -49,11 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
-def pytest_collection_finish() -> None:
-    """Keep the garbage collector from what collection has made; every run would look through it."""
-    import frozen  # noqa: F401
-
-
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a byte-level BPE tokenizer with ChatML tokens."""

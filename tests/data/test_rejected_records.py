@@ -169,7 +169,7 @@ def test_every_record_of_mutated_files_is_counted(
     sources = {".jsonl": lines, ".json": array, ".jsonl.gz": gzip.compress(lines), ".parquet": parquet(tmp_path)}
     sources[".jsonl.zst"] = pa.compress(lines, "zstd", asbytes=True)
     refused = accepted = 0
-    for i in range(1_000):
+    for i in range(500):
         ending = rng.choice(list(sources))
         path = tmp_path / f"f{i}{ending}"
         path.write_bytes(damage(sources[ending], rng))
@@ -184,8 +184,8 @@ def test_every_record_of_mutated_files_is_counted(
             assert len(rejected_lines(tmp_path)) == loaded.summary.rejected
             accepted += 1
         path.unlink()
-    assert refused > 100
-    assert accepted > 100
+    assert refused > 50
+    assert accepted > 50
 
 
 def parquet(tmp_path: Path) -> bytes:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 @settings(
     deadline=None,
-    max_examples=EXAMPLES or 200,
+    max_examples=EXAMPLES or 100,
     derandomize=not EXAMPLES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

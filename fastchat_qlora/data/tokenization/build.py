@@ -195,16 +195,13 @@ def _preprocess_in_threads(
 def _rare_garbage_collection() -> Iterator[None]:
     """Collect garbage rarely, and not among the libraries' million objects: it took a twentieth of the time."""
     thresholds = gc.get_threshold()
-    is_frozen = gc.get_freeze_count() > 0  # by the caller, who may have more to come
-    if not is_frozen:
-        gc.freeze()
+    gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, *thresholds[1:])
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        if not is_frozen:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _in_order(
