@@ -35,10 +35,6 @@ def begin_on(day: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "date", Day)
 
 
-def cache_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastchat_qlora.data.tokenization.cache.HF_HOME", str(folder))
-
-
 def test_run_that_resumes_another_day_has_the_first_days_sequences(
     model_folder: Path,
     data_file: Path,
@@ -54,8 +50,7 @@ def test_run_that_resumes_another_day_has_the_first_days_sequences(
     stopped = tmp_path / "stopped"
     shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
     begin_on("2026-11-30", monkeypatch)
-    cache_of_its_own(tmp_path / "cache", monkeypatch)
-    resumed = train(command(model, data_file, stopped, **flags))
+    resumed = train(command(model, data_file, stopped, **flags, cache_dir=tmp_path / "cache"))
     assert "Resuming from" in notices.text
     assert_same_adapter(resumed, whole)
     other = train(command(model, data_file, tmp_path / "other", **flags))

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 
-from fastchat_qlora.data.templates.renderer import has_plain_template, parse_templates, read_template_names
+from fastchat_qlora.data.templates.renderer import has_plain_template, parse_templates, read_names
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ def choose_date(tokenizer: Any, conv_template: str, given: str) -> str:
 
 
 def _reads_clock(tokenizer: Any) -> bool:
-    if tokenizer.chat_template is not None and has_plain_template(tokenizer):
+    if CLOCK in str(tokenizer.chat_template) and has_plain_template(tokenizer):
         with suppress(TemplateError):  # rendering says what is wrong
-            return CLOCK in read_template_names(tokenizer)
+            return CLOCK in read_names(parse_templates(tokenizer))
     return False
 
 
@@ -42,7 +42,7 @@ def fix_date(tokenizer: Any, day: str) -> Any:
 
     transformers takes no function as an argument of a template, so a macro of that name stands before the template.
     """
-    if not day or not _reads_clock(tokenizer):
+    if not day:
         return tokenizer
     fixed, template = copy.copy(tokenizer), tokenizer.chat_template
     macros = [_make_macro(tree, datetime.fromisoformat(day)) for tree in parse_templates(tokenizer)]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -89,19 +89,15 @@ def read_serving_template(path: str) -> str | None:
     return template
 
 
-def read_template_names(tokenizer: Any) -> set[str]:
-    """Return the names that a chat template reads and does not set, also those that rendering sets.
-
-    Raises:
-        TemplateError: a template is no Jinja.
-    """
-    return set().union(*map(find_undeclared_variables, parse_templates(tokenizer)))
-
-
 def parse_templates(tokenizer: Any) -> list[nodes.Template]:
     """Return the syntax trees of a chat template, or of all if there are several; raise TemplateError."""
     template = tokenizer.chat_template
     return [*map(_PARSER.parse, template.values() if isinstance(template, dict) else [template])]
+
+
+def read_names(trees: Iterable[nodes.Template]) -> set[str]:
+    """Return the names that templates read and do not set, also those that rendering sets."""
+    return set().union(*map(find_undeclared_variables, trees))
 
 
 def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
@@ -113,9 +109,10 @@ def find_template_variables(tokenizer: Any) -> tuple[set[str], set[str]]:
     Raises:
         TemplateError: a template is no Jinja.
     """
-    read = read_template_names(tokenizer) - RENDERED_NAMES.keys()
+    trees = parse_templates(tokenizer)
+    read = read_names(trees) - RENDERED_NAMES.keys()
     assigned: set[str] = set()
-    for tree in parse_templates(tokenizer):
+    for tree in trees:
         assigned |= {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
         for node in tree.find_all((nodes.Test, nodes.Filter)):
             if node.name in ASKING and isinstance(node.node, nodes.Name):
