@@ -21,6 +21,7 @@ from fastchat_qlora.config.mixture import DataEntry
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.dataset import LoadedData, SourceCounts, Splits
 from fastchat_qlora.data.tokenization.build import RejectionSummary
+from fastchat_qlora.model.loading.base_identity import BaseIdentity
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
@@ -106,7 +107,14 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, *sources: SourceCounts, *
     summary = RejectionSummary(read=5, rejected=5)
     loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template", sources)
     base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
-    known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
+    identity = BaseIdentity(name, "0" * 40)
+    known = {
+        "base": base,
+        "base_identity": identity,
+        "data": PreparedData(tokenizer, Splits(loaded)),
+        "train_dataset": empty,
+        "stop_tokens": [],
+    }
     prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
     trainer = SimpleNamespace(state=TrainerState(), best_step=None, adapter=torch.nn.Module())
     effective = SimpleNamespace(settings={"devices": "8 x cuda on my-host"})
@@ -119,7 +127,10 @@ def test_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) ->
     found = head(card)
     assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
     assert found["tags"][0] == "base_model:adapter:org/base"
-    assert "vllm serve org/base --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 " in card
+    assert (
+        f"vllm serve org/base --revision {'0' * 40} --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 "
+        in card
+    )
     assert "# my adapter__x\n" in card and "my-host" not in card and "stands for the folder" not in card
 
 
