@@ -108,7 +108,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
         _restore_revision(folder, model_args)
     config = base_model.load_config(model_args, cache_dir)
     is_asked = bool(flags.model_name_or_path or flags.model_revision)
-    check_trained_base(ADAPTER_FLAG, folder, base, identify_base(model_args), is_asked=is_asked)
+    check_trained_base(f"{ADAPTER_FLAG} {folder}", folder, base, identify_base(model_args), is_asked=is_asked)
     meta_model = base_model.build_meta_model(config)
     published = read_published_quantization(config, base, meta_model)
     precision, trained_on = _choose_precision(folder, flags.quantization, config, published)

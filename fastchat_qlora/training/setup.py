@@ -49,6 +49,7 @@ from fastchat_qlora.model.quantization.base_quantization import (
     build_run_quantization_config,
     choose_base_quantization,
     log_published,
+    warn_of_rounded_activations,
 )
 from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
@@ -64,6 +65,7 @@ from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, fingerprint_data, fingerprint_settings
+from fastchat_qlora.training.checkpoints.trained_base import describe_other_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.preflight import run_preflight
 
@@ -220,7 +222,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     lora_config.revision = args.model.commit  # PEFT loads the base model at that
     base = prepare_base(args, lora_config)
-    base_identity = identify_base(args.model)
+    base_identity = _identify_base(args)
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     settings |= fingerprint_base(base_identity)
     if checkpoint:
@@ -235,6 +237,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
+    if datasets.eval is not None or args.training.sample_prompts:
+        warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
@@ -268,6 +272,15 @@ def _choose_start(args: RunArguments) -> Checkpoint | None:
         checkpoint.restore_commit(args.model, cache_dir)
     choose_commit(args.model, cache_dir)
     return checkpoint
+
+
+def _identify_base(args: RunArguments) -> BaseIdentity:
+    """Return which base model it is, and warn if an adapter to start from was trained on another one."""
+    found, start = identify_base(args.model), args.lora.lora_weight_path
+    folder, where = Path(start).expanduser(), f"--lora_weight_path {start}"
+    if start and (problem := describe_other_base(where, folder, args.model.model_name_or_path, found)):
+        logger.warning(f"{problem}; with it the adapter starts as something else.")
+    return found
 
 
 def _find_stop_tokens(args: RunArguments, data: PreparedData) -> list[int]:

@@ -144,10 +144,11 @@ def test_given_quantization_of_the_base_model(
     assert quantization == "none" or hi != expected(made, ["Hi"]), "the quantization has an effect"
 
 
-def test_8_bit_casts_are_logged_once(made: tuple[Path, Path], chat: Chat) -> None:
+def test_8_bits_are_logged_once(made: tuple[Path, Path], chat: Chat) -> None:
     """Without a terminal there are no progress bars either."""
     code, out, err = chat(made[1], "--quantization", "int8", "--message", "Hi")
     assert code == 0 and out and err.count("MatMul8bitLt") <= 1
+    assert err.count("rounds activations to 8 bits too, in evaluation only. Answers differ") == 1
     assert "Loading weights" not in err and "\r" not in err
 
 

@@ -38,23 +38,35 @@ def _read_json_part(path: Path, *keys: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check_trained_base(flag: str, folder: Path, base: str, now: BaseIdentity, *, is_asked: bool) -> None:
-    """Require the base model that an adapter was trained on, or log that another one or an unknown one is used.
+def describe_other_base(where: str, folder: Path, base: str, now: BaseIdentity) -> str:
+    """Return how a base model differs from the one that an adapter was trained on; empty if that is not known.
 
     Args:
         base: hub id or folder of the base model.
+        now: the base model that is there.
+    """
+    trained = read_trained_base(folder)
+    return "" if trained in (None, now) else f"{where}: trained on {trained}, and its base model is {_name(base, now)}"
+
+
+def _name(base: str, identity: BaseIdentity) -> str:
+    return str(identity) if identity.id else f"{base}, {identity}"
+
+
+def check_trained_base(where: str, folder: Path, base: str, now: BaseIdentity, *, is_asked: bool) -> None:
+    """Require the base model that an adapter was trained on, or log that another one or an unknown one is used.
+
+    Args:
         is_asked: another base model is used because flags name it.
     """
-    trained, where = read_trained_base(folder), f"{flag} {folder}"
-    used = str(now) if now.id else f"{base}, {now}"
-    if trained is None and (now.commit or is_asked):
+    if problem := describe_other_base(where, folder, base, now):
+        if not is_asked:
+            raise UserError(
+                f"{problem}; restore that one, or give --model_name_or_path to use another one all the same"
+            )
+        logger.warning(f"{problem}, which is used because flags name it; with it the adapter may do something else.")
+    elif (now.commit or is_asked) and read_trained_base(folder) is None:
         logger.warning(
-            f"{where}: does not say on which commit or files of its base model it was trained; {used} is used and "
-            "must be the same."
+            f"{where}: does not say on which commit or files of its base model it was trained; {_name(base, now)} is "
+            "used and must be the same."
         )
-    if trained in (None, now):
-        return
-    problem = f"{where}: trained on {trained}, and its base model is {used}"
-    if not is_asked:
-        raise UserError(f"{problem}; restore that one, or give --model_name_or_path to use another one all the same")
-    logger.warning(f"{problem}, which is used because flags name it; with it the adapter may do something else.")

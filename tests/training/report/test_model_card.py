@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
+from stand_in import SMALL, make_model
 from transformers import TrainerState
 
 from fastchat_qlora.config.mixture import DataEntry
@@ -60,15 +61,24 @@ def table(card: str) -> dict[str, str]:
     ],
 )
 def test_card_describes_the_run_and_its_code_runs(
-    flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Also on a CPU for which bitsandbytes would pack the weights, at a width that it cannot pack."""
     model = tmp_path / "private" / "base model"
     shutil.copytree(model_folder, model)
+    make_model(model, SMALL | {"num_key_value_heads": 1})  # k_proj has 16 rows
     data_file = data_file.rename(data_file.with_name("my conversations.json"))
     arguments = ["--model_name_or_path", str(model), "--data_path", str(data_file), "--eval_split", "2", *flags]
     card = train(Path("-"), Path("-"), tmp_path / "my-adapter", *arguments)
     output = tmp_path / "my-adapter"
     quantized = "--q_lora" in flags
+    rounds = "rounds activations to 8 bits too, in evaluation only. Losses and answers of evaluation differ"
+    assert caplog.text.count(rounds) == int("--load_in_8bit" in flags)
     tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantized else [])]
     assert head(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     assert ModelCardData(**head(card)).to_dict() == head(card)
@@ -89,6 +99,7 @@ def test_card_describes_the_run_and_its_code_runs(
     assert "vllm serve 'base model' --enable-lora --lora-modules my-adapter=. --max-lora-rank " in card
     assert f"--max-lora-rank {32 if flags[0] == '--lora_r' else 8} " in card
 
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     monkeypatch.chdir(output)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
