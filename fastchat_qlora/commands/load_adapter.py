@@ -27,6 +27,7 @@ from fastchat_qlora.model.adapter.adapter_files import (
 )
 from fastchat_qlora.model.adapter.lora import compute_adapter_shapes, load_saved_adapter
 from fastchat_qlora.model.loading import base_model
+from fastchat_qlora.model.loading.base_identity import COMMIT, identify_base
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_raw_tokenizer
 from fastchat_qlora.model.merging.dequantize import log_casts_once
 from fastchat_qlora.model.quantization.base_quantization import (
@@ -43,6 +44,7 @@ from fastchat_qlora.training.callbacks.progress import disable_bars_without_term
 from fastchat_qlora.training.checkpoints.adapter_export import TEMPLATE_KWARGS_KEY
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE
 from fastchat_qlora.training.checkpoints.manifest import MANIFEST_FILE
+from fastchat_qlora.training.checkpoints.trained_base import check_trained_base
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -101,9 +103,12 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     folder, cache_dir = Path(os.path.expanduser(flags.adapter)), flags.cache_dir
     lora_config = read_lora_config(str(folder), flag=ADAPTER_FLAG)
     base = _choose_base(folder, flags.model_name_or_path)
-    revision = flags.model_revision or _read_revision(folder, base)
-    model_args = ModelArguments(base, model_revision=revision, trust_remote_code=flags.trust_remote_code)
+    model_args = ModelArguments(base, model_revision=flags.model_revision, trust_remote_code=flags.trust_remote_code)
+    if not flags.model_revision:
+        _restore_revision(folder, model_args)
     config = base_model.load_config(model_args, cache_dir)
+    is_asked = bool(flags.model_name_or_path or flags.model_revision)
+    check_trained_base(f"{ADAPTER_FLAG} {folder}", folder, base, identify_base(model_args), is_asked=is_asked)
     meta_model = base_model.build_meta_model(config)
     published = read_published_quantization(config, base, meta_model)
     precision, trained_on = _choose_precision(folder, flags.quantization, config, published)
@@ -127,8 +132,6 @@ def _choose_base(folder: Path, given: str | None) -> str:
     found = _read_adapter_config(folder).get("base_model_name_or_path")
     named = found if isinstance(found, str) else ""
     if given:
-        if named and Path(named) != Path(given):
-            logger.info(f"{folder}: its base model is {named[:200]}; {given}, which must be the same model, is used.")
         return given
     if not named or check_model_path(named):
         reason = f", {named[:200]}, is neither a local model's folder nor a hub id" if named else " has no name"
@@ -136,19 +139,22 @@ def _choose_base(folder: Path, given: str | None) -> str:
     return named
 
 
-def _read_revision(folder: Path, base: str) -> str | None:
-    """Return the revision that an adapter names of its base model, if that is used, and from the hub."""
-    settings = _read_adapter_config(folder)
+def _restore_revision(folder: Path, model_args: ModelArguments) -> None:
+    """Choose the revision that an adapter names of its base model, if that is used, and from the hub."""
+    settings, base = _read_adapter_config(folder), model_args.model_name_or_path
     revision = settings.get("revision")
     if not revision or settings.get("base_model_name_or_path") != base or os.path.isdir(os.path.expanduser(base)):
-        return None
+        return
     if not isinstance(revision, str) or find_revision_error(revision):
         raise UserError(
             f"{ADAPTER_FLAG} {folder}: its adapter_config.json has the revision {str(revision)[:80]!r}, which is no "
             "branch, tag or commit; give --model_revision"
         )
     logger.info(f"{folder}: its base model {base} is used at the revision {revision}, as in training.")
-    return revision
+    if COMMIT.fullmatch(revision):
+        model_args.commit = revision
+    else:  # of an older version, or of another program
+        model_args.model_revision = revision
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:

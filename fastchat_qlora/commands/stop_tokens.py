@@ -33,7 +33,7 @@ def load_generation_config(
         if config.eos_token_id is not None:
             return config
     try:
-        base, revision = model_args.model_name_or_path, model_args.model_revision
+        base, revision = model_args.model_name_or_path, model_args.revision
         path = fetch_file(base, GENERATION_CONFIG_NAME, cache_dir, revision)
     except OSError:  # no hub in reach, and not in the cache
         path = None

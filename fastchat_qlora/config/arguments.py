@@ -41,10 +41,14 @@ class ModelArguments:
         "auto",
     )
 
+    def __post_init__(self) -> None:
+        """Leave the commit open; no flag, as `base_identity.choose_commit` chooses it."""
+        self.commit: str | None = None
+
     @property
     def revision(self) -> str:
         """The revision that `from_pretrained` takes."""
-        return self.model_revision or "main"
+        return self.commit or self.model_revision or "main"
 
 
 @dataclass

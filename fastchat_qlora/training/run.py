@@ -94,7 +94,8 @@ def _encode_sample_prompts(args: RunArguments, prepared: PreparedRun) -> Any:
 
 def _load_model(args: RunArguments, prepared: PreparedRun, topology: Topology, dtype: torch.dtype) -> Any:
     loading = prepared.loading
-    logger.info(f"Loading the weights of {args.model.model_name_or_path}.")
+    commit = f" at commit {args.model.commit}" if args.model.commit else ""
+    logger.info(f"Loading the weights of {args.model.model_name_or_path}{commit}.")
     model = load_model(
         args.model,
         dtype=dtype,

@@ -33,10 +33,10 @@ from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.attention.attention_checks import check_attention
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.auto_class import check_dtype
+from fastchat_qlora.model.loading.base_identity import BaseIdentity, choose_commit, identify_base
 from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
     check_router_loss,
-    fingerprint_base_model,
     get_compute_dtype,
     has_bf16_kernels,
     load_config,
@@ -49,6 +49,7 @@ from fastchat_qlora.model.quantization.base_quantization import (
     build_run_quantization_config,
     choose_base_quantization,
     log_published,
+    warn_of_rounded_activations,
 )
 from fastchat_qlora.model.quantization.published import PublishedQuantization, read_published_quantization
 from fastchat_qlora.model.quantization.published_weights import build_loading_settings
@@ -63,7 +64,8 @@ from fastchat_qlora.model.quantization.weight_shares import (
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
-from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
+from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, fingerprint_data, fingerprint_settings
+from fastchat_qlora.training.checkpoints.trained_base import describe_other_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.preflight import run_preflight
 
@@ -116,6 +118,7 @@ class PreparedRun(NamedTuple):
 
     checkpoint: Checkpoint | None  # that it resumes from
     base: PreparedBase
+    base_identity: BaseIdentity
     loading: LoadingSettings
     shapes: AdapterShapes
     data: PreparedData
@@ -213,32 +216,30 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     Raises:
         UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
-    training_args, output_dir = args.training, Path(args.training.output_dir)
+    output_dir = Path(args.training.output_dir)
     _warn_of_slow_bf16(topology, dtype)
-    checkpoint = choose_checkpoint(
-        output_dir,
-        training_args.resume_from_checkpoint or "",
-        restart=training_args.restart,
-        trusted=training_args.trust_checkpoint,
-    )
+    checkpoint = _choose_start(args)
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
-    lora_config.revision = args.model.model_revision  # PEFT loads the base model at that
+    lora_config.revision = args.model.commit  # PEFT loads the base model at that
     base = prepare_base(args, lora_config)
+    base_identity = _identify_base(args)
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
+    settings |= fingerprint_base(base_identity)
     if checkpoint:
         checkpoint.check(settings)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    run_preflight(training_args, base.meta_model)
+    run_preflight(args.training, base.meta_model)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
-    base_files = fingerprint_base_model(args.model, args.training.cache_dir)
-    identity = fingerprint_data(data.tokenizer, data.loaded.train, base_files, args.data.chat_template_date)
+    identity = fingerprint_data(data.tokenizer, data.loaded.train, args.data.chat_template_date)
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
-    require_agreement(_get_shared_settings(args, datasets, checkpoint))
+    if datasets.eval is not None or args.training.sample_prompts:
+        warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
+    require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
@@ -246,6 +247,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     return PreparedRun(
         checkpoint=checkpoint,
         base=base,
+        base_identity=base_identity,
         loading=loading,
         shapes=shapes,
         data=data,
@@ -255,6 +257,30 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         model_cost=_estimate_cost(args, base, dtype, datasets.train, topology),
         stop_tokens=stop_tokens,
     )
+
+
+def _choose_start(args: RunArguments) -> Checkpoint | None:
+    """Choose the checkpoint to resume from, and the commit of the base model, which is that of the checkpoint."""
+    training_args, cache_dir = args.training, args.training.cache_dir
+    checkpoint = choose_checkpoint(
+        Path(training_args.output_dir),
+        training_args.resume_from_checkpoint or "",
+        restart=training_args.restart,
+        trusted=training_args.trust_checkpoint,
+    )
+    if checkpoint:
+        checkpoint.restore_commit(args.model, cache_dir)
+    choose_commit(args.model, cache_dir)
+    return checkpoint
+
+
+def _identify_base(args: RunArguments) -> BaseIdentity:
+    """Return which base model it is, and warn if an adapter to start from was trained on another one."""
+    found, start = identify_base(args.model), args.lora.lora_weight_path
+    folder, where = Path(start).expanduser(), f"--lora_weight_path {start}"
+    if start and (problem := describe_other_base(where, folder, args.model.model_name_or_path, found)):
+        logger.warning(f"{problem}; with it the adapter starts as something else.")
+    return found
 
 
 def _find_stop_tokens(args: RunArguments, data: PreparedData) -> list[int]:

@@ -1,5 +1,7 @@
-"""Hashes of files."""
+"""Hashes of files and texts."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,3 +14,8 @@ def hash_file(path: Path, digest: Any) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return str(digest.hexdigest())
+
+
+def digest_text(text: str) -> str:
+    """Return twelve hexadecimal digits of a text's hash, enough for two people to compare."""
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12]

@@ -37,6 +37,9 @@ def serve(kind: str, name: str, files: Mapping[str, bytes], refs: tuple[str, ...
             revision = path.removeprefix(f"{api}/revision/").removeprefix(f"{api}/tree/").removeprefix(resolve)
             if not path.startswith((api, resolve)):
                 self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+            elif path == f"{api}/refs":
+                named = [{"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": COMMIT} for ref in refs]
+                self.answer(json.dumps({"branches": named, "tags": [], "converts": []}).encode())
             elif revision.partition("/")[0] not in (*refs, COMMIT):
                 self.answer(b"{}", 404, X_Error_Code="RevisionNotFound")
             elif path.startswith(f"{api}/revision/"):

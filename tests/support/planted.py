@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.training import run
@@ -21,6 +22,11 @@ SLOW_STEP = 0.15  # seconds
 def slow() -> None:
     """Make steps last long enough for a signal."""
     _at_step(0, lambda model: None)
+
+
+def cache_of_the_rank() -> None:
+    """Give each process a cache of the hub of its own, as machines have."""
+    constants.HF_HUB_CACHE = os.environ[f"CACHE_OF_RANK_{os.environ['RANK']}"]
 
 
 def endless_third_step() -> None:

@@ -12,10 +12,11 @@ from transformers import GenerationConfig, set_seed
 from fastchat_qlora.commands.adapter_flags import STDIN_MESSAGE, parse_chat
 from fastchat_qlora.commands.chat.generation import ChatModel, Decoding, render_prompt
 from fastchat_qlora.commands.chat.input import read_pipe, read_stdin, read_terminal
-from fastchat_qlora.commands.load_adapter import TrainedAdapter, load_with_adapter, open_adapter
+from fastchat_qlora.commands.load_adapter import TrainedAdapter, get_device, load_with_adapter, open_adapter
 from fastchat_qlora.data.templates.renderer import TemplateMessage, check_template_kwargs
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import get_context_length, get_dtype_name
+from fastchat_qlora.model.quantization.base_quantization import warn_of_rounded_activations
 from fastchat_qlora.utils.signals import Stopped
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import escape_control, is_text
@@ -53,6 +54,7 @@ def chat(argv: Sequence[str]) -> None:
     peft_model = load_with_adapter(adapter)
     peft_model.get_base_model().generation_config = GenerationConfig()  # the model's own defaults do not apply
     set_seed(flags.seed)
+    warn_of_rounded_activations(adapter.precision.quantization, get_device().type, "Answers differ")
     logger.info(_describe_chat(adapter, decoding, template_kwargs))
     limit = get_context_length(adapter.config)
     model = ChatModel(peft_model, adapter.tokenizer, adapter.stop_ids, decoding, limit, template_kwargs)

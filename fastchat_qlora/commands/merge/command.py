@@ -107,7 +107,7 @@ def _plan_layerwise(adapter: TrainedAdapter, dtype: torch.dtype | None) -> Layer
 def _open_files(adapter: TrainedAdapter) -> WeightFiles:
     """Return the base model's tensors, dequantized if its files are quantized."""
     published = adapter.published
-    paths = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir, adapter.model_args.model_revision)
+    paths = safetensors_files.find_weight_files(adapter.base, adapter.cache_dir, adapter.model_args.revision)
     if published is None:
         return WeightFiles(paths)
     if not _has_readable_files(adapter):
@@ -161,7 +161,7 @@ def _write_config(adapter: TrainedAdapter, flags: argparse.Namespace, folder: Pa
     if is_untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    revision = adapter.model_args.model_revision
+    revision = adapter.model_args.revision
     for name in PROCESSOR_FILES:
         if file := safetensors_files.fetch_file(adapter.base, name, adapter.cache_dir, revision):
             shutil.copyfile(file, folder / name)

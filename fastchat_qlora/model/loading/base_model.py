@@ -1,6 +1,5 @@
 """A model path -> the base model's configuration and weights."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,12 +9,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME
 
 from fastchat_qlora.config.arguments import ModelArguments, TrainingArguments
 from fastchat_qlora.errors import UserError
@@ -27,6 +24,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_model_config,
     get_text_attention,
 )
+from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unreadable
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
@@ -34,7 +32,6 @@ from fastchat_qlora.model.quantization.published import OTHER_COPIES
 from fastchat_qlora.model.quantization.published_weights import read_weights_in_order
 from fastchat_qlora.utils.text import one_line
 
-SAMPLE_BYTES = 1 << 20
 SCALE_NAME = re.compile(
     r"[._](absmax|SCB|scales?|scale_inv|scales_and_zp|qzeros|weight_packed|qweight|(act|gelu_impl)\.weight)$"
 )
@@ -66,6 +63,7 @@ def load_config(model_args: ModelArguments, cache_dir: str | None) -> Pretrained
     name = model_args.model_name_or_path
     flag = f"--model_name_or_path {name}"
     check_model_folder(name)
+    choose_commit(model_args, cache_dir)
     config = _read_config(model_args, cache_dir, flag)
     check_trains_on_text(config, flag)
     if not model_args.trust_remote_code:
@@ -83,14 +81,7 @@ def _read_config(model_args: ModelArguments, cache_dir: str | None, flag: str) -
         )
     except Exception as error:  # libraries raise anything on untrusted files
         _check_quantization_settings(Path(model_args.model_name_or_path).expanduser() / CONFIG_NAME, flag)
-        reason, revision = one_line(error, 300), model_args.model_revision
-        if isinstance(error.__cause__, RevisionNotFoundError):
-            raise UserError(
-                f"--model_revision {revision}: {model_args.model_name_or_path} has no branch, tag or commit of that "
-                "name; give another one, or drop the flag"
-            ) from error
-        at = f" (--model_revision {revision})" if revision else ""
-        raise UserError(f"{flag}: neither a model's folder nor a hub id that can be reached{at}: {reason}") from error
+        raise explain_unreadable(model_args, cache_dir, error) from error
 
 
 def _check_quantization_settings(path: Path, flag: str) -> None:
@@ -114,32 +105,6 @@ def _check_kernels(config: PretrainedConfig, flag: str) -> None:
                 f"{flag}: its config.json requests the kernel {kernel[:100]}, which is code from the hub; remove it "
                 "there, or give --trust_remote_code True if you trust it"
             )
-
-
-def fingerprint_base_model(model_args: ModelArguments, cache_dir: str | None) -> str:
-    """Return the commit of a hub id, or a hash of the start, middle and end of each weights file.
-
-    Hashing all of it would take as long as loading it, and another training of the same model differs everywhere.
-    """
-    folder = Path(model_args.model_name_or_path).expanduser()
-    if not folder.is_dir():
-        return _find_commit(model_args, cache_dir)
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _find_commit(model_args: ModelArguments, cache_dir: str | None) -> str:
-    """Return the commit of a hub id whose configuration has been read, by the folder of the cache that it lies in."""
-    name, revision = model_args.model_name_or_path, model_args.revision
-    file = cached_file(name, CONFIG_NAME, revision=revision, cache_dir=cache_dir, local_files_only=True)
-    return str(extract_commit_hash(file, None))
 
 
 def get_context_length(config: PretrainedConfig) -> int | None:

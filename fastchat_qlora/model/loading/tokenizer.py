@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_identity import choose_commit
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ def load_tokenizer(
     model_args: ModelArguments, *, cache_dir: str | None, model_max_length: int
 ) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of the base model, and set its padding token."""
+    choose_commit(model_args, cache_dir)
     tokenizer = load_raw_tokenizer(
         model_args.model_name_or_path,
         revision=model_args.revision,

@@ -183,6 +183,20 @@ def build_run_quantization_config(
     return build_quantization_config(quantization, compute_dtype, storage)
 
 
+def warn_of_rounded_activations(quantization: BaseQuantization, accelerator: str | None, what: str) -> None:
+    """Log what differs from training on 8-bit weights where activations are rounded in evaluation only.
+
+    On a CPU and on XPU bitsandbytes has no kernel for training with them (0.50.2, `matmul`). This can go once both are
+    computed alike.
+    """
+    if quantization.kind == "int8" and accelerator in (None, "cpu", "xpu"):
+        logger.warning(
+            "Base model in 8 bits: on this device bitsandbytes rounds activations to 8 bits too, in evaluation only. "
+            f"{what} from those of the model in training by up to a fifth of the adapter's effect; with 4 bits they do "
+            "not."
+        )
+
+
 def check_weights_can_be_sharded(quantization: BaseQuantization, topology: Topology) -> None:
     """Require that the parallel strategy can shard the base model's weights, if it shards them."""
     if not topology.shards_parameters:

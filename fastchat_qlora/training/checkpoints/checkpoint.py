@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE
+from fastchat_qlora.model.loading.base_identity import COMMIT, find_cached_commit
 from fastchat_qlora.training.checkpoints.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -18,7 +20,7 @@ from fastchat_qlora.training.checkpoints.manifest import (
     read_manifest,
 )
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unloadable, find_unsafe
-from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes
+from fastchat_qlora.training.checkpoints.run_fingerprint import find_changes, read_base
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,24 @@ class Checkpoint(NamedTuple):
     step: int
     run: dict[str, Any]  # fingerprint; empty without a manifest
     is_chosen: bool = False  # the user named it
+
+    def restore_commit(self, model: ModelArguments, cache_dir: str | None) -> None:
+        """Choose the commit that the checkpoint was trained on, unless another --model_revision is given than then."""
+        name, base = model.model_name_or_path, read_base(self.run)
+        if base is None and self.run and not Path(name).expanduser().is_dir():
+            logger.warning(
+                f"{self.folder}: saved by a version that did not record the commit of {name}; the run continues with "
+                "the commit of today, which must be the one that it was trained on."
+            )
+        is_asked_again = model.model_revision in (None, self.run.get("model_revision"))
+        if base is None or base.id != name or not is_asked_again or not COMMIT.fullmatch(str(base.commit)):
+            return
+        model.commit = base.commit
+        branch = model.model_revision or "main"
+        if (now := find_cached_commit(name, branch, cache_dir)) not in (None, base.commit):
+            logger.warning(
+                f"{self.folder}: trained on commit {base.commit} of {name}, which is used; its {branch} is {now} now."
+            )
 
     def check(self, run: Mapping[str, Any]) -> None:
         """Check that the checkpoint fits the fingerprint, or a part of it, of the run that resumes from it."""

@@ -1,7 +1,5 @@
 """Fingerprint of a run: settings and digests that are compared on resume."""
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -14,8 +12,10 @@ from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.dataset import LoadedData
 from fastchat_qlora.distributed.deepspeed_config import describe_state_layout, get_offload_device, get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
+from fastchat_qlora.model.loading.base_identity import BaseIdentity
 from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
+from fastchat_qlora.utils.files import digest_text
 
 NO_STRATEGY = "none"
 REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state
@@ -38,7 +38,9 @@ DATA_FLAGS = (
 
 DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "tokenizer", "chat_template", "chat_template_date")
 
-TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES)
+BASE_VALUES = ("base_id", "base_config")  # a repository may be renamed, and a file of settings written again
+
+TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES, *BASE_VALUES)
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
 
 LABELS = {
@@ -55,7 +57,10 @@ LABELS = {
     "mixture": "--data_path, settings of its entries",
     "chat_template": "chat template (--conv_template)",
     "tokenizer": "tokenizer",
-    "base_model": "--model_name_or_path, content",
+    "base_id": "--model_name_or_path",
+    "base_commit": "commit of --model_name_or_path",
+    "base_model": "weights of --model_name_or_path",
+    "base_config": "config.json or code of --model_name_or_path",
 }
 """Name in a fingerprint -> what a user knows it by; all others are flags."""
 
@@ -82,13 +87,13 @@ def _format(value: Any) -> str:
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:
-    """Return settings present in both runs whose values differ."""
+    """Return settings present in both runs whose values differ; names of commits only where the commit is unknown."""
     replicated = all(run.get("strategy") in REPLICATED for run in (then, now))
     tolerable = (*TOLERABLE, "strategy", "processes") if replicated else TOLERABLE
     return [
         SettingChange(name, then[name], value, name in tolerable)
         for name, value in now.items()
-        if name in then and then[name] != value
+        if name in then and then[name] != value and (name != "model_revision" or "base_commit" not in then)
     ]
 
 
@@ -141,19 +146,25 @@ def _sort_names(names: str | Collection[str] | None) -> str | list[str]:
     return names if isinstance(names, str) else sorted(names or ())
 
 
-def fingerprint_data(tokenizer: Any, data: LoadedData, base_files: str, date: str) -> dict[str, Any]:
-    """Return short digests of data, tokenizer and base model, the settings of the data's entries, and the date."""
+def fingerprint_base(base: BaseIdentity) -> dict[str, str | None]:
+    """Return which base model it is; in older checkpoints `base_model` is of a hub id too, and nothing else."""
+    found = {"base_id": base.id, "base_commit": base.commit}
+    return found if base.id else {**found, "base_model": base.weights, "base_config": base.config}
+
+
+def read_base(run: Mapping[str, Any]) -> BaseIdentity | None:
+    """Return the base model that `fingerprint_base` has written into a fingerprint; None in those of older versions."""
+    names = ("base_id", "base_commit", "base_model", "base_config")
+    return BaseIdentity(*map(run.get, names)) if "base_commit" in run else None
+
+
+def fingerprint_data(tokenizer: Any, data: LoadedData, date: str) -> dict[str, Any]:
+    """Return short digests of data and tokenizer, the settings of the data's entries, and the date."""
     has_settings = any(source.entry.settings for source in data.sources)
     return {
-        "data": _short_digest(" ".join(data.contents)),
+        "data": digest_text(" ".join(data.contents)),
         "mixture": [f"{one.read}x{one.entry.settings or 'all'}" for one in data.sources] if has_settings else [],
-        "chat_template": _short_digest(str(tokenizer.chat_template)),
+        "chat_template": digest_text(str(tokenizer.chat_template)),
         "chat_template_date": date,
-        "tokenizer": _short_digest(tokenizer.backend_tokenizer.to_str()),
-        "base_model": _short_digest(base_files),
+        "tokenizer": digest_text(tokenizer.backend_tokenizer.to_str()),
     }
-
-
-def _short_digest(text: str) -> str:
-    """Return twelve hexadecimal digits, enough for two people to compare."""
-    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12]

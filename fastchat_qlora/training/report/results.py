@@ -7,7 +7,7 @@ from typing import Any
 
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE, saving
-from fastchat_qlora.training.checkpoints.run_fingerprint import get_lora_values
+from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, get_lora_values
 from fastchat_qlora.training.report.model_card import write_model_card
 from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.utils.atomic import write_atomically
@@ -45,6 +45,7 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         groups: dict[str, Any] = {name: vars(group) for name, group in summary.args._asdict().items()}
         groups |= {"training": summary.args.training.to_dict(), "effective": summary.effective.settings}
         groups["lora"] = groups["lora"] | get_lora_values(summary.prepared.base.lora_config)
+        groups["base_model"] = fingerprint_base(summary.prepared.base_identity)
         groups["processes"] = trainer.args.world_size
         groups["base_quantization"] = summary.prepared.base.quantization.to_dict()
         with write_atomically(output_dir / TRAINING_ARGS_FILE) as target:  # last: a run without it has not finished

@@ -1,14 +1,17 @@
-"""--model_revision: model, tokenizer and adapter belong to one commit of the hub, and a run says which."""
+"""--model_revision: model, tokenizer and adapter are of one commit of the hub, and a run says which."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHATML
+from fake_hub import COMMIT, serve
 from huggingface_hub import constants
-from huggingface_hub.errors import RevisionNotFoundError
 from quick_runs import command, train
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +21,7 @@ from fastchat_qlora.commands.load_adapter import open_adapter
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.loading import base_model
+from fastchat_qlora.model.loading.base_identity import BaseIdentity, identify_base
 from fastchat_qlora.model.loading.tokenizer import load_tokenizer
 from fastchat_qlora.model.merging.safetensors_files import find_weight_files
 
@@ -58,41 +62,89 @@ def test_all_parts_are_of_one_commit(hub_cache: Path) -> None:
     for revision in (None, "v1", COMMITS["v1"]):
         args = ModelArguments("org/model", model_revision=revision)
         tokenizer = load_tokenizer(args, cache_dir=str(hub_cache), model_max_length=64)
-        [weights] = find_weight_files("org/model", str(hub_cache), revision)
-        commit = base_model.fingerprint_base_model(args, str(hub_cache))
-        found[revision] = (load_norm(args, hub_cache), "of v1" in str(tokenizer.chat_template), commit)
-        assert weights.parent.name == commit
+        [weights] = find_weight_files("org/model", str(hub_cache), args.revision)
+        found[revision] = (load_norm(args, hub_cache), "of v1" in str(tokenizer.chat_template), args.commit)
+        assert weights.parent.name == args.commit and identify_base(args) == BaseIdentity("org/model", args.commit)
     of_v1 = (2.0, True, COMMITS["v1"])
     assert found == {None: (1.0, False, COMMITS["main"]), "v1": of_v1, COMMITS["v1"]: of_v1}
 
 
 def test_unknown_revision_is_an_error(hub_cache: Path) -> None:
+    """What the cache has is listed."""
     args = ModelArguments("org/model", model_revision="v9")
-    reason = r"^--model_name_or_path org/model: neither a model's folder nor .* reached \(--model_revision v9\): "
-    with pytest.raises(UserError, match=reason):
+    known = ", ".join(rf"{commit} \({name}\)" for name, commit in COMMITS.items())
+    with pytest.raises(UserError, match=rf"^--model_revision v9: .* not in the cache, .*: {known}$"):
         base_model.load_config(args, str(hub_cache))
 
 
-def test_unknown_revision_is_named_when_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("v9 is not a valid git identifier") from RevisionNotFoundError.__new__(RevisionNotFoundError)
+ASK = """
+import json, sys
+from fastchat_qlora.config.arguments import ModelArguments
+from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.loading.base_model import load_config
+from fastchat_qlora.model.loading.tokenizer import load_tokenizer
+for commit, revision in json.loads(sys.argv[1]):
+    args = ModelArguments("org/model", model_revision=revision)
+    args.commit = commit
+    try:
+        load_config(args, None)
+        load_tokenizer(args, cache_dir=None, model_max_length=64)
+        print(args.commit)
+    except UserError as error:
+        print(error)
+"""
 
-    monkeypatch.setattr(base_model.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(UserError, match=r"^--model_revision v9: org/model has no branch, tag or commit of that name; "):
-        base_model.load_config(ModelArguments("org/model", model_revision="v9"), None)
+
+def ask(*args: tuple[str | None, str | None], **environment: str) -> list[str]:
+    """Return the commits or errors of revisions in another process, which reads the address of the hub at its start."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(args)],
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
-def test_adapter_names_its_revision(hub_cache: Path, data_file: Path, tmp_path: Path) -> None:
+def test_commit_is_asked_for_at_the_hub_and_found_again_without_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server on this machine stands for the hub; a pinned commit may be gone from it."""
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    with serve("models", "org/model", files, ("main", "v1")) as hub:
+        online = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        found = ask((None, None), (None, "v1"), (COMMIT, None), (None, "v9"), ("d" * 40, None), **online)
+    assert found[:3] == [COMMIT] * 3
+    listed = "does not exist; give main, v1 as --model_revision"
+    assert found[3] == f"--model_revision v9: this revision of org/model {listed}"
+    assert found[4] == f"--model_name_or_path org/model: commit {'d' * 40} {listed}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "v1", COMMIT):
+        args = ModelArguments("org/model", model_revision=revision)
+        base_model.load_config(args, str(tmp_path / "hub"))
+        assert args.commit == COMMIT
+
+
+def test_adapter_names_its_commit(hub_cache: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"max_steps": 1, "model_revision": "v1", "cache_dir": hub_cache}
     output = train(command(Path("org/model"), data_file, tmp_path / "out", **flags))
     saved = json.loads((output / "adapter_config.json").read_text())
-    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/model", "v1")
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/model", COMMITS["v1"])
     assert json.loads((output / "training_args.json").read_text())["model"]["model_revision"] == "v1"
-    card = (output / "README.md").read_text()
-    assert all(text in card for text in ("(revision `v1`)", '(base, revision="v1", dtype=', "org/model --revision v1 "))
     for given, expected in {"": "v1", "--model_revision main": "main", "--model_name_or_path org/model": "v1"}.items():
         adapter = open_adapter(parse_chat([str(output), "--cache_dir", str(hub_cache), *given.split()]))
-        assert adapter.model_args.model_revision == expected
+        assert adapter.model_args.commit == COMMITS[expected]
+
+
+def test_adapter_of_an_older_version_names_a_branch(hub_cache: Path, data_file: Path, tmp_path: Path) -> None:
+    output = train(command(Path("org/model"), data_file, tmp_path / "out", max_steps=1, cache_dir=hub_cache))
+    settings = json.loads((output / "adapter_config.json").read_text())
+    (output / "adapter_config.json").write_text(json.dumps(settings | {"revision": "v1"}))
+    (output / "training_args.json").unlink()
+    adapter = open_adapter(parse_chat([str(output), "--cache_dir", str(hub_cache)]))
+    assert adapter.model_args.commit == COMMITS["v1"]
 
 
 @pytest.mark.parametrize("revision", ["../x", 5, "a b"])

@@ -15,12 +15,14 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
+from stand_in import SMALL, make_model
 from transformers import TrainerState
 
 from fastchat_qlora.config.mixture import DataEntry
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.dataset import LoadedData, SourceCounts, Splits
 from fastchat_qlora.data.tokenization.build import RejectionSummary
+from fastchat_qlora.model.loading.base_identity import BaseIdentity
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.training import run
 from fastchat_qlora.training.report.charts import get_curve
@@ -59,15 +61,24 @@ def table(card: str) -> dict[str, str]:
     ],
 )
 def test_card_describes_the_run_and_its_code_runs(
-    flags: list[str], model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Also on a CPU for which bitsandbytes would pack the weights, at a width that it cannot pack."""
     model = tmp_path / "private" / "base model"
     shutil.copytree(model_folder, model)
+    make_model(model, SMALL | {"num_key_value_heads": 1})  # k_proj has 16 rows
     data_file = data_file.rename(data_file.with_name("my conversations.json"))
     arguments = ["--model_name_or_path", str(model), "--data_path", str(data_file), "--eval_split", "2", *flags]
     card = train(Path("-"), Path("-"), tmp_path / "my-adapter", *arguments)
     output = tmp_path / "my-adapter"
     quantized = "--q_lora" in flags
+    rounds = "rounds activations to 8 bits too, in evaluation only. Losses and answers of evaluation differ"
+    assert caplog.text.count(rounds) == int("--load_in_8bit" in flags)
     tags = ["lora", "transformers", "fastchat-qlora", *(["qlora"] if quantized else [])]
     assert head(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     assert ModelCardData(**head(card)).to_dict() == head(card)
@@ -88,6 +99,7 @@ def test_card_describes_the_run_and_its_code_runs(
     assert "vllm serve 'base model' --enable-lora --lora-modules my-adapter=. --max-lora-rank " in card
     assert f"--max-lora-rank {32 if flags[0] == '--lora_r' else 8} " in card
 
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     monkeypatch.chdir(output)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -106,7 +118,14 @@ def card_of(name: str, tokenizer: Any, tmp_path: Path, *sources: SourceCounts, *
     summary = RejectionSummary(read=5, rejected=5)
     loaded = LoadedData("--data_path", [str(data)], empty, summary, rejected, [], "the vicuna template", sources)
     base = PreparedBase(None, LoraConfig(**lora), BaseQuantization(), None, None, {})  # type: ignore[arg-type]
-    known = {"base": base, "data": PreparedData(tokenizer, Splits(loaded)), "train_dataset": empty, "stop_tokens": []}
+    identity = BaseIdentity(name, "0" * 40)
+    known = {
+        "base": base,
+        "base_identity": identity,
+        "data": PreparedData(tokenizer, Splits(loaded)),
+        "train_dataset": empty,
+        "stop_tokens": [],
+    }
     prepared = PreparedRun(**dict.fromkeys(PreparedRun._fields) | known)
     trainer = SimpleNamespace(state=TrainerState(), best_step=None, adapter=torch.nn.Module())
     effective = SimpleNamespace(settings={"devices": "8 x cuda on my-host"})
@@ -119,7 +138,10 @@ def test_base_on_the_hub_is_named_in_the_head(tokenizer: Any, tmp_path: Path) ->
     found = head(card)
     assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
     assert found["tags"][0] == "base_model:adapter:org/base"
-    assert "vllm serve org/base --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 " in card
+    assert (
+        f"vllm serve org/base --revision {'0' * 40} --enable-lora --lora-modules my-adapter-x=. --max-lora-rank 8 "
+        in card
+    )
     assert "# my adapter__x\n" in card and "my-host" not in card and "stands for the folder" not in card
 
 
