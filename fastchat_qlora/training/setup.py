@@ -65,6 +65,7 @@ from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
+from fastchat_qlora.training.optimizers import check_silent_steps
 from fastchat_qlora.training.preflight import run_preflight
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         checkpoint.check(settings)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    run_preflight(training_args, base.meta_model)
+    run_preflight(training_args)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
@@ -240,6 +241,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
     require_agreement(_get_shared_settings(args, datasets, checkpoint))
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
+    check_silent_steps(training_args, len(train_dataset), topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, datasets.train)
