@@ -5,8 +5,9 @@ import os
 
 import torch
 
-from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
+from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator, runs_on_cpu
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
+from fastchat_qlora.config.validation.optimizers import describe_ignored
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
 
@@ -17,6 +18,7 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_che
 def resolve_flags(values: argparse.Namespace) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
     warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
+    warnings += describe_ignored(values, on_cpu=runs_on_cpu(values))
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
     for name in JSON_FLAGS:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers.trainer_utils import IntervalStrategy
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.estimates.optimizer_state import get_state_bytes
+from fastchat_qlora.model.estimates.optimizer_state import get_saved_state_bytes
 from fastchat_qlora.training.schedule import count_steps
 
 FP32_BYTES = 4
@@ -35,7 +35,7 @@ class CheckpointSize(NamedTuple):
         if self.only_model:
             return self.adapter_bytes
         copies = 3 if self.has_masters else 1
-        return round(self.parameters * (FP32_BYTES * copies + get_state_bytes(self.optimizer)))
+        return round(self.parameters * (FP32_BYTES * copies + get_saved_state_bytes(self.optimizer)))
 
 
 def count_checkpoints(args: Any, sequences: int, processes: int) -> int:

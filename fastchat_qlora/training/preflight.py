@@ -5,25 +5,22 @@ import math
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import Trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.training.optimizers import build_trial_optimizer
 from fastchat_qlora.utils.text import one_line
 
 TRIAL_STEPS = 100  # steps of a schedule that is tried out, if their number follows from the data
 RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # of a schedule, set by the run
-MODEL_PARAMETERS = ("params", "model", "optimizer_dict")  # of optimizers that need the whole model, not one parameter
 
 
-def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> None:
+def run_preflight(args: TrainingArguments) -> None:
     """Build the optimizer, the schedule and the compiler on one parameter, and ask the hub who the user is.
 
-    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built. The model is for
-    optimizers that look at its layers' names.
+    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built.
     """
     if args.push_to_hub and args.process_index == 0:
         _check_hub(args)
@@ -31,7 +28,7 @@ def run_preflight(args: TrainingArguments, model: torch.nn.Module | None) -> Non
         _check_compilation(args)
     if args.deepspeed:
         return
-    optimizer = _build_optimizer(args, model)
+    optimizer = build_trial_optimizer(args, args.device)
     allowed = _check_schedule_settings(args)
     kind, settings = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs or {}
     steps = args.max_steps if args.max_steps > 0 else TRIAL_STEPS
@@ -95,20 +92,3 @@ def _check_schedule_settings(args: TrainingArguments) -> list[str]:
             f"--lr_scheduler_kwargs {', '.join(unknown)}: not a setting of --lr_scheduler_type {kind.value}; {hint}"
         )
     return allowed
-
-
-def _build_optimizer(args: TrainingArguments, model: torch.nn.Module | None) -> torch.optim.Optimizer:
-    """Return the optimizer of the run on one parameter; torch's SGD in place of one that needs the model."""
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    name = OptimizerNames(args.optim).value
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if not any(key in settings for key in MODEL_PARAMETERS):
-            built: torch.optim.Optimizer = kind([parameter], **settings)
-            return built
-    except Exception as error:  # --optim_args goes through to whatever package has the optimizer
-        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
-        raise UserError(
-            f"--optim {name}{given}: cannot be used: {one_line(error, 200)}; choose another, such as adamw_torch"
-        ) from error
-    return torch.optim.SGD([parameter], lr=args.learning_rate)

@@ -67,6 +67,7 @@ from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_ch
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, fingerprint_data, fingerprint_settings
 from fastchat_qlora.training.checkpoints.trained_base import describe_other_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
+from fastchat_qlora.training.optimizers import check_silent_steps
 from fastchat_qlora.training.preflight import run_preflight
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         checkpoint.check(settings)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    run_preflight(args.training, base.meta_model)
+    run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
     stop_tokens = _find_stop_tokens(args, data)
@@ -241,6 +242,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
+    check_silent_steps(args.training, len(train_dataset), topology.world_size)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, datasets.train)

@@ -35,6 +35,7 @@ from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_write
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
+from fastchat_qlora.training.optimizers import averaged_weights, get_optimizer_arguments, keep_training_point
 from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             state.fsdp_plugin.transformer_cls_names_to_wrap = list_layer_classes(self.model) or None
         state.fsdp_plugin.mixed_precision_policy = get_mixed_precision_policy(get_compute_dtype(self.args))
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """Return the optimizer's class and arguments, with all of --optim_args."""
+        return get_optimizer_arguments(args, model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer; a schedule-free one saves the training point too."""
+        return keep_training_point(super().create_optimizer(model))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler; packed sequences come in the order of their own one."""
@@ -279,8 +289,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without advancing the training RNG."""
-        with self.paused_training():
+        """Evaluate without advancing the training RNG, and with the weights that are saved."""
+        with self.paused_training(), averaged_weights(self.optimizer):
             return dict(super().evaluate(*args, **kwargs))
 
     @contextmanager
@@ -302,7 +312,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with averaged_weights(self.optimizer), torch.no_grad(), self.accelerator.autocast():
                 yield model
         finally:
             model.train(was_training)
@@ -332,7 +342,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         if self.frozen_base is not None:
             self.frozen_base.check(self.state.global_step)
-        tensors = adapter_export.gather_adapter(self.adapter)
+        with averaged_weights(self.optimizer):
+            tensors = adapter_export.gather_adapter(self.adapter)
         if not self.args.should_save:
             return
         final = Path(self.args.output_dir)
@@ -402,6 +413,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if not self.args.trust_checkpoint and (unsafe := find_unsafe(best)):
             advice = "the best checkpoint is not loaded; if you trust it, resume with --trust_checkpoint True"
             raise RunError(f"{best}: {'; '.join(unsafe)}; {advice}")
+        self.optimizer.eval()  # a schedule-free one has the training point no more
         super()._load_best_model()
         if self.state.best_global_step != self.state.global_step:
             self.best_step = self.state.best_global_step

@@ -26,6 +26,7 @@ from fastchat_qlora.config.arguments import (
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
 from fastchat_qlora.config.parser import build_parser, parse_args
 from fastchat_qlora.config.validation.flags import find_flag_errors
+from fastchat_qlora.config.validation.optimizers import OPTIMIZER_TABLE
 from fastchat_qlora.errors import UserError
 
 GROUPS = [ModelArguments, DataArguments, TrainingArguments, LoraArguments]
@@ -397,7 +398,9 @@ def test_parsers_share_no_defaults(flags: list[str]) -> None:
     assert parse_args(flags).lora.lora_target_modules == ["q_proj", "v_proj"]
 
 
-def test_error_that_names_no_flag_is_about_the_value_in_it(flags: list[str]) -> None:
+def test_error_that_names_no_flag_is_about_the_value_in_it(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an optimizer that the table of optimizers has and the installed transformers has not."""
+    monkeypatch.setitem(OPTIMIZER_TABLE, "foo", OPTIMIZER_TABLE["sgd"])
     others = ["--max_steps", "5", "--save_steps", "1", "--run_name", "", "--logging_nan_inf_filter"]
     with pytest.raises(UserError, match=r"^--optim foo: foo is not a valid OptimizerNames"):
         parse_args([*flags, *others, "--optim", "foo"])

@@ -30,9 +30,6 @@ SCHEDULES = {
     ),
 }
 OTHERS = {
-    "no package": (["--optim", "lomo"], ["--optim lomo", "lomo_optim", "adamw_torch"]),
-    "no pairs": (["--optim", "sgd", "--optim_args", "x"], ["--optim sgd with --optim_args x"]),
-    "no such argument": (["--optim", "sgd", "--optim_args", "momentum=x"], ["--optim_args momentum=x", "'x'"]),
     "no such backend": (["--torch_compile_backend", "fast"], ["--torch_compile_backend fast", "inductor"]),
     "no such mode": (["--torch_compile_mode", "fast"], ["--torch_compile_mode fast", "reduce-overhead"]),
     "no hub": (["--push_to_hub"], ["--push_to_hub True", "log in"]),
@@ -44,7 +41,7 @@ OTHERS = {
 def test_unusable_settings_fail_early(required: list[str], given: list[str], expected: list[str]) -> None:
     args = parse_args([*required, *given]).training
     with pytest.raises(UserError) as caught:
-        run_preflight(args, None)
+        run_preflight(args)
     assert [text for text in expected if text not in str(caught.value)] == [], caught.value
 
 
@@ -67,5 +64,5 @@ def test_unusable_settings_fail_early(required: list[str], given: list[str], exp
 def test_usable_settings_pass(required: list[str], given: list[str]) -> None:
     """They draw no random numbers."""
     before = torch.random.get_rng_state()
-    run_preflight(parse_args([*required, *given]).training, None)
+    run_preflight(parse_args([*required, *given]).training)
     assert torch.equal(torch.random.get_rng_state(), before)

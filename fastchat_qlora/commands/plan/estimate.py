@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
 from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.config.validation.flags import find_optimizer_errors
+from fastchat_qlora.config.validation.optimizers import find_strategy_errors
 from fastchat_qlora.data.batching.collator import count_max_batch_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset
 from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
@@ -103,7 +103,7 @@ class RunSettings:
         is_fsdp, quantization = strategy.name == parallelism.FSDP2, self.precision.quantization
         optimizer = OptimizerNames(self.args.training.optim).value
         topology = Topology(0, 0, strategy.devices, "cuda", strategy.zero_stage, is_fsdp)
-        if errors := [*find_optimizer_errors(optimizer, zero=bool(strategy.zero_stage), fsdp=is_fsdp)]:
+        if errors := [*find_strategy_errors(optimizer, zero=bool(strategy.zero_stage), fsdp=is_fsdp)]:
             return errors[0]
         config, meta_model, lora_config = self.base.config, self.base.meta_model, self.base.lora_config
         try:

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
+from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
-from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag, parse_switch
+from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_date, is_text
 
 Values = argparse.Namespace
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
-SHAPE_AWARE_OPTIMIZERS = ("adafactor", "apollo", "galore", "lomo", "adalomo", "stable_adamw")
-"""Prefixes of optimizers whose steps depend on the shape of a parameter, which ZeRO flattens."""
-
 EXCLUSIVE = (
     ("fp16", "bf16", "two precisions; choose bf16 if the device has it"),
     ("q_lora", "load_in_8bit", "the base model is loaded in 4 bits or in 8; drop one"),
@@ -49,8 +47,9 @@ WORKER_SETTINGS = ("dataloader_persistent_workers", "dataloader_multiprocessing_
 def find_flag_errors(values: Values) -> list[str]:
     """Return all errors that can be found by looking at the parsed values."""
     checks = (
-        *(check_numbers, _check_tables, _check_devices, _check_strategy, _check_sequences, _check_checkpointing),
-        *(_check_adapter, _check_availability, _check_reporters, _check_evaluation, check_paths, check_json_flags),
+        *(check_numbers, _check_tables, _check_devices, check_optimizer, _check_strategy, _check_sequences),
+        *(_check_checkpointing, _check_adapter, _check_availability, _check_reporters, _check_evaluation),
+        *(check_paths, check_json_flags),
     )
     return [error for check in checks for error in check(values)]
 
@@ -115,18 +114,10 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
-    yield from find_optimizer_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
+    yield from find_strategy_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
         yield f"{pair}: with --fsdp or --deepspeed only complete checkpoints can be loaded; drop one"
-
-
-def find_optimizer_errors(optim: str, *, zero: bool, fsdp: bool) -> Iterator[str]:
-    """Yield an error for each strategy of a run with which the optimizer does not work."""
-    if zero and optim.startswith(SHAPE_AWARE_OPTIMIZERS):
-        yield f"--optim {optim}: needs the shapes that ZeRO flattens; choose adamw_torch, or no ZeRO"
-    if fsdp and optim not in FSDP_OPTIMIZERS:
-        yield f"--optim {optim}: is not supported with --fsdp; choose one of {', '.join(FSDP_OPTIMIZERS)}"
 
 
 def _check_sequences(values: Values) -> Iterator[str]:

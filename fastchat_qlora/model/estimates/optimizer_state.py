@@ -6,17 +6,12 @@ byte, and one scale for a block of 256 (arXiv 2110.02861); the 4-bit one half a 
 
 FP32_MOMENT_BYTES = 4.0
 
-STATELESS_OPTIMIZERS = ("sgd", "lomo")  # but for the step
+STATELESS_OPTIMIZERS = ("sgd",)  # but for the step
 
 MOMENTS = {
     "adafactor": 1 / 8,
     "adagrad": 1,
-    "adalomo": 1 / 8,
     "ademamix": 3,
-    "apollo": 1,
-    "galore": 1,
-    "galore_adafactor": 1 / 8,
-    "grokadamw": 3,
     "lion": 1,
     "rmsprop": 1,
     "schedule_free_sgd": 1,
@@ -24,8 +19,7 @@ MOMENTS = {
 """Values per trained parameter, by the longest name that an optimizer's begins with; two, as of Adam, for all others.
 
 Adafactor keeps one value for each row and column of a matrix, which for the two of an adapter of rank r is 1 / r of
-their elements. GaLore and APOLLO treat parameters outside of their targets as Adam does, so they keep between none and
-two.
+their elements.
 """
 
 LOW_BIT_MOMENT_BYTES = {"8bit": 1.0 + 4 / 256, "4bit": 0.5 + 4 / 128}
@@ -40,6 +34,11 @@ def get_state_bytes(optimizer: str) -> float:
     count = next((MOMENTS[known] for known in sorted(MOMENTS, key=len, reverse=True) if name.startswith(known)), 2)
     moment = next((size for bits, size in LOW_BIT_MOMENT_BYTES.items() if bits in name), FP32_MOMENT_BYTES)
     return float(count * moment)
+
+
+def get_saved_state_bytes(optimizer: str) -> float:
+    """Return the bytes in a checkpoint: the state, and the training point beside the average that the adapter is."""
+    return get_state_bytes(optimizer) + (FP32_MOMENT_BYTES if optimizer.startswith("schedule_free") else 0.0)
 
 
 def get_resident_state_bytes(optimizer: str) -> float:

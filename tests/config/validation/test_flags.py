@@ -290,7 +290,15 @@ LATE = {
     "no step": (["--max_steps", "0"], ["--max_steps 0", "-1 for --num_train_epochs"]),
     "steps of a half": (["--save_steps", "1.5"], ["--save_steps 1.5", "whole number of steps"]),
     "old boolean": (["--group_by_length", ""], ["--group_by_length : must be True or False"]),
-    "optimizer": (["--optim", "Adam"], ["--optim Adam", "adamw_torch"]),
+    "optimizer": (["--optim", "Adam"], ["--optim Adam: must be one of adamw_torch, "]),
+    "optimizer without a way back": (
+        ["--optim", "galore_adamw", "--optim_target_modules", "q_proj", "v_proj", "--optim_args", "rank=4"],
+        ["--optim galore_adamw: is not supported", "--optim_target_modules q_proj v_proj: has an effect on GaLore"],
+    ),
+    "optimizer's settings": (
+        ["--optim", "sgd", "--optim_args", "momentum=x,beta=1"],
+        ["momentum=x: must be a number", "beta=1: --optim sgd has no such setting"],
+    ),
     "no such user": (["--output_dir", "~no_such_user/x"], ["--output_dir ~no_such_user/x: no such user"]),
     "not UTF-8": (["--output_dir", "\udcff"], ["--output_dir", "not UTF-8"]),
     "attention without its package": (["--attn_implementation", "flash_attention_3"], ["flash_attention_3", "auto"]),
