@@ -140,7 +140,15 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     )
     compile_layers: bool = flag("Compile each repeated layer separately; pays on a GPU in long runs.", False)
     dataloader_num_workers: int | None = flag("Processes that make batches; 2 with an accelerator, else 0.", None)
+    do_train: bool | None = flag("Accepted for old scripts: this program trains.", None, **BARE_IS_TRUE)
+    include_num_input_tokens_seen: str = flag(
+        "Count the tokens trained on, in the log: all, non_padding, or no.", "no", nargs="?", const="all"
+    )
     logging_nan_inf_filter: bool = flag("Leave non-finite losses out of the log; waits for the device.", False)
+    parallelism_config: str | None = flag("Not supported: use --deepspeed or --fsdp.", None)
+    report_to: list[str] = flag(
+        "Where else to log: none, all, tensorboard, wandb and others; one or several.", ["none"]
+    )
     restart: bool = flag("Start over although output_dir has checkpoints; they are moved to a folder there.", False)
     trust_checkpoint: bool = flag(
         "Resume without auditing the files that DeepSpeed and DCP unpickle; they may run code.", False

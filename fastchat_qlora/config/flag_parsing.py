@@ -41,6 +41,12 @@ def string_to_bool(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be true/false, yes/no, on/off, t/f, y/n or 1/0, not {value!r}")
 
 
+def parse_token_count(value: str) -> str | None:
+    """Return which tokens --include_num_input_tokens_seen counts (all, non_padding or no); None for another word."""
+    word = value.lower()
+    return "all" if word in ("all", *TRUE) else "no" if word in FALSE else word if word == "non_padding" else None
+
+
 def normalize_flag(name: str) -> str:
     """Return a flag's name with underscores; both spellings are accepted."""
     return "--" + name[2:].replace("-", "_")

@@ -2,23 +2,149 @@
 
 import argparse
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
 
 import torch
 
+from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.config.flag_parsing import parse_token_count
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator, runs_on_cpu
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.config.validation.optimizers import describe_ignored
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
+from fastchat_qlora.utils.text import mask_secrets
 
 PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_checkpoint", "data_path", "eval_data_path")
 """Flags whose ~ is expanded; hub ids have none."""
 
 
-def resolve_flags(values: argparse.Namespace) -> list[str]:
+NAMED_RUNS = ("wandb", "trackio", "mlflow", "comet_ml", "swanlab", "all")  # values of --report_to that show --run_name
+
+Values = argparse.Namespace
+
+
+class Ignored(NamedTuple):
+    """Flags of transformers without effect here, or without it beside other flags."""
+
+    flags: tuple[str, ...]
+    is_ignored: Callable[[Values], object]  # true or false
+    why: str
+    stays: bool = False  # in the records of the run
+
+
+def _has_no_part(*reporters: str) -> Callable[[Values], bool]:
+    return lambda values: not {*values.report_to} & {*reporters}
+
+
+IGNORED = (
+    Ignored(
+        (
+            *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "label_names"),
+            *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+        ),
+        lambda values: True,
+        "evaluation computes the loss alone, conversation by conversation",
+    ),
+    Ignored(("use_cache",), lambda values: True, "training uses no cache"),
+    Ignored(("length_column_name",), lambda values: True, "the lengths of the sequences are known"),
+    Ignored(("enable_jit_checkpoint",), lambda values: True, "SIGTERM and SIGINT always save a checkpoint"),
+    Ignored(
+        ("restore_callback_states_from_checkpoint",),
+        lambda values: True,
+        "a resumed run always restores what it needs",
+    ),
+    Ignored(("run_name",), _has_no_part(*NAMED_RUNS), "no --report_to shows it", stays=True),
+    Ignored(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        _has_no_part("trackio", "all"),
+        "needs --report_to trackio",
+    ),
+    Ignored(
+        ("hub_model_id", "hub_token", "hub_strategy", "hub_always_push", "hub_revision"),
+        lambda values: not values.push_to_hub,
+        "needs --push_to_hub True",
+    ),
+    Ignored(
+        ("hub_private_repo",),
+        lambda values: not values.push_to_hub and _has_no_part("trackio", "all")(values),
+        "needs --push_to_hub True",
+    ),
+    Ignored(
+        ("eval_strategy", "eval_on_start", "do_eval", "eval_steps", "eval_delay", "per_device_eval_batch_size"),
+        lambda values: not (values.eval_data_path or values.eval_split),
+        "there is nothing to evaluate on; give --eval_data_path or --eval_split",
+    ),
+    Ignored(
+        ("eval_steps", "eval_delay"),
+        lambda values: values.eval_strategy == "no",
+        "needs --eval_strategy steps or epoch",
+    ),
+    Ignored(("eval_steps",), lambda values: values.eval_strategy == "epoch", "needs --eval_strategy steps"),
+    Ignored(("save_steps",), lambda values: values.save_strategy != "steps", "needs --save_strategy steps"),
+    Ignored(
+        ("save_total_limit", "save_only_model"),
+        lambda values: values.save_strategy == "no",
+        "--save_strategy no saves no checkpoints",
+    ),
+    Ignored(
+        ("logging_steps",),
+        lambda values: values.logging_strategy != "steps" and (values.eval_strategy != "steps" or values.eval_steps),
+        "needs --logging_strategy steps",  # evaluations that have no steps of their own take those of the log
+    ),
+    Ignored(
+        ("metric_for_best_model", "greater_is_better"),
+        lambda values: (
+            not (values.load_best_model_at_end or values.save_strategy == "best")
+            and values.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")
+        ),
+        "needs --load_best_model_at_end True or --save_strategy best",
+    ),
+    Ignored(
+        ("ddp_backend", "ddp_timeout", "average_tokens_across_devices", "log_level_replica"),
+        lambda values: not is_launched(values),
+        "there is only one process",
+    ),
+    Ignored(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        lambda values: not is_launched(values) or values.fsdp or values.deepspeed,
+        "needs DDP: several processes without --fsdp and --deepspeed",
+    ),
+    Ignored(
+        ("save_on_each_node", "log_on_each_node"),
+        lambda values: os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
+        "there is only one machine",
+    ),
+    Ignored(
+        ("ddp_timeout",),
+        lambda values: values.use_cpu,
+        "transformers sets it for processes on accelerators only",
+    ),
+    Ignored(("torch_empty_cache_steps",), lambda values: values.use_cpu, "there is no device to empty a cache of"),
+    Ignored(
+        ("torch_compile_mode",),
+        lambda values: values.torch_compile_backend not in (None, "inductor"),
+        "needs --torch_compile_backend inductor",
+    ),
+    Ignored(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        lambda values: False in (values.activation_checkpointing, values.gradient_checkpointing),
+        "nothing is checkpointed",
+    ),
+    Ignored(
+        ("local_rank",), lambda values: "LOCAL_RANK" not in os.environ, "launchers give the rank in the environment"
+    ),
+)
+"""Flags that are reset to their defaults with a warning; of two entries that hold, the first is logged."""
+
+
+def resolve_flags(values: Values) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
-    warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
+    warnings = [*_resolve_device(values), *_reset_ignored(values), *_resolve_strategy(values)]
     warnings += describe_ignored(values, on_cpu=runs_on_cpu(values))
+    values.include_num_input_tokens_seen = parse_token_count(values.include_num_input_tokens_seen)
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
     for name in JSON_FLAGS:
@@ -31,7 +157,7 @@ def resolve_flags(values: argparse.Namespace) -> list[str]:
     return warnings
 
 
-def _resolve_device(values: argparse.Namespace) -> list[str]:
+def _resolve_device(values: Values) -> list[str]:
     if lacks_accelerator() and not values.use_cpu:
         values.use_cpu = True
         return ["No accelerator found: training on the CPU."]
@@ -41,32 +167,33 @@ def _resolve_device(values: argparse.Namespace) -> list[str]:
     return []
 
 
-def _resolve_evaluation(values: argparse.Namespace) -> list[str]:
-    """Switch evaluation off where there is no data for it, as in FastChat's published commands."""
-    warnings: list[str] = []
-    if values.eval_data_path or values.eval_split:
-        return warnings
-    if values.eval_strategy != "no":
-        warnings.append(
-            f"--eval_strategy {values.eval_strategy}: ignored: there is nothing to evaluate on; give --eval_data_path "
-            "or --eval_split."
-        )
-    if values.eval_on_start or values.do_eval:
-        warnings.append("--eval_on_start, --do_eval: ignored: there is nothing to evaluate on.")
-    values.eval_strategy, values.eval_on_start, values.do_eval = "no", False, False
-    return warnings
+def _reset_ignored(values: Values) -> Iterator[str]:
+    """Reset flags without effect to their defaults, which keeps their side effects away, and yield why."""
+    defaults = _get_defaults()
+    for ignored in IGNORED:
+        given = [name for name in ignored.flags if getattr(values, name, defaults.get(name)) != defaults.get(name)]
+        if given and ignored.is_ignored(values):
+            shown = ", ".join(f"--{name} {mask_secrets(getattr(values, name), name)}" for name in given)
+            yield f"{shown}: ignored: {ignored.why}."
+            for name in () if ignored.stays else given:
+                setattr(values, name, defaults[name])
 
 
-def _resolve_strategy(values: argparse.Namespace) -> list[str]:
+def _get_defaults() -> dict[str, Any]:
+    """Return the defaults of the flags of TrainingArguments that have one."""
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(TrainingArguments)
+    }
+
+
+def _resolve_strategy(values: Values) -> list[str]:
     """Drop what needs several processes where there is one, and complete the settings of FSDP."""
     warnings: list[str] = []
     values.fsdp = parse_fsdp_flag(values.fsdp)
     if values.fsdp and not is_launched(values):
         warnings.append("--fsdp: ignored: a single process has nothing to shard; launch with torchrun.")
         values.fsdp, values.fsdp_config = False, None
-    if values.ddp_backend and "RANK" not in os.environ:
-        warnings.append(f"--ddp_backend {values.ddp_backend}: ignored: there is only one process.")
-        values.ddp_backend = None
     if values.fsdp:
         given = parse_json(values.fsdp_config or "{}")
         values.fsdp_config, checkpointing = complete_fsdp_config(given, quantized=values.q_lora)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, Trainer
+from transformers import GenerationConfig, Trainer, debug_utils
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -160,9 +161,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         infos = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
         supervised = sum(info["num_supervised"] for info in infos)
-        self.throughput.count(sum(info["num_tokens"] for info in infos), supervised)
+        tokens = sum(info["num_tokens"] for info in infos)
+        self.throughput.count(tokens, supervised)
         self.step = Step([info["sources"] for info in infos], supervised)
         sizes = [batch["input_ids"].numel() for batch in batches]
+        if self.args.include_num_input_tokens_seen != "no":
+            counted = tokens if self.args.include_num_input_tokens_seen == "non_padding" else sum(sizes)
+            total = self.accelerator.reduce(torch.tensor(counted, device=device), reduction="sum")
+            self.state.num_input_tokens_seen += int(total)
         self.largest_batch_tokens = max([self.largest_batch_tokens, *sizes])
         unweighted = [
             info["num_supervised"] for batch, info in zip(batches, infos, strict=True) if WEIGHTS not in batch
@@ -177,10 +183,22 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward of a micro-batch, and keep its loss for the end of the step."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        try:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        except ValueError as error:
+            if not _is_raised_in(error, debug_utils.__name__):
+                raise
+            step = self.state.global_step + 1
+            raise RunError(
+                f"--debug underflow_overflow: step {step}: a value is inf or nan, as listed above; check the data, or "
+                "lower --learning_rate"
+            ) from error
         loss = loss - self._router_part  # it is logged apart
         self.step.losses.append(loss)
         return loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count nothing: get_batch_samples does, which knows padding from a turn's end with the same id."""
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
         """Return the gradient norm over all shards, and keep it for the end of the step."""
@@ -437,3 +455,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages in each call: 2 ms
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
+
+
+def _is_raised_in(error: Exception, module: str) -> bool:
+    """Return whether a module's own code has raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return bool(frame.f_globals.get("__name__") == module)

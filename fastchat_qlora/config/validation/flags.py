@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+from fastchat_qlora.config.flag_parsing import parse_token_count
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
@@ -23,6 +24,7 @@ EXCLUSIVE = (
     ("dequantize_base", "load_in_8bit", "the base model is loaded in the compute dtype or in 8 bits; drop one"),
     ("lazy_preprocess", "remove_unused_columns", "the text is needed later; drop one"),
     ("eval_split", "eval_data_path", "two sources of evaluation data; drop one"),
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "two names of one setting; drop one"),
 )
 """Flags that must not be given together, and why."""
 
@@ -40,6 +42,15 @@ PACKAGES = (
     ("use_liger_kernel", "liger_kernel", "liger-kernel"),
 )
 """Flags, the packages that they need, and what to install."""
+
+UNSUPPORTED = (
+    ("do_train", False, "this program trains; use --dry_run True, or fastchat-qlora inspect or plan"),
+    ("do_predict", True, "prediction is not supported; drop the flag"),
+    ("parallelism_config", None, "is not supported; use --deepspeed or --fsdp"),
+    ("greater_is_better", True, "only the loss is measured, and a smaller one is better; drop the flag"),
+    ("dataloader_in_order", False, "the order would depend on time, and no run could be resumed; drop the flag"),
+)
+"""Flags, the value of each that is refused (None: any), and why."""
 
 WORKER_SETTINGS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor")
 
@@ -86,6 +97,10 @@ def _check_tables(values: Values) -> Iterator[str]:
     for flag, package, name in PACKAGES:
         if (value := getattr(values, flag)) and importlib.util.find_spec(package) is None:
             yield f"--{flag} {value}: the package {package} is not installed; pip install {name}, or drop the flag"
+    for flag, refused, why in UNSUPPORTED:
+        value = getattr(values, flag)
+        if value is not None and refused in (None, value):
+            yield f"--{flag} {value}: {why}"
 
 
 def _check_devices(values: Values) -> Iterator[str]:
@@ -93,6 +108,11 @@ def _check_devices(values: Values) -> Iterator[str]:
         yield "--fp16 True: is not supported on a CPU; drop the flag, or use --bf16 True if the CPU has AVX-512"
     if values.tf32 and runs_on_cpu(values):
         yield "--tf32 True: needs an NVIDIA GPU (Ampere or newer); drop it on a CPU"
+    if values.use_liger_kernel and runs_on_cpu(values):
+        yield "--use_liger_kernel True: its kernels need a GPU; drop it on a CPU"
+    for dtype in ("bf16", "fp16"):
+        if getattr(values, f"{dtype}_full_eval") and not getattr(values, dtype):
+            yield f"--{dtype}_full_eval True: evaluation has the precision of training; give --{dtype} True instead"
     if values.use_cpu and values.device_type == "cuda":
         yield "--use_cpu True and --device_type cuda: two kinds of device; drop one"
     if values.use_cpu and values.device_type == "auto" and values.device_memory_gib:
@@ -114,6 +134,11 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
+    accumulation = parse_object(values.accelerator_config).get("gradient_accumulation_kwargs") or {}
+    syncs = isinstance(accumulation, dict) and parse_switch(accumulation.get("sync_each_batch"))
+    if values.ddp_static_graph and values.gradient_accumulation_steps > 1 and is_launched(values) and not syncs:
+        # torch 2.13 ends in an assertion of the reducer where a static graph's first pass is not synchronized.
+        yield "--ddp_static_graph True: fails with --gradient_accumulation_steps; drop one"
     yield from find_strategy_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
@@ -129,9 +154,6 @@ def _check_sequences(values: Values) -> Iterator[str]:
     if values.padding_free and values.neftune_noise_alpha is not None:
         alpha = f"--neftune_noise_alpha {values.neftune_noise_alpha}"
         yield f"{alpha}: scales with the sequence length, so it needs --padding_free False; give that too"
-    accelerator = parse_object(values.accelerator_config)
-    if split := [name for name in ("dispatch_batches", "split_batches") if accelerator.get(name)]:
-        yield f"--accelerator_config {', '.join(split)}: batches cannot be split; leave it out"
 
 
 def _check_checkpointing(values: Values) -> Iterator[str]:
@@ -141,6 +163,8 @@ def _check_checkpointing(values: Values) -> Iterator[str]:
         yield f"--{names[0]} {newer} and --{names[1]} {older}: two names of one setting; drop one"
     for name in names:
         kwargs = parse_object(getattr(values, f"{name}_kwargs", None))  # older versions of transformers lack one
+        if parse_switch(kwargs.get("offload")) and runs_on_cpu(values):
+            yield f"--{name}_kwargs offload: moves activations off a GPU; leave it out on a CPU"
         if newer is None and older is None and "every_n_layers" in kwargs:
             yield f"--{name}_kwargs every_n_layers: has no effect without --{name} True; add that or drop this"
 
@@ -179,8 +203,9 @@ def _check_availability(values: Values) -> Iterator[str]:
         yield "--system_prompt: is not UTF-8, so no tokenizer reads it; write it in UTF-8"
     if values.chat_template_date and not is_date(values.chat_template_date):
         yield f"--chat_template_date {values.chat_template_date}: is no date; write it as in 2026-11-30"
-    if values.do_predict:
-        yield "--do_predict True: prediction is not supported; drop the flag"
+    if parse_token_count(values.include_num_input_tokens_seen) is None:
+        given = values.include_num_input_tokens_seen
+        yield f"--include_num_input_tokens_seen {given}: must be all, non_padding or no"
 
 
 def _check_evaluation(values: Values) -> Iterator[str]:
@@ -190,11 +215,17 @@ def _check_evaluation(values: Values) -> Iterator[str]:
     if values.save_strategy == "best" and not (values.metric_for_best_model and evaluates):
         needed = "--metric_for_best_model eval_loss, --eval_strategy, and --eval_data_path or --eval_split"
         yield f"--save_strategy best: needs evaluations; give {needed}, or choose steps"
+    elif values.load_best_model_at_end and not evaluates:
+        needed = "--eval_strategy, and --eval_data_path or --eval_split"
+        yield f"--load_best_model_at_end True: needs evaluations; give {needed}, or drop the flag"
 
 
 def _check_reporters(values: Values) -> list[str]:
-    wanted = {*([values.report_to] if isinstance(values.report_to, str) else values.report_to)} - {"all", "none"}
-    if not wanted:
+    given = {*values.report_to}
+    if len(given) > 1 and (alone := given & {"all", "none"}):
+        words = " and ".join(sorted(alone))
+        return [f"--report_to {' '.join(values.report_to)}: {words} must stand alone; drop the rest"]
+    if not (wanted := given - {"all", "none"}):
         return []
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK

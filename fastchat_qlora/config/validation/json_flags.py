@@ -12,7 +12,7 @@ from typing import Any
 from fastchat_qlora.config.validation.columns import find_column_errors
 from fastchat_qlora.config.validation.deepspeed import find_malformed_config
 from fastchat_qlora.config.validation.fsdp import find_fsdp_config_errors
-from fastchat_qlora.config.validation.json_schema import OBJECT, SWITCH, WHOLE_NUMBER, find_invalid, one_of
+from fastchat_qlora.config.validation.json_schema import OBJECT, SWITCH, WHOLE_NUMBER, Kind, find_invalid, one_of
 
 MAX_DEPTH = 50  # nested objects; no setting of any library is as deep
 MAX_FILE_BYTES = 1 << 20
@@ -24,15 +24,19 @@ CHECKPOINTING = {
 }
 NOT_REENTRANT = ("early_stop", "debug", "determinism_check")  # torch takes them only without use_reentrant
 
+WHOLE_BATCHES = Kind("false, since batches cannot be split", lambda value: str(value).lower() == "false")
 ACCELERATOR = {
-    **dict.fromkeys(("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"), SWITCH),
+    **dict.fromkeys(("split_batches", "dispatch_batches"), WHOLE_BATCHES),
+    "even_batches": Kind("true, since all processes do the same steps", lambda value: str(value).lower() == "true"),
+    "use_seedable_sampler": Kind("true, since the seed decides the order", lambda value: str(value).lower() == "true"),
     "non_blocking": SWITCH,
     "gradient_accumulation_kwargs": OBJECT,
 }
-ACCUMULATION = dict.fromkeys(("adjust_scheduler", "sync_with_dataloader", "sync_each_batch"), SWITCH)
+ACCUMULATION = {"sync_each_batch": SWITCH}
 UNSUPPORTED_ACCELERATOR = {
     "num_steps": "give --gradient_accumulation_steps",
     "use_configured_state": "the run has no other state",
+    **dict.fromkeys(("adjust_scheduler", "sync_with_dataloader"), "Trainer does not read it"),
 }
 
 RENDERED_NAMES = {

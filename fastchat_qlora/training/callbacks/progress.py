@@ -47,7 +47,7 @@ class ProgressLog(ProgressCallback):  # type: ignore[misc]  # transformers is un
         if not state.is_world_process_zero:
             return
         seconds_per_step = (time.monotonic() - self._began_at) / max(step - self._first_step, 1)
-        if "train_runtime" in logs and step == self._first_step:
+        if "train_loss" in logs and step == self._first_step:
             logger.info(f"All {step:,} steps had been done before; none was left to train.")
         elif line := format_log_entry(logs, step, state.max_steps, seconds_per_step * (state.max_steps - step)):
             logger.info(line)
@@ -71,7 +71,7 @@ def show_progress(trainer: Trainer) -> None:
 
 def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, seconds_left: float) -> str:
     """Return a log entry as a line; empty for one with neither a loss nor the results of the run."""
-    if "train_runtime" in logs:
+    if "train_loss" in logs:  # with --include_num_input_tokens_seen every entry has a train_runtime
         seconds, loss = logs["train_runtime"], logs["train_loss"]
         return f"{step:,} steps; {_format_seconds(seconds)} of this process, mean loss {loss:.4g}."
     place = f"step {step:,} of {max_steps:,} ({step / max(max_steps, 1):.0%})"
@@ -88,6 +88,8 @@ def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, secon
     if "tokens_per_second" in logs:
         supervised = logs["supervised_tokens_per_second"]
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s, {supervised:,.0f} of them supervised")
+    if "num_input_tokens_seen" in logs:
+        parts.append(f"{logs['num_input_tokens_seen']:,} tokens so far")
     if step < max_steps:
         parts.append(f"{_format_seconds(seconds_left)} left")
     return f"{place}: {', '.join(parts)}"

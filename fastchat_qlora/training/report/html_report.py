@@ -72,7 +72,7 @@ class RunReport(AbstractContextManager["RunReport"], TrainerCallback):  # type: 
 
     def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the page if it is due, but not for the last entry, which the end follows."""
-        if time.monotonic() >= self._due_at and "train_runtime" not in (logs or {}):
+        if time.monotonic() >= self._due_at and "train_loss" not in (logs or {}):
             self.on_save()
 
     def on_save(self, *_: Any, **__: Any) -> None:
