@@ -8,6 +8,7 @@ import torch
 from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
+from fastchat_qlora.distributed.environment import settle_variables
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
 
 PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_checkpoint", "data_path", "eval_data_path")
@@ -17,6 +18,7 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_che
 def resolve_flags(values: argparse.Namespace) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
     warnings = [*_resolve_device(values), *_resolve_evaluation(values), *_resolve_strategy(values)]
+    warnings += settle_variables(values)
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
     for name in JSON_FLAGS:
@@ -32,7 +34,8 @@ def resolve_flags(values: argparse.Namespace) -> list[str]:
 def _resolve_device(values: argparse.Namespace) -> list[str]:
     if lacks_accelerator() and not values.use_cpu:
         values.use_cpu = True
-        return ["No accelerator found: training on the CPU."]
+        hidden = ", since CUDA_VISIBLE_DEVICES is empty" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ""
+        return [f"No accelerator found{hidden}: training on the CPU."]
     count = torch.accelerator.device_count()
     if not values.use_cpu and count > 1 and "WORLD_SIZE" not in os.environ:
         return [f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."]
