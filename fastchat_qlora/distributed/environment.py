@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple
 
 from fastchat_qlora.errors import UserError, raise_errors
 
-Values = argparse.Namespace
-
 
 class Variable(NamedTuple):
     """What becomes of an environment variable."""
@@ -155,7 +153,7 @@ def count_processes() -> int:
     return int(size) if size.isdecimal() else 1
 
 
-def find_variable_errors(values: Values) -> Iterator[str]:
+def find_variable_errors(values: argparse.Namespace) -> Iterator[str]:
     """Yield errors of variables that ask for what the flags do not, so that another run would be trained."""
     for name, (flag, wanted) in STRATEGIES.items():
         if _is_on(name) and not (flag and getattr(values, flag)):
@@ -171,7 +169,7 @@ def find_variable_errors(values: Values) -> Iterator[str]:
         yield "--tf32 True and NVIDIA_TF32_OVERRIDE 0 in the environment: the driver switches TF32 off; drop one"
 
 
-def settle_variables(values: Values) -> list[str]:
+def settle_variables(values: argparse.Namespace) -> list[str]:
     """Remove the variables that flags replace, and return warnings about those that say otherwise and those that count.
 
     transformers sets some of them itself while it builds its arguments.
@@ -203,7 +201,7 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() not in OFF
 
 
-def _agrees(name: str, values: Values) -> bool:
+def _agrees(name: str, values: argparse.Namespace) -> bool:
     """Return whether the flags say the same as a variable, as far as both are switches or names."""
     value = os.environ[name]
     if name == "ACCELERATE_MIXED_PRECISION":

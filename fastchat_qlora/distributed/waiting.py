@@ -79,7 +79,7 @@ def reporting_waits(seconds: float = WAIT_SECONDS) -> Iterator[None]:
 
 
 def _watch(watched: int, ended: threading.Event, seconds: float) -> None:
-    """Look at the stack of a thread until it has ended, and log a wait each time that it has doubled."""
+    """Watch the stack of a thread until the end, and log a wait each time that it has doubled."""
     call, since, due = 0, 0.0, seconds
     while not ended.wait(seconds / LOOKS):
         calls = _find_waits(sys._current_frames().get(watched))
