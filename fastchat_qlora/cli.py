@@ -14,6 +14,8 @@ from typing import NoReturn
 from fastchat_qlora import __version__
 from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
 from fastchat_qlora.config.fast_help import check_fast
+from fastchat_qlora.distributed.environment import count_processes, settle_launcher
+from fastchat_qlora.distributed.waiting import reporting_waits
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
@@ -25,6 +27,7 @@ LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher
 
 def _run_train(argv: Sequence[str]) -> None:
     check_fast("train", argv)
+    _settle_launcher()
     from fastchat_qlora.config.parser import parse_args
 
     args = parse_args(argv)
@@ -35,6 +38,7 @@ def _run_train(argv: Sequence[str]) -> None:
 
 def _run_inspect(argv: Sequence[str]) -> None:
     check_fast("inspect", argv)
+    _settle_launcher()
     from fastchat_qlora.commands.inspect.command import inspect
 
     inspect(argv)
@@ -42,9 +46,15 @@ def _run_inspect(argv: Sequence[str]) -> None:
 
 def _run_plan(argv: Sequence[str]) -> None:
     check_fast("plan", argv)
+    _settle_launcher()
     from fastchat_qlora.commands.plan.command import plan
 
     plan(argv)
+
+
+def _settle_launcher() -> None:
+    for warning in settle_launcher():
+        logging.getLogger(__name__).warning(warning)
 
 
 def _run_chat(argv: Sequence[str]) -> None:
@@ -89,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-        COMMANDS[name][0](rest)
+        with reporting_waits():
+            COMMANDS[name][0](rest)
     except UserError as error:
         return _fail(str(error), code=2)
     except AgreedError as error:
@@ -112,7 +123,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     active exception", seen with torch 2.13.0, gloo and DeepSpeed 0.19.8) and turns a good run into a failed one. This
     can go once it no longer does.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if count_processes() == 1:
         sys.exit(main(argv))
     try:
         code = main(argv)
@@ -139,7 +150,8 @@ def _fail_among_several(error: Exception) -> int:
         return 128 + signum
     time.sleep(LAUNCHER_SECONDS)
     reason = escape_control(one_line(error))[:300]
-    sys.stderr.write(f"error: rank {os.environ.get('RANK')}: another process of the run has ended: {reason}\n")
+    peer = "another process of the run has ended, or does not answer"
+    sys.stderr.write(f"error: rank {os.environ.get('RANK')}: {peer}: {reason}\n")
     return 1
 
 
@@ -193,8 +205,8 @@ def _fail(message: str, code: int) -> int:
     to one process only, which reports it at once.
     """
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    if local_rank != "0" and code == 2:
+    if local_rank != "0" and code == 2 and count_processes() > 1:
         time.sleep(FIRST_PROCESS_SECONDS)
-    where = "" if local_rank == "0" else f"local rank {local_rank}: "
+    where = "" if local_rank == "0" or count_processes() == 1 else f"local rank {local_rank}: "
     sys.stderr.write(f"error: {where}{escape_control(mask_secrets(one_line(message)))}\n")
     return code

@@ -15,6 +15,7 @@ from fastchat_qlora.config.resolve import resolve_flags
 from fastchat_qlora.config.validation.deepspeed import find_deepspeed_errors
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.config.validation.paths import check_writable
+from fastchat_qlora.distributed.extension_lock import remove_stale_locks
 from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
@@ -79,10 +80,12 @@ def parse_command(argv: Sequence[str], prog: str, own: type[Group]) -> tuple[Run
 def _build_run(flags: ParsedFlags) -> tuple[RunArguments, list[str]]:
     """Return the argument groups of a run, and warnings about flags that this machine changes."""
     configuration = flags.values.deepspeed
+    has_processes = flags.values.devices is None
     warnings = resolve_flags(flags.values)
+    if configuration and has_processes:
+        remove_stale_locks()  # before the first operation of DeepSpeed is compiled
     args = RunArguments(*(_build_group(group, flags) for group in GROUPS))
     if configuration:
-        has_processes = flags.values.devices is None
         errors = find_deepspeed_errors(args.training, flags.given, has_processes=has_processes)
         raise_errors([f"--deepspeed {configuration}: {error}" for error in errors])
     return args, warnings

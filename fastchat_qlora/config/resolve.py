@@ -14,6 +14,7 @@ from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerato
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.config.validation.optimizers import describe_ignored
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
+from fastchat_qlora.distributed.environment import settle_variables
 from fastchat_qlora.distributed.fsdp_config import complete_fsdp_config, parse_fsdp_flag
 from fastchat_qlora.utils.text import mask_secrets
 
@@ -145,6 +146,7 @@ def resolve_flags(values: Values) -> list[str]:
     warnings = [*_resolve_device(values), *_reset_ignored(values), *_resolve_strategy(values)]
     warnings += describe_ignored(values, on_cpu=runs_on_cpu(values))
     values.include_num_input_tokens_seen = parse_token_count(values.include_num_input_tokens_seen)
+    warnings += settle_variables(values)
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)
     for name in JSON_FLAGS:
@@ -160,7 +162,8 @@ def resolve_flags(values: Values) -> list[str]:
 def _resolve_device(values: Values) -> list[str]:
     if lacks_accelerator() and not values.use_cpu:
         values.use_cpu = True
-        return ["No accelerator found: training on the CPU."]
+        hidden = ", since CUDA_VISIBLE_DEVICES is empty" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ""
+        return [f"No accelerator found{hidden}: training on the CPU."]
     count = torch.accelerator.device_count()
     if not values.use_cpu and count > 1 and "WORLD_SIZE" not in os.environ:
         return [f"One process trains on one of {count} accelerators; launch with torchrun or deepspeed to use all."]

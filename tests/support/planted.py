@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from fastchat_qlora import cli
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.training import run
 from fastchat_qlora.training.callbacks import gradient_guards as guards
@@ -46,6 +48,19 @@ def _wait_in_c() -> None:
     libc = ctypes.CDLL(None)
     while True:
         libc.sleep(60)  # a signal ends it, and the handler runs
+
+
+def late_rank_1() -> None:
+    """Let the second process come late to the first step, and log waits of a second."""
+    build, report = run._build_trainer, cli.reporting_waits
+
+    def build_late(*args: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            time.sleep(4)
+        return build(*args)
+
+    run._build_trainer = build_late
+    cli.reporting_waits = lambda: report(1.0)
 
 
 def small_files() -> None:

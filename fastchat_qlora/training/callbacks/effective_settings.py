@@ -88,6 +88,7 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, publ
         "gradient clipping": str(engine.gradient_clipping() if engine else args.max_grad_norm),
         "offload": _describe_offload(trainer, engine),
         "checkpointing": _describe_checkpointing(model),
+        "compilation": _describe_compilation(trainer, model),
         "batch": f"{micro} x {accumulation} accumulated x {args.world_size} processes "
         f"= {micro * accumulation * args.world_size} {unit} a step",
     }
@@ -219,3 +220,12 @@ def _describe_checkpointing(model: torch.nn.Module) -> str:
         return "off"
     reentrant = getattr(checkpointed[0]._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
     return f"{len(checkpointed)} of {len(layers)} layers, {'reentrant' if reentrant else 'not reentrant'}"
+
+
+def _describe_compilation(trainer: LoraTrainer, model: torch.nn.Module) -> str:
+    """Return which modules torch compiles, as marked by `torch.compile` or by their own `compile`."""
+    layers, modules = get_repeated_layers(model), trainer.model_wrapped.modules()
+    compiled = [module for module in modules if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None]
+    if not compiled:
+        return "none"
+    return f"{len(compiled)} of {len(layers)} layers, one by one" if {*compiled} <= {*layers} else "the whole model"

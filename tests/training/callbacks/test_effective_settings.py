@@ -8,6 +8,7 @@ from quick_runs import command, seen, train  # noqa: F401  # a fixture
 
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.loading.base_model import get_repeated_layers
 from fastchat_qlora.training.callbacks.effective_settings import (
     EffectiveSettings,
     _format_bytes,
@@ -56,6 +57,23 @@ def test_one_process_holds_the_whole_base(model_folder: Path, data_file: Path, t
     model = seen["trainer"].adapter
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     assert get_base_bytes(model) == (frozen, frozen)
+
+
+def test_compilation_is_read_back(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    seen: dict,  # noqa: F811
+) -> None:
+    flags = {"max_steps": 1, "torch_compile_backend": "eager"}
+    settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
+    assert settings["compilation"] == "the whole model"
+    trainer = seen["trainer"]
+    trainer.model_wrapped = trainer.adapter
+    assert read_back(trainer)["compilation"] == "none"
+    for layer in get_repeated_layers(trainer.adapter):
+        layer.compile(backend="eager")  # as --compile_layers True does
+    assert read_back(trainer)["compilation"] == "2 of 2 layers, one by one"
 
 
 def test_another_strategy_than_asked_for_stops_the_run(
