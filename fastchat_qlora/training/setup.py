@@ -65,7 +65,8 @@ from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_data, fingerprint_settings
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
-from fastchat_qlora.training.preflight import run_preflight
+from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
+from fastchat_qlora.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
     require_agreement(_get_shared_settings(args, datasets, checkpoint))
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
+    warn_of_schedule(training_args, count_steps(training_args, len(train_dataset), topology.world_size).steps)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, datasets.train)
