@@ -43,8 +43,9 @@ def count_checkpoints(args: Any, sequences: int, processes: int) -> int:
     if args.save_strategy == "no":
         return 0
     steps_per_epoch, steps, _ = count_steps(args, sequences, processes)
+    evaluates_between = args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.STEPS
     if args.save_strategy == IntervalStrategy.STEPS:
-        every = args.save_steps
+        every = args.eval_steps if evaluates_between else args.save_steps
     elif args.save_strategy == "best" and args.eval_strategy == IntervalStrategy.STEPS:
         every = args.eval_steps
     else:

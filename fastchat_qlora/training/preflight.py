@@ -1,6 +1,7 @@
 """Trial of optimizer, schedule, compiler and hub before the weights are loaded."""
 
 import inspect
+import logging
 import math
 
 import torch
@@ -9,12 +10,16 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.distributed.deepspeed_config import get_setting
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.optimizers import build_trial_optimizer
 from fastchat_qlora.utils.text import one_line
 
+logger = logging.getLogger(__name__)
+
 TRIAL_STEPS = 100  # steps of a schedule that is tried out, if their number follows from the data
 RUN_PARAMETERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # of a schedule, set by the run
+NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def run_preflight(args: TrainingArguments) -> None:
@@ -42,6 +47,34 @@ def run_preflight(args: TrainingArguments) -> None:
         given = f" with --lr_scheduler_kwargs {settings}" if settings else ""
         takes = f"; --lr_scheduler_kwargs may set {', '.join(allowed)}" if allowed else ""
         raise UserError(f"--lr_scheduler_type {kind}{given}: cannot be used: {one_line(error, 200)}{takes}") from error
+    lowest = max(getattr(schedule, "min_lrs", [0.0]))
+    if lowest > args.learning_rate:  # transformers' greedy has one of 1e-3 by itself, which a reduction would raise to
+        raise UserError(
+            f"--lr_scheduler_type {kind}: its min_lr of {lowest:g} is above --learning_rate {args.learning_rate:g}; "
+            "give --lr_scheduler_kwargs '{\"min_lr\": 0}'"
+        )
+
+
+def warn_of_schedule(args: TrainingArguments, steps: int) -> None:
+    """Log settings of the schedule that do not fit a run of so many steps."""
+    kind, warmup = SchedulerType(args.lr_scheduler_type), args.get_warmup_steps(steps)
+    settings, deepspeeds = args.lr_scheduler_kwargs or {}, get_setting(args.deepspeed or {}, "scheduler.type")
+    stages = warmup + settings.get("num_stable_steps", 0) + settings.get("num_decay_steps", 0)
+    if warmup and kind in NO_WARMUP and not deepspeeds:
+        logger.warning(
+            f"--warmup_steps {args.warmup_steps:g}: ignored: --lr_scheduler_type {kind.value} has no warm-up; choose "
+            "constant_with_warmup, or drop the flag."
+        )
+    elif warmup >= steps > 0:
+        logger.warning(
+            f"--warmup_steps {args.warmup_steps:g}: the run has {steps} steps, so that the learning rate only rises, "
+            f"to {(steps - 1) / warmup:.1%} of --learning_rate; lower it."
+        )
+    elif kind is SchedulerType.WARMUP_STABLE_DECAY and stages > steps:
+        logger.warning(
+            f"--lr_scheduler_kwargs {settings}: with the warm-up its stages have {stages} steps, and the run has "
+            f"{steps}, so that it does not pass through all of them; lower them."
+        )
 
 
 def _check_hub(args: TrainingArguments) -> None:

@@ -21,7 +21,7 @@ from fastchat_qlora.training.callbacks.gradient_guards import GradientGuard, Los
 from fastchat_qlora.training.callbacks.progress import disable_bars_without_terminal, show_progress
 from fastchat_qlora.training.callbacks.sample_generations import SampleGenerations, encode_prompts
 from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sanity_check
-from fastchat_qlora.training.callbacks.step_monitor import StepMonitor
+from fastchat_qlora.training.callbacks.step_monitor import LateEvaluation, StepMonitor
 from fastchat_qlora.training.callbacks.throughput import FirstStepClock
 from fastchat_qlora.training.checkpoints.checkpoint_writer import PrepareOutputDir
 from fastchat_qlora.training.checkpoints.output_lock import lock_output_dir
@@ -71,6 +71,7 @@ def train(args: RunArguments) -> Path:
         for callback in (effective, monitor, PrepareOutputDir(trainer, checkpoint), answers, report):
             trainer.add_callback(callback)
         show_progress(trainer)
+        trainer.add_callback(LateEvaluation(trainer))
         with report:
             with signals.deferred():
                 result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))

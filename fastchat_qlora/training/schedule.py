@@ -1,7 +1,9 @@
-"""Number of optimizer steps of a run, before it begins."""
+"""Optimizer steps of a run, before it begins, and the learning rate where it resumes."""
 
 import math
 from typing import Any, NamedTuple
+
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class Schedule(NamedTuple):
@@ -23,3 +25,20 @@ def count_steps(args: Any, sequences: int, processes: int) -> Schedule:
     per_epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     return Schedule(per_epoch, steps, steps / per_epoch if args.max_steps > 0 else float(args.num_train_epochs))
+
+
+def set_rate(schedule: Any) -> None:
+    """Set the learning rate of the next step to that of the schedule; a checkpoint brings along that of its own.
+
+    One that steps on evaluations has no length, and keeps the rate.
+    """
+    schedule = getattr(schedule, "scheduler", schedule)  # accelerate wraps DeepSpeed's
+    if isinstance(schedule, LambdaLR):
+        rates = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+    elif hasattr(schedule, "last_batch_iteration"):  # DeepSpeed's own
+        schedule.step(schedule.last_batch_iteration)

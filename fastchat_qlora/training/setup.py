@@ -68,7 +68,8 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base
 from fastchat_qlora.training.checkpoints.trained_base import describe_other_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.optimizers import check_silent_steps
-from fastchat_qlora.training.preflight import run_preflight
+from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
+from fastchat_qlora.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +244,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     check_silent_steps(args.training, len(train_dataset), topology.world_size)
+    warn_of_schedule(args.training, count_steps(args.training, len(train_dataset), topology.world_size).steps)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, datasets.train)

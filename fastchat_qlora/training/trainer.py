@@ -14,12 +14,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, Trainer, debug_utils
+from transformers import GenerationConfig, Trainer, TrainerState, debug_utils
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
-from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.sampling import SequenceSampler, StepShape
 from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
@@ -31,18 +32,21 @@ from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
 from fastchat_qlora.training.callbacks.step_monitor import Step
-from fastchat_qlora.training.callbacks.throughput import Throughput
+from fastchat_qlora.training.callbacks.throughput import Throughput, TokenTotal
 from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_writer
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 from fastchat_qlora.training.optimizers import averaged_weights, get_optimizer_arguments, keep_training_point
+from fastchat_qlora.training.schedule import set_rate
 from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
+
+TOKEN_COUNTS = "TokenTotal"  # in the state of a checkpoint, among those of callbacks
 
 NO_SOURCES: Splits[Sequence[str]] = Splits(())  # names of the entries of the data flags
 
@@ -140,10 +144,34 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Create the optimizer; a schedule-free one saves the training point too."""
         return keep_training_point(super().create_optimizer(model))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the sampler; packed sequences come in the order of their own one."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return dataset.sampler if isinstance(dataset, PackedDataset) else super()._get_train_sampler(train_dataset)
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequenceSampler | PackingSampler:
+        """Return a sampler whose order is decided by the seed and the epoch."""
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        self._sampler: SequenceSampler | PackingSampler
+        if isinstance(dataset, PackedDataset):
+            self._sampler = dataset.sampler
+        else:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            step = StepShape(self._train_batch_size, args.world_size, args.gradient_accumulation_steps)
+            strategy = str(args.train_sampling_strategy)
+            self._sampler = SequenceSampler(get_column(dataset, "length"), strategy, seed, step)
+        return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int] | None:
+        """Return the order of the data or of their lengths; transformers may draw another one each time."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return None
+        order: list[int] = (-get_column(eval_dataset, "length")).argsort(kind="stable").tolist()
+        return order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        """Run an epoch in its own order.
+
+        On a resume within an epoch accelerate does not find the sampler of several processes, and takes the order of
+        the first epoch (1.15, `DataLoaderShard.set_epoch`).
+        """
+        self._sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -393,11 +421,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{step}"
         if self.last_checkpoint and folder.resolve() == Path(self.last_checkpoint).resolve():
+            self._record_best(output_dir)  # an evaluation may have followed
             return  # at the end of an epoch a step may be saved twice
         staged = Path(self._get_output_dir(trial)) / folder.name
+        self.throughput.add_up(self.accelerator, self.args.device)
+        self.state.stateful_callbacks[TOKEN_COUNTS] = {"args": {}, "attributes": self.throughput.total._asdict()}
         with self.throughput.paused(), saving(str(folder), output_dir):
             super()._save_checkpoint(model, trial)
-            self._record_best(staged, output_dir)
+            self._record_best(output_dir)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / STATE_FILE))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.args.world_size > 1 and not (self.args.save_only_model or self.args.save_on_each_node):
@@ -410,15 +443,59 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
-    def _record_best(self, staged: Path, output_dir: Path) -> None:
+    def _record_best(self, output_dir: Path) -> None:
         """Record the best checkpoint by its final folder; Trainer recorded the one in which it is written."""
         step = self.state.best_global_step
         if step:
             best = output_dir / f"checkpoint-{step}"
             is_kept = best.exists() or step == self.state.global_step
             self.state.best_model_checkpoint = str(best) if is_kept else None
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / STATE_FILE))
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Compare an evaluation with the best one, and have it saved if it is to be loaded at the end.
+
+        It may lie between two steps of --save_steps.
+        """
+        is_best = bool(super()._determine_best_metric(*args, **kwargs))
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
+    def evaluate_late(self) -> None:
+        """Evaluate the checkpoint that the run has resumed from, as it was to be when it was saved."""
+        if self._determine_best_metric(self._evaluate(None, None), None):
+            self._record_best(Path(self.args.output_dir))
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Load the state of a checkpoint, except for intervals that the flags give.
+
+        transformers 5.23 keeps the checkpoint's, also where they are shares of a run that is longer now.
+        """
+        found: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _load_callback_state(self) -> None:
+        """Load the token counts of a checkpoint, and the callbacks if that is asked for."""
+        counts = self.state.stateful_callbacks.pop(TOKEN_COUNTS, None)
+        if counts is None:
+            step = self.state.global_step
+            logger.warning(f"Tokens are counted from step {step} on: the checkpoint does not have their number.")
+        else:
+            self.throughput.total = TokenTotal(**counts["attributes"])
+        super()._load_callback_state()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, and set the learning rate by the schedule of this run, which may be longer or shorter."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        set_rate(self.lr_scheduler)
+        before, now = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE))).max_steps, self.state.max_steps
+        if before != now:
+            logger.warning(
+                f"The run has {now} steps, and had {before} when the checkpoint was saved; from here on the learning "
+                f"rate is that of a run of {now} steps."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the adapter of a checkpoint, and require that the model holds it."""

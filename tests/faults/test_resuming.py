@@ -99,6 +99,48 @@ def test_deepspeeds_own_schedule_resumes(model_folder: Path, data: Path, tmp_pat
     assert "Resuming from" in ended.said and digest(parts) == digest(whole)
 
 
+def read_history(output: Path) -> list[dict[str, float]]:
+    history: list[dict[str, float]] = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return history
+
+
+def read_rates(output: Path) -> dict[float, float]:
+    return {entry["step"]: entry["learning_rate"] for entry in read_history(output) if "learning_rate" in entry}
+
+
+def test_longer_run_has_its_own_schedule(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """From its first step on; a share of the steps is one of the longer run too."""
+    output = tmp_path / "out"
+    more = "--learning_rate 1e-3 --eval_split 4 --eval_strategy steps --eval_steps 0.5 --max_steps"
+    assert train(arguments(model_folder, data, output, f"{more} 6"), tmp_path).codes == [0]
+    ended = train(arguments(model_folder, data, output, f"{more} 12"), tmp_path)
+    assert ended.codes == [0] and ended.said.count("The run has 12 steps, and had 6") == 1, ended.said
+    rates = read_rates(output)
+    assert rates[7] == 5e-4 and rates == pytest.approx(
+        {step: 1e-3 * (length - step + 1) / length for step in range(1, 13) for length in (6 if step < 7 else 12,)}
+    )
+    assert [entry["step"] for entry in read_history(output) if "eval_loss" in entry] == [3, 6, 12]
+
+
+@pytest.mark.matrix
+def test_longer_run_with_deepspeeds_own_schedule(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    configuration = json.loads((ROOT / "playground" / "deepspeed_config_s2.json").read_text())
+    configuration["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto"}}
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(configuration))
+    whole, parts = tmp_path / "whole" / "out", tmp_path / "parts" / "out"
+    for output, lengths in ((whole, (8,)), (parts, (4, 8))):
+        for steps in lengths:
+            given = arguments(model_folder, data, output, f"--deepspeed {path} --warmup_steps 2 --max_steps {steps}")
+            ended = train(given, output.parent, processes=2)
+            assert ended.codes == [0, 0], ended.said
+    expected = read_rates(whole)
+    assert {step: rate for step, rate in read_rates(parts).items() if step > 4} == {
+        step: rate for step, rate in expected.items() if step > 4
+    }
+    assert expected[5] > expected[8] > 0
+
+
 BEST = "--eval_split 4 --load_best_model_at_end True --metric_for_best_model eval_loss --greater_is_better True"
 
 

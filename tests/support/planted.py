@@ -105,6 +105,12 @@ def stop_at_the_best() -> None:
     _at_step(4, lambda model: os.kill(os.getpid(), signal.SIGTERM), slow=False)
 
 
+def signal_in_step() -> None:
+    """Send the signal SIGNAL within the step of number STEP."""
+    step, signum = int(os.environ["STEP"]), int(os.environ["SIGNAL"])
+    _at_step(step - 1, lambda model: os.kill(os.getpid(), signum), slow=False)
+
+
 def no_results() -> None:
     """Let the disk be full at the end of the run."""
 

@@ -28,6 +28,7 @@ def test_checkpoint_holds_parameters_and_optimizer_state(settings: dict[str, Any
         ({"save_strategy": "no"}, 0),
         ({}, 3),  # 100 sequences in 25 steps an epoch: after 10, 20 and at the end
         ({"save_total_limit": 2}, 2),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5}, 5),  # any may be the best
         ({"num_train_epochs": 4.0, "save_strategy": "epoch"}, 4),
         ({"max_steps": 7}, 1),
         ({"save_steps": 0.1}, 9),  # a share: every 3 of 25
@@ -39,6 +40,7 @@ def test_count_of_checkpoints_at_the_end(settings: dict[str, object], count: int
         "save_strategy": "steps",
         "save_steps": 10,
         "save_total_limit": None,
+        "load_best_model_at_end": False,
         "max_steps": -1,
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 2,

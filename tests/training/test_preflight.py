@@ -5,7 +5,7 @@ import torch
 
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.training.preflight import run_preflight
+from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
 
 
 @pytest.fixture
@@ -27,6 +27,10 @@ SCHEDULES = {
     "one of two is missing": (
         ["--lr_scheduler_type", "cosine_with_min_lr"],
         ["--lr_scheduler_type cosine_with_min_lr", "min_lr_rate"],
+    ),
+    "a reduction to more": (
+        ["--lr_scheduler_type", "greedy", "--learning_rate", "1e-4", "--eval_strategy", "epoch", "--eval_split", "4"],
+        ["--lr_scheduler_type greedy", "min_lr of 0.001 is above --learning_rate 0.0001", '{"min_lr": 0}'],
     ),
 }
 OTHERS = {
@@ -66,3 +70,38 @@ def test_usable_settings_pass(required: list[str], given: list[str]) -> None:
     before = torch.random.get_rng_state()
     run_preflight(parse_args([*required, *given]).training)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+UNFITTING = {
+    "only rises": (
+        ["--warmup_steps", "100"],
+        "--warmup_steps 100: the run has 6 steps, so that the learning rate only",
+    ),
+    "rises to the end": (["--warmup_steps", "6"], "83.3% of --learning_rate"),
+    "no warm-up": (
+        ["--lr_scheduler_type", "constant", "--warmup_steps", "0.1"],
+        "--warmup_steps 0.1: ignored: --lr_scheduler_type constant has no warm-up",
+    ),
+    "too many stages": (
+        [
+            *("--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "2"),
+            *("--lr_scheduler_kwargs", '{"num_decay_steps": 5}'),
+        ],
+        "with the warm-up its stages have 7 steps, and the run has 6,",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), UNFITTING.values(), ids=UNFITTING)
+def test_schedule_that_does_not_fit_the_run_is_logged(
+    required: list[str], given: list[str], expected: str, notices: pytest.LogCaptureFixture
+) -> None:
+    args = parse_args([*required, *given, "--max_steps", "6"]).training
+    warn_of_schedule(args, 6)
+    assert [expected in record.message for record in notices.records] == [True], notices.text
+
+
+@pytest.mark.parametrize("given", [[], ["--warmup_steps", "5"], ["--lr_scheduler_type", "constant"]])
+def test_schedule_that_fits_is_not(required: list[str], given: list[str], notices: pytest.LogCaptureFixture) -> None:
+    warn_of_schedule(parse_args([*required, *given, "--max_steps", "6"]).training, 6)
+    assert not notices.records

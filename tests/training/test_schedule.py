@@ -1,15 +1,18 @@
-"""Steps are counted as accelerate and transformers count them."""
+"""Steps are counted as accelerate and transformers count them, and a resumed run has its own schedule."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 from transformers import Trainer
+from transformers.optimization import get_scheduler
 
-from fastchat_qlora.training.schedule import count_steps
+from fastchat_qlora.training.schedule import count_steps, set_rate
 
 
 class Sized:
@@ -55,3 +58,67 @@ def test_steps_are_those_of_trainer(
     values = Trainer.set_initial_training_values(trainer, args, dealt)
     found = count_steps(args, rows, processes)
     assert (found.steps_per_epoch, found.steps) == (values[1], values[-1])
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup")},
+    **{name: {} for name in ("constant", "inverse_sqrt")},
+    **{name: {"min_lr_rate": 0.1} for name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+}
+
+
+def build_schedule(name: str, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Return an optimizer of two groups and a schedule of so many steps."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1e-3, 3e-4)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    return optimizer, get_scheduler(name, optimizer, 2, steps, dict(SCHEDULES[name]))
+
+
+def take_steps(optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> list[list[float]]:
+    rates = []
+    for _ in range(count):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("length", [4, 6, 12], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_after_a_resume_are_those_of_the_new_length(name: str, length: int) -> None:
+    first = build_schedule(name, 6)
+    take_steps(*first, 3)
+    optimizer, schedule = build_schedule(name, length)
+    optimizer.load_state_dict(first[0].state_dict())
+    schedule.load_state_dict(first[1].state_dict())
+    set_rate(schedule)
+    assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+    assert take_steps(optimizer, schedule, length - 3) == take_steps(*build_schedule(name, length), length)[3:]
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_deepspeeds_rates_too(kind: str) -> None:
+    from deepspeed.runtime import lr_schedules
+
+    def build(steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        total = {} if kind == "WarmupLR" else {"total_num_steps": steps}
+        return optimizer, getattr(lr_schedules, kind)(optimizer, warmup_num_steps=2, **total)
+
+    first = build(6)
+    take_steps(*first, 6)
+    optimizer, schedule = build(12)
+    optimizer.load_state_dict(first[0].state_dict())
+    schedule.load_state_dict(first[1].state_dict())
+    set_rate(schedule)
+    assert take_steps(optimizer, schedule, 6) == take_steps(*build(12), 12)[6:]
+
+
+def test_schedule_that_steps_on_evaluations_keeps_its_rate() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = get_scheduler("reduce_lr_on_plateau", optimizer, 0, 6, {"patience": 0})
+    for loss in (1.0, 2.0):
+        schedule.step(loss)
+    set_rate(schedule)
+    assert optimizer.param_groups[0]["lr"] == 1e-4

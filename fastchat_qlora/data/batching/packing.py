@@ -90,14 +90,6 @@ class PackedDataset(torch.utils.data.Dataset[list[Any]]):
         self.conversations = conversations
         self.sampler = sampler
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that comes next.
-
-        On a resume in the middle of an epoch accelerate does not find the sampler of several processes and calls this
-        (1.15, `DataLoaderShard.set_epoch`).
-        """
-        self.sampler.set_epoch(epoch)
-
     def __len__(self) -> int:
         return len(self.sampler)
 

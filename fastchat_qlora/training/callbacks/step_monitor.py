@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import SaveStrategy
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.distributed.process_group import agree, gather
@@ -73,7 +74,6 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._signals, self._group = signals, group
         self._verdicts: list[Verdict] = []
         self._overflows: torch.Tensor | int = 0
-        self._evaluates_at_epoch_end = False
         self.trainer: Any = None
         self.stopped_by = 0
 
@@ -92,7 +92,7 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         is_last = state.global_step >= state.max_steps
         if is_last:
             control.should_log = True  # else `train_loss` would hold the first process's share of this step only
-        may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        may_save = control.should_save or may_save_best(args, control)
         bad = self._find_bad(later=0 if may_save or is_last else 1)
         received = self._signals.received
         terms, interrupts, supervised, number = agree(
@@ -110,18 +110,14 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._stop_training(args, state, control)
 
     def _stop_training(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Save a checkpoint and end training, after the evaluation that decides on the best checkpoint if there is one.
+        """Save a checkpoint and end training; an evaluation that is due is left to the next start.
 
-        Without that evaluation the resumed run would end with another adapter.
+        Whoever sends SIGTERM kills some seconds later.
         """
-        must_evaluate = args.load_best_model_at_end
-        if control.should_evaluate and not must_evaluate:
-            logger.warning(f"The evaluation of step {state.global_step} is skipped, to save in time.")
-        control.should_evaluate = control.should_evaluate and must_evaluate
-        ends_epoch = float(state.epoch or 0).is_integer() and args.eval_strategy == IntervalStrategy.EPOCH
-        self._evaluates_at_epoch_end = must_evaluate and ends_epoch
-        control.should_save = not self._evaluates_at_epoch_end
-        control.should_training_stop = True
+        if lacks_evaluation(args, state):
+            when = "skipped" if args.save_only_model else "made at the next start"
+            logger.warning(f"The evaluation of step {state.global_step} is {when}, to save in time.")
+        control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check the steps before a save; an interrupted epoch has no end.
@@ -129,8 +125,8 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         A checkpoint that was saved after the step is not saved again; with `--save_strategy best` it may not have been.
         """
         if self.stopped_by:
-            control.should_save, control.should_evaluate = True, self._evaluates_at_epoch_end
-        elif control.should_save:
+            control.should_save, control.should_evaluate = True, False
+        elif control.should_save or may_save_best(args, control):
             self._settle()
 
     def raise_if_stopped(self) -> None:
@@ -166,6 +162,47 @@ class StepMonitor(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         everyone = gather(bad and (bad.number, bad.step.to_host()), self._group)
         steps = [found for found in everyone if found]
         raise build_bad_step_error(steps[0][0], [step for _, step in steps], self.trainer.last_checkpoint)
+
+
+class LateEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Callback that makes up for an evaluation before the first step, where the checkpoint was saved without it.
+
+    A stop saves without it, and a run may be killed between a step's checkpoint and the evaluation at the end of the
+    epoch. The learning rate and the best checkpoint may depend on it. It must be the last callback, since the others
+    must be ready.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Evaluate if the state has no evaluation of its step and needs one."""
+        if state.global_step and lacks_evaluation(args, state):
+            logger.info(f"Evaluating step {state.global_step}, which was saved before its evaluation.")
+            self._trainer.evaluate_late()
+
+
+def lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
+    """Return whether an evaluation is due at the state's step that its history does not have.
+
+    At the end of a run within an epoch, Trainer begins and ends that epoch again when it resumes.
+    """
+    due, flow = TrainerControl(), DefaultFlowCallback()
+    flow.on_step_end(args, state, due)
+    if float(state.epoch or 0).is_integer():
+        flow.on_epoch_end(args, state, due)
+    return bool(due.should_evaluate) and find_evaluation(state, state.global_step) is None
+
+
+def find_evaluation(state: TrainerState, step: int) -> dict[str, Any] | None:
+    """Return the last evaluation of a step in the history."""
+    entries = (entry for entry in reversed(state.log_history) if entry.get("step") == step and "eval_loss" in entry)
+    return next(entries, None)
+
+
+def may_save_best(args: TrainingArguments, control: TrainerControl) -> bool:
+    """Return whether an evaluation is due that may lead to a checkpoint."""
+    return bool(control.should_evaluate) and (args.save_strategy == SaveStrategy.BEST or args.load_best_model_at_end)
 
 
 def send_verdict(number: int, step: Step, is_bad: torch.Tensor) -> Verdict:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class TokenTotal(NamedTuple):
     supervised: int = 0
     seconds: float = 0.0
 
+    def plus(self, other: "TokenTotal") -> "TokenTotal":
+        """Return the sum of both."""
+        return TokenTotal(*map(add, self, other))
+
     @property
     def rate(self) -> float:
         """Tokens per second."""
@@ -47,9 +52,10 @@ class Throughput:
     """
 
     def __init__(self) -> None:
-        self.total = TokenTotal()  # of all processes, as far as rates have been read
+        self.total = TokenTotal()  # of all processes since the run began, as far as they have been added up
         self.seen = [0, 0]  # tokens and supervised tokens of this process
-        self._logged = [0, 0]
+        self._added = [0, 0]  # of those
+        self._unread = TokenTotal()
         self._since: float | None = None
         self._paused = 0.0
         self._pauses = 0
@@ -76,23 +82,29 @@ class Throughput:
             if not self._pauses and self._since is not None and self._since <= began:  # the clock was running
                 self._paused += time.perf_counter() - began
 
-    def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:
-        """Return the rates since the last reading, over all processes, and the largest memory of one in GiB.
+    def add_up(self, accelerator: Any, device: torch.device) -> int:
+        """Add to the total what all processes have trained on; return the largest memory of one in bytes.
 
         A collective operation, for moments at which the device is waited for anyway, as it is for a logged loss.
         """
         now = time.perf_counter()
         seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
-        new = [seen - logged for seen, logged in zip(self.seen, self._logged, strict=True)]
-        self._since, self._paused, self._logged = now, 0.0, list(self.seen)
+        new = [seen - added for seen, added in zip(self.seen, self._added, strict=True)]
+        self._since, self._paused, self._added = now, 0.0, list(self.seen)
         everyone = accelerator.gather(torch.tensor([[*new, get_memory_bytes(device)]], device=device))
         tokens, supervised, _ = everyone.sum(0).tolist()
-        added, before = TokenTotal(tokens, supervised, seconds), self.total
-        self.total = TokenTotal(before.tokens + tokens, before.supervised + supervised, before.seconds + seconds)
+        added = TokenTotal(tokens, supervised, seconds)
+        self.total, self._unread = self.total.plus(added), self._unread.plus(added)
+        return int(everyone[:, 2].max())
+
+    def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:
+        """Return the rates since the last reading, over all processes, and the largest memory of one in GiB."""
+        memory = self.add_up(accelerator, device)
+        read, self._unread = self._unread, TokenTotal()
         return {
-            "tokens_per_second": round(added.rate, 1),
-            "supervised_tokens_per_second": round(added.supervised_rate, 1),
-            "memory_gib": round(int(everyone[:, 2].max()) / 2**30, 3),
+            "tokens_per_second": round(read.rate, 1),
+            "supervised_tokens_per_second": round(read.supervised_rate, 1),
+            "memory_gib": round(memory / 2**30, 3),
         }
 
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fastchat_qlora.training.callbacks.step_monitor import find_evaluation
 from fastchat_qlora.training.callbacks.throughput import peak_memory_mib
 from fastchat_qlora.training.checkpoints.checkpoint_writer import TRAINING_ARGS_FILE, saving
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, get_lora_values
@@ -15,15 +16,17 @@ from fastchat_qlora.utils.text import mask_secrets
 
 logger = logging.getLogger(__name__)
 
-TRAINING_METRICS = ("train_", "tokens", "supervised_tokens")  # how names of metrics of training begin
-
 
 def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
-    """Evaluate once more if there is an evaluation set, and write the results; every process must call this."""
+    """Write the results, with an evaluation of the adapter if there is data for it; every process must call this.
+
+    Tokens and their rates are those of the whole run, whose last step has been logged; `train_` those of this process.
+    """
     trainer, output_dir = summary.trainer, Path(summary.args.training.output_dir)
     if trainer.eval_dataset is not None:
-        metrics = metrics | trainer.evaluate()
-    total = trainer.throughput.total  # the last step has been logged
+        found = find_evaluation(trainer.state, trainer.best_step or trainer.state.global_step)
+        metrics = metrics | {name: value for name, value in (found or trainer.evaluate()).items() if name != "step"}
+    total, has_trained = trainer.throughput.total, bool(trainer.throughput.seen[0])
     metrics |= {
         "tokens": total.tokens,
         "supervised_tokens": total.supervised,
@@ -33,11 +36,11 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
     }
     if not trainer.args.should_save:
         return
-    if not total.tokens and (output_dir / TRAINING_ARGS_FILE).exists():
+    if not has_trained and (output_dir / TRAINING_ARGS_FILE).exists():
         logger.warning("The run had finished before: nothing was left to train, and its results are kept.")
         return
-    if not total.tokens:  # an earlier process was killed between its last step and its results
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(TRAINING_METRICS)}
+    if not has_trained:  # an earlier process was killed between its last step and its results
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
     with saving("the results", output_dir):
         trainer.save_state()
         trainer.save_metrics("train", metrics, combined=False)

@@ -3,11 +3,8 @@
 import random
 
 import numpy as np
-import pytest
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, pack_best_fit
 
@@ -108,25 +105,3 @@ def test_batch_is_the_conversations_of_its_packed_sequences() -> None:
     assert len(dataset) == len(rows)
     assert [c["name"] for c in dataset[rows[0]]] == rows[0]
     assert [c["name"] for c in dataset.__getitems__(rows[:3])] == [*rows[0], *rows[1], *rows[2]]
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("skipped", [0, 1])
-def test_accelerate_sets_the_epoch(processes: int, skipped: int) -> None:
-    """Every process takes its share of the epoch's packed sequences, also after a resume within an epoch.
-
-    Trainer calls `set_epoch` on the loader that accelerate has prepared and, on resume, cut short.
-    """
-    for epoch in (0, 2):
-        expected = rows_of(PackingSampler(LENGTHS, 10, seed=1), epoch)
-        shares = []
-        for process in range(processes):
-            dataset = PackedDataset(list(range(len(LENGTHS))), PackingSampler(LENGTHS, 10, seed=1))
-            loader = DataLoader(dataset, sampler=dataset.sampler, collate_fn=lambda batch: batch)
-            prepared = prepare_data_loader(loader, num_processes=processes, process_index=process)
-            if skipped:
-                prepared = skip_first_batches(prepared, skipped)
-            prepared.set_epoch(epoch)
-            shares.append(list(prepared))
-        whole = [row for step in zip(*shares, strict=True) for row in step][: len(expected) - skipped * processes]
-        assert whole == expected[skipped * processes :]

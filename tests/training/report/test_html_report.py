@@ -110,6 +110,7 @@ def test_run_killed_at_its_end_is_done_when_started_again(
     assert main(["train", *arguments]) == 0
     done = read(output)
     (output / "report.html").write_text(done.replace('class="status done">done', 'class="status running">running'))
+    trained = json.loads((output / "train_results.json").read_text())
     for name in ("training_args.json", "train_results.json"):  # which come after the last checkpoint
         (output / name).unlink()
     capsys.readouterr()
@@ -120,7 +121,11 @@ def test_run_killed_at_its_end_is_done_when_started_again(
     assert 'class="status done">done<' in again and "Resumed from" not in again
     assert points(again, "loss") == points(done, "loss")
     results = json.loads((output / "train_results.json").read_text())
-    assert not {"train_loss", "tokens", "supervised_tokens", "tokens_per_second"} & results.keys()
+    assert not {"train_loss", "train_runtime"} & results.keys(), "nothing was trained"
+    assert [results[name] for name in ("tokens", "supervised_tokens")] == [
+        trained["tokens"],
+        trained["supervised_tokens"],
+    ]
     answers = "<h4>after</h4>.*?</p>"
     assert re.findall(answers, again, re.DOTALL) == re.findall(answers, done, re.DOTALL)
 
