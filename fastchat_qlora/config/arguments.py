@@ -200,12 +200,15 @@ class LoraArguments:
     lora_alpha: int = flag("Scaling of the adapter is lora_alpha / lora_r.", 16)
     lora_dropout: float = flag("Dropout on the adapter's input.", 0.05)
     lora_target_modules: list[str] = flag(
-        "Modules that get an adapter, by the end of their names, or all-linear.", ["q_proj", "v_proj"]
+        "Modules that get an adapter: ends of their names, a regular expression of whole names, or all-linear.",
+        ["q_proj", "v_proj"],
     )
     lora_target_parameters: list[str] | None = flag(
         "Parameters that get an adapter though they are in no linear layer, by the end of their names.", None
     )
-    lora_exclude_modules: list[str] | None = flag("Modules that get no adapter, by the end of their names.", None)
+    lora_exclude_modules: list[str] | None = flag(
+        "Modules that get no adapter: ends of their names, or a regular expression.", None
+    )
     lora_weight_path: str = flag("Start from the adapter in this folder.", "")
     lora_bias: Literal["none", "all", "lora_only"] = flag("Biases to train; lora_only: of adapted modules.", "none")
     q_lora: bool = flag("QLoRA: load the base model in 4 bits.", False)

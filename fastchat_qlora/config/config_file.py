@@ -18,8 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastchat_qlora.config.flag_parsing import CONFIG_SUFFIXES, FlagParser, find_nearest_flag, normalize_flag
-from fastchat_qlora.config.legacy_flags import AUTOMATIC, LEGACY_FLAGS, get_current_name
+from fastchat_qlora.config.flag_parsing import (
+    CONFIG_SUFFIXES,
+    FlagParser,
+    explain_peer_name,
+    explain_peer_value,
+    find_nearest_flag,
+    normalize_flag,
+)
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS, OMITTED, get_current_name
 from fastchat_qlora.config.mixture import ENTRY_FLAGS, format_entry
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, read_small_file, reject_duplicates
 from fastchat_qlora.errors import UserError, raise_errors
@@ -56,6 +63,11 @@ def expand_config_file(argv: Sequence[str], parser: FlagParser) -> list[str]:
     arguments, errors = [], []
     file, known = ConfigFile(words[0]), _get_settable_flags(parser)
     for setting in file.read():
+        if setting.flag not in known and setting.flag not in LEGACY_FLAGS:
+            errors += [
+                f"{file.get_place(setting.line)}: {error}" for error in _find_unknown_keys(setting, known, parser)
+            ]
+            continue
         try:
             texts = _to_arguments(setting, known, parser)
             arguments += [] if _get_main_name(setting.flag) in given else texts
@@ -179,16 +191,33 @@ def _get_settable_flags(parser: FlagParser) -> dict[str, argparse.Action]:
     return {name: action for name, action in named.items() if normalize_flag(name) not in NOT_IN_FILES}
 
 
+def _find_unknown_keys(setting: Setting, known: Mapping[str, argparse.Action], parser: FlagParser) -> list[str]:
+    """Return an error for an unknown key, or for each setting in it: other programs put them in groups."""
+    if isinstance(setting.value, dict) and setting.value and setting.flag not in NOT_IN_FILES:
+        names = [f"{setting.name}.{name}" for name in setting.value]
+        return [f"unknown key {name}: {_explain_key(name, known, parser, in_group=True)}" for name in names]
+    return [f"unknown key {setting.name}: {_explain_key(setting.name, known, parser)}"]
+
+
+def _explain_key(name: str, known: Mapping[str, argparse.Action], parser: FlagParser, *, in_group: bool = False) -> str:
+    """Return what to write for an unknown key, which may be that of a setting in a group."""
+    flag, last = normalize_flag(f"--{name}"), normalize_flag(f"--{name.rpartition('.')[2]}")
+    if reason := NOT_IN_FILES.get(flag):
+        return reason
+    if explained := explain_peer_name(flag[2:], known, in_file=True):
+        return explained
+    if in_group and last in known:
+        return f"settings are not grouped; put {last[2:]} on the top level"
+    explained = explain_peer_name(last[2:], known, in_file=True)
+    nearest = find_nearest_flag(last, known, parser.own_flags).removeprefix("--")
+    return explained or (f"did you mean {nearest}?" if nearest else "--help lists all flags")
+
+
 def _to_arguments(setting: Setting, known: Mapping[str, argparse.Action], parser: FlagParser) -> list[str]:
     """Return the words of a command line that a setting stands for; none if it is not given."""
     name, flag, value, _ = setting
     action = known.get(flag)
-    if action is None and flag not in LEGACY_FLAGS:
-        nearest = find_nearest_flag(flag, known, parser.own_flags).removeprefix("--")
-        hint = "settings are not grouped; put each flag on the top level" if isinstance(value, dict) else None
-        hint = NOT_IN_FILES.get(flag) or hint or (f"did you mean {nearest}?" if nearest else "--help lists all flags")
-        raise UserError(f"unknown key {name}: {hint}")
-    if value is None or (flag in AUTOMATIC and value == "auto"):
+    if value is None or (flag in OMITTED and str(value).lower() == OMITTED[flag]):
         return []
     if flag[2:] in ENTRY_FLAGS:
         value = _format_entries(name, value)
@@ -223,4 +252,5 @@ def _check_value(name: str, text: Any, action: argparse.Action | None, parser: F
         if action:
             parser._check_value(action, parser._get_value(action, text))
     except argparse.ArgumentError as error:
-        raise UserError(f"{name}: {error.message}") from error
+        reason = explain_peer_value(f"--{name}", text)
+        raise UserError(reason or f"{name}: {error.message}") from error

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from fastchat_qlora.config.config_file import expand_config_file
-from fastchat_qlora.config.flag_parsing import YAML_SUFFIXES, FlagParser, find_given, find_unknown_flags, string_to_bool
+from fastchat_qlora.config.flag_parsing import (
+    NAME_FLAGS,
+    YAML_SUFFIXES,
+    FlagParser,
+    find_given,
+    find_unknown_flags,
+    list_known_flags,
+    split_module_names,
+    split_peer_values,
+    string_to_bool,
+)
 from fastchat_qlora.config.legacy_flags import translate_legacy_flags
 from fastchat_qlora.config.print_config import print_config
 from fastchat_qlora.config.validation.flags import find_flag_errors
@@ -66,12 +76,16 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
     """Parse and check a command line, which may begin with a configuration file.
 
     Raises:
-        UserError: all mistakes that can be found by looking at the values; those of argparse are reported alone.
+        UserError: all mistakes that can be found by looking at the values; those of argparse are reported with unknown
+            flags alone.
         SystemExit: after printing the help or the settings.
     """
     arguments, warnings = translate_legacy_flags(expand_config_file(argv, parser))
     given = find_given(arguments)
     values, unknown = _parse(arguments, given, parser)
+    for name in NAME_FLAGS:
+        if words := getattr(values, name):
+            setattr(values, name, split_module_names(words))
     raise_errors(find_unknown_flags(unknown, parser) + find_flag_errors(values))
     if values.print_config is not None:
         for warning in warnings + print_config(parser, values, given):
@@ -83,14 +97,30 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
 def _parse(
     arguments: Sequence[str], given: Collection[str], parser: FlagParser
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values and what argparse leaves over. An error names a file that comes too late."""
+    """Return the values and what argparse leaves over."""
     try:
         return parser.parse_known_args(arguments)
-    except UserError as error:
-        files = [text for text in arguments if text.lower().endswith(YAML_SUFFIXES)]
-        if files and any(action.required and action.dest not in given for action in parser._actions):
-            raise UserError(f"{error}; {files[0]} must come first to set them") from error
+    except UserError:
+        raise_errors(_find_parse_errors(arguments, given, parser))
         raise
+
+
+def _find_parse_errors(arguments: Sequence[str], given: Collection[str], parser: FlagParser) -> list[str]:
+    """Return why argparse refuses a command line, with all names and values that it has from other programs.
+
+    Who types --dataset for --data_path is not helped by reading that the latter is missing. A file that comes too late
+    is named.
+    """
+    errors, rest = split_peer_values(arguments)
+    try:
+        return errors + find_unknown_flags(parser.parse_known_args(rest)[1], parser)
+    except UserError as error:
+        known = list_known_flags(parser)
+        unknown = [text for text in rest if text[:2] == "--" != text and text.partition("=")[0] not in known]
+        files = [text for text in rest if text.lower().endswith(YAML_SUFFIXES)]
+        is_missing = any(action.required and action.dest not in given for action in parser._actions)
+        hint = f"; {files[0]} must come first to set them" if files and is_missing else ""
+        return [*errors, *find_unknown_flags(unknown, parser), f"{error}{hint}"]
 
 
 def check_fast(command: str, argv: Sequence[str]) -> None:

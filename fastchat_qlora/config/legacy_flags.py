@@ -64,8 +64,12 @@ LEGACY_FLAGS = {
     ),
 }
 
-AUTOMATIC = ("--activation_checkpointing", "--gradient_checkpointing")
-"""Boolean flags whose value "auto" means the same as leaving them out: the run decides."""
+OMITTED = {
+    "--activation_checkpointing": "auto",
+    "--gradient_checkpointing": "auto",
+    "--init_lora_weights": "true",  # PEFT's name of its default
+}
+"""Flag -> the value, in small letters, that means the same as leaving it out."""
 
 
 def get_current_name(name: str) -> str:
@@ -86,12 +90,12 @@ def translate_legacy_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         flag = normalize_flag(name) if name.startswith("--") else ""
         following = [] if has_value else [word for word in waiting[:1] if not word.startswith("--")]
         values = [value] if has_value else following
-        is_auto = flag in AUTOMATIC and [value.lower() for value in values] == ["auto"]
-        if not is_auto and flag not in LEGACY_FLAGS:
+        is_omitted = flag in OMITTED and [value.lower() for value in values] == [OMITTED[flag]]
+        if not is_omitted and flag not in LEGACY_FLAGS:
             arguments.append(text)
             continue
         del waiting[: len(following)]
-        if not is_auto:
+        if not is_omitted:
             new, warning = _translate(flag, values, argv)
             arguments += new
             warnings.append(warning)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import date
 from typing import Any
 
@@ -15,6 +15,8 @@ SECRET_NAME = re.compile(r"(?:token|secret|password|passwd|credentials?|(?:^|[_-
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{10,}")  # user:password@ of a URL, hub tokens
 MIN_SECRET_LENGTH = 8  # characters; shorter values of environment variables stand in any text
 MASK = "<hidden>"
+
+PATTERN_SIGN = re.compile(r"[\\*+?()\[\]{}|^$]")  # in no name of a module
 
 
 def escape_control(text: str) -> str:
@@ -85,6 +87,16 @@ def one_line(text: object, most: int | None = None) -> str:
 def ends_with_any(name: str, ends: Iterable[str]) -> bool:
     """Return whether a dotted name is one of these or ends with one of them, as PEFT matches names."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether a name of modules is a regular expression."""
+    return bool(PATTERN_SIGN.search(name))
+
+
+def matches_name(name: str, wanted: str | Collection[str]) -> bool:
+    """Return whether PEFT selects a module: by a regular expression, which is a text, or by the end of its name."""
+    return re.fullmatch(wanted, name) is not None if isinstance(wanted, str) else ends_with_any(name, wanted)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

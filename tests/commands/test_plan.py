@@ -399,7 +399,7 @@ def test_output_may_not_replace_an_input(
         ("--output plan.txt", "--output plan.txt: must end in .json"),
         ("--output /nowhere/plan.json", "--output /nowhere/plan.json: cannot be written"),
         ("--speed_from /nowhere", "--speed_from /nowhere: no results of a run found"),
-        ("--device cuda", "unknown flag --device: did you mean --devices?"),
+        ("--devic cuda", "unknown flag --devic: did you mean --devices?"),
     ],
 )
 def test_mistakes_are_one_error_line(

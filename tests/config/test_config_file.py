@@ -147,7 +147,7 @@ def test_flags_after_the_file_override_it(case: Override) -> None:
         ("<<: {lora_r: 1}", "unknown key <<"),
         (
             "lora:\n  lora_r: 1",
-            "run.yaml: line 1: unknown key lora: settings are not grouped; put each flag on the top level",
+            "run.yaml: line 1: unknown key lora.lora_r: settings are not grouped; put lora_r on the top level",
         ),
         ("lora_r: 1\n\nlora_r: 2", "run.yaml: line 3: lora_r is there twice, first as lora_r in line 1; drop one"),
         ("lora_r: 1\nlora-r:", "run.yaml: line 2: lora-r is there twice, first as lora_r in line 1; drop one"),
@@ -209,7 +209,7 @@ def test_error_names_the_line(text: str | bytes, said: str) -> None:
         ('{"data_path": [["a"]]}', "data_path holds a list"),
         ('[{"conversations": []}]', "must hold flags and their values (learning_rate: 1e-4), holds list"),
         ("[" * 100_000, "run.json: lists or objects are nested too deeply"),
-        ('{"model": {"model_name_or_path": "x"}}', "unknown key model: settings are not grouped"),
+        ('{"model": {"model_name_or_path": "x"}}', "unknown key model.model_name_or_path: settings are not grouped"),
     ],
 )
 def test_error_of_a_json_file(text: str, said: str) -> None:
@@ -262,8 +262,8 @@ def test_byte_order_mark_is_not_part_of_a_name() -> None:
 
 
 def test_every_command_reports_mistakes_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("run.yaml").write_text(NEEDED + "lora_rank: 4")
+    Path("run.yaml").write_text(NEEDED + "lora_rnk: 4")
     for command in ("train", "inspect"):
         assert cli.main([command, "run.yaml"]) == 2
-        expected = "error: run.yaml: line 4: unknown key lora_rank: did you mean lora_r?\n"
+        expected = "error: run.yaml: line 4: unknown key lora_rnk: did you mean lora_r?\n"
         assert capsys.readouterr().err == expected

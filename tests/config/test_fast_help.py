@@ -48,6 +48,10 @@ MISTAKES = [
     "",
     "--lora_rank 8",
     "--lora-rank 8",
+    "--dataset x --stage sft --lora_rnk 3 --seed x",
+    "--flash_attn fa2 --init_lora_weights pissa --gradient_checkpointing=unsloth",
+    "--init_lora_weights False",
+    "batch_size=4",
     "--zzqqxxjj",
     "8",
     "--lora_r x",
@@ -120,7 +124,7 @@ def test_table_matches_the_live_parser() -> None:
 def test_table_is_part_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert (
-        'fastchat_qlora = ["config/flags.json", "**/templates/*.jinja"]'
+        'fastchat_qlora = ["config/flags.json", "config/peer_flags.json", "**/templates/*.jinja"]'
         in text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
     )
 
@@ -238,7 +242,8 @@ def run_with(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ("--lora_rank 8", "unknown flag --lora_rank: did you mean --lora_r?"),
+        ("--lora_rnk 8", "unknown flag --lora_rnk: did you mean --lora_r?"),
+        ("--lora_rank 8", "unknown flag --lora_rank: LLaMA-Factory's, ms-swift's and torchtune's name; use --lora_r"),
         ("--warm_heart 8", "unknown flag --warm_heart: did you mean --warm_hearts?"),
         ("--max_steps x", "--max_steps / --max-steps: invalid int value: 'x'"),
         ("--padding_side up", "invalid choice: 'up'"),

@@ -315,7 +315,7 @@ def unknown_flag(folder: Path, *given: str) -> str:
         (["--qlora"], "--q_lora"),
         (["--data_pth", "x"], "--data_path"),
         (["--model_path", "x"], "--model_name_or_path"),
-        (["--lora_rank", "8"], "--lora_r"),
+        (["--lora_rnk", "8"], "--lora_r"),
     ],
 )
 def test_unknown_flag_names_the_nearest(tmp_path: Path, given: list[str], nearest: str) -> None:

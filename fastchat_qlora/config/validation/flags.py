@@ -3,9 +3,10 @@
 import argparse
 import importlib.util
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
-from fastchat_qlora.config.flag_parsing import parse_token_count
+from fastchat_qlora.config.flag_parsing import NAME_FLAGS, parse_token_count
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
@@ -13,7 +14,7 @@ from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
 from fastchat_qlora.distributed.environment import find_variable_errors
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu, parse_fsdp_flag, parse_switch
-from fastchat_qlora.utils.text import is_date, is_text
+from fastchat_qlora.utils.text import is_date, is_pattern, is_text
 
 Values = argparse.Namespace
 
@@ -53,6 +54,7 @@ UNSUPPORTED = (
 )
 """Flags, the value of each that is refused (None: any), and why."""
 
+PATTERN_FLAGS = ("lora_target_modules", "lora_exclude_modules")  # of NAME_FLAGS, which take a regular expression too
 WORKER_SETTINGS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor")
 
 
@@ -174,8 +176,8 @@ def _check_adapter(values: Values) -> Iterator[str]:
     if values.use_dora and values.load_in_8bit and runs_on_cpu(values):
         # bitsandbytes 0.50.2 has lost the scales by the time PEFT 0.21.2 asks for the norms of the weights.
         yield "--use_dora True and --load_in_8bit True: fail on a CPU; give --q_lora True instead of 8 bits"
-    if "" in values.lora_target_modules:
-        yield "--lora_target_modules '': an empty name matches nothing; give module names such as q_proj"
+    for flag in NAME_FLAGS:
+        yield from _find_name_errors(flag, getattr(values, flag) or ())
     if len(values.lora_target_modules) > 1 and "all-linear" in values.lora_target_modules:
         yield "--lora_target_modules all-linear: already means every linear layer; drop the other names"
     is_orthogonal = values.init_lora_weights == "orthogonal"
@@ -185,6 +187,21 @@ def _check_adapter(values: Values) -> Iterator[str]:
     if is_orthogonal and (stores_bytes or values.load_in_8bit):
         # PEFT 0.21.2 gives the adapter the dtype that the base model is stored in, and bytes have no gradient.
         yield "--init_lora_weights orthogonal: fails on a quantized base model; choose default or gaussian"
+
+
+def _find_name_errors(flag: str, names: Collection[str]) -> Iterator[str]:
+    if "" in names:
+        yield f"--{flag} '': an empty name matches nothing; give module names such as q_proj"
+    for pattern in filter(is_pattern, names):
+        if len(names) > 1:
+            yield f"--{flag} {pattern}: a regular expression must be the only value; join several by |"
+        elif flag not in PATTERN_FLAGS:
+            yield f"--{flag} {pattern}: must be names or ends of names, as PEFT has it; list them"
+        else:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                yield f"--{flag} {pattern}: is not a regular expression: {error}; correct it, or give names"
 
 
 def _check_availability(values: Values) -> Iterator[str]:

@@ -113,7 +113,7 @@ def check_pattern_time(config: LoraConfig, meta_model: PreTrainedModel | None) -
 
     def stop(*_: Any) -> None:
         reason = f"the adapter's regular expressions take more than {PATTERN_SECONDS:g} seconds on the names of modules"
-        raise UserError(f"{reason}; write target_modules in its adapter_config.json as a list of names")
+        raise UserError(f"{reason}; give a list of names in their place, as flags or in its adapter_config.json")
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)

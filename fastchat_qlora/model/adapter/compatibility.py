@@ -1,6 +1,5 @@
 """Checks that an adapter fits a base model, before any weight is loaded."""
 
-import re
 from collections.abc import Collection
 
 import torch
@@ -12,7 +11,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
-from fastchat_qlora.utils.text import ends_with_any
+from fastchat_qlora.utils.text import matches_name
 
 
 def check_targets(
@@ -57,7 +56,7 @@ def _check_module_names(flag: str, names: Collection[str], offered: Collection[s
 
 
 def _matches_any(name: str, modules: Collection[str]) -> bool:
-    return any(_matches(module, [name]) for module in modules)
+    return any(matches_name(module, [name]) for module in modules)
 
 
 def _find_untrainable_copies(meta_model: PreTrainedModel) -> set[str]:
@@ -106,7 +105,9 @@ def check_sharding(
 def _adapts_parameters(meta_model: PreTrainedModel | None, lora_config: LoraConfig) -> bool:
     if meta_model is None:
         return bool(lora_config.target_parameters)
-    names = {name for name, _ in meta_model.named_parameters() if _matches(name, lora_config.target_parameters or ())}
+    names = {
+        name for name, _ in meta_model.named_parameters() if matches_name(name, lora_config.target_parameters or ())
+    }
     return any(not isinstance(meta_model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear) for name in names)
 
 
@@ -117,7 +118,7 @@ def _check_tied_weights(meta_model: PreTrainedModel | None, lora_config: LoraCon
     """
     trained = {"--modules_to_save": lora_config.modules_to_save, "--lora_target_modules": lora_config.target_modules}
     for flag, names in trained.items():
-        if any(_matches(tied, names or ()) for tied in _find_head_and_embeddings(meta_model, names or ())):
+        if any(matches_name(tied, names or ()) for tied in _find_head_and_embeddings(meta_model, names or ())):
             given = names if isinstance(names, str) else " ".join(sorted(names))
             raise UserError(
                 f"{flag} {given}: the head and the embeddings of this model share one weight, which accelerate ties "
@@ -135,7 +136,7 @@ def _trains_biases(meta_model: PreTrainedModel | None, lora_config: LoraConfig) 
     biased = [name for name, module in modules if isinstance(getattr(module, "bias", None), torch.nn.Parameter)]
     if lora_config.bias == "all" or lora_config.target_modules == "all-linear":
         return bool(biased)
-    return any(_matches(name, lora_config.target_modules or ()) for name in biased)
+    return any(matches_name(name, lora_config.target_modules or ()) for name in biased)
 
 
 def _find_head_and_embeddings(meta_model: PreTrainedModel | None, names: str | Collection[str]) -> list[str]:
@@ -148,13 +149,6 @@ def _find_head_and_embeddings(meta_model: PreTrainedModel | None, names: str | C
 
 def _is_head_or_embedding(name: str) -> bool:
     return "head" in name or "embed" in name
-
-
-def _matches(name: str, wanted: str | Collection[str]) -> bool:
-    """Return whether PEFT selects a module: by a regular expression, or by the end of its name."""
-    if isinstance(wanted, str):
-        return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
-    return ends_with_any(name, wanted)
 
 
 def check_layer_classes(meta_model: PreTrainedModel | None, names: Collection[str]) -> None:

@@ -16,12 +16,12 @@ from fastchat_qlora.config.arguments import LoraArguments
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.adapter.adapter_files import ADAPTER_FILE, read_lora_config
 from fastchat_qlora.model.adapter.expert_lora import register_expert_lora
-from fastchat_qlora.model.adapter.targets import PEFT_ERRORS, attach_to_meta
+from fastchat_qlora.model.adapter.targets import ALL_LINEAR, PEFT_ERRORS, attach_to_meta
 from fastchat_qlora.model.attention.recurrent_layers import split_recurrent_layers
 from fastchat_qlora.model.ops.experts import unpack_on_access, use_compute_experts
 from fastchat_qlora.model.ops.lora_linear import register_efficient_lora
 from fastchat_qlora.model.ops.rmsnorm_mlp import use_memory_efficient_modules
-from fastchat_qlora.utils.text import one_line
+from fastchat_qlora.utils.text import is_pattern, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,13 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
     """Return the PEFT configuration that the flags describe, or that of the adapter to start from."""
     if lora_args.lora_weight_path:
         return _read_start_config(lora_args.lora_weight_path)
-    targets = lora_args.lora_target_modules
     return LoraConfig(
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=_join_names(lora_args.lora_target_modules),
         target_parameters=lora_args.lora_target_parameters,
-        exclude_modules=lora_args.lora_exclude_modules,
+        exclude_modules=_join_names(lora_args.lora_exclude_modules),
         bias=lora_args.lora_bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
@@ -45,6 +44,11 @@ def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
         modules_to_save=lora_args.modules_to_save,
         task_type="CAUSAL_LM",
     )
+
+
+def _join_names(names: list[str] | None) -> str | list[str] | None:
+    """Return names as PEFT wants them: a regular expression, and `ALL_LINEAR`, as a text."""
+    return names[0] if names and (names == [ALL_LINEAR] or is_pattern(names[0])) else names
 
 
 def _read_start_config(path: str) -> LoraConfig:

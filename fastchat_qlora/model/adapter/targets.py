@@ -24,7 +24,7 @@ from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart, computes_linear, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.quantization.weight_shares import compute_share
-from fastchat_qlora.utils.text import ends_with_any, one_line
+from fastchat_qlora.utils.text import ends_with_any, matches_name, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
     Args:
         model: without weights.
         text: its text part.
-        config: with target_modules (`ALL_LINEAR`, or ends of names), target_parameters and exclude_modules from flags.
+        config: with target_modules (`ALL_LINEAR`, ends of names, or a regular expression), target_parameters and
+            exclude_modules from flags.
 
     Raises:
         UserError: a name matches nothing, only towers or a layer that cannot be adapted, or all is excluded.
@@ -83,23 +84,27 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
     if config.target_modules == ALL_LINEAR:
         modules, parameters = _choose_all_linear(model, text), _find_adaptable_experts(model, text)
     else:
-        modules = {name for name in adaptable if ends_with_any(name, config.target_modules)}
+        modules = {name for name in adaptable if matches_name(name, config.target_modules)}
         parameters = find_fused(text, config.target_modules)
+        if isinstance(config.target_modules, str):
+            _check_pattern("--lora_target_modules", config.target_modules, modules | parameters, adaptable)
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim in (2, 3)}
     weights = {name for name in weights if not is_in_tower(name, text.towers)}
     named = {name for name in weights if ends_with_any(name, names)}
     modules |= {name.removesuffix(".weight") for name in named} & adaptable
     parameters |= {name for name in named if name.removesuffix(".weight") not in adaptable}
     _check_matches("--lora_target_parameters", names, weights)
-    _check_matches("--lora_exclude_modules", excluded, modules | parameters | {*map(_get_owner, parameters)})
-    kept = {
-        name
-        for name in parameters
-        if not ends_with_any(name, excluded) and not ends_with_any(_get_owner(name), excluded)
-    }
-    modules = {name for name in modules if not ends_with_any(name, excluded)}
+    chosen = modules | parameters | {*map(_get_owner, parameters)}
+    out = {name for name in chosen if excluded and matches_name(name, excluded)}
+    if isinstance(excluded, str):
+        _check_pattern("--lora_exclude_modules", excluded, out, chosen)
+    else:
+        _check_matches("--lora_exclude_modules", excluded, chosen)
+    kept = {name for name in parameters - out if _get_owner(name) not in out}
+    modules -= out
     if not modules and not kept:
-        raise UserError(f"--lora_exclude_modules {' '.join(sorted(excluded))}: leaves no module to adapt; name fewer")
+        given = excluded if isinstance(excluded, str) else " ".join(sorted(excluded))
+        raise UserError(f"--lora_exclude_modules {given}: leaves no module to adapt; name fewer")
     _check_adapters_work(modules, model)
     return Targets(frozenset(modules), frozenset(kept))
 
@@ -135,13 +140,13 @@ def _find_adaptable_experts(model: PreTrainedModel, text: TextPart) -> set[str]:
     return {name for name, owner in owners.items() if owner not in UNWRAPPABLE_EXPERTS}
 
 
-def find_fused(text: TextPart, names: Collection[str]) -> set[str]:
-    """Return the parameters of experts that these names stand for; raise UserError for a part of one."""
+def find_fused(text: TextPart, names: str | Collection[str]) -> set[str]:
+    """Return the parameters of experts that names or a regular expression mean; raise UserError for a part of one."""
     found = set()
     for name in text.experts:
         owner, _, leaf = name.rpartition(".")
         groups = FUSED_NAMES.get(leaf, ({leaf},))
-        given = [{one for one in group if ends_with_any(f"{owner}.{one}", names)} for group in groups]
+        given = [{one for one in group if matches_name(f"{owner}.{one}", names)} for group in groups]
         if any(one == group for one, group in zip(given, groups, strict=True)):
             found.add(name)
         elif half := [(one, group - one) for one, group in zip(given, groups, strict=True) if one]:
@@ -167,6 +172,14 @@ def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> 
     if unmatched:
         known = ", ".join(sorted({_get_end(name) for name in names})) or "none"
         raise UserError(f"{flag} {' '.join(unmatched)}: matches nothing to adapt; the model has {known}")
+
+
+def _check_pattern(flag: str, pattern: str, found: Collection[str], names: Collection[str]) -> None:
+    if not found:
+        raise UserError(
+            f"{flag} {pattern}: matches nothing to adapt; a regular expression must match a whole name, such as "
+            f"{max(sorted(names), key=len)}"
+        )
 
 
 def _get_end(name: str) -> str:
@@ -325,8 +338,10 @@ def _select_by_name(model: PreTrainedModel, config: LoraConfig) -> set[str]:
         head = model.get_output_embeddings()
         linear = (torch.nn.Linear, Conv1D)
         return {name for name, module in model.named_modules() if isinstance(module, linear) and module is not head}
-    found = {name for name in find_adaptable(model) if ends_with_any(name, config.target_modules)}
-    return {name for name in found if not ends_with_any(name, config.exclude_modules or ())}
+    is_regular = isinstance(config.target_modules, str)  # such an expression may match what holds layers, too
+    names = {name for name, _ in model.named_modules()} if is_regular else find_adaptable(model)
+    found = {name for name in names if matches_name(name, config.target_modules)}
+    return {name for name in found if not matches_name(name, config.exclude_modules or ())}
 
 
 def attach_to_meta(meta_model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -114,6 +114,33 @@ def test_names_that_leave_nothing_to_adapt_are_an_error() -> None:
         resolve("qwen3_moe", lora_target_modules=["all-linear"], lora_exclude_modules=excluded)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "adapted", "kept"),
+    [
+        (r".*\.(q|v)_proj", both("self_attn.q_proj", "self_attn.v_proj"), True),
+        (r".*\.1\.self_attn\..*_proj", both(*(f"self_attn.{name}_proj" for name in "qkvo"), layers=[1]), True),
+        (r".*self_attn.*", ATTENTION, False),  # matches norms, and what holds the layers
+        (r".*experts.*_proj|.*o_proj", both("self_attn.o_proj", *FUSED), False),
+    ],
+)
+def test_a_regular_expression_chooses_the_layers_that_it_matches(pattern: str, adapted: set[str], kept: bool) -> None:
+    """It stands in the adapter's configuration if PEFT selects the same modules by it."""
+    found, config = resolve("qwen3_moe", lora_target_modules=[pattern])
+    assert found == adapted
+    assert (config.target_modules == pattern) == kept
+
+
+def test_a_regular_expression_excludes_modules() -> None:
+    adapted, _ = resolve("qwen3_moe", lora_target_modules=["all-linear"], lora_exclude_modules=[r".*\.0\..*|.*experts"])
+    assert adapted == {name for name in ATTENTION if name.startswith("1.")}
+
+
+@pytest.mark.parametrize("flag", ["lora_target_modules", "lora_exclude_modules"])
+def test_a_regular_expression_that_matches_nothing_is_an_error(flag: str) -> None:
+    with pytest.raises(UserError, match=rf"--{flag} q_proj\|v_proj: .* whole name, such as model.layers.0"):
+        resolve("qwen3_moe", **{"lora_target_modules": ["q_proj"], flag: ["q_proj|v_proj"]})
+
+
 def test_a_parameter_that_is_not_there_is_answered_with_those_that_are() -> None:
     with pytest.raises(UserError) as caught:
         resolve("qwen3_moe", lora_target_parameters=["fc1.weight"])
