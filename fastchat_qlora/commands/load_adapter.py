@@ -16,9 +16,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from fastchat_qlora.commands.stop_tokens import load_generation_config
 from fastchat_qlora.config.arguments import ModelArguments
-from fastchat_qlora.config.validation.paths import check_model_path, find_revision_error
+from fastchat_qlora.config.validation.paths import check_model_path, check_revision, find_revision_error
 from fastchat_qlora.data.analysis.stop_tokens import make_id_list
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.model.adapter.adapter_files import (
     check_adapter_finite,
     check_adapter_tensors,
@@ -103,6 +103,7 @@ def open_adapter(flags: argparse.Namespace) -> TrainedAdapter:
     folder, cache_dir = Path(os.path.expanduser(flags.adapter)), flags.cache_dir
     lora_config = read_lora_config(str(folder), flag=ADAPTER_FLAG)
     base = _choose_base(folder, flags.model_name_or_path)
+    raise_errors(check_revision(flags.model_revision, base))
     model_args = ModelArguments(base, model_revision=flags.model_revision, trust_remote_code=flags.trust_remote_code)
     if not flags.model_revision:
         _restore_revision(folder, model_args)

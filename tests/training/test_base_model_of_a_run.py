@@ -206,6 +206,11 @@ def test_commit_that_is_gone_from_the_cache(run: Train, hub: Path, output: Path)
         open_adapter(parse_chat([str(output), "--cache_dir", str(hub)]))
     with pytest.raises(UserError, match=missing):
         merge([str(output), "--cache_dir", str(hub), "--output_dir", str(output.parent / "merged")])
+    shutil.rmtree(hub)
+    with pytest.raises(
+        UserError, match=rf"commit {OLD} is not in the cache, .*; download it where there is a network$"
+    ):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +322,8 @@ def test_chat_and_merge_of_a_folder_that_has_changed(
             merge([str(folder), "--output_dir", str(tmp_path / "merged")])
     compute_logits(output, hub, "--model_name_or_path", str(base))
     assert caplog.text.count("which is used because flags name it") == 1
+    with pytest.raises(UserError, match=f"^--model_revision v1: {base} is a folder, which has no revisions; "):
+        compute_logits(output, hub, "--model_revision", "v1")
 
 
 def test_adapter_that_names_no_commit(hub: Path, output: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -95,19 +95,18 @@ def explain_unreadable(model_args: ModelArguments, cache_dir: str | None, error:
     """Return the error for a base model whose configuration cannot be read, with the revisions that can be had."""
     name, revision, commit = model_args.model_name_or_path, model_args.model_revision, model_args.commit
     flag = f"--model_name_or_path {name}"
-    wanted = f"{flag}: commit {commit}" if commit else f"--model_revision {revision}: this revision of {name}"
-    if not commit and not revision:
-        wanted = f"{flag}: its branch main"
+    wanted = f"{flag}: commit {commit}" if commit else f"{flag}: its branch main"
+    if revision and not commit:
+        wanted = f"--model_revision {revision}: this revision of {name}"
     if isinstance(error.__cause__, RevisionNotFoundError):
         return UserError(f"{wanted} does not exist; give {_list_revisions(_list_hub_names(name))} as --model_revision")
     cached = _list_cached_revisions(name, cache_dir)
-    if cached and isinstance(error.__cause__, LocalEntryNotFoundError):
+    if isinstance(error.__cause__, LocalEntryNotFoundError) and (cached or commit or revision):
+        others = f", or give what is there as --model_revision: {_list_revisions(cached)}" if cached else ""
         return UserError(
-            f"{wanted} is not in the cache, and the hub cannot be reached; download it where there is a network, or "
-            f"give what is there as --model_revision: {_list_revisions(cached)}"
+            f"{wanted} is not in the cache, and the hub cannot be reached; download it where there is a network{others}"
         )
-    at = f" (--model_revision {revision})" if revision else ""
-    return UserError(f"{flag}: neither a model's folder nor a hub id that can be read{at}: {one_line(error, 300)}")
+    return UserError(f"{flag}: neither a model's folder nor a hub id that can be read: {one_line(error, 300)}")
 
 
 def _list_hub_names(name: str) -> list[str]:

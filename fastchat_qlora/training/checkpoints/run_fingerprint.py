@@ -17,6 +17,7 @@ from fastchat_qlora.model.loading.base_model import get_dtype_name
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 from fastchat_qlora.utils.files import digest_text
 
+MAX_VALUE_LENGTH = 200  # of a name in a file that may come from elsewhere
 NO_STRATEGY = "none"
 REPLICATED = (NO_STRATEGY, "DDP")  # every process has all of the adapter and of the optimizer's state
 
@@ -155,7 +156,8 @@ def fingerprint_base(base: BaseIdentity) -> dict[str, str | None]:
 def read_base(run: Mapping[str, Any]) -> BaseIdentity | None:
     """Return the base model that `fingerprint_base` has written into a fingerprint; None in those of older versions."""
     names = ("base_id", "base_commit", "base_model", "base_config")
-    return BaseIdentity(*map(run.get, names)) if "base_commit" in run else None
+    values = (None if run.get(name) is None else str(run[name])[:MAX_VALUE_LENGTH] for name in names)
+    return BaseIdentity(*values) if "base_commit" in run else None
 
 
 def fingerprint_data(tokenizer: Any, data: LoadedData, date: str) -> dict[str, Any]:
