@@ -48,6 +48,7 @@ if [ "$1" = -c ]; then echo 0; fi
 """
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import optimizer_table  # noqa: E402
 from flag_table import flags_page  # noqa: E402
 
 
@@ -290,6 +291,11 @@ def test_every_command_of_a_page(
 
 def test_flag_table_is_current() -> None:
     assert TEXTS[ROOT / "docs" / "flags.md"] == flags_page(), "run python scripts/flag_table.py"
+
+
+def test_optimizer_table_is_current() -> None:
+    page = optimizer_table.build_page()
+    assert TEXTS[ROOT / "docs" / "optimizers.md"] == page, "run python scripts/optimizer_table.py"
 
 
 def _known_flags() -> set[str]:

@@ -81,7 +81,7 @@ def _try_resuming(build: Callable[[torch.nn.Parameter], Optimizer], device: torc
     file.seek(0)
     resumed = torch.nn.Parameter(whole.detach().clone())
     second = build(resumed)
-    second.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    second.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     for stepped, parameter in ((optimizer, whole), (second, resumed)):
         _make_steps(stepped, parameter, range(RESUME_TRIAL_STEPS[0], sum(RESUME_TRIAL_STEPS)))
     return optimizer, torch.equal(whole, resumed)

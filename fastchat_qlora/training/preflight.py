@@ -10,7 +10,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.distributed.deepspeed_config import get_setting
+from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_setting
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.optimizers import build_trial_optimizer
 from fastchat_qlora.utils.text import one_line
@@ -25,15 +25,18 @@ NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerT
 def run_preflight(args: TrainingArguments) -> None:
     """Build the optimizer, the schedule and the compiler on one parameter, and ask the hub who the user is.
 
-    Under DeepSpeed, whose configuration may name others, optimizer and schedule are not built.
+    Under DeepSpeed the schedule is not built, nor the optimizer if the configuration has one of its own.
     """
     if args.push_to_hub and args.process_index == 0:
         _check_hub(args)
     if args.torch_compile:
         _check_compilation(args)
+    if args.deepspeed and "optimizer" in args.deepspeed:
+        return
+    offloads = get_offload_device(args.deepspeed or {}, "offload_optimizer") != "none"
+    optimizer = build_trial_optimizer(args, torch.device("cpu") if offloads else args.device)
     if args.deepspeed:
         return
-    optimizer = build_trial_optimizer(args, args.device)
     allowed = _check_schedule_settings(args)
     kind, settings = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs or {}
     steps = args.max_steps if args.max_steps > 0 else TRIAL_STEPS

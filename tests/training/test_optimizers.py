@@ -34,6 +34,11 @@ def arguments(required: list[str], name: str, *given: str) -> Any:
 INSTALLED = [name for name in list_usable() if is_installed(name)]
 
 
+def test_trial_runs_on_a_device_with_a_number(required: list[str]) -> None:
+    """As that of a process beside others is, also on a CPU."""
+    assert build_trial_optimizer(arguments(required, "adamw_torch"), torch.device("cpu:0"))
+
+
 @pytest.mark.parametrize("name", [name for name in INSTALLED if OPTIMIZER_TABLE[name].module != "torchao"])
 def test_trial_accepts_every_usable_optimizer(name: str, required: list[str]) -> None:
     """It draws no random numbers."""
