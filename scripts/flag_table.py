@@ -1,4 +1,4 @@
-"""Write docs/flags.md, the reference of all flags, from the argument classes and the parsers that read them.
+"""Write docs/flags.md, the reference of all flags, from the argument classes, the parsers and the trials of the tests.
 
 python scripts/flag_table.py            # write it
 python scripts/flag_table.py --check    # exit code 1 if it is not what would be written
@@ -6,23 +6,29 @@ python scripts/flag_table.py --check    # exit code 1 if it is not what would be
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import transformers
-from pages import add_check_flag, write_or_check
 
-from fastchat_qlora.commands.adapter_flags import build_chat_parser, build_merge_parser
-from fastchat_qlora.commands.inspect.command import InspectArguments
-from fastchat_qlora.commands.plan.command import PlanArguments
-from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.config.flag_parsing import FlagParser
-from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))
+from flag_effects import TRIALS  # noqa: E402
+from pages import add_check_flag, write_or_check  # noqa: E402
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+from fastchat_qlora.commands.adapter_flags import build_chat_parser, build_merge_parser  # noqa: E402
+from fastchat_qlora.commands.inspect.command import InspectArguments  # noqa: E402
+from fastchat_qlora.commands.plan.command import PlanArguments  # noqa: E402
+from fastchat_qlora.config.arguments import RunArguments  # noqa: E402
+from fastchat_qlora.config.flag_parsing import FlagParser  # noqa: E402
+from fastchat_qlora.config.legacy_flags import LEGACY_FLAGS  # noqa: E402
+
+PAGE = ROOT / "docs" / "flags.md"
 NO_FLAG = "no flag; a warning says why"
 HEAD = ["| flag | default | meaning |", "|---|---|---|"]
+TRIED_HEAD = ["| flag | default | meaning | tried |", "|---|---|---|---|"]
 
 OFTEN_USED = {
     "per_device_train_batch_size": "Conversations (with `--packing`: packed sequences) per device and micro-batch.",
@@ -46,7 +52,6 @@ OFTEN_USED = {
     "resume_from_checkpoint": "Resume from this checkpoint instead of the newest.",
     "deepspeed": "A DeepSpeed configuration, as in `playground/`.",
     "fsdp": "Shard with FSDP2: True, or options such as offload.",
-    "report_to": "Where else to log: none, tensorboard, wandb and others.",
     "push_to_hub": "Push the adapter to the hub at every save.",
     "hub_model_id": "Its repository on the hub.",
     "seed": "Random seed of the adapter's initialization, the order of the data, and dropout.",
@@ -67,16 +72,22 @@ def flags_page() -> str:
         "Flags are written with underscores or dashes, as `--lora_r 16` or `--lora-r=16`; a bare boolean is True. A "
         "YAML or JSON file of them may come first, as in `train_lora.py run.yaml --learning_rate 1e-4`; flags after it "
         "override it. An unknown flag is an error that names the nearest one.",
+        "The column *tried* has the values that `tests/config/test_flag_effects.py` gives each flag on a CPU, and "
+        "where their effect is seen. One without an effect is refused before anything is loaded, or ignored with a "
+        "warning.",
         "## Training, inspecting and planning",
         "`train_lora.py`, `fastchat-qlora train`, `inspect` and `plan` take all of these; `inspect` and `plan` need no "
         "`--output_dir`.",
     ]
     for group in groups:
-        lines += [f"### {_title(group)}", "\n".join([*HEAD, *_of_class(group)])]
+        lines += [f"### {_title(group)}", "\n".join([*TRIED_HEAD, *_of_class(group, tried=True)])]
     lines += [
         "### Often used flags of transformers",
-        "Every flag of its `TrainingArguments` is accepted; most runs need only these.",
-        "\n".join([*HEAD, *_often_used()]),
+        "Most runs need only these.",
+        "\n".join([*TRIED_HEAD, *_often_used()]),
+        "### The other flags of transformers",
+        f"Those of the `TrainingArguments` of transformers {transformers.__version__}, in its words.",
+        "\n".join([*TRIED_HEAD, *_others()]),
         "### Old names",
         "Flags of FastChat's commands that transformers has dropped are accepted, with a warning; so is `--fsdp "
         '"full_shard auto_wrap"`.',
@@ -98,20 +109,41 @@ def _title(group: type) -> str:
     return title if not issubclass(group, transformers.TrainingArguments) else "The training"
 
 
-def _of_class(group: type) -> Iterator[str]:
+def _of_class(group: type, *, tried: bool = False) -> Iterator[str]:
     """Yield a row for each flag that an argument class declares itself."""
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
         if field.name in group.__annotations__:
             note = " (transformers' flag)" if field.name in inherited else ""
-            yield _row(field.name, _default(field), field.metadata["help"] + _choices(hints[field.name]) + note)
+            row = _row(field.name, _default(field), field.metadata["help"] + _choices(hints[field.name]) + note)
+            yield f"{row} {_tried(field.name)} |" if tried else row
 
 
 def _often_used() -> Iterator[str]:
     fields = {field.name: field for field in dataclasses.fields(RunArguments.__annotations__["training"])}
     for name, meaning in OFTEN_USED.items():
-        yield _row(name, _default(fields[name]), meaning)
+        if name not in RunArguments.__annotations__["training"].__annotations__:
+            yield f"{_row(name, _default(fields[name]), meaning)} {_tried(name)} |"
+
+
+def _others() -> Iterator[str]:
+    """Yield a row for each flag of transformers that no other table has."""
+    training = RunArguments.__annotations__["training"]
+    for field in dataclasses.fields(training):
+        if field.name not in {*OFTEN_USED, *training.__annotations__} and field.init:
+            meaning = " ".join(field.metadata["help"].replace("%%", "%").replace("|", "\\|").split())
+            yield f"{_row(field.name, _default(field), meaning)} {_tried(field.name)} |"
+
+
+def _tried(name: str) -> str:
+    """Return the values that a flag was tried with, by where their effect is seen."""
+    places: dict[str, list[str]] = {}
+    for trial in TRIALS:
+        if trial.flag == name:
+            processes = f" in {trial.processes} processes" if trial.processes > 1 else ""
+            places.setdefault(trial.effect.seen, []).append(f"`{trial.value or 'bare'}`{processes}")
+    return "; ".join(f"{', '.join(dict.fromkeys(values))}: {seen}" for seen, values in places.items())
 
 
 def _of_parser(parser: FlagParser) -> Iterator[str]:

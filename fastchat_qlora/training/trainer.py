@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self.throughput = Throughput()
+        self._input_tokens = torch.tensor(0)  # of this step in all processes, not yet counted
         self.largest_batch_tokens = 0  # of a micro-batch so far, padding included
         self._losses_by_source, self._eval_names = SourceLosses(source_names.train), source_names.eval or ("",)
         # Of each source of the evaluation data: sum of weighted losses, sum of weights.
@@ -195,8 +197,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         sizes = [batch["input_ids"].numel() for batch in batches]
         if self.args.include_num_input_tokens_seen != "no":
             counted = tokens if self.args.include_num_input_tokens_seen == "non_padding" else sum(sizes)
-            total = self.accelerator.reduce(torch.tensor(counted, device=device), reduction="sum")
-            self.state.num_input_tokens_seen += int(total)
+            self._input_tokens = self.accelerator.reduce(torch.tensor(counted, device=device), reduction="sum")
         self.largest_batch_tokens = max([self.largest_batch_tokens, *sizes])
         unweighted = [
             info["num_supervised"] for batch, info in zip(batches, infos, strict=True) if WEIGHTS not in batch
@@ -226,7 +227,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count nothing: get_batch_samples does, which knows padding from a turn's end with the same id."""
+        """Count the tokens of a step with its first micro-batch; Trainer takes a turn's end with padding's id for it."""
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += int(self._input_tokens)
+            self._input_tokens = torch.tensor(0)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
         """Return the gradient norm over all shards, and keep it for the end of the step."""
@@ -320,6 +324,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         # By conversation: this drops those that were repeated to give every process as many.
         columns = torch.stack([sums, counts, inputs["source"].float()], dim=1)
         gathered = self.accelerator.gather_for_metrics(columns).cpu().double()  # not every device has fp64
+        if self.args.logging_nan_inf_filter:
+            gathered = gathered[gathered.isfinite().all(1)]
         self._evaluated.index_add_(0, gathered[:, 2].long(), gathered[:, :2])
         return sums.sum() / chunked_loss.at_least_tiny(counts.sum()), None, None
 
@@ -328,7 +334,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._evaluated.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, weights = self._evaluated.sum(0).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / weights if weights else 0.0
+        nothing = math.nan if self.args.logging_nan_inf_filter else 0.0  # every loss may have been filtered out
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / weights if weights else nothing
         if len(self._eval_names) > 1:
             means = compute_means(self._eval_names, *self._evaluated.T.tolist())
             output.metrics.update({f"{metric_key_prefix}_{name}_loss": mean for name, mean in means.items()})
