@@ -25,9 +25,14 @@ from fastchat_qlora.distributed.process_group import require_agreement
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_adapter_tensors, check_pattern_time
-from fastchat_qlora.model.adapter.compatibility import check_layer_classes, check_sharding, check_targets
+from fastchat_qlora.model.adapter.compatibility import (
+    check_layer_classes,
+    check_saved_modules,
+    check_sharding,
+    check_targets,
+)
 from fastchat_qlora.model.adapter.lora import build_lora_config, compute_adapter_shapes
-from fastchat_qlora.model.adapter.start_adapter import check_start_adapter
+from fastchat_qlora.model.adapter.start_adapter import check_initialization, check_start_adapter
 from fastchat_qlora.model.adapter.targets import resolve_targets
 from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.attention.attention_checks import check_attention
@@ -58,7 +63,8 @@ from fastchat_qlora.model.quantization.weight_shares import (
     WeightShare,
     check_8_bits,
     check_quantized_share,
-    compute_loaded_share,
+    compute_share,
+    find_loaded_quantized,
     warn_of_kept_weights,
 )
 from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_model_cost
@@ -160,13 +166,14 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     published = read_published_quantization(config, name, meta_model)
     quantization = choose_base_quantization(args.lora, published, name)
     check_router_loss(config, args.training.router_aux_loss_coef)
+    check_initialization(args.lora.lora_weight_path, lora_config, quantization)
     if meta_model is None:
         check_pattern_time(lora_config, None)
         if quantization.is_as_published:
             log_published(quantization, args.lora, name, "share in few bits unknown")
         return PreparedBase(config, lora_config, quantization, published, None, {})
     text = find_text_part(meta_model)
-    check_targets(meta_model, lora_config, text, quantized=quantization.is_quantized)
+    check_targets(meta_model, lora_config, text)
     if args.lora.lora_weight_path:
         check_start_adapter(args.lora.lora_weight_path, lora_config, text, lambda: build_meta_model(config))
     else:
@@ -174,6 +181,11 @@ def prepare_base(args: RunArguments, lora_config: LoraConfig) -> PreparedBase:
     if quantization.kind == "int8":
         check_8_bits(meta_model, text)
     quantization, share = _fit_to_share(args, config, quantization, published, text)
+    if lora_config.modules_to_save and quantization.is_quantized:
+        quantized = find_loaded_quantized(config, quantization, published, get_compute_dtype(args.training))
+        start = args.lora.lora_weight_path
+        flag = f"--lora_weight_path {start}: its modules_to_save" if start else "--modules_to_save"
+        check_saved_modules(lora_config.modules_to_save, quantized, flag)
     return PreparedBase(config, lora_config, quantization, published, meta_model, text.sizes, share)
 
 
@@ -186,11 +198,11 @@ def _fit_to_share(
 ) -> tuple[BaseQuantization, WeightShare]:
     """Return the quantization with most weights in 4 bits, if --q_lora True asks for it, and the share; or warn."""
     dtype = get_compute_dtype(args.training)
-    share = compute_loaded_share(config, quantization, published, text.sizes, dtype)
+    share = compute_share(text.sizes, find_loaded_quantized(config, quantization, published, dtype))
     if args.lora.q_lora and quantization.is_as_published and share.share < LEAST_QUANTIZED:
         others = share.total - share.included
         quantization = quantization._replace(repacked=True)
-        share = compute_loaded_share(config, quantization, published, text.sizes, dtype)
+        share = compute_share(text.sizes, find_loaded_quantized(config, quantization, published, dtype))
         logger.info(
             f"--q_lora True: packs {others:,} of the {share.total:,} weights in linear layers and experts, which are "
             "not in 4 bits in the base model's files."

@@ -34,12 +34,15 @@ SUPPORTED_TYPES: dict[str, tuple[type, ...]] = {
 """Types of the values, or of the items in them, by field. PEFT's other fields import modules, read files or change the
 base model."""
 
+UNLOADABLE_INITS = ("corda", "loftq", "lora_ga", "mica")
+"""Initializations that changed the base model in a way which an adapter's file does not tell, or that freeze lora_B."""
+
 SUPPORTED_VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("r", "rank_pattern"), lambda value: 0 < value <= MAX_RANK),
     "trainable_token_indices": lambda value: 0 <= value < 2**31,
     "lora_dropout": lambda value: 0 <= value < 1,
     "bias": lambda value: value in ("none", "all", "lora_only"),
-    "init_lora_weights": lambda value: str(value).isidentifier(),
+    "init_lora_weights": lambda value: str(value).isidentifier() and value not in UNLOADABLE_INITS,
 }
 
 IGNORED_FIELDS = {
@@ -75,6 +78,8 @@ def read_lora_config(path: str, *, flag: str = START_FLAG) -> LoraConfig:
             ) from error
     read_tensor_shapes(path, flag)
     config.inference_mode = False
+    if config.init_lora_weights == "orthogonal":  # which PEFT has for no quantized layer, and a file replaces
+        config.init_lora_weights = True
     # PEFT saves these as it finds them; a new adapter must name the model that it is trained on now.
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
     return config

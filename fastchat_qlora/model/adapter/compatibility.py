@@ -11,15 +11,13 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
-from fastchat_qlora.utils.text import matches_name
+from fastchat_qlora.utils.text import ends_with_any, matches_name
 
 
 def check_targets(
     meta_model: PreTrainedModel | None,
     lora_config: LoraConfig,
     text: TextPart | None = None,
-    *,
-    quantized: bool = False,
 ) -> None:
     """Require that every module that the adapter names exists, and that its regular expressions are fast.
 
@@ -35,16 +33,38 @@ def check_targets(
         _check_module_names(
             "--lora_target_modules", lora_config.target_modules or (), adaptable | list_fused_names(text)
         )
-    # A quantized weight cannot be trained; the head and the embeddings are never quantized.
-    trainable = {name for name in modules if not quantized or name not in adaptable or _is_head_or_embedding(name)}
-    trainable -= _find_untrainable_copies(meta_model)
+    copies = _find_untrainable_copies(meta_model)
+    trainable = {name for name, module in modules.items() if any(True for _ in module.parameters())} - copies
     saved = lora_config.modules_to_save or ()
-    if untrainable := [name for name in saved if _matches_any(name, modules) and not _matches_any(name, trainable)]:
+    if untrainable := [name for name in saved if _matches_any(name, copies) and not _matches_any(name, trainable)]:
         raise UserError(
-            f"--modules_to_save {' '.join(untrainable)}: attention, experts, quantized layers and what holds them "
-            "cannot be trained as a whole; name them in --lora_target_modules, or other modules here"
+            f"--modules_to_save {' '.join(untrainable)}: attention, experts and what holds them cannot be trained as a "
+            "whole; name them in --lora_target_modules, or other modules here"
         )
     _check_module_names("--modules_to_save", saved, trainable)
+
+
+def check_saved_modules(names: Collection[str], quantized: Collection[str], flag: str = "--modules_to_save") -> None:
+    """Require that modules to be trained as a whole hold no weights in 4 or 8 bits, which have no gradients.
+
+    Args:
+        names: ends of the modules' names.
+        quantized: full names of layers, and of experts' parameters, that will be in few bits.
+    """
+    for end in sorted(names):
+        held = [name for name in quantized if any(ends_with_any(around, [end]) for around in _list_owners(name))]
+        if held:
+            raise UserError(
+                f"{flag} {end}: {len(held)} weights in it will be in 4 or 8 bits, such as {min(held)}, and cannot be "
+                "trained as a whole; put an adapter on them with --lora_target_modules, or load the base model in "
+                "16 bits"
+            )
+
+
+def _list_owners(name: str) -> list[str]:
+    """Return a module's name, and those of the modules that hold it."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _check_module_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:
@@ -90,6 +110,12 @@ def check_sharding(
             "--lora_target_modules: adapters on parameters such as the experts of a mixture are not supported under "
             "ZeRO-3; choose ZeRO-2, FSDP2 or DDP, or leave the experts out by --lora_exclude_modules experts"
         )
+    is_tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    if topology.zero_stage == 3 and is_tied and lora_config.ensure_weight_tying and lora_config.modules_to_save:
+        raise UserError(
+            "--lora_weight_path: ensure_weight_tying with modules_to_save in its adapter_config.json is not supported "
+            "under ZeRO-3, which gathers a weight that two modules share for one of them; choose ZeRO-2 or DDP"
+        )
     if not topology.fsdp:
         return
     if quantized and _trains_biases(meta_model, lora_config):
@@ -98,7 +124,7 @@ def check_sharding(
             f"--lora_bias {lora_config.bias} with --q_lora True: the biases of a 4-bit model are not in fp32 as the "
             "adapter is, which FSDP2 needs; choose ZeRO or DDP, or --lora_bias none"
         )
-    if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
+    if is_tied:
         _check_tied_weights(meta_model, lora_config)
 
 

@@ -25,6 +25,8 @@ from fastchat_qlora.utils.text import is_pattern, one_line
 
 logger = logging.getLogger(__name__)
 
+SAVED_MODULES = ".modules_to_save."  # in the names of the parameters of PEFT's copies
+
 
 def build_lora_config(lora_args: LoraArguments) -> LoraConfig:
     """Return the PEFT configuration that the flags describe, or that of the adapter to start from."""
@@ -93,7 +95,13 @@ def attach_adapter(
         peft_model = load_saved_adapter(model, lora_config, weight_path, source, is_trainable=True)
     else:
         _register_layers(model, lora_config)
-        peft_model = get_peft_model(model, lora_config)
+        try:
+            peft_model = get_peft_model(model, lora_config)
+        except PEFT_ERRORS as error:  # of a model whose code lies outside transformers; others are checked before
+            raise RunError(
+                f"--lora_target_modules, --modules_to_save: the adapter cannot be attached to the model: "
+                f"{one_line(error, 300)}; name other modules"
+            ) from error
         unpack_on_access(model)
     trainable = get_trainable_parameters(peft_model)
     if not trainable:
@@ -203,5 +211,10 @@ def compute_adapter_shapes(
 
 
 def get_trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
-    """Return name -> trained parameter."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return name -> trained parameter.
+
+    A whole module that `ensure_weight_tying` trains once for head and embeddings has both names, as in PEFT's file.
+    """
+    named = dict(model.named_parameters())
+    named |= {name: one for name, one in model.named_parameters(remove_duplicate=False) if SAVED_MODULES in name}
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}

@@ -13,8 +13,19 @@ from fastchat_qlora.model.adapter.targets import ADAPTER, PEFT_ERRORS, attach_to
 from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart
 from fastchat_qlora.model.loading.towers import is_in_tower
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 
 logger = logging.getLogger(__name__)
+
+
+def check_initialization(path: str, config: LoraConfig, quantization: BaseQuantization) -> None:
+    """Require that PEFT can change the base model's weights again as it did before the adapter was first trained."""
+    if quantization.is_quantized and str(config.init_lora_weights).startswith("pissa"):
+        raise UserError(
+            f"{START_FLAG} {path}: its adapter_config.json has init_lora_weights {config.init_lora_weights!r}, which "
+            f"PEFT has for no base model in {quantization.kind}; load the base model in 16 bits, or convert the "
+            "adapter to plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def check_start_adapter(path: str, config: LoraConfig, text: TextPart, build: Callable[[], PreTrainedModel]) -> None:

@@ -102,11 +102,28 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
         _check_matches("--lora_exclude_modules", excluded, chosen)
     kept = {name for name in parameters - out if _get_owner(name) not in out}
     modules -= out
+    covered = _find_saved(modules | kept, config)
+    modules, kept = modules - covered, kept - covered
     if not modules and not kept:
         given = excluded if isinstance(excluded, str) else " ".join(sorted(excluded))
         raise UserError(f"--lora_exclude_modules {given}: leaves no module to adapt; name fewer")
     _check_adapters_work(modules, model)
     return Targets(frozenset(modules), frozenset(kept))
+
+
+def _find_saved(names: Collection[str], config: LoraConfig) -> set[str]:
+    """Return those modules and parameters that are, or are in, modules to be trained as a whole, and log them."""
+    saved = sorted(config.modules_to_save or ())
+    found = {name for name in names if any(f".{end}." in f".{name}." for end in saved)}
+    flag = f"--modules_to_save {' '.join(saved)}"
+    if found and len(found) == len(names):
+        raise UserError(f"{flag}: holds all modules of --lora_target_modules; name others in one of the two")
+    if found:
+        logger.warning(
+            f"{flag}: {len(found)} modules of --lora_target_modules are trained as a whole, so that they get no "
+            f"adapter, such as {min(found)}."
+        )
+    return found
 
 
 def _check_adapters_work(modules: set[str], model: PreTrainedModel) -> None:

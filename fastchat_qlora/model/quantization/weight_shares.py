@@ -76,18 +76,17 @@ def find_quantized(config: PretrainedConfig, quantization_config: BitsAndBytesCo
     return modules | getattr(quantizer, "experts", set())
 
 
-def compute_loaded_share(
+def find_loaded_quantized(
     config: PretrainedConfig,
     quantization: BaseQuantization,
     published: PublishedQuantization | None,
-    sizes: Mapping[str, int],
     dtype: torch.dtype,
-) -> WeightShare:
-    """Return the share of weights that are in few bits once a model is loaded in this quantization."""
+) -> set[str]:
+    """Return the names of modules and parameters that are in few bits once a model is loaded in this quantization."""
     settings = build_quantization_config(quantization, dtype)
     if published and quantization.is_as_published:
         settings = BitsAndBytesConfig.from_dict(dict(published.settings))
-    return compute_share(sizes, find_quantized(config, cast(BitsAndBytesConfig, settings)) if settings else ())
+    return find_quantized(config, cast(BitsAndBytesConfig, settings)) if settings else set()
 
 
 def warn_of_kept_weights(quantization: BaseQuantization, share: WeightShare, dtype: torch.dtype) -> None:

@@ -189,7 +189,7 @@ def _format_bytes(size: int) -> str:
 
 
 def _describe_adapter(model: torch.nn.Module) -> str:
-    trainable = get_trainable_parameters(model).values()
+    trainable = {*get_trainable_parameters(model).values()}  # one that is tied has two names
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     dtypes = _count_names(get_dtype_name(parameter.dtype) for parameter in trainable)
     return f"{count:,} parameters, trained as {dtypes}, saved as {get_dtype_name(SAVED_DTYPE)}"

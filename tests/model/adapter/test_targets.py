@@ -118,7 +118,8 @@ def test_names_that_leave_nothing_to_adapt_are_an_error() -> None:
     ("pattern", "adapted", "kept"),
     [
         (r".*\.(q|v)_proj", both("self_attn.q_proj", "self_attn.v_proj"), True),
-        (r".*\.1\.self_attn\..*_proj", both(*(f"self_attn.{name}_proj" for name in "qkvo"), layers=[1]), True),
+        # PEFT (0.21.2) makes ends of names of it for mixtures, without the layer's number
+        (r".*\.1\.self_attn\..*_proj", both(*(f"self_attn.{name}_proj" for name in "qkvo"), layers=[1]), False),
         (r".*self_attn.*", ATTENTION, False),  # matches norms, and what holds the layers
         (r".*experts.*_proj|.*o_proj", both("self_attn.o_proj", *FUSED), False),
     ],
