@@ -100,8 +100,9 @@ def explain_unreadable(model_args: ModelArguments, cache_dir: str | None, error:
         wanted = f"--model_revision {revision}: this revision of {name}"
     if isinstance(error.__cause__, RevisionNotFoundError):
         return UserError(f"{wanted} does not exist; give {_list_revisions(_list_hub_names(name))} as --model_revision")
-    cached = _list_cached_revisions(name, cache_dir)
-    if isinstance(error.__cause__, LocalEntryNotFoundError) and (cached or commit or revision):
+    is_unreached = isinstance(error.__cause__, LocalEntryNotFoundError)
+    cached = _list_cached_revisions(name, cache_dir) if is_unreached else []  # of a valid name
+    if is_unreached and (cached or commit or revision):
         others = f", or give what is there as --model_revision: {_list_revisions(cached)}" if cached else ""
         return UserError(
             f"{wanted} is not in the cache, and the hub cannot be reached; download it where there is a network{others}"
