@@ -116,7 +116,10 @@ class NeedsAnotherDevice(torch.optim.SGD):
 
 REFUSED = {
     "moments in groups": (MomentsInGroups, "does not continue from its saved state as if it had not stopped"),
-    "objects in the state": (ObjectsInState, "cannot be used: Weights only load failed"),
+    "objects in the state": (
+        ObjectsInState,
+        "its saved state holds objects that could run code, so that no run may resume from it",
+    ),
     "another device": (NeedsAnotherDevice, "cannot be used: Torch not compiled with CUDA enabled; choose another"),
 }
 
