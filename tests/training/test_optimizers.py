@@ -184,6 +184,15 @@ def test_schedule_free_adapter_is_the_average(model_folder: Path, data_file: Pat
 
 
 @needs_schedulefree
+def test_schedule_free_run_ends_with_its_best_average(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """It is saved as it was loaded, and not averaged with the state of the last step."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2, "eval_data_path": data_file, "greater_is_better": True}
+    best = {**SAVING, **evaluating, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    train(command(model_folder, data_file, tmp_path / "out", **SCHEDULE_FREE, **best))
+    assert digest(tmp_path / "out") == digest(tmp_path / "out" / "checkpoint-2")
+
+
+@needs_schedulefree
 def test_run_of_silent_steps_only_is_refused(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     given = {**SCHEDULE_FREE, "optim": "schedule_free_radam", "max_steps": -1, "num_train_epochs": 0.5}
     with pytest.raises(UserError, match=r"the rate of its first 4 steps is 0, and this run has 3, so that nothing"):
