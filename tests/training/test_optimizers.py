@@ -116,7 +116,10 @@ class NeedsAnotherDevice(torch.optim.SGD):
 
 REFUSED = {
     "moments in groups": (MomentsInGroups, "does not continue from its saved state as if it had not stopped"),
-    "objects in the state": (ObjectsInState, "cannot be used: Weights only load failed"),
+    "objects in the state": (
+        ObjectsInState,
+        "its saved state holds objects that could run code, so that no run may resume from it",
+    ),
     "another device": (NeedsAnotherDevice, "cannot be used: Torch not compiled with CUDA enabled; choose another"),
 }
 
@@ -178,6 +181,15 @@ def test_schedule_free_adapter_is_the_average(model_folder: Path, data_file: Pat
         shutil.rmtree(resumed / f"checkpoint-{step}")
     train(command(model_folder, data_file, resumed, **SCHEDULE_FREE, **best))
     assert digest(resumed) == digest(plain)
+
+
+@needs_schedulefree
+def test_schedule_free_run_ends_with_its_best_average(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """It is saved as it was loaded, and not averaged with the state of the last step."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2, "eval_data_path": data_file, "greater_is_better": True}
+    best = {**SAVING, **evaluating, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    train(command(model_folder, data_file, tmp_path / "out", **SCHEDULE_FREE, **best))
+    assert digest(tmp_path / "out") == digest(tmp_path / "out" / "checkpoint-2")
 
 
 @needs_schedulefree

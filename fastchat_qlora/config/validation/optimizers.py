@@ -6,7 +6,7 @@ docs/optimizers.md is written from the table, and tests compare it with the pack
 import argparse
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -196,7 +196,7 @@ def parse_optim_args(optim: str, text: str | None) -> dict[str, OptimizerSetting
             errors.append(f"--optim_args {text}: must be settings as in name=value,name=value")
         elif name not in known:
             problem = f"--optim_args {name}={value}: --optim {optim} has no such setting"
-            errors.append(f"{problem}; {takes}{_find_flag(name)}")
+            errors.append(f"{problem}; {takes}{_find_flag(name, OPTIMIZER_TABLE[optim].flags)}")
         elif name in settings:
             errors.append(f"--optim_args {name}: is there twice; drop one")
         elif (found := _convert(value, known[name])) is None:
@@ -208,11 +208,13 @@ def parse_optim_args(optim: str, text: str | None) -> dict[str, OptimizerSetting
     return settings
 
 
-def _find_flag(name: str) -> str:
-    """Return the advice to use the flag that a setting has of its own; empty if it has none."""
-    flags = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and --adam_beta2"}
-    flags |= {name.removeprefix("adam_"): name for name in BETAS} | {"weight_decay": "weight_decay"}
-    return f"; --{flags[name]} may be meant" if name in flags else ""
+def _find_flag(name: str, used: Collection[str]) -> str:
+    """Return the advice to give the flag that a setting has of its own; empty without one, or if it has no effect."""
+    flag = {"lr": "learning_rate", "eps": "adam_epsilon", "beta1": "adam_beta1", "beta2": "adam_beta2"}.get(name, name)
+    flags = ("adam_beta1", "adam_beta2") if name == "betas" else (flag,)
+    if not {*flags} <= {"learning_rate", "weight_decay", *used}:
+        return ""
+    return f"; {' and '.join(f'--{flag}' for flag in flags)} may be meant"
 
 
 def _convert(value: str, kind: type[OptimizerSetting]) -> OptimizerSetting | None:
@@ -221,9 +223,9 @@ def _convert(value: str, kind: type[OptimizerSetting]) -> OptimizerSetting | Non
         return BOOLEANS.get(value.lower())
     try:
         number = kind(value)
-    except ValueError:
+        return number if math.isfinite(float(number)) else None
+    except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(float(number)) else None
 
 
 def describe_ignored(values: argparse.Namespace, *, on_cpu: bool) -> list[str]:

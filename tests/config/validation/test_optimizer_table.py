@@ -97,6 +97,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"optim": "paged_adamw_32bit", "optim_args": "percentile_clipping=5"},
         "--optim_args percentile_clipping=5: --optim paged_adamw_32bit has no such setting; it takes none, drop them",
     ),
+    (
+        {"optim": "sgd", "optim_args": "beta1=0.5"},
+        "--optim_args beta1=0.5: --optim sgd has no such setting; it takes momentum, dampening, nesterov",
+    ),
+    (
+        {"optim": "adamw_torch", "optim_args": "betas=0.9"},
+        "--optim_args betas=0.9: --optim adamw_torch has no such setting; it takes amsgrad; --adam_beta1 and "
+        "--adam_beta2 may be meant",
+    ),
     ({"optim": "sgd", "optim_args": "momentum=0.9,momentum=0.8"}, "--optim_args momentum: is there twice; drop one"),
     (
         {"optim": "adamw_torch", "optim_target_modules": ["q_proj", "v_proj"]},
