@@ -6,7 +6,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any, NamedTuple
 
 from forked import Run, command, train
-from kill_sweep import digest
+from kill_sweep import DEEPSPEED, SHARDED, digest
 
 FLAGS = (
     "--num_train_epochs 3 --save_strategy steps --save_steps 3 --learning_rate 1e-2 --lora_dropout 0.1 "
@@ -42,6 +42,8 @@ EVALUATIONS = (
     StoppedRun("plateau, each step", f"{_PLATEAU} {_EACH_STEP}"),
     StoppedRun("plateau, each epoch", f"{_PLATEAU} {_EACH_EPOCH}"),
     StoppedRun("plateau, each step, 2 processes", f"{_PLATEAU} {_EACH_STEP}", 2),
+    StoppedRun("plateau, each step, ZeRO-2", f"{_PLATEAU} {_EACH_STEP} {DEEPSPEED}", 2),
+    StoppedRun("best, each epoch, FSDP2", f"{_BEST} {_EACH_EPOCH} --save_strategy epoch {SHARDED}", 2),
     StoppedRun("greedy, each step", f"{_GREEDY} {_EACH_STEP}"),
     StoppedRun("greedy, each epoch", f"{_GREEDY} {_EACH_EPOCH}"),
     StoppedRun("best, each step", f"{_BEST} {_EACH_STEP}"),
