@@ -51,6 +51,15 @@ EVALUATIONS = (
     StoppedRun("best only", f"{_BEST} {_EACH_STEP} --save_strategy best"),
 )
 
+CORE = (
+    StoppedRun("core: groups and a plateau", f"--train_sampling_strategy group_by_length {_PLATEAU} {_EACH_STEP}"),
+    StoppedRun(
+        "core: balance and the best",
+        f"--train_sampling_strategy batch_rebalance {_BEST} {_EACH_EPOCH} --save_strategy epoch",
+    ),
+)
+"""Orders and decisions at once, for every CI run; the others are the long form."""
+
 
 def run_stopped(case: StoppedRun, first: int, model: Path, data: Path, folder: Path, more: str = "") -> list[Path]:
     """Return the folder of a run that was left alone, and of one that was stopped in each of its epochs.
