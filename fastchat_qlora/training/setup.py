@@ -241,6 +241,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     settings |= fingerprint_base(base_identity)
     if checkpoint:
         checkpoint.check(settings)
+        _warn_of_older_order(checkpoint, training_args.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
     run_preflight(args.training)
@@ -312,6 +313,14 @@ def _warn_of_slow_bf16(topology: Topology, dtype: torch.dtype) -> None:
         logger.warning(
             "--bf16 True: torch has no fast products in bf16 for this CPU, so the run is several times slower than in "
             "fp32; drop the flag if there is memory for fp32, which needs up to twice as much."
+        )
+
+
+def _warn_of_older_order(checkpoint: Checkpoint, strategy: str) -> None:
+    if strategy in ("group_by_length", "batch_rebalance") and "sequence_order" not in checkpoint.run:
+        logger.warning(
+            f"--train_sampling_strategy {strategy}: {checkpoint.folder} is of an older version, which took sequences "
+            "in another order; the rest of this epoch repeats some and leaves out others."
         )
 
 

@@ -169,8 +169,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         """Run an epoch in its own order.
 
-        On a resume within an epoch accelerate does not find the sampler of several processes, and takes the order of
-        the first epoch (1.15, `DataLoaderShard.set_epoch`).
+        On a resume within an epoch accelerate does not find the sampler of several processes, unless it is its own, and
+        takes the order of the first epoch (1.15, `DataLoaderShard.set_epoch`).
         """
         self._sampler.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)

@@ -4,18 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stop_sweep import EVALUATIONS, SAMPLING, StoppedRun, read_outcome, run_stopped
+from stop_sweep import CORE, EVALUATIONS, SAMPLING, StoppedRun, read_outcome, run_stopped
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
-# Each of the four strategies of order and of decision that went wrong; the others are the long form.
-CORE = ("group_by_length, 1 processes", "batch_rebalance, 2 processes", "plateau, each step", "best, each epoch")
 CASES = [
-    pytest.param(
-        case, first, id=f"{case.name}-{first}", marks=[] if case.name in CORE and not first else pytest.mark.matrix
-    )
-    for case in (*SAMPLING, *EVALUATIONS)
-    for first in range(3)
+    *(pytest.param(case, 0, id=case.name) for case in CORE),
+    *(
+        pytest.param(case, first, id=f"{case.name}-{first}", marks=pytest.mark.matrix)
+        for case in (*SAMPLING, *EVALUATIONS)
+        for first in range(3)
+    ),
 ]
 
 

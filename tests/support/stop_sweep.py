@@ -6,7 +6,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any, NamedTuple
 
 from forked import Run, command, train
-from kill_sweep import digest
+from kill_sweep import DEEPSPEED, SHARDED, digest
 
 FLAGS = (
     "--num_train_epochs 3 --save_strategy steps --save_steps 3 --learning_rate 1e-2 --lora_dropout 0.1 "
@@ -42,12 +42,23 @@ EVALUATIONS = (
     StoppedRun("plateau, each step", f"{_PLATEAU} {_EACH_STEP}"),
     StoppedRun("plateau, each epoch", f"{_PLATEAU} {_EACH_EPOCH}"),
     StoppedRun("plateau, each step, 2 processes", f"{_PLATEAU} {_EACH_STEP}", 2),
+    StoppedRun("plateau, each step, ZeRO-2", f"{_PLATEAU} {_EACH_STEP} {DEEPSPEED}", 2),
+    StoppedRun("best, each epoch, FSDP2", f"{_BEST} {_EACH_EPOCH} --save_strategy epoch {SHARDED}", 2),
     StoppedRun("greedy, each step", f"{_GREEDY} {_EACH_STEP}"),
     StoppedRun("greedy, each epoch", f"{_GREEDY} {_EACH_EPOCH}"),
     StoppedRun("best, each step", f"{_BEST} {_EACH_STEP}"),
     StoppedRun("best, each epoch", f"{_BEST} {_EACH_EPOCH} --save_strategy epoch"),
     StoppedRun("best only", f"{_BEST} {_EACH_STEP} --save_strategy best"),
 )
+
+CORE = (
+    StoppedRun("core: groups and a plateau", f"--train_sampling_strategy group_by_length {_PLATEAU} {_EACH_STEP}"),
+    StoppedRun(
+        "core: balance and the best",
+        f"--train_sampling_strategy batch_rebalance {_BEST} {_EACH_EPOCH} --save_strategy epoch",
+    ),
+)
+"""Orders and decisions at once, for every CI run; the others are the long form."""
 
 
 def run_stopped(case: StoppedRun, first: int, model: Path, data: Path, folder: Path, more: str = "") -> list[Path]:
