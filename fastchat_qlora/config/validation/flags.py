@@ -9,7 +9,6 @@ from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
-from fastchat_qlora.distributed.environment import find_variable_errors
 from fastchat_qlora.distributed.fsdp_config import FSDP_OPTIMIZERS, offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_date, is_text
 
@@ -52,7 +51,7 @@ def find_flag_errors(values: Values) -> list[str]:
     checks = (
         *(check_numbers, _check_tables, _check_devices, _check_strategy, _check_sequences, _check_checkpointing),
         *(_check_adapter, _check_availability, _check_reporters, _check_evaluation, check_paths, check_json_flags),
-        find_variable_errors,
+        _check_environment,
     )
     return [error for check in checks for error in check(values)]
 
@@ -76,6 +75,12 @@ def lacks_accelerator() -> bool:
     import torch
 
     return not torch.accelerator.is_available()
+
+
+def _check_environment(values: Values) -> Iterator[str]:
+    from fastchat_qlora.distributed.environment import find_variable_errors  # not needed for --help
+
+    return find_variable_errors(values)
 
 
 def _check_tables(values: Values) -> Iterator[str]:
