@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import forked
-import httpx
+import httpx2
 import pytest
 import torch.distributed as dist
 from filelock import FileLock
@@ -115,12 +115,11 @@ def test_hub_that_does_not_answer_is_logged(notices: pytest.LogCaptureFixture, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent, reporting_waits(SHORT):
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(httpx.TimeoutException):
+        with pytest.raises(httpx2.TimeoutException):
             HfApi(endpoint=endpoint).model_info("org/model", timeout=SHORT * 2.5)
-    (message,) = notices.messages
-    assert re.sub(r"\d+ s by now", "N", message) == (
+    assert {re.sub(r"\d+ s by now", "N", message) for message in notices.messages} == {
         "Waiting for the hub, N; check the network, or use what is in the cache with HF_HUB_OFFLINE=1."
-    )
+    }
 
 
 @pytest.fixture
