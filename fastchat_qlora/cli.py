@@ -7,15 +7,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from fastchat_qlora import __version__
 from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
 from fastchat_qlora.config.fast_help import check_fast
-from fastchat_qlora.distributed.environment import count_processes, settle_launcher
-from fastchat_qlora.distributed.waiting import reporting_waits
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
@@ -27,48 +25,57 @@ LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher
 
 def _run_train(argv: Sequence[str]) -> None:
     check_fast("train", argv)
-    _settle_launcher()
-    from fastchat_qlora.config.parser import parse_args
+    with _under_watch():
+        from fastchat_qlora.config.parser import parse_args
 
-    args = parse_args(argv)
-    from fastchat_qlora.training.run import train
+        args = parse_args(argv)
+        from fastchat_qlora.training.run import train
 
-    train(args)
+        train(args)
 
 
 def _run_inspect(argv: Sequence[str]) -> None:
     check_fast("inspect", argv)
-    _settle_launcher()
-    from fastchat_qlora.commands.inspect.command import inspect
+    with _under_watch():
+        from fastchat_qlora.commands.inspect.command import inspect
 
-    inspect(argv)
+        inspect(argv)
 
 
 def _run_plan(argv: Sequence[str]) -> None:
     check_fast("plan", argv)
-    _settle_launcher()
-    from fastchat_qlora.commands.plan.command import plan
+    with _under_watch():
+        from fastchat_qlora.commands.plan.command import plan
 
-    plan(argv)
-
-
-def _settle_launcher() -> None:
-    for warning in settle_launcher():
-        logging.getLogger(__name__).warning(warning)
+        plan(argv)
 
 
 def _run_chat(argv: Sequence[str]) -> None:
     parse_chat(argv)  # answers --help and mistakes before the libraries are imported
-    from fastchat_qlora.commands.chat.command import chat
+    with _under_watch():
+        from fastchat_qlora.commands.chat.command import chat
 
-    chat(argv)
+        chat(argv)
 
 
 def _run_merge(argv: Sequence[str]) -> None:
     parse_merge(argv)
-    from fastchat_qlora.commands.merge.command import merge
+    with _under_watch():
+        from fastchat_qlora.commands.merge.command import merge
 
-    merge(argv)
+        merge(argv)
+
+
+@contextmanager
+def _under_watch() -> Iterator[None]:
+    """Check a launcher's variables, and log waits in the block; `--help` needs neither."""
+    from fastchat_qlora.distributed.environment import settle_launcher
+    from fastchat_qlora.distributed.waiting import reporting_waits
+
+    for warning in settle_launcher():
+        logging.getLogger(__name__).warning(warning)
+    with reporting_waits():
+        yield
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -99,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-        with reporting_waits():
-            COMMANDS[name][0](rest)
+        COMMANDS[name][0](rest)
     except UserError as error:
         return _fail(str(error), code=2)
     except AgreedError as error:
@@ -114,6 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before there was anything to save
         return _stop("SIGINT: stopped before the run started", 130)
     return 0
+
+
+def count_processes() -> int:
+    """Return the number of processes that a launcher has started, this one included."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:

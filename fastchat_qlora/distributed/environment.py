@@ -147,12 +147,6 @@ def _check_starter() -> None:
             )
 
 
-def count_processes() -> int:
-    """Return the number of processes that the launcher has started; 1 without a launcher."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return int(size) if size.isdecimal() else 1
-
-
 def find_variable_errors(values: argparse.Namespace) -> Iterator[str]:
     """Yield errors of variables that ask for what the flags do not, so that another run would be trained."""
     for name, (flag, wanted) in STRATEGIES.items():

@@ -10,12 +10,11 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from quick_runs import command
 
-from fastchat_qlora.cli import FIRST_PROCESS_SECONDS
+from fastchat_qlora.cli import FIRST_PROCESS_SECONDS, count_processes
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.environment import (
     LAUNCHER_VARIABLES,
     VARIABLES,
-    count_processes,
     find_variable,
     find_variable_errors,
     settle_launcher,

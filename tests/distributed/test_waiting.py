@@ -2,6 +2,7 @@
 
 import fcntl
 import re
+import socket
 import threading
 import time
 import weakref
@@ -10,9 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import forked
+import httpx2
 import pytest
 import torch.distributed as dist
 from filelock import FileLock
+from huggingface_hub import HfApi
 from huggingface_hub.utils import WeakFileLock
 from launching import free_port
 from quick_runs import command
@@ -89,14 +92,12 @@ def test_work_is_no_wait(notices: pytest.LogCaptureFixture) -> None:
     assert notices.messages == []
 
 
-def test_waiting_objects_are_not_kept(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+def test_waiting_objects_are_not_kept(tmp_path: Path) -> None:
     """A frame holds the tensors of its call."""
     end = End()
-    threading.Timer(SHORT * 2, end.set).start()
-    with reporting_waits(SHORT):
-        baton = wait_for_a_compilation(tmp_path, end)
-        time.sleep(SHORT / 2)  # some looks later
-        assert notices.messages != [] and baton() is None
+    threading.Timer(SHORT, end.set).start()
+    with reporting_waits(SHORT * 5):  # the next look comes later than the question
+        assert wait_for_a_compilation(tmp_path, end)() is None
 
 
 def test_other_processes_of_a_machine_are_silent(
@@ -108,6 +109,17 @@ def test_other_processes_of_a_machine_are_silent(
     with reporting_waits(SHORT):
         wait_for_a_compilation(tmp_path, end)
     assert notices.messages == []
+
+
+def test_hub_that_does_not_answer_is_logged(notices: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent, reporting_waits(SHORT):
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(httpx2.TimeoutException):
+            HfApi(endpoint=endpoint).model_info("org/model", timeout=SHORT * 2.5)
+    assert {re.sub(r"\d+ s by now", "N", message) for message in notices.messages} == {
+        "Waiting for the hub, N; check the network, or use what is in the cache with HF_HUB_OFFLINE=1."
+    }
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The published commands as a user types them, on the CPU, with two processes if they take several."""
 
 import json
+import shlex
 from pathlib import Path
 
 import forked
@@ -30,9 +31,9 @@ def assert_adapter_works(output: Path, model_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Return losses of one process with batch 4, fp32 LoRA, through plain python."""
+    """Return losses of one process with batch 4, fp32 LoRA."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    succeed(
+    forked.succeed(
         f"python train_lora.py --model_name_or_path {model_folder} --data_path {data} --output_dir {output} {QUICK} "
         "--per_device_train_batch_size 4"
     )
@@ -131,7 +132,7 @@ def test_fastchats_commands_train(model_folder: Path, data: Path, tmp_path: Path
     assert said.count("--evaluation_strategy no:") == 1 and said.count("--warmup_ratio 0.03:") == 1
     assert len(losses(first)) == 15 and (first / "checkpoint-12").is_dir()
     assert_adapter_works_though_barely_trained(first)
-    said = succeed(FASTCHAT_LORA.format(port=port, model=model_folder, data=data, output=second, adapter=first))
+    said = forked.succeed(FASTCHAT_LORA.format(port=port, model=model_folder, data=data, output=second, adapter=first))
     assert "nothing to evaluate on" in said
     assert len(losses(second)) == 8
     assert {path.name for path in second.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
@@ -162,17 +163,25 @@ def test_run_resumes_under_zero_2(model_folder: Path, data: Path, tmp_path: Path
     assert [*Path("/dev/shm").glob(f"*{port}*")] == [], "memory is left for ever"
 
 
+RECORD = (
+    '() { if [[ " $* " == *" train_lora.py "* ]]; then printf "%s\\0" {0} "$@" > "$CALL"; else command {0} "$@"; fi; }'
+)
+"""A function of bash in the place of a launcher: it records a run, which a forked process then makes."""
+
+
 @pytest.mark.parametrize(
     "script", ["train_lora.sh", "train_qlora.sh", "train_qlora_torchrun.sh", "train_lora_zero3.sh"]
 )
 def test_scripts_train(script: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    succeed(
-        f"bash scripts/{script} --max_steps 2 --save_strategy no --learning_rate 1e-2",
-        MODEL=str(model_folder),
-        DATA=str(data),
-        OUTPUT=str(output),
-    )
+    """The launchers themselves start in the tests above and below."""
+    output, call = tmp_path / "out", tmp_path / "call"
+    recorders = {f"BASH_FUNC_{name}%%": RECORD.replace("{0}", name) for name in ("python", "torchrun", "deepspeed")}
+    paths = {"MODEL": str(model_folder), "DATA": str(data), "OUTPUT": str(output), "CALL": str(call)}
+    more = "--max_steps 2 --save_strategy no --learning_rate 1e-2"
+    succeed(f"bash scripts/{script} {more}", **paths, **recorders)
+    words = call.read_text().split("\0")[:-1]
+    assert words[0] == {"train_qlora_torchrun.sh": "torchrun", "train_lora_zero3.sh": "deepspeed"}.get(script, "python")
+    forked.succeed(shlex.join(words))
     assert_adapter_works(output, model_folder)
 
 

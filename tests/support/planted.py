@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
-from fastchat_qlora import cli
+from fastchat_qlora.distributed import waiting
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.training import run
 from fastchat_qlora.training.callbacks import gradient_guards as guards
@@ -52,7 +52,7 @@ def _wait_in_c() -> None:
 
 def late_rank_1() -> None:
     """Let the second process come late to the first step, and log waits of a second."""
-    build, report = run._build_trainer, cli.reporting_waits
+    build, report = run._build_trainer, waiting.reporting_waits
 
     def build_late(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
@@ -60,7 +60,7 @@ def late_rank_1() -> None:
         return build(*args)
 
     run._build_trainer = build_late
-    cli.reporting_waits = lambda: report(1.0)
+    waiting.reporting_waits = lambda: report(1.0)
 
 
 def small_files() -> None:

@@ -12,7 +12,6 @@ from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_
 from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
 from fastchat_qlora.config.validation.paths import check_paths
 from fastchat_qlora.config.validation.ranges import check_numbers
-from fastchat_qlora.distributed.environment import find_variable_errors
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_date, is_pattern, is_text
 
@@ -63,7 +62,7 @@ def find_flag_errors(values: Values) -> list[str]:
     checks = (
         *(check_numbers, _check_tables, _check_devices, check_optimizer, _check_strategy, _check_sequences),
         *(_check_checkpointing, _check_adapter, _check_availability, _check_reporters, _check_evaluation),
-        *(check_paths, check_json_flags, find_variable_errors),
+        *(check_paths, check_json_flags, _check_environment),
     )
     return [error for check in checks for error in check(values)]
 
@@ -87,6 +86,12 @@ def lacks_accelerator() -> bool:
     import torch
 
     return not torch.accelerator.is_available()
+
+
+def _check_environment(values: Values) -> Iterator[str]:
+    from fastchat_qlora.distributed.environment import find_variable_errors  # not needed for --help
+
+    return find_variable_errors(values)
 
 
 def _check_tables(values: Values) -> Iterator[str]:
