@@ -219,7 +219,7 @@ class Elsewhere(NamedTuple):
     @property
     def seen(self) -> str:
         """The place in docs/flags.md."""
-        return f"`{self.test.partition('::')[0].removeprefix('tests/')}`"
+        return f"`{self.test.partition('::')[0]}`"
 
 
 class OnDevice(NamedTuple):
