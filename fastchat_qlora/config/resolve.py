@@ -1,6 +1,5 @@
 """Flags that depend on the machine, the launcher or other flags, before the argument groups are built."""
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -10,7 +9,7 @@ import torch
 
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.config.flag_parsing import parse_token_count
-from fastchat_qlora.config.validation.flags import is_launched, lacks_accelerator, runs_on_cpu
+from fastchat_qlora.config.validation.flags import Values, is_launched, lacks_accelerator, runs_on_cpu
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.config.validation.optimizers import describe_ignored
 from fastchat_qlora.distributed.deepspeed_config import fill_auto_settings
@@ -24,8 +23,6 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir", "resume_from_che
 
 NAMED_RUNS = ("wandb", "trackio", "mlflow", "comet_ml", "swanlab", "all")  # values of --report_to that show --run_name
 
-Values = argparse.Namespace
-
 
 class Ignored(NamedTuple):
     """Flags of transformers without effect here, or without it beside other flags."""
@@ -33,7 +30,6 @@ class Ignored(NamedTuple):
     flags: tuple[str, ...]
     is_ignored: Callable[[Values], object]  # true or false
     why: str
-    stays: bool = False  # in the records of the run
 
 
 def _has_no_part(*reporters: str) -> Callable[[Values], bool]:
@@ -57,7 +53,7 @@ IGNORED = (
         lambda values: True,
         "a resumed run always restores what it needs",
     ),
-    Ignored(("run_name",), _has_no_part(*NAMED_RUNS), "no --report_to shows it", stays=True),
+    Ignored(("run_name",), _has_no_part(*NAMED_RUNS), "no --report_to shows it"),
     Ignored(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         _has_no_part("trackio", "all"),
@@ -138,12 +134,19 @@ IGNORED = (
         ("local_rank",), lambda values: "LOCAL_RANK" not in os.environ, "launchers give the rank in the environment"
     ),
 )
-"""Flags that are reset to their defaults with a warning; of two entries that hold, the first is logged."""
+"""Flags that are ignored with a warning; where two entries hold, the first is logged."""
+
+RESET = (
+    *("eval_strategy", "eval_on_start", "do_eval", "eval_use_gather_object", "eval_do_concat_batches"),
+    *("eval_accumulation_steps", "use_cache", "length_column_name", "enable_jit_checkpoint", "ddp_backend"),
+    "restore_callback_states_from_checkpoint",
+)
+"""Ignored flags that the libraries would act on nevertheless, so that they get their defaults."""
 
 
 def resolve_flags(values: Values) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
-    warnings = [*_resolve_device(values), *_reset_ignored(values), *_resolve_strategy(values)]
+    warnings = [*_resolve_device(values), *_find_ignored(values), *_resolve_strategy(values)]
     warnings += describe_ignored(values, on_cpu=runs_on_cpu(values))
     values.include_num_input_tokens_seen = parse_token_count(values.include_num_input_tokens_seen)
     warnings += settle_variables(values)
@@ -170,15 +173,17 @@ def _resolve_device(values: Values) -> list[str]:
     return []
 
 
-def _reset_ignored(values: Values) -> Iterator[str]:
-    """Reset flags without effect to their defaults, which keeps their side effects away, and yield why."""
-    defaults = _get_defaults()
+def _find_ignored(values: Values) -> Iterator[str]:
+    """Yield a warning for each reason to ignore flags, and set those to their defaults that would do something."""
+    defaults, logged = _get_defaults(), set[str]()
     for ignored in IGNORED:
         given = [name for name in ignored.flags if getattr(values, name, defaults.get(name)) != defaults.get(name)]
-        if given and ignored.is_ignored(values):
-            shown = ", ".join(f"--{name} {mask_secrets(getattr(values, name), name)}" for name in given)
+        new = [name for name in given if name not in logged]
+        if new and ignored.is_ignored(values):
+            shown = ", ".join(f"--{name} {mask_secrets(getattr(values, name), name)}" for name in new)
             yield f"{shown}: ignored: {ignored.why}."
-            for name in () if ignored.stays else given:
+            logged.update(new)
+            for name in {*new} & {*RESET}:
                 setattr(values, name, defaults[name])
 
 

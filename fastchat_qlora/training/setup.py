@@ -241,7 +241,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     settings |= fingerprint_base(base_identity)
     if checkpoint:
         checkpoint.check(settings)
-        _warn_of_older_order(checkpoint, training_args.train_sampling_strategy)
+        _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
     run_preflight(args.training)

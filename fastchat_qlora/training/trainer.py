@@ -227,7 +227,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of a step with its first micro-batch; Trainer takes a turn's end with padding's id for it."""
+        """Count a step's tokens with its first micro-batch; Trainer takes a turn's end with the padding's id for it."""
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(self._input_tokens)
             self._input_tokens = torch.tensor(0)

@@ -34,9 +34,9 @@ class FlagRun:
 
 
 def pick(values: Any, path: str) -> Any:
-    """Return a value in nested dictionaries by a path such as `optimizer.lr`."""
+    """Return a value in nested dictionaries by a path such as `optimizer.lr`; None if it is not there."""
     for name in path.split("."):
-        values = values[name]
+        values = (values or {}).get(name)
     return values
 
 
@@ -208,10 +208,7 @@ class Setting(NamedTuple):
         assert self.value is None or found == self.value
 
     def _read(self, run: FlagRun) -> Any:
-        try:
-            return pick(json.loads((run.folder / self.file).read_text()), self.path)
-        except KeyError:
-            return None
+        return pick(json.loads((run.folder / self.file).read_text()), self.path)
 
 
 class Elsewhere(NamedTuple):
@@ -222,7 +219,7 @@ class Elsewhere(NamedTuple):
     @property
     def seen(self) -> str:
         """The place in docs/flags.md."""
-        return f"`{self.test.partition('::')[0].removeprefix('tests/')}`"
+        return f"`{self.test.partition('::')[0]}`"
 
 
 class OnDevice(NamedTuple):

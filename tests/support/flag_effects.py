@@ -76,11 +76,7 @@ OPTIMIZER = [
     Trial("lr_scheduler_type cosine_with_restarts", Logged("learning_rate", STEPS)),
     Trial("lr_scheduler_type reduce_lr_on_plateau", Logged("learning_rate", STEPS), EVALUATED),
     Trial("lr_scheduler_type greedy", Logged("learning_rate", STEPS), EVALUATED),
-    Trial(
-        'lr_scheduler_kwargs {"min_lr":0.0005}',
-        Logged("learning_rate"),
-        "--lr_scheduler_type cosine_warmup_with_min_lr",
-    ),
+    Trial('lr_scheduler_kwargs {"num_cycles":0.25}', Logged("learning_rate"), "--lr_scheduler_type cosine"),
     Trial('lr_scheduler_kwargs {"power":2.0}', Logged("learning_rate"), "--lr_scheduler_type polynomial"),
     Trial('lr_scheduler_kwargs {"power":2.0}', Refused("not a setting of --lr_scheduler_type linear")),
     Trial("warmup_steps 2", Logged("learning_rate", STEPS, [0.0, 0.0005, 0.001, 0.0005])),
@@ -175,7 +171,11 @@ LOGGING = [
     Trial("logging_strategy epoch", Logged("loss", [4])),
     Trial("logging_steps 2", Logged("loss", [2, 4])),
     Trial("logging_steps 0.5", Logged("loss", [2, 4])),
-    Trial("logging_steps 2", Dropped("ignored: needs --logging_strategy steps"), "--logging_strategy epoch"),
+    Trial(
+        "logging_steps 2",
+        Dropped("--logging_steps 2.0: ignored: needs --logging_strategy steps"),
+        "--logging_strategy epoch",
+    ),
     Trial("logging_first_step True", Logged("loss", [1, 4]), "--logging_steps 500"),
     Trial("log_on_each_node False", Dropped("ignored: there is only one machine"), processes=2),
     Trial("log_on_each_node False", MACHINES),
@@ -201,7 +201,7 @@ LOGGING = [
     Trial("trackio_space_id org/space", Dropped("ignored: needs --report_to trackio")),
     Trial("trackio_bucket_id org/bucket", Dropped("ignored: needs --report_to trackio")),
     Trial("trackio_static_space_id org/space", Dropped("ignored: needs --report_to trackio")),
-    Trial("debug underflow_overflow", Live("hooked", 47)),
+    Trial("debug underflow_overflow", Same("no value is inf or nan")),
     Trial(
         "debug underflow_overflow",
         Says("--debug underflow_overflow: step 2: a value is inf or nan", code=1),
@@ -248,8 +248,8 @@ EVALUATION = [
     Trial("load_best_model_at_end True", Refused("needs evaluations"), core=True),
     Trial(
         "metric_for_best_model eval_loss",
-        Setting("trainer_state.json", "best_global_step"),
-        f"{EVALUATED} {CHECKPOINTED}",
+        Same("it is the default"),
+        f"{EVALUATED} {CHECKPOINTED} --load_best_model_at_end True",
     ),
     Trial("metric_for_best_model accuracy", Refused("only the loss is measured")),
     Trial("metric_for_best_model loss", Dropped("ignored: needs --load_best_model_at_end True")),
@@ -332,7 +332,7 @@ ORDER = [
     Trial('parallelism_config {"tp_size":2}', Refused("use --deepspeed or --fsdp")),
 ]
 PROCESSES = [
-    Trial("use_cpu True", Live("device", "cpu"), "--use_cpu False"),
+    Trial("use_cpu True", Same("there is only the CPU"), "--use_cpu False"),
     Trial("ddp_find_unused_parameters True", Live("ddp.find_unused_parameters", True), processes=2),
     Trial("ddp_find_unused_parameters True", Dropped("ignored: needs DDP")),
     Trial("ddp_bucket_cap_mb 1", Live("ddp.bucket_bytes", 1 << 20), processes=2),

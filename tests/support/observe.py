@@ -59,10 +59,6 @@ def _describe(trainer: Any) -> dict[str, Any]:
         "compiled": str(trainer.accelerator.state.dynamo_plugin.backend.value).lower(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "verbosity": transformers.logging.get_verbosity(),
-        "hooked": sum(bool(module._forward_hooks) for module in trainer.adapter.modules()),
-        "saves": trainer.args.should_save,
-        "logs": trainer.args.should_log,
-        "device": str(trainer.args.device),
     }
 
 
