@@ -12,7 +12,7 @@ TAGS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_t
 
 
 def test_event_file_has_the_log(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """Every entry, at its step and with its value; the evaluation of the end is in a second file beside the first."""
+    """Every entry, at its step and with its value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = {"max_steps": 6, "logging_steps": 2, "eval_split": 4, "eval_strategy": "steps", "eval_steps": 3}
