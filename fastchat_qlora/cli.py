@@ -15,7 +15,7 @@ from fastchat_qlora import __version__
 from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
 from fastchat_qlora.config.fast_help import check_fast
 from fastchat_qlora.errors import AgreedError, RunError, UserError
-from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal
+from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal, interruptible
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
 from fastchat_qlora.utils.text import escape_control, mask_secrets, one_line
 
@@ -74,7 +74,7 @@ def _under_watch() -> Iterator[None]:
 
     for warning in settle_launcher():
         logging.getLogger(__name__).warning(warning)
-    with reporting_waits():
+    with reporting_waits(), interruptible() if count_processes() > 1 else nullcontext():
         yield
 
 

@@ -32,7 +32,7 @@ class Wait(NamedTuple):
 
 OTHERS = (
     "the other processes of the run",
-    "check that all of them run, and reach {address}; end it with Ctrl-C, or by --ddp_timeout seconds",
+    "check that all of them run, and reach {address}; end it with Ctrl-C, if need be twice, or by --ddp_timeout",
 )
 WAITS = (
     Wait(

@@ -101,6 +101,23 @@ class StopSignals:
             os._exit(128 + signum)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Stop the process at once on SIGINT in the block, until StopSignals takes over.
+
+    A rendezvous waits outside of Python, where Python's own handler is not reached. SIGTERM ends it anyway.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _entered: list[StopSignals] = []
 _unhandled: list[int] = []
 

@@ -52,7 +52,7 @@ def _wait_in_c() -> None:
 
 def late_rank_1() -> None:
     """Let the second process come late to the first step, and log waits of a second."""
-    build, report = run._build_trainer, waiting.reporting_waits
+    build = run._build_trainer
 
     def build_late(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
@@ -60,6 +60,12 @@ def late_rank_1() -> None:
         return build(*args)
 
     run._build_trainer = build_late
+    short_waits()
+
+
+def short_waits() -> None:
+    """Log waits of a second."""
+    report = waiting.reporting_waits
     waiting.reporting_waits = lambda: report(1.0)
 
 
