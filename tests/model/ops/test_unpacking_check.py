@@ -1,5 +1,6 @@
 """Weights in 4 bits that a kernel unpacks wrongly are found by a table of the 16 values."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,16 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick_runs import command, train
+from saved_adapters import save_base
+from transformers import LlamaConfig
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.merging.dequantize import make_weight_rounding
 from fastchat_qlora.model.ops.experts import unpack
 from fastchat_qlora.model.ops.unpacking_check import Packing, check_unpacking, find_packings, unpack_by_table
+from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
+from fastchat_qlora.model.quantization.published_weights import dequantize_bitsandbytes
 
 CPU = torch.device("cpu")
 
@@ -72,6 +79,35 @@ def test_linear_layers_and_experts_of_a_loaded_model_are_found() -> None:
     assert list(find_packings(model)) == [("linear", Packing(64, "nf4", torch.float32, CPU)), own]
     experts.has_gate = True  # whose weights `compute_experts` unpacks
     assert [name for name, _ in find_packings(model)] == ["linear"]
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every CPU the kernel for AVX-512."""
+    monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", unpack_rows_from_new_blocks)
+
+
+@pytest.mark.usefixtures("wrong_kernel")
+def test_a_run_is_refused_before_weights_are_loaded(
+    tokenizer_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    model = save_base(tmp_path / "base", tokenizer_folder, "llama", torch.float32, intermediate_size=80)
+    arguments = command(model, data_file, tmp_path / "out", q_lora=True, use_cpu=True)
+    with pytest.raises(UserError, match=r"of 80 inputs, such as model\.layers\.0\.mlp\.down_proj, .* \(--q_lora F"):
+        train(arguments)
+    assert "Loading the weights" not in notices.text and not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("wrong_kernel")
+def test_merge_and_dequantize_base_unpack_right_nevertheless() -> None:
+    weight = torch.randn(64, 80)
+    settings = build_quantization_config(BaseQuantization("nf4", True), torch.float32)
+    assert settings is not None
+    config = LlamaConfig(hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2)
+    rounded = make_weight_rounding(config, settings, torch.float32, CPU).apply(weight)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(rounded, unpack_by_table(packed, state))
+    assert torch.equal(dequantize_bitsandbytes(packed, state.as_dict(packed=True), torch.float32), rounded)
 
 
 @settings(max_examples=20, deadline=None)
