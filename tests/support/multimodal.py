@@ -20,7 +20,7 @@ from transformers import (
 TEXT: dict[str, Any] = {
     "vocab_size": 600,
     "hidden_size": 64,
-    "intermediate_size": 128,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
