@@ -49,6 +49,7 @@ from fastchat_qlora.model.loading.base_model import (
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_mixture
 from fastchat_qlora.model.loading.tokenizer import check_vocabulary, load_tokenizer
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
+from fastchat_qlora.model.ops.unpacking_check import Packing, check_unpacking
 from fastchat_qlora.model.quantization.base_quantization import (
     BaseQuantization,
     build_run_quantization_config,
@@ -244,6 +245,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
+    if topology.accelerator is None:
+        _check_unpacking_on_cpu(base, args.model.model_name_or_path, dtype)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -298,6 +301,23 @@ def _identify_base(args: RunArguments) -> BaseIdentity:
     if start and (problem := describe_other_base(where, folder, args.model.model_name_or_path, found)):
         logger.warning(f"{problem}; with it the adapter starts as something else.")
     return found
+
+
+def _check_unpacking_on_cpu(base: PreparedBase, name: str, dtype: torch.dtype) -> None:
+    """Check the layers that will be packed; what is published in 4 bits is checked when it has been loaded."""
+    if base.meta_model is None or not base.quantization.is_4bit or base.quantization.is_as_published:
+        return
+    from fastchat_qlora.model.quantization.quantizer import find_packed  # it imports bitsandbytes
+
+    packed, modules = find_packed(base.meta_model), dict(base.meta_model.named_modules())
+    check_unpacking(
+        f"--model_name_or_path {name}",
+        [
+            (path, Packing(modules[path].in_features, base.quantization.kind, dtype, torch.device("cpu")))
+            for path in packed
+            if isinstance(modules.get(path), torch.nn.Linear)
+        ],
+    )
 
 
 def _find_stop_tokens(args: RunArguments, data: PreparedData) -> list[int]:

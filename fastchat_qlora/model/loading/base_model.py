@@ -27,7 +27,7 @@ from fastchat_qlora.model.loading.auto_class import (
 from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unreadable
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
-from fastchat_qlora.model.ops.unpacking_check import check_unpacking
+from fastchat_qlora.model.ops.unpacking_check import check_unpacking, find_packings
 from fastchat_qlora.model.quantization.published import OTHER_COPIES
 from fastchat_qlora.model.quantization.published_weights import read_weights_in_order
 from fastchat_qlora.utils.text import one_line
@@ -219,7 +219,7 @@ def load_model(
         raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
     _check_tensors(found, flag)
     keep_cpu_weights_trainable(model)
-    check_unpacking(model)
+    check_unpacking(flag, find_packings(model))
     forget_longest_rows(model)
     keep_weights_in_evaluation(model)
     return model

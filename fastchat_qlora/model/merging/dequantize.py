@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from fastchat_qlora.model.loading.base_model import build_meta_model
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
+from fastchat_qlora.model.ops.experts import unpack
 from fastchat_qlora.model.quantization.weight_shares import find_quantized
 
 CAST_MESSAGE = "MatMul8bitLt: inputs will be cast"  # what bitsandbytes logs at each call of each 8-bit layer
@@ -50,8 +51,7 @@ def make_weight_rounding(
             compress_statistics=quantization_config.bnb_4bit_use_double_quant,
             quant_type=quantization_config.bnb_4bit_quant_type,
         ).to(device)
-        rounded: torch.Tensor = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state)
-        return rounded.float().cpu()
+        return unpack(quantized.data, quantized.quant_state).float().cpu()
 
     def round_to_8bit(weight: torch.Tensor) -> torch.Tensor:
         on_cpu = weight.to("cpu", dtype)  # moving it from there quantizes it

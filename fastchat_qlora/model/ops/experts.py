@@ -6,6 +6,7 @@ autograd keeps the packed weights only. An adapter's two factors multiply the to
 their product to all weights of all experts in every step instead.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +181,19 @@ def unpack_on_access(model: torch.nn.Module) -> None:
 
 
 def unpack(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Return all weights in 4 bits, in the dtype that they had and in their shape."""
+    """Return all weights in 4 bits, in the dtype that they had and in their shape.
+
+    They are unpacked in rows of one block, or in one row: on CPUs with AVX-512 bitsandbytes begins every row with a new
+    scale, although it packs blocks of the flattened weight (0.50.2, `dequantize_4bit`). Its own rows can be given again
+    once `findings/unpacking_avx512.sh` fails.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
-    unpacked: torch.Tensor = dequantize_4bit(packed.detach(), state)
-    return unpacked
+    size = state.shape.numel()
+    shape = (1, size) if size % state.blocksize else (size // state.blocksize, state.blocksize)
+    data = packed.detach().view(torch.uint8).flatten()[:, None]
+    unpacked: torch.Tensor = dequantize_4bit(data, make_state(state, unpack_absmax(state), shape))
+    return unpacked.view(state.shape)
 
 
 def unpack_absmax(state: Any) -> torch.Tensor:
@@ -201,13 +210,12 @@ def unpack_expert(packed: torch.Tensor, state: Any, absmax: torch.Tensor, expert
     """Return the weight of one expert, which is whole blocks (see `quantizer.can_pack`)."""
     shape = state.shape[1:]
     blocks = shape.numel() // state.blocksize
-    own = make_state(state, absmax[expert * blocks : (expert + 1) * blocks], (blocks, state.blocksize))
+    own = make_state(state, absmax[expert * blocks : (expert + 1) * blocks], shape)
     size = shape.numel() // 2
-    data = packed.detach().view(torch.uint8).flatten()[expert * size : (expert + 1) * size]
-    return unpack(data[:, None], own).view(shape)
+    return unpack(packed.detach().view(torch.uint8).flatten()[expert * size : (expert + 1) * size], own)
 
 
-def make_state(state: Any, absmax: torch.Tensor, shape: tuple[int, int]) -> Any:
+def make_state(state: Any, absmax: torch.Tensor, shape: Sequence[int]) -> Any:
     """Return the constants of a part of packed weights, of that shape and with these scales in fp32."""
     from bitsandbytes.functional import QuantState
 

@@ -28,6 +28,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from fastchat_qlora.model.ops.experts import unpack
 from fastchat_qlora.model.quantization.packed_integers import PACKED_PARTS, dequantize_integers, read_layout
 from fastchat_qlora.model.quantization.published import PublishedQuantization
 
@@ -269,7 +270,7 @@ def dequantize_bitsandbytes(
     elif constants:
         state = read_4bit_state(constants, weight.device)
         state.dtype = dtype
-        plain = bitsandbytes.functional.dequantize_4bit(weight, state)
+        plain = unpack(weight, state)
     else:
         return weight
     return plain

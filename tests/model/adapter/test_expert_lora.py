@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from mixtures import make_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.ops.experts import unpack
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization, build_quantization_config
 
 MIXTURES = ("qwen3_moe", "gpt_oss", "llama4_text")
@@ -57,6 +58,7 @@ def test_on_packed_experts_it_is_that_of_peft_on_the_unpacked_ones(name: str, tm
     make_mixture(name).save_pretrained(tmp_path)
     config = build_quantization_config(BaseQuantization("nf4", True), torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    keep_cpu_weights_trainable(packed)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     count = 0
     for path, module in list(packed.named_modules()):
@@ -64,7 +66,7 @@ def test_on_packed_experts_it_is_that_of_peft_on_the_unpacked_ones(name: str, tm
         if getattr(module, "quant_state", None) is not None:
             states["weight"] = module.quant_state
         for key, state in states.items():
-            plain.get_submodule(path).get_parameter(key).data = dequantize_4bit(getattr(module, key).data, state)
+            plain.get_submodule(path).get_parameter(key).data = unpack(getattr(module, key).data, state)
             count += 1
     assert count >= 2 * 6
     own, reference = attach_adapter(packed, make_config()), get_peft_model(plain, make_config())
