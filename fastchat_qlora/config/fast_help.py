@@ -20,6 +20,7 @@ from zlib import crc32
 
 from fastchat_qlora.config.config_file import expand_config_file
 from fastchat_qlora.config.flag_parsing import (
+    ALL_LINEAR_NAMES,
     NAME_FLAGS,
     YAML_SUFFIXES,
     FlagParser,
@@ -86,6 +87,9 @@ def read_flags(argv: Sequence[str], parser: FlagParser) -> ParsedFlags:
     for name in NAME_FLAGS:
         if words := getattr(values, name):
             setattr(values, name, split_module_names(words))
+    values.lora_target_modules = [
+        "all-linear" if name.lower() in ALL_LINEAR_NAMES else name for name in values.lora_target_modules
+    ]
     raise_errors(find_unknown_flags(unknown, parser) + find_flag_errors(values))
     if values.print_config is not None:
         for warning in warnings + print_config(parser, values, given):

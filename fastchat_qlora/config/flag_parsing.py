@@ -4,7 +4,9 @@ import argparse
 import difflib
 import functools
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +23,11 @@ CONFIG_SUFFIXES = (*YAML_SUFFIXES, ".json")  # of configuration files, one of wh
 
 NAME_FLAGS = ("lora_target_modules", "lora_exclude_modules", "lora_target_parameters", "modules_to_save")
 """Flags that name modules or parameters."""
+
+ALL_LINEAR_NAMES = ("all", "all_linear", "all-linear")  # of --lora_target_modules in other programs, in small letters
+
+LEAST_SIMILARITY = 0.65  # of a known flag that may be meant, by difflib
+OWN_BONUS = 0.05  # by which this program's own flags count as more similar
 
 NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_memory_gib": None}
 """Values that `plan`'s own flags have in other commands, which run on this machine's devices."""
@@ -57,18 +64,19 @@ def parse_token_count(value: str) -> str | None:
 
 
 def split_module_names(words: Sequence[str]) -> list[str]:
-    """Return the names of modules that words hold: one each, or several with commas, also as a list in JSON.
+    """Return the names of modules that words hold: one each, or several with commas or spaces, also as a list in JSON.
 
-    A regular expression, which may have commas and brackets itself, is one word. `all` and `all_linear`, as other
-    programs have it, stand for `all-linear`.
+    A regular expression, which may have commas and brackets itself, is one word, or a quoted item of a list.
     """
-    joined = ",".join(words)
-    is_list = joined.startswith("[") and joined.endswith("]")
-    names = [name.strip(" \"'") for name in (joined[1:-1] if is_list else joined).split(",")]
-    if "" in words or (any(map(is_pattern, names)) and not (is_list and '"' in joined)):
+    text = " ".join(words)
+    is_list = text.startswith("[") and text.endswith("]")
+    if is_list:
+        with suppress(ValueError, RecursionError):
+            return [str(name) for name in json.loads(text)] or [""]
+    names = [name.strip("\"'") for name in re.split(r"[,\s]+", text[1:-1] if is_list else text)]
+    if "" in words or (any(map(is_pattern, names)) and not (is_list and re.search("[\"']", text))):
         return [*words]
-    found = [name for name in names if name] or [""]
-    return ["all-linear" if name.lower().replace("_", "-") in ("all", "all-linear") else name for name in found]
+    return [name for name in names if name] or [""]
 
 
 def normalize_flag(name: str) -> str:
@@ -179,6 +187,13 @@ def _explain_stray_value(text: str, known: Collection[str]) -> str:
 
 
 def find_nearest_flag(name: str, known: Collection[str], own_flags: Collection[str]) -> str:
-    """Return the known flag most similar to an unknown one, this program's own first; "" if none is similar."""
-    own = difflib.get_close_matches(name, [flag for flag in own_flags if flag in known], n=1, cutoff=0.7)
-    return (own or difflib.get_close_matches(name, known, n=1) or [""])[0]
+    """Return the known flag most similar to an unknown one, rather one of this program's own; "" if none is similar.
+
+    Dashes do not count: they would make short names similar, such as lr and q_lora.
+    """
+
+    def rate(flag: str) -> float:
+        return difflib.SequenceMatcher(None, flag[2:], name[2:]).ratio() + OWN_BONUS * (flag in own_flags)
+
+    nearest = max(known, key=lambda flag: (rate(flag), flag), default="")
+    return nearest if nearest and rate(nearest) >= LEAST_SIMILARITY else ""

@@ -99,6 +99,7 @@ def test_each_common_name_is_answered_with_ours(peer: str, in_file: bool, parser
         ),
         ("lora_r=4", "unexpected value 'lora_r=4': a flag has two dashes; write --lora_r=4"),
         ("-r 4", "unknown flag -r: PEFT's and Unsloth's name; use --lora_r"),
+        ("--lr 1e-4", "unknown flag --lr: torchtune's name; use --learning_rate"),
     ],
 )
 def test_name_of_another_program_is_explained(flags: str, error: str, required: list[str]) -> None:
@@ -149,10 +150,13 @@ SPELLINGS = [
     ('["q_proj","v_proj"]', ["q_proj", "v_proj"]),
     ("['q_proj','v_proj']", ["q_proj", "v_proj"]),
     ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+    ("q_proj v_proj", ["q_proj", "v_proj"]),
     ("self_attn.q_proj", ["self_attn.q_proj"]),
     (r".*\.(q|v)_proj", [r".*\.(q|v)_proj"]),
     (r"model\.layers\.\d{1,2}\.self_attn\.[qv]_proj", [r"model\.layers\.\d{1,2}\.self_attn\.[qv]_proj"]),
     ('[".*_proj"]', [".*_proj"]),
+    ("['.*_proj']", [".*_proj"]),
+    ('["layers.[qv]{1,2}_proj"]', ["layers.[qv]{1,2}_proj"]),
     *((word, ["all-linear"]) for word in ("all", "All", "ALL_LINEAR", "all-linear", "[all]")),
 ]
 
@@ -171,6 +175,7 @@ def test_names_of_modules_are_understood_in_every_spelling(
 @pytest.mark.parametrize("flag", ["lora_exclude_modules", "lora_target_parameters", "modules_to_save"])
 def test_names_of_the_other_flags_are_separated_too(flag: str, required: list[str], tmp_path: Path) -> None:
     assert getattr(parse_args([*required, f"--{flag}", "a.b,c"]).lora, flag) == ["a.b", "c"]
+    assert getattr(parse_args([*required, f"--{flag}", "all"]).lora, flag) == ["all"]
     (tmp_path / "run.yaml").write_text(f"{flag}: [a.b, c]", encoding="utf-8")
     assert getattr(parse_args([str(tmp_path / "run.yaml"), *required]).lora, flag) == ["a.b", "c"]
 
@@ -179,6 +184,10 @@ def test_names_of_the_other_flags_are_separated_too(flag: str, required: list[st
     ("flags", "error"),
     [
         ("--lora_target_modules .*q_proj v_proj", ": a regular expression must be the only value; join several by |"),
+        (
+            "--lora_target_modules *_proj",
+            ": is not a regular expression: nothing to repeat at position 0; write .*_proj",
+        ),
         ("--lora_exclude_modules (q", ": is not a regular expression: missing ), unterminated subpattern at "),
         ("--modules_to_save .*head", ": must be names or ends of names, as PEFT has it; list them"),
         ("--lora_target_parameters .*head", ": must be names or ends of names, as PEFT has it; list them"),

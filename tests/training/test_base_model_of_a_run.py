@@ -213,6 +213,14 @@ def test_commit_that_is_gone_from_the_cache(run: Train, hub: Path, output: Path)
         run()
 
 
+def test_weights_that_are_not_in_the_cache(run: Train, hub: Path) -> None:
+    """As after --dry_run, which downloads the configuration and the tokenizer alone."""
+    (hub / "models--org--tiny" / "snapshots" / OLD / "model.safetensors").unlink()
+    missing = f"the weights of commit {OLD} are not in the cache, and the hub cannot be reached; download them where"
+    with pytest.raises(UserError, match=rf"^--model_name_or_path org/tiny: {missing} there is a network$"):
+        run("second")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

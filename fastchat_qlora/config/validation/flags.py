@@ -206,7 +206,8 @@ def _find_name_errors(flag: str, names: Collection[str]) -> Iterator[str]:
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:
-                yield f"--{flag} {pattern}: is not a regular expression: {error}; correct it, or give names"
+                remedy = f"write .{pattern}" if pattern.startswith("*") else "correct it, or give names"
+                yield f"--{flag} {pattern}: is not a regular expression: {error}; {remedy}"
 
 
 def _check_availability(values: Values) -> Iterator[str]:

@@ -193,9 +193,11 @@ def _check_matches(flag: str, ends: Collection[str], names: Collection[str]) -> 
 
 def _check_pattern(flag: str, pattern: str, found: Collection[str], names: Collection[str]) -> None:
     if not found:
+        ends = f".*({pattern})"
+        remedy = f"; write '{ends}'" if any(matches_name(name, ends) for name in names) else ""
         raise UserError(
             f"{flag} {pattern}: matches nothing to adapt; a regular expression must match a whole name, such as "
-            f"{max(sorted(names), key=len)}"
+            f"{max(sorted(names), key=len)}{remedy}"
         )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from fastchat_qlora.config.arguments import ModelArguments
 from fastchat_qlora.errors import UserError
@@ -108,6 +108,13 @@ def explain_unreadable(model_args: ModelArguments, cache_dir: str | None, error:
             f"{wanted} is not in the cache, and the hub cannot be reached; download it where there is a network{others}"
         )
     return UserError(f"{flag}: neither a model's folder nor a hub id that can be read: {one_line(error, 300)}")
+
+
+def has_cached_weights(model_args: ModelArguments, cache_dir: str | None) -> bool:
+    """Return whether the cache has weights of a hub id's commit, or knows that the hub has none; True for a folder."""
+    name, commit = model_args.model_name_or_path, model_args.commit
+    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return not commit or any(try_to_load_from_cache(name, file, cache_dir, revision=commit) for file in files)
 
 
 def _list_hub_names(name: str) -> list[str]:

@@ -138,7 +138,8 @@ def test_a_regular_expression_excludes_modules() -> None:
 
 @pytest.mark.parametrize("flag", ["lora_target_modules", "lora_exclude_modules"])
 def test_a_regular_expression_that_matches_nothing_is_an_error(flag: str) -> None:
-    with pytest.raises(UserError, match=rf"--{flag} q_proj\|v_proj: .* whole name, such as model.layers.0"):
+    advice = r"a whole name, such as model.layers.0.*; write '\.\*\(q_proj\|v_proj\)'$"
+    with pytest.raises(UserError, match=rf"--{flag} q_proj\|v_proj: .* {advice}"):
         resolve("qwen3_moe", **{"lora_target_modules": ["q_proj"], flag: ["q_proj|v_proj"]})
 
 
