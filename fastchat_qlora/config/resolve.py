@@ -148,6 +148,8 @@ def resolve_flags(values: Values) -> list[str]:
     """Resolve parsed flags without errors in place, and return warnings about what has changed."""
     warnings = [*_resolve_device(values), *_find_ignored(values), *_resolve_strategy(values)]
     warnings += describe_ignored(values, on_cpu=runs_on_cpu(values))
+    if values.greater_is_better and values.eval_strategy != "no":
+        warnings.append("--greater_is_better True: the metric is the loss, so that the largest counts as the best.")
     values.include_num_input_tokens_seen = parse_token_count(values.include_num_input_tokens_seen)
     warnings += settle_variables(values)
     if values.deepspeed:

@@ -8,8 +8,10 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.config.validation.optimizers import OPTIMIZER_TABLE
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device, get_setting
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training.optimizers import build_trial_optimizer
@@ -63,15 +65,16 @@ def warn_of_schedule(args: TrainingArguments, steps: int) -> None:
     kind, warmup = SchedulerType(args.lr_scheduler_type), args.get_warmup_steps(steps)
     settings, deepspeeds = args.lr_scheduler_kwargs or {}, get_setting(args.deepspeed or {}, "scheduler.type")
     stages = warmup + settings.get("num_stable_steps", 0) + settings.get("num_decay_steps", 0)
-    if warmup and kind in NO_WARMUP and not deepspeeds:
+    counts_warmup = OPTIMIZER_TABLE[OptimizerNames(args.optim).value].counts_warmup
+    if warmup and kind in NO_WARMUP and not deepspeeds and not counts_warmup:
         logger.warning(
             f"--warmup_steps {args.warmup_steps:g}: ignored: --lr_scheduler_type {kind.value} has no warm-up; choose "
             "constant_with_warmup, or drop the flag."
         )
     elif warmup >= steps > 0:
         logger.warning(
-            f"--warmup_steps {args.warmup_steps:g}: the run has {steps} steps, so that the learning rate only rises, "
-            f"to {(steps - 1) / warmup:.1%} of --learning_rate; lower it."
+            f"--warmup_steps {args.warmup_steps:g}: the run has {steps} steps, so that the learning rate only rises; "
+            "lower it."
         )
     elif kind is SchedulerType.WARMUP_STABLE_DECAY and stages > steps:
         logger.warning(

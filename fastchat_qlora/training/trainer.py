@@ -32,7 +32,7 @@ from fastchat_qlora.model.loading.base_model import get_compute_dtype, get_repea
 from fastchat_qlora.model.ops import chunked_loss
 from fastchat_qlora.model.ops.lora_linear import needs_autocast
 from fastchat_qlora.training.callbacks.gradient_guards import FrozenBase
-from fastchat_qlora.training.callbacks.step_monitor import Step
+from fastchat_qlora.training.callbacks.step_monitor import Step, find_evaluation
 from fastchat_qlora.training.callbacks.throughput import Throughput, TokenTotal
 from fastchat_qlora.training.checkpoints import adapter_export, checkpoint_writer
 from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
@@ -466,6 +466,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         is_best = bool(super()._determine_best_metric(*args, **kwargs))
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
+
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False) -> Any:
+        """Evaluate, but for a step that has been evaluated: --eval_on_start does so in a resumed run too."""
+        found = find_evaluation(self.state, self.state.global_step) if skip_scheduler else None
+        return found or super()._evaluate(*args, skip_scheduler=skip_scheduler)
 
     def evaluate_late(self) -> None:
         """Evaluate the checkpoint that the run has resumed from, as it was to be when it was saved."""

@@ -253,7 +253,11 @@ EVALUATION = [
     ),
     Trial("metric_for_best_model accuracy", Refused("only the loss is measured")),
     Trial("metric_for_best_model loss", Dropped("ignored: needs --load_best_model_at_end True")),
-    Trial("greater_is_better True", Refused("a smaller one is better")),
+    Trial(
+        "greater_is_better True",
+        Says("the largest counts as the best"),
+        f"{EVALUATED} {CHECKPOINTED} --load_best_model_at_end True",
+    ),
     Trial("greater_is_better False", Dropped("ignored: needs --load_best_model_at_end True")),
 ]
 SAVING = [

@@ -75,9 +75,9 @@ def test_usable_settings_pass(required: list[str], given: list[str]) -> None:
 UNFITTING = {
     "only rises": (
         ["--warmup_steps", "100"],
-        "--warmup_steps 100: the run has 6 steps, so that the learning rate only",
+        "--warmup_steps 100: the run has 6 steps, so that the learning rate only rises",
     ),
-    "rises to the end": (["--warmup_steps", "6"], "83.3% of --learning_rate"),
+    "rises to the end": (["--warmup_steps", "6"], "so that the learning rate only rises"),
     "no warm-up": (
         ["--lr_scheduler_type", "constant", "--warmup_steps", "0.1"],
         "--warmup_steps 0.1: ignored: --lr_scheduler_type constant has no warm-up",
@@ -105,3 +105,16 @@ def test_schedule_that_does_not_fit_the_run_is_logged(
 def test_schedule_that_fits_is_not(required: list[str], given: list[str], notices: pytest.LogCaptureFixture) -> None:
     warn_of_schedule(parse_args([*required, *given, "--max_steps", "6"]).training, 6)
     assert not notices.records
+
+
+@pytest.mark.parametrize(("steps", "expected"), [("4", []), ("100", ["so that the learning rate only rises"])])
+def test_warmup_of_a_schedule_free_optimizer_needs_no_schedule(
+    steps: str, expected: list[str], required: list[str], notices: pytest.LogCaptureFixture
+) -> None:
+    """It counts --warmup_steps itself."""
+    args = parse_args([*required, "--lr_scheduler_type", "constant", "--warmup_steps", steps]).training
+    args.optim = "schedule_free_adamw"  # whose package may not be installed
+    warn_of_schedule(args, 6)
+    assert [text in record.message for text, record in zip(expected, notices.records, strict=True)] == [True] * len(
+        expected
+    )

@@ -151,6 +151,15 @@ def test_accumulation_is_the_same_as_a_larger_batch(model_folder: Path, data_fil
         torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-5)
 
 
+def test_evaluation_on_start_repeats_none_of_a_resumed_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    flags: dict[str, object] = {"eval_split": 4, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    for steps in (1, 2):
+        saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": steps}
+        output = train(command(model_folder, data_file, tmp_path / "out", **flags, **saving))
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 1, 2]
+
+
 def test_evaluation_is_a_mean_over_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """It does not depend on the batches, and is in the results."""
     results = []

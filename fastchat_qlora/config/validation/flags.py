@@ -48,7 +48,6 @@ UNSUPPORTED = (
     ("do_train", False, "this program trains; use --dry_run True, or fastchat-qlora inspect or plan"),
     ("do_predict", True, "prediction is not supported; drop the flag"),
     ("parallelism_config", None, "is not supported; use --deepspeed or --fsdp"),
-    ("greater_is_better", True, "only the loss is measured, and a smaller one is better; drop the flag"),
     ("dataloader_in_order", False, "the order would depend on time, and no run could be resumed; drop the flag"),
 )
 """Flags, the value of each that is refused (None: any), and why."""
