@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from fastchat_qlora.config.validation.json_flags import parse_object
+from fastchat_qlora.distributed.process_group import open_on_cpu
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 
 BARE_IS_TRUE: dict[str, Any] = {"nargs": "?", "const": True}
@@ -175,6 +176,8 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         on_accelerator = not self.use_cpu and torch.accelerator.is_available()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_accelerator else 0
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            open_on_cpu(self.ddp_timeout)
         super().__post_init__()
         if on_accelerator and self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # batches are copied while the device computes

@@ -86,6 +86,7 @@ IGNORED = (
         lambda values: values.save_strategy == "no",
         "--save_strategy no saves no checkpoints",
     ),
+    Ignored(("save_total_limit",), lambda values: values.save_total_limit < 1, "below 1 there is no limit"),
     Ignored(
         ("logging_steps",),
         lambda values: values.logging_strategy != "steps" and (values.eval_strategy != "steps" or values.eval_steps),
@@ -113,11 +114,6 @@ IGNORED = (
         ("save_on_each_node", "log_on_each_node"),
         lambda values: os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
         "there is only one machine",
-    ),
-    Ignored(
-        ("ddp_timeout",),
-        lambda values: values.use_cpu,
-        "transformers sets it for processes on accelerators only",
     ),
     Ignored(("torch_empty_cache_steps",), lambda values: values.use_cpu, "there is no device to empty a cache of"),
     Ignored(
@@ -182,11 +178,22 @@ def _find_ignored(values: Values) -> Iterator[str]:
         given = [name for name in ignored.flags if getattr(values, name, defaults.get(name)) != defaults.get(name)]
         new = [name for name in given if name not in logged]
         if new and ignored.is_ignored(values):
-            shown = ", ".join(f"--{name} {mask_secrets(getattr(values, name), name)}" for name in new)
+            shown = ", ".join(f"--{name} {_show(mask_secrets(getattr(values, name), name))}" for name in new)
             yield f"{shown}: ignored: {ignored.why}."
             logged.update(new)
             for name in {*new} & {*RESET}:
                 setattr(values, name, defaults[name])
+
+
+def _show(value: Any) -> str:
+    """Return a value as it is typed."""
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else f"{value}"
+    )
 
 
 def _get_defaults() -> dict[str, Any]:

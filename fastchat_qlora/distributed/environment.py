@@ -58,15 +58,6 @@ VARIABLES = (
     Variable("DS_ACCELERATOR", "logged", "device that DeepSpeed looks for"),
     Variable("TORCHDYNAMO_DISABLE", "logged", "1: nothing is compiled"),
     Variable("TORCH_COMPILE_DISABLE", "logged", "1: nothing is compiled"),
-    Variable("CUDA_VISIBLE_DEVICES", "read", "GPUs of the run; none if it is empty"),
-    Variable("OMP_NUM_THREADS", "read", "threads of each process; `torchrun` sets 1"),
-    Variable("PYTORCH_ALLOC_CONF", "read", "memory only"),
-    Variable("PYTORCH_CUDA_ALLOC_CONF", "read", "memory only"),
-    Variable("TORCH_EXTENSIONS_DIR", "read", "folder in which DeepSpeed's operations are compiled"),
-    Variable("HF_HUB_OFFLINE", "read", "models and data come from the cache only"),
-    Variable("TRANSFORMERS_OFFLINE", "read", "the same"),
-    Variable("TRANSFORMERS_VERBOSITY", "read", "messages of transformers, unless --log_level is given"),
-    Variable("WANDB_*", "read", "by Weights & Biases, with --report_to wandb"),
 )
 """The first entry whose name fits counts."""
 
@@ -87,7 +78,7 @@ COMPILER_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 COMPILING_FLAGS = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers")
 
 PLACES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-"""Variables of a launcher -> their values for a process that is alone."""
+"""Variables of a launcher -> their values for a process that is alone; -1 says so too."""
 
 LAUNCHER_VARIABLES = (*PLACES, "MASTER_ADDR", "MASTER_PORT")
 
@@ -113,7 +104,7 @@ def settle_launcher() -> list[str]:
     _check_starter()
     places = {name: value for name, value in given.items() if name in PLACES}
     shown = ", ".join(f"{name} {value}" for name, value in places.items())
-    if any(value != PLACES[name] for name, value in places.items()):
+    if any(value not in (PLACES[name], "-1") for name, value in places.items()):
         missing = ", ".join(name for name in LAUNCHER_VARIABLES if name not in given)
         raise UserError(
             f"{shown}: set in the environment without {missing}; start with torchrun or deepspeed, which set all, or "

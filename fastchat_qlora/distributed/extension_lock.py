@@ -45,28 +45,18 @@ def _holding(folder: Path) -> Iterator[None]:
 
 def _settle(lock: Path) -> None:
     """Remove a stale lock once the compilers that its holder has left behind have ended."""
-    while not _is_held(lock):
-        if not _sees_all_processes(lock.parent):
+    while not _is_linked(lock.stat(), "fd"):
+        if not _sees_all_processes(lock):
             logger.warning(
                 f"{lock}: no process on this machine holds this lock of a compiler. If none on another machine does, "
                 f"stop this run and remove it: rm {lock}"
             )
             return
-        if not _runs_compiler(lock.parent):
+        if not _is_linked(lock.parent.stat(), "cwd"):
             lock.unlink()
             logger.warning(f"{lock}: removed: it was left behind by a compilation that was killed.")
             return
         time.sleep(LOOK_SECONDS)
-
-
-def _is_held(lock: Path) -> bool:
-    """Return whether a process has the file open; raise OSError if it is gone."""
-    return _is_linked(lock.stat(), "fd")
-
-
-def _runs_compiler(folder: Path) -> bool:
-    """Return whether a process works in the folder."""
-    return _is_linked(folder.stat(), "cwd")
 
 
 def _is_linked(wanted: os.stat_result, kind: str) -> bool:
@@ -80,9 +70,10 @@ def _is_linked(wanted: os.stat_result, kind: str) -> bool:
     return False
 
 
-def _sees_all_processes(folder: Path) -> bool:
-    """Return whether all processes that may use a folder are seen: it is on this machine, and so are they."""
-    if os.getuid() not in (0, folder.stat().st_uid):
+def _sees_all_processes(lock: Path) -> bool:
+    """Return whether a process that holds a lock would be seen: it is on this machine, and so is the folder."""
+    folder = lock.parent
+    if os.getuid() not in (0, lock.stat().st_uid):
         return False  # files of other users' processes are not seen
     try:
         is_own = os.readlink("/proc/self/ns/pid") == ALL_PROCESSES or folder.stat().st_dev == MACHINE_ROOT.stat().st_dev

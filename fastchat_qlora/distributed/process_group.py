@@ -15,6 +15,16 @@ from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.utils.text import mask_secrets
 
 
+def open_on_cpu(seconds: int) -> None:
+    """Open the process group of several processes on CPUs, with a timeout.
+
+    transformers 5.23 (`TrainingArguments._setup_devices`) passes the timeout on for accelerators only, and takes a
+    group that is open as it is. This can go once it passes it on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+
+
 @contextmanager
 def process_group(topology: Topology) -> Iterator[None]:
     """Prepare the process group for DeepSpeed, and close it after a run without errors.

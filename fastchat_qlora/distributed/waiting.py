@@ -57,7 +57,11 @@ WAITS = (
         "`fuser -v {path}` shows it; let it finish, or stop it",
         "lock_file",
     ),
-    Wait("/huggingface_hub/", "the hub", "check the network, or use what is in the cache with HF_HUB_OFFLINE=1"),
+    Wait(
+        "/huggingface_hub/",
+        "an answer, a download or an upload of the hub",
+        "if it gets no further, check the network, or use what is in the cache with HF_HUB_OFFLINE=1",
+    ),
     Wait("/torch/distributed/distributed_c10d.py", *OTHERS),
     Wait("/torch/distributed/rendezvous.py", *OTHERS),
 )

@@ -166,6 +166,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         order: list[int] = (-get_column(eval_dataset, "length")).argsort(kind="stable").tolist()
         return order
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return batches of all conversations: --dataloader_drop_last is for those of training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         """Run an epoch in its own order.
 

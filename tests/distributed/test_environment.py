@@ -35,7 +35,9 @@ def clean() -> None:
         os.environ.pop(name, None)
 
 
-@pytest.mark.parametrize("alone", [{"LOCAL_RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h"}])
+@pytest.mark.parametrize(
+    "alone", [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "-1"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h"}]
+)
 def test_left_over_variables_of_a_launcher_are_ignored(alone: dict[str, str]) -> None:
     os.environ.update(alone)
     shown = ", ".join(f"{name} {value}" for name, value in alone.items() if name != "MASTER_ADDR")

@@ -82,6 +82,18 @@ def test_lock_that_may_be_held_elsewhere_is_logged(
     assert len(notices.messages) == 1 and notices.messages[0].endswith(f"stop this run and remove it: rm {lock}")
 
 
+def test_lock_of_another_user_is_logged(
+    lock: Path, notices: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only root sees what files others have open, even in one's own folder."""
+    lock.symlink_to("/etc/passwd")  # root's
+    if os.getuid() == 0:
+        os.chown(lock.parent, 1000, -1)
+        monkeypatch.setattr("os.getuid", lambda: 1000)
+    remove_stale_locks()
+    assert lock.exists() and len(notices.messages) == 1, notices.messages
+
+
 def test_folder_without_locks_is_no_news(
     tmp_path: Path, notices: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,8 @@ def test_hub_that_does_not_answer_is_logged(notices: pytest.LogCaptureFixture, m
         with pytest.raises(httpx2.TimeoutException):
             HfApi(endpoint=endpoint).model_info("org/model", timeout=SHORT * 2.5)
     assert {re.sub(r"\d+ s by now", "N", message) for message in notices.messages} == {
-        "Waiting for the hub, N; check the network, or use what is in the cache with HF_HUB_OFFLINE=1."
+        "Waiting for an answer, a download or an upload of the hub, N; if it gets no further, check the network, or "
+        "use what is in the cache with HF_HUB_OFFLINE=1."
     }
 
 

@@ -1,11 +1,15 @@
 """Effects of flags: where each is seen in a short run, beside the same run without the flag."""
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 from observe import FILE
+
+Shapes = dict[str, list[int]]  # of tensors, by name
 
 
 class FlagRun:
@@ -20,9 +24,19 @@ class FlagRun:
         return (self.folder / "adapter_model.safetensors").read_bytes()
 
     @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the adapter's tensors."""
+        return {name: list(tensor.shape) for name, tensor in safetensors.torch.load(self.adapter).items()}
+
+    @cached_property
     def log(self) -> list[dict[str, Any]]:
         """The entries of the log."""
         return json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+
+    @property
+    def evaluations(self) -> list[float]:
+        """The losses of evaluation."""
+        return [entry["eval_loss"] for entry in self.log if "eval_loss" in entry]
 
     def observed(self, rank: int = 0) -> dict[str, Any]:
         """Return what observe.py saw in a process."""
@@ -69,6 +83,7 @@ class Dropped(NamedTuple):
         assert run.code == 0, run.said
         assert run.said.count(self.reason) == 1 and self.reason not in base.said, run.said
         assert run.adapter == base.adapter
+        assert run.evaluations == base.evaluations
         assert [entry.keys() for entry in run.log] == [entry.keys() for entry in base.log]
 
 
@@ -85,6 +100,7 @@ class Same(NamedTuple):
     def check(self, run: FlagRun, base: FlagRun) -> None:
         assert run.code == 0, run.said
         assert run.adapter == base.adapter
+        assert run.evaluations == base.evaluations
         assert "ignored" not in run.said or "ignored" in base.said, run.said
 
 
@@ -99,6 +115,22 @@ class Tensors(NamedTuple):
     def check(self, run: FlagRun, base: FlagRun) -> None:
         assert run.code == 0, run.said
         assert run.adapter != base.adapter
+
+
+class Weights(NamedTuple):
+    """Other tensors in the adapter's file."""
+
+    what: str
+    holds: Callable[[Shapes], object]  # true or false
+
+    @property
+    def seen(self) -> str:
+        """The place in docs/flags.md."""
+        return f"the adapter's tensors: {self.what}"
+
+    def check(self, run: FlagRun, base: FlagRun) -> None:
+        assert run.code == 0, run.said
+        assert self.holds(run.shapes) and not self.holds(base.shapes), run.shapes
 
 
 class Order(NamedTuple):
@@ -233,4 +265,6 @@ class OnDevice(NamedTuple):
         return f"not here: {self.why}"
 
 
-Effect = Refused | Dropped | Same | Tensors | Order | Logged | Live | Says | Files | Setting | Elsewhere | OnDevice
+Effect = (
+    Refused | Dropped | Same | Tensors | Weights | Order | Logged | Live | Says | Files | Setting | Elsewhere | OnDevice
+)

@@ -25,13 +25,13 @@ def install() -> None:
     def train_and_write(self: LoraTrainer, *args: Any, **kwargs: Any) -> Any:
         result = train(self, *args, **kwargs)
         path = Path(os.environ["OBSERVED"]).with_suffix(f".{os.environ.get('RANK', '0')}.json")
-        path.write_text(json.dumps({"order": order, **_describe(self)}, default=str))
+        path.write_text(json.dumps({"order": order, **_describe(self, order)}, default=str))
         return result
 
     LoraTrainer.get_batch_samples, LoraTrainer.train = get_and_record, train_and_write
 
 
-def _describe(trainer: Any) -> dict[str, Any]:
+def _describe(trainer: Any, order: list[list[Any]]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     import transformers
@@ -54,6 +54,8 @@ def _describe(trainer: Any) -> dict[str, Any]:
             **{name: getattr(ddp, name) for name in ("find_unused_parameters", "broadcast_buffers", "static_graph")},
             "bucket_bytes": ddp.bucket_bytes_cap,
         },
+        "passes": {"number": len(order[0]), "size": len(order[0][0])},
+        "timeout": dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout if ddp else None,
         "backend": dist.get_backend() if dist.is_initialized() else None,
         "checkpointing": {**checkpointing, "layers": getattr(layer, "gradient_checkpointing", None)},
         "compiled": str(trainer.accelerator.state.dynamo_plugin.backend.value).lower(),

@@ -33,7 +33,6 @@ RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "model_max_length", "gradient_accumulation_steps", "devices"), COUNT),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), COUNT),
     **dict.fromkeys(("torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
-    "save_total_limit": Kind("at least 1; leave it out to keep all checkpoints", COUNT.accepts),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout", "max_new_tokens"), COUNT),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"), NOT_NEGATIVE),
