@@ -213,7 +213,11 @@ LOGGING = [
 ]
 EVALUATION = [
     Trial("eval_strategy steps", Logged("eval_loss", [2, 4]), "--eval_steps 2 --eval_data_path $eval"),
-    Trial("eval_strategy epoch", Logged("eval_loss", [4]), "--eval_data_path $eval"),
+    Trial(
+        "eval_strategy epoch",
+        Logged("eval_loss", [2, 4]),  # the run without it is evaluated once, at its end
+        "--eval_data_path $eval --per_device_train_batch_size 15",
+    ),
     Trial("eval_strategy steps", Dropped("ignored: there is nothing to evaluate on")),
     Trial(
         "eval_steps 1",
