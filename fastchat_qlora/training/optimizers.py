@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,7 +61,9 @@ def build_trial_optimizer(args: TrainingArguments, device: torch.device) -> Opti
         reason = "its saved state holds objects that could run code, so that no run may resume from it"
         raise UserError(f"{what}: {reason}; {ADVICE}") from error
     except Exception as error:  # packages check their settings and the device in many ways
-        raise UserError(f"{what}: cannot be used: {one_line(error, 200) or type(error).__name__}; {ADVICE}") from error
+        problem = one_line(error, 200) or type(error).__name__
+        advice = f"correct --optim_args, or {ADVICE}" if args.optim_args else ADVICE
+        raise UserError(f"{what}: cannot be used: {problem}; {advice}") from error
     if not is_exact:
         reason = "does not continue from its saved state as if it had not stopped, so that a resumed run would differ"
         raise UserError(f"{what}: {reason}; {ADVICE}")
@@ -101,9 +104,12 @@ def check_silent_steps(args: TrainingArguments, sequences: int, processes: int) 
     silent = count_silent_steps(name, args.optim_args, args.adam_beta2)
     steps = count_steps(args, sequences, processes).steps if silent else 1
     if steps <= silent:
+        which, remedy = f"its first {silent} steps is 0, and this run has {steps}", "more steps"
+        if math.isinf(silent):
+            which, remedy = f"every step is 0 with --adam_beta2 {args.adam_beta2}", "a larger one"
         raise UserError(
-            f"--optim {name}: the rate of its first {silent} steps is 0, and this run has {steps}, so that nothing "
-            "would be trained; give more steps, or --optim_args silent_sgd_phase=False"
+            f"--optim {name}: the rate of {which}, so that nothing would be trained; give {remedy}, or --optim_args "
+            "silent_sgd_phase=False"
         )
 
 

@@ -340,7 +340,7 @@ def _warn_of_older_order(checkpoint: Checkpoint, strategy: str) -> None:
     if strategy in ("group_by_length", "batch_rebalance") and "sequence_order" not in checkpoint.run:
         logger.warning(
             f"--train_sampling_strategy {strategy}: {checkpoint.folder} is of an older version, which took sequences "
-            "in another order; the rest of this epoch repeats some and leaves out others."
+            "in another order; an epoch that has begun repeats some and leaves out others."
         )
 
 

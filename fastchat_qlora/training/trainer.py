@@ -511,7 +511,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return
         set_rate(self.lr_scheduler)
         before, now = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE))).max_steps, self.state.max_steps
-        if before != now:
+        if self.state.global_step < now != before:
             logger.warning(
                 f"The run has {now} steps, and had {before} when the checkpoint was saved; from here on the learning "
                 f"rate is that of a run of {now} steps."

@@ -136,7 +136,8 @@ def test_trial_refuses_before_loading(
 
 
 def test_setting_out_of_range_is_refused_in_the_packages_words(required: list[str]) -> None:
-    with pytest.raises(UserError, match=r"--optim sgd with --optim_args momentum=-1: cannot be used: Invalid momentum"):
+    said = r"--optim sgd with --optim_args momentum=-1: cannot be used: Invalid momentum.* correct --optim_args"
+    with pytest.raises(UserError, match=said):
         build_trial_optimizer(arguments(required, "sgd", "--optim_args", "momentum=-1"), CPU)
 
 
@@ -196,4 +197,7 @@ def test_schedule_free_run_ends_with_its_best_average(model_folder: Path, data_f
 def test_run_of_silent_steps_only_is_refused(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     given = {**SCHEDULE_FREE, "optim": "schedule_free_radam", "max_steps": -1, "num_train_epochs": 0.5}
     with pytest.raises(UserError, match=r"the rate of its first 4 steps is 0, and this run has 3, so that nothing"):
+        train(command(model_folder, data_file, tmp_path / "out", **given))
+    given |= {"num_train_epochs": 9, "adam_beta2": 0.6}
+    with pytest.raises(UserError, match=r"of every step is 0 with --adam_beta2 0.6, .* give a larger one, or --optim_"):
         train(command(model_folder, data_file, tmp_path / "out", **given))

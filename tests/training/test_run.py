@@ -160,6 +160,14 @@ def test_evaluation_on_start_repeats_none_of_a_resumed_run(model_folder: Path, d
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 1, 2]
 
 
+def test_shorter_run_that_is_done_has_no_other_rates(
+    model_folder: Path, data_file: Path, tmp_path: Path, notices: pytest.LogCaptureFixture
+) -> None:
+    for steps in (2, 1):
+        train(command(model_folder, data_file, tmp_path / "out", save_strategy="steps", max_steps=steps))
+    assert "none was left to train" in notices.text and "from here on" not in notices.text
+
+
 def test_evaluation_is_a_mean_over_tokens(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """It does not depend on the batches, and is in the results."""
     results = []

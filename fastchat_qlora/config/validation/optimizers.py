@@ -248,15 +248,18 @@ def describe_ignored(values: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     return warnings
 
 
-def count_silent_steps(optim: str, optim_args: str | None, beta2: float) -> int:
+def count_silent_steps(optim: str, optim_args: str | None, beta2: float) -> float:
     """Return the number of first steps that have a rate of 0: those before RAdam trusts its second moment.
 
-    Its variance is defined from where the length of the average, `rho`, exceeds 4.
+    Its variance is defined from where the length of the average, `rho`, exceeds 4; it does in no step up to a beta2 of
+    0.6.
     """
     if optim != "schedule_free_radam" or parse_optim_args(optim, optim_args).get("silent_sgd_phase") is False:
         return 0
     longest = 2 / (1 - beta2) - 1
+    if longest <= 4:
+        return math.inf
     step = 1
-    while longest - 2 * step * beta2**step / (1 - beta2**step) <= 4 and step < 1000:
+    while longest - 2 * step * beta2**step / (1 - beta2**step) <= 4:
         step += 1
     return step - 1
