@@ -16,6 +16,7 @@ from fastchat_qlora.config.validation.deepspeed import find_deepspeed_errors
 from fastchat_qlora.config.validation.json_flags import json_object
 from fastchat_qlora.config.validation.paths import check_writable
 from fastchat_qlora.distributed.extension_lock import remove_stale_locks
+from fastchat_qlora.distributed.process_group import is_lost_peer
 from fastchat_qlora.errors import UserError, raise_errors
 from fastchat_qlora.utils.text import one_line
 
@@ -97,6 +98,8 @@ def _build_group(group: type[Group], flags: ParsedFlags) -> Group:
     try:
         return group(**values)
     except Exception as error:  # transformers and accelerate check their arguments in many ways while building them
+        if is_lost_peer(error):
+            raise  # they open the process group too
         reason = one_line(error) or type(error).__name__
         given = {name: values[name] for name in flags.given if name in values}
         shown = ", ".join(f"--{name} {one_line(given[name], 200)}" for name in _find_blamed(given, reason))

@@ -22,6 +22,7 @@ from launching import free_port
 from quick_runs import command
 from torch.utils.file_baton import FileBaton
 
+from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.distributed.waiting import reporting_waits
 
 SHORT = 0.3  # seconds
@@ -141,6 +142,12 @@ def test_process_that_never_comes_is_logged(lonely: int, notices: pytest.LogCapt
     where = f"check that all of them run, and reach 127.0.0.1:{lonely}; end it with Ctrl-C, if need be twice, or by "
     message = rf"Waiting for the other processes of the run, \d+ s by now; {where}--ddp_timeout."
     assert re.fullmatch(message, notices.messages[0])
+
+
+@pytest.mark.usefixtures("lonely")
+def test_timeout_of_a_rendezvous_blames_no_flag(required: list[str]) -> None:
+    with pytest.raises(dist.DistError, match="1/2 clients joined"):
+        parse_args([*required, "--use_cpu", "True", "--ddp_timeout", "1", "--max_steps", "2"])
 
 
 def test_run_says_on_what_it_waits(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
