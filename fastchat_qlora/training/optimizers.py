@@ -16,7 +16,6 @@ from transformers.training_args import OptimizerNames
 from fastchat_qlora.config.arguments import TrainingArguments
 from fastchat_qlora.config.validation.optimizers import count_silent_steps, parse_optim_args
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.training.schedule import count_steps
 from fastchat_qlora.utils.text import one_line
 
 Optimizer = torch.optim.Optimizer
@@ -98,12 +97,11 @@ def _make_steps(optimizer: Any, parameter: torch.nn.Parameter, steps: range) -> 
         optimizer.step()
 
 
-def check_silent_steps(args: TrainingArguments, sequences: int, processes: int) -> None:
+def check_silent_steps(args: TrainingArguments, steps: int) -> None:
     """Check that not all steps of a run have a rate of 0."""
     name = OptimizerNames(args.optim).value
     silent = count_silent_steps(name, args.optim_args, args.adam_beta2)
-    steps = count_steps(args, sequences, processes).steps if silent else 1
-    if steps <= silent:
+    if silent and steps <= silent:
         which, remedy = f"its first {silent} steps is 0, and this run has {steps}", "more steps"
         if math.isinf(silent):
             which, remedy = f"every step is 0 with --adam_beta2 {args.adam_beta2}", "a larger one"

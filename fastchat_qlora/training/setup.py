@@ -236,8 +236,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     checkpoint = _choose_start(args)
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     lora_config.revision = args.model.commit  # PEFT loads the base model at that
-    base = prepare_base(args, lora_config)
-    base_identity = _identify_base(args)
+    base, base_identity = prepare_base(args, lora_config), _identify_base(args)
     settings = fingerprint_settings(args, lora_config, base.quantization, topology, dtype)
     settings |= fingerprint_base(base_identity)
     if checkpoint:
@@ -245,8 +244,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    if topology.accelerator is None:
-        _check_unpacking_on_cpu(base, args.model.model_name_or_path, dtype)
+    _check_unpacking(base, args.model.model_name_or_path, dtype, topology)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -259,8 +257,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
-    check_silent_steps(args.training, len(train_dataset), topology.world_size)
-    warn_of_schedule(args.training, count_steps(args.training, len(train_dataset), topology.world_size).steps)
+    steps = count_steps(args.training, len(train_dataset), topology.world_size).steps
+    check_silent_steps(args.training, steps)
+    warn_of_schedule(args.training, steps)
     _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, datasets.train)
@@ -303,9 +302,14 @@ def _identify_base(args: RunArguments) -> BaseIdentity:
     return found
 
 
-def _check_unpacking_on_cpu(base: PreparedBase, name: str, dtype: torch.dtype) -> None:
-    """Check the layers that will be packed; what is published in 4 bits is checked when it has been loaded."""
-    if base.meta_model is None or not base.quantization.is_4bit or base.quantization.is_as_published:
+def _check_unpacking(base: PreparedBase, name: str, dtype: torch.dtype, topology: Topology) -> None:
+    """Check on a CPU the layers that will be packed; what is published in 4 bits is checked when it has been loaded."""
+    if (
+        topology.accelerator
+        or base.meta_model is None
+        or not base.quantization.is_4bit
+        or base.quantization.is_as_published
+    ):
         return
     from fastchat_qlora.model.quantization.quantizer import find_packed  # it imports bitsandbytes
 

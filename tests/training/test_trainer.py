@@ -153,7 +153,7 @@ def test_evaluation_keeps_no_logits(
     tokens = sum(len(row["input_ids"]) for row in CONVERSATIONS)
     assert supervised < tokens and tokens > VOCABULARY
     assert output.predictions is None and output.label_ids is None
-    largest_activation = tokens * 96  # of the MLP
+    largest_activation = tokens * model.config.intermediate_size
     assert seen.numel == max((rows_of_logits or supervised) * vocabulary, largest_activation)
 
 

@@ -204,30 +204,38 @@ def load_model(
                 output_loading_info=True,
                 **quantization,
             )
-    except RuntimeError as error:
-        if "CONVERSION" in str(error) and is_published:
-            raise UserError(
-                f"{flag}: transformers cannot dequantize its weights as the quantization_config in its config.json has "
-                f"them; give {OTHER_COPIES}, or check the file"
-            ) from error
-        if "ignore_mismatched_sizes" not in str(error):
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if (reason := _explain_failure(error, model_args, cache_dir, is_published=is_published)) is None:
             raise
-        raise UserError(
-            f"{flag}: its files and its config.json differ in shapes of tensors; download it again"
-        ) from error
-    except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
-        if not has_cached_weights(model_args, cache_dir):  # after --dry_run or plan, which need no weights
-            raise UserError(
-                f"{flag}: the weights of commit {model_args.commit} are not in the cache, and the hub cannot be "
-                "reached; download them where there is a network"
-            ) from error
-        raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+        raise UserError(f"{flag}: {reason}") from error
     _check_tensors(found, flag)
     keep_cpu_weights_trainable(model)
     check_unpacking(flag, find_packings(model))
     forget_longest_rows(model)
     keep_weights_in_evaluation(model)
     return model
+
+
+def _explain_failure(
+    error: Exception, model_args: ModelArguments, cache_dir: str | None, *, is_published: bool
+) -> str | None:
+    """Return why a base model could not be loaded, and what to do; None for an error that is no fault of its files."""
+    if isinstance(error, RuntimeError):
+        if "CONVERSION" in str(error) and is_published:
+            return (
+                "transformers cannot dequantize its weights as the quantization_config in its config.json has them; "
+                f"give {OTHER_COPIES}, or check the file"
+            )
+        is_other_shape = "ignore_mismatched_sizes" in str(error)
+        return (
+            "its files and its config.json differ in shapes of tensors; download it again" if is_other_shape else None
+        )
+    if not has_cached_weights(model_args, cache_dir):  # after --dry_run or plan, which need no weights
+        return (
+            f"the weights of commit {model_args.commit} are not in the cache, and the hub cannot be reached; download "
+            "them where there is a network"
+        )
+    return f"cannot be loaded: {one_line(error, 400)}"
 
 
 def _check_tensors(found: Mapping[str, Any], flag: str) -> None:
