@@ -24,7 +24,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_model_config,
     get_text_attention,
 )
-from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unreadable, has_cached_weights
+from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unloadable, explain_unreadable
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking
@@ -216,12 +216,7 @@ def load_model(
             f"{flag}: its files and its config.json differ in shapes of tensors; download it again"
         ) from error
     except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
-        if not has_cached_weights(model_args, cache_dir):  # after --dry_run or plan, which need no weights
-            raise UserError(
-                f"{flag}: the weights of commit {model_args.commit} are not in the cache, and the hub cannot be "
-                "reached; download them where there is a network"
-            ) from error
-        raise UserError(f"{flag}: cannot be loaded: {one_line(error, 400)}") from error
+        raise explain_unloadable(model_args, cache_dir, error) from error
     _check_tensors(found, flag)
     keep_cpu_weights_trainable(model)
     check_unpacking(model)
