@@ -26,9 +26,6 @@ NAME_FLAGS = ("lora_target_modules", "lora_exclude_modules", "lora_target_parame
 
 ALL_LINEAR_NAMES = ("all", "all_linear", "all-linear")  # of --lora_target_modules in other programs, in small letters
 
-LEAST_SIMILARITY = 0.65  # of a known flag that may be meant, by difflib
-OWN_BONUS = 0.05  # by which this program's own flags count as more similar
-
 NOT_PLANNED: dict[str, Any] = {"devices": None, "device_type": None, "device_memory_gib": None}
 """Values that `plan`'s own flags have in other commands, which run on this machine's devices."""
 
@@ -191,9 +188,8 @@ def find_nearest_flag(name: str, known: Collection[str], own_flags: Collection[s
 
     Dashes do not count: they would make short names similar, such as lr and q_lora.
     """
-
-    def rate(flag: str) -> float:
-        return difflib.SequenceMatcher(None, flag[2:], name[2:]).ratio() + OWN_BONUS * (flag in own_flags)
-
-    nearest = max(known, key=lambda flag: (rate(flag), flag), default="")
-    return nearest if nearest and rate(nearest) >= LEAST_SIMILARITY else ""
+    ratings = {
+        flag: difflib.SequenceMatcher(None, flag[2:], name[2:]).ratio() + 0.05 * (flag in own_flags) for flag in known
+    }
+    nearest = max(ratings, key=lambda flag: (ratings[flag], flag), default="")
+    return nearest if nearest and ratings[nearest] >= 0.65 else ""

@@ -244,7 +244,6 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    _check_unpacking(base, args.model.model_name_or_path, dtype, topology)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -303,13 +302,9 @@ def _identify_base(args: RunArguments) -> BaseIdentity:
 
 
 def _check_unpacking(base: PreparedBase, name: str, dtype: torch.dtype, topology: Topology) -> None:
-    """Check on a CPU the layers that will be packed; what is published in 4 bits is checked when it has been loaded."""
-    if (
-        topology.accelerator
-        or base.meta_model is None
-        or not base.quantization.is_4bit
-        or base.quantization.is_as_published
-    ):
+    """Check on a CPU the layers that will be packed; those published in 4 bits are checked when they are loaded."""
+    quantization = base.quantization
+    if topology.accelerator or base.meta_model is None or not quantization.is_4bit or quantization.is_as_published:
         return
     from fastchat_qlora.model.quantization.quantizer import find_packed  # it imports bitsandbytes
 
@@ -317,7 +312,7 @@ def _check_unpacking(base: PreparedBase, name: str, dtype: torch.dtype, topology
     check_unpacking(
         f"--model_name_or_path {name}",
         [
-            (path, Packing(modules[path].in_features, base.quantization.kind, dtype, torch.device("cpu")))
+            (path, Packing(modules[path].in_features, quantization.kind, dtype, torch.device("cpu")))
             for path in packed
             if isinstance(modules.get(path), torch.nn.Linear)
         ],
@@ -352,6 +347,7 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     """Choose how the base model is loaded, and check that it works with the strategy and the attention backend."""
     quantization_config = build_run_quantization_config(args.lora, base.quantization, dtype, topology)
     quantized = base.quantization.is_quantized
+    _check_unpacking(base, args.model.model_name_or_path, dtype, topology)
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)
     sharded_classes = tuple((args.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
     check_layer_classes(base.meta_model, sharded_classes)

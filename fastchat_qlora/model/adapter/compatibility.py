@@ -11,14 +11,10 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
-from fastchat_qlora.utils.text import ends_with_any, matches_name
+from fastchat_qlora.utils.text import matches_name
 
 
-def check_targets(
-    meta_model: PreTrainedModel | None,
-    lora_config: LoraConfig,
-    text: TextPart | None = None,
-) -> None:
+def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, text: TextPart | None = None) -> None:
     """Require that every module that the adapter names exists, and that its regular expressions are fast.
 
     PEFT itself raises only if no name matches at all. Without a meta model the names are left to it.
@@ -52,19 +48,12 @@ def check_saved_modules(names: Collection[str], quantized: Collection[str], flag
         quantized: full names of layers, and of experts' parameters, that will be in few bits.
     """
     for end in sorted(names):
-        held = [name for name in quantized if any(ends_with_any(around, [end]) for around in _list_owners(name))]
-        if held:
+        if held := [name for name in quantized if f".{end}." in f".{name}."]:
             raise UserError(
                 f"{flag} {end}: {len(held)} weights in it will be in 4 or 8 bits, such as {min(held)}, and cannot be "
                 "trained as a whole; put an adapter on them with --lora_target_modules, or load the base model in "
                 "16 bits"
             )
-
-
-def _list_owners(name: str) -> list[str]:
-    """Return a module's name, and those of the modules that hold it."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _check_module_names(flag: str, names: Collection[str], offered: Collection[str]) -> None:

@@ -110,11 +110,16 @@ def explain_unreadable(model_args: ModelArguments, cache_dir: str | None, error:
     return UserError(f"{flag}: neither a model's folder nor a hub id that can be read: {one_line(error, 300)}")
 
 
-def has_cached_weights(model_args: ModelArguments, cache_dir: str | None) -> bool:
-    """Return whether the cache has weights of a hub id's commit, or knows that the hub has none; True for a folder."""
+def explain_unloadable(model_args: ModelArguments, cache_dir: str | None, error: Exception) -> UserError:
+    """Return the error for a base model whose weights cannot be loaded, as those that were never downloaded."""
     name, commit = model_args.model_name_or_path, model_args.commit
     files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    return not commit or any(try_to_load_from_cache(name, file, cache_dir, revision=commit) for file in files)
+    if not commit or any(try_to_load_from_cache(name, file, cache_dir, revision=commit) for file in files):
+        return UserError(f"--model_name_or_path {name}: cannot be loaded: {one_line(error, 400)}")
+    return UserError(
+        f"--model_name_or_path {name}: the weights of commit {commit} are not in the cache, and the hub cannot be "
+        "reached; download them where there is a network"
+    )
 
 
 def _list_hub_names(name: str) -> list[str]:

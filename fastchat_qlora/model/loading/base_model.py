@@ -24,7 +24,7 @@ from fastchat_qlora.model.loading.auto_class import (
     get_model_config,
     get_text_attention,
 )
-from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unreadable, has_cached_weights
+from fastchat_qlora.model.loading.base_identity import choose_commit, explain_unloadable, explain_unreadable
 from fastchat_qlora.model.loading.folder_checks import check_model_folder
 from fastchat_qlora.model.loading.towers import find_towers, is_in_tower
 from fastchat_qlora.model.ops.unpacking_check import check_unpacking, find_packings
@@ -204,10 +204,12 @@ def load_model(
                 output_loading_info=True,
                 **quantization,
             )
-    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        if (reason := _explain_failure(error, model_args, cache_dir, is_published=is_published)) is None:
+    except RuntimeError as error:
+        if (reason := _explain_failure(str(error), is_published=is_published)) is None:
             raise
         raise UserError(f"{flag}: {reason}") from error
+    except (OSError, ImportError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise explain_unloadable(model_args, cache_dir, error) from error
     _check_tensors(found, flag)
     keep_cpu_weights_trainable(model)
     check_unpacking(flag, find_packings(model))
@@ -216,26 +218,15 @@ def load_model(
     return model
 
 
-def _explain_failure(
-    error: Exception, model_args: ModelArguments, cache_dir: str | None, *, is_published: bool
-) -> str | None:
-    """Return why a base model could not be loaded, and what to do; None for an error that is no fault of its files."""
-    if isinstance(error, RuntimeError):
-        if "CONVERSION" in str(error) and is_published:
-            return (
-                "transformers cannot dequantize its weights as the quantization_config in its config.json has them; "
-                f"give {OTHER_COPIES}, or check the file"
-            )
-        is_other_shape = "ignore_mismatched_sizes" in str(error)
+def _explain_failure(message: str, *, is_published: bool) -> str | None:
+    """Return what is wrong with a base model's tensors, and what to do; None for an error of another kind."""
+    if "CONVERSION" in message and is_published:
         return (
-            "its files and its config.json differ in shapes of tensors; download it again" if is_other_shape else None
+            "transformers cannot dequantize its weights as the quantization_config in its config.json has them; give "
+            f"{OTHER_COPIES}, or check the file"
         )
-    if not has_cached_weights(model_args, cache_dir):  # after --dry_run or plan, which need no weights
-        return (
-            f"the weights of commit {model_args.commit} are not in the cache, and the hub cannot be reached; download "
-            "them where there is a network"
-        )
-    return f"cannot be loaded: {one_line(error, 400)}"
+    is_shape = "ignore_mismatched_sizes" in message
+    return "its files and its config.json differ in shapes of tensors; download it again" if is_shape else None
 
 
 def _check_tensors(found: Mapping[str, Any], flag: str) -> None:

@@ -25,8 +25,8 @@ def merge_full_model(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     is_changed = any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
     if is_changed and getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         raise RunError(
-            "the adapter changes the embeddings or the head, which share one weight in this model, and its files have "
-            "other names than the model: merging is not supported with both"
+            "the adapter changes the embeddings or the head, which share one weight in this model, and it cannot be "
+            "merged layer by layer: merging is not supported with both; serve the adapter itself"
         )
     try:
         merged: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)
