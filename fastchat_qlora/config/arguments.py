@@ -1,6 +1,7 @@
 """Argument dataclasses of a run: model, data, training and adapter."""
 
 from dataclasses import MISSING, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -176,14 +177,20 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
         on_accelerator = not self.use_cpu and torch.accelerator.is_available()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_accelerator else 0
-        if self.use_cpu and self.ddp_backend in (None, "gloo"):
-            open_on_cpu(self.ddp_timeout)
         super().__post_init__()
         if on_accelerator and self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # batches are copied while the device computes
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second until v6
             if hasattr(self, name):
                 setattr(self, name, {"use_reentrant": USE_REENTRANT} | (getattr(self, name) or {}))
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """The device of this process; several processes on CPUs have opened their group."""
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            open_on_cpu(self.ddp_timeout)
+        device: torch.device = super()._setup_devices
+        return device
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without tokens: Trainer pickles it when it pushes a checkpoint to the hub."""

@@ -85,6 +85,8 @@ def _try_resuming(build: Callable[[torch.nn.Parameter], Optimizer], device: torc
     second.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     for stepped, parameter in ((optimizer, whole), (second, resumed)):
         _make_steps(stepped, parameter, range(RESUME_TRIAL_STEPS[0], sum(RESUME_TRIAL_STEPS)))
+    if not whole.isfinite().all():  # a rate that is much too high shows in the first steps
+        return optimizer, True
     return optimizer, bool((whole - resumed).norm() <= ROUNDING * whole.norm())
 
 
