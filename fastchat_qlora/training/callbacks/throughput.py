@@ -88,8 +88,9 @@ class Throughput:
         A collective operation, for moments at which the device is waited for anyway, as it is for a logged loss.
         """
         now = time.perf_counter()
-        seconds = max(now - (now if self._since is None else self._since) - self._paused, 1e-9)
         new = [seen - added for seen, added in zip(self.seen, self._added, strict=True)]
+        passed = now - (now if self._since is None else self._since) - self._paused
+        seconds = max(passed, 1e-9) if new[0] else 0.0  # what passes between a log entry and a save is no training
         self._since, self._paused, self._added = now, 0.0, list(self.seen)
         everyone = accelerator.gather(torch.tensor([[*new, get_memory_bytes(device)]], device=device))
         tokens, supervised, _ = everyone.sum(0).tolist()

@@ -69,6 +69,19 @@ def test_pause_ended_by_an_error_counts(clock: list[float]) -> None:
     assert counter.read(Alone, CPU)["tokens_per_second"] == 10
 
 
+def test_time_without_tokens_does_not_count(clock: list[float]) -> None:
+    """A checkpoint is saved some time after the log entry of its step."""
+    counter = Throughput()
+    counter.begin()
+    for _ in range(2):
+        counter.count(10, 10)
+        clock[0] += 1
+        counter.read(Alone, CPU)
+        clock[0] += 7
+        counter.add_up(Alone, CPU)
+    assert counter.total == (20, 20, 2)
+
+
 class WithAnother:
     """An accelerator of two processes; the other one has counted a thousand tokens and has a gibibyte."""
 
