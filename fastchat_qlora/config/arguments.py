@@ -125,7 +125,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]  
     cache_dir: str | None = flag("Cache folder for downloads and for tokenized data.", None)
     optim: str = flag("Optimizer by its transformers name; docs/optimizers.md has all of them.", "adamw_torch")
     optim_target_modules: list[str] | None = flag("Has no effect: modules for GaLore and APOLLO.", None)
-    remove_unused_columns: bool = flag("Drop dataset columns unknown to the model; the collator needs them.", False)
+    remove_unused_columns: bool = flag("Ignored: losses and order need all columns of the data.", False)
     ddp_find_unused_parameters: bool | None = flag(
         "Search for adapter parameters without gradient in every step; needed for mixtures of experts.", False
     )

@@ -46,6 +46,7 @@ IGNORED = (
         "evaluation computes the loss alone, conversation by conversation",
     ),
     Ignored(("use_cache",), lambda values: True, "training uses no cache"),
+    Ignored(("remove_unused_columns",), lambda values: True, "no column is unused: losses and order need them"),
     Ignored(("length_column_name",), lambda values: True, "the lengths of the sequences are known"),
     Ignored(("enable_jit_checkpoint",), lambda values: True, "SIGTERM and SIGINT always save a checkpoint"),
     Ignored(
@@ -135,7 +136,7 @@ IGNORED = (
 RESET = (
     *("eval_strategy", "eval_on_start", "do_eval", "eval_use_gather_object", "eval_do_concat_batches"),
     *("eval_accumulation_steps", "use_cache", "length_column_name", "enable_jit_checkpoint", "ddp_backend"),
-    "restore_callback_states_from_checkpoint",
+    *("restore_callback_states_from_checkpoint", "remove_unused_columns"),
 )
 """Ignored flags that the libraries would act on nevertheless, so that they get their defaults."""
 

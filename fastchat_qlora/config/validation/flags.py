@@ -23,7 +23,6 @@ EXCLUSIVE = (
     ("q_lora", "load_in_8bit", "the base model is loaded in 4 bits or in 8; drop one"),
     ("dequantize_base", "q_lora", "the base model is loaded in the compute dtype or in 4 bits; drop one"),
     ("dequantize_base", "load_in_8bit", "the base model is loaded in the compute dtype or in 8 bits; drop one"),
-    ("lazy_preprocess", "remove_unused_columns", "the text is needed later; drop one"),
     ("eval_split", "eval_data_path", "two sources of evaluation data; drop one"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "two names of one setting; drop one"),
 )
