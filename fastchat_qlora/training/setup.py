@@ -72,7 +72,7 @@ from fastchat_qlora.training.callbacks.activation_checkpointing import estimate_
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.checkpoints.checkpoint import Checkpoint, choose_checkpoint
 from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base, fingerprint_data, fingerprint_settings
-from fastchat_qlora.training.checkpoints.trained_base import describe_other_base
+from fastchat_qlora.training.checkpoints.trained_base import describe_other_base, read_trained_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.optimizers import check_silent_steps
 from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
@@ -295,8 +295,10 @@ def _choose_start(args: RunArguments) -> Checkpoint | None:
 def _identify_base(args: RunArguments) -> BaseIdentity:
     """Return which base model it is, and warn if an adapter to start from was trained on another one."""
     found, start = identify_base(args.model), args.lora.lora_weight_path
-    folder, where = Path(start).expanduser(), f"--lora_weight_path {start}"
-    if start and (problem := describe_other_base(where, folder, args.model.model_name_or_path, found)):
+    if not start:
+        return found
+    trained, where = read_trained_base(Path(start).expanduser()), f"--lora_weight_path {start}"
+    if problem := describe_other_base(where, trained, args.model.model_name_or_path, found):
         logger.warning(f"{problem}; with it the adapter starts as something else.")
     return found
 

@@ -89,6 +89,11 @@ def ends_with_any(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
+def lies_in_any(name: str, ends: Iterable[str]) -> bool:
+    """Return whether a dotted name is that of a module with one of these ends, or of a part of such a module."""
+    return any(f".{end}." in f".{name}." for end in ends)
+
+
 def is_pattern(name: str) -> bool:
     """Return whether a name of modules is a regular expression."""
     return bool(PATTERN_SIGN.search(name))

@@ -11,7 +11,7 @@ from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.adapter.adapter_files import check_pattern_time
 from fastchat_qlora.model.adapter.targets import find_adaptable, list_fused_names
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_experts
-from fastchat_qlora.utils.text import matches_name
+from fastchat_qlora.utils.text import lies_in_any, matches_name
 
 
 def check_targets(meta_model: PreTrainedModel | None, lora_config: LoraConfig, text: TextPart | None = None) -> None:
@@ -48,7 +48,7 @@ def check_saved_modules(names: Collection[str], quantized: Collection[str], flag
         quantized: full names of layers, and of experts' parameters, that will be in few bits.
     """
     for end in sorted(names):
-        if held := [name for name in quantized if f".{end}." in f".{name}."]:
+        if held := [name for name in quantized if lies_in_any(name, [end])]:
             raise UserError(
                 f"{flag} {end}: {len(held)} weights in it will be in 4 or 8 bits, such as {min(held)}, and cannot be "
                 "trained as a whole; put an adapter on them with --lora_target_modules, or load the base model in "

@@ -24,7 +24,7 @@ from fastchat_qlora.model.adapter.unreached import find_unreached
 from fastchat_qlora.model.loading.text_part import TextPart, computes_linear, has_experts
 from fastchat_qlora.model.loading.towers import check_not_in_towers, is_in_tower
 from fastchat_qlora.model.quantization.weight_shares import compute_share
-from fastchat_qlora.utils.text import ends_with_any, matches_name, one_line
+from fastchat_qlora.utils.text import ends_with_any, lies_in_any, matches_name, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def choose_targets(model: PreTrainedModel, text: TextPart, config: LoraConfig) -
 def _find_saved(names: Collection[str], config: LoraConfig) -> set[str]:
     """Return those modules and parameters that are, or are in, modules to be trained as a whole, and log them."""
     saved = sorted(config.modules_to_save or ())
-    found = {name for name in names if any(f".{end}." in f".{name}." for end in saved)}
+    found = {name for name in names if lies_in_any(name, saved)}
     flag = f"--modules_to_save {' '.join(saved)}"
     if found and len(found) == len(names):
         raise UserError(f"{flag}: holds all modules of --lora_target_modules; name others in one of the two")

@@ -38,14 +38,14 @@ def _read_json_part(path: Path, *keys: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def describe_other_base(where: str, folder: Path, base: str, now: BaseIdentity) -> str:
+def describe_other_base(where: str, trained: BaseIdentity | None, base: str, now: BaseIdentity) -> str:
     """Return how a base model differs from the one that an adapter was trained on; empty if that is not known.
 
     Args:
+        trained: from `read_trained_base`.
         base: hub id or folder of the base model.
         now: the base model that is there.
     """
-    trained = read_trained_base(folder)
     return "" if trained in (None, now) else f"{where}: trained on {trained}, and its base model is {_name(base, now)}"
 
 
@@ -59,13 +59,14 @@ def check_trained_base(where: str, folder: Path, base: str, now: BaseIdentity, *
     Args:
         is_asked: another base model is used because flags name it.
     """
-    if problem := describe_other_base(where, folder, base, now):
+    trained = read_trained_base(folder)
+    if problem := describe_other_base(where, trained, base, now):
         if not is_asked:
             raise UserError(
                 f"{problem}; restore that one, or give --model_name_or_path to use another one all the same"
             )
         logger.warning(f"{problem}, which is used because flags name it; with it the adapter may do something else.")
-    elif (now.commit or is_asked) and read_trained_base(folder) is None:
+    elif (now.commit or is_asked) and trained is None:
         logger.warning(
             f"{where}: does not say on which commit or files of its base model it was trained; {_name(base, now)} is "
             "used and must be the same."
