@@ -117,7 +117,7 @@ def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str
         repeated = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         F.scaled_dot_product_attention(query, *repeated, attn_mask=mask).backward(upper)
 
-    inputs_of_kernel = VarlenInputs(boundaries, boundaries, max(lengths), max(lengths), None)
+    inputs_of_kernel = VarlenInputs(boundaries, max(lengths), boundaries, max(lengths), None)
     fits = supports_varlen(query, value, inputs_of_kernel)
     return {
         "tokens": tokens,

@@ -9,10 +9,10 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.model.attention.branches import Branches
 from fastchat_qlora.model.attention.tree_attention import (
     HALF_PRECISION_DTYPES,
     AttentionSettings,
-    Branches,
     VarlenInputs,
     attend_tree,
     attend_varlen,
@@ -54,20 +54,17 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
 ) -> tuple[torch.Tensor, None]:
     """Return causal attention within each conversation, shape (1, tokens, heads, head size), and no weights.
 
-    Conversations that share their beginnings are branches of prefix trees; then `conversation` reads `branch` below.
-
     Args:
         query: shape (1, heads, tokens, head size).
         key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
         attention_mask: None; transformers makes no mask for a function that registers no mask function.
         scaling, dropout, sliding_window, softcap: see AttentionSettings.
         s_aux: score of each head's attention sink, shape (heads,), frozen.
-        cu_seq_lens_q: start of each conversation and end of the last one, int32, shape (conversations + 1,).
-        max_length_q: tokens of the longest conversation.
+        cu_seq_lens_q: start of each conversation (or branch) and end of the last one, int32.
+        max_length_q: tokens of the longest conversation (or branch).
         conversation_lengths: tokens of each conversation.
-        branches: of the prefix trees; each token attends to its path.
-        cu_seq_lens_k, max_length_k: boundaries and tokens of the paths, laid end to end, as cu_seq_lens_q.
-        path_keys: positions in the row of the tokens of each branch's path, int64.
+        branches: of conversations that share their beginnings; each token attends to its path.
+        cu_seq_lens_k, max_length_k, path_keys: of the branches; see VarlenInputs.
 
     Raises:
         ValueError: the batch has no boundaries of conversations, or the layer needs what is not supported.
@@ -77,12 +74,10 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
     if s_aux is not None and (dropout or softcap is not None or s_aux.requires_grad):
         raise ValueError(f"attention {PER_CONVERSATION!r} takes no dropout, cap or gradient with attention sinks")
     settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
-    if not dropout and softcap is None and s_aux is None:
-        varlen = VarlenInputs(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, None)
-        if branches is not None and cu_seq_lens_k is not None:
-            varlen = VarlenInputs(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, path_keys)
-        if supports_varlen(query, value, varlen):
-            return attend_varlen(query, key, value, varlen, settings), None
+    keys = (cu_seq_lens_q, max_length_q, None) if branches is None else (cu_seq_lens_k, max_length_k, path_keys)
+    varlen = VarlenInputs(cu_seq_lens_q, max_length_q, *keys)
+    if not dropout and softcap is None and s_aux is None and supports_varlen(query, value, varlen):
+        return attend_varlen(query, key, value, varlen, settings), None
     if branches is None:
         # Without the lengths as integers every layer waits for the device here; see Collator.
         branches = tuple((-1, length) for length in conversation_lengths or cu_seq_lens_q.diff().tolist())

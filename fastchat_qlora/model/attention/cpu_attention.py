@@ -1,47 +1,56 @@
-"""Causal attention in blocks: in bf16 on a CPU, with backward as fast as its products, and with attention sinks.
+"""Attention in blocks along the paths of prefix trees: on a CPU, and with attention sinks on any device.
 
-Backward of torch's CPU kernel of FlashAttention is slowed by many small products: 18.6 ms against 13.1 here for 1,024
-tokens, 3.9 against 3.0 for 300 (torch 2.13, two AVX512 cores with AMX, 9 heads and 3 key heads of 64). Its forward is
-the faster one, so it is used. This can go once its backward keeps up, and torch's attention takes sinks.
+Torch's CPU kernel of FlashAttention has no causal mask for queries behind a prefix, and its backward is slowed by many
+small products. With AMX its forward is the faster one in bf16, so it is used there.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+import platform
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-BLOCK_QUERIES = 256  # whose scores for 1,024 keys and 9 heads take 4.5 MiB, so that most stay in the caches
+from fastchat_qlora.model.attention.branches import Block, Branch, split_branch
+
+HALF = (torch.bfloat16, torch.float16)
+BLOCK_QUERIES = 128  # whose scores for 1,024 keys and 9 heads take 4.5 MiB in fp32
+
+
+class BlockSettings(NamedTuple):
+    """The branches of a row, and the settings of an attention layer."""
+
+    branches: tuple[Branch, ...]
+    scale: float  # of the scores
+    window: int | None  # tokens of its path that a token attends to, itself included; all before it if None
 
 
 def attend_in_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int | None,
+    settings: BlockSettings,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return causal attention of one conversation, computed by blocks of queries against all keys before their end.
+    """Return attention along the paths of prefix trees, in blocks of queries against all keys before their end.
 
-    Only the three inputs are saved for backward, which computes the weights again. In backward, and with a window,
-    scores are rounded to the dtype of the inputs before the softmax, as in transformers' eager attention; torch's
-    kernel keeps them in fp32.
+    Only the three inputs are saved for backward, which computes the weights again.
 
     Args:
-        query: shape (1, heads, tokens, head size), which the result has too, with the size of the values.
+        query: shape (1, heads, tokens, head size).
         key, value: shape (1, key heads, tokens, head size); heads are a multiple of key heads.
-        scale: of the scores.
-        window: tokens that a token attends to, itself included; all before it if None.
+        settings: see BlockSettings.
         sinks: score of each head's attention sink, which has no value; shape (heads,), frozen.
+
+    Returns:
+        A tensor of shape (1, tokens, heads, size of a value).
     """
-    attended: torch.Tensor = _BlockAttention.apply(query, key, value, sinks, (scale, window))  # type: ignore[no-untyped-call]
+    attended: torch.Tensor = _BlockAttention.apply(query, key, value, sinks, settings)  # type: ignore[no-untyped-call]
     return attended
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attention on (key heads, tokens x heads per key head, head size), with each block of queries as one slice."""
+    """Attention on (key heads, queries x heads per key head, head size), a block of queries at a time."""
 
     @staticmethod
     def forward(
@@ -50,85 +59,183 @@ class _BlockAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
-        settings: tuple[float, int | None],
+        settings: BlockSettings,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, sinks)
-        scale, window = ctx.settings = settings
-        if sinks is None and (window is None or window >= query.shape[2]):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        rows = _group_by_key_head(query, key.shape[1])
-        attended = rows.new_empty(*rows.shape[:2], value.shape[3])
-        for block in _split_into_blocks(query, key, scale, window):
-            attended[:, block.queries] = block.compute_weights(rows, sinks) @ value[0, :, block.keys]
-        return _ungroup(attended, query.shape[2])
+        ctx.settings = settings
+        attended = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        work = _Work(query, key, value, sinks, settings)
+        for branch in settings.branches:
+            work.enter(branch)
+            if branch.parent < 0 and work.prefers_kernel:
+                attended[:, branch.own] = _call_kernel((query, key, value), branch, settings.scale)
+                continue
+            for block in split_branch(branch, BLOCK_QUERIES, settings.window):
+                weights = work.compute_weights(work.take(query, block), block)
+                work.put(attended.transpose(1, 2), block, weights @ work.values[:, block.keys])
+        return attended
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, sinks = ctx.saved_tensors
-        scale, window = ctx.settings
-        rows, grads = (_group_by_key_head(tensor, key.shape[1]) for tensor in (query, grad_outputs[0]))
-        grad_rows = torch.empty_like(rows)
-        # Every block adds to the keys before it; summed in fp32.
-        grad_key, grad_value = (torch.zeros_like(tensor[0], dtype=torch.float32) for tensor in (key, value))
-        for block in _split_into_blocks(query, key, scale, window):
-            weights, grad = block.compute_weights(rows, sinks), grads[:, block.queries]
-            grad_value[:, block.keys] += weights.transpose(1, 2) @ grad
-            grad_weights = grad @ value[0, :, block.keys].transpose(1, 2)
-            # A sink has no value, so that it adds nothing to the sum within: the formula is that of weights without.
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_rows[:, block.queries] = _multiply_scaled(grad_scores, block.key, scale)
-            grad_key[:, block.keys] += _multiply_scaled(grad_scores.transpose(1, 2), rows[:, block.queries], scale)
-        grad_query = _ungroup(grad_rows, query.shape[2])
-        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
+        settings: BlockSettings = ctx.settings
+        grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        grad_attended, scale = grad_outputs[0].transpose(1, 2), settings.scale
+        work, sums = _Work(query, key, value, sinks, settings), _Sums(grad_key, grad_value, settings.branches)
+        buffer = work.allocate_scores()
+        for branch in settings.branches:
+            work.enter(branch)
+            sums.enter(branch)
+            for block in split_branch(branch, BLOCK_QUERIES, settings.window):
+                rows, grad, keys = work.take(query, block), work.take(grad_attended, block), block.keys
+                weights = work.compute_weights(rows, block)
+                _add_product(sums.values[:, keys], weights.transpose(1, 2), grad)
+                grad_weights = _multiply(grad, work.values[:, keys].transpose(1, 2), out=buffer)
+                grad_scores = _multiply_by_softmax_gradient(grad_weights, weights)
+                work.put(grad_query, block, _multiply(grad_scores, work.keys[:, keys], scale))
+                _add_product(sums.keys[:, keys], grad_scores.transpose(1, 2), rows, scale)
+        sums.leave()
+        return grad_query, grad_key, grad_value, None, None
 
 
-def _group_by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Return (1, heads, tokens, head size) as (key heads, tokens x heads per key head, head size)."""
-    _, _, tokens, width = tensor.shape
-    return tensor.view(key_heads, -1, tokens, width).transpose(1, 2).reshape(key_heads, -1, width)
+def _call_kernel(inputs: tuple[torch.Tensor, ...], branch: Branch, scale: float) -> torch.Tensor:
+    """Return torch's attention of a branch without a parent, shape (1, tokens, heads, size of a value)."""
+    query, key, value = (tensor[:, :, branch.own] for tensor in inputs)
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2)
 
 
-def _ungroup(rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return grouped rows as (1, heads, tokens, head size); the heads of a token are adjacent, as layers expect."""
-    width = rows.shape[2]
-    return rows.view(len(rows), tokens, -1, width).transpose(0, 1).reshape(1, tokens, -1, width).transpose(1, 2)
+class _Work:
+    """The keys and values of the path of one branch at a time, of branches entered depth-first."""
 
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        settings: BlockSettings,
+    ) -> None:
+        self._dtype = _get_work_dtype(query)
+        self._settings, self._sinks = settings, sinks
+        self._inputs = key[0], value[0]
+        longest = max(branch.depths.stop for branch in settings.branches)
+        self.keys, self.values = (
+            one.new_empty((len(one), longest, one.shape[2]), dtype=self._dtype) for one in self._inputs
+        )
+        self._key_heads, self._groups = key.shape[1], query.shape[1] // key.shape[1]
+        whole = sinks is None and settings.window is None
+        self.prefers_kernel = whole and query.device.type == "cpu" and self._dtype in HALF
+        self._scores = self.allocate_scores()
 
-class _Block:
-    """Adjacent queries of a conversation, from `start` on, and the keys of their attention."""
+    def allocate_scores(self) -> torch.Tensor | None:
+        """Return a buffer of the largest size of a block's scores; none on a GPU, whose allocator keeps them."""
+        if self.keys.device.type != "cpu":
+            return None
+        return self.keys.new_empty(self._key_heads * self._groups * BLOCK_QUERIES * (self.keys.shape[1] + 1))
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, start: int, scale: float, window: int | None) -> None:
-        end, groups = min(start + BLOCK_QUERIES, query.shape[2]), query.shape[1] // key.shape[1]
-        first = 0 if window is None else max(0, start - window + 1)
-        self.queries, self.keys = slice(start * groups, end * groups), slice(first, end)
-        self.key, self._scale = key[0, :, self.keys], scale
-        # Without a window only the last columns need a mask; with one any column does.
-        self._masked = slice(start - first if window is None else 0, None)
-        self._mask = _make_mask(end - start, 0 if window is None else start - first, window, query.device)
+    def enter(self, branch: Branch) -> None:
+        """Put a branch's keys and values behind those of its parent."""
+        for path, row in zip((self.keys, self.values), self._inputs, strict=True):
+            path[:, branch.depths] = row[:, branch.own]
 
-    def compute_weights(self, rows: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
+        """Return a block of (1, heads, tokens, size) as (key heads, queries x heads per key head, size)."""
+        part = torch.unflatten(tensor[0, :, block.queries], 0, (self._key_heads, -1)).transpose(1, 2)
+        return part.to(self._dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+
+    def put(self, tensor: torch.Tensor, block: Block, rows: torch.Tensor) -> None:
+        """Store what `take` returns."""
+        part = torch.unflatten(tensor[0, :, block.queries], 0, (self._key_heads, -1)).transpose(1, 2)
+        part.copy_(torch.unflatten(rows, 1, part.shape[1:3]))
+
+    def compute_weights(self, rows: torch.Tensor, block: Block) -> torch.Tensor:
         """Return attention weights, shape (key heads, queries x heads per key head, keys)."""
-        scores = _multiply_scaled(rows[:, self.queries], self.key.transpose(1, 2), self._scale)
-        by_head = torch.unflatten(scores[..., self._masked], 1, (len(self._mask), -1))
-        by_head.masked_fill_(self._mask[:, None], -torch.inf)
-        if sinks is None:
-            return scores.softmax(-1)
-        of_rows = sinks.to(scores.dtype).view(len(rows), 1, -1).expand(-1, len(self._mask), -1).flatten(1)
+        keys, window = self.keys[:, block.keys], self._settings.window
+        scores = _multiply(rows, keys.transpose(1, 2), self._settings.scale, self._scores)
+        queries = rows.shape[1] // self._groups
+        # Without a window only the last columns need a mask; with one any column does.
+        before = 0 if window is None else keys.shape[1] - queries
+        masked = torch.unflatten(scores[..., keys.shape[1] - queries - before :], 1, (queries, -1))
+        masked += _make_mask(queries, before, window, scores.dtype, scores.device)
+        if self._sinks is None:
+            return torch.softmax(scores, -1, out=scores) if self._scores is not None else scores.softmax(-1)
+        of_rows = self._sinks.to(scores.dtype).view(len(rows), 1, -1).expand(-1, queries, -1).flatten(1)
         return torch.cat([scores, of_rows[..., None]], -1).softmax(-1)[..., :-1]
 
 
-@functools.lru_cache(maxsize=32)
-def _make_mask(queries: int, before: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return a mask of the keys that a query must not attend to; `before` keys lie before the first query."""
+class _Sums:
+    """Gradients of the keys and values of the branches that lead to the present one."""
+
+    def __init__(self, grad_key: torch.Tensor, grad_value: torch.Tensor, branches: tuple[Branch, ...]) -> None:
+        longest = max(branch.depths.stop for branch in branches)
+        self._rows = grad_key[0], grad_value[0]
+        # Every block adds to the keys before it; in half precision summed in fp32.
+        dtype = torch.promote_types(grad_key.dtype, torch.float32)
+        self.keys, self.values = (one.new_empty((len(one), longest, one.shape[2]), dtype=dtype) for one in self._rows)
+        self._entered: list[Branch] = []
+
+    def enter(self, branch: Branch) -> None:
+        """Begin sums of a branch, after those of branches beside it."""
+        self.leave(branch.before)
+        self._entered.append(branch)
+        for sums in (self.keys, self.values):
+            sums[:, branch.depths] = 0
+
+    def leave(self, depth: int = 0) -> None:
+        """Store the sums of the entered branches that begin at a depth or below."""
+        while self._entered and self._entered[-1].before >= depth:
+            branch = self._entered.pop()
+            for sums, row in zip((self.keys, self.values), self._rows, strict=True):
+                row[:, branch.own] = sums[:, branch.depths]
+
+
+@functools.cache
+def multiplies_fast_in_bf16() -> bool:
+    """Return whether this CPU has matrix units for bf16.
+
+    Without AMX, oneDNN's products in bf16 take twice as long as those in fp32, with AVX512-BF16 as well.
+    """
+    if platform.machine().lower() in {"x86_64", "amd64"}:
+        return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _get_work_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the products: fp32 on a CPU that multiplies faster in it than in half precision."""
+    if tensor.device.type != "cpu" or tensor.dtype not in HALF:
+        return tensor.dtype
+    return tensor.dtype if tensor.dtype == torch.bfloat16 and multiplies_fast_in_bf16() else torch.float32
+
+
+@functools.lru_cache(maxsize=64)
+def _make_mask(queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what hides keys from a query when it is added; `before` keys lie before the first query."""
     distance = torch.arange(before, before + queries, device=device)[:, None]
     distance = distance - torch.arange(before + queries, device=device)
-    return (distance < 0) | (distance >= (window or before + queries))
+    hidden = (distance < 0) | (distance >= (window or before + queries))
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _multiply_scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return scale * (a @ b), computed in one pass."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+def _multiply(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return scale * (a @ b), computed in one pass, in the beginning of a buffer if one is given."""
+    shape = (len(a), a.shape[1], b.shape[2])
+    view = None if out is None else out[: shape[0] * shape[1] * shape[2]].view(shape)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=view)
 
 
-def _split_into_blocks(query: torch.Tensor, key: torch.Tensor, scale: float, window: int | None) -> Iterator[_Block]:
-    return (_Block(query, key, start, scale, window) for start in range(0, query.shape[2], BLOCK_QUERIES))
+def _multiply_by_softmax_gradient(grad_weights: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of scores, on a CPU in place.
+
+    A sink has no value, so that it adds nothing to the sum within: the formula is that of weights without.
+    """
+    out = {"grad_input": grad_weights} if grad_weights.device.type == "cpu" else {}
+    return torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, **out)
+
+
+def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
+    """Add scale * (a @ b) to sums, which may be more precise."""
+    if sums.dtype == a.dtype:
+        sums.baddbmm_(a, b, alpha=scale)
+    else:
+        sums += _multiply(a, b, scale)

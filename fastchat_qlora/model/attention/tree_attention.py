@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastchat_qlora.model.attention.cpu_attention import attend_in_blocks
-
-Branches = tuple[tuple[int, int], ...]
-"""Parent (-1: none) and tokens of each branch, depth-first; each follows the last token of its parent."""
+from fastchat_qlora.model.attention.branches import Branches, lay_out_branches
+from fastchat_qlora.model.attention.cpu_attention import BlockSettings, attend_in_blocks
 
 HALF_PRECISION_DTYPES = (torch.float16, torch.bfloat16)
 MAX_VARLEN_ELEMENTS = 2**31  # which FlashAttention 2 can index, with up to 128 tokens of padding for each branch
@@ -31,37 +29,10 @@ class VarlenInputs(NamedTuple):
     """The queries of each branch and the keys of its path, as torch's FlashAttention takes them."""
 
     query_boundaries: torch.Tensor  # int32, shape (branches + 1,)
-    key_boundaries: torch.Tensor  # int32, shape (branches + 1,): of the paths laid end to end
     most_queries: int
+    key_boundaries: torch.Tensor | None  # int32, shape (branches + 1,): of the paths laid end to end
     most_keys: int
     path_keys: torch.Tensor | None  # positions of the keys in the row, int64, shape (sum of path lengths,); None: all
-
-
-class Branch(NamedTuple):
-    """A branch of a prefix tree in its row."""
-
-    start: int
-    tokens: int
-    before: int  # tokens of its path before it
-    path: tuple[slice, ...]  # of the row, root first, itself last
-
-    @property
-    def queries(self) -> slice:
-        """The branch's own tokens in the row."""
-        return self.path[-1]
-
-
-@functools.lru_cache(maxsize=64)
-def lay_out_branches(branches: Branches) -> tuple[Branch, ...]:
-    """Return each branch with its place and its path."""
-    laid_out: list[Branch] = []
-    start = 0
-    for parent, tokens in branches:
-        above = laid_out[parent] if parent >= 0 else None
-        before, path = (above.before + above.tokens, above.path) if above else (0, ())
-        laid_out.append(Branch(start, tokens, before, (*path, slice(start, start + tokens))))
-        start += tokens
-    return tuple(laid_out)
 
 
 def attend_tree(
@@ -81,10 +52,14 @@ def attend_tree(
         settings: of the layer; its window counts along the path.
         sinks: score of each head's attention sink, shape (heads,), frozen.
     """
+    laid_out = lay_out_branches(branches)
+    if sinks is not None or (query.device.type == "cpu" and not settings.dropout and settings.softcap is None):
+        scale = _get_scale(query, settings)
+        return attend_in_blocks(query, key, value, BlockSettings(laid_out, scale, settings.window), sinks)
     attended = []
-    for branch in lay_out_branches(branches):
+    for branch in laid_out:
         keys, values = (_gather(tensor, branch.path) for tensor in (key, value))
-        attended.append(_attend_branch(query[:, :, branch.queries], keys, values, settings, sinks).transpose(1, 2))
+        attended.append(_attend_branch(query[:, :, branch.own], keys, values, settings).transpose(1, 2))
     return torch.cat(attended, dim=1)
 
 
@@ -93,37 +68,17 @@ def _gather(tensor: torch.Tensor, path: Sequence[slice]) -> torch.Tensor:
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def _attend_branch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings, sinks: torch.Tensor | None
-) -> torch.Tensor:
-    """Return attention of a branch's queries, the last tokens of the path whose keys are given."""
-    if settings.softcap is not None:
-        return _attend_softcapped(query, key, value, settings)
-    if sinks is None:
-        return _attend_sdpa(query, key, value, settings)
-    return _attend_with_sinks(query, key, value, settings, sinks)
-
-
-def _attend_with_sinks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings, sinks: torch.Tensor
-) -> torch.Tensor:
-    """Return attention whose keys before the first query have queries of zeros, computed and dropped."""
-    before = key.shape[2] - query.shape[2]
-    scale = _get_scale(query, settings)
-    return attend_in_blocks(F.pad(query, (0, 0, before, 0)), key, value, scale, settings.window, sinks)[:, :, before:]
-
-
 def _get_scale(query: torch.Tensor, settings: AttentionSettings) -> float:
     return query.shape[3] ** -0.5 if settings.scaling is None else settings.scaling
 
 
-def _attend_sdpa(
+def _attend_branch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Return attention of one branch by torch's kernels, or in bf16 on a CPU by a faster one."""
+    """Return attention of a branch's queries to the keys of its path, of which the last are their own."""
+    if settings.softcap is not None:
+        return _attend_softcapped(query, key, value, settings)
     queries, keys, window = query.shape[2], key.shape[2], settings.window
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not settings.dropout and queries == keys:
-        return attend_in_blocks(query, key, value, _get_scale(query, settings), window)
     is_causal = queries == keys and (window is None or window >= keys)
     mask = None if is_causal else _make_path_mask(queries, keys, window or keys, query.device)
     groups = query.shape[1] // key.shape[1]
@@ -174,7 +129,7 @@ def is_ampere_or_newer() -> bool:
 
 def supports_varlen(query: torch.Tensor, value: torch.Tensor, inputs: VarlenInputs) -> bool:
     """Return whether FlashAttention takes these tensors: half precision, heads up to 256 wide, Ampere or newer."""
-    if query.device.type != "cuda" or query.dtype not in HALF_PRECISION_DTYPES:
+    if query.device.type != "cuda" or query.dtype not in HALF_PRECISION_DTYPES or inputs.key_boundaries is None:
         return False
     _, heads, tokens, width = query.shape
     keys = tokens if inputs.path_keys is None else len(inputs.path_keys)
@@ -201,5 +156,14 @@ def attend_varlen(
     window = (-1 if settings.window is None or settings.window >= inputs.most_keys else settings.window - 1, 0)
     options: dict[str, Any] = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
     options |= {"scale": settings.scaling, "window_size": window}
-    attended: torch.Tensor = varlen_attn(query, key, value, *inputs[:4], **options)
+    attended: torch.Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        inputs.query_boundaries,
+        inputs.key_boundaries,
+        inputs.most_queries,
+        inputs.most_keys,
+        **options,
+    )
     return attended[None]

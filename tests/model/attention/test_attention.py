@@ -278,7 +278,7 @@ def test_varlen_attention_supports_these_tensors(
     value = SimpleNamespace(shape=(1, 1, case["tokens"], case.get("value_width", case["width"])))
     boundaries = torch.empty(case["conversations"] + 1)
     path_keys = torch.empty(case["keys"], device="meta") if "keys" in case else None
-    inputs = VarlenInputs(boundaries, boundaries, 1, 1, path_keys)
+    inputs = VarlenInputs(boundaries, 1, boundaries, 1, path_keys)
     assert supports_varlen(query, value, inputs) is fits
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastchat_qlora.model.attention import cpu_attention
 from fastchat_qlora.model.attention.attention import attend_per_conversation
 from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES
 
@@ -121,8 +122,10 @@ def test_equals_attention_under_a_mask_of_each_path(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("window", [None, 40])
-def test_bf16_is_as_accurate_as_its_rounding(window: int | None) -> None:
+def test_bf16_is_as_accurate_as_its_rounding(window: int | None, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "multiplies_fast_in_bf16", lambda: fast)
     inputs = random_inputs(count_tokens(LONG), (4, 2), BF16, width=32)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = with_gradients(reference(exact, LONG, window=window), exact)
