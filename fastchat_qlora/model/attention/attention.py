@@ -63,24 +63,20 @@ def attend_per_conversation(  # noqa: PLR0913  # transformers prescribes the sig
         cu_seq_lens_q: start of each conversation (or branch) and end of the last one, int32.
         max_length_q: tokens of the longest conversation (or branch).
         conversation_lengths: tokens of each conversation.
-        branches: of conversations that share their beginnings; each token attends to its path.
-        cu_seq_lens_k, max_length_k, path_keys: of the branches; see VarlenInputs.
+        branches: of conversations that share their beginnings; for cu_seq_lens_k and more see VarlenInputs.
 
     Raises:
         ValueError: the batch has no boundaries of conversations, or the layer needs what is not supported.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError(f"attention {PER_CONVERSATION!r} takes one packed sequence and its cu_seq_lens_q")
-    if s_aux is not None and (dropout or softcap is not None or s_aux.requires_grad):
-        raise ValueError(f"attention {PER_CONVERSATION!r} takes no dropout, cap or gradient with attention sinks")
     settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
     keys = (cu_seq_lens_q, max_length_q, None) if branches is None else (cu_seq_lens_k, max_length_k, path_keys)
     varlen = VarlenInputs(cu_seq_lens_q, max_length_q, *keys)
     if not dropout and softcap is None and s_aux is None and supports_varlen(query, value, varlen):
         return attend_varlen(query, key, value, varlen, settings), None
-    if branches is None:
-        # Without the lengths as integers every layer waits for the device here; see Collator.
-        branches = tuple((-1, length) for length in conversation_lengths or cu_seq_lens_q.diff().tolist())
+    # Without the lengths as integers every layer waits for the device here; see Collator.
+    branches = branches or tuple((-1, length) for length in conversation_lengths or cu_seq_lens_q.diff().tolist())
     return attend_tree(query, key, value, branches, settings, s_aux), None
 
 

@@ -90,9 +90,9 @@ class _BlockAttention(torch.autograd.Function):
                 rows, grad, keys = work.take(query, block), work.take(grad_attended, block), block.keys
                 weights = work.compute_weights(rows, block)
                 _add_product(sums.values[:, keys], weights.transpose(1, 2), grad)
-                grad_weights = _multiply(grad, work.values[:, keys].transpose(1, 2), out=buffer)
+                grad_weights = _multiply_scaled(grad, work.values[:, keys].transpose(1, 2), out=buffer)
                 grad_scores = _multiply_by_softmax_gradient(grad_weights, weights)
-                work.put(grad_query, block, _multiply(grad_scores, work.keys[:, keys], scale))
+                work.put(grad_query, block, _multiply_scaled(grad_scores, work.keys[:, keys], scale))
                 _add_product(sums.keys[:, keys], grad_scores.transpose(1, 2), rows, scale)
         sums.leave()
         return grad_query, grad_key, grad_value, None, None
@@ -135,7 +135,7 @@ class _Work:
         return self.keys.new_empty(self._key_heads * self._groups * BLOCK_QUERIES * (self.keys.shape[1] + 1))
 
     def enter(self, branch: Branch) -> None:
-        """Put a branch's keys and values behind those of its parent."""
+        """Copy a branch's keys and values behind those of its parent."""
         for path, row in zip((self.keys, self.values), self._inputs, strict=True):
             path[:, branch.depths] = row[:, branch.own]
 
@@ -145,14 +145,14 @@ class _Work:
         return part.to(self._dtype, memory_format=torch.contiguous_format).flatten(1, 2)
 
     def put(self, tensor: torch.Tensor, block: Block, rows: torch.Tensor) -> None:
-        """Store what `take` returns."""
+        """Copy what `take` returns to its place."""
         part = torch.unflatten(tensor[0, :, block.queries], 0, (self._key_heads, -1)).transpose(1, 2)
         part.copy_(torch.unflatten(rows, 1, part.shape[1:3]))
 
     def compute_weights(self, rows: torch.Tensor, block: Block) -> torch.Tensor:
         """Return attention weights, shape (key heads, queries x heads per key head, keys)."""
         keys, window = self.keys[:, block.keys], self._settings.window
-        scores = _multiply(rows, keys.transpose(1, 2), self._settings.scale, self._scores)
+        scores = _multiply_scaled(rows, keys.transpose(1, 2), self._settings.scale, self._scores)
         queries = rows.shape[1] // self._groups
         # Without a window only the last columns need a mask; with one any column does.
         before = 0 if window is None else keys.shape[1] - queries
@@ -176,14 +176,14 @@ class _Sums:
         self._entered: list[Branch] = []
 
     def enter(self, branch: Branch) -> None:
-        """Begin sums of a branch, after those of branches beside it."""
+        """Start sums of a branch, after those of branches beside it."""
         self.leave(branch.before)
         self._entered.append(branch)
         for sums in (self.keys, self.values):
             sums[:, branch.depths] = 0
 
     def leave(self, depth: int = 0) -> None:
-        """Store the sums of the entered branches that begin at a depth or below."""
+        """Copy to the row the sums of the entered branches that begin at a depth or below."""
         while self._entered and self._entered[-1].before >= depth:
             branch = self._entered.pop()
             for sums, row in zip((self.keys, self.values), self._rows, strict=True):
@@ -217,7 +217,9 @@ def _make_mask(queries: int, before: int, window: int | None, dtype: torch.dtype
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
+def _multiply_scaled(
+    a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return scale * (a @ b), computed in one pass, in the beginning of a buffer if one is given."""
     shape = (len(a), a.shape[1], b.shape[2])
     view = None if out is None else out[: shape[0] * shape[1] * shape[2]].view(shape)
@@ -238,4 +240,4 @@ def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: fl
     if sums.dtype == a.dtype:
         sums.baddbmm_(a, b, alpha=scale)
     else:
-        sums += _multiply(a, b, scale)
+        sums += _multiply_scaled(a, b, scale)

@@ -51,19 +51,24 @@ def attend_tree(
         branches: of the row; see Branches.
         settings: of the layer; its window counts along the path.
         sinks: score of each head's attention sink, shape (heads,), frozen.
+
+    Raises:
+        ValueError: the layer has attention sinks beside what is not supported with them.
     """
+    if sinks is not None and (settings.dropout or settings.softcap is not None or sinks.requires_grad):
+        raise ValueError("attention sinks are supported without dropout, cap and gradient only")
     laid_out = lay_out_branches(branches)
     if sinks is not None or (query.device.type == "cpu" and not settings.dropout and settings.softcap is None):
         scale = _get_scale(query, settings)
         return attend_in_blocks(query, key, value, BlockSettings(laid_out, scale, settings.window), sinks)
     attended = []
     for branch in laid_out:
-        keys, values = (_gather(tensor, branch.path) for tensor in (key, value))
+        keys, values = (_gather_path(tensor, branch.path) for tensor in (key, value))
         attended.append(_attend_branch(query[:, :, branch.own], keys, values, settings).transpose(1, 2))
     return torch.cat(attended, dim=1)
 
 
-def _gather(tensor: torch.Tensor, path: Sequence[slice]) -> torch.Tensor:
+def _gather_path(tensor: torch.Tensor, path: Sequence[slice]) -> torch.Tensor:
     parts = [tensor[:, :, piece] for piece in path]
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 

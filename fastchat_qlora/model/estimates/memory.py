@@ -118,13 +118,12 @@ class _SaveAsAttention(torch.autograd.Function):
 class _TracedAttention:
     """An attention function that saves as the run's does, and counts the FLOPs for each key by size of the window.
 
-    On a CPU `attend_in_blocks` (bf16, and everywhere with attention sinks) saves its inputs only, and other kernels are
-    called for each conversation, which copies their output. Capped scores are computed as they are in the run.
+    On a CPU, and everywhere with attention sinks, `attend_in_blocks` saves its inputs only. Capped scores are computed
+    as they are in the run.
     """
 
     def __init__(self, device_type: str, dtype: torch.dtype) -> None:
-        self._in_blocks = device_type == "cpu" and dtype == torch.bfloat16
-        self._copies_output = device_type == "cpu" and not self._in_blocks
+        self._in_blocks = device_type == "cpu"
         self.flops: Counter[int] = Counter()
         self.name = f"traced_{device_type}_{dtype}"
         self.masked_name = f"{self.name}_masked"  # for models that select keys in a mask, such as sparse attention
@@ -151,7 +150,7 @@ class _TracedAttention:
         self.flops[settings.get("sliding_window") or 0] += 2 * width
         saves_output = not self._in_blocks and settings.get("s_aux") is None
         output: torch.Tensor = _SaveAsAttention.apply(query, key, value, saves_output)  # type: ignore[no-untyped-call]
-        return output.clone() if self._copies_output else output, None
+        return output, None
 
 
 def measure_model_cost(

@@ -122,9 +122,9 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
         ({"cu_seq_lens_q": None}, "one packed sequence"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "one packed sequence"),
         ({"query": torch.ones(2, 1, 4, 8)}, "one packed sequence"),
-        ({"s_aux": torch.ones(1), "dropout": 0.1}, "takes no dropout, cap or gradient with attention sinks"),
-        ({"s_aux": torch.ones(1), "softcap": 5.0}, "takes no dropout, cap or gradient with attention sinks"),
-        ({"s_aux": torch.ones(1, requires_grad=True)}, "takes no dropout, cap or gradient with attention sinks"),
+        ({"s_aux": torch.ones(1), "dropout": 0.1}, "sinks are supported without dropout, cap and gradient only"),
+        ({"s_aux": torch.ones(1), "softcap": 5.0}, "sinks are supported without dropout, cap and gradient only"),
+        ({"s_aux": torch.ones(1, requires_grad=True)}, "sinks are supported without dropout, cap and gradient only"),
     ],
 )
 def test_unsupported_inputs_are_refused(changes: dict[str, Any], said: str) -> None:
