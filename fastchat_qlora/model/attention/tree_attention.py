@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,24 +151,61 @@ def attend_varlen(
 ) -> torch.Tensor:
     """Return attention of all branches at once, shape (1, tokens, heads, head size).
 
-    The last query of a branch attends up to the last key of its path: FlashAttention's causal mask is aligned there
-    since its version 2.1, and so is its window.
+    The last query of a branch attends up to the last key of its path: FlashAttention aligns its causal mask and its
+    window there since its version 2.1.
     """
+    by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    attend = functools.partial(_call_varlen_attn, inputs=inputs, settings=settings)
+    if inputs.path_keys is None:
+        return attend(*by_token)[None]
+    attended: torch.Tensor = _PathAttention.apply(*by_token, inputs.path_keys, attend)  # type: ignore[no-untyped-call]
+    return attended[None]
+
+
+def _call_varlen_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, inputs: VarlenInputs, settings: AttentionSettings
+) -> torch.Tensor:
     varlen_attn, needs_enable_gqa = _load_varlen_attn()
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if inputs.path_keys is not None:
-        key, value = key[inputs.path_keys], value[inputs.path_keys]
     window = (-1 if settings.window is None or settings.window >= inputs.most_keys else settings.window - 1, 0)
     options: dict[str, Any] = {"enable_gqa": True} if needs_enable_gqa and query.shape[1] != key.shape[1] else {}
     options |= {"scale": settings.scaling, "window_size": window}
+    boundaries = inputs.query_boundaries, inputs.key_boundaries
     attended: torch.Tensor = varlen_attn(
-        query,
-        key,
-        value,
-        inputs.query_boundaries,
-        inputs.key_boundaries,
-        inputs.most_queries,
-        inputs.most_keys,
-        **options,
+        query, key, value, *boundaries, inputs.most_queries, inputs.most_keys, **options
     )
-    return attended[None]
+    return attended
+
+
+class _PathAttention(torch.autograd.Function):
+    """Attention to keys that are gathered by path, and gathered again in backward instead of kept for each branch.
+
+    Backward computes attention once more, since torch's own backward of `varlen_attn` is no public function.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        path_keys: torch.Tensor,
+        attend: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, path_keys)
+        ctx.attend = attend
+        return attend(query, key[path_keys], value[path_keys])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, path_keys = ctx.saved_tensors
+        inputs = [tensor.detach().requires_grad_() for tensor in (query, key[path_keys], value[path_keys])]
+        with torch.enable_grad():
+            attended = ctx.attend(*inputs)
+        grad_query, *by_path = torch.autograd.grad(attended, inputs, grad_outputs[0])
+        sums = []
+        for of_row, grad in zip((key, value), by_path, strict=True):
+            # Many branches may add to a key; in half precision summed in fp32.
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            total = torch.zeros(of_row.shape, dtype=dtype, device=grad.device)
+            sums.append(total.index_add_(0, path_keys, grad.to(dtype)).to(of_row.dtype))
+        return grad_query, *sums, None, None

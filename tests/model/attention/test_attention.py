@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import trees
 from families import FAMILIES
 from hybrids import HYBRIDS, SINKS
 from hypothesis import given, settings
@@ -179,11 +180,18 @@ class TestVarlen:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
         outputs = []
-        for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
-            assert end - start <= max_q == max_k
-            q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-            to_the_right = torch.arange(end - start) - torch.arange(end - start)[:, None]
-            left, right = (side if side >= 0 else end for side in window_size)
+        q_ends, k_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
+        for start, end, first, last in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+            assert end - start <= max_q
+            assert end - start <= last - first <= max_k
+            q, k, v = (
+                tensor[part].transpose(0, 1)
+                for tensor, part in ((query, slice(start, end)), (key, slice(first, last)), (value, slice(first, last)))
+            )
+            # The last query is at the last key (see `window_size` in FlashAttention's README, since 2.1).
+            depths = torch.arange(last - first)
+            to_the_right = depths - depths[-(end - start) :, None]
+            left, right = (side if side >= 0 else last for side in window_size)
             mask = (to_the_right >= -left) & (to_the_right <= right)
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1))
         return torch.cat(outputs)
@@ -229,6 +237,27 @@ class TestVarlen:
             assert calls == [sum(lengths)], "all conversations at once"
 
         check()
+
+    def test_is_called_once_for_all_branches(self, calls: list[int]) -> None:
+        @settings(max_examples=40, deadline=None)
+        @given(trees.forests(), head_counts, windows)
+        def check(branches: trees.Branches, heads: tuple[int, int], window: int | None) -> None:
+            calls.clear()
+            inputs = tensors(*heads, trees.count_tokens(branches))
+            expected = trees.with_gradients(trees.reference(inputs, branches, window=window), inputs)
+            attended = trees.attend(inputs, branches, window=window)
+            assert calls == [trees.count_tokens(branches)], "all branches at once"
+            for ours, theirs in zip(trees.with_gradients(attended, inputs), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+        check()
+
+    def test_keeps_the_keys_of_the_row_and_not_those_of_each_path(self, calls: list[int]) -> None:
+        inputs = tensors(4, 2, 9)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(len(one)) or one, lambda one: one):
+            trees.attend(inputs, ((-1, 5), (0, 2), (0, 2)))
+        assert kept == [9, 9, 9, 5 + 7 + 7]  # query, key, value, path_keys
 
     @pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"dropout": 0.1}])
     def test_is_not_called_with_softcap_or_dropout(self, settings: dict[str, float], calls: list[int]) -> None:
