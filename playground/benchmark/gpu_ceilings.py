@@ -35,6 +35,7 @@ def measure_ceilings(
         "dequantization": lambda: _dequantization(size, device),
         "adapter": lambda: _adapter(size, 4 * max_length, device),
         "attention": lambda: _attention(size, lengths, device),
+        "attention of a tree": lambda: _attention_of_tree(size, max_length, device),
         "loss head": lambda: _loss_head(size, 2 * max_length, device),
     }
     for name, piece in pieces.items():
@@ -126,6 +127,37 @@ def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str
         "by conversation, ms": _with_gradients(by_conversation, inputs, device),
         "sdpa with a mask, ms": _with_gradients(masked, inputs, device),
     }
+
+
+def _attention_of_tree(size: Size, max_length: int, device: torch.device) -> dict[str, Any]:
+    """Time one layer's attention, forward and backward: 16 branches behind a prefix, and each with it by itself."""
+    width, prefix, own, count = size.hidden // size.heads, 3 * max_length // 4, max_length // 8, 16
+    tokens = prefix + count * own
+    starts = torch.tensor([0, *range(prefix, tokens + 1, own)], dtype=torch.int32, device=device)
+    paths = [
+        torch.arange(prefix),
+        *(torch.cat([torch.arange(prefix), torch.arange(own) + s]) for s in starts[1:-1].cpu()),
+    ]
+    ends = torch.tensor([0, *accumulate(map(len, paths))], dtype=torch.int32, device=device)
+    tree = {"branches": ((-1, prefix), *[(0, own)] * count), "cu_seq_lens_q": starts, "max_length_q": prefix}
+    tree |= {"cu_seq_lens_k": ends, "max_length_k": prefix + own, "path_keys": torch.cat(paths).to(device)}
+    lengths = [prefix + own] * count
+    alone = {"cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)}
+    alone |= {"max_length_q": prefix + own, "conversation_lengths": lengths}
+
+    def time_one(where: dict[str, Any], tokens: int) -> float:
+        inputs = [
+            _random(1, heads, tokens, width, device=device).requires_grad_()
+            for heads in (size.heads, size.key_heads, size.key_heads)
+        ]
+        upper = torch.ones(1, tokens, size.heads, width, dtype=DTYPE, device=device)
+        attend = attention.attend_per_conversation
+        return _with_gradients(
+            lambda: attend(torch.nn.Module(), *inputs, None, **where)[0].backward(upper), inputs, device
+        )
+
+    by_path, by_itself = time_one(tree, tokens), time_one(alone, sum(lengths))
+    return {"tokens": tokens, "tokens by themselves": sum(lengths), "by path, ms": by_path, "by itself, ms": by_itself}
 
 
 def _with_gradients(work: Callable[[], None], inputs: list[torch.Tensor], device: torch.device) -> float:
