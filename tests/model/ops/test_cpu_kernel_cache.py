@@ -14,7 +14,7 @@ NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 @pytest.mark.parametrize(
-    ("longest", "conversations", "kept"), [(1024, 1, 120), (1025, 1, 128), (4096, 8, 272), (4096, 500, 1024)]
+    ("longest", "conversations", "kept"), [(1024, 1, 152), (1025, 1, 160), (4096, 8, 400), (4096, 500, 1024)]
 )
 def test_capacity_grows_with_the_batch(
     longest: int, conversations: int, kept: int, monkeypatch: pytest.MonkeyPatch
@@ -38,7 +38,7 @@ import torch
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 limit_kernel_caches(1024, 1)
 weight = torch.ones(576, 576, dtype=torch.bfloat16)
-for length in [*range(128, 278), 128]:
+for length in [*range(128, 308), 128]:
     torch.ones(length, 576, dtype=torch.bfloat16) @ weight
 """
 
@@ -70,9 +70,11 @@ PASSES = """
 import torch
 from families import lora_config, make_base
 from fastchat_qlora.model.adapter.lora import attach_adapter
+from fastchat_qlora.model.attention import cpu_attention
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 lengths = list(range(20, 20 + 13 * 20, 13)) + [300, 520]
 limit_kernel_caches(max(lengths), len(lengths))
+cpu_attention.multiplies_fast_in_bf16 = lambda: True
 sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "max_position_embeddings": 4000}
 base = make_base("llama", "per_conversation", torch.bfloat16, vocab_size=300, **sizes)
 model = attach_adapter(base, lora_config(lora_dropout=0.05)).train()
