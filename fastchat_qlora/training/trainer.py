@@ -45,6 +45,7 @@ from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
+TARGET_COPIES = "target_copies"  # of a prefix tree: which of those targets each target of its conversations is
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
 
 TOKEN_COUNTS = "TokenTotal"  # in the state of a checkpoint, among those of callbacks
@@ -276,12 +277,17 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 outputs = model(**inputs)
             losses = self.loss_head.read_losses(outputs.logits)
         else:
-            if self._chooses_logits and self.data_collator.padding_free:  # a single row
-                inputs["logits_to_keep"] = batch["supervised"]
+            positions = batch["input_ids"].numel()
+            if self._chooses_logits and self.data_collator.padding_free and len(targets["labels"]) != positions:
+                inputs["logits_to_keep"] = batch["supervised"]  # of a single row
             outputs = model(**inputs)
-            losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
+            logits = outputs.logits
+            if logits.shape[:2].numel() == positions:  # a prefix tree may have as many targets
+                logits = logits.flatten(0, 1)[batch["supervised"]][None]
+            losses = chunked_loss.compute_token_losses(logits, **targets, label_smoothing=smoothing)
         self._router_loss = getattr(outputs, "aux_loss", None)
-        return losses, batch["conversation"]
+        copies = batch.get(TARGET_COPIES)
+        return losses if copies is None else losses[copies], batch["conversation"]
 
     def _weigh_router_loss(
         self, losses: torch.Tensor, weights: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
@@ -301,13 +307,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
+        others = {*TARGET_NAMES, *BATCH_INFO, TARGET_COPIES, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        self._long_rope.note(inputs.get("max_length_q") or inputs["input_ids"].shape[1])
+        self._long_rope.note(inputs.get("max_length_k") or inputs["input_ids"].shape[1])
         if self.data_collator.padding_free:
             # With a cache transformers builds no mask between conversations, whatever their positions are.
             return inputs | {"use_cache": False}
