@@ -277,14 +277,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 outputs = model(**inputs)
             losses = self.loss_head.read_losses(outputs.logits)
         else:
-            positions = batch["input_ids"].numel()
-            if self._chooses_logits and self.data_collator.padding_free and len(targets["labels"]) != positions:
-                inputs["logits_to_keep"] = batch["supervised"]  # of a single row
+            if self._chooses_logits and self.data_collator.padding_free:  # a single row
+                inputs["logits_to_keep"] = batch["supervised"]
             outputs = model(**inputs)
-            logits = outputs.logits
-            if logits.shape[:2].numel() == positions:  # a prefix tree may have as many targets
-                logits = logits.flatten(0, 1)[batch["supervised"]][None]
-            losses = chunked_loss.compute_token_losses(logits, **targets, label_smoothing=smoothing)
+            losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
         self._router_loss = getattr(outputs, "aux_loss", None)
         copies = batch.get(TARGET_COPIES)
         return losses if copies is None else losses[copies], batch["conversation"]

@@ -1,6 +1,7 @@
 """Sequences of ids -> a forest in which tokens that several share from their beginning on stand once."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,71 +26,74 @@ class PrefixTree(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """A beginning that sequences share."""
+    """A beginning that sequences share; a sequence that goes on alone is a node without parts."""
 
     depth: int  # its tokens
-    sequence: int  # one that has it
-    parts: list[Any]  # what goes on from there: nodes, and the indices of sequences
+    sequence: int  # one that has it, the first in its order
+    parts: list[Any]  # nodes that go on from there
 
 
 def build_prefix_tree(sequences: Sequence[Ids]) -> PrefixTree | None:
-    """Return the tree of some sequences, which their order does not change; None if they share nothing worth it."""
+    """Return the tree of some sequences; None if they share nothing worth it.
+
+    Branches are in the order of the sequences, not of their tokens, so that other tokens move none of them.
+    """
     # Bytes of big-endian numbers are in the order of the numbers, and compared by the machine's memcmp.
     keys = [ids.astype(">u4").tobytes() for ids in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    shared = [0, *(_count_common(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False))]
-    if sum(shared) < LEAST_SHARED:
+    holders = [*range(len(keys))]  # of each sequence: itself, or one that goes on from its end
+    for place in reversed(range(len(order) - 1)):
+        first, second = order[place : place + 2]
+        if keys[second].startswith(keys[first]):
+            holders[first] = holders[second]
+    leaves = [sequence for sequence in order if holders[sequence] == sequence]
+    shared = [0, *(_count_common(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
+    total = sum(map(len, sequences))
+    if total - sum(len(sequences[leaf]) for leaf in leaves) + sum(shared) < LEAST_SHARED:
         return None
-    lengths = [len(ids) for ids in sequences]
-    roots = _find_shared(order, shared, lengths)
-    if not any(isinstance(part, _Node) for part in roots):
-        return None
-    return _lay_out(roots, sequences, lengths)
+    tree = _lay_out(_find_nodes(leaves, shared, sequences), sequences)
+    ends = [tree.ends[holder] for holder in holders]
+    return tree._replace(ends=ends) if total - len(tree.ids) >= LEAST_SHARED else None
 
 
 def _count_common(first: Ids, second: Ids) -> int:
-    """Return the number of tokens that two sequences begin with alike."""
+    """Return the number of tokens that two sequences begin with alike; neither is a prefix of the other."""
     length = min(len(first), len(second))
-    differs = first[:length] != second[:length]
-    place = int(differs.argmax()) if length else 0
-    return place if length and differs[place] else length
+    return int((first[:length] != second[:length]).argmax())
 
 
-def _find_shared(order: Sequence[int], shared: Sequence[int], lengths: Sequence[int]) -> list[Any]:
-    """Return nodes and sequences at the root, from the order of the sequences and what each shares with the one before.
+def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequence[Ids]) -> list[_Node]:
+    """Return the roots, from sequences in order and the tokens that each shares with the one before.
 
-    `path` holds the nodes to which the last sequence belongs. One that the next sequence does not reach is complete: it
-    stays if that saves enough, or else its parts go on from its parent.
+    `path` leads to the last sequence. A node that the next sequence does not reach is complete: it stays if that saves
+    enough, or else its parts go on from its parent.
     """
     path = [_Node(0, 0, [])]
-    for sequence, common in zip([*order, -1], [*shared, 0], strict=True):
+    for sequence, common in zip([*leaves, -1], [*shared, 0], strict=True):
         while path[-1].depth > common:
-            node = path.pop()
+            node = _sort_parts(path.pop())
             if path[-1].depth < common:
                 path.append(_Node(common, node.sequence, []))
             saved = (len(node.parts) - 1) * (node.depth - path[-1].depth)
-            path[-1].parts.extend([node] if saved >= LEAST_SHARED else node.parts)
-        if sequence >= 0 and lengths[sequence] == path[-1].depth:
-            path[-1].parts.append(sequence)
-        elif sequence >= 0:
-            path.append(_Node(lengths[sequence], sequence, [sequence]))
-    return path[0].parts
+            path[-1].parts.extend([node] if saved >= LEAST_SHARED or not node.parts else node.parts)
+        if sequence >= 0:
+            path.append(_Node(len(sequences[sequence]), sequence, []))
+    return _sort_parts(path[0]).parts
 
 
-def _lay_out(roots: Sequence[Any], sequences: Sequence[Ids], lengths: Sequence[int]) -> PrefixTree:
-    branches, pieces, ends = list[tuple[int, int]](), list[Ids](), [0] * len(sequences)
-    starts, todo = list[int](), [(part, -1, 0) for part in reversed(roots)]
+def _sort_parts(node: _Node) -> _Node:
+    parts = sorted(node.parts, key=lambda part: part.sequence)
+    return _Node(node.depth, parts[0].sequence if parts else node.sequence, parts)
+
+
+def _lay_out(roots: Sequence[_Node], sequences: Sequence[Ids]) -> PrefixTree:
+    branches, pieces, starts = list[tuple[int, int]](), list[Ids](), list[int]()
+    ends = [0] * len(sequences)
+    todo = [(root, -1, 0) for root in reversed(roots)]
     while todo:
-        part, parent, start = todo.pop()
-        node = part if isinstance(part, _Node) else _Node(lengths[part], part, [part])
-        following = [part for part in node.parts if isinstance(part, _Node) or lengths[part] > node.depth]
-        for part in node.parts:
-            if not isinstance(part, _Node) and lengths[part] == node.depth:
-                ends[part] = len(branches)
-        if len(following) == 1:  # the others end within its branch, which need not be cut for them
-            todo.append((following[0], parent, start))
-            continue
-        todo.extend((part, len(branches), node.depth) for part in reversed(following))
+        node, parent, start = todo.pop()
+        todo.extend((part, len(branches), node.depth) for part in reversed(node.parts))
+        ends[node.sequence] = len(branches)  # for the last time as a leaf
         branches.append((parent, node.depth - start))
         pieces.append(sequences[node.sequence][start : node.depth])
         starts.append(start)
@@ -101,4 +105,3 @@ def _lay_out(roots: Sequence[Any], sequences: Sequence[Ids], lengths: Sequence[i
         own = np.arange(first, first + count)
         paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
     return PrefixTree(tuple(branches), np.concatenate(pieces), depths, paths, ends)
-
