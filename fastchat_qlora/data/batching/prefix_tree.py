@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LEAST_SHARED = 32
-"""Tokens that a branch must save: attention reads its keys once more for each branch that follows."""
+from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
 
 Ids = np.ndarray[Any, Any]
 
@@ -66,7 +65,7 @@ def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequenc
     """Return the roots, from sequences in order and the tokens that each shares with the one before.
 
     `path` leads to the last sequence. A node that the next sequence does not reach is complete: it stays if that saves
-    enough, or else its parts go on from its parent.
+    LEAST_SHARED tokens, or else its parts go on from its parent.
     """
     path = [_Node(0, 0, [])]
     for sequence, common in zip([*leaves, -1], [*shared, 0], strict=True):
