@@ -123,7 +123,9 @@ def _build_trainer(
         args=args.training,
         train_dataset=prepared.train_dataset,
         eval_dataset=prepared.eval_dataset,
-        data_collator=Collator(tokenizer, padding_free=args.data.padding_free),
+        data_collator=Collator(
+            tokenizer, padding_free=args.data.padding_free, share_prefixes=not prepared.loading.separation
+        ),
         processing_class=tokenizer,
         callbacks=callbacks,
         fingerprint=prepared.fingerprint,
