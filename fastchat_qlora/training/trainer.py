@@ -380,10 +380,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             model.train(was_training)
 
-    def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def build_batch(self, sequences: Sequence[Sequence[int]], *, share_prefixes: bool = False) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        return dict(self._prepare_inputs(self.data_collator(examples)))
+        return dict(self._prepare_inputs(self.data_collator.collate(examples, share_prefixes=share_prefixes)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""

@@ -62,8 +62,12 @@ class Collator:
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch of sequences, which have `input_ids`, `labels` and perhaps `weights`."""
+        return self.collate(sequences, share_prefixes=self.share_prefixes)
+
+    def collate(self, sequences: Sequence[dict[str, Any]], *, share_prefixes: bool) -> dict[str, Any]:
+        """Return a batch of sequences as a prefix tree, or each by itself."""
         ids = [np.asarray(sequence["input_ids"]) for sequence in sequences]
-        tree = build_prefix_tree(ids) if self.padding_free and self.share_prefixes else None
+        tree = build_prefix_tree(ids) if self.padding_free and share_prefixes else None
         targets = [np.asarray(sequence["labels"])[1:] for sequence in sequences]
         supervised = [np.flatnonzero(target != IGNORE_INDEX) for target in targets]
         labels = np.concatenate([target[places] for target, places in zip(targets, supervised, strict=True)])
