@@ -103,6 +103,13 @@ class DataArguments:
         "Pack complete conversations into sequences of up to model_max_length tokens; a batch counts packed sequences.",
         False,
     )
+    share_prefixes: str = flag(
+        "Compute tokens that sequences of a pass share from their beginning on once: auto (where the model and the "
+        "other flags allow it), True (or stop with an error), or False.",
+        "auto",
+        nargs="?",
+        const="True",
+    )
     duplicates: Literal["keep", "drop", "error"] = flag(
         "What to do with conversations that stood before, in the same data or, for evaluation, in the training data: "
         "keep and count them, drop them, or stop with an error.",

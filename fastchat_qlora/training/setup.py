@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
 from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset
 from fastchat_qlora.data.selection import select_data, split_datasets
 from fastchat_qlora.data.templates.clock import choose_date
@@ -75,6 +76,7 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base
 from fastchat_qlora.training.checkpoints.trained_base import describe_other_base, read_trained_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.optimizers import check_silent_steps
+from fastchat_qlora.training.prefix_sharing import explain_separation, index_prefixes, prefer_sharing
 from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
 from fastchat_qlora.training.schedule import count_steps
 
@@ -119,6 +121,7 @@ class LoadingSettings(NamedTuple):
 
     quantization: dict[str, Any]  # of the base model, from build_loading_settings
     attention: str | None  # backend; None leaves it to transformers
+    separation: str  # reason why each sequence is computed by itself; empty if prefixes are shared
     sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 shards one by one
 
 
@@ -132,6 +135,7 @@ class PreparedRun(NamedTuple):
     shapes: AdapterShapes
     data: PreparedData
     train_dataset: Dataset | PackedDataset
+    prefix_index: PrefixIndex | None  # of the training data; None if no prefixes are shared
     eval_dataset: Dataset | None
     fingerprint: dict[str, Any]  # see run_fingerprint.py
     model_cost: ModelCost | str | None  # for activation checkpointing if it is automatic; or why it is unknown
@@ -244,6 +248,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
+    sharing = {"shares_prefixes": not loading.separation}
+    if checkpoint:
+        checkpoint.check(sharing)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -270,8 +277,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         shapes=shapes,
         data=data,
         train_dataset=train_dataset,
+        prefix_index=_index_prefixes(args, datasets.train, loading.separation, topology.world_size),
         eval_dataset=datasets.eval,
-        fingerprint=settings | identity,
+        fingerprint=settings | sharing | identity,
         model_cost=_estimate_cost(args, base, dtype, datasets.train, topology),
         stop_tokens=stop_tokens,
     )
@@ -361,10 +369,12 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
         dtype,
         padding_free=args.data.padding_free,
     )
+    attention = prefer_sharing(attention, args, base.config)
+    separation = explain_separation(args, base.config, base.meta_model, attention)
     check_attention(base.meta_model, attention, topology.accelerator)
     keeps = base.quantization.is_as_published
     quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
-    return LoadingSettings(quantization, attention, sharded_classes)
+    return LoadingSettings(quantization, attention, separation, sharded_classes)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
@@ -383,6 +393,14 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
             "processes), so nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
         )
     return dataset
+
+
+def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:
+    training = args.training
+    at_once: float = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    if args.data.packing:
+        at_once *= training.model_max_length / get_column(sequences, "length").mean()
+    return index_prefixes(sequences, separation, int(at_once), get_data_seed(args))
 
 
 def _check_disk(

@@ -45,6 +45,7 @@ from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
+TARGET_COPIES = "target_copies"  # of a prefix tree: which of those targets each target of its conversations is
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
 
 TOKEN_COUNTS = "TokenTotal"  # in the state of a checkpoint, among those of callbacks
@@ -281,7 +282,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             outputs = model(**inputs)
             losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
         self._router_loss = getattr(outputs, "aux_loss", None)
-        return losses, batch["conversation"]
+        copies = batch.get(TARGET_COPIES)
+        return losses if copies is None else losses[copies], batch["conversation"]
 
     def _weigh_router_loss(
         self, losses: torch.Tensor, weights: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
@@ -301,13 +303,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
+        others = {*TARGET_NAMES, *BATCH_INFO, TARGET_COPIES, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        self._long_rope.note(inputs.get("max_length_q") or inputs["input_ids"].shape[1])
+        self._long_rope.note(inputs.get("max_length_k") or inputs["input_ids"].shape[1])
         if self.data_collator.padding_free:
             # With a cache transformers builds no mask between conversations, whatever their positions are.
             return inputs | {"use_cache": False}
@@ -378,10 +380,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             model.train(was_training)
 
-    def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def build_batch(self, sequences: Sequence[Sequence[int]], *, share_prefixes: bool = False) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        return dict(self._prepare_inputs(self.data_collator(examples)))
+        return dict(self._prepare_inputs(self.data_collator.collate(examples, share_prefixes=share_prefixes)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""

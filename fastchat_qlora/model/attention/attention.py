@@ -108,14 +108,14 @@ def choose_attention(
         return attn_implementation
     if not padding_free:
         return None
-    if reason := _explain_unsupported(config):
+    if reason := explain_unsupported(config):
         logger.warning(f"Using transformers' own attention with a mask: {reason}.")
         return None
     supports_flash = dtype in HALF_PRECISION_DTYPES and getattr(get_model_class(config), "_supports_flash_attn", False)
     return "flash_attention_2" if has_flash and supports_flash and is_ampere_or_newer() else PER_CONVERSATION
 
 
-def _explain_unsupported(config: PretrainedConfig) -> str:
+def explain_unsupported(config: PretrainedConfig) -> str:
     """Return the reason why a model cannot use `attend_per_conversation`; empty if it can."""
     model_class = get_model_class(config)
     if model_class is None:
@@ -129,6 +129,12 @@ def _explain_unsupported(config: PretrainedConfig) -> str:
     if getattr(text, "attention_chunk_size", None):
         return f"{config.model_type} attends in chunks"
     return ""
+
+
+def attends_by_varlen(config: PretrainedConfig) -> bool:
+    """Return whether torch's FlashAttention computes a model's attention in half precision on a GPU that has it."""
+    text = config.get_text_config()
+    return not getattr(text, "attn_logit_softcapping", None) and not getattr(text, "attention_dropout", 0)
 
 
 def _uses_attention_interface(cls: Any) -> bool:
