@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
+from fastchat_qlora.data.batching.packing import PackedDataset, get_column
+from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
 from fastchat_qlora.model.attention.attention_checks import Probe, measure_influence, measure_leakage
@@ -89,8 +90,9 @@ def _find_scaling_by_row(trainer: LoraTrainer) -> str:
     """
     text = trainer.adapter.config.get_text_config()
     first = getattr(text, "floor_scale", 0) if getattr(text, "attn_temperature_tuning", False) else 0
-    tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, padding_free=True)
-    return f"the model scales attention by the place in a row, from token {first} on" if 0 < first <= tokens else ""
+    if 0 < first <= trainer.largest_pass:
+        return f"the model scales attention by the place in a row, from token {first} on"
+    return ""
 
 
 def _pad(trainer: LoraTrainer, reason: str) -> None:
@@ -106,8 +108,7 @@ def _pad(trainer: LoraTrainer, reason: str) -> None:
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
     """Return the first conversation and the longest one, cut short."""
-    data = trainer.train_dataset
-    conversations = data.conversations if isinstance(data, PackedDataset) else data
+    conversations = get_sequences(trainer.train_dataset)
     longest = int(np.argmax(get_column(conversations, "length")))
     window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
     tokens = window + 32 if window + 32 <= MAX_CHECKED_TOKENS else CHECKED_TOKENS
