@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
 from fastchat_qlora.data.batching.steps import (
     Cutting,
     PassSize,
@@ -84,6 +85,7 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base
 from fastchat_qlora.training.checkpoints.trained_base import describe_other_base, read_trained_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.optimizers import check_silent_steps
+from fastchat_qlora.training.prefix_sharing import explain_separation, index_prefixes, prefer_sharing
 from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
 from fastchat_qlora.training.schedule import count_steps
 
@@ -128,6 +130,7 @@ class LoadingSettings(NamedTuple):
 
     quantization: dict[str, Any]  # of the base model, from build_loading_settings
     attention: str | None  # backend; None leaves it to transformers
+    separation: str  # reason why each sequence is computed by itself; empty if prefixes are shared
     sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 shards one by one
 
 
@@ -141,6 +144,7 @@ class PreparedRun(NamedTuple):
     shapes: AdapterShapes
     data: PreparedData
     train_dataset: Dataset | PackedDataset
+    prefix_index: PrefixIndex | None  # of the training data; None if no prefixes are shared
     eval_dataset: Dataset | None
     fingerprint: dict[str, Any]  # see run_fingerprint.py
     cutting: Cutting  # of optimizer steps into passes
@@ -254,6 +258,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
+    sharing = {"shares_prefixes": not loading.separation}
+    if checkpoint:
+        checkpoint.check(sharing)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -277,6 +284,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, train_dataset, size)
     cost = _estimate_cost(args, base, dtype, datasets.train, topology)
+    prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
     return PreparedRun(
         checkpoint=checkpoint,
         base=base,
@@ -285,9 +293,10 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         shapes=shapes,
         data=data,
         train_dataset=train_dataset,
+        prefix_index=prefixes,
         eval_dataset=datasets.eval,
-        fingerprint=settings | identity,
-        cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train)),
+        fingerprint=settings | sharing | identity,
+        cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train), prefixes),
         model_cost=cost,
         stop_tokens=stop_tokens,
     )
@@ -377,10 +386,12 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
         dtype,
         padding_free=args.data.padding_free,
     )
+    attention = prefer_sharing(attention, args, base.config)
+    separation = explain_separation(args, base.config, base.meta_model, attention)
     check_attention(base.meta_model, attention, topology.accelerator)
     keeps = base.quantization.is_as_published
     quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
-    return LoadingSettings(quantization, attention, sharded_classes)
+    return LoadingSettings(quantization, attention, separation, sharded_classes)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
@@ -429,11 +440,8 @@ def choose_pass_size(args: RunArguments, dataset: Dataset | PackedDataset, devic
 
 def _get_attention_share(cost: ModelCost | str | None, sequences: Dataset) -> float:
     """Return what attention adds to the cost of a sequence; 0 if the model's cost is not known."""
-    return (
-        compute_attention_share(cost, int(get_column(sequences, "length").max()))
-        if isinstance(cost, ModelCost)
-        else 0.0
-    )
+    longest = int(get_column(sequences, "length").max())
+    return compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
 
 
 def _warn_of_older_steps(checkpoint: Checkpoint, units: int, dataset: Dataset | PackedDataset) -> None:
@@ -442,6 +450,14 @@ def _warn_of_older_steps(checkpoint: Checkpoint, units: int, dataset: Dataset | 
             f"{checkpoint.folder} is of an older version, whose steps counted sequences: there were {len(dataset):,}, "
             f"and are {units:,} conversations. An epoch that has begun repeats some and leaves out others."
         )
+
+
+def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:
+    training = args.training
+    at_once: float = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    if args.data.packing:
+        at_once *= training.model_max_length / get_column(sequences, "length").mean()
+    return index_prefixes(sequences, separation, int(at_once), get_data_seed(args))
 
 
 def _check_disk(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, send_to_device
@@ -22,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex, find_clusters
 from fastchat_qlora.data.batching.sampling import ConversationSampler, find_conversations
 from fastchat_qlora.data.batching.steps import (
     CostModel,
@@ -58,6 +60,7 @@ from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
+TARGET_COPIES = "target_copies"  # of a prefix tree: which of those targets each target of its conversations is
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
 
 TOKEN_COUNTS, PASS_SIZE = "TokenTotal", "PassSize"  # in the state of a checkpoint, among those of callbacks
@@ -173,7 +176,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._named = StepSampler(steps, self.pass_size)
         cost = CostModel(self.cutting.attention, is_padded=not self.data_collator.padding_free)
         return torch.utils.data.DataLoader(
-            StepDataset(get_sequences(data), self._build_sampler(), shape, args.process_index, cost),
+            StepDataset(get_sequences(data), self._build_sampler(), shape, args.process_index, cost, self._prefixes),
             batch_sampler=self._named,
             collate_fn=StepCollator(self.data_collator),
             num_workers=args.dataloader_num_workers,
@@ -191,8 +194,17 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if isinstance(data, PackedDataset):
             return data.sampler
         seed, strategy = args.seed if args.data_seed is None else args.data_seed, str(args.train_sampling_strategy)
-        lengths = get_column(data, "length")
-        return ConversationSampler(find_conversations(data), lengths, strategy, seed, self.step_shape.total)
+        bounds, per_step, clusters = find_conversations(data), self.step_shape.total, []
+        if self._prefixes is not None:
+            conversations = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+            clusters = find_clusters(self._prefixes, conversations, per_step)
+        return ConversationSampler(bounds, get_column(data, "length"), strategy, seed, per_step, clusters)
+
+    @property
+    def _prefixes(self) -> PrefixIndex | None:
+        """The index by which sequences that share a beginning come into one pass."""
+        collator = self.data_collator
+        return self.cutting.prefixes if collator.padding_free and collator.share_prefixes else None
 
     @property
     def pass_size(self) -> PassSize:
@@ -383,7 +395,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             outputs = model(**inputs)
             losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
         self._router_loss = getattr(outputs, "aux_loss", None)
-        return losses, batch["conversation"]
+        copies = batch.get(TARGET_COPIES)
+        return losses if copies is None else losses[copies], batch["conversation"]
 
     def _weigh_router_loss(
         self, losses: torch.Tensor, weights: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
@@ -403,13 +416,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
+        others = {*TARGET_NAMES, *BATCH_INFO, TARGET_COPIES, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        self._long_rope.note(inputs.get("max_length_q") or inputs["input_ids"].shape[1])
+        self._long_rope.note(inputs.get("max_length_k") or inputs["input_ids"].shape[1])
         if self.data_collator.padding_free:
             # With a cache transformers builds no mask between conversations, whatever their positions are.
             return inputs | {"use_cache": False}
@@ -480,10 +493,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             model.train(was_training)
 
-    def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def build_batch(self, sequences: Sequence[Sequence[int]], *, share_prefixes: bool = False) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        return dict(self._prepare_inputs(self.data_collator(examples)))
+        return dict(self._prepare_inputs(self.data_collator.collate(examples, share_prefixes=share_prefixes)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""

@@ -68,7 +68,7 @@ class Prefixes(NamedTuple):
         return _begin(self.counts)
 
 
-def hash_prefixes(ids: NDArray[Any], starts: Ints, counts: Ints) -> PrefixHashes:
+def hash_prefixes(ids: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any]) -> PrefixHashes:
     """Return the hashes of the first 32, 64, ... ids of sequences, `counts` of each, which lie from `starts` on.
 
     They are polynomials modulo 2**64 (Karp and Rabin 1987), found for all at once as differences of one running sum.
@@ -81,7 +81,7 @@ def hash_prefixes(ids: NDArray[Any], starts: Ints, counts: Ints) -> PrefixHashes
     return hashes
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _compute_powers(size: int) -> tuple[PrefixHashes, PrefixHashes]:
     """Return the powers of the multiplier, and their inverses."""
     factors = (MULTIPLIER, pow(MULTIPLIER, -1, 2**64))
@@ -89,13 +89,13 @@ def _compute_powers(size: int) -> tuple[PrefixHashes, PrefixHashes]:
     return powers, inverses
 
 
-def _begin(counts: Ints) -> Ints:
+def _begin(counts: NDArray[Any]) -> Ints:
     """Return where each begins of so many that lie one after another."""
     begins: Ints = np.cumsum(counts) - counts
     return begins
 
 
-def _count_up(counts: Ints) -> Ints:
+def _count_up(counts: NDArray[Any]) -> Ints:
     """Return 0, 1, ... for each count, one after another."""
     return np.arange(counts.sum()) - np.repeat(_begin(counts), counts)
 

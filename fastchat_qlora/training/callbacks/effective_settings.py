@@ -79,6 +79,7 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, publ
         "compute dtype": _describe_dtype(trainer, engine),
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
+        "shared prefixes": "computed once" if trainer.data_collator.share_prefixes else "computed for each sequence",
         "loss": _describe_loss(trainer),
         "quantized weights": _describe_quantization(base, sizes, published),
         "base weights": _describe_base_weights(model),
