@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import succeed
-from launching import step_logs
+from launching import free_port, step_logs
 from safetensors.torch import load_file
 from strategies import launch_line
 
@@ -32,6 +32,15 @@ def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def longest(model_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the tokens of the longest sequence, as the error of too small a pass says."""
+    with pytest.raises(RuntimeError, match="--micro_batch_tokens 1: the longest sequence has") as caught:
+        train(model_folder, few, tmp_path_factory.mktemp("refused"), "python train_lora.py", "--micro_batch_tokens 1")
+    assert "ended with 2" in str(caught.value)
+    return str(caught.value).partition("the longest sequence has ")[2].split()[0].replace(",", "")
+
+
+@pytest.fixture(scope="module")
 def whole(model_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of one process whose steps are one pass each."""
     output = tmp_path_factory.mktemp("whole") / "out"
@@ -50,14 +59,6 @@ def assert_same_training(found: Path, expected: Path) -> None:
         assert "lora_A" in name or torch.any(tensor != 0), name
 
 
-def read_longest(data: Path, model: Path, output: Path) -> int:
-    """Return the tokens of the longest sequence, as the error of too small a pass says."""
-    with pytest.raises(RuntimeError, match="--micro_batch_tokens 1: the longest sequence has") as caught:
-        train(model, data, output, "python train_lora.py", "--micro_batch_tokens 1")
-    assert "ended with 2" in str(caught.value)
-    return int(str(caught.value).partition("the longest sequence has ")[2].split()[0].replace(",", ""))
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -69,8 +70,9 @@ def read_longest(data: Path, model: Path, output: Path) -> int:
         ),
     ],
 )
-def test_cut_in_one_process(flags: str, whole: Path, model_folder: Path, few: Path, tmp_path: Path) -> None:
-    longest = str(read_longest(few, model_folder, tmp_path / "refused"))
+def test_cut_in_one_process(
+    flags: str, longest: str, whole: Path, model_folder: Path, few: Path, tmp_path: Path
+) -> None:
     train(model_folder, few, tmp_path / "out", "python train_lora.py", flags.replace("$longest", longest))
     assert_same_training(tmp_path / "out", whole)
 
@@ -85,10 +87,10 @@ def test_cut_in_one_process(flags: str, whole: Path, model_folder: Path, few: Pa
         ("FSDP2", ""),
     ],
 )
-@pytest.mark.parametrize("cut", ["--micro_batch_tokens 512", pytest.param("", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("cut", ["--micro_batch_tokens $longest", pytest.param("", marks=pytest.mark.matrix)])
 def test_cut_in_two_processes(
-    cut: str, strategy: str, more: str, whole: Path, model_folder: Path, few: Path, tmp_path: Path, port: int
+    cut: str, strategy: str, more: str, longest: str, whole: Path, model_folder: Path, few: Path, tmp_path: Path
 ) -> None:
-    launcher = launch_line(strategy, port, "train_lora.py")
+    launcher, cut = launch_line(strategy, free_port(), "train_lora.py"), cut.replace("$longest", longest)
     train(model_folder, few, tmp_path / "out", launcher, f"--per_device_train_batch_size 3 {cut} {more}")
     assert_same_training(tmp_path / "out", whole)

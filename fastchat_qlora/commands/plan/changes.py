@@ -144,6 +144,7 @@ def _add_devices(candidate: _Candidate) -> Iterator[_Candidate]:
         if run.step_size % times:
             on_each, cost = run.step_size, f"{cost}, {times} times the conversations of a step"
         size, strategy = _find_largest_divisor(on_each, run.batch_size), candidate.run.strategy._replace(devices=count)
-        settings = {"strategy": strategy, "batch_size": size, "accumulation": on_each // size}
+        passes = PassSize(units=size) if run.size.units else run.size
+        settings = {"strategy": strategy, "batch_size": size, "accumulation": on_each // size, "size": passes}
         yield candidate.change(MORE_DEVICES, f"on {count} devices", cost, **settings)
         times *= 2
