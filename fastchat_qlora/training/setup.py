@@ -273,14 +273,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
-    units = count_units(train_dataset)
     size = choose_pass_size(args, train_dataset, topology.accelerator or "cpu")
-    steps = count_steps(args.training, units, topology.world_size).steps
-    check_silent_steps(args.training, steps)
-    warn_of_schedule(args.training, steps)
-    _check_disk(args, topology, shapes, units, settings["optimizer"], resumes=checkpoint is not None)
-    if checkpoint:
-        _warn_of_older_steps(checkpoint, units, train_dataset)
+    _check_steps(args, topology, train_dataset, checkpoint)
+    _check_disk(args, topology, shapes, count_units(train_dataset), settings["optimizer"], resumes=bool(checkpoint))
     if topology.accelerator is None:
         _limit_kernel_caches(args, base.meta_model, train_dataset, size)
     cost = _estimate_cost(args, base, dtype, datasets.train, topology)
@@ -300,6 +295,21 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         model_cost=cost,
         stop_tokens=stop_tokens,
     )
+
+
+def _check_steps(
+    args: RunArguments, topology: Topology, dataset: Dataset | PackedDataset, checkpoint: Checkpoint | None
+) -> None:
+    """Check and log what does not suit the number of steps, or those of a checkpoint."""
+    units = count_units(dataset)
+    steps = count_steps(args.training, units, topology.world_size).steps
+    check_silent_steps(args.training, steps)
+    warn_of_schedule(args.training, steps)
+    if checkpoint and "step_unit" not in checkpoint.run and units != len(dataset):
+        logger.warning(
+            f"{checkpoint.folder} is of an older version, whose steps counted sequences: there were {len(dataset):,}, "
+            f"and are {units:,} conversations. An epoch that has begun repeats some and leaves out others."
+        )
 
 
 def _choose_start(args: RunArguments) -> Checkpoint | None:
@@ -442,14 +452,6 @@ def _get_attention_share(cost: ModelCost | str | None, sequences: Dataset) -> fl
     """Return what attention adds to the cost of a sequence; 0 if the model's cost is not known."""
     longest = int(get_column(sequences, "length").max())
     return compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
-
-
-def _warn_of_older_steps(checkpoint: Checkpoint, units: int, dataset: Dataset | PackedDataset) -> None:
-    if "step_unit" not in checkpoint.run and units != len(dataset):
-        logger.warning(
-            f"{checkpoint.folder} is of an older version, whose steps counted sequences: there were {len(dataset):,}, "
-            f"and are {units:,} conversations. An epoch that has begun repeats some and leaves out others."
-        )
 
 
 def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:

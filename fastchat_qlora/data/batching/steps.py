@@ -160,7 +160,7 @@ def plan_step(
         pieces, places = _cut_by_width(lengths, processes, size, cost)
         shares = _deal([_Bin(piece.cost, piece.tokens, [piece]) for piece in pieces], processes)
     else:
-        pieces, places = _cut(lengths, shared, processes, size, cost.attention), np.arange(len(lengths))
+        pieces, places = _cut_by_tokens(lengths, shared, processes, size, cost.attention), np.arange(len(lengths))
         shares = _fill(pieces, processes, size)
     return [
         [sorted(place for piece in one.items for place in places[piece.start : piece.stop].tolist()) for one in share]
@@ -168,7 +168,7 @@ def plan_step(
     ]
 
 
-def _cut(
+def _cut_by_tokens(
     lengths: NDArray[Any], shared: NDArray[Any] | None, processes: int, size: PassSize, attention: float
 ) -> list[_Piece]:
     """Return the sequences, those that share a beginning as one piece where it may be computed in one pass."""
@@ -296,7 +296,7 @@ def _fill(pieces: Sequence[_Piece], processes: int, size: PassSize) -> list[list
 
 
 def _fill_evenly(pieces: Sequence[_Piece], count: int) -> list[_Bin]:
-    """Put each piece, the most costly first, into the bin with the least so far (LPT, Graham 1969)."""
+    """Give each piece, the most costly first, to the bin with the least so far (LPT, Graham 1969)."""
     bins: list[list[_Piece]] = [[] for _ in range(count)]
     heap = [(0.0, number) for number in range(count)]
     for piece in pieces:
@@ -313,7 +313,7 @@ def _compute_waiting(shares: Sequence[Sequence[_Bin]]) -> float:
 
 
 def _deal(bins: Sequence[_Bin], processes: int) -> list[list[_Bin]]:
-    """Deal passes to processes, in turns of the most costly: the process with the least gets the most."""
+    """Give passes to processes, in turns of the most costly: the process with the least gets the most."""
     ordered = sorted(bins, key=lambda one: -one.cost)
     shares: list[list[_Bin]] = [[] for _ in range(processes)]
     totals = [0.0] * processes
