@@ -347,7 +347,7 @@ ORDER = [
     Trial(
         'accelerator_config {"gradient_accumulation_kwargs":{"sync_each_batch":true}}',
         Tensors(),
-        "--gradient_accumulation_steps 2",
+        "--gradient_accumulation_steps 2 --micro_batch_tokens off",
         processes=2,
     ),
     Trial(

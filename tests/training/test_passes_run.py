@@ -111,6 +111,6 @@ def test_passes_become_smaller_where_memory_is_short(
             train(command(model_folder, data_file, tmp_path / str(power), **EPOCH | {"max_steps": 1}))
             layers = sum(layer.gradient_checkpointing for layer in get_repeated_layers(seen["trainer"].adapter))
             sizes.append((layers, seen["trainer"].pass_size.preferred))
-    assert sizes[0] == (0, 1536) and sizes[-1] == (2, longest)
+    assert sizes[0] == (0, 1536) and sizes[-1][0] > 0 and sizes == sorted(sizes, key=lambda one: (one[0], -one[1]))
     assert any(layers == 0 and longest < size < 1536 for layers, size in sizes)
-    assert all(size == longest for layers, size in sizes if layers)
+    assert all(longest <= size for _, size in sizes)
