@@ -31,8 +31,8 @@ HEAD = ["| flag | default | meaning |", "|---|---|---|"]
 TRIED_HEAD = ["| flag | default | meaning | tried |", "|---|---|---|---|"]
 
 OFTEN_USED = {
-    "per_device_train_batch_size": "Conversations (with `--packing`: packed sequences) per device and micro-batch.",
-    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
+    "per_device_train_batch_size": "Conversations (packed sequences) of a device in a step, times the next flag.",
+    "gradient_accumulation_steps": "Times so many; `--micro_batch_tokens` cuts the step into passes.",
     "num_train_epochs": "Passes over the training data.",
     "max_steps": "Optimizer steps of the run; -1 for those of the epochs.",
     "learning_rate": "Peak learning rate. The default suits full fine-tuning; LoRA needs 1e-4 to 1e-3.",

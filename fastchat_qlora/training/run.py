@@ -132,4 +132,5 @@ def _build_trainer(
         shapes=prepared.shapes,
         stop_tokens=prepared.stop_tokens,
         source_names=prepared.data.source_names,
+        cutting=prepared.cutting,
     )

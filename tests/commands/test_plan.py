@@ -170,42 +170,48 @@ def test_plan_reports_why_a_strategy_is_refused(plan: Any, capsys: pytest.Captur
     assert "Not possible: ZeRO-3: --use_dora True with --q_lora True" in capsys.readouterr().out
 
 
-def test_largest_batch_fits_and_one_more_does_not(plan: Any) -> None:
-    memory = "--device_memory_gib 0.008"
-    found = given_estimate(plan(f"{memory} {ALL_LINEAR}"))["largest_batch"]
-    assert 1 <= found < 30
-    assert given_estimate(plan(f"{memory} {ALL_LINEAR} --per_device_train_batch_size {found}"))["fits"] is True
-    assert given_estimate(plan(f"{memory} {ALL_LINEAR} --per_device_train_batch_size {found + 1}"))["fits"] is False
-
-
 def short_of(planned: dict[str, Any], share: float) -> str:
     """A device that has a share of what a run needs."""
     return f"--device_memory_gib {share * given_estimate(planned)['need']['total'] / 0.92 / 2**30}"
+
+
+def test_passes_become_smaller_before_layers_are_checkpointed(plan: Any) -> None:
+    """They are as large as memory allows: with one token more they would not fit."""
+    always = f"{ALL_LINEAR} --per_device_train_batch_size 8"
+    memory = short_of(enough := plan(f"{always} {ENOUGH_MEMORY}"), 0.8)
+    found = given_estimate(plan(f"{always} {memory}"))
+    assert found["fits"] is True and found["checkpointed"] == 0
+    assert found["pass_tokens"] < enough["pass_tokens"] == given_estimate(enough)["pass_tokens"]
+    for tokens, fits in ((found["pass_tokens"], True), (found["pass_tokens"] + 1, False)):
+        flags = f"{always} {memory} --activation_checkpointing False --micro_batch_tokens {tokens}"
+        assert given_estimate(plan(flags))["fits"] is fits
+    least = given_estimate(plan(f"{always} {short_of(enough, 0.1)}"))
+    assert least["checkpointed"] == 2 and least["pass_tokens"] < found["pass_tokens"], "the longest conversation"
 
 
 @pytest.mark.parametrize(
     ("flags", "share", "change"),
     [
         ("--activation_checkpointing False", 0.9, "--activation_checkpointing auto"),
-        ("--activation_checkpointing True", 0.8, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"),
+        ("--activation_checkpointing True", 0.8, "--micro_batch_tokens auto"),
     ],
 )
 def test_cheapest_change_makes_the_run_fit(
     flags: str, share: float, change: str, plan: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    always = f"{ALL_LINEAR} --per_device_train_batch_size 8"
-    memory = short_of(plan(f"{always} {flags} {ENOUGH_MEMORY}"), share)
-    planned = plan(f"{always} {flags} {memory}")
+    always, cut = f"{ALL_LINEAR} --per_device_train_batch_size 8", "--micro_batch_tokens off"
+    memory = short_of(plan(f"{always} {cut} {flags} {ENOUGH_MEMORY}"), share)
+    planned = plan(f"{always} {cut} {flags} {memory}")
     assert given_estimate(planned)["fits"] is False and planned["changes"][0]["flags"] == change
     out = capsys.readouterr().out
     assert "It does not fit" in out and f"Cheapest change: {change}" in out
-    changed = plan(f"{always} {change if '--activation' in change else flags + ' ' + change} {memory}")
+    changed = plan(f"{always} {f'{cut} {change}' if '--activation' in change else f'{flags} {change}'} {memory}")
     assert given_estimate(changed)["fits"] is True
     assert changed["schedule"]["steps"] == planned["schedule"]["steps"], "the same steps"
 
 
 def test_every_proposed_change_fits(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    always = f"--devices 2 {ALL_LINEAR} --per_device_train_batch_size 8 --bf16 True"
+    always = f"--devices 2 {ALL_LINEAR} --per_device_train_batch_size 8 --bf16 True --micro_batch_tokens off"
     memory = short_of(plan(f"{always} --activation_checkpointing True {ENOUGH_MEMORY}"), 0.6)
     planned = plan(f"{always} {memory}")
     assert planned["changes"] and all(change["on_device"]["fits"] for change in planned["changes"])
@@ -216,7 +222,8 @@ def test_every_proposed_change_fits(plan: Any, capsys: pytest.CaptureFixture[str
 def test_more_devices_keep_the_steps_if_they_divide_evenly(plan: Any) -> None:
     """If the conversations of a step do not divide evenly, the cost says so."""
     always = (
-        f"{ALL_LINEAR} --bf16 True --q_lora True --fsdp True --model_max_length 256 --activation_checkpointing True"
+        f"{ALL_LINEAR} --bf16 True --q_lora True --fsdp True --model_max_length 256 --activation_checkpointing True "
+        "--micro_batch_tokens off"
     )
     for batch, same in (
         ("--per_device_train_batch_size 1 --gradient_accumulation_steps 8", True),
@@ -267,11 +274,10 @@ def test_changes_replace_zero(plan: Any) -> None:
 
 
 def test_batch_larger_than_the_data(plan: Any) -> None:
-    packed = plan(f"--packing True --model_max_length 512 --per_device_train_batch_size 64 {ENOUGH_MEMORY}")
-    assert packed["sequences"] < 64 and packed["largest_batch"] == 512 * packed["sequences"]
-    same = plan(
-        f"--packing True --model_max_length 512 --per_device_train_batch_size {packed['sequences']} {ENOUGH_MEMORY}"
-    )
+    always = f"--packing True --model_max_length 512 --micro_batch_tokens off {ENOUGH_MEMORY}"
+    packed = plan(f"{always} --per_device_train_batch_size 64")
+    assert packed["sequences"] < 64 and packed["pass_tokens"] == 512 * packed["sequences"]
+    same = plan(f"{always} --per_device_train_batch_size {packed['sequences']}")
     assert given_estimate(packed)["need"] == given_estimate(same)["need"]
 
 
@@ -287,8 +293,6 @@ def test_processes_on_a_cpu_share_its_memory(plan: Any) -> None:
     one, four = (plan(f"--device_type cpu --devices {count}") for count in (1, 4))
     assert four["device_gib"] == pytest.approx(one["device_gib"] / 4)
     assert four["available"] == pytest.approx(one["available"] / 4)
-    batches = {each["strategy"]["devices"]: each["largest_batch"] for each in four["devices"]}
-    assert batches[1] >= 2 * batches[2] >= 4 * batches[4] > 0, "each strategy has its own share"
 
 
 def test_training_time_by_the_given_speed(plan: Any) -> None:
@@ -392,7 +396,7 @@ def test_output_may_not_replace_an_input(
             "--use_cpu True and --device_memory_gib 8.0: give --device_type cpu too",
         ),
         ("--use_cpu True --device_type cuda", "two kinds of device"),
-        (f"--dataloader_drop_last True --devices 500 {ONE_CONVERSATION}", "do not fill one batch of 500"),
+        (f"--dataloader_drop_last True --devices 500 {ONE_CONVERSATION}", "do not fill one step of 500"),
         ("--deepspeed four.json", "its train_micro_batch_size_per_gpu is 4, --per_device_train_batch_size is 8"),
         ("--deepspeed zero.json", "--deepspeed zero.json: zero_optimization.reduce_bucket_size is -5"),
         ("--tokens_per_second nan", "--tokens_per_second nan: must be a finite number"),

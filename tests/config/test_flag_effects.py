@@ -138,17 +138,18 @@ def test_each_machine_saves_and_logs_as_asked(model_folder: Path, data: Path, tm
 
 
 @pytest.mark.matrix
-def test_batch_size_is_halved_until_it_fits(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_passes_become_smaller_until_they_fit(model_folder: Path, data: Path, tmp_path: Path) -> None:
     paths = {"model": model_folder, "data": data, "out": tmp_path / "out", "cache": tmp_path / "cache"}
     flags = (
-        "--auto_find_batch_size True --include_num_input_tokens_seen non_padding --save_strategy steps --save_steps 2"
+        "--auto_find_batch_size True --include_num_input_tokens_seen non_padding --save_strategy steps --save_steps 2 "
+        "--micro_batch_tokens off"
     )
     observed = {"PREPARE": "observe:run_out_of_memory", "OBSERVED": str(tmp_path / FILE)}
     for steps in (4, 6):
         words = Template(f"{QUICK} {flags} --max_steps {steps}").substitute(paths).split()
         ended = Run(words, tmp_path / "log.txt", **observed).wait()
         assert ended.codes == [0], ended.said
-        assert "1 x 1 accumulated x 1 processes = 1 conversations a step" in ended.said
+        assert "2 x 1 accumulated x 1 processes = 2 conversations a step, 1 conversations a pass" in ended.said
     run = FlagRun(0, ended.said, paths["out"])
     assert [entry["step"] for entry in run.log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert {

@@ -72,7 +72,10 @@ DURATION = [
     Trial("num_train_epochs 0.2", Logged("loss", [1, 2, 3]), "--max_steps -1"),
     Trial("max_steps 3", Logged("loss", [1, 2, 3]), core=True),
     Trial("max_steps 0", Refused("must be at least 1")),
-    Trial("gradient_accumulation_steps 2", Live("passes.number", 2)),
+    Trial("gradient_accumulation_steps 2", Live("passes.size", 4)),
+    Trial("micro_batch_tokens off", Live("passes.number", 2), "--gradient_accumulation_steps 2", core=True),
+    Trial("micro_batch_tokens 0", Refused("must be auto, off, or a number of tokens, at least 1")),
+    Trial("micro_batch_tokens 5", Refused("the longest sequence has")),
 ]
 OPTIMIZER = [
     Trial("learning_rate 2e-3", Live("optimizer.initial_lr", 2e-3)),
@@ -171,7 +174,7 @@ MEMORY = [
     Trial("torch_empty_cache_steps 1", Dropped("ignored: there is no device to empty a cache of")),
     Trial(
         "auto_find_batch_size True",
-        Elsewhere("tests/config/test_flag_effects.py::test_batch_size_is_halved_until_it_fits"),
+        Elsewhere("tests/config/test_flag_effects.py::test_passes_become_smaller_until_they_fit"),
     ),
 ]
 LOGGING = [
@@ -344,7 +347,7 @@ ORDER = [
     Trial(
         'accelerator_config {"gradient_accumulation_kwargs":{"sync_each_batch":true}}',
         Tensors(),
-        "--gradient_accumulation_steps 2",
+        "--gradient_accumulation_steps 2 --micro_batch_tokens off",
         processes=2,
     ),
     Trial(
@@ -365,8 +368,8 @@ PROCESSES = [
     Trial("ddp_static_graph True", Live("ddp.static_graph", True), processes=2),
     Trial(
         "ddp_static_graph True",
-        Refused("fails with --gradient_accumulation_steps"),
-        "--gradient_accumulation_steps 2",
+        Live("ddp.static_graph", True),
+        "--gradient_accumulation_steps 2 --micro_batch_tokens off",
         2,
     ),
     Trial("ddp_static_graph True", Dropped("ignored: needs DDP")),

@@ -11,7 +11,7 @@ from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
 from fastchat_qlora.config.validation.paths import check_paths
-from fastchat_qlora.config.validation.ranges import check_numbers
+from fastchat_qlora.config.validation.ranges import COUNT, check_numbers
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_date, is_pattern, is_text
 
@@ -146,11 +146,6 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
-    accumulation = parse_object(values.accelerator_config).get("gradient_accumulation_kwargs") or {}
-    syncs = isinstance(accumulation, dict) and parse_switch(accumulation.get("sync_each_batch"))
-    if values.ddp_static_graph and values.gradient_accumulation_steps > 1 and is_launched(values) and not syncs:
-        # torch 2.13 ends in an assertion of the reducer where a static graph's first pass is not synchronized.
-        yield "--ddp_static_graph True: fails with --gradient_accumulation_steps; drop one"
     yield from find_strategy_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
@@ -171,6 +166,9 @@ def find_separating_flag(*groups: object) -> str:
 
 
 def _check_sequences(values: Values) -> Iterator[str]:
+    passes = values.micro_batch_tokens
+    if passes not in ("auto", "off") and not (passes.isdecimal() and COUNT.accepts(int(passes))):
+        yield f"--micro_batch_tokens {passes}: must be auto, off, or a number of tokens, at least 1 and below 2**31"
     given = values.share_prefixes
     shares = parse_share_prefixes(given)
     if shares is None:

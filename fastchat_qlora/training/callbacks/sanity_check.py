@@ -9,8 +9,9 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
+from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
 from fastchat_qlora.model.attention.attention_checks import (
@@ -112,8 +113,9 @@ def _find_scaling_by_row(trainer: LoraTrainer) -> str:
     """
     text = trainer.adapter.config.get_text_config()
     first = getattr(text, "floor_scale", 0) if getattr(text, "attn_temperature_tuning", False) else 0
-    tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, padding_free=True)
-    return f"the model scales attention by the place in a row, from token {first} on" if 0 < first <= tokens else ""
+    if 0 < first <= trainer.largest_pass:
+        return f"the model scales attention by the place in a row, from token {first} on"
+    return ""
 
 
 def _pad(trainer: LoraTrainer, reason: str) -> None:
@@ -129,8 +131,7 @@ def _pad(trainer: LoraTrainer, reason: str) -> None:
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
     """Return the first conversation and the longest one, cut short."""
-    data = trainer.train_dataset
-    conversations = data.conversations if isinstance(data, PackedDataset) else data
+    conversations = get_sequences(trainer.train_dataset)
     longest = int(np.argmax(get_column(conversations, "length")))
     return [list(conversations[index]["input_ids"])[: _count_checked(trainer)] for index in (0, longest)]
 
@@ -148,8 +149,7 @@ def _choose_alike(trainer: LoraTrainer, index: PrefixIndex | None, conversation:
     """
     tokens, parted = _count_checked(trainer), np.empty(0, dtype=np.int64)
     if index is not None and index.shared.any():
-        data, place = trainer.train_dataset, int(index.shared.argmax())
-        rows = data.conversations if isinstance(data, PackedDataset) else data
+        rows, place = get_sequences(trainer.train_dataset), int(index.shared.argmax())
         pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[place - 1 : place + 1]]
         length = min(map(len, pair))
         parted = np.flatnonzero(pair[0][:length] != pair[1][:length])

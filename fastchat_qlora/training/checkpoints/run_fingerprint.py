@@ -128,6 +128,7 @@ def fingerprint_settings(
         "compute_dtype": get_dtype_name(dtype),
         "base_quantization": quantization.to_dict(),
         "sequence_order": "by seed and epoch",  # absent where transformers' samplers made it
+        "step_unit": "conversation",  # absent where a step counted sequences
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         "model_revision": args.model.model_revision,

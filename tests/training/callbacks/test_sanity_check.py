@@ -76,7 +76,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_with(model: Any, folder: Path, layout: str = "end to end") -> Any:
-    rows = Dataset.from_list([row | {"length": len(row["labels"])} for row in ROWS])
+    rows = Dataset.from_list([row | {"length": len(row["labels"]), "record": i} for i, row in enumerate(ROWS)])
     return make_trainer(model.train(), folder, layout, train_dataset=rows)
 
 
@@ -147,7 +147,6 @@ def test_scaling_by_place_in_a_row_needs_padding(
     )
     torch.manual_seed(0)
     trainer = trainer_with(our_peft(Llama4ForCausalLM(config), target_modules=["q_proj"]), tmp_path)
-    trainer.args.per_device_train_batch_size = len(ROWS)
     run_sanity_check(trainer)
     assert trainer.data_collator.padding_free == (floor_scale > 83)
     assert ("scales attention by the place in a row, from token 40 on" in notices.text) == (floor_scale <= 83)
