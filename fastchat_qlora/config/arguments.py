@@ -103,6 +103,18 @@ class DataArguments:
         "Pack complete conversations into sequences of up to model_max_length tokens; a batch counts packed sequences.",
         False,
     )
+    micro_batch_tokens: str = flag(
+        "Tokens of a forward pass into which an optimizer step is cut: auto (what suits the device, and its memory "
+        "allows), a number, or off (per_device_train_batch_size conversations a pass).",
+        "auto",
+    )
+    share_prefixes: str = flag(
+        "Compute tokens that sequences of a pass share from their beginning on once: auto (where the model and the "
+        "other flags allow it), True (or stop with an error), or False.",
+        "auto",
+        nargs="?",
+        const="True",
+    )
     duplicates: Literal["keep", "drop", "error"] = flag(
         "What to do with conversations that stood before, in the same data or, for evaluation, in the training data: "
         "keep and count them, drop them, or stop with an error.",

@@ -60,6 +60,12 @@ def parse_token_count(value: str) -> str | None:
     return "all" if word in ("all", *TRUE) else "no" if word in FALSE else word if word == "non_padding" else None
 
 
+def parse_share_prefixes(value: str) -> str | None:
+    """Return the value of --share_prefixes (auto, True or False); None for another word."""
+    word = value.lower()
+    return "True" if word in TRUE else "False" if word in FALSE else word if word == "auto" else None
+
+
 def split_module_names(words: Sequence[str]) -> list[str]:
     """Return the names of modules that words hold: one each, or several with commas or spaces, also as a list in JSON.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.config.flag_parsing import parse_token_count
+from fastchat_qlora.config.flag_parsing import parse_share_prefixes, parse_token_count
 from fastchat_qlora.config.validation.flags import Values, is_launched, lacks_accelerator, runs_on_cpu
 from fastchat_qlora.config.validation.json_flags import JSON_FLAGS, json_text, parse_json
 from fastchat_qlora.config.validation.optimizers import describe_ignored
@@ -148,6 +148,7 @@ def resolve_flags(values: Values) -> list[str]:
     if values.greater_is_better and values.eval_strategy != "no":
         warnings.append("--greater_is_better True: the metric is the loss, so that the largest counts as the best.")
     values.include_num_input_tokens_seen = parse_token_count(values.include_num_input_tokens_seen)
+    values.share_prefixes = parse_share_prefixes(values.share_prefixes)
     warnings += settle_variables(values)
     if values.deepspeed:
         values.deepspeed = fill_auto_settings(parse_json(values.deepspeed), values.optim)

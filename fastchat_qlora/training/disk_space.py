@@ -38,11 +38,11 @@ class CheckpointSize(NamedTuple):
         return round(self.parameters * (FP32_BYTES * copies + get_saved_state_bytes(self.optimizer)))
 
 
-def count_checkpoints(args: Any, sequences: int, processes: int) -> int:
+def count_checkpoints(args: Any, units: int, processes: int) -> int:
     """Return the number of checkpoints that output_dir holds at most when a run ends."""
     if args.save_strategy == "no":
         return 0
-    steps_per_epoch, steps, _ = count_steps(args, sequences, processes)
+    steps_per_epoch, steps, _ = count_steps(args, units, processes)
     evaluates_between = args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.STEPS
     if args.save_strategy == IntervalStrategy.STEPS:
         every = args.eval_steps if evaluates_between else args.save_steps

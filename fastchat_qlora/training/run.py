@@ -58,13 +58,13 @@ def train(args: RunArguments) -> Path:
         model = _load_model(args, prepared, topology, dtype)
         clock = FirstStepClock()
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
-        run_sanity_check(trainer)
+        run_sanity_check(trainer, prepared.prefix_index)
         published, template = prepared.base.quantization.published, prepared.data.loaded.train.template
         effective = EffectiveSettings(trainer, topology, prepared.base.sizes, published, template)
         answers = SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)
         report, checkpoint = RunReport(summary, answers), prepared.checkpoint
-        trainer.add_callback(SanityCheck(trainer))
+        trainer.add_callback(SanityCheck(trainer, prepared.prefix_index))
         if prepared.model_cost is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.model_cost))
         monitor.trainer = trainer
@@ -123,11 +123,14 @@ def _build_trainer(
         args=args.training,
         train_dataset=prepared.train_dataset,
         eval_dataset=prepared.eval_dataset,
-        data_collator=Collator(tokenizer, padding_free=args.data.padding_free),
+        data_collator=Collator(
+            tokenizer, padding_free=args.data.padding_free, share_prefixes=not prepared.loading.separation
+        ),
         processing_class=tokenizer,
         callbacks=callbacks,
         fingerprint=prepared.fingerprint,
         shapes=prepared.shapes,
         stop_tokens=prepared.stop_tokens,
         source_names=prepared.data.source_names,
+        cutting=prepared.cutting,
     )

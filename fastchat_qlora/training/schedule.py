@@ -14,17 +14,21 @@ class Schedule(NamedTuple):
     epochs: float
 
 
-def count_steps(args: Any, sequences: int, processes: int) -> Schedule:
-    """Return the steps that Trainer makes of the sequences.
+def count_steps(args: Any, units: int, processes: int) -> Schedule:
+    """Return the optimizer steps of a run.
 
-    Every process gets as many micro-batches as the others (accelerate's `BatchSamplerShard` with even batches); those
-    left after the last full step of an epoch make one more step.
+    Args:
+        units: conversations, or packed sequences.
     """
-    rounded = math.floor if args.dataloader_drop_last else math.ceil
-    micro_batches = rounded(rounded(sequences / args.per_device_train_batch_size) / processes)
-    per_epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    per_epoch = count_steps_per_epoch(units, per_step, drop_last=args.dataloader_drop_last)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     return Schedule(per_epoch, steps, steps / per_epoch if args.max_steps > 0 else float(args.num_train_epochs))
+
+
+def count_steps_per_epoch(units: int, per_step: int, *, drop_last: bool) -> int:
+    """Return the optimizer steps of an epoch; what is left after the last full one makes one more, or is dropped."""
+    return max(1, units // per_step if drop_last else math.ceil(units / per_step))
 
 
 def set_rate(schedule: Any) -> None:

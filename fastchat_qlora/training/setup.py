@@ -18,6 +18,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.steps import (
+    Cutting,
+    PassSize,
+    bound_pass_tokens,
+    count_units,
+    get_preferred_tokens,
+    get_sequences,
+)
 from fastchat_qlora.data.dataset import LoadedData, LoadMode, Splits, load_dataset
 from fastchat_qlora.data.selection import select_data, split_datasets
 from fastchat_qlora.data.templates.clock import choose_date
@@ -36,6 +45,7 @@ from fastchat_qlora.model.adapter.start_adapter import check_initialization, che
 from fastchat_qlora.model.adapter.targets import resolve_targets
 from fastchat_qlora.model.attention.attention import choose_attention
 from fastchat_qlora.model.attention.attention_checks import check_attention
+from fastchat_qlora.model.estimates.flops import compute_attention_share
 from fastchat_qlora.model.estimates.memory import ModelCost
 from fastchat_qlora.model.loading.auto_class import check_dtype
 from fastchat_qlora.model.loading.base_identity import BaseIdentity, choose_commit, identify_base
@@ -75,6 +85,7 @@ from fastchat_qlora.training.checkpoints.run_fingerprint import fingerprint_base
 from fastchat_qlora.training.checkpoints.trained_base import describe_other_base, read_trained_base
 from fastchat_qlora.training.disk_space import CheckpointSize, check_disk_space, count_checkpoints
 from fastchat_qlora.training.optimizers import check_silent_steps
+from fastchat_qlora.training.prefix_sharing import explain_separation, index_prefixes, prefer_sharing
 from fastchat_qlora.training.preflight import run_preflight, warn_of_schedule
 from fastchat_qlora.training.schedule import count_steps
 
@@ -119,6 +130,7 @@ class LoadingSettings(NamedTuple):
 
     quantization: dict[str, Any]  # of the base model, from build_loading_settings
     attention: str | None  # backend; None leaves it to transformers
+    separation: str  # reason why each sequence is computed by itself; empty if prefixes are shared
     sharded_classes: tuple[str, ...]  # names of the layers that FSDP2 shards one by one
 
 
@@ -132,9 +144,11 @@ class PreparedRun(NamedTuple):
     shapes: AdapterShapes
     data: PreparedData
     train_dataset: Dataset | PackedDataset
+    prefix_index: PrefixIndex | None  # of the training data; None if no prefixes are shared
     eval_dataset: Dataset | None
     fingerprint: dict[str, Any]  # see run_fingerprint.py
-    model_cost: ModelCost | str | None  # for activation checkpointing if it is automatic; or why it is unknown
+    cutting: Cutting  # of optimizer steps into passes
+    model_cost: ModelCost | str | None  # if passes or checkpointing follow from it; a text is why it is unknown
     stop_tokens: list[int]  # ids of the tokens that supervised answers end with
 
 
@@ -244,6 +258,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
+    sharing = {"shares_prefixes": not loading.separation}
+    if checkpoint:
+        checkpoint.check(sharing)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
@@ -256,12 +273,18 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
-    steps = count_steps(args.training, len(train_dataset), topology.world_size).steps
+    units = count_units(train_dataset)
+    size = choose_pass_size(args, train_dataset, topology.accelerator or "cpu")
+    steps = count_steps(args.training, units, topology.world_size).steps
     check_silent_steps(args.training, steps)
     warn_of_schedule(args.training, steps)
-    _check_disk(args, topology, shapes, len(train_dataset), settings["optimizer"], resumes=checkpoint is not None)
+    _check_disk(args, topology, shapes, units, settings["optimizer"], resumes=checkpoint is not None)
+    if checkpoint:
+        _warn_of_older_steps(checkpoint, units, train_dataset)
     if topology.accelerator is None:
-        _limit_kernel_caches(args, base.meta_model, datasets.train)
+        _limit_kernel_caches(args, base.meta_model, train_dataset, size)
+    cost = _estimate_cost(args, base, dtype, datasets.train, topology)
+    prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
     return PreparedRun(
         checkpoint=checkpoint,
         base=base,
@@ -270,9 +293,11 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         shapes=shapes,
         data=data,
         train_dataset=train_dataset,
+        prefix_index=prefixes,
         eval_dataset=datasets.eval,
-        fingerprint=settings | identity,
-        model_cost=_estimate_cost(args, base, dtype, datasets.train, topology),
+        fingerprint=settings | sharing | identity,
+        cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train), prefixes),
+        model_cost=cost,
         stop_tokens=stop_tokens,
     )
 
@@ -361,10 +386,12 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
         dtype,
         padding_free=args.data.padding_free,
     )
+    attention = prefer_sharing(attention, args, base.config)
+    separation = explain_separation(args, base.config, base.meta_model, attention)
     check_attention(base.meta_model, attention, topology.accelerator)
     keeps = base.quantization.is_as_published
     quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
-    return LoadingSettings(quantization, attention, sharded_classes)
+    return LoadingSettings(quantization, attention, separation, sharded_classes)
 
 
 def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
@@ -375,18 +402,66 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
         dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, get_data_seed(args)))
         share = lengths.sum() / (len(dataset) * capacity)
         logger.info(f"{len(sequences)} sequences in {len(dataset)} packed ones of {capacity} tokens, {share:.1%} full.")
-    at_once = args.training.per_device_train_batch_size * processes
-    if args.training.dataloader_drop_last and len(dataset) < at_once:
+    training, units = args.training, count_units(dataset)
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    if training.dataloader_drop_last and units < per_step:
         unit = "packed sequences" if args.data.packing else "conversations"
         raise UserError(
-            f"--dataloader_drop_last True: {len(dataset)} {unit} do not fill one batch of {at_once} (of {processes} "
-            "processes), so nothing is left to train on; lower --per_device_train_batch_size, or drop the flag"
+            f"--dataloader_drop_last True: {units} {unit} do not fill one step of {per_step} (of {processes} "
+            "processes), so nothing is left to train on; lower --per_device_train_batch_size or "
+            "--gradient_accumulation_steps, or drop the flag"
+        )
+    if units < len(sequences) and not args.data.packing:
+        logger.info(
+            f"{len(sequences):,} sequences of {units:,} conversations: a step takes {per_step:,} conversations, with "
+            "all sequences of each."
         )
     return dataset
 
 
+def choose_pass_size(args: RunArguments, dataset: Dataset | PackedDataset, device_type: str) -> PassSize:
+    """Return the size of the passes that --micro_batch_tokens asks for, before memory is known.
+
+    Raises:
+        UserError: a sequence is longer.
+    """
+    given = args.data.micro_batch_tokens
+    if given == "off":
+        return PassSize(units=args.training.per_device_train_batch_size)
+    tokens = get_preferred_tokens(device_type) if given == "auto" else int(given)
+    longest = bound_pass_tokens(dataset, PassSize(1), 1, padding_free=args.data.padding_free)
+    if given != "auto" and tokens < longest:
+        raise UserError(
+            f"--micro_batch_tokens {given}: the longest sequence has {longest:,} tokens, and a pass must have room for "
+            "it; give at least as many, or lower --model_max_length"
+        )
+    return PassSize(tokens, tokens)
+
+
+def _get_attention_share(cost: ModelCost | str | None, sequences: Dataset) -> float:
+    """Return what attention adds to the cost of a sequence; 0 if the model's cost is not known."""
+    longest = int(get_column(sequences, "length").max())
+    return compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
+
+
+def _warn_of_older_steps(checkpoint: Checkpoint, units: int, dataset: Dataset | PackedDataset) -> None:
+    if "step_unit" not in checkpoint.run and units != len(dataset):
+        logger.warning(
+            f"{checkpoint.folder} is of an older version, whose steps counted sequences: there were {len(dataset):,}, "
+            f"and are {units:,} conversations. An epoch that has begun repeats some and leaves out others."
+        )
+
+
+def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:
+    training = args.training
+    at_once: float = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    if args.data.packing:
+        at_once *= training.model_max_length / get_column(sequences, "length").mean()
+    return index_prefixes(sequences, separation, int(at_once), get_data_seed(args))
+
+
 def _check_disk(
-    args: RunArguments, topology: Topology, shapes: AdapterShapes, sequences: int, optimizer: str, *, resumes: bool
+    args: RunArguments, topology: Topology, shapes: AdapterShapes, units: int, optimizer: str, *, resumes: bool
 ) -> None:
     if shapes is None:
         return
@@ -396,15 +471,15 @@ def _check_disk(
         has_masters=bool(topology.zero_stage),
         only_model=args.training.save_only_model,
     )
-    count = count_checkpoints(args.training, sequences, topology.world_size)
+    count = count_checkpoints(args.training, units, topology.world_size)
     check_disk_space(Path(args.training.output_dir), size, count, resumes=resumes)
 
 
 def _estimate_cost(
     args: RunArguments, base: PreparedBase, dtype: torch.dtype, sequences: Dataset, topology: Topology
 ) -> ModelCost | str | None:
-    """Estimate the memory of the model, if that decides on activation checkpointing."""
-    if not args.training.auto_checkpointing:
+    """Estimate the memory of the model, if that decides on passes or on activation checkpointing."""
+    if not args.training.auto_checkpointing and args.data.micro_batch_tokens != "auto":
         return None
     return estimate_model_cost(
         base.config,
@@ -417,13 +492,16 @@ def _estimate_cost(
     )
 
 
-def _limit_kernel_caches(args: RunArguments, meta_model: PreTrainedModel | None, sequences: Dataset) -> None:
-    """Limit the CPU's kernel caches by the longest conversation and the most conversations of a micro-batch."""
+def _limit_kernel_caches(
+    args: RunArguments, meta_model: PreTrainedModel | None, dataset: Dataset | PackedDataset, size: PassSize
+) -> None:
+    """Limit the CPU's kernel caches by the longest sequence and the sequences of a usual pass."""
     if meta_model is not None and is_mixture(meta_model):
         return  # each expert gets another number of tokens, and so has kernels of its own
-    lengths = get_column(sequences, "length")
-    packed = args.training.model_max_length // lengths.min() if args.data.packing else 1
-    limit_kernel_caches(int(lengths.max()), int(args.training.per_device_train_batch_size * packed))
+    lengths = get_column(get_sequences(dataset), "length")
+    per_step = args.training.per_device_train_batch_size * args.training.gradient_accumulation_steps
+    tokens = bound_pass_tokens(dataset, size, per_step, padding_free=args.data.padding_free)
+    limit_kernel_caches(int(lengths.max()), int(tokens / lengths.mean()) + 1)
 
 
 def _get_shared_settings(

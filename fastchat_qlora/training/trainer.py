@@ -6,22 +6,37 @@ import math
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, send_to_device
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, Trainer, TrainerState, debug_utils
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
-from fastchat_qlora.data.batching.sampling import SequenceSampler, StepShape
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex, find_clusters
+from fastchat_qlora.data.batching.sampling import ConversationSampler, find_conversations
+from fastchat_qlora.data.batching.steps import (
+    CostModel,
+    Cutting,
+    PassSize,
+    StepCollator,
+    StepDataset,
+    StepSampler,
+    StepShape,
+    bound_pass_tokens,
+    count_units,
+    get_sequences,
+)
 from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import get_mixed_precision_policy
 from fastchat_qlora.errors import RunError
@@ -39,15 +54,16 @@ from fastchat_qlora.training.checkpoints.checkpoint import STATE_FILE
 from fastchat_qlora.training.checkpoints.checkpoint_writer import UNFINISHED_FOLDER, saving
 from fastchat_qlora.training.checkpoints.pickle_audit import find_unsafe
 from fastchat_qlora.training.optimizers import averaged_weights, get_optimizer_arguments, keep_training_point
-from fastchat_qlora.training.schedule import set_rate
+from fastchat_qlora.training.schedule import count_steps_per_epoch, set_rate
 from fastchat_qlora.training.source_losses import SourceLosses, compute_means
 
 logger = logging.getLogger(__name__)
 
 TARGET_NAMES = ("supervised", "labels")  # of a batch: indices of supervised positions, and their labels
+TARGET_COPIES = "target_copies"  # of a prefix tree: which of those targets each target of its conversations is
 WEIGHTS = "weights"  # of the targets of a batch in the loss, where there are any
 
-TOKEN_COUNTS = "TokenTotal"  # in the state of a checkpoint, among those of callbacks
+TOKEN_COUNTS, PASS_SIZE = "TokenTotal", "PassSize"  # in the state of a checkpoint, among those of callbacks
 
 NO_SOURCES: Splits[Sequence[str]] = Splits(())  # names of the entries of the data flags
 
@@ -55,7 +71,8 @@ NO_SOURCES: Splits[Sequence[str]] = Splits(())  # names of the entries of the da
 class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """A Trainer whose loss covers supervised tokens only, weighted by tokens, and that saves the adapter only.
 
-    Batches come from a data.batching.collator.Collator.
+    Its data loader yields whole optimizer steps, each as the batches of its passes, from a
+    data.batching.collator.Collator. So Trainer sees no accumulation; what the flags say is in `step_shape`.
     """
 
     def __init__(
@@ -65,6 +82,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         shapes: Mapping[str, torch.Size] | None = None,  # of the adapter's tensors in its file
         stop_tokens: Sequence[int] = (),  # for generation_config.json
         source_names: Splits[Sequence[str]] = NO_SOURCES,
+        cutting: Cutting | None = None,
         **kwargs: Any,
     ) -> None:
         self._fingerprint, self._shapes, self._stop_tokens = dict(fingerprint or {}), shapes, stop_tokens
@@ -74,6 +92,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._unwrapped: tuple[Any, Any] = (None, None)
         self.best_step: int | None = None
         self._autocasts = kwargs["args"].fp16 or needs_autocast(kwargs["model"])
+        args = kwargs["args"] = _copy_arguments(kwargs["args"])
+        self.step_shape = StepShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+        args.gradient_accumulation_steps = 1
+        self.cutting = cutting or Cutting(PassSize(units=args.per_device_train_batch_size))
+        self.restores_size = False  # that of the checkpoint
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # losses are divided by the whole step's count, once
         self.throughput = Throughput()
@@ -146,18 +169,78 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Create the optimizer; a schedule-free one saves the training point too."""
         return keep_training_point(super().create_optimizer(model))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequenceSampler | PackingSampler:
-        """Return a sampler whose order is decided by the seed and the epoch."""
-        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
-        self._sampler: SequenceSampler | PackingSampler
-        if isinstance(dataset, PackedDataset):
-            self._sampler = dataset.sampler
-        else:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            step = StepShape(self._train_batch_size, args.world_size, args.gradient_accumulation_steps)
-            strategy = str(args.train_sampling_strategy)
-            self._sampler = SequenceSampler(get_column(dataset, "length"), strategy, seed, step)
-        return self._sampler
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Return a loader of the steps of an epoch, as this process takes them; accelerate shards nothing."""
+        args, shape, data = self.args, self.step_shape, self.train_dataset
+        steps = count_steps_per_epoch(count_units(data), shape.total, drop_last=args.dataloader_drop_last)
+        self._named = StepSampler(steps, self.pass_size)
+        cost = CostModel(self.cutting.attention, is_padded=not self.data_collator.padding_free)
+        return torch.utils.data.DataLoader(
+            StepDataset(get_sequences(data), self._build_sampler(), shape, args.process_index, cost, self._prefixes),
+            batch_sampler=self._named,
+            collate_fn=StepCollator(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    def _build_sampler(self) -> ConversationSampler | PackingSampler:
+        """Build a sampler whose order is decided by the seed and the epoch."""
+        args, data = self.args, self.train_dataset
+        if isinstance(data, PackedDataset):
+            return data.sampler
+        seed, strategy = args.seed if args.data_seed is None else args.data_seed, str(args.train_sampling_strategy)
+        bounds, per_step, clusters = find_conversations(data), self.step_shape.total, []
+        if self._prefixes is not None:
+            conversations = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+            clusters = find_clusters(self._prefixes, conversations, per_step)
+        return ConversationSampler(bounds, get_column(data, "length"), strategy, seed, per_step, clusters)
+
+    @property
+    def _prefixes(self) -> PrefixIndex | None:
+        """The index by which sequences that share a beginning come into one pass."""
+        collator = self.data_collator
+        return self.cutting.prefixes if collator.padding_free and collator.share_prefixes else None
+
+    @property
+    def pass_size(self) -> PassSize:
+        """The size of a pass in force, which --auto_find_batch_size may have made smaller than the chosen one."""
+        size, share = self.cutting.size, self._train_batch_size / self.args.train_batch_size
+        if share == 1:
+            return size
+        largest = self.bound_pass(size)
+        return (size if size.units else PassSize(largest, largest)).scale(share)
+
+    @property
+    def largest_pass(self) -> int:
+        """The most tokens of a pass whose sequences share nothing, padding included."""
+        return self.bound_pass(self.pass_size)
+
+    def bound_pass(self, size: PassSize) -> int:
+        """Return the most tokens of such a pass of another size."""
+        padding_free = self.data_collator.padding_free
+        return bound_pass_tokens(self.train_dataset, size, self.step_shape.total, padding_free=padding_free)
+
+    def set_pass_size(self, size: PassSize) -> None:
+        """Set the size of the passes of the steps that are cut from now on."""
+        self.cutting = self.cutting._replace(size=size)
+        self._named.size = self.pass_size
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the conversations, or packed sequences, of a step."""
+        return self.step_shape.total
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Take smaller passes after one has run out of memory; DeepSpeed's configuration is made from the flags."""
+        self.args.gradient_accumulation_steps = self.step_shape.accumulation
+        super()._update_auto_batch_size(batch_size)
+        self.args.gradient_accumulation_steps = 1
+        if batch_size < self.args.train_batch_size:
+            logger.warning(f"--auto_find_batch_size True: memory did not suffice; passes now have {self.pass_size}.")
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int] | None:
         """Return the order of the data or of their lengths; transformers may draw another one each time."""
@@ -175,18 +258,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.args.dataloader_drop_last = drops
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        """Run an epoch in its own order.
-
-        On a resume within an epoch accelerate does not find the sampler of several processes, unless it is its own, and
-        takes the order of the first epoch (1.15, `DataLoaderShard.set_epoch`).
-        """
-        self._sampler.set_epoch(epoch)
+        """Run an epoch in its own order."""
+        self._named.epoch = epoch
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """Return the micro-batches of one optimizer step and the weights of all targets in them, over all processes.
+        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[dict[str, Any]]], torch.Tensor | None]:
+        """Return the batches of one optimizer step's passes, and the weights of all targets, over all processes.
 
         Numbers are plain integers from the collator, and weights are added up on the device, so that nothing waits for
         it.
@@ -196,13 +275,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.control.should_training_stop = True
             return [], None
         self.throughput.begin()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = next(epoch_iterator)
         infos = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
         supervised = sum(info["num_supervised"] for info in infos)
         tokens = sum(info["num_tokens"] for info in infos)
         self.throughput.count(tokens, supervised)
         self.step = Step([info["sources"] for info in infos], supervised)
-        sizes = [batch["input_ids"].numel() for batch in batches]
+        sizes = [
+            batch["input_ids"].numel() if info["num_conversations"] else 0
+            for batch, info in zip(batches, infos, strict=True)
+        ]
         if self.args.include_num_input_tokens_seen != "no":
             counted = tokens if self.args.include_num_input_tokens_seen == "non_padding" else sum(sizes)
             self._input_tokens = self.accelerator.reduce(torch.tensor(counted, device=device), reduction="sum")
@@ -216,12 +298,40 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             targets += weights.to(device, non_blocking=True).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             targets = self.accelerator.reduce(targets, reduction="sum")
-        return batches, targets
+        if device.type != "cpu":
+            batches = send_to_device(batches, device, non_blocking=self.args.accelerator_config.non_blocking)
+        return [batches], targets
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward of a micro-batch, and keep its loss for the end of the step."""
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward of all passes of a step, and average gradients over processes in the last one."""
+        losses = []
+        for number, batch in enumerate(inputs, 1):
+            is_last = number == len(inputs)
+            # Under DeepSpeed accelerate makes this the boundary of accumulation, at which the optimizer steps.
+            self.accelerator.sync_gradients = is_last
+            with self._synchronizing(model, is_last=is_last):
+                losses.append(self._run_pass(model, batch, num_items_in_batch))
+            if not is_last:
+                self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return torch.stack(losses).sum()
+
+    def _synchronizing(self, model: torch.nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of a pass: without a reduction of gradients over processes, unless it is the last one.
+
+        torch's DDP (2.13) fails in an assertion if the first pass of a static graph is not synchronized.
+        """
+        in_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        if is_last or in_each or self.args.ddp_static_graph or self.is_deepspeed_enabled:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(model)
+        return context
+
+    def _run_pass(self, *args: Any) -> torch.Tensor:
+        """Run forward and backward of a pass, and keep its loss for the end of the step."""
         try:
-            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            loss: torch.Tensor = super().training_step(*args)
         except ValueError as error:
             if not _is_raised_in(error, debug_utils.__name__):
                 raise
@@ -234,8 +344,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.step.losses.append(loss)
         return loss
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count a step's tokens with its first micro-batch; Trainer takes a turn's end with the padding's id for it."""
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+        """Return the operations of a step, as Trainer counts them."""
+        return sum(int(super(LoraTrainer, self).floating_point_ops(batch)) for batch in inputs)
+
+    def _track_num_input_tokens(self, inputs: list[dict[str, Any]]) -> None:
+        """Count a step's tokens; Trainer takes a turn's end with the padding's id for padding."""
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(self._input_tokens)
             self._input_tokens = torch.tensor(0)
@@ -281,7 +395,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             outputs = model(**inputs)
             losses = chunked_loss.compute_token_losses(outputs.logits, **targets, label_smoothing=smoothing)
         self._router_loss = getattr(outputs, "aux_loss", None)
-        return losses, batch["conversation"]
+        copies = batch.get(TARGET_COPIES)
+        return losses if copies is None else losses[copies], batch["conversation"]
 
     def _weigh_router_loss(
         self, losses: torch.Tensor, weights: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
@@ -301,13 +416,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model takes."""
-        others = {*TARGET_NAMES, *BATCH_INFO, WEIGHTS, "conversation", "source"}
+        others = {*TARGET_NAMES, *BATCH_INFO, TARGET_COPIES, WEIGHTS, "conversation", "source"}
         compiled = self.args.compile_layers or self.args.torch_compile
         if self.adapter.config._attn_implementation != PER_CONVERSATION or compiled:
             # Compiled code is specialized on tuples of integers: each new one would be compiled again.
             others.add("conversation_lengths")
         inputs = {name: value for name, value in batch.items() if name not in others}
-        self._long_rope.note(inputs.get("max_length_q") or inputs["input_ids"].shape[1])
+        self._long_rope.note(inputs.get("max_length_k") or inputs["input_ids"].shape[1])
         if self.data_collator.padding_free:
             # With a cache transformers builds no mask between conversations, whatever their positions are.
             return inputs | {"use_cache": False}
@@ -378,10 +493,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             model.train(was_training)
 
-    def build_batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def build_batch(self, sequences: Sequence[Sequence[int]], *, share_prefixes: bool = False) -> dict[str, Any]:
         """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        return dict(self._prepare_inputs(self.data_collator(examples)))
+        return dict(self._prepare_inputs(self.data_collator.collate(examples, share_prefixes=share_prefixes)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""
@@ -440,7 +555,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return  # at the end of an epoch a step may be saved twice
         staged = Path(self._get_output_dir(trial)) / folder.name
         self.throughput.add_up(self.accelerator, self.args.device)
-        self.state.stateful_callbacks[TOKEN_COUNTS] = {"args": {}, "attributes": self.throughput.total._asdict()}
+        kept = {TOKEN_COUNTS: self.throughput.total._asdict(), PASS_SIZE: self.cutting.to_dict()}
+        self.state.stateful_callbacks |= {name: {"args": {}, "attributes": values} for name, values in kept.items()}
         with self.throughput.paused(), saving(str(folder), output_dir):
             super()._save_checkpoint(model, trial)
             self._record_best(output_dir)
@@ -495,7 +611,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return found
 
     def _load_callback_state(self) -> None:
-        """Load the token counts of a checkpoint, and the callbacks if that is asked for."""
+        """Load the token counts and the size of a pass of a checkpoint, and the callbacks if that is asked for."""
+        if found := self.state.stateful_callbacks.pop(PASS_SIZE, None):
+            self._restore_pass_size(**found["attributes"])
         counts = self.state.stateful_callbacks.pop(TOKEN_COUNTS, None)
         if counts is None:
             step = self.state.global_step
@@ -503,6 +621,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             self.throughput.total = TokenTotal(**counts["attributes"])
         super()._load_callback_state()
+
+    def _restore_pass_size(self, flag: str, size: list[int]) -> None:
+        """Cut steps as before, to the same rounding, unless the flag is another one."""
+        if flag == self.cutting.flag:
+            self.set_pass_size(PassSize(*size))
+            self.restores_size = True
+        else:
+            logger.info(
+                f"--micro_batch_tokens {self.cutting.flag}: the checkpoint has {flag}; losses differ by their rounding."
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and set the learning rate by the schedule of this run, which may be longer or shorter."""
@@ -552,6 +680,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self._unwrapped[0] is not self.model:  # accelerate looks at installed packages in each call: 2 ms
             self._unwrapped = (self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return self._unwrapped[1]
+
+
+def _copy_arguments(args: Any) -> Any:
+    """Return a copy that may be changed; `copy.copy` would leave out tokens, as pickle does."""
+    copied = object.__new__(type(args))
+    vars(copied).update(vars(args))
+    return copied
 
 
 def _is_raised_in(error: Exception, module: str) -> bool:

@@ -15,6 +15,7 @@ from gpu_model import DTYPE, Size, draw_conversations, make_base
 from gpu_training import attempt
 
 from fastchat_qlora.model.attention import attention
+from fastchat_qlora.model.attention.tree_attention import VarlenInputs, supports_varlen
 from fastchat_qlora.model.ops import chunked_loss as loss
 from fastchat_qlora.model.ops.lora_linear import EfficientLoraLinear
 
@@ -116,7 +117,8 @@ def _attention(size: Size, lengths: list[int], device: torch.device) -> dict[str
         repeated = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         F.scaled_dot_product_attention(query, *repeated, attn_mask=mask).backward(upper)
 
-    fits = attention._supports_varlen(query, value, len(lengths))
+    inputs_of_kernel = VarlenInputs(boundaries, boundaries, max(lengths), max(lengths), None)
+    fits = supports_varlen(query, value, inputs_of_kernel)
     return {
         "tokens": tokens,
         "conversations": len(lengths),

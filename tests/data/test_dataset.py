@@ -14,6 +14,7 @@ from loaded_data import load_splits
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.data.sources.data_source import DataSource
 from fastchat_qlora.data.templates.named_templates import get_template
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
@@ -489,6 +490,9 @@ class TestPreprocessing:
         assert not {"input_ids", "labels"} & set(lazy.data.column_names)
         assert list(lazy) == list(eager)
         assert lazy[3:5]["input_ids"] == eager[3:5]["input_ids"]
+        indices = [build_prefix_index(dataset.select([*range(3, len(eager)), 0, 1])) for dataset in (eager, lazy)]
+        assert [index.shared.tolist() for index in indices] == [indices[0].shared.tolist()] * 2
+        assert (indices[0].rank == indices[1].rank).all()
 
     def test_lazy_sequences_are_checked_at_the_start(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         """Records without supervised tokens are rejected then, not in the middle of a run."""

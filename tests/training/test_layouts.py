@@ -21,7 +21,7 @@ from families import (
 from hybrids import HYBRIDS, SINKS, make_hybrid
 from peft import PeftModel
 
-from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
+from fastchat_qlora.data.batching.packing import PackingSampler
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.ops.chunked_loss import LossHead
 from fastchat_qlora.training.trainer import LoraTrainer
@@ -71,7 +71,7 @@ def batch_of(trainer: LoraTrainer, layout: str, data: Sequence[dict[str, Any]]) 
     sampler = PackingSampler([len(row["input_ids"]) for row in data], 24, seed=0)
     rows = list(sampler)
     assert 1 < len(rows) < len(data)
-    return trainer.data_collator(PackedDataset(data, sampler).__getitems__(rows))
+    return trainer.data_collator([data[index] for row in rows for index in row])
 
 
 def train_step(
@@ -81,7 +81,7 @@ def train_step(
     if settings := CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(settings)
         model.enable_input_require_grads()
-    (batch,), count = trainer.get_batch_samples(iter([batch_of(trainer, layout, rows)]), 1, torch.device("cpu"))
+    ((batch,),), count = trainer.get_batch_samples(iter([[batch_of(trainer, layout, rows)]]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
     loss.backward()
     return loss.detach(), gradients(model)

@@ -34,8 +34,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 def test_seed_of_the_data_decides_and_nothing_is_lost(
     strategy: str, passes: Passes, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    """Ten records fill five passes of two, so that --dataloader_drop_last has nothing to drop."""
-    data_file.write_text(json.dumps(json.loads(data_file.read_text("utf-8"))[:10]), "utf-8")
+    """Twelve records fill three steps of four, so that --dataloader_drop_last has nothing to drop."""
+    data_file.write_text(json.dumps(json.loads(data_file.read_text("utf-8"))[:12]), "utf-8")
     flags = {"train_sampling_strategy": strategy, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
     orders = []
     for data_seed in (1, 2):
@@ -46,9 +46,9 @@ def test_seed_of_the_data_decides_and_nothing_is_lost(
                 model_folder, data_file, output, **flags, max_steps=-1, data_seed=data_seed, dataloader_drop_last=True
             )
         )
-        assert [len(taken) for taken in passes] == [2] * 5
+        assert [len(taken) for taken in passes] == [4] * 3
         orders.append([identity for taken in passes for identity in taken])
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(f"c{number}" for number in range(10))
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(f"c{number}" for number in range(12))
     assert orders[0] != orders[1]
 
 

@@ -31,8 +31,8 @@ def attention(layout: str) -> str | None:
 def step(trainer: LoraTrainer, *micro_batches: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss of an optimizer step and its gradients, with that many micro-batches."""
     trainer.model.zero_grad()
-    loader = (trainer.data_collator(rows) for rows in micro_batches)
-    batches, count = trainer.get_batch_samples(loader, len(micro_batches), CPU)
+    loader = iter([[trainer.data_collator(rows) for rows in micro_batches]])
+    (batches,), count = trainer.get_batch_samples(loader, 1, CPU)
     total = 0.0
     for batch in batches:
         part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
@@ -64,9 +64,9 @@ def test_token_counts_are_those_of_the_data(layout: str, tmp_path: Path) -> None
     """Padding does not count, nor do unsupervised tokens as supervised ones."""
     trainer = make_trainer(our_peft(make_base("llama", attention(layout))), tmp_path, layout)
     batches = [CONVERSATIONS[:2], CONVERSATIONS[2:5], [CONVERSATIONS[5], UNSUPERVISED]]
-    loader = iter([trainer.data_collator(rows) for rows in batches])
-    for taken in (2, 1, 0):  # the step has two micro-batches, and the data ends within a step
-        micro_batches, count = trainer.get_batch_samples(loader, 2, CPU)
+    loader = ([trainer.data_collator(rows) for rows in step] for step in (batches[:2], batches[2:]))
+    for taken in (2, 1):
+        (micro_batches,), count = trainer.get_batch_samples(loader, 1, CPU)
         assert len(micro_batches) == taken
         assert count == sum(len(batch["labels"]) for batch in micro_batches)
         assert not any(isinstance(value, int) and "num_" in name for b in micro_batches for name, value in b.items())
@@ -78,7 +78,7 @@ def test_token_counts_are_those_of_the_data(layout: str, tmp_path: Path) -> None
 def test_finished_run_takes_no_batch(tmp_path: Path) -> None:
     trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
     trainer.state.global_step = trainer.state.max_steps
-    assert trainer.get_batch_samples(iter([trainer.data_collator(CONVERSATIONS)]), 1, CPU) == ([], None)
+    assert trainer.get_batch_samples(iter([[trainer.data_collator(CONVERSATIONS)]]), 1, CPU) == ([], None)
     assert trainer.control.should_training_stop and trainer.throughput.seen == [0, 0]
 
 
@@ -102,7 +102,7 @@ def test_weights_of_a_step_are_added_up(tmp_path: Path) -> None:
     """Over micro-batches with weights and without."""
     trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
     batches = [WEIGHTED[:2], WEIGHTED[2:4], WEIGHTED[4:]]
-    _, total = trainer.get_batch_samples((trainer.data_collator(rows) for rows in batches), 3, CPU)
+    _, total = trainer.get_batch_samples(iter([[trainer.data_collator(rows) for rows in batches]]), 1, CPU)
     counts = [sum(label != -100 for label in row["labels"]) for row in WEIGHTED]
     sums = [sum(row["weights"]) if "weights" in row else count for row, count in zip(WEIGHTED, counts, strict=True)]
     assert float(total) == pytest.approx(sum(sums), rel=1e-6) and sum(sums) < sum(counts)

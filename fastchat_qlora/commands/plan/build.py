@@ -13,7 +13,8 @@ from fastchat_qlora.commands.plan.changes import propose_changes
 from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_optimizer, list_strategies
 from fastchat_qlora.commands.plan.plan import DiskUsage, Plan, Speed, TrainingTime
 from fastchat_qlora.config.arguments import RunArguments
-from fastchat_qlora.data.batching.packing import find_max_batch_tokens, get_column
+from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.batching.steps import StepShape, count_units
 from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu
@@ -29,6 +30,7 @@ from fastchat_qlora.model.quantization.published import describe_source
 from fastchat_qlora.model.quantization.weight_shares import WeightShare, compute_share
 from fastchat_qlora.training import setup
 from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
+from fastchat_qlora.training.callbacks.effective_settings import describe_step
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
 from fastchat_qlora.training.schedule import count_steps
@@ -51,7 +53,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
     sequences = _read_sequences(args, base.config)
     supervised = int(get_column(sequences, "supervised").sum())
     run = _get_settings(args, base, devices, sequences, supervised)
-    cost, count, tokens = run.cost, len(run.dataset), int(run.lengths.sum())
+    cost, count, tokens = run.cost, count_units(run.dataset), int(run.lengths.sum())
     schedule = count_steps(args.training, count, devices.number)
     estimates, changes = [], []
     if not isinstance(cost, str):
@@ -62,7 +64,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
     return Plan(
         model=args.model.model_name_or_path,
         settings=_describe_settings(run, adapted),
-        sequences=count,
+        sequences=len(run.dataset),
         conversations=len(np.unique(get_column(sequences, "record"))),
         tokens=tokens,
         supervised=supervised,
@@ -70,7 +72,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         trainable=trainable,
         base=parameters,
         layers=0 if isinstance(cost, str) else cost.layers,
-        largest_batch=find_max_batch_tokens(run.dataset, run.batch_size, padding_free=args.data.padding_free),
+        pass_tokens=run.count_pass_tokens(run.size),
         unknown=cost if isinstance(cost, str) else "",
         device_gib=devices.get_gib(devices.number),
         available=devices.get_usable_bytes(devices.number),
@@ -118,17 +120,20 @@ def _get_settings(
     args: RunArguments, base: setup.PreparedBase, devices: Devices, sequences: Dataset, supervised: int
 ) -> RunSettings:
     training, lengths = args.training, get_column(sequences, "length")
+    dataset = setup.make_training_dataset(sequences, args, devices.number)
     return RunSettings(
         args=args,
         base=base,
         devices=devices,
-        dataset=setup.make_training_dataset(sequences, args, devices.number),
+        dataset=dataset,
         lengths=lengths,
         supervised_share=supervised / int(lengths.sum()),
         strategy=_get_parallel_strategy(args, base.config, devices.number),
         precision=Precision(base.quantization, get_compute_dtype(training)),
         batch_size=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
+        size=setup.choose_pass_size(args, dataset, devices.kind),
+        is_auto=args.data.micro_batch_tokens == "auto",
         max_length=training.model_max_length,
         checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
     )
@@ -164,8 +169,7 @@ def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices
 
 def _describe_settings(settings: RunSettings, adapted: WeightShare) -> dict[str, str]:
     (quantization, dtype), devices = settings.precision, settings.devices
-    batch, accumulation = settings.batch_size, settings.accumulation
-    total, is_packed = batch * accumulation * devices.number, settings.args.data.packing
+    shape, is_packed = StepShape(settings.batch_size, settings.accumulation, devices.number), settings.args.data.packing
     unit = f"packed sequences of {settings.max_length:,} tokens" if is_packed else "conversations"
     plain = get_dtype_name(dtype) + describe_source("none", quantization.published)
     checkpointing = "as memory requires" if settings.checkpointing is None else str(settings.checkpointing)
@@ -174,14 +178,14 @@ def _describe_settings(settings: RunSettings, adapted: WeightShare) -> dict[str,
         "adapter": f"on {adapted}",
         "compute dtype": get_dtype_name(dtype),
         "devices": f"{devices.number} x {devices.kind}",
-        "batch": f"{batch} x {accumulation} accumulated x {devices.number} = {total} {unit} a step",
+        "batch": describe_step(shape, settings.size, unit),
         "activation checkpointing": checkpointing,
         "optimizer": get_optimizer(settings.args),
     }
 
 
-def _estimate_disk(args: RunArguments, given: ParallelStrategy, sequences: int, trained: int) -> DiskUsage:
-    checkpoints = count_checkpoints(args.training, sequences, given.devices)
+def _estimate_disk(args: RunArguments, given: ParallelStrategy, units: int, trained: int) -> DiskUsage:
+    checkpoints = count_checkpoints(args.training, units, given.devices)
     has_masters, only_model = bool(given.zero_stage), args.training.save_only_model
     size = CheckpointSize(trained, get_optimizer(args), has_masters=has_masters, only_model=only_model)
     return DiskUsage(checkpoints, size.checkpoint_bytes, size.adapter_bytes)

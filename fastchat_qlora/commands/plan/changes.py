@@ -8,6 +8,7 @@ import torch
 
 from fastchat_qlora.commands.plan.estimate import RunSettings
 from fastchat_qlora.commands.plan.plan import ProposedChange
+from fastchat_qlora.data.batching.steps import PassSize, get_preferred_tokens
 from fastchat_qlora.model.estimates.parallelism import DDP, FSDP2, ZERO_3, ParallelStrategy
 from fastchat_qlora.model.quantization.base_quantization import BaseQuantization
 
@@ -23,7 +24,7 @@ class _Candidate:
     """A run with changes, and their flags and costs."""
 
     run: RunSettings
-    kinds: frozenset[str] = frozenset()  # of the changes; smaller batches in the same step are of no kind
+    kinds: frozenset[str] = frozenset()  # of the changes; smaller passes of the same step are of no kind
     flags: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
 
@@ -52,11 +53,13 @@ def propose_changes(run: RunSettings) -> list[ProposedChange]:
 
 
 def _find_fitting(candidate: _Candidate, given: RunSettings) -> ProposedChange | None:
-    """Return the candidate, with smaller micro-batches if it needs them, or None if it does not fit."""
+    """Return the candidate, with smaller passes if it needs them, or None if it does not fit."""
     for relaxed in _relax(candidate):
         run, estimate = relaxed.run, relaxed.run.estimate()
         if estimate.fits:
             flags = [*filter(None, relaxed.flags)]
+            if run.is_auto != given.is_auto:
+                flags.append("--micro_batch_tokens auto")
             if run.batch_size != given.batch_size:
                 flags.append(f"--per_device_train_batch_size {run.batch_size}")
             if run.accumulation != given.accumulation:
@@ -72,11 +75,9 @@ def _relax(candidate: _Candidate) -> Iterator[_Candidate]:
         flags, cost = "--activation_checkpointing auto", "activations are computed twice in some layers"
         candidate = candidate.change("", flags, cost, checkpointing=None)
         yield candidate
-    batch_size, fitting = candidate.run.batch_size, candidate.run.estimate().largest_batch
-    if fitting and batch_size > 1:
-        size = _find_largest_divisor(candidate.run.step_size, min(fitting, batch_size - 1))
-        accumulation = candidate.run.step_size // size
-        yield candidate.change("", "", "the same steps", batch_size=size, accumulation=accumulation)
+    if not candidate.run.is_auto:
+        tokens = get_preferred_tokens(candidate.run.devices.kind)
+        yield candidate.change("", "", "the same steps", size=PassSize(tokens, tokens), is_auto=True)
 
 
 def _find_largest_divisor(number: int, limit: int) -> int:

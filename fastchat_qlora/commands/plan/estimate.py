@@ -13,8 +13,7 @@ from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.optimizers import find_strategy_errors
-from fastchat_qlora.data.batching.collator import count_max_batch_tokens
-from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.batching.steps import PassSize, bound_pass_tokens
 from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
@@ -58,8 +57,10 @@ class RunSettings:
     supervised_share: float
     strategy: ParallelStrategy  # this and what follows can be changed to make a run fit
     precision: Precision
-    batch_size: int  # sequences of a micro-batch
-    accumulation: int  # micro-batches of an optimizer step
+    batch_size: int  # --per_device_train_batch_size
+    accumulation: int  # --gradient_accumulation_steps
+    size: PassSize  # of the passes that a step is cut into
+    is_auto: bool  # whether passes become smaller where memory requires it
     max_length: int  # most tokens of a sequence
     checkpointing: bool | None  # recompute all layers, none, or as few as memory requires (None)
     _costs: dict[tuple[Precision, int], ModelCost | str] = field(default_factory=dict)
@@ -82,20 +83,25 @@ class RunSettings:
 
     @property
     def step_size(self) -> int:
-        """Sequences of an optimizer step on each device."""
+        """Conversations, or packed sequences, of an optimizer step on each device."""
         return self.batch_size * self.accumulation
 
     def estimate(self) -> DeviceEstimate:
-        """Estimate the memory of one device, and how large a micro-batch it could take."""
+        """Estimate the memory of one device."""
         if refused := self._find_refusal():
             return DeviceEstimate(self.strategy, refused)
-        need, checkpointed = self._compute_need(self.batch_size)
-        usable = self.devices.get_usable_bytes(self.strategy.devices)
+        usable, tokens = self.devices.get_usable_bytes(self.strategy.devices), self.count_pass_tokens(self.size)
+        need, checkpointed = self._compute_need(tokens)
         if usable is None:
-            return DeviceEstimate(self.strategy, need=need, checkpointed=checkpointed)
-        sizes = range(1, max(1, len(self.dataset) // self.strategy.devices) + 1)
-        largest = bisect_right(sizes, usable, key=lambda size: self._compute_need(size)[0].total)
-        return DeviceEstimate(self.strategy, "", need, checkpointed, need.total <= usable, largest)
+            return DeviceEstimate(self.strategy, need=need, checkpointed=checkpointed, pass_tokens=tokens)
+        if self.is_auto and (checkpointed or need.total > usable):  # smaller passes come before checkpointing
+            least = self.count_pass_tokens(PassSize(1))
+            sizes = range(least, tokens)
+            layers = self.cost.layers if self.checkpointing and not isinstance(self.cost, str) else 0
+            fitting = bisect_right(sizes, usable, key=lambda size: self._compute(size, layers).total)
+            tokens = sizes[max(fitting - 1, 0)] if sizes else tokens
+            need, checkpointed = self._compute_need(tokens)
+        return DeviceEstimate(self.strategy, "", need, checkpointed, need.total <= usable, tokens)
 
     def _find_refusal(self) -> str:
         """Return the reason for which `train` refuses the strategy; empty if it accepts it."""
@@ -113,29 +119,31 @@ class RunSettings:
             return str(error)
         return ""
 
-    def _compute_need(self, batch_size: int) -> tuple[MemoryNeed, int]:
-        """Return the bytes needed for a micro-batch, and the number of checkpointed layers."""
-        cost, strategy, tokens = self.cost, self.strategy, self._count_batch_tokens(batch_size)
+    def _compute(self, tokens: int, checkpointed: int) -> MemoryNeed:
+        """Return the bytes needed for a pass."""
+        cost, strategy = self.cost, self.strategy
         assert not isinstance(cost, str)
-        usable = self.devices.get_usable_bytes(strategy.devices)
         optimizer = get_optimizer(self.args) if strategy.zero_stage else OptimizerNames(self.args.training.optim).value
+        accumulates = self.step_size > 1
+        return parallelism.compute_device_memory(
+            cost, tokens, checkpointed, strategy, optimizer=optimizer, accumulates=accumulates
+        )
 
-        def compute(checkpointed: int) -> MemoryNeed:
-            return parallelism.compute_device_memory(
-                cost, tokens, checkpointed, strategy, optimizer=optimizer, accumulates=self.accumulation > 1
-            )
-
-        count = cost.layers if self.checkpointing else 0
+    def _compute_need(self, tokens: int) -> tuple[MemoryNeed, int]:
+        """Return the bytes needed for a pass, and the number of checkpointed layers."""
+        assert not isinstance(self.cost, str)
+        layers, usable = self.cost.layers, self.devices.get_usable_bytes(self.strategy.devices)
+        count = layers if self.checkpointing else 0
         if self.checkpointing is None and usable is not None:
-            fitting = (count for count in range(cost.layers) if compute(count).total <= usable)
-            count = next(fitting, cost.layers)
-        return compute(count), count
+            count = next((count for count in range(layers) if self._compute(tokens, count).total <= usable), layers)
+        return self._compute(tokens, count), count
 
-    def _count_batch_tokens(self, batch_size: int) -> int:
-        if isinstance(self.dataset, PackedDataset):
-            return min(batch_size, len(self.dataset)) * self.max_length
-        lengths = np.minimum(self.lengths, self.max_length)
-        return count_max_batch_tokens(lengths, batch_size, padding_free=self.args.data.padding_free)
+    def count_pass_tokens(self, size: PassSize) -> int:
+        """Return the tokens of the largest pass of a size, padding included."""
+        padding_free = self.args.data.padding_free
+        return bound_pass_tokens(
+            self.dataset, size, self.step_size, padding_free=padding_free, max_length=self.max_length
+        )
 
 
 def get_optimizer(args: RunArguments) -> str:

@@ -16,7 +16,7 @@ class DeviceEstimate(NamedTuple):
     need: MemoryNeed | None = None
     checkpointed: int = 0  # layers whose activations are recomputed
     fits: bool | None = None  # None where the memory of the device is not known
-    largest_batch: int | None = None  # most sequences of a micro-batch that fits, of those for a device; 0 if none fits
+    pass_tokens: int | None = None  # of the largest pass, padding included, for which all of this is
 
 
 class ProposedChange(NamedTuple):
@@ -71,7 +71,7 @@ class Plan:
     trainable: dict[str, int]  # kind of module -> trained parameters
     base: int  # parameters of the base model
     layers: int  # that can be checkpointed
-    largest_batch: int  # most tokens of a micro-batch, padding included
+    pass_tokens: int  # of the largest pass, padding included, before memory is looked at
     unknown: str  # why memory cannot be estimated; empty if it can
     device_gib: float | None
     available: float | None  # bytes of a device that a run may use

@@ -75,7 +75,7 @@ def _build_facts(plan: Plan) -> Table:
         "data": f"{data}, {plan.tokens:,} tokens an epoch, {plan.supervised:,} ({plan.supervised / plan.tokens:.0%}) "
         "of them supervised",
         "steps": f"{schedule.steps:,} in {schedule.epochs:g} epochs, {schedule.steps_per_epoch:,} an epoch",
-        "largest micro-batch": f"{plan.largest_batch:,} tokens",
+        "largest pass": f"{plan.pass_tokens:,} tokens",
         "base model": f"{plan.base:,} parameters",
         "trained": f"{trained:,} parameters ({trained / plan.base:.2%} of the base model): {modules}",
         "disk": f"{_format_size(disk.total)}: {disk.checkpoints} {checkpoints} of {_format_size(disk.a_checkpoint)}, "
@@ -103,7 +103,7 @@ def _build_memory_table(plan: Plan, parts: dict[str, Sequence[str]]) -> Table:
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("on", justify="right")
     table.add_column("strategy", no_wrap=True)
-    for name in (*parts, "total", "recomp.", "fits", "batch"):
+    for name in (*parts, "total", "recomp.", "fits", "pass"):
         table.add_column(name, justify="right", no_wrap=True)
     for estimate in plan.devices:
         style, cells = "dim", ["-"] * (len(parts) + 4)
@@ -111,7 +111,7 @@ def _build_memory_table(plan: Plan, parts: dict[str, Sequence[str]]) -> Table:
             style = "red" if estimate.fits is False else ""
             sizes = [sum(getattr(need, name) for name in names) for names in parts.values()]
             fits = {True: "yes", False: "no", None: "?"}[estimate.fits]
-            largest = "?" if estimate.largest_batch is None else f"{estimate.largest_batch:,}"
+            largest = "?" if estimate.pass_tokens is None else f"{estimate.pass_tokens:,}"
             recomputed = f"{estimate.checkpointed}/{plan.layers}"
             cells = [*map(_format_gib, (*sizes, need.total)), recomputed, fits, largest]
         style = f"bold {style}" if estimate.strategy == plan.given else style
@@ -121,8 +121,8 @@ def _build_memory_table(plan: Plan, parts: dict[str, Sequence[str]]) -> Table:
 
 def _explain_table(plan: Plan) -> list[str]:
     lines = [
-        "on: devices; recomp.: layers whose activations are recomputed in backward; batch: the largest "
-        "--per_device_train_batch_size that fits, or all sequences there are for a device.",
+        "on: devices; recomp.: layers whose activations are recomputed in backward; pass: tokens of the largest "
+        "forward pass.",
         "Evaluation keeps no activations and is not in the table.",
     ]
     if any(estimate.need and not estimate.need.activations for estimate in plan.devices):

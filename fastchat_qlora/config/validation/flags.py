@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Collection, Iterator
 
-from fastchat_qlora.config.flag_parsing import NAME_FLAGS, parse_token_count
+from fastchat_qlora.config.flag_parsing import NAME_FLAGS, parse_share_prefixes, parse_token_count
 from fastchat_qlora.config.validation.fsdp import find_fsdp_errors
 from fastchat_qlora.config.validation.json_flags import check_json_flags, parse_object
 from fastchat_qlora.config.validation.optimizers import check_optimizer, find_strategy_errors
 from fastchat_qlora.config.validation.paths import check_paths
-from fastchat_qlora.config.validation.ranges import check_numbers
+from fastchat_qlora.config.validation.ranges import COUNT, check_numbers
 from fastchat_qlora.distributed.fsdp_config import offloads_to_cpu, parse_fsdp_flag, parse_switch
 from fastchat_qlora.utils.text import is_date, is_pattern, is_text
 
@@ -50,6 +50,12 @@ UNSUPPORTED = (
     ("dataloader_in_order", False, "the order would depend on time, and no run could be resumed; drop the flag"),
 )
 """Flags, the value of each that is refused (None: any), and why."""
+
+SEPARATING = (("padding_free", False), ("flash_attn", True), ("compile_layers", True), ("torch_compile", True))
+"""Flags with the value with which each sequence is computed by itself.
+
+Compiled code is specialized on the branches of a prefix tree: each new one would be compiled again.
+"""
 
 PATTERN_FLAGS = ("lora_target_modules", "lora_exclude_modules")  # of NAME_FLAGS, which take a regular expression too
 WORKER_SETTINGS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor")
@@ -140,18 +146,35 @@ def _check_strategy(values: Values) -> Iterator[str]:
         yield "--fsdp and --deepspeed: two strategies for one run; choose one"
     if values.deepspeed and not is_launched(values) and values.print_config is None:
         yield f"--deepspeed {values.deepspeed}: needs a launcher; start with deepspeed or torchrun"
-    accumulation = parse_object(values.accelerator_config).get("gradient_accumulation_kwargs") or {}
-    syncs = isinstance(accumulation, dict) and parse_switch(accumulation.get("sync_each_batch"))
-    if values.ddp_static_graph and values.gradient_accumulation_steps > 1 and is_launched(values) and not syncs:
-        # torch 2.13 ends in an assertion of the reducer where a static graph's first pass is not synchronized.
-        yield "--ddp_static_graph True: fails with --gradient_accumulation_steps; drop one"
     yield from find_strategy_errors(values.optim, zero=bool(values.deepspeed), fsdp=bool(fsdp) and is_launched(values))
     if (fsdp or values.deepspeed) and values.save_only_model and values.load_best_model_at_end:
         pair = "--save_only_model True and --load_best_model_at_end True"
         yield f"{pair}: with --fsdp or --deepspeed only complete checkpoints can be loaded; drop one"
 
 
+def find_separating_flag(*groups: object) -> str:
+    """Return the flag by which sequences that begin alike are computed each by itself; empty if none is given.
+
+    Args:
+        groups: objects that have the flags as attributes.
+    """
+    for name, value in (*SEPARATING, ("attn_implementation", None)):
+        given = next(getattr(group, name) for group in groups if hasattr(group, name))
+        if given == value or (value is None and given != "auto"):
+            return f"--{name} {given}"
+    return ""
+
+
 def _check_sequences(values: Values) -> Iterator[str]:
+    passes = values.micro_batch_tokens
+    if passes not in ("auto", "off") and not (passes.isdecimal() and COUNT.accepts(int(passes))):
+        yield f"--micro_batch_tokens {passes}: must be auto, off, or a number of tokens, at least 1 and below 2**31"
+    given = values.share_prefixes
+    shares = parse_share_prefixes(given)
+    if shares is None:
+        yield f"--share_prefixes {given}: must be auto, True or False"
+    elif shares == "True" and (separating := find_separating_flag(values)):
+        yield f"--share_prefixes True and {separating}: with that each sequence is computed by itself; drop one"
     if values.packing and not values.padding_free:
         yield "--packing True and --padding_free False: packed sequences have no padding; drop one"
     if values.packing and values.train_sampling_strategy != "random":

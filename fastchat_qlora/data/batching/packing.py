@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastchat_qlora.data.batching.collator import count_max_batch_tokens
-
 
 def get_column(dataset: Any, name: str) -> Any:
     """Return a column of numbers of a dataset as a NumPy array, for the rows that the dataset selects."""
@@ -84,7 +82,7 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
 
 
 class PackedDataset(torch.utils.data.Dataset[list[Any]]):
-    """A dataset of packed sequences: lists of conversations, chosen by the sampler."""
+    """Conversations, and the sampler that packs them."""
 
     def __init__(self, conversations: Any, sampler: PackingSampler) -> None:
         self.conversations = conversations
@@ -92,17 +90,3 @@ class PackedDataset(torch.utils.data.Dataset[list[Any]]):
 
     def __len__(self) -> int:
         return len(self.sampler)
-
-    def __getitem__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [self.conversations[index] for index in indices]
-
-    def __getitems__(self, items: list[list[int]]) -> list[dict[str, Any]]:
-        """Return the conversations of several items, one after the other; DataLoader asks for a batch in this way."""
-        return self[[index for indices in items for index in indices]]
-
-
-def find_max_batch_tokens(dataset: Any, batch_size: int, *, padding_free: bool) -> int:
-    """Return the tokens of the largest possible micro-batch, padding included."""
-    if isinstance(dataset, PackedDataset):
-        return int(min(batch_size, len(dataset)) * dataset.sampler.capacity)
-    return count_max_batch_tokens(get_column(dataset, "length"), batch_size, padding_free=padding_free)

@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from numpy.typing import NDArray
 
+from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED, PREFIX_HASHES, hash_prefixes
 from fastchat_qlora.data.conversation import Segment
 from fastchat_qlora.data.conversation_hash import ConversationHashes
 from fastchat_qlora.data.sources.readers import Source
@@ -37,7 +38,7 @@ TOKEN_COLUMNS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"
 """Tokens, their labels, and the weights of supervised ones in the loss: null where all of them are 1."""
 
 EAGER_FEATURES = Features({**TOKEN_COLUMNS, **COMMON_COLUMNS})
-LAZY_FEATURES = Features({"segments": Value("string"), **COMMON_COLUMNS})
+LAZY_FEATURES = Features({"segments": Value("string"), PREFIX_HASHES: List(Value("uint64")), **COMMON_COLUMNS})
 
 
 def build_table(
@@ -49,7 +50,8 @@ def build_table(
 ) -> pa.Table:
     """Return a table of sequences, each with the number and source of its record, whose hashes are given, and thoughts.
 
-    If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES).
+    If `lazy`, it has their texts (LAZY_FEATURES) in place of their tokens (EAGER_FEATURES), and hashes by which those
+    that begin alike are found.
     """
     sources = [source for _, source, _ in sequences]
     tokens = [sequence.tokens for _, _, sequence in sequences]
@@ -70,10 +72,14 @@ def build_table(
     }
     for i, name in enumerate(ConversationHashes._fields):
         columns[f"{name}_hash"] = [hashes[number][i] for number, _, _ in sequences]
+    ids = _concatenate([one.input_ids for one in tokens])
     if lazy:
+        counts = np.diff(offsets) // LEAST_SHARED
+        hashes_from = np.cumsum([0, *counts], dtype=np.int32)
         columns["segments"] = [json.dumps(sequence.segments) for _, _, sequence in sequences]
+        columns[PREFIX_HASHES] = pa.ListArray.from_arrays(hashes_from, hash_prefixes(ids, offsets[:-1], counts))
     else:
-        columns["input_ids"] = pa.ListArray.from_arrays(offsets, _concatenate([one.input_ids for one in tokens]))
+        columns["input_ids"] = pa.ListArray.from_arrays(offsets, ids)
         columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
         columns["weights"] = _list_weights([one.weights for one in tokens])
     return pa.table(columns, schema=(LAZY_FEATURES if lazy else EAGER_FEATURES).arrow_schema)
@@ -99,12 +105,12 @@ class TokenizeOnAccess:
         self.max_length = max_length
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Replace the column `segments` by TOKEN_COLUMNS."""
+        """Replace the columns of texts and of hashes by TOKEN_COLUMNS."""
         texts = [[Segment(*part) for part in json.loads(text)] for text in batch["segments"]]
         encoded = self.encoder.encode(texts, enough=self.max_length)
         labeled = [truncate(self.encoder.label(text)[0].tokens, self.max_length) for text in encoded]
         tokens = {name: [_to_list(getattr(one, name)) for one in labeled] for name in TOKEN_COLUMNS}
-        return {**tokens, **{name: values for name, values in batch.items() if name != "segments"}}
+        return {**tokens, **{name: batch[name] for name in batch if name not in ("segments", PREFIX_HASHES)}}
 
 
 def _to_list(array: NDArray[Any] | None) -> list[Any] | None:

@@ -148,6 +148,32 @@ def _measure_change(
     return Influence(change, _has_gradient(model, probe, forward))
 
 
+class TreeProbe(NamedTuple):
+    """A prefix tree, another one that differs in the tokens of one branch, and the same sequences separately."""
+
+    trees: Probe
+    separate: Mapping[str, Any]  # inputs as those of a Probe
+    places: torch.Tensor  # positions of the sequences' tokens in the tree, one sequence after another
+    separate_places: torch.Tensor  # and in the separate batch
+
+
+@torch.no_grad()
+def measure_tree(
+    model: PreTrainedModel, probe: TreeProbe, forward: Callable[..., Any], *, differentiable: bool
+) -> Leakage:
+    """Compare the logits of a tree with those of its sequences, and before and after one of its branches changes.
+
+    Args:
+        model, forward: as for measure_leakage.
+        differentiable: see measure_influence.
+    """
+    logits = forward(**probe.trees.inputs).logits[0].float()
+    influence = _measure_change(model, probe.trees, logits[probe.trees.targets], forward, differentiable)
+    expected = forward(**probe.separate).logits[0, probe.separate_places].float()
+    changes = (logits[probe.places] - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return Leakage(influence, _reduce_changes(model, changes))
+
+
 def _get_logits(outputs: Any, probe: Probe) -> torch.Tensor:
     return outputs.logits.flatten(0, 1)[probe.targets].float()  # type: ignore[no-any-return]
 

@@ -95,6 +95,11 @@ def split_recurrent_layers(model: torch.nn.Module) -> None:
         model.register_forward_pre_hook(boundaries.read, with_kwargs=True)
 
 
+def has_recurrent_layers(model: torch.nn.Module) -> bool:
+    """Return whether a model has layers that start over with each conversation."""
+    return any(map(_keeps_state, model.modules()))
+
+
 def _keeps_state(module: torch.nn.Module) -> bool:
     """Return whether a layer carries something from token to token other than by attention."""
     convolves = any(isinstance(child, torch.nn.Conv1d) and child.groups > 1 for child in module.children())

@@ -23,6 +23,17 @@ def compute_flops_per_token(model: ModelCost, lengths: np.ndarray[Any, Any], che
     return float(2 * model.token.flops + 3 * attention + recomputed * (model.token.flops + attention))
 
 
+def compute_attention_share(model: ModelCost, longest: int) -> float:
+    """Return what a token's attention to one key more costs, in the cost of its linear layers; half of them are hidden.
+
+    A window that is shorter than the longest conversation makes a token dearer by a constant.
+    """
+    windows = model.token.attention.items()
+    everywhere = sum(flops for window, flops in windows if not 0 < window < longest)
+    within = sum(flops * window for window, flops in windows if 0 < window < longest)
+    return 1.5 * everywhere / (2 * model.token.flops + 3 * within)
+
+
 def count_keys(lengths: np.ndarray[Any, Any], window: int) -> float:
     """Return the mean number of keys of a token of conversations of these lengths; a window of 0 hides none.
 

@@ -1,10 +1,11 @@
-"""--activation_checkpointing auto: checkpoint as few layers as the memory allows."""
+"""Passes that fit into memory: smaller ones, and as few checkpointed layers as are needed."""
 
 import copy
 import logging
 import os
+from bisect import bisect_right
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -13,7 +14,8 @@ from transformers import PretrainedConfig, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.config.arguments import TrainingArguments
-from fastchat_qlora.data.batching.packing import find_max_batch_tokens
+from fastchat_qlora.data.batching.steps import PassSize
+from fastchat_qlora.errors import AgreedError
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.estimates import memory
 from fastchat_qlora.model.estimates.layer_extrapolation import extrapolate_layers, make_shallow_configs
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 USABLE_CPU_SHARE = 0.8  # of the free memory that a step may take: other programs want some too
 USABLE_ACCELERATOR_SHARE = 0.92
+MOST_TOKENS = 2**24  # of a pass that is looked at
 GIB = 2**30
 
 
@@ -55,8 +58,21 @@ def _measure_cost(meta_model: Any, lora_config: LoraConfig, dtype: torch.dtype, 
     return memory.measure_model_cost(model, **options)
 
 
+class PassFit(NamedTuple):
+    """A size of passes with which a step fits, and the layers to checkpoint for it."""
+
+    preferred: int
+    most: int
+    checkpointed: int
+    is_enough: bool  # memory
+
+
 class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Callback that checkpoints the fewest layers with which a step fits, and corrects that after the first step."""
+    """Callback that makes a step fit: by smaller passes, and by checkpointing the fewest layers.
+
+    It corrects both after the first step. Passes are made smaller first, with --micro_batch_tokens auto, as far as the
+    longest sequence allows; layers are checkpointed unless --activation_checkpointing says which.
+    """
 
     def __init__(self, trainer: LoraTrainer, model: memory.ModelCost | str) -> None:
         self._trainer = trainer
@@ -64,21 +80,21 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._is_corrected = False
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        """Choose the layers by the memory that is free beside weights and adapter; a collective operation."""
-        if not self._trainer.adapter.get_base_model().supports_gradient_checkpointing:
+        """Choose size and layers by the memory that is free beside weights and adapter; a collective operation."""
+        trainer, device = self._trainer, args.device
+        if args.auto_checkpointing and not trainer.adapter.get_base_model().supports_gradient_checkpointing:
             self._model = "the model does not support it"
             logger.warning("Activation checkpointing: off, because the model does not support it.")
             return
         if isinstance(self._model, str):
-            logger.warning(
-                f"Activation checkpointing: all layers, because the memory needed is unknown: {self._model}."
-            )
-            checkpoint_layers(self._trainer, len(get_repeated_layers(self._trainer.adapter)))
+            if args.auto_checkpointing:
+                logger.warning(
+                    f"Activation checkpointing: all layers, because the memory needed is unknown: {self._model}."
+                )
+                checkpoint_layers(trainer, len(get_repeated_layers(trainer.adapter)))
             return
-        device, trainer = args.device, self._trainer
-        batch_size = trainer._train_batch_size  # --auto_find_batch_size changes it
-        padding_free = trainer.data_collator.padding_free
-        self._tokens = find_max_batch_tokens(trainer.train_dataset, batch_size, padding_free=padding_free)
+        given = self._model.layers if args.gradient_checkpointing else 0
+        self._counts = range(self._model.layers + 1) if args.auto_checkpointing else range(given, given + 1)
         self._available = get_free_bytes(device) * (
             USABLE_CPU_SHARE if device.type == "cpu" else USABLE_ACCELERATOR_SHARE
         )
@@ -86,6 +102,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._peak_before = peak_memory_mib(device)
         shards = args.world_size if trainer.is_wrapped_late else 1
         self._options: dict[str, Any] = {"optimizer": OptimizerNames(args.optim).value, "shards": shards}
+        self._wanted = trainer.cutting.size
         self._apply(self._choose(1.0), "")
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
@@ -95,8 +112,7 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._is_corrected = True
         scale, peak = 1.0, peak_memory_mib(args.device)
         if peak > self._peak_before:  # else loading took more, and what the step needed is unknown
-            tokens = self._trainer.largest_batch_tokens
-            estimate = memory.compute_peak_memory(self._model, tokens, self._checkpointed, **self._options)
+            estimate = self._estimate(self._trainer.largest_batch_tokens, self._fit.checkpointed)
             unpacked = 2 * self._model.dequantized
             in_backward = peak * 2**20 - self._held - unpacked
             # Activations are freed before the optimizer's state is made. The peak is therefore that of the activations
@@ -104,32 +120,59 @@ class AutoCheckpointing(TrainerCallback):  # type: ignore[misc]  # transformers 
             state = estimate.gradients + estimate.optimizer
             if in_backward > state:
                 scale = max(0.5, in_backward / (estimate.step_bytes - state - unpacked))
-        count = self._choose(scale)
-        if count != self._checkpointed:
-            self._apply(count, f" (the first step needed {scale:.2f} times the estimate)")
+        fit = self._choose(scale)
+        if fit._replace(most=0) != self._fit._replace(most=0):
+            self._apply(fit, f" (the first step needed {scale:.2f} times the estimate)")
 
-    def _choose(self, scale: float) -> int:
-        """Return the number of layers, the same in all processes: recomputed layers are gathered again by all."""
+    def _estimate(self, tokens: int, checkpointed: int) -> memory.MemoryNeed:
+        return memory.compute_peak_memory(self._model, tokens, checkpointed, **self._options)
+
+    def _choose(self, scale: float) -> PassFit:
+        """Return the same fit in all processes: recomputed layers are gathered again by all."""
         self._options["scale"] = scale
-        count = memory.count_layers_to_checkpoint(self._model, self._tokens, self._available, **self._options)
-        self._fits = count is not None
-        chosen = torch.tensor([self._model.layers if count is None else count], device=self._trainer.args.device)
-        return int(self._trainer.accelerator.gather(chosen).max())
+        trainer = self._trainer
+        longest = trainer.bound_pass(PassSize(preferred=1))
+        may_cut = trainer.cutting.is_auto and not trainer.restores_size
+        tokens = longest if may_cut else trainer.bound_pass(self._wanted)
+        fitting = (count for count in self._counts if self._estimate(tokens, count).step_bytes <= self._available)
+        found = next(fitting, None)
+        count = self._counts[-1] if found is None else found
+        most = self._find_most(count) if may_cut else self._wanted.most
+        own = [-count, found is not None, min(self._wanted.preferred, max(most, longest)), max(most, longest)]
+        everyone = trainer.accelerator.gather(torch.tensor([own], device=trainer.args.device)).amin(0).tolist()
+        return PassFit(everyone[2], everyone[3], -everyone[0], bool(everyone[1]))
 
-    def _apply(self, count: int, because: str) -> None:
-        self._checkpointed = count
-        checkpoint_layers(self._trainer, count)
-        need = memory.compute_peak_memory(self._model, self._tokens, count, **self._options)
+    def _find_most(self, count: int) -> int:
+        """Return the most tokens of a pass that fit."""
+        tokens = range(1, MOST_TOKENS)
+        return bisect_right(tokens, self._available, key=lambda size: self._estimate(size, count).step_bytes)
+
+    def _apply(self, fit: PassFit, because: str) -> None:
+        self._fit, trainer = fit, self._trainer
+        if trainer.args.auto_checkpointing:
+            checkpoint_layers(trainer, fit.checkpointed)
+        if trainer.cutting.is_auto and not trainer.restores_size:
+            trainer.set_pass_size(PassSize(fit.preferred, fit.most))
+        tokens = trainer.largest_pass
+        need = self._estimate(tokens, fit.checkpointed)
         line = (
-            f"Activation checkpointing: {count} of {self._model.layers} layers{because}. A batch of up to "
-            f"{self._tokens:,} tokens needs {need.step_bytes / GIB:.2f} GiB (activations "
+            f"Activation checkpointing: {fit.checkpointed} of {self._model.layers} layers{because}. A pass of up to "
+            f"{tokens:,} tokens needs {need.step_bytes / GIB:.2f} GiB (activations "
             f"{need.activations / GIB:.2f}, temporary {need.temporary / GIB:.2f}, gradients and optimizer "
             f"{(need.gradients + need.optimizer) / GIB:.2f}) of {self._available / GIB:.2f} GiB available."
         )
-        if self._fits:
+        if fit.is_enough:
             logger.info(line)
+        elif trainer.cutting.is_auto and trainer.args.auto_checkpointing and not because:
+            raise AgreedError(
+                f"--model_max_length: the longest sequence does not fit into memory by itself. {line} Lower it, or "
+                "train with --q_lora True or on more devices with --fsdp True"
+            )
         else:
-            logger.warning(f"{line} It may run out of memory; lower --per_device_train_batch_size.")
+            logger.warning(f"{line} It may run out of memory; lower {self._name_size()}.")
+
+    def _name_size(self) -> str:
+        return "--per_device_train_batch_size" if self._wanted.units else "--micro_batch_tokens"
 
 
 def checkpoint_layers(trainer: LoraTrainer, count: int) -> None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SchedulerType
 
 from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.batching.steps import PassSize, StepShape
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
@@ -68,8 +69,6 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, publ
     base = model.get_base_model()
     sizes = sizes or list_linear(base)
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None  # DeepSpeed's
-    micro = engine.train_micro_batch_size_per_gpu() if engine else trainer._train_batch_size
-    accumulation = engine.gradient_accumulation_steps() if engine else args.gradient_accumulation_steps
     data, is_packed = trainer.train_dataset, isinstance(trainer.train_dataset, PackedDataset)
     unit = "packed sequences" if is_packed else "conversations"
     device = "cpu" if args.device.type == "cpu" else args.device
@@ -80,6 +79,7 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, publ
         "compute dtype": _describe_dtype(trainer, engine),
         "attention": str(model.config._attn_implementation),
         "sequences": f"packed up to {data.sampler.capacity} tokens, {layout}" if is_packed else layout,
+        "shared prefixes": "computed once" if trainer.data_collator.share_prefixes else "computed for each sequence",
         "loss": _describe_loss(trainer),
         "quantized weights": _describe_quantization(base, sizes, published),
         "base weights": _describe_base_weights(model),
@@ -89,9 +89,15 @@ def read_back(trainer: LoraTrainer, sizes: Mapping[str, int] | None = None, publ
         "offload": _describe_offload(trainer, engine),
         "checkpointing": _describe_checkpointing(model),
         "compilation": _describe_compilation(trainer, model),
-        "batch": f"{micro} x {accumulation} accumulated x {args.world_size} processes "
-        f"= {micro * accumulation * args.world_size} {unit} a step",
+        "batch": describe_step(trainer.step_shape, trainer.pass_size, unit),
     }
+
+
+def describe_step(shape: StepShape, size: PassSize, unit: str) -> str:
+    """Return what an optimizer step consists of, and how it is cut."""
+    passes = f"{size.units} {unit} a pass" if size.units else f"passes of up to {size.preferred:,} tokens"
+    batch, accumulation, processes = shape
+    return f"{batch} x {accumulation} accumulated x {processes} processes = {shape.total} {unit} a step, {passes}"
 
 
 def _get_strategy(wrapped: torch.nn.Module, engine: Any) -> str:

@@ -9,13 +9,21 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from fastchat_qlora.data.batching.packing import PackedDataset, find_max_batch_tokens, get_column
+from fastchat_qlora.data.batching.packing import PackedDataset, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
-from fastchat_qlora.model.attention.attention_checks import Probe, measure_influence, measure_leakage
+from fastchat_qlora.model.attention.attention_checks import (
+    Probe,
+    TreeProbe,
+    measure_influence,
+    measure_leakage,
+    measure_tree,
+)
 from fastchat_qlora.model.loading.auto_class import get_text_attention
 from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
-from fastchat_qlora.training.trainer import TARGET_NAMES, LoraTrainer
+from fastchat_qlora.training.trainer import TARGET_COPIES, TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -28,29 +36,35 @@ MAX_CHECKED_TOKENS = 1024
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Callback for the check under DeepSpeed and FSDP, whose models cannot run before training begins."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: LoraTrainer, index: PrefixIndex | None = None) -> None:
+        self._trainer, self._index = trainer, index
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Stop if padding-free batches fail, which cannot be changed any more; every process takes part."""
         if self._trainer.is_wrapped_late:
-            _check(self._trainer)
+            _check(self._trainer, self._index)
 
 
-def run_sanity_check(trainer: LoraTrainer) -> None:
-    """Run the check, and fall back to another attention, padded batches or the plain loss where it fails."""
+def run_sanity_check(trainer: LoraTrainer, index: PrefixIndex | None = None) -> None:
+    """Run the check, and fall back to another attention or layout, or to the plain loss, where it fails.
+
+    Args:
+        index: of the training data, by which sequences for a prefix tree are chosen.
+    """
     if not trainer.is_wrapped_late:
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
             # With these flags Trainer leaves the model where it was loaded until training begins.
             trainer._move_model_to_device(trainer.model, trainer.args.device)
-        _check(trainer)
+        _check(trainer, index)
 
 
-def _check(trainer: LoraTrainer) -> None:
+def _check(trainer: LoraTrainer, index: PrefixIndex | None) -> None:
     conversations = _choose_conversations(trainer)
     with trainer.inference() as model:
         if trainer.data_collator.padding_free:
             _settle_layout(trainer, model, *conversations)
+        if trainer.data_collator.padding_free and trainer.data_collator.share_prefixes:
+            _settle_sharing(trainer, model, _choose_alike(trainer, index, conversations[1]))
         _require_causality(trainer, model, conversations[1])
         loss = _agree(find_loss_failure(trainer, model, conversations)) if trainer.loss_head else ""
     if loss:
@@ -81,6 +95,16 @@ def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[i
     _pad(trainer, reasons[0])
 
 
+def _settle_sharing(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> None:
+    """Have each sequence computed by itself if the prefix tree of these has other logits."""
+    attention = trainer.adapter.config._attn_implementation
+    reason = f"attention {attention} takes no prefix tree" if attention != PER_CONVERSATION else ""
+    reason = reason or _agree(find_tree_failure(trainer, forward, sequences))
+    if reason:
+        trainer.data_collator.share_prefixes = False
+        logger.warning(f"Sequences that begin alike are computed each by itself, slower than they could be: {reason}.")
+
+
 def _find_scaling_by_row(trainer: LoraTrainer) -> str:
     """Return why a token's place in its row matters, not that in its conversation; empty if it does not.
 
@@ -89,8 +113,9 @@ def _find_scaling_by_row(trainer: LoraTrainer) -> str:
     """
     text = trainer.adapter.config.get_text_config()
     first = getattr(text, "floor_scale", 0) if getattr(text, "attn_temperature_tuning", False) else 0
-    tokens = find_max_batch_tokens(trainer.train_dataset, trainer._train_batch_size, padding_free=True)
-    return f"the model scales attention by the place in a row, from token {first} on" if 0 < first <= tokens else ""
+    if 0 < first <= trainer.largest_pass:
+        return f"the model scales attention by the place in a row, from token {first} on"
+    return ""
 
 
 def _pad(trainer: LoraTrainer, reason: str) -> None:
@@ -106,12 +131,40 @@ def _pad(trainer: LoraTrainer, reason: str) -> None:
 
 def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
     """Return the first conversation and the longest one, cut short."""
-    data = trainer.train_dataset
-    conversations = data.conversations if isinstance(data, PackedDataset) else data
+    conversations = get_sequences(trainer.train_dataset)
     longest = int(np.argmax(get_column(conversations, "length")))
+    return [list(conversations[index]["input_ids"])[: _count_checked(trainer)] for index in (0, longest)]
+
+
+def _count_checked(trainer: LoraTrainer) -> int:
     window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
     tokens = window + 32 if window + 32 <= MAX_CHECKED_TOKENS else CHECKED_TOKENS
-    return [list(conversations[index]["input_ids"])[: max(tokens, CHECKED_TOKENS)] for index in (0, longest)]
+    return int(max(tokens, CHECKED_TOKENS))
+
+
+def _choose_alike(trainer: LoraTrainer, index: PrefixIndex | None, conversation: list[int]) -> list[list[int]]:
+    """Return two sequences that begin alike, of the data if there are any, and a third that leaves the first one later.
+
+    They are cut to some tokens before and after the place where they part.
+    """
+    tokens, parted = _count_checked(trainer), np.empty(0, dtype=np.int64)
+    if index is not None and index.shared.any():
+        rows, place = get_sequences(trainer.train_dataset), int(index.shared.argmax())
+        pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[place - 1 : place + 1]]
+        length = min(map(len, pair))
+        parted = np.flatnonzero(pair[0][:length] != pair[1][:length])
+    if len(parted):
+        start = max(0, int(parted[0]) - tokens // 2)
+        first, second = (ids[start : start + tokens].tolist() for ids in pair)
+    else:  # nothing begins alike, or one is the beginning of the other
+        first = (conversation * tokens)[:tokens]
+        second = _change(first, tokens // 2)
+    return [first, second, _change(first, (tokens // 2 + len(first)) // 2)]
+
+
+def _change(sequence: list[int], start: int, by: int = 1) -> list[int]:
+    """Return a sequence with other tokens from a place on."""
+    return sequence[:start] + [token - by if token >= by else token + by for token in sequence[start:]]
 
 
 def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
@@ -130,6 +183,33 @@ def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], 
     return (
         f"conversations in one batch are not kept apart: logits change by {leak.by_neighbor.change:.1e} with the "
         f"conversation before, and by {leak.by_row:.1e} against a batch of its own"
+    )
+
+
+def find_tree_failure(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> str:
+    """Return how the logits of a prefix tree differ from those of its sequences; empty if they do not.
+
+    Of the three sequences, the branch of the second one is its own, and is changed.
+    """
+    model, (first, second, third) = trainer.adapter.get_base_model(), sequences
+    parted = next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    other = next(changed for by in (1, 2) if (changed := _change(second, parted, by))[parted] != first[parted])
+    trees = [trainer.build_batch([first, ids, third], share_prefixes=True) for ids in (second, other)]
+    separate = trainer.build_batch(sequences)
+    differs = (trees[0]["input_ids"] != trees[1]["input_ids"])[0]
+    inputs = [trainer.model_inputs(batch) for batch in (*trees, separate)]
+    trees_probe = Probe(inputs[0], inputs[1], differs.nonzero()[:, 0], (~differs).nonzero()[:, 0])
+    places = trees[0]["supervised"][trees[0][TARGET_COPIES]], separate["supervised"]
+    try:
+        probe = TreeProbe(trees_probe, inputs[2], *places)
+        found = measure_tree(model, probe, forward, differentiable=not trainer.is_wrapped_late)
+    except Exception as error:  # untrusted code of a model may raise anything
+        return f"the model cannot run on prefix trees: {one_line(error, 300)}"
+    if found.is_tight(model.dtype):
+        return ""
+    return (
+        f"the logits of a prefix tree change by {found.by_row:.1e} against those of its sequences, and by "
+        f"{found.by_neighbor.change:.1e} with another branch"
     )
 
 

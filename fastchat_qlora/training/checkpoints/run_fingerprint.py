@@ -39,9 +39,11 @@ DATA_FLAGS = (
 
 DATA_VALUES = ("duplicates", "mixture", "model_max_length", "data", "tokenizer", "chat_template", "chat_template_date")
 
+PREFIX_VALUES = ("shares_prefixes",)  # losses differ by rounding, and a shared token has one dropout mask
+
 BASE_VALUES = ("base_id", "base_config")  # a repository may be renamed, and a file of settings written again
 
-TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES, *BASE_VALUES)
+TOLERABLE = (*STEP_FLAGS, *DATA_FLAGS, *DATA_VALUES, *PREFIX_VALUES, *BASE_VALUES)
 """What may change where the user names the checkpoint. With any other change the optimizer's state would not fit."""
 
 LABELS = {
@@ -53,6 +55,7 @@ LABELS = {
     "compute_dtype": "compute dtype (--bf16, --fp16)",
     "base_quantization": "quantization of the base model (--q_lora, --load_in_8bit, --dequantize_base, --bnb_4bit_*)",
     "packing_capacity": "--packing, tokens of a sequence",
+    "shares_prefixes": "--share_prefixes",
     "fsdp_state_dict_type": "--fsdp_config, state_dict_type",
     "data": "--data_path, content",
     "mixture": "--data_path, settings of its entries",
@@ -125,6 +128,7 @@ def fingerprint_settings(
         "compute_dtype": get_dtype_name(dtype),
         "base_quantization": quantization.to_dict(),
         "sequence_order": "by seed and epoch",  # absent where transformers' samplers made it
+        "step_unit": "conversation",  # absent where a step counted sequences
         "packing_capacity": training.model_max_length if data.packing else None,
         "fsdp_state_dict_type": (training.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT"),
         "model_revision": args.model.model_revision,

@@ -21,7 +21,7 @@ from transformers import TrainerState
 
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.statistics import DatasetStatistics, compute_statistics, summarize_rejections
-from fastchat_qlora.data.batching.packing import PackedDataset
+from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.distributed.topology import USE_REENTRANT
 from fastchat_qlora.training.callbacks.effective_settings import EffectiveSettings
@@ -48,9 +48,7 @@ class RunSummary:
     @cached_property
     def splits(self) -> dict[str, Dataset]:
         """The sequences of each split, unpacked."""
-        train = self.prepared.train_dataset
-        sequences = train.conversations if isinstance(train, PackedDataset) else train
-        return Splits(sequences, self.prepared.eval_dataset).named()
+        return Splits(get_sequences(self.prepared.train_dataset), self.prepared.eval_dataset).named()
 
     @cached_property
     def statistics(self) -> dict[str, DatasetStatistics]:

@@ -52,7 +52,8 @@ def test_targets_are_all_supervised_tokens_but_first_ones(layout: str, rows: lis
     batch = collator(Padding(), layout)(rows)
     assert targets(batch) == expected_targets(rows)
     *counted, sources = [batch[name] for name in BATCH_INFO]
-    assert counted == [sum(len(row["input_ids"]) for row in rows), len(expected_targets(rows)), len(rows)]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    assert counted == [tokens, tokens, len(expected_targets(rows)), len(rows)]
     assert all(type(count) is int for count in counted), "counted without a device"
     assert sources == [(None, None, None)] * len(rows), "nothing is known of these"
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, pack_best_fit
+from fastchat_qlora.data.batching.packing import PackingSampler, pack_best_fit
 
 Row = list[int]
 
@@ -96,12 +96,3 @@ def test_conversations_of_equal_length_change_places() -> None:
     sampler = PackingSampler([5] * 8, 10, seed=1)
     partners = {tuple(sorted(row)) for epoch in range(10) for row in rows_of(sampler, epoch) if 0 in row}
     assert len(partners) > 2
-
-
-def test_batch_is_the_conversations_of_its_packed_sequences() -> None:
-    conversations = [{"name": index} for index in range(len(LENGTHS))]
-    dataset = PackedDataset(conversations, PackingSampler(LENGTHS, 10, seed=1))
-    rows = list(dataset.sampler)
-    assert len(dataset) == len(rows)
-    assert [c["name"] for c in dataset[rows[0]]] == rows[0]
-    assert [c["name"] for c in dataset.__getitems__(rows[:3])] == [*rows[0], *rows[1], *rows[2]]

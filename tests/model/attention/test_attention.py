@@ -16,12 +16,13 @@ from torch.nn.attention import varlen
 from transformers import BloomConfig, GitConfig, Llama4TextConfig, LlamaConfig, PretrainedConfig
 
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.attention import attention
+from fastchat_qlora.model.attention import attention, tree_attention
 from fastchat_qlora.model.attention.attention import (
     PER_CONVERSATION,
     attend_per_conversation,
     choose_attention,
 )
+from fastchat_qlora.model.attention.tree_attention import VarlenInputs, supports_varlen
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LLAMA = LlamaConfig(num_hidden_layers=1)
@@ -212,10 +213,10 @@ class TestVarlen:
 
         varlen_attn.__signature__ = inspect.signature(stand_in)  # type: ignore[attr-defined]
         monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-        monkeypatch.setattr(attention, "_supports_varlen", lambda *_: True)
-        attention._load_varlen_attn.cache_clear()
+        monkeypatch.setattr(attention, "supports_varlen", lambda *_: True)
+        tree_attention._load_varlen_attn.cache_clear()
         yield calls
-        attention._load_varlen_attn.cache_clear()
+        tree_attention._load_varlen_attn.cache_clear()
 
     def test_is_called_once_for_all_conversations(self, calls: list[int]) -> None:
         @settings(max_examples=40, deadline=None)
@@ -237,7 +238,7 @@ class TestVarlen:
 
 def test_stand_ins_have_the_signature_of_torchs_varlen_attention() -> None:
     """The stand-ins have the names that torch's function has."""
-    found, takes_groups = attention._load_varlen_attn()
+    found, takes_groups = tree_attention._load_varlen_attn()
     given = inspect.signature(TestVarlen.older).parameters
     assert list(given)[:7] == list(inspect.signature(found).parameters)[:7]
     assert {*given, *(["enable_gqa"] if takes_groups else [])} <= inspect.signature(found).parameters.keys()
@@ -257,6 +258,8 @@ def test_stand_ins_have_the_signature_of_torchs_varlen_attention() -> None:
         ({"tokens": 2**20 - 256, "heads": 32}, False),
         ({"tokens": 2**20 - 257, "heads": 32}, True),
         ({"tokens": 2**20 - 257, "heads": 32, "conversations": 3}, False),
+        ({"keys": 2**24}, True),
+        ({"keys": 2**25}, False),
     ],
 )
 def test_varlen_attention_supports_these_tensors(
@@ -273,7 +276,10 @@ def test_varlen_attention_supports_these_tensors(
         shape=(1, case["heads"], case["tokens"], case["width"]),
     )
     value = SimpleNamespace(shape=(1, 1, case["tokens"], case.get("value_width", case["width"])))
-    assert attention._supports_varlen(query, value, case["conversations"]) is fits
+    boundaries = torch.empty(case["conversations"] + 1)
+    path_keys = torch.empty(case["keys"], device="meta") if "keys" in case else None
+    inputs = VarlenInputs(boundaries, boundaries, 1, 1, path_keys)
+    assert supports_varlen(query, value, inputs) is fits
 
 
 class Elsewhere(PretrainedConfig):
@@ -326,9 +332,9 @@ class TestChoice:
             return choose_attention("auto", False, case.accelerator, LLAMA, case.dtype, padding_free=True)
 
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: case.is_installed)
-        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: True)
+        monkeypatch.setattr(attention, "is_ampere_or_newer", lambda: True)
         assert choose() == case.chosen
-        monkeypatch.setattr(attention, "_is_ampere_or_newer", lambda: False)
+        monkeypatch.setattr(attention, "is_ampere_or_newer", lambda: False)
         assert choose() == PER_CONVERSATION
 
     @pytest.mark.parametrize("family", FAMILIES)

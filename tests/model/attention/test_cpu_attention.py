@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastchat_qlora.model.attention import attention
+from fastchat_qlora.model.attention import attention, tree_attention
 from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES, attend_in_blocks
 
 Inputs = list[torch.Tensor]
@@ -144,7 +144,7 @@ def test_blocks_are_used_for_bf16_without_dropout_only(
     """They are for bf16 on a CPU, and have no dropout."""
     calls: list[float] = []
     monkeypatch.setattr(
-        attention, "attend_in_blocks", lambda q, k, v, scale, *_: calls.append(scale) or torch.zeros_like(q)
+        tree_attention, "attend_in_blocks", lambda q, k, v, scale, *_: calls.append(scale) or torch.zeros_like(q)
     )
     inputs = random_inputs(4, 2, 6, dtype, width=16)
     attention.attend_per_conversation(

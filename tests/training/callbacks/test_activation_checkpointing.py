@@ -34,7 +34,7 @@ def test_no_layer_is_checkpointed_if_all_fits(
 ) -> None:
     train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
     assert checkpointed(seen["trainer"]) == 0
-    assert "Activation checkpointing: 0 of 2 layers. A batch of up to" in notices.text
+    assert "Activation checkpointing: 0 of 2 layers. A pass of up to" in notices.text
 
 
 def test_checkpointing_changes_memory_only(
@@ -48,7 +48,7 @@ def test_checkpointing_changes_memory_only(
     """Dropout draws the same numbers when a layer is recomputed."""
     plain = train(command(model_folder, data_file, tmp_path / "plain", **FLAGS))
     free["bytes"] = 1.0
-    tight = train(command(model_folder, data_file, tmp_path / "tight", **FLAGS))
+    tight = train(command(model_folder, data_file, tmp_path / "tight", **FLAGS, micro_batch_tokens="off"))
     assert checkpointed(seen["trainer"]) == 2
     assert "It may run out of memory; lower --per_device_train_batch_size" in notices.text
     assert losses(tight) == losses(plain)
@@ -71,7 +71,7 @@ def test_first_step_corrects_the_estimate(
     monkeypatch.setattr(activation_checkpointing, "get_memory_bytes", lambda device: 0)
     train(command(model_folder, data_file, tmp_path / "out", **FLAGS))
     first, second = [line for line in notices.text.splitlines() if "Activation checkpointing" in line]
-    assert "0 of 2 layers. A batch" in first
+    assert "0 of 2 layers. A pass" in first
     assert "2 of 2 layers (the first step needed" in second
     assert checkpointed(seen["trainer"]) == 2
 

@@ -27,7 +27,7 @@ def test_settings_of_one_process(model_folder: Path, data_file: Path, tmp_path: 
     assert (settings["strategy"], settings["compute dtype"]) == ("one process", "float32")
     assert settings["gradient clipping"] == "0.7"
     assert settings["optimizer"] == "AdamW, cosine schedule"
-    assert settings["batch"] == "2 x 3 accumulated x 1 processes = 6 conversations a step"
+    assert settings["batch"] == "2 x 3 accumulated x 1 processes = 6 conversations a step, passes of up to 1,536 tokens"
     assert (settings["sequences"], settings["attention"]) == ("padding-free", "per_conversation")
     assert settings["loss"].endswith("supervised positions at a time, with the gradient in the same pass")
     assert (settings["quantized weights"], settings["offload"], settings["checkpointing"]) == ("none", "none", "off")
@@ -37,7 +37,9 @@ def test_settings_with_packing_and_a_trained_head(model_folder: Path, data_file:
     flags = {"max_steps": 1, "packing": True, "model_max_length": 128, "modules_to_save": "lm_head", "bf16": True}
     settings = effective(train(command(model_folder, data_file, tmp_path / "out", **flags)))
     assert settings["sequences"] == "packed up to 128 tokens, padding-free"
-    assert settings["batch"] == "2 x 1 accumulated x 1 processes = 2 packed sequences a step"
+    assert (
+        settings["batch"] == "2 x 1 accumulated x 1 processes = 2 packed sequences a step, passes of up to 1,536 tokens"
+    )
     assert settings["loss"] == "from the logits of all supervised positions"
     assert settings["compute dtype"] == "bfloat16, by autocast"
 

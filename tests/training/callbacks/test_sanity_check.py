@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from families import FAMILIES, SIZES, conversation, make_base, make_trainer, our_peft, plain_peft
 from hybrids import HYBRIDS, SINKS, make_hybrid
 from quick_runs import command, losses, train
@@ -21,8 +21,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.errors import RunError
+from fastchat_qlora.model.attention import attention
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
+from fastchat_qlora.model.attention.tree_attention import attend_tree
 from fastchat_qlora.model.ops.chunked_loss import LogitTransform
 from fastchat_qlora.training.callbacks import sanity_check
 from fastchat_qlora.training.callbacks.sanity_check import (
@@ -32,6 +35,7 @@ from fastchat_qlora.training.callbacks.sanity_check import (
     run_sanity_check,
 )
 
+TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")}
 ROWS = [conversation(length, seed, supervised_share=1.0) for seed, length in enumerate((30, 9, 44))]
 
 
@@ -72,7 +76,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_with(model: Any, folder: Path, layout: str = "end to end") -> Any:
-    rows = Dataset.from_list([row | {"length": len(row["labels"])} for row in ROWS])
+    rows = Dataset.from_list([row | {"length": len(row["labels"]), "record": i} for i, row in enumerate(ROWS)])
     return make_trainer(model.train(), folder, layout, train_dataset=rows)
 
 
@@ -143,7 +147,6 @@ def test_scaling_by_place_in_a_row_needs_padding(
     )
     torch.manual_seed(0)
     trainer = trainer_with(our_peft(Llama4ForCausalLM(config), target_modules=["q_proj"]), tmp_path)
-    trainer.args.per_device_train_batch_size = len(ROWS)
     run_sanity_check(trainer)
     assert trainer.data_collator.padding_free == (floor_scale > 83)
     assert ("scales attention by the place in a row, from token 40 on" in notices.text) == (floor_scale <= 83)
@@ -227,6 +230,64 @@ def test_logits_changed_after_the_head_are_found(
     run_sanity_check(trainer)
     assert "The loss is computed from the logits" in notices.text
     assert trainer.loss_head is None and trainer.data_collator.padding_free
+
+
+class TestPrefixTrees:
+    """A tree of sequences that begin alike is put beside those sequences."""
+
+    @staticmethod
+    def sharing(folder: Path, family: str = "llama", **kwargs: Any) -> Any:
+        trainer = trainer_of(family, folder, **kwargs)
+        trainer.data_collator.share_prefixes = True
+        return trainer
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_sound_models_share(self, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+        trainer = self.sharing(tmp_path, family, dtype=dtype)
+        trainer.args.bf16 = dtype == torch.bfloat16
+        require_sound(trainer)
+        assert trainer.data_collator.share_prefixes
+
+    @pytest.mark.parametrize("fault", ["a branch is by itself", "branches see each other", "no branch is known"])
+    def test_unsound_trees_are_given_up(
+        self, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(query: Any, key: Any, value: Any, branches: Any, *args: Any) -> Any:
+            if fault == "no branch is known" and any(parent >= 0 for parent, _ in branches):
+                raise KeyError("branches")
+            if fault == "a branch is by itself":
+                branches = tuple((-1, tokens) for _, tokens in branches)
+            elif any(parent >= 0 for parent, _ in branches):
+                branches = ((-1, sum(tokens for _, tokens in branches)),)
+            return attend_tree(query, key, value, branches, *args)
+
+        monkeypatch.setattr(attention, "attend_tree", broken)
+        trainer = self.sharing(tmp_path)
+        require_sound(trainer)
+        assert not trainer.data_collator.share_prefixes
+        assert "Sequences that begin alike are computed each by itself, slower than they could be" in notices.text
+
+    def test_other_attention_takes_no_trees(self, tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
+        trainer = self.sharing(tmp_path, attention="sdpa")
+        run_sanity_check(trainer)
+        assert not trainer.data_collator.share_prefixes and trainer.data_collator.padding_free
+        assert "slower than they could be: attention sdpa takes no prefix tree" in notices.text
+
+    def test_sequences_are_those_of_the_data(self, tmp_path: Path) -> None:
+        """Two that share most, cut to the tokens around the place where they part."""
+        trainer = self.sharing(tmp_path)
+        shared = [3 + i % 80 for i in range(200)]
+        rows = [shared[:64] + [5] * 30, shared + [7] * 90, [4] * 40, shared + [8] * 20]
+        data = [{"input_ids": ids, "labels": ids, "length": len(ids)} for ids in rows]
+        trainer.train_dataset = Dataset.from_list(data, Features(TOKENS))
+        index = build_prefix_index(trainer.train_dataset)
+        first, second, third = sanity_check._choose_alike(trainer, index, [9, 9])
+        pair = sorted([first, second])
+        assert pair == [shared[136:] + [7] * 64, shared[136:] + [8] * 20]
+        assert len(third) == len(first) and third[:70] == first[:70] and third != first
+        with trainer.inference() as model:
+            assert sanity_check.find_tree_failure(trainer, model, [first, second, third]) == ""
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
