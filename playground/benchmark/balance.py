@@ -35,6 +35,8 @@ RANKS, CONVERSATIONS = (2, 8, 64, 512), (1, 4, 16)
 STEPS = {2: 200, 8: 100, 64: 30, 512: 6}  # that are drawn, by ranks
 SLOW = 4_000  # conversations of a step from which on the steps of batch_rebalance take minutes, so that fewer are drawn
 PER_PASS = 4  # conversations of a rank in a pass of batch_rebalance: its per_device_train_batch_size
+AGENT_TOKENS = (1_829, 8_192, 16_384, 23_840, 32_768, 65_536, 69_274, 89_876, 156_000)
+AGENT_SHARES = (0.0, 0.0715, 0.3513, 0.5, 0.6161, 0.9327, 0.95, 0.99, 1.0)  # of trajectories that are not longer
 MIXED = 0.5  # share of reasoning in the mix, the rest is of ShareGPT's lengths
 CHARACTERS = 3.0  # of a token in mathematics, by which published characters become tokens
 SEED = 20
@@ -77,16 +79,12 @@ def draw_shape(shape: Shape, most: int, random: np.random.Generator, count: int)
 
 
 def draw_agent(random: np.random.Generator, count: int) -> Lengths:
-    """Return the tokens of coding agents' trajectories, evenly on a logarithmic scale within each published range.
+    """Return the tokens of coding agents' trajectories, evenly on a logarithmic scale between published quantiles.
 
-    The ranges are those of the card of thoughtworks/agentic-coding-trajectories: 15,000 trajectories of SWE-rebench
-    and SWE-smith, whose shortest has 1,829 tokens and whose longest has 156,000; longer ones than 131,072 are cut here.
+    They are those of the card of thoughtworks/agentic-coding-trajectories: 15,000 trajectories of SWE-rebench and
+    SWE-smith, by ranges and percentiles.
     """
-    bounds = np.array([1_829, 8_192, 16_384, 24_576, 32_768, 65_536, 131_072])
-    shares = np.array([1_072, 4_197, 2_389, 1_584, 4_748, 1_010])
-    chosen = random.choice(len(shares), count, p=shares / shares.sum())
-    low, high = np.log(bounds[chosen]), np.log(bounds[chosen + 1])
-    return np.exp(random.uniform(low, high)).astype(np.int64)
+    return np.exp(np.interp(random.random(count), AGENT_SHARES, np.log(AGENT_TOKENS))).astype(np.int64)
 
 
 def draw_reasoning(random: np.random.Generator, count: int) -> Lengths:
@@ -241,9 +239,9 @@ there, as under ZeRO-3 and FSDP."""
 
 SOURCES = """\
 `playground/benchmark/balance.py` wrote this; nothing is trained. Lengths: ShareGPT-like and Alpaca-like as in \
-`conversations.py` (WildChat's exchanges; at most 8,192 tokens); coding agents by the ranges of the card of \
-thoughtworks/agentic-coding-trajectories (median 23,840 tokens); reasoning and chat: half of it ShareGPT-like, half as \
-the answers of SFT-Math-45k, from OpenR1-Math-220k (mean 16,254 characters, median 12,980, at 3 characters a token)."""
+`conversations.py` (WildChat's exchanges; at most 8,192 tokens); coding agents by the quantiles on the card of \
+thoughtworks/agentic-coding-trajectories (median 23,840 tokens); reasoning and chat: half of it ShareGPT-like, half \
+as the answers of SFT-Math-45k, from OpenR1-Math-220k (mean 16,254 characters, median 12,980, at 3 a token)."""
 
 
 def write_report(models: Iterable[Model], ranks: Iterable[int], limit: int | None = None) -> str:
