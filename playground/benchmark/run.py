@@ -215,12 +215,12 @@ def make_variables(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def busy_processes(count: int) -> Iterator[None]:
+def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Keep so many cores busy with a process each, wherever the system puts it."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(count)]
     try:
-        yield
+        yield processes
     finally:
         for process in processes:
             process.kill()
