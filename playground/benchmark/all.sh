@@ -8,13 +8,17 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 model=$1 folder=$2
 shift 2
+mkdir -p "$folder"
 failed=0  # if a contestant failed, the report says so
 python "$here/run.py" --model "$model" --folder "$folder" --report "$here/training.md" --plot "$here/training.svg" \
     "$@" || failed=$?
-# The earlier commit is where run.py has put it.
-[ -f "$folder/startup.md" ] || OMP_NUM_THREADS=2 python "$here/startup.py" "$folder"/before-* "$here/../.." \
-    --model "$model" --pairs 5 --report "$folder/startup.md"
-cp "$folder/startup.md" "$here/startup.md"
-[ -f "$folder/balance.md" ] || python "$here/balance.py" --report "$folder/balance.md"
-cp "$folder/balance.md" "$here/balance.md"
+if [ ! -f "$folder/startup.done" ]; then  # the earlier commit is where run.py has put it
+    OMP_NUM_THREADS=2 python "$here/startup.py" "$folder"/before-* "$here/../.." \
+        --model "$model" --pairs 5 --report "$here/startup.md"
+    touch "$folder/startup.done"
+fi
+if [ ! -f "$folder/balance.done" ]; then
+    python "$here/balance.py" --report "$here/balance.md"
+    touch "$folder/balance.done"
+fi
 exit "$failed"

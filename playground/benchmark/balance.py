@@ -32,7 +32,7 @@ Lengths = NDArray[np.int64]
 Passes = list[list[Lengths]]  # of each rank, the lengths in each of its passes
 
 RANKS, CONVERSATIONS = (2, 8, 64, 512), (1, 4, 16)
-STEPS = {2: 200, 8: 100, 64: 30, 512: 6}  # that are drawn, by ranks
+STEPS = {2: 100, 8: 50, 64: 10, 512: 3}  # that are drawn, by ranks
 SLOW = 4_000  # conversations of a step from which on the steps of batch_rebalance take minutes, so that fewer are drawn
 PER_PASS = 4  # conversations of a rank in a pass of batch_rebalance: its per_device_train_batch_size
 AGENT_TOKENS = (1_829, 8_192, 16_384, 23_840, 32_768, 65_536, 69_274, 89_876, 156_000)
