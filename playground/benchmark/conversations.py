@@ -79,27 +79,43 @@ def read_docstrings(path: Path) -> list[str]:
     return [text for text in found if text]
 
 
+class Writer:
+    """A writer of prose that copies runs of words from English texts.
+
+    Attributes:
+        random: the generator that everything is drawn from.
+    """
+
+    def __init__(self, seed: int) -> None:
+        import numpy as np
+
+        self.random = np.random.default_rng(seed)
+        self._words = collect_words()
+
+    def write(self, count: int) -> str:
+        """Return that many words."""
+        pieces: list[str] = []
+        while len(pieces) < count:
+            run = min(count - len(pieces), int(self.random.integers(SHORTEST_RUN, LONGEST_RUN + 1)))
+            start = int(self.random.integers(0, len(self._words) - run))
+            pieces += self._words[start : start + run]
+        return "".join(pieces).strip()
+
+
 def draw_conversations(count: int, shape: Shape, seed: int = SEED) -> list[dict[str, Any]]:
     """Return that many ShareGPT records; the same arguments, Python and words give the same text."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
-    words = collect_words()
+    writer = Writer(seed)
 
     def write(mean: float, sigma: float) -> str:
         # The mean of a log-normal distribution is exp(mu + sigma^2 / 2).
-        left = max(1, round(random.lognormal(np.log(mean) - sigma**2 / 2, sigma) / TOKENS_PER_WORD))
-        pieces: list[str] = []
-        while left > 0:
-            run = min(left, int(random.integers(SHORTEST_RUN, LONGEST_RUN + 1)))
-            start = int(random.integers(0, len(words) - run))
-            pieces += words[start : start + run]
-            left -= run
-        return "".join(pieces).strip()
+        tokens = writer.random.lognormal(np.log(mean) - sigma**2 / 2, sigma)
+        return writer.write(max(1, round(tokens / TOKENS_PER_WORD)))
 
     def talk() -> list[dict[str, str]]:
         turns = []
-        for _ in range(min(shape.most_exchanges, int(random.geometric(1 / shape.mean_exchanges)))):
+        for _ in range(min(shape.most_exchanges, int(writer.random.geometric(1 / shape.mean_exchanges)))):
             turns.append({"from": "human", "value": write(shape.user_tokens, shape.user_sigma)})
             turns.append({"from": "gpt", "value": write(shape.assistant_tokens, shape.assistant_sigma)})
         return turns

@@ -1,5 +1,7 @@
-"""The peers' environments: each is created once, of pinned requirements, with Python's own venv and pip."""
+"""The peers' environments, created once, of pinned requirements, with venv and pip; and this program's own commits."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +30,19 @@ def prepare_environment(name: str, folder: Path) -> str:
         subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", *flags, "-r", str(path)], check=True)
     made_of.write_text(wanted, encoding="utf-8")
     return python
+
+
+def prepare_commit(repository: Path, commit: str, folder: Path) -> str:
+    """Write a commit's files and the packages that only earlier commits need, once; return its PYTHONPATH."""
+    place = folder / f"before-{commit}"
+    packages = place / "packages"
+    if not packages.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        archive = folder / f"before-{commit}.tar"
+        subprocess.run(["git", "-C", str(repository), "archive", "-o", str(archive), commit], check=True)
+        subprocess.run(["tar", "xf", str(archive), "-C", str(place)], check=True)
+        archive.unlink()
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+        subprocess.run([*pip, "-r", str(REQUIREMENTS / "before-no-deps.txt")], check=True)
+    return f"{place}{os.pathsep}{packages}"

@@ -140,6 +140,9 @@ class Conversations(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._rows[index] for index in indices]
+
     def packed(self, capacity: int) -> PackedDataset:
         """Return packed sequences of up to so many tokens."""
         return PackedDataset(self, PackingSampler(self.lengths, capacity, SEED))

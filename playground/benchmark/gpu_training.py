@@ -96,14 +96,15 @@ class CountedTrainer(LoraTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Get the batches of a step, and count their tokens."""
-        real, supervised = self.throughput.seen
-        batches, targets = super().get_batch_samples(*args, **kwargs)
+        real, supervised = self.throughput.seen[:2]
+        steps, targets = super().get_batch_samples(*args, **kwargs)
+        batches = [batch for passes in steps for batch in passes]
         squares = sum(length**2 for batch in batches for length in _lengths(batch))
         positions = sum(batch["input_ids"].numel() for batch in batches)
         self.counts.append(
             Counts(self.throughput.seen[0] - real, self.throughput.seen[1] - supervised, squares, positions)
         )
-        return batches, targets
+        return steps, targets
 
 
 def _lengths(batch: dict[str, Any]) -> Sequence[int]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import sys
 import time
 from typing import Any
 
@@ -20,27 +22,35 @@ IGNORED = -100  # the label of tokens that are not supervised, the same in all f
 
 
 class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """A callback that times optimizer steps, counts their tokens, ends the run in time, and writes JSON."""
+    """A callback that times optimizer steps, counts their tokens, ends the run in time, and writes JSON.
+
+    With `task.in_parts` it times passes, and the process ends in the middle of a step.
+    """
 
     def __init__(self, trainer: Any, task: Task, packages: tuple[str, ...]) -> None:
         self.trainer, self.task, self.packages = trainer, task, packages
-        self.real = self.supervised = self.positions = 0
+        self.real = self.supervised = self.positions = self.passes = 0
         self.steps: list[dict[str, float]] = []
         self.warmup = task.warmup
         trainer.model.get_input_embeddings().register_forward_pre_hook(self.count_positions)
-        if not hasattr(trainer, "count_tokens"):
-            self.inner_step = trainer.training_step
-            trainer.training_step = self.training_step
+        self.inner_step = trainer.training_step
+        trainer.training_step = self.training_step
 
     def count_positions(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Count the positions that the model computes, padding included."""
+        """Count the positions that the model computes, padding included, and its passes."""
         self.positions += inputs[0].numel()
+        self.passes += 1
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        """Count the tokens of a micro-batch, for a trainer that does not count itself, and train on it."""
-        real, supervised = count_tokens(inputs)
-        self.real, self.supervised = self.real + real, self.supervised + supervised
+        """Count the tokens of a pass, for a trainer that does not count itself, and train on it."""
+        if self.task.in_parts or not hasattr(self.trainer, "throughput"):
+            real, supervised = count_tokens(inputs)
+            self.real, self.supervised = self.real + real, self.supervised + supervised
         loss: torch.Tensor = self.inner_step(model, inputs, *rest)
+        if self.task.in_parts and self.record():
+            self.write(self.trainer.state)
+            sys.stdout.flush()
+            os._exit(0)
         return loss
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -49,28 +59,44 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Record the time and the counts of one optimizer step."""
+        if not self.task.in_parts and self.record():
+            control.should_training_stop = True
+
+    def record(self) -> bool:
+        """Record the time and the counts of a step or a pass; return whether the run ends."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.monotonic()
-        real, supervised = (
-            self.trainer.count_tokens() if hasattr(self.trainer, "count_tokens") else (self.real, self.supervised)
-        )
-        counts = {"real": real, "supervised": supervised, "positions": self.positions}
+        if hasattr(self.trainer, "throughput") and not self.task.in_parts:
+            self.real, self.supervised = self.trainer.throughput.seen[:2]  # of this process
+        counts = {name: getattr(self, name) for name in ("real", "supervised", "positions", "passes")}
         self.steps.append({"ended": now, "seconds": now - self.last, **counts})
         self.last = time.monotonic()
-        self.watch_the_clock(now, control)
+        return self.is_over(now)
 
-    def watch_the_clock(self, now: float, control: Any) -> None:
-        """End the warm-up, or the run, if it has lasted long enough."""
-        late = now - self.phase_began > self.task.seconds
+    def is_over(self, now: float) -> bool:
+        """Return whether the run ends with this step; the warm-up ends, too, when it is done or late."""
+        late = self.agree(now - self.phase_began > self.task.seconds)
         done = len(self.steps)
         if done <= self.warmup and (late or done == self.warmup):
             self.warmup, self.phase_began = done, now
-        elif late or done == self.warmup + self.task.steps:
-            control.should_training_stop = True
+            return False
+        return late or done == self.warmup + self.task.steps
+
+    def agree(self, late: bool) -> bool:
+        """Return the first process's answer in all of them, which would wait for each other otherwise."""
+        if not torch.distributed.is_initialized():
+            return late
+        answer = torch.tensor(int(late), device=self.trainer.args.device)
+        torch.distributed.broadcast(answer, 0)
+        return bool(answer)
 
     def on_train_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Write the measurements."""
+        self.write(state)
+
+    def write(self, state: Any) -> None:
+        """Write what was measured in this process."""
         on_gpu = torch.cuda.is_available()
         measured = {
             "warmup": self.warmup,
@@ -84,11 +110,12 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in self.packages},
         }
-        self.task.results.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+        path = self.task.result_of(int(os.environ.get("RANK", "0")))
+        path.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 def count_tokens(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Return the real tokens of a micro-batch, and those that are a target of the loss."""
+    """Return the real tokens of a pass, and those that are a target of the loss."""
     ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
     if mask is None:  # sequences without padding, end to end
         real = ids.numel()
@@ -97,6 +124,8 @@ def count_tokens(inputs: dict[str, Any]) -> tuple[int, int]:
     else:  # (rows, 1, positions, positions): a real token sees itself. Additive unless boolean.
         itself = mask.diagonal(dim1=-2, dim2=-1)
         real = int((itself if mask.dtype == torch.bool else itself == 0).sum())
+    if "supervised" in inputs:  # the labels are those of the targets alone
+        return real, labels.numel()
     return real, int((labels[..., 1:] != IGNORED).sum())
 
 

@@ -15,6 +15,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from repeated_data import THINKING_TEMPLATE
+
 
 def write_first(source: Path, target: Path, count: int) -> None:
     """Copy the first conversations of a file to another one."""
@@ -77,9 +79,18 @@ def _count_as_llama(tokenizer: dict[str, Any], settings: dict[str, str]) -> dict
     return tokenizer
 
 
+def write_thinking_model(model: Path, folder: Path) -> None:
+    """Copy a model with a chat template that drops earlier thoughts; the weights are linked."""
+    folder.mkdir()
+    for path in model.iterdir():
+        if path.name != "chat_template.jinja":
+            os.symlink(path.resolve(), folder / path.name)
+    (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE, encoding="utf-8")
+
+
 def to_messages(record: dict[str, Any]) -> dict[str, Any]:
     """Convert a ShareGPT record to messages; TRL would rename the fields itself, but not the roles."""
-    roles = {"human": "user", "gpt": "assistant"}
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
     turns = record["conversations"]
     return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
 
@@ -90,8 +101,14 @@ def mark_answers(template: str) -> str:
     TRL has such templates for some models, but not for SmolLM2, for which the user must give one.
 
     Raises:
-        ValueError: the template is not SmolLM2's.
+        ValueError: the template is neither SmolLM2's nor THINKING_TEMPLATE.
     """
+    if template == THINKING_TEMPLATE:
+        text = "{{- content + '<|im_end|>' -}}"
+        answer = "{%- generation -%}" + text + "{%- endgeneration -%}"
+        return template.replace(
+            text, "{%- if message['role'] == 'assistant' -%}" + answer + "{%- else -%}" + text + "{%- endif -%}"
+        )
     turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     if turn not in template:
         raise ValueError("the chat template is not SmolLM2's, so the place of its answers is unknown")

@@ -44,6 +44,10 @@ CASES = [
         f"--bf16 True --q_lora True {ALL} --per_device_train_batch_size 4 --activation_checkpointing True",
     ),
     Case("LoRA, packed", f"--bf16 True {ALL} --lora_dropout 0 --packing True --model_max_length 1024"),
+    Case(
+        "LoRA, passes cut by tokens",
+        f"--bf16 True {ALL} --model_max_length 512 --per_device_train_batch_size 8 --micro_batch_tokens auto",
+    ),
     Case("LoRA, padded", "--bf16 True --padding_free False --per_device_train_batch_size 2"),
     Case("every token supervised, SGD", "--bf16 True --train_on all --optim sgd --per_device_train_batch_size 1"),
     Case("head trained", "--bf16 True --modules_to_save lm_head --per_device_train_batch_size 1"),
@@ -53,7 +57,8 @@ CASES = [
     Case("LoRA", f"--bf16 True {ALL} {TWO} --model_max_length 256", "FSDP2"),
     Case("QLoRA", f"--bf16 True --q_lora True {ALL} {TWO} --model_max_length 256", "FSDP2"),
 ]
-"""`--per_device_train_batch_size` is 1 in those that do not say."""
+FIXED = "--per_device_train_batch_size 1 --micro_batch_tokens off"
+"""Flags of those that do not say otherwise."""
 
 TORCHRUN = "torchrun --nproc_per_node 2 --master_port {port}"
 DEEPSPEED = "deepspeed --num_accelerators 2 --master_port {port}"
@@ -94,7 +99,7 @@ def compare(case: Case, model: Path, data: Path, folder: Path, succeed: Callable
     """Plan a case, run it, and return both memories."""
     launcher, strategy = LAUNCHERS[case.strategy]
     where = folder / "".join(c if c.isalnum() else "_" for c in f"{case.name} {case.strategy}")
-    shared = f"--model_name_or_path {model} --data_path {data} --output_dir {where} --per_device_train_batch_size 1"
+    shared = f"--model_name_or_path {model} --data_path {data} --output_dir {where} {FIXED}"
     flags = f"{shared} {case.flags} {strategy}"
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     plan = folder / f"{where.name}.json"

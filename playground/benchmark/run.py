@@ -1,4 +1,4 @@
-r"""Speed and memory of training: this program, FastChat, TRL and LLaMA-Factory, in turn.
+r"""Speed and memory of training: this program, an earlier commit of it, FastChat, TRL and LLaMA-Factory, in turn.
 
     pip install -e .
     python scripts/quickstart.py --only_model --folder MODELS
@@ -7,8 +7,11 @@ r"""Speed and memory of training: this program, FastChat, TRL and LLaMA-Factory,
 Every contestant trains the same LoRA adapter (r 8, q_proj and v_proj) on the same model in bf16. The conversations,
 the length at which they are cut, and their number in an optimizer step are the same. Each run is a separate process.
 Contestants take turns in every round, so that a machine that slows down slows them all, and ratios are computed within
-a round. Peers run in environments of their own, which are created in F/environments at the first start. F/results.json
-keeps the measurements; --report_only writes the report from it again. Linux only, because memory is read from /proc.
+a round. The first round is of all data, then the second one. Peers run in environments of their own, which are created
+in F/environments at the first start; the earlier commit is this repository's, with this environment's libraries.
+
+F/results.json keeps the measurements: the same command again measures only what is missing, and --report_only writes
+the report from what is there. Linux only, because memory is read from /proc.
 
 To try a setting of one contestant:
 
@@ -19,7 +22,10 @@ To try a setting of one contestant:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -30,6 +36,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from contestants import CONTESTANTS, DATA, Contestant, DataSet
 from conversations import (
     SEED,
     SHAPES,
@@ -40,135 +47,22 @@ from conversations import (
     pick_typical,
     write_records,
 )
-from environments import prepare_environment
+from environments import prepare_commit, prepare_environment
+from launching import free_port
 from machine import cores, name_processor
-from peers import write_old_model
-from training_report import draw_plot, write_report
+from peers import write_old_model, write_thinking_model
+from repeated_data import REPEATED, ExactWriter
+from training_report import draw_plot, per_step, write_report
 from training_task import Task
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TEMPLATES_DIFFER_BY = 64  # tokens at most: FastChat's template has another system message and other text around turns
-POOL = 2_000  # conversations from which those of a file are picked
-DROPPED = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV", "OMP_")  # variables of this environment
-
-
-class DataSet(NamedTuple):
-    """One optimizer step on a data set.
-
-    Attributes:
-        conversations: of a step of every contestant.
-        packed_rows: packed sequences of the maximal length that hold as many on average.
-        steps: number of timed steps.
-    """
-
-    conversations: int
-    packed_rows: int
-    steps: int
-
-
-DATA = {"sharegpt": DataSet(4, 3, 4), "alpaca": DataSet(16, 3, 4)}
-
-
-class Contestant(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        title: its name there.
-        environment: name of the environment whose interpreter runs it.
-        micro_batch: sequences that are computed at once, by data set; never more than a step has.
-        options: its own settings.
-        packed: whether it packs several conversations into sequences of the maximal length.
-        settings: description of the run for a reader.
-    """
-
-    title: str
-    environment: str
-    micro_batch: dict[str, int]
-    options: dict[str, Any]
-    packed: bool
-    settings: str
-
-
-TRL_SETTINGS = "SFTTrainer, assistant_only_loss, SmolLM2's template with generation markers added by hand"
-FACTORY_SETTINGS = "its train command, template chatml with SmolLM2's system message"
-CONTESTANTS = {
-    "ours": Contestant("this program", "ours", {"sharegpt": 1, "alpaca": 4}, {}, False, "defaults"),
-    "ours_packed": Contestant(
-        "this program, packed",
-        "ours",
-        {"sharegpt": 1, "alpaca": 1},
-        {"packing": True, "train_sampling_strategy": "random"},
-        True,
-        "--packing True",
-    ),
-    "ours_whole": Contestant(
-        "this program, large micro-batches",
-        "ours",
-        {"sharegpt": 4, "alpaca": 16},
-        {},
-        False,
-        "defaults; all conversations of an optimizer step at once",
-    ),
-    "fastchat": Contestant(
-        "FastChat",
-        "fastchat",
-        {"sharegpt": 2, "alpaca": 2},
-        {},
-        False,
-        "train_lora.py, its published flags (per_device_train_batch_size 2) but for what is equal for all; pads every "
-        "sequence to the maximal length; its tokenizer changed to count as Llama's, for which its masks are written",
-    ),
-    "trl": Contestant(
-        "TRL, best flags",
-        "trl",
-        {"sharegpt": 1, "alpaca": 1},
-        {},
-        False,
-        f"{TRL_SETTINGS}; one sequence at a time, so nothing is padded and no mask is built",
-    ),
-    "trl_packed": Contestant(
-        "TRL, packed",
-        "trl",
-        {"sharegpt": 1, "alpaca": 1},
-        {"packing": True, "train_sampling_strategy": "random"},
-        True,
-        TRL_SETTINGS,
-    ),
-    "trl_default": Contestant(
-        "TRL, defaults",
-        "trl",
-        {"sharegpt": 8, "alpaca": 8},
-        {},
-        False,
-        f"{TRL_SETTINGS}; at most 8 sequences at a time",
-    ),
-    "llamafactory": Contestant(
-        "LLaMA-Factory, best flags",
-        "llamafactory",
-        {"sharegpt": 1, "alpaca": 1},
-        {},
-        False,
-        f"{FACTORY_SETTINGS}; one sequence at a time",
-    ),
-    "llamafactory_packed": Contestant(
-        "LLaMA-Factory, packed",
-        "llamafactory",
-        {"sharegpt": 1, "alpaca": 1},
-        {"neat_packing": True, "disable_shuffling": False},
-        True,
-        FACTORY_SETTINGS,
-    ),
-    "llamafactory_default": Contestant(
-        "LLaMA-Factory, defaults",
-        "llamafactory",
-        {"sharegpt": 1, "alpaca": 1},
-        {},
-        False,
-        f"{FACTORY_SETTINGS}; one sequence at a time, as in its example for LoRA",
-    ),
-}
-USUAL = ("ours", "ours_packed", "ours_whole", "fastchat", "trl", "llamafactory")
+POOL = 600  # conversations from which those of a file are picked
+DROPPED = ("HF_", "PYTHON", "TRANSFORMERS_", "TOKENIZERS_", "VIRTUAL_ENV", "OMP_", "GOMP_", "KMP_", "MKL_")
+"""First letters of variables of this environment that contestants do not get."""
+OURS = {"ours": "ours", "before": "ours"}  # environments with this program, and the name of its script
+START_SECONDS = 12  # of a process until it trains, for the estimate
 
 
 class Failure(Exception):
@@ -185,40 +79,60 @@ class Round(NamedTuple):
 
 
 def list_rounds(arguments: argparse.Namespace) -> Iterator[Round]:
-    """Yield every run in order: all contestants, then the next round of them."""
-    for data in arguments.data:
-        for checkpointing in arguments.checkpointing:
-            for number in range(arguments.rounds):
-                for name in arguments.contestants:
+    """Yield every run in order: all contestants on all data, then the next round of them."""
+    for number in range(arguments.rounds):
+        for data in arguments.data:
+            usual = (*DATA[data].contestants, *(DATA[data].once if number == 0 else ()))
+            for checkpointing in arguments.checkpointing:
+                for name in arguments.contestants or usual:
                     yield Round(data, checkpointing == "on", number, name)
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Write the data and FastChat's copy of the model; return each environment's interpreter."""
-    count_tokens = make_counter(arguments.model)
-    for name in arguments.data:
-        data = DATA[name]
-        drawn = draw_conversations(POOL, SHAPES[name], SEED)
-        pool = [
-            cut_to_fit(record, arguments.max_length - TEMPLATES_DIFFER_BY, count_tokens)
-            for record in drawn
-            if has_something_to_learn(record, arguments.max_length)
-        ]
-        # Packed sequences may take more conversations than a step has.
-        groups = 2 * (arguments.warmup + count_steps(arguments, name))
-        write_records(folder / f"{name}.json", pick_typical(pool, groups, data.conversations, count_words, SEED))
-    shutil.rmtree(folder / "old_model", ignore_errors=True)
-    write_old_model(arguments.model.resolve(), folder / "old_model")
-    needed = {CONTESTANTS[name].environment for name in arguments.contestants} - {"ours"}
-    environments = {name: prepare_environment(name, folder / "environments") for name in sorted(needed)}
-    return environments | {"ours": sys.executable}
-
-
-def make_counter(model: Path) -> Callable[[list[dict[str, str]]], int]:
-    """Return a function that counts the tokens of a conversation with the model's own template."""
+    """Write the data and copies of the model; return each environment's interpreter."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    for source in {DATA[name].source for name in arguments.data}:
+        sets = [data for data in DATA.values() if data.source == source]
+        write_records(folder / f"{source}.json", draw_data(source, sets, arguments, tokenizer))
+    for name, write in {"old_model": write_old_model, "thinking_model": write_thinking_model}.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        write(arguments.model.resolve(), folder / name)
+    needed = {CONTESTANTS[run.contestant].environment for run in list_rounds(arguments)}
+    environments = {name: prepare_environment(name, folder / "environments") for name in sorted(needed - {*OURS})}
+    return environments | dict.fromkeys(OURS, sys.executable)
+
+
+def find_package(environment: str, arguments: argparse.Namespace, folder: Path) -> str:
+    """Return the PYTHONPATH of an environment: this program's or an earlier commit's."""
+    if environment == "before":
+        return prepare_commit(ROOT, arguments.before, folder)
+    return str(ROOT) if environment == "ours" else ""
+
+
+def draw_data(source: str, sets: list[DataSet], arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return conversations for the largest of the data sets with that source."""
+    # Twice as many as needed: packed sequences may take more conversations than a step has.
+    steps = [2 * (arguments.warmup + (arguments.steps or data.steps)) for data in sets]
+    if source in REPEATED:
+        count = max(data.conversations * groups for data, groups in zip(sets, steps, strict=True))
+        return REPEATED[source](ExactWriter(tokenizer, SEED), count)
+    limit = arguments.max_length or min(data.max_length for data in sets)
+    count_tokens = make_counter(tokenizer)
+    pool = [
+        cut_to_fit(record, limit - TEMPLATES_DIFFER_BY, count_tokens)
+        for record in draw_conversations(POOL, SHAPES[source], SEED)
+        if has_something_to_learn(record, limit)
+    ]
+    # A smaller step takes a part of a larger one's conversations, which are in random order.
+    size = min(data.conversations for data in sets if data.conversations >= 4)
+    groups = max(-(-data.conversations * groups // size) for data, groups in zip(sets, steps, strict=True))
+    return pick_typical(pool, groups, size, count_words, SEED)
+
+
+def make_counter(tokenizer: Any) -> Callable[[list[dict[str, str]]], int]:
+    """Return a function that counts the tokens of a conversation with the model's own template."""
 
     def count(turns: list[dict[str, str]]) -> int:
         roles = {"human": "user", "gpt": "assistant"}
@@ -228,48 +142,95 @@ def make_counter(model: Path) -> Callable[[list[dict[str, str]]], int]:
     return count
 
 
-def count_steps(arguments: argparse.Namespace, data: str) -> int:
-    """Return the number of timed optimizer steps."""
-    return arguments.steps or DATA[data].steps
+def choose_passes(units: int, at_once: int | None, wanted: float | None) -> int:
+    """Return the passes of a step of so many sequences, each of which has as many.
+
+    Args:
+        units: sequences of a process in a step.
+        at_once: in one pass at most; None is all of them.
+        wanted: a number of passes to come near, instead.
+    """
+    divisors = [number for number in range(1, units + 1) if units % number == 0]
+    if wanted is not None:
+        return min(divisors, key=lambda number: abs(math.log(number / wanted)))
+    return min(number for number in divisors if units // number <= (at_once or units))
 
 
-def make_task(run: Round, arguments: argparse.Namespace, folder: Path) -> Task:
-    """Build the task of a contestant in a run, in a new folder."""
+def make_task(run: Round, arguments: argparse.Namespace, folder: Path, measured: list[dict[str, Any]]) -> Task:
+    """Build the task of a contestant in a run, in a new folder; `measured` are the runs before it."""
     place = folder / "run"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     contestant, data = CONTESTANTS[run.contestant], DATA[run.data]
-    rows = data.packed_rows if contestant.packed else data.conversations
-    micro_batch = min(arguments.micro_batch or contestant.micro_batch[run.data], rows)
+    units = data.packed_rows if contestant.packed else data.conversations
+    units = units * (data.sequences if contestant.environment == "before" else 1) // data.processes
+    at_once = arguments.micro_batch or contestant.at_once
+    passes = choose_passes(units, at_once, find_cut(run, measured) if contestant.as_cut else None)
+    in_parts = data.is_even and not contestant.is_ours and passes > 1
+    warmup = arguments.warmup if contestant.is_warm else 0
+    steps = arguments.steps or data.steps if contestant.is_warm else 1
+    if in_parts:  # counted in passes
+        warmup = min(warmup * (2 if passes == units else 1), passes - 1)
+        steps = passes - warmup
+    name = "old_model" if contestant.environment == "fastchat" else f"{data.source}_model"
+    model = folder / name
     return Task(
-        model=str(folder / "old_model" if contestant.environment == "fastchat" else arguments.model.resolve()),
-        data=str(folder / f"{run.data}.json"),
+        model=str(model if model.is_dir() else arguments.model.resolve()),
+        data=str(folder / f"{data.source}.json"),
         folder=str(place),
-        max_length=arguments.max_length,
-        micro_batch=micro_batch,
-        accumulation=rows // micro_batch,
-        warmup=arguments.warmup,
-        steps=count_steps(arguments, run.data),
-        seconds=arguments.seconds,
+        max_length=arguments.max_length or data.max_length,
+        micro_batch=units // passes,
+        accumulation=passes,
+        warmup=warmup,
+        steps=steps,
+        seconds=arguments.seconds / (2 if in_parts else 1),
         checkpointing=run.checkpointing,
         dropout=arguments.dropout,
         learning_rate=arguments.learning_rate,
         options=contestant.options | dict(arguments.option),
+        in_parts=in_parts,
         started=time.monotonic(),
     )
 
 
-def make_variables(environment: str, folder: Path, threads: int) -> dict[str, str]:
+def find_cut(run: Round, measured: list[dict[str, Any]]) -> float:
+    """Return the passes of a step that this program took last on the same data.
+
+    Raises:
+        Failure: it has not run yet.
+    """
+    ours = [one for one in measured if one["contestant"] == "ours" and one["data"] == run.data]
+    same = [one for one in ours if one["checkpointing"] == run.checkpointing]
+    if not same:
+        raise Failure("it takes as many passes as this program, which has not run on this data")
+    return per_step(same[-1], "passes") / same[-1]["processes"]
+
+
+def make_variables(folder: Path) -> dict[str, str]:
     """Return the variables of a contestant's process: own empty caches, no hub, nothing of this environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     caches = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "hf/datasets", "XDG_CACHE_HOME": "xdg"}
     kept |= {name: str(folder / cache) for name, cache in caches.items()}
-    kept |= {"PYTHONPATH": str(ROOT)} if environment == "ours" else {}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
+    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
 
 
-def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run a contestant in a process of its own.
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Keep so many cores busy with a process each, wherever the system puts it."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(count)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(
+    run: Round, python: str, arguments: argparse.Namespace, folder: Path, earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Run a contestant in processes of its own.
 
     Returns:
         Its measurements, its task and its place among the runs.
@@ -277,70 +238,126 @@ def measure(run: Round, python: str, arguments: argparse.Namespace, folder: Path
     Raises:
         Failure: the message has the last lines of its output.
     """
-    environment = CONTESTANTS[run.contestant].environment
-    task = make_task(run, arguments, folder)
+    contestant, processes = CONTESTANTS[run.contestant], DATA[run.data].processes
+    environment = contestant.environment
+    load = os.getloadavg()[0]
+    task = make_task(run, arguments, folder, earlier)
     place = Path(task.folder)
-    command = [python, str(HERE / f"train_{environment}.py"), str(task.write())]
+    command = [str(HERE / f"train_{OURS.get(environment, environment)}.py"), str(task.write())]
+    if processes > 1:
+        launcher = "torch.distributed.run"
+        command = ["-m", launcher, "--nproc_per_node", f"{processes}", "--master_port", f"{free_port()}", *command]
+    variables = make_variables(place) | {"OMP_NUM_THREADS": str(max(1, arguments.threads // processes))}
+    variables |= {"PYTHONPATH": path} if (path := find_package(environment, arguments, folder)) else {}
     log = place / "log.txt"
-    with log.open("w") as output:
+    with log.open("w") as output, busy_processes(max(contestant.busy, arguments.busy)):
         code = subprocess.run(
-            command,
+            [python, *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=place,
-            env=make_variables(environment, place, arguments.threads),
+            env=variables,
         ).returncode
     if code or not task.results.is_file():
         raise Failure(f"exit code {code}: " + " / ".join(log.read_text(errors="replace").splitlines()[-3:]))
-    measured: dict[str, Any] = json.loads(task.results.read_text(encoding="utf-8"))
-    return run._asdict() | {"task": task._asdict()} | measured
+    about = {"task": task._asdict(), "load": load, "processes": processes}
+    return run._asdict() | about | read_measurements(task, processes)
+
+
+def read_measurements(task: Task, processes: int) -> dict[str, Any]:
+    """Return the first process's measurements, with the tokens and the memory of all."""
+    first, *others = (json.loads(task.result_of(rank).read_text(encoding="utf-8")) for rank in range(processes))
+    for other in others:
+        for step, further in zip(first["steps"], other["steps"], strict=True):
+            step |= {name: step[name] + further[name] for name in ("real", "supervised", "positions", "passes")}
+        for name in ("peak_mib", "gpu_peak_mib"):
+            first[name] = first[name] + other[name] if first[name] is not None else None
+    return dict(first)
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run everything, and write results.json after every run.
+    """Run what has no result yet, and write results.json after every run.
 
     Returns:
-        The content of that file: the machine, the settings, the runs, and why a contestant is missing. A contestant
-        that fails does not run again.
+        The content of that file: the machine, the settings, the runs, and why a contestant is missing on a data set. A
+        contestant that fails there does not run again.
     """
     pythons = prepare(arguments, folder)
-    results: dict[str, Any] = {"about": describe_run(arguments), "runs": [], "left_out": {}}
-    for run in list_rounds(arguments):
-        if run.contestant in results["left_out"]:
+    results = open_results(folder, describe_run(arguments))
+    done = {Round(*(run[name] for name in Round._fields)) for run in results["runs"]}
+    missing = [run for run in list_rounds(arguments) if run not in done]
+    print(f"{len(missing)} runs, about {estimate_minutes(missing, arguments):.0f} minutes", file=sys.stderr)
+    for run in missing:
+        place = f"{run.data}: {CONTESTANTS[run.contestant].title}"
+        if place in results["left_out"]:
             continue
         python = pythons[CONTESTANTS[run.contestant].environment]
         try:
-            results["runs"].append(measure(run, python, arguments, folder))
+            results["runs"].append(measure(run, python, arguments, folder, results["runs"]))
             print(f"done: {' '.join(map(str, run))}", file=sys.stderr)
         except Failure as failure:
-            results["left_out"][run.contestant] = str(failure)
+            results["left_out"][place] = str(failure)
             print(f"failed: {' '.join(map(str, run))}: {failure}", file=sys.stderr)
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results
 
 
+def open_results(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the results that are there, if they are of the same code, machine and settings; else move them."""
+    path = folder / "results.json"
+    if path.is_file():
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        passing = {"load": 0, "rounds": 0, "commit": ""}
+        if results["about"] | passing == about | passing:
+            return results | {"about": about, "left_out": {}}
+        path.rename(folder / f"results-{results['about']['code']}-{int(path.stat().st_mtime)}.json")
+    return {"about": about, "runs": [], "left_out": {}}
+
+
+def estimate_minutes(runs: list[Round], arguments: argparse.Namespace) -> float:
+    """Return the minutes that the runs take on two cores, roughly."""
+    return sum(_estimate(run, CONTESTANTS[run.contestant], arguments) for run in runs) / 60
+
+
+def _estimate(run: Round, contestant: Contestant, arguments: argparse.Namespace) -> float:
+    data = DATA[run.data]
+    positions = data.conversations * data.max_length if contestant.environment == "fastchat" else data.positions
+    step = positions / contestant.rate
+    warmup, timed = (arguments.warmup, arguments.steps or data.steps) if contestant.is_warm else (0, 1)
+    if data.is_even and not contestant.is_ours and contestant.is_warm:
+        return START_SECONDS + min(step, 0.6 * arguments.seconds)
+    # A phase ends with the step in which its time is over.
+    phases = (min(count * step, arguments.seconds + step) for count in (warmup, timed))
+    return START_SECONDS + sum(phases)
+
+
 def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the machine, the settings, and the contestants as the report shows them."""
+    """Return the machine, the settings, and the contestants and data as the report shows them."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
     )
-    return {
+    settings = ("before", "max_length", "dropout", "learning_rate", "seconds", "rounds", "threads", "busy")
+    about: dict[str, Any] = {name: getattr(arguments, name) for name in settings} | {
         "model": arguments.model.name,
-        "max_length": arguments.max_length,
-        "dropout": arguments.dropout,
-        "learning_rate": arguments.learning_rate,
-        "seconds": arguments.seconds,
-        "rounds": arguments.rounds,
-        "threads": arguments.threads,
         "commit": git.stdout.strip() or "not in a git repository",
+        "code": hash_code(ROOT / "fastchat_qlora"),
         "processor": name_processor(),
         "cores": cores(),
         "load": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
-        "conversations": {name: DATA[name].conversations for name in arguments.data},
-        "contestants": {name: CONTESTANTS[name]._asdict() for name in arguments.contestants},
+        "data": {name: data._asdict() for name, data in DATA.items()},
+        "contestants": {name: contestant._asdict() for name, contestant in CONTESTANTS.items()},
     }
+    return dict(json.loads(json.dumps(about)))  # as it is read again
+
+
+def hash_code(package: Path) -> str:
+    """Return a digest of a package's modules, which other changes of the repository leave as it is."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def read_option(text: str) -> tuple[str, Any]:
@@ -356,33 +373,32 @@ def read_option(text: str) -> tuple[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--folder", type=Path, required=True, help="for environments, data and results")
-    parser.add_argument("--report", type=Path, help="Markdown file for the report, which is also printed")
-    parser.add_argument("--plot", type=Path, help="picture of the rates: .svg or .png; needs the extra `benchmark`")
-    parser.add_argument("--report_only", action="store_true", help="write the report from the results in --folder")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(USUAL), help="that run")
-    parser.add_argument("--data", nargs="+", choices=DATA, default=["sharegpt"], help="data sets (default: sharegpt)")
-    parser.add_argument(
-        "--checkpointing", nargs="+", choices=["off", "on"], default=["off"], help="of activations (default: off)"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each contestant runs (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps that are timed (default: 4)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    add("--folder", type=Path, required=True, help="for environments, data and results")
+    add("--report", type=Path, help="Markdown file for the report, which is also printed")
+    add("--plot", type=Path, help="picture of the rates: .svg or .png; needs the extra `benchmark`")
+    add("--report_only", action="store_true", help="write the report from the results in --folder")
+    add("--contestants", nargs="+", choices=CONTESTANTS, help="that run; those of the data by default")
+    add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
+    add("--checkpointing", nargs="+", choices=["off", "on"], default=["off"], help="of activations (default: off)")
+    add("--before", default="650b9e8", help="an earlier commit of this program (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="times that each contestant runs (default: %(default)s)")
+    add("--warmup", type=int, default=1, help="steps before the clock starts (default: %(default)s)")
+    add("--steps", type=int, help="steps that are timed (default: by data)")
+    add(
         "--seconds",
         type=float,
-        default=75,
+        default=40,
         help="after which warm-up and timed steps both end early (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max_length", type=int, default=1024, help="maximum of tokens of a sequence (default: %(default)s)"
-    )
-    parser.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=2e-5, help="constant (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=cores(), help="of torch (default: %(default)s, one a core)")
-    parser.add_argument("--micro_batch", type=int, help="in place of the contestants' own")
-    parser.add_argument(
+    add("--max_length", type=int, help="maximum of tokens of a sequence (default: by data)")
+    add("--dropout", type=float, default=0.05, help="on the adapter's input (default: %(default)s)")
+    add("--learning_rate", type=float, default=2e-5, help="constant (default: %(default)s)")
+    add("--threads", type=int, default=cores(), help="of torch (default: %(default)s, one a core)")
+    add("--busy", type=int, default=0, help="processes beside every contestant that keep a core busy each")
+    add("--micro_batch", type=int, help="in place of the contestants' own")
+    add(
         "--option",
         nargs="+",
         type=read_option,

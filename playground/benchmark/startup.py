@@ -1,49 +1,128 @@
-"""CPU time until `--help` is shown, a mistake is reported, and a dry run has ended, of this program in two clones.
+"""Time until a command has answered or the first optimizer step is done, of this program in two clones.
 
     git worktree add ../before COMMIT
     python playground/benchmark/startup.py ../before . --pairs 15
+    python playground/benchmark/startup.py ../before . --pairs 5 --model SmolLM2-135M-Instruct --report startup.md
 
-Runs alternate, so that both clones meet the same load of the machine. Printed is the median over all pairs of the first
-clone's time divided by the second's: below 1 the second is slower.
+Runs alternate, so that both clones meet the same load of the machine. Ratios are medians over all pairs of the second
+clone's time divided by the first's: below 1 the second is faster. Without --model it is a tiny one, whose runs end
+before weights are loaded.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from conversations import make_data
+from machine import cores, make_table, name_processor
 from stand_in import SMALL, make_model, make_tokenizer
+from training_task import Task
 
-DATA = Path(__file__).resolve().parents[2] / "data" / "dummy_conversation.json"
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parents[1] / "data" / "dummy_conversation.json"
+COMMAND = "import sys; from fastchat_qlora import cli; cli.program(sys.argv[1:])"
+INSPECTED, CONVERSATIONS = 20, 4  # rows that are shown; conversations of the step
 
 
-def measure(clone: Path, arguments: Sequence[str]) -> float:
-    """Run train_lora.py of a clone, and return the seconds of CPU that it and its processes took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "train_lora.py", *arguments], cwd=clone, env=environment, capture_output=True, text=True
-    )
+class Times(NamedTuple):
+    """Seconds of a run, and those of CPU that it and its processes took."""
+
+    wall: float
+    cpu: float
+
+
+def run(clone: Path, command: Sequence[str]) -> Times:
+    """Run Python with a clone's package, and with those that only an earlier commit needs."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    environment = os.environ | {"PYTHONPATH": f"{clone}{os.pathsep}{clone / 'packages'}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=clone, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 2):
         raise RuntimeError(done.stderr[-2000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Times(time.monotonic() - began, cpu)
 
 
-def compare(clones: Sequence[Path], arguments: Sequence[str], pairs: int) -> tuple[float, float, float]:
-    """Return both medians in seconds, and the median of their ratios."""
-    times: list[list[float]] = [[], []]
+def take_first_step(clone: Path, model: Path, data: Path, folder: Path) -> Times:
+    """Train for one step, and return the time to its end; the CPU's is that of the whole process."""
+    place = folder / "run"
+    place.mkdir(exist_ok=True)
+    task = Task(
+        model=str(model),
+        data=str(data),
+        folder=str(place),
+        max_length=1024,
+        micro_batch=CONVERSATIONS,
+        accumulation=1,
+        warmup=0,
+        steps=1,
+        seconds=600,
+        checkpointing=False,
+        dropout=0.05,
+        learning_rate=2e-5,
+        options={"cache_dir": str(folder / "cache"), "restart": True},
+        started=time.monotonic(),
+    )
+    found = run(clone, [str(HERE / "train_ours.py"), str(task.write())])
+    measured = json.loads(task.results.read_text(encoding="utf-8"))
+    return Times(measured["first_step_seconds"], found.cpu)
+
+
+class Comparison(NamedTuple):
+    """Medians of both clones, and the median of their ratios."""
+
+    first: Times
+    second: Times
+    ratio: Times
+
+
+def compare(clones: Sequence[Path], measure: Callable[[Path], Times], pairs: int) -> Comparison:
+    """Measure both clones in turn."""
+    times: list[list[Times]] = [[], []]
     for pair in range(-1, pairs):  # the first one fills the caches
         for index in (0, 1) if pair % 2 else (1, 0):
-            seconds = measure(clones[index], arguments)
-            times[index] += [seconds] if pair >= 0 else []
-    ratios = [first / second for first, second in zip(*times, strict=True)]
-    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios)
+            found = measure(clones[index])
+            times[index] += [found] if pair >= 0 else []
+    ratios = [Times(*(b / a for a, b in zip(*both, strict=True))) for both in zip(*times, strict=True)]
+    return Comparison(*(Times(*map(statistics.median, zip(*kind, strict=True))) for kind in (*times, ratios)))
+
+
+def list_cases(model: Path | None, folder: Path) -> dict[str, Callable[[Path], Times]]:
+    """Return what is measured of a clone: without a model that ends before weights are loaded."""
+    chosen = model or folder / "model"
+    if model is None:
+        chosen.mkdir()
+        make_tokenizer(chosen)
+        make_model(chosen, SMALL)
+    needed = ["--model_name_or_path", str(chosen), "--data_path", str(DATA), "--output_dir", f"{folder}/out"]
+    cache = ["--cache_dir", f"{folder}/cache"]
+    commands = {
+        "--help": ["train", "--help"],
+        "a mistake": ["train", *needed, "--lora_r", "0"],
+        "a dry run": ["train", *needed, *cache, "--dry_run", "True"],
+        f"inspect, {INSPECTED} rows": ["inspect", *needed, *cache, "--num_examples", str(INSPECTED)],
+    }
+    cases: dict[str, Callable[[Path], Times]] = {
+        name: lambda clone, words=words: run(clone, ["-c", COMMAND, *words])  # type: ignore[misc]
+        for name, words in commands.items()
+    }
+    if model is not None:
+        data = folder / "data.json"
+        make_data(data, 4 * CONVERSATIONS)
+        cases["the first step"] = lambda clone: take_first_step(clone, chosen, data, folder)
+    return cases
+
+
+HEADINGS = ("command", "before, s", "now, s", "now / before", "before, s of CPU", "now", "now / before")
 
 
 def main() -> None:
@@ -51,20 +130,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clones", nargs=2, type=Path)
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--model", type=Path, help="a chat model, with which a first step is trained as well")
+    parser.add_argument("--report", type=Path, help="Markdown file")
     options = parser.parse_args()
     clones = [clone.resolve() for clone in options.clones]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "model")
-        model.mkdir()
-        make_tokenizer(model)
-        make_model(model, SMALL)
-        needed = ["--model_name_or_path", str(model), "--data_path", str(DATA), "--output_dir", f"{folder}/out"]
-        cache = ["--cache_dir", f"{folder}/cache"]
-        cases = {"--help": ["--help"], "a mistake": [*needed, "--lora_r", "0"], "a dry run": [*needed, *cache]}
-        cases["a dry run"] += ["--dry_run", "True"]
-        for name, arguments in cases.items():
-            first, second, ratio = compare(clones, arguments, options.pairs)
-            print(f"{name:<10}  {first:.2f} s  {second:.2f} s  ratio {ratio:.3f}", flush=True)
+        for name, measure in list_cases(options.model and options.model.resolve(), Path(folder)).items():
+            found = compare(clones, measure, options.pairs)
+            numbers = [
+                f"{value:.2f}" for kind in zip(found.first, found.second, found.ratio, strict=True) for value in kind
+            ]
+            rows.append([name, *numbers])
+            print(" | ".join(rows[-1]), flush=True)
+    if options.report:
+        about = f"Medians of {options.pairs} pairs with warm caches, {name_processor()}, {cores()} cores."
+        step = f"The first step has {CONVERSATIONS} ShareGPT-like conversations in bf16; its time is that to its end."
+        title = "# Starting\n\n`playground/benchmark/startup.py` wrote this.\n\n"
+        lines = [*make_table(HEADINGS, rows), "", about, *([step] if options.model else [])]
+        options.report.write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

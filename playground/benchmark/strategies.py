@@ -57,7 +57,8 @@ GRADIENT_TOLERANCE = {"LoRA fp32": 1e-3, "LoRA bf16": 0.05, "QLoRA bf16": 0.05}
 
 FLAGS = (
     "--logging_steps 1 --learning_rate 3e-4 --lr_scheduler_type constant --lora_dropout 0 --lora_r 8 --lora_alpha 32 "
-    "--lora_target_modules all-linear --model_max_length 512 --disable_tqdm True --log_level error"
+    "--lora_target_modules all-linear --model_max_length 512 --micro_batch_tokens off --disable_tqdm True "
+    "--log_level error"
 )
 
 

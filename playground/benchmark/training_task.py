@@ -16,15 +16,16 @@ class Task(NamedTuple):
         data: the ShareGPT file.
         folder: for everything that the run writes.
         max_length: maximum of tokens of a sequence.
-        micro_batch: sequences that are computed at once.
+        micro_batch: sequences that are computed at once in a process; this program counts conversations, and cuts them.
         accumulation: micro-batches of an optimizer step.
-        warmup: steps before the clock starts.
-        steps: steps that are timed.
+        warmup: steps, or passes, before the clock starts.
+        steps: steps, or passes, that are timed.
         seconds: after which warm-up and timed steps both end early.
         checkpointing: whether activations are recomputed in the backward pass.
         dropout: on the adapter's input.
         learning_rate: constant.
         options: the contestant's own settings.
+        in_parts: whether passes are timed in place of steps, and the run ends in the middle of one.
         started: start of its process, by time.monotonic().
     """
 
@@ -41,12 +42,17 @@ class Task(NamedTuple):
     dropout: float
     learning_rate: float
     options: dict[str, Any]
+    in_parts: bool = False
     started: float = 0.0
 
     @property
     def results(self) -> Path:
-        """The file of the measurements."""
-        return Path(self.folder) / "measured.json"
+        """The file of the first process's measurements."""
+        return self.result_of(0)
+
+    def result_of(self, rank: int) -> Path:
+        """Return the file of a process's measurements."""
+        return Path(self.folder) / f"measured-{rank}.json"
 
     def write(self) -> Path:
         """Write the task into its folder and return the path."""
