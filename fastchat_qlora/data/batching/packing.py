@@ -1,10 +1,13 @@
 """Lengths of sequences -> packed sequences that are nearly full."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+Pack = Callable[[np.ndarray[Any, Any]], list[list[int]]]
 
 
 def get_column(dataset: Any, name: str) -> Any:
@@ -30,7 +33,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) 
         only, not on their order.
     """
     bins: list[list[int]] = []
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # room left -> the bins that have it
+    by_room: dict[int, list[list[int]]] = defaultdict(list)  # room left -> the bins that have it
     occupied = 0
     for index in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = int(lengths[index])
@@ -58,13 +61,18 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     Args:
         lengths: tokens of each conversation.
         capacity: tokens of a packed sequence.
+        pack: returns the conversations of each packed sequence from those of all in random order, as
+            PrefixPacker.pack does; best-fit by length by default.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int, seed: int, pack: Pack | None = None
+    ) -> None:
         self.capacity = capacity
         self._lengths, self._seed = np.asarray(lengths), seed
+        self._pack = pack or self._pack_by_length
         self._epoch = 0
-        self._count = len(pack_best_fit(self._lengths, capacity))
+        self._count = len(self._pack(np.arange(len(self._lengths))))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that comes next."""
@@ -76,9 +84,11 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self._seed, self._epoch))
         order = random.permutation(len(self._lengths))
-        bins = pack_best_fit(self._lengths[order], self.capacity)
-        for i in random.permutation(len(bins)).tolist():
-            yield order[bins[i]].tolist()
+        rows = self._pack(order)
+        yield from (rows[i] for i in random.permutation(len(rows)).tolist())
+
+    def _pack_by_length(self, order: np.ndarray[Any, Any]) -> list[list[int]]:
+        return [order[own].tolist() for own in pack_best_fit(self._lengths[order], self.capacity)]
 
 
 class PackedDataset(torch.utils.data.Dataset[list[Any]]):

@@ -30,19 +30,43 @@ class PrefixIndex:
     rank: Ints  # shape (sequences,): the place of each in the order
     shared: NDArray[np.int32]  # shape (sequences,): tokens that the one at each place shares with the one before it
     lengths: Ints  # shape (sequences,): tokens of each
+    copies: Ints  # shape (sequences,): how often each stands before in the dataset, which repeats some
 
     def count_computed(self, indices: Any) -> int:
         """Return the tokens that a pass of these sequences computes, none of them twice in `indices`."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return int(self.lengths[chosen].sum() - self.count_shared(np.sort(self.rank[chosen])).sum())
+        return int(self.count_each(np.asarray(indices, dtype=np.int64), np.zeros(len(indices), dtype=np.int64)).sum())
+
+    def count_each(self, indices: Ints, passes: Ints) -> Ints:
+        """Return the tokens that each of several passes computes, by the number of the pass of each sequence."""
+        order = np.lexsort((self.rank[indices], passes))
+        places, passes = self.rank[indices][order], passes[order]
+        counts = np.bincount(passes, self.lengths[indices][order]).astype(np.int64)
+        follows = np.flatnonzero(passes[1:] == passes[:-1])
+        saved = self.count_common(places[follows], places[follows + 1])
+        return counts - np.bincount(passes[follows], saved, len(counts)).astype(np.int64)
 
     def count_shared(self, places: Ints) -> NDArray[np.int32]:
         """Return the tokens that each of these shares with the one before it among them; places are increasing."""
-        shared = np.zeros(len(places), dtype=np.int32)
-        first, last = places[:-1] + 1, places[1:]
-        level = np.minimum(np.frexp(last - first + 1)[1] - 1, len(self._minima) - 1)
-        shared[1:] = np.minimum(self._minima[level, first], self._minima[level, last + 1 - (1 << level)])
-        return shared
+        return np.append(np.zeros(1, dtype=np.int32), self.count_common(places[:-1], places[1:]))[: len(places)]
+
+    def count_common(self, first: Ints, last: Ints) -> NDArray[np.int32]:
+        """Return the tokens that two sequences share, of each pair of places, the smaller of which is in `first`."""
+        level = np.minimum(np.frexp(last - first)[1] - 1, len(self._minima) - 1)
+        common: NDArray[np.int32] = np.minimum(
+            self._minima[level, first + 1], self._minima[level, last + 1 - (1 << level)]
+        )
+        return common
+
+    @property
+    def ordered(self) -> tuple[Ints, NDArray[np.int32]]:
+        """The sequences in order, each pass over repeated data by itself, and what each shares with the one before.
+
+        Copies of a conversation are to be trained on one after another, so that nothing brings them together.
+        """
+        if not self.copies.any():
+            return np.argsort(self.rank), self.shared
+        places = [np.sort(self.rank[self.copies == copy]) for copy in range(self.copies.max() + 1)]
+        return np.lexsort((self.rank, self.copies)), np.concatenate([*map(self.count_shared, places)])
 
     @cached_property
     def _minima(self) -> NDArray[np.int32]:
@@ -77,7 +101,7 @@ def hash_prefixes(ids: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any])
     sums = np.zeros(len(ids) + 1, dtype=np.uint64)
     np.cumsum(ids.astype(np.uint64) * powers[: len(ids)], out=sums[1:])
     begins = np.repeat(starts, counts)
-    hashes: PrefixHashes = (sums[begins + LEAST_SHARED * (_count_up(counts) + 1)] - sums[begins]) * inverses[begins]
+    hashes: PrefixHashes = (sums[begins + LEAST_SHARED * (count_up(counts) + 1)] - sums[begins]) * inverses[begins]
     return hashes
 
 
@@ -95,7 +119,7 @@ def _begin(counts: NDArray[Any]) -> Ints:
     return begins
 
 
-def _count_up(counts: NDArray[Any]) -> Ints:
+def count_up(counts: NDArray[Any]) -> Ints:
     """Return 0, 1, ... for each count, one after another."""
     return np.arange(counts.sum()) - np.repeat(_begin(counts), counts)
 
@@ -116,7 +140,17 @@ def build_prefix_index(dataset: Any) -> PrefixIndex:
     rank = np.empty(len(rows), dtype=np.int64)
     rank[np.concatenate([alone, together[order]])] = np.arange(len(rows))
     shared = np.concatenate([np.zeros(len(alone), dtype=np.int32), LEAST_SHARED * depths])
-    return PrefixIndex(rank, shared, data.column("length").to_numpy()[rows].astype(np.int64))
+    lengths = data.column("length").to_numpy()[rows].astype(np.int64)
+    return PrefixIndex(rank, shared, lengths, _count_copies(rows))
+
+
+def _count_copies(rows: Ints) -> Ints:
+    """Return how often each row stands before."""
+    order = np.argsort(rows, kind="stable")
+    _, sizes = np.unique(rows, return_counts=True)
+    copies = np.empty(len(rows), dtype=np.int64)
+    copies[order] = count_up(sizes)
+    return copies
 
 
 def _find_alike(data: Any, rows: Ints) -> NDArray[np.bool_]:
@@ -143,7 +177,7 @@ def _read_prefixes(data: Any, rows: Ints, most: int | None = None) -> Prefixes:
         available = (ends - starts) // (1 if stored else LEAST_SHARED)
         counts.append(available if most is None else np.minimum(available, most))
         if stored:
-            hashes.append(values[np.repeat(starts, counts[-1]) + _count_up(counts[-1])])
+            hashes.append(values[np.repeat(starts, counts[-1]) + count_up(counts[-1])])
         elif len(own):
             hashes.append(_hash_rows(values, starts, counts[-1], most))
     return Prefixes(np.concatenate(hashes), np.concatenate(counts))
@@ -153,7 +187,7 @@ def _hash_rows(values: NDArray[Any], starts: Ints, counts: Ints, most: int | Non
     if most is None:
         first, last = starts[0], starts[-1] + LEAST_SHARED * counts[-1]
         return hash_prefixes(values[first:last], starts - first, counts)
-    kept = np.repeat(starts, LEAST_SHARED * counts) + _count_up(LEAST_SHARED * counts)  # not the rest of each
+    kept = np.repeat(starts, LEAST_SHARED * counts) + count_up(LEAST_SHARED * counts)  # not the rest of each
     return hash_prefixes(values[kept], LEAST_SHARED * _begin(counts), counts)
 
 
@@ -210,11 +244,12 @@ def find_clusters(index: PrefixIndex, conversations: Ints, most: int) -> list[In
         Groups of two and more, increasing, none of which has a conversation of another.
     """
     names, own = np.unique(conversations, return_inverse=True)
-    places, members = np.arange(len(own)), own[np.argsort(index.rank)]
-    first = index.shared == 0  # of a group
+    order, shared = index.ordered
+    places, members = np.arange(len(own)), own[order]
+    first = shared == 0  # of a group
     found = [np.empty((3, 0), dtype=np.int64)]  # conversations, what those of their group share, and its first place
     while len(places):
-        least = _find_least(index.shared[places], first)
+        least = _find_least(shared[places], first)
         group, starts = np.cumsum(first) - 1, np.flatnonzero(first)
         pairs = np.unique(group * len(names) + members[places])
         sizes = np.bincount(pairs // len(names))
@@ -222,7 +257,7 @@ def find_clusters(index: PrefixIndex, conversations: Ints, most: int) -> list[In
         begin = starts[fitting // len(names)]
         found.append(np.stack([fitting % len(names), least[begin], places[begin]]))
         too_large = sizes[group] > most
-        first = (first | (index.shared[places] == least))[too_large]
+        first = (first | (shared[places] == least))[too_large]
         places = places[too_large]
     return [names[chosen] for chosen in _choose_deepest(np.concatenate(found, axis=1))]
 
