@@ -130,7 +130,8 @@ class Conversations(torch.utils.data.Dataset[Any]):
         self._rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in conversations]
         supervised = [int((one.labels[1:] != IGNORE_INDEX).sum()) for one in conversations]
         lengths = [len(one.input_ids) for one in conversations]
-        self.data, self._indices = pa.table({"length": lengths, "supervised": supervised}), None
+        records = range(len(lengths))
+        self.data, self._indices = pa.table({"length": lengths, "supervised": supervised, "record": records}), None
         self.lengths = np.array(lengths)
         self.supervised_share = sum(supervised) / sum(lengths)
 
@@ -139,6 +140,10 @@ class Conversations(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return several conversations, as a data set does."""
+        return [self._rows[index] for index in indices]
 
     def packed(self, capacity: int) -> PackedDataset:
         """Return packed sequences of up to so many tokens."""

@@ -98,8 +98,9 @@ class CountedTrainer(LoraTrainer):
         """Get the batches of a step, and count their tokens."""
         real, supervised = self.throughput.seen
         batches, targets = super().get_batch_samples(*args, **kwargs)
-        squares = sum(length**2 for batch in batches for length in _lengths(batch))
-        positions = sum(batch["input_ids"].numel() for batch in batches)
+        passes = [batch for step in batches for batch in step]
+        squares = sum(length**2 for batch in passes for length in _lengths(batch))
+        positions = sum(batch["input_ids"].numel() for batch in passes)
         self.counts.append(
             Counts(self.throughput.seen[0] - real, self.throughput.seen[1] - supervised, squares, positions)
         )
