@@ -244,9 +244,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     Raises:
         UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
-    output_dir = Path(args.training.output_dir)
     _warn_of_slow_bf16(topology, dtype)
-    checkpoint = _choose_start(args)
+    output_dir, checkpoint = Path(args.training.output_dir), _choose_start(args)
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     lora_config.revision = args.model.commit  # PEFT loads the base model at that
     base, base_identity = prepare_base(args, lora_config), _identify_base(args)
@@ -260,7 +259,6 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
-    stop_tokens = _find_stop_tokens(args, data)
     identity = fingerprint_data(data.tokenizer, data.loaded.train, args.data.chat_template_date)
     identity["shares_prefixes"] = not loading.separation
     if checkpoint:
@@ -288,7 +286,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         fingerprint=settings | identity,
         cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train), prefixes),
         model_cost=cost,
-        stop_tokens=stop_tokens,
+        stop_tokens=_find_stop_tokens(args, data),
     )
 
 
