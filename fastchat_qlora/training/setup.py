@@ -144,7 +144,6 @@ class PreparedRun(NamedTuple):
     shapes: AdapterShapes
     data: PreparedData
     train_dataset: Dataset | PackedDataset
-    prefix_index: PrefixIndex | None  # of the training data; None if no prefixes are shared
     eval_dataset: Dataset | None
     fingerprint: dict[str, Any]  # see run_fingerprint.py
     cutting: Cutting  # of optimizer steps into passes
@@ -245,9 +244,8 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     Raises:
         UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
-    output_dir = Path(args.training.output_dir)
     _warn_of_slow_bf16(topology, dtype)
-    checkpoint = _choose_start(args)
+    output_dir, checkpoint = Path(args.training.output_dir), _choose_start(args)
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     lora_config.revision = args.model.commit  # PEFT loads the base model at that
     base, base_identity = prepare_base(args, lora_config), _identify_base(args)
@@ -258,14 +256,11 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         _warn_of_older_order(checkpoint, args.training.train_sampling_strategy)
         args.data.chat_template_date = args.data.chat_template_date or checkpoint.run.get("chat_template_date", "")
     loading = _choose_loading(args, base, topology, dtype)
-    sharing = {"shares_prefixes": not loading.separation}
-    if checkpoint:
-        checkpoint.check(sharing)
     run_preflight(args.training)
     shapes = compute_shapes(args, base)
     data = prepare_data(args, base.config, output_dir=output_dir, mode="main" if topology.is_main else "worker")
-    stop_tokens = _find_stop_tokens(args, data)
     identity = fingerprint_data(data.tokenizer, data.loaded.train, args.data.chat_template_date)
+    identity["shares_prefixes"] = not loading.separation
     if checkpoint:
         checkpoint.check(identity)
     datasets = split_datasets(data.loaded, args.data.eval_split, get_data_seed(args))
@@ -274,10 +269,9 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
     size = choose_pass_size(args, train_dataset, topology.accelerator or "cpu")
-    _check_steps(args, topology, train_dataset, checkpoint)
+    _check_step_count(args, topology, train_dataset, checkpoint)
     _check_disk(args, topology, shapes, count_units(train_dataset), settings["optimizer"], resumes=bool(checkpoint))
-    if topology.accelerator is None:
-        _limit_kernel_caches(args, base.meta_model, train_dataset, size)
+    _limit_kernel_caches(args, topology, base.meta_model, train_dataset, size)
     cost = _estimate_cost(args, base, dtype, datasets.train, topology)
     prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
     return PreparedRun(
@@ -288,16 +282,15 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         shapes=shapes,
         data=data,
         train_dataset=train_dataset,
-        prefix_index=prefixes,
         eval_dataset=datasets.eval,
-        fingerprint=settings | sharing | identity,
+        fingerprint=settings | identity,
         cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train), prefixes),
         model_cost=cost,
-        stop_tokens=stop_tokens,
+        stop_tokens=_find_stop_tokens(args, data),
     )
 
 
-def _check_steps(
+def _check_step_count(
     args: RunArguments, topology: Topology, dataset: Dataset | PackedDataset, checkpoint: Checkpoint | None
 ) -> None:
     """Check and log what does not suit the number of steps, or those of a checkpoint."""
@@ -495,9 +488,15 @@ def _estimate_cost(
 
 
 def _limit_kernel_caches(
-    args: RunArguments, meta_model: PreTrainedModel | None, dataset: Dataset | PackedDataset, size: PassSize
+    args: RunArguments,
+    topology: Topology,
+    meta_model: PreTrainedModel | None,
+    dataset: Dataset | PackedDataset,
+    size: PassSize,
 ) -> None:
-    """Limit the CPU's kernel caches by the longest sequence and the sequences of a usual pass."""
+    """Limit a CPU's kernel caches by the longest sequence and the sequences of a usual pass."""
+    if topology.accelerator is not None:
+        return
     if meta_model is not None and is_mixture(meta_model):
         return  # each expert gets another number of tokens, and so has kernels of its own
     lengths = get_column(get_sequences(dataset), "length")
