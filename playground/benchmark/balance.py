@@ -234,8 +234,8 @@ Percent of a step's time that the mean rank waits for the slowest, over {steps} 
 tokens plus {attention:.1e} of their square. With `batch_rebalance` (transformers {transformers}, {per_pass} \
 conversations of a rank in a pass) the padding of its passes is work, not waiting, and is seen in the time; with \
 {slow:,} conversations and more it is left out (a step of 8,192 takes it 14 s to plan). This program's passes have \
-{pass_tokens:,} tokens, or one sequence. *At least*: the rank of the longest conversation has no other. *In each pass*: if ranks wait for each other \
-there, as under ZeRO-3 and FSDP."""
+{pass_tokens:,} tokens, or one sequence. *At least*: the rank of the longest conversation has no other. *In \
+each pass*: if ranks wait for each other there, as under ZeRO-3 and FSDP."""
 
 SOURCES = """\
 `playground/benchmark/balance.py` wrote this; nothing is trained. Lengths: ShareGPT-like and Alpaca-like as in \
