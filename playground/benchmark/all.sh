@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that docs/performance.md shows, on a machine that does nothing else: about 70 minutes on two cores.
+# Everything that docs/performance.md shows, on a machine that does nothing else: about 80 minutes on two cores.
 #
 #     bash playground/benchmark/all.sh MODELS/SmolLM2-135M-Instruct FOLDER
 #

@@ -33,7 +33,7 @@ Passes = list[list[Lengths]]  # of each rank, the lengths in each of its passes
 
 RANKS, CONVERSATIONS = (2, 8, 64, 512), (1, 4, 16)
 STEPS = {2: 100, 8: 50, 64: 10, 512: 3}  # that are drawn, by ranks
-SLOW = 4_000  # conversations of a step from which on the steps of batch_rebalance take minutes, so that fewer are drawn
+SLOW = 4_000  # conversations of a step from which on batch_rebalance is left out: 8,192 take it 14 s
 PER_PASS = 4  # conversations of a rank in a pass of batch_rebalance: its per_device_train_batch_size
 AGENT_TOKENS = (1_829, 8_192, 16_384, 23_840, 32_768, 65_536, 69_274, 89_876, 156_000)
 AGENT_SHARES = (0.0, 0.0715, 0.3513, 0.5, 0.6161, 0.9327, 0.95, 0.99, 1.0)  # of trajectories that are not longer
@@ -232,10 +232,10 @@ def describe(found: Outcome) -> list[str]:
 EXPLANATION = """\
 Percent of a step's time that the mean rank waits for the slowest, over {steps} random steps. A sequence costs its \
 tokens plus {attention:.1e} of their square. With `batch_rebalance` (transformers {transformers}, {per_pass} \
-conversations of a rank in a pass) the padding of its passes is work, not waiting, and is seen in the time; for \
-{slow:,} conversations and more its sampler takes minutes. This program's passes have {pass_tokens:,} tokens, or one \
-sequence. *At least*: the rank of the longest conversation has no other. *In each pass*: if ranks wait for each other \
-there, as under ZeRO-3 and FSDP."""
+conversations of a rank in a pass) the padding of its passes is work, not waiting, and is seen in the time; with \
+{slow:,} conversations and more it is left out (a step of 8,192 takes it 14 s to plan). This program's passes have \
+{pass_tokens:,} tokens, or one sequence. *At least*: the rank of the longest conversation has no other. *In \
+each pass*: if ranks wait for each other there, as under ZeRO-3 and FSDP."""
 
 SOURCES = """\
 `playground/benchmark/balance.py` wrote this; nothing is trained. Lengths: ShareGPT-like and Alpaca-like as in \

@@ -389,7 +389,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--seconds",
         type=float,
-        default=40,
+        default=20,
         help="after which warm-up and timed steps both end early (default: %(default)s)",
     )
     add("--max_length", type=int, help="maximum of tokens of a sequence (default: by data)")
