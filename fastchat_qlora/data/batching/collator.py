@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DataCollatorForSeq2Seq
 
-from fastchat_qlora.data.batching.prefix_tree import Ids, PrefixTree, build_prefix_tree
+from fastchat_qlora.data.batching.prefix_tree import PrefixTree, build_prefix_tree
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
 PADDING_MULTIPLE = 8  # of padded lengths, which suits matrix units
@@ -93,7 +94,7 @@ class Collator:
             }
         )
 
-    def _lay_end_to_end(self, sequences: Sequence[Ids]) -> tuple[dict[str, Any], list[int]]:
+    def _lay_end_to_end(self, sequences: Sequence[NDArray[Any]]) -> tuple[dict[str, Any], list[int]]:
         lengths = [len(ids) for ids in sequences]
         starts = [0, *accumulate(lengths)]
         boundaries = torch.tensor(starts, dtype=torch.int32)
@@ -108,7 +109,7 @@ class Collator:
         }
         return inputs, starts[:-1]
 
-    def _pad_to_longest(self, sequences: Sequence[Ids]) -> tuple[dict[str, Any], list[int]]:
+    def _pad_to_longest(self, sequences: Sequence[NDArray[Any]]) -> tuple[dict[str, Any], list[int]]:
         batch = self._pad([{"input_ids": ids.tolist()} for ids in sequences])
         ids, mask = batch["input_ids"], batch["attention_mask"]
         width = ids.shape[1]
@@ -138,7 +139,7 @@ def _lay_out_tree(tree: PrefixTree) -> dict[str, Any]:
     }
 
 
-def _get_targets(positions: Ids, labels: Ids, *, repeats: bool) -> dict[str, torch.Tensor]:
+def _get_targets(positions: NDArray[Any], labels: NDArray[Any], *, repeats: bool) -> dict[str, torch.Tensor]:
     """Return positions and the labels of their next tokens; of repeated pairs one, and which one each target is."""
     if not repeats:
         return {"supervised": torch.from_numpy(positions), "labels": torch.from_numpy(labels).long()}

@@ -5,10 +5,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
-
-Ids = np.ndarray[Any, Any]
 
 
 class PrefixTree(NamedTuple):
@@ -18,21 +17,21 @@ class PrefixTree(NamedTuple):
     """
 
     branches: tuple[tuple[int, int], ...]  # parent, -1 for a root, and tokens of each
-    ids: Ids  # shape (tokens of the row,)
-    depths: Ids  # of the row's tokens: the place of each in its sequences
-    paths: list[Ids]  # of each branch: places in the row of the tokens from its root to its own last one
+    ids: NDArray[Any]  # shape (tokens of the row,)
+    depths: NDArray[Any]  # of the row's tokens: the place of each in its sequences
+    paths: list[NDArray[Any]]  # of each branch: places in the row of the tokens from its root to its own last one
     ends: list[int]  # of each sequence: a branch on whose path it lies, from the first place on
 
 
 class _Node(NamedTuple):
-    """A beginning that sequences share; a sequence that goes on alone is a node without parts."""
+    """A beginning that sequences share; a sequence that continues alone is a node without children."""
 
     depth: int  # its tokens
     sequence: int  # one that has it, the first in its order
-    parts: list[Any]  # nodes that go on from there
+    children: list[Any]  # nodes that continue from there
 
 
-def build_prefix_tree(sequences: Sequence[Ids]) -> PrefixTree | None:
+def build_prefix_tree(sequences: Sequence[NDArray[Any]]) -> PrefixTree | None:
     """Return the tree of some sequences; None if they share nothing worth it.
 
     Branches are in the order of the sequences, not of their tokens, so that other tokens move none of them.
@@ -40,13 +39,13 @@ def build_prefix_tree(sequences: Sequence[Ids]) -> PrefixTree | None:
     # Bytes of big-endian numbers are in the order of the numbers, and compared by the machine's memcmp.
     keys = [ids.astype(">u4").tobytes() for ids in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    holders = [*range(len(keys))]  # of each sequence: itself, or one that goes on from its end
+    holders = [*range(len(keys))]  # of each sequence: itself, or one that continues from its end
     for place in reversed(range(len(order) - 1)):
         first, second = order[place : place + 2]
         if keys[second].startswith(keys[first]):
             holders[first] = holders[second]
     leaves = [sequence for sequence in order if holders[sequence] == sequence]
-    shared = [0, *(_count_common(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
+    shared = [0, *(_match_beginnings(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
     total = sum(map(len, sequences))
     if total - sum(len(sequences[leaf]) for leaf in leaves) + sum(shared) < LEAST_SHARED:
         return None
@@ -55,43 +54,43 @@ def build_prefix_tree(sequences: Sequence[Ids]) -> PrefixTree | None:
     return tree._replace(ends=ends) if total - len(tree.ids) >= LEAST_SHARED else None
 
 
-def _count_common(first: Ids, second: Ids) -> int:
+def _match_beginnings(first: NDArray[Any], second: NDArray[Any]) -> int:
     """Return the number of tokens that two sequences begin with alike; neither is a prefix of the other."""
     length = min(len(first), len(second))
     return int((first[:length] != second[:length]).argmax())
 
 
-def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequence[Ids]) -> list[_Node]:
+def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequence[NDArray[Any]]) -> list[_Node]:
     """Return the roots, from sequences in order and the tokens that each shares with the one before.
 
     `path` leads to the last sequence. A node that the next sequence does not reach is complete: it stays if that saves
-    LEAST_SHARED tokens, or else its parts go on from its parent.
+    LEAST_SHARED tokens, or else its children become those of its parent.
     """
     path = [_Node(0, 0, [])]
     for sequence, common in zip([*leaves, -1], [*shared, 0], strict=True):
         while path[-1].depth > common:
-            node = _sort_parts(path.pop())
+            node = _sort_children(path.pop())
             if path[-1].depth < common:
                 path.append(_Node(common, node.sequence, []))
-            saved = (len(node.parts) - 1) * (node.depth - path[-1].depth)
-            path[-1].parts.extend([node] if saved >= LEAST_SHARED or not node.parts else node.parts)
+            saved = (len(node.children) - 1) * (node.depth - path[-1].depth)
+            path[-1].children.extend([node] if saved >= LEAST_SHARED or not node.children else node.children)
         if sequence >= 0:
             path.append(_Node(len(sequences[sequence]), sequence, []))
-    return _sort_parts(path[0]).parts
+    return _sort_children(path[0]).children
 
 
-def _sort_parts(node: _Node) -> _Node:
-    parts = sorted(node.parts, key=lambda part: part.sequence)
-    return _Node(node.depth, parts[0].sequence if parts else node.sequence, parts)
+def _sort_children(node: _Node) -> _Node:
+    children = sorted(node.children, key=lambda child: child.sequence)
+    return _Node(node.depth, children[0].sequence if children else node.sequence, children)
 
 
-def _lay_out(roots: Sequence[_Node], sequences: Sequence[Ids]) -> PrefixTree:
-    branches, pieces, starts = list[tuple[int, int]](), list[Ids](), list[int]()
+def _lay_out(roots: Sequence[_Node], sequences: Sequence[NDArray[Any]]) -> PrefixTree:
+    branches, pieces, starts = list[tuple[int, int]](), list[NDArray[Any]](), list[int]()
     ends = [0] * len(sequences)
     todo = [(root, -1, 0) for root in reversed(roots)]
     while todo:
         node, parent, start = todo.pop()
-        todo.extend((part, len(branches), node.depth) for part in reversed(node.parts))
+        todo.extend((child, len(branches), node.depth) for child in reversed(node.children))
         ends[node.sequence] = len(branches)  # for the last time as a leaf
         branches.append((parent, node.depth - start))
         pieces.append(sequences[node.sequence][start : node.depth])
@@ -99,7 +98,7 @@ def _lay_out(roots: Sequence[_Node], sequences: Sequence[Ids]) -> PrefixTree:
     tokens = np.array([count for _, count in branches])
     firsts = np.cumsum(tokens) - tokens
     depths = np.arange(tokens.sum()) + np.repeat(np.array(starts) - firsts, tokens)
-    paths = list[Ids]()
+    paths = list[NDArray[Any]]()
     for (parent, count), first in zip(branches, firsts.tolist(), strict=True):
         own = np.arange(first, first + count)
         paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))

@@ -96,7 +96,7 @@ def _settle_layout(trainer: LoraTrainer, forward: torch.nn.Module, first: list[i
 
 
 def _settle_sharing(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> None:
-    """Have each sequence computed by itself if the prefix tree of these has other logits."""
+    """Stop sharing if the prefix tree of these sequences has other logits."""
     attention = trainer.adapter.config._attn_implementation
     reason = f"attention {attention} takes no prefix tree" if attention != PER_CONVERSATION else ""
     reason = reason or _agree(find_tree_failure(trainer, forward, sequences))
