@@ -277,9 +277,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.throughput.begin()
         batches = next(epoch_iterator)
         infos = [{name: batch.pop(name) for name in BATCH_INFO} for batch in batches]
-        supervised = sum(info["num_supervised"] for info in infos)
-        tokens = sum(info["num_tokens"] for info in infos)
-        self.throughput.count(tokens, supervised)
+        names = ("num_tokens", "num_supervised", "num_computed")
+        tokens, supervised, computed = (sum(info[name] for info in infos) for name in names)
+        self.throughput.count(tokens, supervised, computed)
         self.step = Step([info["sources"] for info in infos], supervised)
         sizes = [
             batch["input_ids"].numel() if info["num_conversations"] else 0
@@ -619,7 +619,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             step = self.state.global_step
             logger.warning(f"Tokens are counted from step {step} on: the checkpoint does not have their number.")
         else:
-            self.throughput.total = TokenTotal(**counts["attributes"])
+            found = counts["attributes"]
+            # Checkpoints of versions that computed each sequence by itself have one number for both.
+            self.throughput.total = TokenTotal(**{"computed": found["tokens"]} | found)
         super()._load_callback_state()
 
     def _restore_pass_size(self, flag: str, size: list[int]) -> None:

@@ -48,6 +48,30 @@ def whole(model_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactor
     return output
 
 
+@pytest.fixture(scope="module")
+def alike(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return records behind one of two long system prompts, each with two answers to the same questions."""
+    path, records = tmp_path_factory.mktemp("alike") / "alike.json", json.loads(few.read_text("utf-8"))
+    told = [("system", " ".join(f"Rule {number}: be {word}." for number in range(20))) for word in ("brief", "kind")]
+    made = []
+    for number, record in enumerate(records):
+        turns = [{"from": told[number % 2][0], "value": told[number % 2][1]}, *record["conversations"]]
+        other = [*turns[:-1], turns[-1] | {"value": "Another answer."}]
+        made += [{"id": f"{record['id']}{kind}", "conversations": own} for kind, own in (("a", turns), ("b", other))]
+    path.write_text(json.dumps(made[:RECORDS]), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def separate(model_folder: Path, alike: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run in which each sequence is computed by itself."""
+    output = tmp_path_factory.mktemp("separate") / "out"
+    flags = f"--max_steps 3 --per_device_train_batch_size {RECORDS} --micro_batch_tokens off --share_prefixes False"
+    train(model_folder, alike, output, "python train_lora.py", flags)
+    assert "computed_tokens" not in json.loads((output / "train_results.json").read_text("utf-8"))
+    return output
+
+
 def assert_same_training(found: Path, expected: Path) -> None:
     """Assert equality up to rounding in fp32 of each step's loss and gradient, and of what was learned from them."""
     for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
@@ -94,3 +118,22 @@ def test_cut_in_two_processes(
     launcher, cut = launch_line(strategy, free_port(), "train_lora.py"), cut.replace("$longest", longest)
     train(model_folder, few, tmp_path / "out", launcher, f"--per_device_train_batch_size 3 {cut} {more}")
     assert_same_training(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["one process", "DDP", pytest.param("ZeRO-2", marks=pytest.mark.matrix), "ZeRO-3", "FSDP2"]
+)
+def test_shared_beginnings_are_computed_once(
+    strategy: str, separate: Path, model_folder: Path, alike: Path, tmp_path: Path
+) -> None:
+    is_alone = strategy == "one process"
+    launcher = "python train_lora.py" if is_alone else launch_line(strategy, free_port(), "train_lora.py")
+    # All records are in each step: where they share beginnings, steps are of others that do.
+    flags = f"--max_steps 3 --per_device_train_batch_size {RECORDS if is_alone else (RECORDS + 1) // 2}"
+    train(model_folder, alike, tmp_path / "out", launcher, flags)
+    assert_same_training(tmp_path / "out", separate)
+    results, expected = (
+        json.loads((folder / "train_results.json").read_text("utf-8")) for folder in (tmp_path / "out", separate)
+    )
+    assert (results["tokens"], results["supervised_tokens"]) == (expected["tokens"], expected["supervised_tokens"])
+    assert results["computed_tokens"] < 0.8 * results["tokens"]

@@ -424,6 +424,8 @@ DATA = [
     Trial("overlong split", Order(), "--model_max_length 64"),
     Trial("overlong error", Says("error: --overlong error", code=2), "--model_max_length 64"),
     Trial("padding_free False", Says("padded to the longest conversation", "the effective settings: sequences")),
+    Trial("share_prefixes False", Says("computed for each sequence", "the effective settings: shared prefixes")),
+    Trial("share_prefixes True", Refused("with that each sequence is computed by itself"), PADDED),
     Trial("packing True", Says("packed up to 512 tokens", "the effective settings: sequences")),
     Trial("duplicates drop", Elsewhere("tests/data/test_selection.py::test_duplicates_are_dropped")),
     Trial("duplicates error", Elsewhere("tests/data/test_selection.py::test_duplicates_are_an_error")),

@@ -87,7 +87,9 @@ def format_log_entry(logs: Mapping[str, float], step: int, max_steps: int, secon
         parts.append(f"learning rate {logs['learning_rate']:.3g}")
     if "tokens_per_second" in logs:
         supervised = logs["supervised_tokens_per_second"]
-        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s, {supervised:,.0f} of them supervised")
+        computed = logs.get("computed_tokens_per_second")
+        shared = "" if computed is None else f", {computed:,.0f} computed"
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s, {supervised:,.0f} of them supervised{shared}")
     if "num_input_tokens_seen" in logs:
         parts.append(f"{logs['num_input_tokens_seen']:,} tokens so far")
     if step < max_steps:

@@ -23,11 +23,16 @@ IMPORTED_AT = time.monotonic()
 
 
 class TokenTotal(NamedTuple):
-    """Tokens without padding that all processes have trained on, and the seconds of training alone."""
+    """Tokens without padding that all processes have trained on, and the seconds of training alone.
+
+    What several sequences share from their beginning on counts for each of them among `tokens`, and among `computed` as
+    often as a pass had it.
+    """
 
     tokens: int = 0
     supervised: int = 0
     seconds: float = 0.0
+    computed: int = 0
 
     def plus(self, other: "TokenTotal") -> "TokenTotal":
         """Return the sum of both."""
@@ -37,6 +42,13 @@ class TokenTotal(NamedTuple):
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def computed_rates(self) -> dict[str, float]:
+        """Computed tokens per second under the name of a metric, where sequences share tokens."""
+        if not self.seconds or self.computed == self.tokens:
+            return {}
+        return {"computed_tokens_per_second": round(self.computed / self.seconds, 1)}
 
     @property
     def supervised_rate(self) -> float:
@@ -53,8 +65,8 @@ class Throughput:
 
     def __init__(self) -> None:
         self.total = TokenTotal()  # of all processes since the run began, as far as they have been added up
-        self.seen = [0, 0]  # tokens and supervised tokens of this process
-        self._added = [0, 0]  # of those
+        self.seen = [0, 0, 0]  # tokens, supervised and computed tokens of this process
+        self._added = [0, 0, 0]  # of those
         self._unread = TokenTotal()
         self._since: float | None = None
         self._paused = 0.0
@@ -65,10 +77,9 @@ class Throughput:
         if self._since is None:
             self._since = time.perf_counter()
 
-    def count(self, tokens: int, supervised: int) -> None:
+    def count(self, tokens: int, supervised: int, computed: int) -> None:
         """Add the tokens of one optimizer step."""
-        self.seen[0] += tokens
-        self.seen[1] += supervised
+        self.seen = [sum(pair) for pair in zip(self.seen, (tokens, supervised, computed), strict=True)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -93,10 +104,10 @@ class Throughput:
         seconds = max(passed, 1e-9) if new[0] else 0.0  # what passes between a log entry and a save is no training
         self._since, self._paused, self._added = now, 0.0, list(self.seen)
         everyone = accelerator.gather(torch.tensor([[*new, get_memory_bytes(device)]], device=device))
-        tokens, supervised, _ = everyone.sum(0).tolist()
-        added = TokenTotal(tokens, supervised, seconds)
+        tokens, supervised, computed, _ = everyone.sum(0).tolist()
+        added = TokenTotal(tokens, supervised, seconds, computed)
         self.total, self._unread = self.total.plus(added), self._unread.plus(added)
-        return int(everyone[:, 2].max())
+        return int(everyone[:, -1].max())
 
     def read(self, accelerator: Any, device: torch.device) -> dict[str, float]:
         """Return the rates since the last reading, over all processes, and the largest memory of one in GiB."""
@@ -105,6 +116,7 @@ class Throughput:
         return {
             "tokens_per_second": round(read.rate, 1),
             "supervised_tokens_per_second": round(read.supervised_rate, 1),
+            **read.computed_rates,
             "memory_gib": round(memory / 2**30, 3),
         }
 

@@ -113,6 +113,9 @@ def get_tiles(state: TrainerState, total: TokenTotal, seconds: float) -> list[tu
             tiles.append((name, f"{values[-1]:.3g}", first + best))
     if total.tokens:
         tiles.append(("tokens/s", f"{total.rate:,.0f}", f"{total.supervised_rate:,.0f} of them supervised"))
+    if total.tokens > total.computed > 0:
+        text = f"of {total.tokens:,} trained ones; the others are shared"
+        tiles.append(("computed tokens", f"{total.computed:,}", text))
     if memory := get_curve(state.log_history, "memory_gib").values:
         tiles.append(("memory", f"{max(memory):.2f} GiB", "highest logged value of a process"))
     return [*tiles, ("time", str(timedelta(seconds=round(seconds))), "since the process began")]

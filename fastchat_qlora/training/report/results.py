@@ -32,6 +32,8 @@ def write_results(summary: RunSummary, metrics: dict[str, Any]) -> None:
         "supervised_tokens": total.supervised,
         "tokens_per_second": round(total.rate, 1),
         "supervised_tokens_per_second": round(total.supervised_rate, 1),
+        **({} if total.computed == total.tokens else {"computed_tokens": total.computed}),
+        **total.computed_rates,
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device)),
     }
     if not trainer.args.should_save:

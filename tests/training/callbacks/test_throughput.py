@@ -40,20 +40,20 @@ def test_rates_cover_the_time_since_the_last_reading(clock: list[float]) -> None
     with counter.paused():  # before the first step: not counted
         clock[0] += 50
     counter.begin()
-    counter.count(300, 100)
+    counter.count(300, 100, 300)
     clock[0] += 2
     counter.begin()  # of the second step, which does not restart the clock
-    counter.count(100, 20)
+    counter.count(100, 20, 100)
     clock[0] += 2
     first = counter.read(Alone, CPU)
     assert (first["tokens_per_second"], first["supervised_tokens_per_second"]) == (100, 30)
     with counter.paused(), counter.paused():  # a page is written while something is evaluated
         clock[0] += 1000
-    counter.count(50, 0)
+    counter.count(50, 0, 50)
     clock[0] += 0.5
     second = counter.read(Alone, CPU)
     assert (second["tokens_per_second"], second["supervised_tokens_per_second"]) == (100, 0)
-    assert counter.seen == [450, 120]
+    assert counter.seen == [450, 120, 450]
     assert first.keys() == NAMES
     assert first["memory_gib"] == pytest.approx(get_memory_bytes(CPU) / 2**30, rel=0.1)
 
@@ -64,7 +64,7 @@ def test_pause_ended_by_an_error_counts(clock: list[float]) -> None:
     with pytest.raises(MemoryError), counter.paused():
         clock[0] += 7
         raise MemoryError
-    counter.count(10, 10)
+    counter.count(10, 10, 10)
     clock[0] += 1
     assert counter.read(Alone, CPU)["tokens_per_second"] == 10
 
@@ -74,12 +74,12 @@ def test_time_without_tokens_does_not_count(clock: list[float]) -> None:
     counter = Throughput()
     counter.begin()
     for _ in range(2):
-        counter.count(10, 10)
+        counter.count(10, 10, 10)
         clock[0] += 1
         counter.read(Alone, CPU)
         clock[0] += 7
         counter.add_up(Alone, CPU)
-    assert counter.total == (20, 20, 2)
+    assert counter.total == (20, 20, 2, 20)
 
 
 class WithAnother:
@@ -87,7 +87,7 @@ class WithAnother:
 
     @staticmethod
     def gather(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor, torch.tensor([[1000, 10, 2**60]])])
+        return torch.cat([tensor, torch.tensor([[1000, 10, 400, 2**60]])])
 
 
 def test_rates_and_totals_cover_all_processes(clock: list[float]) -> None:
@@ -95,14 +95,15 @@ def test_rates_and_totals_cover_all_processes(clock: list[float]) -> None:
     counter = Throughput()
     counter.begin()
     for pause in (0, 1000):
-        counter.count(2**24 + 1, 6)
+        counter.count(2**24 + 1, 6, 2**23)
         with counter.paused():
             clock[0] += pause
         clock[0] += 2
         read = counter.read(WithAnother, CPU)
         assert (read["tokens_per_second"], read["supervised_tokens_per_second"]) == ((2**24 + 1001) / 2, 8)
         assert read["memory_gib"] == 2**30
-    assert counter.total == (2 * (2**24 + 1001), 32, 4)
+        assert read["computed_tokens_per_second"] == (2**23 + 400) / 2
+    assert counter.total == (2 * (2**24 + 1001), 32, 4, 2 * (2**23 + 400))
     assert (counter.total.rate, counter.total.supervised_rate) == ((2**24 + 1001) / 2, 8)
     assert (Throughput().total.rate, Throughput().total.supervised_rate) == (0, 0)
 
