@@ -58,13 +58,13 @@ def train(args: RunArguments) -> Path:
         model = _load_model(args, prepared, topology, dtype)
         clock = FirstStepClock()
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
-        run_sanity_check(trainer, prepared.cutting.prefixes)
+        run_sanity_check(trainer)
         published, template = prepared.base.quantization.published, prepared.data.loaded.train.template
         effective = EffectiveSettings(trainer, topology, prepared.base.sizes, published, template)
         answers = SampleGenerations(trainer, prompts)
         summary = RunSummary(trainer, args, prepared, effective)
         report, checkpoint = RunReport(summary, answers), prepared.checkpoint
-        trainer.add_callback(SanityCheck(trainer, prepared.cutting.prefixes))
+        trainer.add_callback(SanityCheck(trainer))
         if prepared.model_cost is not None:
             trainer.add_callback(AutoCheckpointing(trainer, prepared.model_cost))
         monitor.trainer = trainer

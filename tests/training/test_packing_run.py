@@ -98,5 +98,5 @@ def test_packing_takes_fewer_steps_over_the_same_tokens(model_folder: Path, data
 
 def test_fewer_sequences_than_a_batch_are_an_error(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     flags = {"packing": True, "dataloader_drop_last": True, "per_device_train_batch_size": 50}
-    with pytest.raises(UserError, match="do not fill one batch of 50"):
+    with pytest.raises(UserError, match="do not fill one step of 50"):
         train(command(model_folder, data_file, tmp_path / "out", **flags))

@@ -57,7 +57,7 @@ def make_pair(make_model: Callable[[], PeftModel], folder: Path, **kwargs: Any) 
 def step(trainer: LoraTrainer, rows: Rows) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss of an optimizer step of one pass, and its gradients."""
     trainer.model.zero_grad()
-    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, CPU)
+    ((batch,),), count = trainer.get_batch_samples(iter([[trainer.data_collator(rows)]]), 1, CPU)
     assert ("branches" in batch) == trainer.data_collator.share_prefixes
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     loss.backward()

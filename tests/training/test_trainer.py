@@ -72,14 +72,15 @@ def test_token_counts_are_those_of_the_data(layout: str, tmp_path: Path) -> None
         assert not any(isinstance(value, int) and "num_" in name for b in micro_batches for name, value in b.items())
     rows = [*CONVERSATIONS, UNSUPERVISED]
     supervised = sum(label != -100 for row in rows for label in row["labels"])
-    assert trainer.throughput.seen == [sum(len(row["input_ids"]) for row in rows), supervised]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    assert trainer.throughput.seen == [tokens, supervised, tokens]
 
 
 def test_finished_run_takes_no_batch(tmp_path: Path) -> None:
     trainer = make_trainer(our_peft(make_base("llama", PER_CONVERSATION)), tmp_path)
     trainer.state.global_step = trainer.state.max_steps
     assert trainer.get_batch_samples(iter([[trainer.data_collator(CONVERSATIONS)]]), 1, CPU) == ([], None)
-    assert trainer.control.should_training_stop and trainer.throughput.seen == [0, 0]
+    assert trainer.control.should_training_stop and trainer.throughput.seen == [0, 0, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -132,7 +132,8 @@ class _Work:
         """Return a buffer of the largest size of a block's scores; none on a GPU, whose allocator keeps them."""
         if self.keys.device.type != "cpu":
             return None
-        return self.keys.new_empty(self._key_heads * self._groups * BLOCK_QUERIES * (self.keys.shape[1] + 1))
+        longest = self.keys.shape[1]
+        return self.keys.new_empty(self._key_heads * self._groups * min(BLOCK_QUERIES, longest) * (longest + 1))
 
     def enter(self, branch: Branch) -> None:
         """Copy a branch's keys and values behind those of its parent."""

@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
-from fastchat_qlora.data.batching.prefix_index import PrefixIndex
 from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
@@ -36,35 +35,31 @@ MAX_CHECKED_TOKENS = 1024
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Callback for the check under DeepSpeed and FSDP, whose models cannot run before training begins."""
 
-    def __init__(self, trainer: LoraTrainer, index: PrefixIndex | None = None) -> None:
-        self._trainer, self._index = trainer, index
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Stop if padding-free batches fail, which cannot be changed any more; every process takes part."""
         if self._trainer.is_wrapped_late:
-            _check(self._trainer, self._index)
+            _check(self._trainer)
 
 
-def run_sanity_check(trainer: LoraTrainer, index: PrefixIndex | None = None) -> None:
-    """Run the check, and fall back to another attention or layout, or to the plain loss, where it fails.
-
-    Args:
-        index: of the training data, by which sequences for a prefix tree are chosen.
-    """
+def run_sanity_check(trainer: LoraTrainer) -> None:
+    """Run the check, and fall back to another attention or layout, or to the plain loss, where it fails."""
     if not trainer.is_wrapped_late:
         if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
             # With these flags Trainer leaves the model where it was loaded until training begins.
             trainer._move_model_to_device(trainer.model, trainer.args.device)
-        _check(trainer, index)
+        _check(trainer)
 
 
-def _check(trainer: LoraTrainer, index: PrefixIndex | None) -> None:
+def _check(trainer: LoraTrainer) -> None:
     conversations = _choose_conversations(trainer)
     with trainer.inference() as model:
         if trainer.data_collator.padding_free:
             _settle_layout(trainer, model, *conversations)
         if trainer.data_collator.padding_free and trainer.data_collator.share_prefixes:
-            _settle_sharing(trainer, model, _choose_alike(trainer, index, conversations[1]))
+            _settle_sharing(trainer, model, _choose_alike(trainer, conversations[1]))
         _require_causality(trainer, model, conversations[1])
         loss = _agree(find_loss_failure(trainer, model, conversations)) if trainer.loss_head else ""
     if loss:
@@ -142,12 +137,13 @@ def _count_checked(trainer: LoraTrainer) -> int:
     return int(max(tokens, CHECKED_TOKENS))
 
 
-def _choose_alike(trainer: LoraTrainer, index: PrefixIndex | None, conversation: list[int]) -> list[list[int]]:
+def _choose_alike(trainer: LoraTrainer, conversation: list[int]) -> list[list[int]]:
     """Return two sequences that begin alike, of the data if there are any, and a third that leaves the first one later.
 
     They are cut to some tokens before and after the place where they part.
     """
     tokens, parted = _count_checked(trainer), np.empty(0, dtype=np.int64)
+    index = trainer.cutting.prefixes
     if index is not None and index.shared.any():
         rows, place = get_sequences(trainer.train_dataset), int(index.shared.argmax())
         pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[place - 1 : place + 1]]

@@ -281,8 +281,8 @@ class TestPrefixTrees:
         rows = [shared[:64] + [5] * 30, shared + [7] * 90, [4] * 40, shared + [8] * 20]
         data = [{"input_ids": ids, "labels": ids, "length": len(ids)} for ids in rows]
         trainer.train_dataset = Dataset.from_list(data, Features(TOKENS))
-        index = build_prefix_index(trainer.train_dataset)
-        first, second, third = sanity_check._choose_alike(trainer, index, [9, 9])
+        trainer.cutting = trainer.cutting._replace(prefixes=build_prefix_index(trainer.train_dataset))
+        first, second, third = sanity_check._choose_alike(trainer, [9, 9])
         pair = sorted([first, second])
         assert pair == [shared[136:] + [7] * 64, shared[136:] + [8] * 20]
         assert len(third) == len(first) and third[:70] == first[:70] and third != first
