@@ -159,7 +159,7 @@ def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run_sanity_check(trainer)
     assert torch.equal(torch.get_rng_state(), before)
-    assert trainer.throughput.seen == [0, 0]
+    assert trainer.throughput.seen == [0, 0, 0]
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
