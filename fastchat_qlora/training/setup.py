@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -19,6 +20,7 @@ from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
 from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.prefix_packing import PrefixPacker
 from fastchat_qlora.data.batching.steps import (
     Cutting,
     PassSize,
@@ -267,13 +269,13 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if datasets.eval is not None or args.training.sample_prompts:
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
-    train_dataset = make_training_dataset(datasets.train, args, topology.world_size)
+    prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
+    train_dataset = make_training_dataset(datasets.train, args, topology.world_size, prefixes)
     size = choose_pass_size(args, train_dataset, topology.accelerator or "cpu")
     _check_step_count(args, topology, train_dataset, checkpoint)
     _check_disk(args, topology, shapes, count_units(train_dataset), settings["optimizer"], resumes=bool(checkpoint))
     _limit_kernel_caches(args, topology, base.meta_model, train_dataset, size)
     cost = _estimate_cost(args, base, dtype, datasets.train, topology)
-    prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
     return PreparedRun(
         checkpoint=checkpoint,
         base=base,
@@ -397,14 +399,13 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     return LoadingSettings(quantization, attention, separation, sharded_classes)
 
 
-def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int) -> Dataset | PackedDataset:
-    """Return the dataset that batches are made of: sequences, or packed sequences."""
+def make_training_dataset(
+    sequences: Dataset, args: RunArguments, processes: int, prefixes: PrefixIndex | None = None
+) -> Dataset | PackedDataset:
+    """Return the dataset that batches are made of: sequences, or packed sequences, by what they compute."""
     dataset: Dataset | PackedDataset = sequences
     if args.data.packing:
-        lengths, capacity = get_column(sequences, "length"), args.training.model_max_length
-        dataset = PackedDataset(sequences, PackingSampler(lengths, capacity, get_data_seed(args)))
-        share = lengths.sum() / (len(dataset) * capacity)
-        logger.info(f"{len(sequences)} sequences in {len(dataset)} packed ones of {capacity} tokens, {share:.1%} full.")
+        dataset = PackedDataset(sequences, _pack_sequences(sequences, args, prefixes))
     training, units = args.training, count_units(dataset)
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
     if training.dataloader_drop_last and units < per_step:
@@ -420,6 +421,25 @@ def make_training_dataset(sequences: Dataset, args: RunArguments, processes: int
             "all sequences of each."
         )
     return dataset
+
+
+def _pack_sequences(sequences: Dataset, args: RunArguments, prefixes: PrefixIndex | None) -> PackingSampler:
+    lengths, capacity, seed = get_column(sequences, "length"), args.training.model_max_length, get_data_seed(args)
+    if prefixes is None or not prefixes.shared.any():
+        sampler, computed = PackingSampler(lengths, capacity, seed), int(lengths.sum())
+        also = ""
+    else:
+        packer = PrefixPacker(prefixes, get_column(sequences, "record"), capacity)
+        sampler = PackingSampler(lengths, capacity, seed, packer.pack)
+        rows = [*sampler]
+        owners = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        computed = int(prefixes.count_each(np.concatenate([np.asarray(row) for row in rows]), owners).sum())
+        also = f" with {computed:,} computed tokens of {int(lengths.sum()):,} trained ones"
+    share = computed / (len(sampler) * capacity)
+    logger.info(
+        f"{len(sequences)} sequences in {len(sampler)} packed ones of {capacity} tokens, {share:.1%} full{also}."
+    )
+    return sampler
 
 
 def choose_pass_size(args: RunArguments, dataset: Dataset | PackedDataset, device_type: str) -> PassSize:

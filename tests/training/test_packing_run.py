@@ -100,3 +100,19 @@ def test_fewer_sequences_than_a_batch_are_an_error(model_folder: Path, data_file
     flags = {"packing": True, "dataloader_drop_last": True, "per_device_train_batch_size": 50}
     with pytest.raises(UserError, match="do not fill one step of 50"):
         train(command(model_folder, data_file, tmp_path / "out", **flags))
+
+
+def test_rows_are_filled_by_what_they_compute(
+    model_folder: Path, data: Path, tmp_path: Path, batches: list[Sequences], notices: pytest.LogCaptureFixture
+) -> None:
+    """Two records that share their beginning go into one packed sequence, which trains on more tokens than it has."""
+    path, capacity = tmp_path / "alike.json", 512
+    prompt = " ".join(f"Rule {number}: be brief." for number in range(25))
+    turns = [[("human", f"{prompt} Say {letter}"), ("gpt", letter)] for letter in "ABCDEFGH"]
+    path.write_text(json.dumps([sharegpt(each, str(i)) for i, each in enumerate(turns)]))
+    flags = {"packing": True, "model_max_length": capacity, "per_device_train_batch_size": 1, "max_steps": 2}
+    train(command(model_folder, path, tmp_path / "out", **flags))
+    results = json.loads((tmp_path / "out" / "train_results.json").read_text("utf-8"))
+    assert max(sum(map(len, row)) for row in batches) > capacity
+    assert results["computed_tokens"] < results["tokens"]
+    assert f"packed ones of {capacity} tokens" in notices.text and "computed tokens of" in notices.text
