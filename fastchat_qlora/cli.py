@@ -15,6 +15,7 @@ from fastchat_qlora import __version__
 from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
 from fastchat_qlora.config.fast_help import check_fast
 from fastchat_qlora.errors import AgreedError, RunError, UserError
+from fastchat_qlora.utils.imports import quick_imports
 from fastchat_qlora.utils.signals import Stopped, get_unhandled_signal, interruptible
 from fastchat_qlora.utils.stdout import BROKEN_PIPE_EXIT_CODE, OutputClosed
 from fastchat_qlora.utils.text import escape_control, mask_secrets, one_line
@@ -26,10 +27,11 @@ LAUNCHER_SECONDS = 20.0  # for which a process waits to be ended by its launcher
 def _run_train(argv: Sequence[str]) -> None:
     check_fast("train", argv)
     with _under_watch():
-        from fastchat_qlora.config.parser import parse_args
+        with quick_imports():
+            from fastchat_qlora.config.parser import parse_args
 
-        args = parse_args(argv)
-        from fastchat_qlora.training.run import train
+            args = parse_args(argv)
+            from fastchat_qlora.training.run import train
 
         train(args)
 
@@ -37,7 +39,8 @@ def _run_train(argv: Sequence[str]) -> None:
 def _run_inspect(argv: Sequence[str]) -> None:
     check_fast("inspect", argv)
     with _under_watch():
-        from fastchat_qlora.commands.inspect.command import inspect
+        with quick_imports():
+            from fastchat_qlora.commands.inspect.command import inspect
 
         inspect(argv)
 
@@ -45,7 +48,8 @@ def _run_inspect(argv: Sequence[str]) -> None:
 def _run_plan(argv: Sequence[str]) -> None:
     check_fast("plan", argv)
     with _under_watch():
-        from fastchat_qlora.commands.plan.command import plan
+        with quick_imports():
+            from fastchat_qlora.commands.plan.command import plan
 
         plan(argv)
 
@@ -53,7 +57,8 @@ def _run_plan(argv: Sequence[str]) -> None:
 def _run_chat(argv: Sequence[str]) -> None:
     parse_chat(argv)  # answers --help and mistakes before the libraries are imported
     with _under_watch():
-        from fastchat_qlora.commands.chat.command import chat
+        with quick_imports():
+            from fastchat_qlora.commands.chat.command import chat
 
         chat(argv)
 
@@ -61,7 +66,8 @@ def _run_chat(argv: Sequence[str]) -> None:
 def _run_merge(argv: Sequence[str]) -> None:
     parse_merge(argv)
     with _under_watch():
-        from fastchat_qlora.commands.merge.command import merge
+        with quick_imports():
+            from fastchat_qlora.commands.merge.command import merge
 
         merge(argv)
 
