@@ -115,7 +115,7 @@ class _Work:
         sinks: torch.Tensor | None,
         settings: BlockSettings,
     ) -> None:
-        self._dtype = get_product_dtype(query)
+        self._dtype = get_product_dtype(query.dtype, query.device)
         self._settings, self._sinks = settings, sinks
         self._inputs = key[0], value[0]
         longest = max(branch.depths.stop for branch in settings.branches)

@@ -208,7 +208,7 @@ def _compute_chunk(
     chunk: _Chunk, weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[float, LogitTransform]
 ) -> None:
     """Write the losses of a chunk, and its gradient if that is needed."""
-    dtype = get_product_dtype(weight)
+    dtype = get_product_dtype(weight.dtype, weight.device)
     if dtype == weight.dtype:
         logits = F.linear(chunk.hidden, weight, bias)
     else:

@@ -26,11 +26,11 @@ def multiplies_fast_in_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def get_product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype of products with a tensor: fp32 on a CPU that multiplies faster in it than in half precision."""
-    if tensor.device.type != "cpu" or tensor.dtype not in HALF:
-        return tensor.dtype
-    return tensor.dtype if tensor.dtype == torch.bfloat16 and multiplies_fast_in_bf16() else torch.float32
+def get_product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of products with a dtype: fp32 on a CPU that multiplies faster in it than in half precision."""
+    if device.type != "cpu" or dtype not in HALF:
+        return dtype
+    return dtype if dtype == torch.bfloat16 and multiplies_fast_in_bf16() else torch.float32
 
 
 def multiply_by_transpose(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class FrozenLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output, shape (..., out_features)."""
-        takes_half = x.dtype == self.weight.dtype and get_product_dtype(x) != x.dtype
+        takes_half = x.dtype == self.weight.dtype and get_product_dtype(x.dtype, x.device) != x.dtype
         is_trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         is_short = x.shape[:-1].numel() < LEAST_ROWS
         if not takes_half or is_trained or is_short or torch.is_autocast_enabled(x.device.type):

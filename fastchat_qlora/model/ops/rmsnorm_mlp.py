@@ -115,8 +115,8 @@ def _make_efficient(module: Any) -> torch.nn.Module | None:
     if is_trained or "forward" in vars(module) or any(hooks):
         return None
     if type(module) is torch.nn.Linear:
-        is_slow = get_product_dtype(module.weight) != module.weight.dtype
-        return FrozenLinear(module) if is_slow else None
+        dtype = module.weight.dtype
+        return FrozenLinear(module) if get_product_dtype(dtype, module.weight.device) != dtype else None
     forward = type(module).forward
     if _has_same_code(forward, LlamaRMSNorm.forward):
         return MemoryEfficientRMSNorm(module)

@@ -1,9 +1,12 @@
 """Products in fp32 where a CPU is slow in half precision."""
 
+from pathlib import Path
+
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from families import lora_config, make_base
+from families import lora_config, make_base, make_quantized_base
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -114,3 +117,16 @@ def test_losses_of_a_head_in_bf16_are_those_of_fp32(monkeypatch: pytest.MonkeyPa
     expected.sum().backward()
     assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert_close(hidden.grad[0].float(), exact.grad, **BF16_ROUNDING)
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_layers_of_4_bits_compute_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fast: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(cpu_products, "multiplies_fast_in_bf16", lambda: fast)
+    base = make_quantized_base(tmp_path)
+    layers = [module for module in base.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:
+        layer.compute_dtype = torch.bfloat16
+    attach_adapter(base, lora_config())
+    assert [layer.compute_dtype for layer in layers] == [expected] * 14
