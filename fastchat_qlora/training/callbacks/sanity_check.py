@@ -33,7 +33,7 @@ from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-CHECKED_TOKENS, CHECKED_TOKENS_ON_CPU, MAX_CHECKED_TOKENS = 128, 24, 1024
+CHECKED_TOKENS, CHECKED_TOKENS_ON_CPU, MAX_CHECKED_TOKENS = 128, 16, 1024
 """Tokens of each conversation, see `_count_checked`; the last are the most, for a window."""
 
 

@@ -164,7 +164,7 @@ def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "tokens"), [("llama", [48, 48, 24, 42, 42, 72]), ("mistral", [70, 70, 40, 70, 70, 120])]
+    ("family", "tokens"), [("llama", [32, 32, 16, 28, 28, 48]), ("mistral", [70, 70, 40, 70, 70, 120])]
 )
 def test_a_sound_model_runs_few_tokens(family: str, tokens: list[int], tmp_path: Path) -> None:
     """Three passes for layout, causality and losses, and three for a tree; behind the window of 8 tokens 32 more."""
@@ -299,8 +299,8 @@ class TestPrefixTrees:
         trainer.cutting = trainer.cutting._replace(prefixes=build_prefix_index(trainer.train_dataset))
         first, second, third = sanity_check._choose_alike(trainer, [9, 9])
         pair = sorted([first, second])
-        assert pair == [shared[188:] + [7] * 12, shared[188:] + [8] * 12]
-        assert len(third) == len(first) and third[:18] == first[:18] and third[18] != first[18]
+        assert pair == [shared[192:] + [7] * 8, shared[192:] + [8] * 8]
+        assert len(third) == len(first) and third[:12] == first[:12] and third[12] != first[12]
         with trainer.inference() as model:
             assert sanity_check.find_tree_failure(trainer, model, [first, second, third]) == ""
 
