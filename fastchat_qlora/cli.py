@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from fastchat_qlora import __version__
-from fastchat_qlora.commands.adapter_flags import parse_chat, parse_merge
 from fastchat_qlora.config.fast_help import check_fast
 from fastchat_qlora.errors import AgreedError, RunError, UserError
 from fastchat_qlora.utils.imports import quick_imports
@@ -55,6 +54,8 @@ def _run_plan(argv: Sequence[str]) -> None:
 
 
 def _run_chat(argv: Sequence[str]) -> None:
+    from fastchat_qlora.commands.adapter_flags import parse_chat
+
     parse_chat(argv)  # answers --help and mistakes before the libraries are imported
     with _under_watch():
         with quick_imports():
@@ -64,6 +65,8 @@ def _run_chat(argv: Sequence[str]) -> None:
 
 
 def _run_merge(argv: Sequence[str]) -> None:
+    from fastchat_qlora.commands.adapter_flags import parse_merge
+
     parse_merge(argv)
     with _under_watch():
         with quick_imports():

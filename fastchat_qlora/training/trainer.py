@@ -493,10 +493,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             model.train(was_training)
 
-    def build_batch(self, sequences: Sequence[Sequence[int]], *, share_prefixes: bool = False) -> dict[str, Any]:
-        """Return sequences of token ids as a batch, in the layout of training and all of them supervised."""
+    def build_batch(self, sequences: Sequence[Sequence[int]], *, least_shared: int | None = None) -> dict[str, Any]:
+        """Return sequences of token ids as a batch of the layout of training, all of them supervised.
+
+        Args:
+            least_shared: tokens that each branch of a prefix tree must save; None for no tree.
+        """
         examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
-        return dict(self._prepare_inputs(self.data_collator.collate(examples, share_prefixes=share_prefixes)))
+        return dict(self._prepare_inputs(self.data_collator.collate(examples, least_shared=least_shared)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to log entries with a loss."""

@@ -31,6 +31,7 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         self.trainer, self.task, self.packages = trainer, task, packages
         self.real = self.supervised = self.positions = self.passes = 0
         self.steps: list[dict[str, float]] = []
+        self.began: dict[str, float] = {}  # when the first step did
         self.warmup = task.warmup
         trainer.model.get_input_embeddings().register_forward_pre_hook(self.count_positions)
         self.inner_step = trainer.training_step
@@ -43,6 +44,7 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """Count the tokens of a pass, for a trainer that does not count itself, and train on it."""
+        self.began = self.began or self.read_clocks()
         if self.task.in_parts or not hasattr(self.trainer, "throughput"):
             real, supervised = count_tokens(inputs)
             self.real, self.supervised = self.real + real, self.supervised + supervised
@@ -70,9 +72,13 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         if hasattr(self.trainer, "throughput") and not self.task.in_parts:
             self.real, self.supervised = self.trainer.throughput.seen[:2]  # of this process
         counts = {name: getattr(self, name) for name in ("real", "supervised", "positions", "passes")}
-        self.steps.append({"ended": now, "seconds": now - self.last, **counts})
+        self.steps.append({"ended": now, "seconds": now - self.last, **self.read_clocks(), **counts})
         self.last = time.monotonic()
         return self.is_over(now)
+
+    def read_clocks(self) -> dict[str, float]:
+        """Return the seconds since the command, and those of CPU that this process has taken."""
+        return {"since_start": time.monotonic() - self.task.started, "cpu": time.process_time()}
 
     def is_over(self, now: float) -> bool:
         """Return whether the run ends with this step; the warm-up ends, too, when it is done or late."""
@@ -101,6 +107,7 @@ class Meter(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         measured = {
             "warmup": self.warmup,
             "steps": self.steps,
+            "began": self.began,
             "first_step_seconds": self.steps[0]["ended"] - self.task.started,
             "peak_mib": read_memory("VmHWM"),
             "gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,

@@ -52,15 +52,15 @@ def run(clone: Path, command: Sequence[str]) -> Times:
     return Times(time.monotonic() - began, cpu)
 
 
-def take_first_step(clone: Path, model: Path, data: Path, folder: Path) -> Times:
-    """Train for one step, and return the time to its end; the CPU's is that of the whole process."""
+def take_first_step(clone: Path, model: Path, data: Path, folder: Path, *, ends: bool) -> Times:
+    """Train for one step, and return the time to its end, or to its beginning."""
     place = folder / "run"
     place.mkdir(exist_ok=True)
     task = Task(
         model=str(model),
         data=str(data),
         folder=str(place),
-        max_length=1024,
+        max_length=1024 if ends else 128,  # which makes a run of the beginning short
         micro_batch=CONVERSATIONS,
         accumulation=1,
         warmup=0,
@@ -69,12 +69,13 @@ def take_first_step(clone: Path, model: Path, data: Path, folder: Path) -> Times
         checkpointing=False,
         dropout=0.05,
         learning_rate=2e-5,
-        options={"cache_dir": str(folder / "cache"), "restart": True},
+        options={"cache_dir": str(folder / "cache"), "restart": True, "max_rejected": 1},
         started=time.monotonic(),
     )
-    found = run(clone, [str(HERE / "train_ours.py"), str(task.write())])
+    run(clone, [str(HERE / "train_ours.py"), str(task.write())])
     measured = json.loads(task.results.read_text(encoding="utf-8"))
-    return Times(measured["first_step_seconds"], found.cpu)
+    clocks = measured["steps"][0] if ends else measured["began"]
+    return Times(clocks["since_start"], clocks["cpu"])
 
 
 class Comparison(NamedTuple):
@@ -118,7 +119,8 @@ def list_cases(model: Path | None, folder: Path) -> dict[str, Callable[[Path], T
     if model is not None:
         data = folder / "data.json"
         make_data(data, 4 * CONVERSATIONS)
-        cases["the first step"] = lambda clone: take_first_step(clone, chosen, data, folder)
+        cases["to the first step"] = lambda clone: take_first_step(clone, chosen, data, folder, ends=False)
+        cases["to its end"] = lambda clone: take_first_step(clone, chosen, data, folder, ends=True)
     return cases
 
 
@@ -130,13 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clones", nargs=2, type=Path)
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", help="the name of one case")
     parser.add_argument("--model", type=Path, help="a chat model, with which a first step is trained as well")
     parser.add_argument("--report", type=Path, help="Markdown file")
     options = parser.parse_args()
     clones = [clone.resolve() for clone in options.clones]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, measure in list_cases(options.model and options.model.resolve(), Path(folder)).items():
+        cases = list_cases(options.model and options.model.resolve(), Path(folder))
+        for name, measure in cases.items() if not options.only else [(options.only, cases[options.only])]:
             found = compare(clones, measure, options.pairs)
             numbers = [
                 f"{value:.2f}" for kind in zip(found.first, found.second, found.ratio, strict=True) for value in kind
@@ -145,7 +149,7 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     if options.report:
         about = f"Medians of {options.pairs} pairs with warm caches, {name_processor()}, {cores()} cores."
-        step = f"The first step has {CONVERSATIONS} ShareGPT-like conversations in bf16; its time is that to its end."
+        step = f"The first step has {CONVERSATIONS} ShareGPT-like conversations in bf16."
         title = "# Starting\n\n`playground/benchmark/startup.py` wrote this.\n\n"
         lines = [*make_table(HEADINGS, rows), "", about, *([step] if options.model else [])]
         options.report.write_text(title + "\n".join(lines) + "\n", encoding="utf-8")

@@ -220,7 +220,9 @@ def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     for name in ("transformers", "transformers-99.0.dist-info"):
         (folder / name).mkdir()
-    (folder / "transformers" / "__init__.py").write_text("raise SystemExit('transformers is imported')")
+    (folder / "transformers" / "__init__.py").write_text(
+        "__version__ = \"99.0\"\nraise SystemExit('transformers is imported')"
+    )
     declarations = (
         "class TrainingArguments:\n    learning_rate: float = 5e-5\n    warm_hearts: list[int] | None = None\n"
     )

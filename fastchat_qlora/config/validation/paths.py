@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +133,8 @@ def _declares_subset(readme: Path, name: str) -> bool:
 
 def check_writable(output_dir: str) -> list[str]:
     """Create the output folder and try to write there."""
+    import tempfile  # not for --help
+
     path = _expand(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)

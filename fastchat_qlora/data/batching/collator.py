@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DataCollatorForSeq2Seq
 
+from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
 from fastchat_qlora.data.batching.prefix_tree import PrefixTree, build_prefix_tree
 from fastchat_qlora.data.tokenization.labels import IGNORE_INDEX
 
@@ -63,12 +64,12 @@ class Collator:
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch of sequences, which have `input_ids`, `labels` and perhaps `weights`."""
-        return self.collate(sequences, share_prefixes=self.share_prefixes)
+        return self.collate(sequences, least_shared=LEAST_SHARED if self.share_prefixes else None)
 
-    def collate(self, sequences: Sequence[dict[str, Any]], *, share_prefixes: bool) -> dict[str, Any]:
-        """Return a batch of sequences as a prefix tree, or each by itself."""
+    def collate(self, sequences: Sequence[dict[str, Any]], *, least_shared: int | None) -> dict[str, Any]:
+        """Return a batch of sequences as a prefix tree whose branches save so many tokens, or each by itself."""
         ids = [np.asarray(sequence["input_ids"]) for sequence in sequences]
-        tree = build_prefix_tree(ids) if self.padding_free and share_prefixes else None
+        tree = build_prefix_tree(ids, least_shared) if self.padding_free and least_shared else None
         targets = [np.asarray(sequence["labels"])[1:] for sequence in sequences]
         supervised = [np.flatnonzero(target != IGNORE_INDEX) for target in targets]
         labels = np.concatenate([target[places] for target, places in zip(targets, supervised, strict=True)])

@@ -31,8 +31,8 @@ class _Node(NamedTuple):
     children: list[Any]  # nodes that continue from there
 
 
-def build_prefix_tree(sequences: Sequence[NDArray[Any]]) -> PrefixTree | None:
-    """Return the tree of some sequences; None if they share nothing worth it.
+def build_prefix_tree(sequences: Sequence[NDArray[Any]], least: int = LEAST_SHARED) -> PrefixTree | None:
+    """Return the tree of some sequences; None if they share nothing worth it, which is to save so many tokens.
 
     Branches are in the order of the sequences, not of their tokens, so that other tokens move none of them.
     """
@@ -47,11 +47,11 @@ def build_prefix_tree(sequences: Sequence[NDArray[Any]]) -> PrefixTree | None:
     leaves = [sequence for sequence in order if holders[sequence] == sequence]
     shared = [0, *(_match_beginnings(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
     total = sum(map(len, sequences))
-    if total - sum(len(sequences[leaf]) for leaf in leaves) + sum(shared) < LEAST_SHARED:
+    if total - sum(len(sequences[leaf]) for leaf in leaves) + sum(shared) < least:
         return None
-    tree = _lay_out(_find_nodes(leaves, shared, sequences), sequences)
+    tree = _lay_out(_find_nodes(leaves, shared, sequences, least), sequences)
     ends = [tree.ends[holder] for holder in holders]
-    return tree._replace(ends=ends) if total - len(tree.ids) >= LEAST_SHARED else None
+    return tree._replace(ends=ends) if total - len(tree.ids) >= least else None
 
 
 def _match_beginnings(first: NDArray[Any], second: NDArray[Any]) -> int:
@@ -60,12 +60,14 @@ def _match_beginnings(first: NDArray[Any], second: NDArray[Any]) -> int:
     return int((first[:length] != second[:length]).argmax())
 
 
-def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequence[NDArray[Any]]) -> list[_Node]:
+def _find_nodes(
+    leaves: Sequence[int], shared: Sequence[int], sequences: Sequence[NDArray[Any]], least: int
+) -> list[_Node]:
     """Return the roots, from sequences in order and the tokens that each shares with the one before.
 
     `path` leads to the last sequence. A node that the next sequence does not reach is complete: it stays if that saves
-    LEAST_SHARED tokens, or if a block of as many ends in it, which a PrefixIndex counts as shared, so that no row is
-    longer than it was planned. Else its children become those of its parent.
+    `least` tokens, or if a block of as many ends in it, which a PrefixIndex counts as shared, so that no row is longer
+    than it was planned. Else its children become those of its parent.
     """
     path = [_Node(0, 0, [])]
     for sequence, common in zip([*leaves, -1], [*shared, 0], strict=True):
@@ -74,8 +76,8 @@ def _find_nodes(leaves: Sequence[int], shared: Sequence[int], sequences: Sequenc
             if path[-1].depth < common:
                 path.append(_Node(common, node.sequence, []))
             saved = (len(node.children) - 1) * (node.depth - path[-1].depth)
-            is_planned = node.depth // LEAST_SHARED > path[-1].depth // LEAST_SHARED
-            keeps = not node.children or is_planned or saved >= LEAST_SHARED
+            is_planned = node.depth // least > path[-1].depth // least
+            keeps = not node.children or is_planned or saved >= least
             path[-1].children.extend([node] if keeps else node.children)
         if sequence >= 0:
             path.append(_Node(len(sequences[sequence]), sequence, []))

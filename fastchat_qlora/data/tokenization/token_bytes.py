@@ -96,10 +96,11 @@ def get_token_bytes(tokenizer: Any) -> NDArray[np.object_]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     tokens = [b""] * (max(vocabulary.values(), default=-1) + 1)
     byte_level = "ByteLevel" in f"{backend.decoder} {backend.pre_tokenizer}"
-    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    to_byte = {ord(character): byte for byte, character in bytes_to_unicode().items()}
+    characters = {*bytes_to_unicode().values()}
     for token, i in vocabulary.items():
-        if byte_level and all(character in to_byte for character in token):
-            tokens[i] = bytes(to_byte[character] for character in token)
+        if byte_level and characters.issuperset(token):
+            tokens[i] = token.translate(to_byte).encode("latin-1")
         elif not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
             tokens[i] = bytes([int(token[3:5], 16)])
         else:

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,26 +12,29 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
+from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
 from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
 from fastchat_qlora.model.attention.attention_checks import (
     Probe,
     TreeProbe,
+    is_rounding_by_row,
     measure_influence,
     measure_leakage,
+    measure_row,
     measure_tree,
 )
+from fastchat_qlora.model.attention.recurrent_layers import has_recurrent_layers
 from fastchat_qlora.model.loading.auto_class import get_text_attention
-from fastchat_qlora.model.ops.chunked_loss import compute_token_losses
+from fastchat_qlora.model.ops.chunked_loss import LossHead, compute_token_losses
 from fastchat_qlora.training.trainer import TARGET_COPIES, TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
-CHECKED_TOKENS = 128
-"""Tokens of each conversation; for a model with sliding windows as many as exceed a window, up to the next constant."""
-MAX_CHECKED_TOKENS = 1024
+CHECKED_TOKENS, CHECKED_TOKENS_ON_CPU, MAX_CHECKED_TOKENS = 128, 16, 1024
+"""Tokens of each conversation, see `_count_checked`; the last are the most, for a window."""
 
 
 class SanityCheck(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -56,12 +61,15 @@ def run_sanity_check(trainer: LoraTrainer) -> None:
 def _check(trainer: LoraTrainer) -> None:
     conversations = _choose_conversations(trainer)
     with trainer.inference() as model:
-        if trainer.data_collator.padding_free:
+        is_sound = not _agree(_doubt(trainer, model, *conversations))
+        if trainer.data_collator.padding_free and not is_sound:
             _settle_layout(trainer, model, *conversations)
         if trainer.data_collator.padding_free and trainer.data_collator.share_prefixes:
             _settle_sharing(trainer, model, _choose_alike(trainer, conversations[1]))
-        _require_causality(trainer, model, conversations[1])
-        loss = _agree(find_loss_failure(trainer, model, conversations)) if trainer.loss_head else ""
+        if not is_sound:
+            _require_causality(trainer, model, conversations[1])
+        checks_loss = trainer.loss_head and not is_sound
+        loss = _agree(find_loss_failure(trainer, model, conversations)) if checks_loss else ""
     if loss:
         trainer.use_plain_loss(loss)
 
@@ -154,9 +162,17 @@ def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
 
 
 def _count_checked(trainer: LoraTrainer) -> int:
-    window = getattr(trainer.adapter.config.get_text_config(), "sliding_window", None) or 0
-    tokens = window + 32 if window + 32 <= MAX_CHECKED_TOKENS else CHECKED_TOKENS
-    return int(max(tokens, CHECKED_TOKENS))
+    """Return the tokens of each conversation that are checked: few on a CPU, where they take seconds.
+
+    They must be more for a sliding window, behind which a token is to be hidden, and for layers that carry a state,
+    which compute in chunks of 64 tokens. Neither attention nor a loss head does anything else with more tokens, up to
+    the thousands at which some models choose other factors of their positions or select keys.
+    """
+    text = trainer.adapter.config.get_text_config()
+    window = getattr(text, "sliding_window", None) or 0
+    is_short = trainer.args.device.type == "cpu" and not has_recurrent_layers(trainer.adapter)
+    tokens = CHECKED_TOKENS_ON_CPU if is_short else CHECKED_TOKENS
+    return int(max(tokens, window + 32) if 0 < window <= MAX_CHECKED_TOKENS - 32 else tokens)
 
 
 def _choose_alike(trainer: LoraTrainer, conversation: list[int]) -> list[list[int]]:
@@ -185,6 +201,37 @@ def _change(sequence: list[int], start: int, by: int = 1) -> list[int]:
     return sequence[:start] + [token - by if token >= by else token + by for token in sequence[start:]]
 
 
+def _doubt(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
+    """Return why three passes do not show layout, causality and losses to be right at once; empty if they do.
+
+    In the second pass another conversation stands before, the last token is another one, and the head returns losses.
+    So all other tokens of the second conversation must give it the same hidden states, to the bit. Where rounding moves
+    them, as in mixtures of experts, or something is wrong, the checks of each must tell.
+    """
+    if not trainer.data_collator.padding_free or not trainer.loss_head or _find_scaling_by_row(trainer):
+        return "there are no losses end to end"
+    model = trainer.adapter.get_base_model()
+    batches = [trainer.build_batch([first, second]), trainer.build_batch([first[::-1], _change_last(second)])]
+    own = slice(len(first), len(first) + len(second) - 1)
+    try:
+        with _recording(trainer.loss_head) as record:
+            logits = forward(**trainer.model_inputs(batches[0])).logits
+            returned = _compute_with_head(trainer, forward, batches[1])
+        (before, _), (after, given) = record
+        if not torch.equal(before.flatten(0, -2)[own], after.flatten(0, -2)[own]):
+            return "logits move"
+        alone = torch.tensor([second], device=trainer.args.device)
+        by_row = measure_row(model, logits[0, len(first) :].float(), alone, forward)
+    except Exception as error:  # untrusted code of a model may raise anything
+        return one_line(error, 300)
+    if not is_rounding_by_row(by_row, model.dtype):
+        return "logits move"
+    supervised = batches[1]["supervised"]
+    is_own = (supervised >= own.start) & (supervised < own.stop)
+    plain = compute_token_losses(logits, **{name: batches[1][name][is_own] for name in TARGET_NAMES})
+    return _compare_losses(trainer, returned, given, plain, is_own)
+
+
 def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
     """Return how the second conversation's logits change with the one before it in its row; empty if they do not."""
     model, device = trainer.adapter.get_base_model(), trainer.args.device
@@ -204,15 +251,21 @@ def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], 
     )
 
 
+def _match(first: list[int], second: list[int]) -> int:
+    """Return the number of tokens that two sequences begin with alike; neither is a prefix of the other."""
+    return next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
 def find_tree_failure(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> str:
     """Return how the logits of a prefix tree differ from those of its sequences; empty if they do not.
 
     Of the three sequences, the branch of the second one is its own, and is changed.
     """
     model, (first, second, third) = trainer.adapter.get_base_model(), sequences
-    parted = next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    parted = _match(first, second)
     other = next(changed for by in (1, 2) if (changed := _change(second, parted, by))[parted] != first[parted])
-    trees = [trainer.build_batch([first, ids, third], share_prefixes=True) for ids in (second, other)]
+    least = min(LEAST_SHARED, max(1, _match(first, third) - parted))  # of short sequences there is a tree as well
+    trees = [trainer.build_batch([first, ids, third], least_shared=least) for ids in (second, other)]
     separate = trainer.build_batch(sequences)
     differs = (trees[0]["input_ids"] != trees[1]["input_ids"])[0]
     inputs = [trainer.model_inputs(batch) for batch in (*trees, separate)]
@@ -244,8 +297,8 @@ def _require_causality(trainer: LoraTrainer, forward: torch.nn.Module, conversat
 def _find_foresight(trainer: LoraTrainer, forward: torch.nn.Module, conversation: list[int]) -> str:
     """Return how much logits change with a later token; empty if they do not."""
     model = trainer.adapter.get_base_model()
-    changed = [*conversation[:-1], abs(conversation[-1] - 1)]
-    batches = [trainer.model_inputs(trainer.build_batch([ids])) for ids in (conversation, changed)]
+    both = conversation, _change_last(conversation)
+    batches = [trainer.model_inputs(trainer.build_batch([ids])) for ids in both]
     is_token = batches[0].get("attention_mask", torch.ones_like(batches[0]["input_ids"])).flatten()
     positions = is_token.nonzero()[:, 0]
     probe = Probe(batches[0], batches[1], positions[-1:], positions[:-1])
@@ -260,26 +313,57 @@ def _find_foresight(trainer: LoraTrainer, forward: torch.nn.Module, conversation
     return "" if is_causal else f"{influence.change:.1e}"
 
 
+def _change_last(conversation: list[int]) -> list[int]:
+    return [*conversation[:-1], abs(conversation[-1] - 1)]
+
+
 def find_loss_failure(trainer: LoraTrainer, forward: torch.nn.Module, conversations: list[list[int]]) -> str:
     """Return how the losses of the loss head differ from those of the model's logits; empty if they do not."""
-    assert trainer.loss_head is not None
     batch = trainer.build_batch(conversations)
-    targets = {name: batch[name] for name in TARGET_NAMES}
-    given: list[torch.Tensor] = []
-    hook = trainer.loss_head.register_forward_hook(lambda *call: given.append(call[2].flatten()))
+    assert trainer.loss_head is not None
     try:
-        with trainer.loss_head.expecting(**targets):
-            returned = forward(**trainer.model_inputs(batch)).logits.flatten()
-        losses = trainer.loss_head.read_losses(returned)
-        # Losses are in fp32, so that this tells in every dtype what the model does to logits.
-        scaled = given[0] * trainer.loss_head.transform.scale
-        is_scaled_so = torch.allclose(returned, scaled, rtol=1e-5, atol=0)
-        plain = compute_token_losses(forward(**trainer.model_inputs(batch)).logits, **targets)
-        difference = float((losses - plain).norm() / plain.norm())
+        with _recording(trainer.loss_head) as record:
+            returned = _compute_with_head(trainer, forward, batch)
+        logits = forward(**trainer.model_inputs(batch)).logits
+        plain = compute_token_losses(logits, **{name: batch[name] for name in TARGET_NAMES})
+        return _compare_losses(trainer, returned, record[0][1], plain, torch.ones_like(plain, dtype=torch.bool))
     except Exception as error:
         return f"the model cannot compute losses with the loss head: {one_line(error, 300)}"
+
+
+@contextmanager
+def _recording(head: LossHead) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield a list of what the head takes and returns in the block."""
+    record: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = head.register_forward_hook(lambda *call: record.append((call[1][0], call[2].flatten())))
+    try:
+        yield record
     finally:
         hook.remove()
+
+
+def _compute_with_head(trainer: LoraTrainer, forward: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return what the model makes of the loss head's losses, shape (targets,)."""
+    assert trainer.loss_head is not None
+    with trainer.loss_head.expecting(**{name: batch[name] for name in TARGET_NAMES}):
+        return forward(**trainer.model_inputs(batch)).logits.flatten()  # type: ignore[no-any-return]
+
+
+def _compare_losses(
+    trainer: LoraTrainer, returned: torch.Tensor, given: torch.Tensor, plain: torch.Tensor, is_target: torch.Tensor
+) -> str:
+    """Return how losses of the head differ from plain ones; empty if they do not.
+
+    Args:
+        returned, given: by the model and by its head, shape (targets,).
+        plain: the losses of some of the targets.
+        is_target: which they are, shape (targets,).
+    """
+    assert trainer.loss_head is not None
+    # Losses are in fp32, so that this tells in every dtype what the model does to logits.
+    is_scaled_so = torch.allclose(returned, given * trainer.loss_head.transform.scale, rtol=1e-5, atol=0)
+    losses = trainer.loss_head.read_losses(returned)[is_target]
+    difference = float((losses - plain).norm() / plain.norm())
     rounding = torch.finfo(trainer.adapter.get_base_model().dtype).eps
     if is_scaled_so and difference <= max(4 * rounding, 1e-5):
         return ""

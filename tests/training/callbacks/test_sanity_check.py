@@ -164,6 +164,21 @@ def test_check_draws_and_counts_nothing(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("llama", [32, 32, 16, 28, 28, 48]), ("mistral", [70, 70, 40, 70, 70, 120])]
+)
+def test_a_sound_model_runs_few_tokens(family: str, tokens: list[int], tmp_path: Path) -> None:
+    """Three passes for layout, causality and losses, and three for a tree; behind the window of 8 tokens 32 more."""
+    trainer, found = trainer_of(family, tmp_path), []
+    trainer.data_collator.share_prefixes = True
+    hook = trainer.adapter.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda *call: found.append(call[1][0].numel())
+    )
+    run_sanity_check(trainer)
+    hook.remove()
+    assert found == tokens
+
+
 def test_leaking_attention_is_replaced(tmp_path: Path, notices: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of("llama", tmp_path, "leaky")
     leak, loss = find_failures(trainer)
@@ -285,8 +300,8 @@ class TestPrefixTrees:
         trainer.cutting = trainer.cutting._replace(prefixes=build_prefix_index(trainer.train_dataset))
         first, second, third = sanity_check._choose_alike(trainer, [9, 9])
         pair = sorted([first, second])
-        assert pair == [shared[136:] + [7] * 64, shared[136:] + [8] * 20]
-        assert len(third) == len(first) and third[:70] == first[:70] and third != first
+        assert pair == [shared[192:] + [7] * 8, shared[192:] + [8] * 8]
+        assert len(third) == len(first) and third[:12] == first[:12] and third[12] != first[12]
         with trainer.inference() as model:
             assert sanity_check.find_tree_failure(trainer, model, [first, second, third]) == ""
 
@@ -304,6 +319,7 @@ def test_leaking_run_trains_as_a_padded_one(
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
+    monkeypatch.setattr(sanity_check, "_doubt", lambda *_: "a leak")
     monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
     output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
     assert f"Batches are padded{' and sequences not packed' if packing else ''}, slower" in notices.text
@@ -343,6 +359,7 @@ class TestWrappedLate:
         SanityCheck(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def test_stops_if_batches_are_built_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sanity_check, "_doubt", lambda *_: "a leak")
         monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
         trainer = self.late(tmp_path, PER_CONVERSATION)
         run_sanity_check(trainer)
