@@ -55,7 +55,6 @@ from fastchat_qlora.model.loading.base_model import (
     build_meta_model,
     check_router_loss,
     get_compute_dtype,
-    has_bf16_kernels,
     load_config,
 )
 from fastchat_qlora.model.loading.text_part import TextPart, find_text_part, is_mixture
@@ -246,7 +245,6 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     Raises:
         UserError: the model, the data, the adapter or the checkpoint cannot be used, or the disk is too small.
     """
-    _warn_of_slow_bf16(topology, dtype)
     output_dir, checkpoint = Path(args.training.output_dir), _choose_start(args)
     lora_config = restore_dropout(build_lora_config(args.lora), args.lora.lora_weight_path)
     lora_config.revision = args.model.commit  # PEFT loads the base model at that
@@ -357,14 +355,6 @@ def _find_stop_tokens(args: RunArguments, data: PreparedData) -> list[int]:
     if notice := describe_stop_tokens(found, data.tokenizer):
         logger.warning(notice)
     return found
-
-
-def _warn_of_slow_bf16(topology: Topology, dtype: torch.dtype) -> None:
-    if topology.accelerator is None and dtype == torch.bfloat16 and not has_bf16_kernels():
-        logger.warning(
-            "--bf16 True: torch has no fast products in bf16 for this CPU, so the run is several times slower than in "
-            "fp32; drop the flag if there is memory for fp32, which needs up to twice as much."
-        )
 
 
 def _warn_of_older_order(checkpoint: Checkpoint, strategy: str) -> None:

@@ -93,22 +93,6 @@ def test_plain_peft_gives_the_trained_models_logits(
     assert changed > 1e-2, "the adapter does something"
 
 
-@pytest.mark.parametrize(("bf16", "has_kernels"), [(True, False), (True, True), (False, False)])
-def test_slow_bf16_is_logged(
-    bf16: bool,
-    has_kernels: bool,
-    model_folder: Path,
-    data_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    notices: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("fastchat_qlora.training.setup.has_bf16_kernels", lambda: has_kernels)
-    train(command(model_folder, data_file, tmp_path / "out", bf16=bf16, use_cpu=True, dry_run=True))
-    logged = notices.text.count("--bf16 True: torch has no fast products in bf16 for this CPU")
-    assert logged == (1 if bf16 and not has_kernels else 0)
-
-
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="names of instructions, as Linux gives them")
 def test_bf16_kernels_need_instructions() -> None:
     instructions = set(Path("/proc/cpuinfo").read_text().split())
