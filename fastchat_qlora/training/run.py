@@ -22,7 +22,7 @@ from fastchat_qlora.training.callbacks.progress import disable_bars_without_term
 from fastchat_qlora.training.callbacks.sample_generations import SampleGenerations, encode_prompts
 from fastchat_qlora.training.callbacks.sanity_check import SanityCheck, run_sanity_check
 from fastchat_qlora.training.callbacks.step_monitor import LateEvaluation, StepMonitor
-from fastchat_qlora.training.callbacks.throughput import FirstStepClock
+from fastchat_qlora.training.callbacks.throughput import FirstStepClock, ThreadsByLoad
 from fastchat_qlora.training.checkpoints.checkpoint_writer import PrepareOutputDir
 from fastchat_qlora.training.checkpoints.output_lock import lock_output_dir
 from fastchat_qlora.training.report.html_report import RunReport
@@ -30,6 +30,7 @@ from fastchat_qlora.training.report.report_data import RunSummary
 from fastchat_qlora.training.report.results import write_results
 from fastchat_qlora.training.setup import PreparedRun, prepare
 from fastchat_qlora.training.trainer import LoraTrainer
+from fastchat_qlora.utils.free_cores import FreeCores
 from fastchat_qlora.utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def train(args: RunArguments) -> Path:
     disable_bars_without_terminal()
     writes = topology.is_main and not training_args.dry_run
     with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
+        cores = FreeCores()
         prepared = prepare(args, topology, dtype)
         prompts = _encode_sample_prompts(args, prepared)
         if training_args.dry_run:
@@ -56,8 +58,9 @@ def train(args: RunArguments) -> Path:
         monitor = StepMonitor(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
         model = _load_model(args, prepared, topology, dtype)
-        clock = FirstStepClock()
-        trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock])
+        clock, threads = FirstStepClock(), ThreadsByLoad(cores)
+        trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock, threads])
+        threads.on_step_begin(training_args)  # for the start-up check
         run_sanity_check(trainer)
         published, template = prepared.base.quantization.published, prepared.data.loaded.train.template
         effective = EffectiveSettings(trainer, topology, prepared.base.sizes, published, template)

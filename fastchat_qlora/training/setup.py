@@ -426,8 +426,7 @@ def make_training_dataset(
 def _pack_sequences(sequences: Dataset, args: RunArguments, prefixes: PrefixIndex | None) -> PackingSampler:
     lengths, capacity, seed = get_column(sequences, "length"), args.training.model_max_length, get_data_seed(args)
     if prefixes is None or not prefixes.shared.any():
-        sampler, computed = PackingSampler(lengths, capacity, seed), int(lengths.sum())
-        also = ""
+        sampler, computed, also = PackingSampler(lengths, capacity, seed), int(lengths.sum()), ""
     else:
         packer = PrefixPacker(prefixes, get_column(sequences, "record"), capacity)
         sampler = PackingSampler(lengths, capacity, seed, packer.pack)

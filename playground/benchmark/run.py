@@ -247,7 +247,9 @@ def measure(
     if processes > 1:
         launcher = "torch.distributed.run"
         command = ["-m", launcher, "--nproc_per_node", f"{processes}", "--master_port", f"{free_port()}", *command]
-    variables = make_variables(place) | {"OMP_NUM_THREADS": str(max(1, arguments.threads // processes))}
+    variables = make_variables(place)
+    if (threads := max(1, arguments.threads // processes)) != cores():  # torch's own choice, which may follow the load
+        variables["OMP_NUM_THREADS"] = str(threads)
     variables |= {"PYTHONPATH": path} if (path := find_package(environment, arguments, folder)) else {}
     log = place / "log.txt"
     with log.open("w") as output, busy_processes(max(contestant.busy, arguments.busy)):

@@ -36,7 +36,8 @@ several sequences share counts once where a program computes it once. Supervised
 Peak: the highest resident memory of its processes (VmHWM), imports and model included, or the GPU's allocated memory \
 where there is one. First step: from the start of the process to the end of the first optimizer step, or of the first \
 pass, with empty caches. Where steps are counted in passes, those of a part of a step were timed: all of the \
-step's sequences are alike there."""
+step's sequences are alike there, and the counts of a step are estimated from it. An earlier commit may count one \
+token more a sequence, the newline behind its last turn, which is not supervised."""
 
 Run = dict[str, Any]
 Runs = list[Run]

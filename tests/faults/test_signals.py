@@ -21,8 +21,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")
 
 FLAGS = (
     "--max_steps 12 --save_strategy steps --save_steps 100 --learning_rate 1e-2 --logging_steps 1 --eval_split 4 "
-    "--eval_strategy steps --eval_steps 1 --per_device_train_batch_size 2 --disable_tqdm True"
+    "--eval_strategy steps --eval_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 "
+    "--micro_batch_tokens off --disable_tqdm True"
 )
+"""Of a run whose steps have two passes."""
 UNBUFFERED = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from fastchat_qlora.data.batching import steps
 from fastchat_qlora.distributed import waiting
 from fastchat_qlora.model.adapter.lora import get_trainable_parameters
 from fastchat_qlora.training import run
@@ -92,6 +93,21 @@ def full_disk() -> None:
         os.close(ballast)
 
     _at_step(2, fill, slow=False)
+
+
+def counted_passes() -> None:
+    """Write the number of passes of each step; prefer those of PASS tokens, if there is such a variable."""
+    if preferred := os.environ.get("PASS"):
+        steps.PREFERRED_TOKENS["cpu"] = int(preferred)
+
+    class Counted(run.LoraTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+            if self.args.process_index == 0:
+                with Path(self.args.output_dir, "passes.txt").open("a") as file:
+                    file.write(f"{len(inputs)}\n")
+            return super().training_step(model, inputs, *args)
+
+    run.LoraTrainer = Counted
 
 
 def lost_writes() -> None:

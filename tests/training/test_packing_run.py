@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.data.batching.collator import Collator
+from fastchat_qlora.data.batching.packing import pack_best_fit
+from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.training import run
+from fastchat_qlora.training.callbacks import sanity_check
 
 Sequences = tuple[tuple[int, ...], ...]
 
@@ -102,17 +105,68 @@ def test_fewer_sequences_than_a_batch_are_an_error(model_folder: Path, data_file
         train(command(model_folder, data_file, tmp_path / "out", **flags))
 
 
-def test_rows_are_filled_by_what_they_compute(
-    model_folder: Path, data: Path, tmp_path: Path, batches: list[Sequences], notices: pytest.LogCaptureFixture
-) -> None:
-    """Two records that share their beginning go into one packed sequence, which trains on more tokens than it has."""
-    path, capacity = tmp_path / "alike.json", 512
-    prompt = " ".join(f"Rule {number}: be brief." for number in range(25))
-    turns = [[("human", f"{prompt} Say {letter}"), ("gpt", letter)] for letter in "ABCDEFGH"]
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """Return eight records behind one prompt of about half a packed sequence, with answers of three lengths."""
+    path, prompt = tmp_path / "alike.json", " ".join(f"Rule {number}: be brief." for number in range(25))
+    turns = [[("human", f"{prompt} Say {c}"), ("gpt", f"{c} " * (20 + 12 * (i % 3)))] for i, c in enumerate("ABCDEFGH")]
     path.write_text(json.dumps([sharegpt(each, str(i)) for i, each in enumerate(turns)]))
-    flags = {"packing": True, "model_max_length": capacity, "per_device_train_batch_size": 1, "max_steps": 2}
-    train(command(model_folder, path, tmp_path / "out", **flags))
+    return path
+
+
+ALIKE = {"packing": True, "model_max_length": 512, "per_device_train_batch_size": 1}
+ALIKE |= {"num_train_epochs": 1, "max_steps": -1, "micro_batch_tokens": "off"}
+
+
+def lengths_of(rows: list[Sequences]) -> list[int]:
+    return [len(ids) for row in rows for ids in row]
+
+
+def count_computed(row: Sequence[Sequence[int]], block: int) -> int:
+    """Return the tokens of a row without those that repeat a block and all before it."""
+    blocks = {tuple(ids[:end]) for ids in row for end in range(block, len(ids) + 1, block)}
+    return block * len(blocks) + sum(len(ids) % block for ids in row)
+
+
+def test_rows_are_filled_by_what_they_compute(
+    model_folder: Path, alike: Path, tmp_path: Path, batches: list[Sequences], notices: pytest.LogCaptureFixture
+) -> None:
+    """Records that share their beginning go into packed sequences that train on more tokens than they have."""
+    train(command(model_folder, alike, tmp_path / "out", **ALIKE))
     results = json.loads((tmp_path / "out" / "train_results.json").read_text("utf-8"))
-    assert max(sum(map(len, row)) for row in batches) > capacity
-    assert results["computed_tokens"] < results["tokens"]
-    assert f"packed ones of {capacity} tokens" in notices.text and "computed tokens of" in notices.text
+    least, planned = ([count_computed(row, block) for row in batches] for block in (1, LEAST_SHARED))
+    trained = [sum(map(len, row)) for row in batches]
+    assert 1 < len(batches) == len(losses(tmp_path / "out")) < len(pack_best_fit(lengths_of(batches), 512))
+    assert max(planned) <= 512 < min(trained)
+    assert sum(least) <= results["computed_tokens"] <= sum(planned) < results["tokens"] == sum(trained)
+    assert f"packed ones of 512 tokens, {sum(planned) / (512 * len(batches)):.1%} full" in notices.text
+    assert f" with {sum(planned):,} computed tokens of {sum(trained):,} trained ones" in notices.text
+
+
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_tokens": 512}, {"packing": False, "micro_batch_tokens": 512}])
+def test_passes_have_room_where_sharing_fails_at_the_start(
+    flags: dict[str, Any],
+    model_folder: Path,
+    alike: Path,
+    tmp_path: Path,
+    batches: list[Sequences],
+    monkeypatch: pytest.MonkeyPatch,
+    notices: pytest.LogCaptureFixture,
+) -> None:
+    """Rows and steps are those of a run that was not to share anything, to the bit."""
+    flags = ALIKE | {"per_device_train_batch_size": 2} | flags
+    separate = train(command(model_folder, alike, tmp_path / "separate", **flags, share_prefixes=False))
+    expected = list(batches)
+    batches.clear()
+    notices.clear()
+    monkeypatch.setattr(sanity_check, "find_tree_failure", lambda *_: "a failure")
+    output = train(command(model_folder, alike, tmp_path / "out", **flags))
+    assert batches == expected and len(batches) >= 4
+    most = 512 * (2 if flags["micro_batch_tokens"] == "off" else 1)
+    assert all(sum(map(len, one)) <= most for one in batches)
+    assert losses(output) == losses(separate) != []
+    if flags["packing"]:
+        rows = len(pack_best_fit(lengths_of(batches), 512))
+        assert len(losses(output)) == -(-rows // 2)
+        assert f"and packed again ({rows} packed sequences in place of" in notices.text
+    assert notices.text.count("Sequences that begin alike are computed each by itself") == 1

@@ -17,6 +17,7 @@ from fastchat_qlora.data.templates.renderer import TemplateMessage, check_templa
 from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.model.loading.base_model import get_context_length, get_dtype_name
 from fastchat_qlora.model.quantization.base_quantization import warn_of_rounded_activations
+from fastchat_qlora.utils.free_cores import FreeCores
 from fastchat_qlora.utils.signals import Stopped
 from fastchat_qlora.utils.stdout import open_stdout
 from fastchat_qlora.utils.text import escape_control, is_text
@@ -89,7 +90,7 @@ class ChatSession:
 
     def __init__(self, model: ChatModel, system: str | None, *, is_terminal: bool) -> None:
         self._model, self._system, self._is_terminal = model, system, is_terminal
-        self._messages = _make_messages(system)
+        self._messages, self._cores = _make_messages(system), FreeCores()
 
     def run(self, lines: Iterable[str]) -> None:
         """Take line after line until the user leaves."""
@@ -145,6 +146,7 @@ class ChatSession:
         if removed := self._model.drop_oldest(messages):
             limit = f"the {self._model.context_length:,} tokens of the model"
             logger.warning(f"The conversation no longer fits {limit}: its first {removed} messages are left out.")
+        self._cores.follow()
         answer = self._model.answer(messages, _write, adapter=adapter)
         _write("\n")
         if answer.was_stopped and not self._is_terminal:

@@ -37,6 +37,7 @@ from fastchat_qlora.model.merging.safetensors_files import WeightFiles
 from fastchat_qlora.model.quantization.base_quantization import build_quantization_config
 from fastchat_qlora.model.quantization.packed_integers import LAYOUT_NAMES
 from fastchat_qlora.model.quantization.published import BITSANDBYTES_KINDS, remove_quantization_settings
+from fastchat_qlora.utils.free_cores import FreeCores
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,12 @@ def _has_readable_files(adapter: TrainedAdapter) -> bool:
 
 def _write_layerwise(adapter: TrainedAdapter, plan: LayerwiseMerge, flags: argparse.Namespace, folder: Path) -> None:
     _check_space(plan.headers, flags.output_dir, folder)
+    cores = FreeCores()
     with tqdm(total=len(plan.headers), desc="Merging", unit="tensor", disable=None) as bar:
 
         def get(name: str) -> torch.Tensor:
             bar.update()
+            cores.follow()
             return plan.get(name)
 
         safetensors_files.write_weight_files(folder, plan.headers, get, flags.max_shard_size)

@@ -71,21 +71,30 @@ class PackingSampler(torch.utils.data.Sampler[list[int]]):
         self.capacity = capacity
         self._lengths, self._seed = np.asarray(lengths), seed
         self._pack = pack or self._pack_by_length
-        self._epoch = 0
-        self._count = len(self._pack(np.arange(len(self._lengths))))
+        self._epoch, self._drawn = 0, -1
+        self._rows: list[list[int]] = []  # of the epoch that was drawn last
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that comes next."""
         self._epoch = epoch
 
+    def without_sharing(self) -> "PackingSampler":
+        """Return one that packs by length."""
+        return PackingSampler(self._lengths, self.capacity, self._seed)
+
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows or self._draw())
 
     def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng((self._seed, self._epoch))
-        order = random.permutation(len(self._lengths))
-        rows = self._pack(order)
-        yield from (rows[i] for i in random.permutation(len(rows)).tolist())
+        return iter(self._draw())
+
+    def _draw(self) -> list[list[int]]:
+        if self._drawn != self._epoch:
+            random = np.random.default_rng((self._seed, self._epoch))
+            rows = self._pack(random.permutation(len(self._lengths)))
+            self._rows = [rows[i] for i in random.permutation(len(rows)).tolist()]
+            self._drawn = self._epoch
+        return self._rows
 
     def _pack_by_length(self, order: np.ndarray[Any, Any]) -> list[list[int]]:
         return [order[own].tolist() for own in pack_best_fit(self._lengths[order], self.capacity)]

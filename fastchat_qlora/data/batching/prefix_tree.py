@@ -66,7 +66,8 @@ def _find_nodes(
     """Return the roots, from sequences in order and the tokens that each shares with the one before.
 
     `path` leads to the last sequence. A node that the next sequence does not reach is complete: it stays if that saves
-    `least` tokens, or else its children become those of its parent.
+    `least` tokens, or if a block of as many ends in it, which a PrefixIndex counts as shared, so that no row is longer
+    than it was planned. Else its children become those of its parent.
     """
     path = [_Node(0, 0, [])]
     for sequence, common in zip([*leaves, -1], [*shared, 0], strict=True):
@@ -75,7 +76,9 @@ def _find_nodes(
             if path[-1].depth < common:
                 path.append(_Node(common, node.sequence, []))
             saved = (len(node.children) - 1) * (node.depth - path[-1].depth)
-            path[-1].children.extend([node] if saved >= least or not node.children else node.children)
+            is_planned = node.depth // least > path[-1].depth // least
+            keeps = not node.children or is_planned or saved >= least
+            path[-1].children.extend([node] if keeps else node.children)
         if sequence >= 0:
             path.append(_Node(len(sequences[sequence]), sequence, []))
     return _sort_children(path[0]).children

@@ -5,15 +5,14 @@ small products. With AMX its forward is the faster one in bf16, so it is used th
 """
 
 import functools
-import platform
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastchat_qlora.model.attention.branches import Block, Branch, split_branch
+from fastchat_qlora.model.ops.cpu_products import HALF, get_product_dtype
 
-HALF = (torch.bfloat16, torch.float16)
 BLOCK_QUERIES = 128  # whose scores for 1,024 keys and 9 heads take 4.5 MiB in fp32
 
 
@@ -116,7 +115,7 @@ class _Work:
         sinks: torch.Tensor | None,
         settings: BlockSettings,
     ) -> None:
-        self._dtype = _get_work_dtype(query)
+        self._dtype = get_product_dtype(query.dtype, query.device)
         self._settings, self._sinks = settings, sinks
         self._inputs = key[0], value[0]
         longest = max(branch.depths.stop for branch in settings.branches)
@@ -189,24 +188,6 @@ class _Sums:
             branch = self._entered.pop()
             for sums, row in zip((self.keys, self.values), self._rows, strict=True):
                 row[:, branch.own] = sums[:, branch.depths]
-
-
-@functools.cache
-def multiplies_fast_in_bf16() -> bool:
-    """Return whether this CPU has matrix units for bf16.
-
-    Without AMX, oneDNN's products in bf16 take twice as long as those in fp32, with AVX512-BF16 as well.
-    """
-    if platform.machine().lower() in {"x86_64", "amd64"}:
-        return bool(torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _get_work_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype of the products: fp32 on a CPU that multiplies faster in it than in half precision."""
-    if tensor.device.type != "cpu" or tensor.dtype not in HALF:
-        return tensor.dtype
-    return tensor.dtype if tensor.dtype == torch.bfloat16 and multiplies_fast_in_bf16() else torch.float32
 
 
 @functools.lru_cache(maxsize=64)

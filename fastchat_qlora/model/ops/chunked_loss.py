@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastchat_qlora.model.ops.cpu_products import get_product_dtype, multiply, multiply_by_transpose
+
 LOGITS_BYTES, LOGITS_BYTES_ON_ACCELERATOR = {"cpu": 2**26}, 2**29
 """Size of a chunk's logits in fp32: enough to read the head's weight rarely (410 targets of SmolLM2 in bf16 took two
 cores with AMX 59 ms with 48 MiB, 76 with 16), and to keep an accelerator busy (1,000 tokens of 128k logits)."""
@@ -206,13 +208,21 @@ def _compute_chunk(
     chunk: _Chunk, weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[float, LogitTransform]
 ) -> None:
     """Write the losses of a chunk, and its gradient if that is needed."""
-    logits = F.linear(chunk.hidden, weight, bias)
+    dtype = get_product_dtype(weight.dtype, weight.device)
+    if dtype == weight.dtype:
+        logits = F.linear(chunk.hidden, weight, bias)
+    else:
+        logits = multiply_by_transpose(chunk.hidden.to(dtype), weight)
+        logits += 0 if bias is None else bias
     length = get_softmax_length(len(weight), logits.device.type)
     pieces = (torch.split(tensor, length) for tensor in (logits, chunk.targets, chunk.losses))
     for piece_logits, targets, losses in zip(*pieces, strict=True):
         losses.copy_(_compute_losses(piece_logits, targets, *settings, write_gradient=chunk.gradient is not None))
-    if chunk.gradient is not None:
-        torch.mm(logits, weight, out=chunk.gradient)  # `logits` holds softmax minus target by now
+    if chunk.gradient is not None:  # `logits` holds softmax minus target by now
+        if dtype == weight.dtype:
+            torch.mm(logits, weight, out=chunk.gradient)
+        else:
+            chunk.gradient.copy_(multiply(logits, weight))
 
 
 def _compute_losses(

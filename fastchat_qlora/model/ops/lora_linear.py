@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 
+from fastchat_qlora.model.ops.cpu_products import get_product_dtype
+
 
 class _EfficientLora(LoraLayer):  # type: ignore[misc]  # PEFT is untyped
     """The forward pass of PEFT's linear LoRA layers for plain LoRA; for all else PEFT's own.
@@ -83,6 +85,8 @@ def register_efficient_lora(config: LoraConfig, model: torch.nn.Module) -> None:
             """The layer beside bitsandbytes' 4-bit Linear."""
 
         config._register_custom_module({bitsandbytes.nn.Linear4bit: EfficientLoraLinear4bit})
+        for layer in (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)):
+            layer.compute_dtype = get_product_dtype(layer.compute_dtype, layer.weight.device)
 
 
 def needs_autocast(model: torch.nn.Module) -> bool:

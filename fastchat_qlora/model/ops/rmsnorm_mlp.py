@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from fastchat_qlora.model.ops.cpu_products import FrozenLinear, get_product_dtype
+
 
 class MemoryEfficientRMSNorm(torch.nn.Module):
     """The norm of Llama and most later models (arXiv 1910.07467), with a frozen weight.
@@ -91,14 +93,15 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def use_memory_efficient_modules(model: torch.nn.Module, excluded_classes: Collection[str] = ()) -> None:
-    """Replace a frozen model's norms and MLPs that compute the same as Llama's.
+    """Replace a frozen model's norms and MLPs that compute the same as Llama's, and linear layers that are slow.
 
-    These are found by the bytecode of their forward: 140 norms and 134 MLPs of transformers 5.23 have that of Llama's.
-    Modules with hooks, with a forward of their own or of a class in `excluded_classes` stay.
+    Norms and MLPs are found by the bytecode of their forward: 140 norms and 134 MLPs of transformers 5.23 have that of
+    Llama's. Modules with hooks, with a forward of their own or of a class in `excluded_classes` stay.
     """
     made: dict[int, torch.nn.Module] = {}  # a module with two names keeps both
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # becomes a LossHead
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module).__name__ in excluded_classes:
+        if type(module).__name__ in excluded_classes or module is head:
             continue
         efficient = made.get(id(module)) or _make_efficient(module)
         if efficient is not None:
@@ -111,6 +114,9 @@ def _make_efficient(module: Any) -> torch.nn.Module | None:
     is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     if is_trained or "forward" in vars(module) or any(hooks):
         return None
+    if type(module) is torch.nn.Linear:
+        dtype = module.weight.dtype
+        return FrozenLinear(module) if get_product_dtype(dtype, module.weight.device) != dtype else None
     forward = type(module).forward
     if _has_same_code(forward, LlamaRMSNorm.forward):
         return MemoryEfficientRMSNorm(module)

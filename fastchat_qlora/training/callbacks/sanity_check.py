@@ -104,8 +104,22 @@ def _settle_sharing(trainer: LoraTrainer, forward: torch.nn.Module, sequences: l
     reason = f"attention {attention} takes no prefix tree" if attention != PER_CONVERSATION else ""
     reason = reason or _agree(find_tree_failure(trainer, forward, sequences))
     if reason:
-        trainer.data_collator.share_prefixes = False
-        logger.warning(f"Sequences that begin alike are computed each by itself, slower than they could be: {reason}.")
+        _separate(trainer, reason)
+
+
+def _separate(trainer: LoraTrainer, reason: str) -> None:
+    """Stop sharing, and pack again by length what was packed by what it would have computed."""
+    index, data, again = trainer.cutting.prefixes, trainer.train_dataset, ""
+    if index is not None and index.shared.any():
+        if trainer.is_wrapped_late:  # steps are planned already
+            raise RunError(f"{reason}; start again with --share_prefixes False")
+        if isinstance(data, PackedDataset):
+            trainer.train_dataset = PackedDataset(data.conversations, data.sampler.without_sharing())
+            again = f", and packed again ({len(trainer.train_dataset):,} packed sequences in place of {len(data):,})"
+    trainer.data_collator.share_prefixes = False
+    logger.warning(
+        f"Sequences that begin alike are computed each by itself{again}, slower than they could be: {reason}."
+    )
 
 
 def _find_scaling_by_row(trainer: LoraTrainer) -> str:

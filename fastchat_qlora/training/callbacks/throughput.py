@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from fastchat_qlora.config.arguments import TrainingArguments
+from fastchat_qlora.utils.free_cores import FreeCores
 
 logger = logging.getLogger(__name__)
 
@@ -162,3 +163,17 @@ class FirstStepClock(TrainerCallback):  # type: ignore[misc]  # transformers is 
             torch.accelerator.synchronize()
         self.metrics["time_to_first_step"] = round(seconds_since_start(), 2)
         logger.info(f"First step done {self.metrics['time_to_first_step']} s after the start of the process.")
+
+
+class ThreadsByLoad(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Callback that gives a thread to each core that is free, before each pass on the CPU."""
+
+    def __init__(self, cores: FreeCores) -> None:
+        self._cores = cores
+
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Choose the threads of a pass. Compiled functions are compiled again for another number."""
+        if args.device.type == "cpu" and not args.torch_compile and not args.compile_layers:
+            self._cores.follow()
+
+    on_substep_end = on_prediction_step = on_step_begin

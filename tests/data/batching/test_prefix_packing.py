@@ -5,11 +5,12 @@ from collections import defaultdict
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prefix_index import SEQUENCES, Ids, make_dataset
+from test_prefix_index import SEQUENCES, Ids, list_prefixes, make_dataset
 
 from fastchat_qlora.data.batching.packing import PackingSampler, pack_best_fit
 from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED, PrefixIndex, build_prefix_index
 from fastchat_qlora.data.batching.prefix_packing import MOST_TRAINED, PrefixPacker
+from fastchat_qlora.data.batching.prefix_tree import build_prefix_tree
 
 
 def pack_epochs(index: PrefixIndex, numbers: list[int], capacity: int, epochs: int = 3) -> list[list[list[int]]]:
@@ -23,6 +24,14 @@ def pack_epochs(index: PrefixIndex, numbers: list[int], capacity: int, epochs: i
     return packed
 
 
+def require_room(row: list[Ids], capacity: int) -> None:
+    """Require that a row has as few tokens as it may: by its distinct beginnings of whole blocks, and once laid out."""
+    blocks = {prefix for ids in row for prefix in list_prefixes(ids)}
+    counted = LEAST_SHARED * len(blocks) + sum(len(ids) % LEAST_SHARED for ids in row)
+    tree = build_prefix_tree([np.array(ids) for ids in row])
+    assert 0 < (len(tree.ids) if tree else sum(map(len, row))) <= counted <= capacity
+
+
 @settings(max_examples=80, deadline=None)
 @given(SEQUENCES, st.integers(400, 700), st.data())
 def test_rows_hold_each_sequence_once_and_compute_no_more_than_fits(
@@ -33,7 +42,8 @@ def test_rows_hold_each_sequence_once_and_compute_no_more_than_fits(
     index = build_prefix_index(make_dataset(sequences).select(rows))
     for packed in pack_epochs(index, numbers, capacity):
         assert sorted(number for row in packed for number in row) == list(range(len(rows)))
-        assert all(0 < index.count_computed(row) <= capacity for row in packed)
+        for row in packed:
+            require_room([sequences[rows[number]] for number in row], capacity)
 
 
 @settings(max_examples=80, deadline=None)

@@ -37,6 +37,9 @@ LAYOUTS = {
     "too little between": Layout(
         [[*BASE[:50], 1], [*BASE[:50], 2], [*BASE[:40], 3]], ((-1, 40), (0, 11), (0, 11), (0, 1))
     ),
+    "little between, but a block": Layout(
+        [[*BASE[:64], 1], [*BASE[:64], 2], [*BASE[:40], 3]], ((-1, 40), (0, 24), (1, 1), (1, 1), (0, 1))
+    ),
 }
 
 
@@ -84,6 +87,9 @@ def test_trees_hold_their_sequences_once(sequences: list[list[int]]) -> None:
         return
     read_back(tree, sequences)
     assert total - sum(common) <= len(tree.ids) <= total - LEAST_SHARED
+    blocks = {tuple(ids[:end]) for ids in sequences for end in range(LEAST_SHARED, len(ids) + 1, LEAST_SHARED)}
+    planned = LEAST_SHARED * len(blocks) + sum(len(ids) % LEAST_SHARED for ids in sequences)
+    assert len(tree.ids) <= planned, "what is planned by blocks is never longer"
     assert len(tree.ids) == sum(tokens for _, tokens in tree.branches)
     assert all(parent < index and tokens > 0 for index, (parent, tokens) in enumerate(tree.branches))
     for (parent, tokens), path in zip(tree.branches, tree.paths, strict=True):

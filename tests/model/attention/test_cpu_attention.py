@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastchat_qlora.model.attention import attention, cpu_attention, tree_attention
+from fastchat_qlora.model.attention import attention, tree_attention
 from fastchat_qlora.model.attention.branches import lay_out_branches
 from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES, BlockSettings, attend_in_blocks
+from fastchat_qlora.model.ops import cpu_products
 
 Inputs = list[torch.Tensor]
 
@@ -96,7 +97,7 @@ def test_sinks_take_their_share(length: int, heads: tuple[int, int], window: int
 @pytest.fixture(params=[True, False], ids=["fast-bf16", "slow-bf16"])
 def is_fast_in_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Have a CPU with AMX, or without."""
-    monkeypatch.setattr(cpu_attention, "multiplies_fast_in_bf16", lambda: request.param)
+    monkeypatch.setattr(cpu_products, "multiplies_fast_in_bf16", lambda: request.param)
     return bool(request.param)
 
 

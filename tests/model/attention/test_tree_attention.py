@@ -6,9 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trees import Branches, attend, count_tokens, forests, random_inputs, reference, with_gradients
 
-from fastchat_qlora.model.attention import cpu_attention
 from fastchat_qlora.model.attention.attention import attend_per_conversation
 from fastchat_qlora.model.attention.cpu_attention import BLOCK_QUERIES
+from fastchat_qlora.model.ops import cpu_products
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 BLOCK = BLOCK_QUERIES
@@ -35,7 +35,7 @@ def test_equals_attention_under_a_mask_of_each_path(
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("window", [None, 40])
 def test_bf16_is_as_accurate_as_its_rounding(window: int | None, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "multiplies_fast_in_bf16", lambda: fast)
+    monkeypatch.setattr(cpu_products, "multiplies_fast_in_bf16", lambda: fast)
     inputs = random_inputs(count_tokens(LONG), (4, 2), BF16, width=32)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = with_gradients(reference(exact, LONG, window=window), exact)

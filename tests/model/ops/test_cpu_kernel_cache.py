@@ -71,10 +71,11 @@ import torch
 from families import lora_config, make_base
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.attention import cpu_attention
+from fastchat_qlora.model.ops import cpu_products
 from fastchat_qlora.model.ops.cpu_kernel_cache import limit_kernel_caches
 lengths = list(range(20, 20 + 13 * 20, 13)) + [300, 520]
 limit_kernel_caches(max(lengths), len(lengths))
-cpu_attention.multiplies_fast_in_bf16 = lambda: True
+cpu_products.multiplies_fast_in_bf16 = lambda: True
 sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "max_position_embeddings": 4000}
 base = make_base("llama", "per_conversation", torch.bfloat16, vocab_size=300, **sizes)
 model = attach_adapter(base, lora_config(lora_dropout=0.05)).train()

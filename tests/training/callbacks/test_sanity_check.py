@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler
 from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention import attention
@@ -364,6 +365,26 @@ class TestWrappedLate:
         run_sanity_check(trainer)
         assert trainer.data_collator.padding_free, "not checked yet"
         with pytest.raises(RunError, match="a leak; start again with --padding_free False"):
+            self.begin(trainer)
+
+    @pytest.mark.parametrize("packs", [False, True], ids=["conversations", "packed"])
+    def test_stops_if_steps_are_planned_with_sharing(
+        self, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notices: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(sanity_check, "find_tree_failure", lambda *_: "a failure")
+        trainer = self.late(tmp_path, PER_CONVERSATION)
+        trainer.data_collator.share_prefixes = True
+        index = build_prefix_index(trainer.train_dataset)
+        trainer.cutting = trainer.cutting._replace(prefixes=index)
+        self.begin(trainer)
+        assert "computed each by itself, slower" in notices.text, "nothing begins alike, and nothing is lost"
+        alike = [{"input_ids": [3] * (40 + i), "labels": [3] * (40 + i), "length": 40 + i} for i in range(3)]
+        trainer.train_dataset = data = Dataset.from_list(alike, Features(TOKENS))
+        trainer.cutting = trainer.cutting._replace(prefixes=build_prefix_index(data))
+        if packs:
+            trainer.train_dataset = PackedDataset(data, PackingSampler([40, 41, 42], 80, seed=0))
+        trainer.data_collator.share_prefixes = True
+        with pytest.raises(RunError, match="a failure; start again with --share_prefixes False"):
             self.begin(trainer)
 
     def test_falls_back_to_the_plain_loss(self, scaled: None, tmp_path: Path) -> None:
