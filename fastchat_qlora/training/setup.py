@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_qlora.config.arguments import RunArguments
+from fastchat_qlora.config.arguments import DataArguments, RunArguments
 from fastchat_qlora.data.analysis.stop_tokens import describe_stop_tokens, find_stop_tokens
 from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
 from fastchat_qlora.data.batching.prefix_index import PrefixIndex
@@ -286,7 +286,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
         train_dataset=train_dataset,
         eval_dataset=datasets.eval,
         fingerprint=settings | identity,
-        cutting=Cutting(size, args.data.micro_batch_tokens, _get_attention_share(cost, datasets.train), prefixes),
+        cutting=_make_cutting(args.data, size, cost, datasets.train, prefixes),
         model_cost=cost,
         stop_tokens=_find_stop_tokens(args, data),
     )
@@ -460,10 +460,13 @@ def choose_pass_size(args: RunArguments, dataset: Dataset | PackedDataset, devic
     return PassSize(tokens, tokens)
 
 
-def _get_attention_share(cost: ModelCost | str | None, sequences: Dataset) -> float:
-    """Return what attention adds to the cost of a sequence; 0 if the model's cost is not known."""
+def _make_cutting(
+    args: DataArguments, size: PassSize, cost: ModelCost | str | None, sequences: Dataset, prefixes: PrefixIndex | None
+) -> Cutting:
+    """Return how steps are cut, by what attention adds to the cost of a sequence; nothing if that is not known."""
     longest = int(get_column(sequences, "length").max())
-    return compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
+    attention = compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
+    return Cutting(size, args.micro_batch_tokens, attention, prefixes, must_share=args.share_prefixes == "True")
 
 
 def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:

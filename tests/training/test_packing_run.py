@@ -15,7 +15,7 @@ from fastchat_qlora.cli import main
 from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.data.batching.packing import pack_best_fit
 from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
-from fastchat_qlora.errors import UserError
+from fastchat_qlora.errors import RunError, UserError
 from fastchat_qlora.training import run
 from fastchat_qlora.training.callbacks import sanity_check
 
@@ -170,3 +170,12 @@ def test_passes_have_room_where_sharing_fails_at_the_start(
         assert len(losses(output)) == -(-rows // 2)
         assert f"and packed again ({rows} packed sequences in place of" in notices.text
     assert notices.text.count("Sequences that begin alike are computed each by itself") == 1
+
+
+@pytest.mark.parametrize("check", ["find_tree_failure", "find_leak"])
+def test_run_that_must_share_stops_where_that_fails_at_the_start(
+    check: str, model_folder: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanity_check, check, lambda *_: "a failure")
+    with pytest.raises(RunError, match="--share_prefixes True: is not possible: a failure; leave it on auto"):
+        train(command(model_folder, alike, tmp_path / "out", share_prefixes=True))

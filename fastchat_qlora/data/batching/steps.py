@@ -65,6 +65,7 @@ class Cutting(NamedTuple):
     flag: str = "off"  # --micro_batch_tokens as given
     attention: float = 0.0  # see CostModel
     prefixes: PrefixIndex | None = None  # of the dataset, if what sequences share may be computed once
+    must_share: bool = False  # --share_prefixes True
 
     @property
     def is_auto(self) -> bool:

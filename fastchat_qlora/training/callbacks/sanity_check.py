@@ -109,6 +109,7 @@ def _settle_sharing(trainer: LoraTrainer, forward: torch.nn.Module, sequences: l
 
 def _separate(trainer: LoraTrainer, reason: str) -> None:
     """Stop sharing, and pack again by length what was packed by what it would have computed."""
+    _allow_separation(trainer, reason)
     index, data, again = trainer.cutting.prefixes, trainer.train_dataset, ""
     if index is not None and index.shared.any():
         if trainer.is_wrapped_late:  # steps are planned already
@@ -120,6 +121,12 @@ def _separate(trainer: LoraTrainer, reason: str) -> None:
     logger.warning(
         f"Sequences that begin alike are computed each by itself{again}, slower than they could be: {reason}."
     )
+
+
+def _allow_separation(trainer: LoraTrainer, reason: str) -> None:
+    """Raise RunError if the run is to share what sequences begin with, or to stop."""
+    if trainer.cutting.must_share:
+        raise RunError(f"--share_prefixes True: is not possible: {reason}; leave it on auto")
 
 
 def _find_scaling_by_row(trainer: LoraTrainer) -> str:
@@ -136,6 +143,7 @@ def _find_scaling_by_row(trainer: LoraTrainer) -> str:
 
 
 def _pad(trainer: LoraTrainer, reason: str) -> None:
+    _allow_separation(trainer, reason)
     packing = isinstance(trainer.train_dataset, PackedDataset)
     logger.warning(
         f"Batches are padded{' and sequences not packed' if packing else ''}, slower and larger than they could "
