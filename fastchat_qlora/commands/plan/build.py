@@ -14,6 +14,7 @@ from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_opti
 from fastchat_qlora.commands.plan.plan import DiskUsage, Plan, Speed, TrainingTime
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.data.batching.steps import StepShape, count_units
 from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device
@@ -33,6 +34,7 @@ from fastchat_qlora.training.callbacks.activation_checkpointing import get_devic
 from fastchat_qlora.training.callbacks.effective_settings import describe_step
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
+from fastchat_qlora.training.prefix_sharing import count_shared_tokens, explain_separation
 from fastchat_qlora.training.schedule import count_steps
 
 
@@ -68,6 +70,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         conversations=len(np.unique(get_column(sequences, "record"))),
         tokens=tokens,
         supervised=supervised,
+        shared=run.shared,
         schedule=schedule,
         trainable=trainable,
         base=parameters,
@@ -120,12 +123,16 @@ def _get_settings(
     args: RunArguments, base: setup.PreparedBase, devices: Devices, sequences: Dataset, supervised: int
 ) -> RunSettings:
     training, lengths = args.training, get_column(sequences, "length")
-    dataset = setup.make_training_dataset(sequences, args, devices.number)
+    index, separation = build_prefix_index(sequences), _explain_separation(args, base, devices)
+    prefixes = None if separation else index
+    dataset = setup.make_training_dataset(sequences, args, devices.number, prefixes)
     return RunSettings(
         args=args,
         base=base,
         devices=devices,
         dataset=dataset,
+        prefixes=prefixes,
+        shared=count_shared_tokens(sequences, index, args, separation, devices.number),
         lengths=lengths,
         supervised_share=supervised / int(lengths.sum()),
         strategy=_get_parallel_strategy(args, base.config, devices.number),
@@ -137,6 +144,14 @@ def _get_settings(
         max_length=training.model_max_length,
         checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
     )
+
+
+def _explain_separation(args: RunArguments, base: setup.PreparedBase, devices: Devices) -> str:
+    """Return the reason why each sequence is computed by itself; flash-attn need not be installed on this machine."""
+    if args.training.flash_attn and devices.kind != "cpu":
+        return explain_separation(args, base.config, base.meta_model, "flash_attention_2")
+    accelerator = None if devices.kind == "cpu" else devices.kind
+    return setup.choose_sharing(args, base, accelerator, get_compute_dtype(args.training))[1]
 
 
 def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices: int) -> ParallelStrategy:

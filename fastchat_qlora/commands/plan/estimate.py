@@ -13,6 +13,7 @@ from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.optimizers import find_strategy_errors
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
 from fastchat_qlora.data.batching.steps import PassSize, bound_pass_tokens
 from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
@@ -23,6 +24,7 @@ from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.quantization.base_quantization import check_weights_can_be_sharded
 from fastchat_qlora.training.callbacks import activation_checkpointing
+from fastchat_qlora.training.prefix_sharing import SharedTokens
 from fastchat_qlora.training.setup import PreparedBase
 
 
@@ -53,6 +55,8 @@ class RunSettings:
     base: PreparedBase
     devices: Devices
     dataset: Any  # sequences, or packed sequences
+    prefixes: PrefixIndex | None  # of the sequences, if what they share is computed once
+    shared: SharedTokens
     lengths: NDArray[np.int64]  # of the sequences before packing
     supervised_share: float
     strategy: ParallelStrategy  # this and what follows can be changed to make a run fit

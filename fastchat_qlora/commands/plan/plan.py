@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fastchat_qlora.model.estimates.memory import MemoryNeed
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
+from fastchat_qlora.training.prefix_sharing import SharedTokens
 from fastchat_qlora.training.schedule import Schedule
 
 
@@ -67,6 +68,7 @@ class Plan:
     conversations: int
     tokens: int  # of one epoch
     supervised: int  # of these
+    shared: SharedTokens
     schedule: Schedule
     trainable: dict[str, int]  # kind of module -> trained parameters
     base: int  # parameters of the base model

@@ -74,6 +74,7 @@ def _build_facts(plan: Plan) -> Table:
     facts = plan.settings | {
         "data": f"{data}, {plan.tokens:,} tokens an epoch, {plan.supervised:,} ({plan.supervised / plan.tokens:.0%}) "
         "of them supervised",
+        "shared prefixes": plan.shared.describe(),
         "steps": f"{schedule.steps:,} in {schedule.epochs:g} epochs, {schedule.steps_per_epoch:,} an epoch",
         "largest pass": f"{plan.pass_tokens:,} tokens",
         "base model": f"{plan.base:,} parameters",

@@ -45,6 +45,10 @@ class PrefixIndex:
         saved = self.count_common(places[follows], places[follows + 1])
         return counts - np.bincount(passes[follows], saved, len(counts)).astype(np.int64)
 
+    def count_saved(self, indices: Ints, passes: Ints) -> int:
+        """Return the tokens that passes need not compute again; arguments as for count_each."""
+        return int(self.lengths[indices].sum() - self.count_each(indices, passes).sum())
+
     def count_shared(self, places: Ints) -> NDArray[np.int32]:
         """Return the tokens that each of these shares with the one before it among them; places are increasing."""
         return np.append(np.zeros(1, dtype=np.int32), self.count_common(places[:-1], places[1:]))[: len(places)]
