@@ -42,7 +42,7 @@ class PrefixIndex:
         return counts - np.bincount(*self.find_saved(indices, passes), len(counts)).astype(np.int64)
 
     def find_saved(self, indices: Ints, passes: Ints) -> tuple[Ints, NDArray[np.int32]]:
-        """Return the pass of each sequence that is not the first of one, and its tokens that are computed there."""
+        """Return the pass of each sequence that is not the first of one, and its tokens that others compute."""
         order = np.lexsort((self.rank[indices], passes))
         places, passes = self.rank[indices][order], passes[order]
         follows = np.flatnonzero(passes[1:] == passes[:-1])

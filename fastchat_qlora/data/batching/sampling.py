@@ -97,8 +97,8 @@ def build_sampler(
     if isinstance(dataset, PackedDataset):
         return dataset.sampler
     clusters = [] if prefixes is None else find_clusters(prefixes, number_conversations(dataset), per_step)
-    lengths = get_column(dataset, "length")
-    return ConversationSampler(find_conversations(dataset), lengths, strategy, seed, per_step, clusters)
+    bounds, lengths = find_conversations(dataset), get_column(dataset, "length")
+    return ConversationSampler(bounds, lengths, strategy, seed, per_step, clusters)
 
 
 def count_saved_by_steps(sampler: Any, prefixes: PrefixIndex, per_step: int) -> int:
