@@ -267,7 +267,7 @@ def prepare(args: RunArguments, topology: Topology, dtype: torch.dtype) -> Prepa
     if datasets.eval is not None or args.training.sample_prompts:
         warn_of_rounded_activations(base.quantization, topology.accelerator, "Losses and answers of evaluation differ")
     require_agreement(_get_shared_settings(args, datasets, checkpoint) | {"the base model": base_identity})
-    prefixes = _index_prefixes(args, datasets.train, loading.separation, topology.world_size)
+    prefixes = index_prefixes(datasets.train, args, loading.separation, topology.world_size)
     train_dataset = make_training_dataset(datasets.train, args, topology.world_size, prefixes)
     size = choose_pass_size(args, train_dataset, topology.accelerator or "cpu")
     _check_step_count(args, topology, train_dataset, checkpoint)
@@ -373,20 +373,31 @@ def _choose_loading(args: RunArguments, base: PreparedBase, topology: Topology, 
     check_sharding(base.config, base.meta_model, base.lora_config, topology, quantized=quantized)
     sharded_classes = tuple((args.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or ())
     check_layer_classes(base.meta_model, sharded_classes)
+    attention, separation = choose_sharing(args, base, topology.accelerator, dtype)
+    check_attention(base.meta_model, attention, topology.accelerator)
+    keeps = base.quantization.is_as_published
+    quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
+    return LoadingSettings(quantization, attention, separation, sharded_classes)
+
+
+def choose_sharing(
+    args: RunArguments, base: PreparedBase, accelerator: str | None, dtype: torch.dtype
+) -> tuple[str | None, str]:
+    """Return the attention backend, and the reason why each sequence is computed by itself, if it is.
+
+    Raises:
+        UserError: a flag asks for what is not possible.
+    """
     attention = choose_attention(
         args.model.attn_implementation,
         args.training.flash_attn,
-        topology.accelerator,
+        accelerator,
         base.config,
         dtype,
         padding_free=args.data.padding_free,
     )
     attention = prefer_sharing(attention, args, base.config)
-    separation = explain_separation(args, base.config, base.meta_model, attention)
-    check_attention(base.meta_model, attention, topology.accelerator)
-    keeps = base.quantization.is_as_published
-    quantization = build_loading_settings(base.config, base.published, quantization_config, dtype, keeps=keeps)
-    return LoadingSettings(quantization, attention, separation, sharded_classes)
+    return attention, explain_separation(args, base.config, base.meta_model, attention)
 
 
 def make_training_dataset(
@@ -450,21 +461,18 @@ def choose_pass_size(args: RunArguments, dataset: Dataset | PackedDataset, devic
     return PassSize(tokens, tokens)
 
 
+def get_attention_share(cost: ModelCost | str | None, sequences: Dataset) -> float:
+    """Return what attention adds to the cost of a sequence; 0 if the model's cost is not known."""
+    longest = int(get_column(sequences, "length").max())
+    return compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
+
+
 def _make_cutting(
     args: DataArguments, size: PassSize, cost: ModelCost | str | None, sequences: Dataset, prefixes: PrefixIndex | None
 ) -> Cutting:
     """Return how steps are cut, by what attention adds to the cost of a sequence; nothing if that is not known."""
-    longest = int(get_column(sequences, "length").max())
-    attention = compute_attention_share(cost, longest) if isinstance(cost, ModelCost) else 0.0
+    attention = get_attention_share(cost, sequences)
     return Cutting(size, args.micro_batch_tokens, attention, prefixes, must_share=args.share_prefixes == "True")
-
-
-def _index_prefixes(args: RunArguments, sequences: Dataset, separation: str, processes: int) -> PrefixIndex | None:
-    training = args.training
-    at_once: float = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-    if args.data.packing:
-        at_once *= training.model_max_length / get_column(sequences, "length").mean()
-    return index_prefixes(sequences, separation, int(at_once), get_data_seed(args))
 
 
 def _check_disk(

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, send_to_device
@@ -22,9 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fastchat_qlora.data.batching.collator import BATCH_INFO
-from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
-from fastchat_qlora.data.batching.prefix_index import PrefixIndex, find_clusters
-from fastchat_qlora.data.batching.sampling import ConversationSampler, find_conversations
+from fastchat_qlora.data.batching.packing import PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.sampling import ConversationSampler, build_sampler
 from fastchat_qlora.data.batching.steps import (
     CostModel,
     Cutting,
@@ -190,15 +189,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _build_sampler(self) -> ConversationSampler | PackingSampler:
         """Build a sampler whose order is decided by the seed and the epoch."""
-        args, data = self.args, self.train_dataset
-        if isinstance(data, PackedDataset):
-            return data.sampler
-        seed, strategy = args.seed if args.data_seed is None else args.data_seed, str(args.train_sampling_strategy)
-        bounds, per_step, clusters = find_conversations(data), self.step_shape.total, []
-        if self._prefixes is not None:
-            conversations = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-            clusters = find_clusters(self._prefixes, conversations, per_step)
-        return ConversationSampler(bounds, get_column(data, "length"), strategy, seed, per_step, clusters)
+        args, strategy = self.args, str(self.args.train_sampling_strategy)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return build_sampler(self.train_dataset, strategy, seed, self.step_shape.total, self._prefixes)
 
     @property
     def _prefixes(self) -> PrefixIndex | None:

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from datasets import Dataset
+
 from fastchat_qlora.commands.inspect.views import Report, print_report, write_page
 from fastchat_qlora.commands.output import check_output, get_output_dir, open_output
 from fastchat_qlora.config.arguments import RunArguments, flag
@@ -15,9 +17,11 @@ from fastchat_qlora.config.parser import parse_command
 from fastchat_qlora.config.validation.json_flags import parse_object
 from fastchat_qlora.data.analysis.prompt_modes import find_prompt_modes
 from fastchat_qlora.data.analysis.statistics import Example, compute_statistics, get_examples, summarize_rejections
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.data.dataset import Splits
 from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.errors import UserError
+from fastchat_qlora.training.prefix_sharing import SharedTokens, count_shared_tokens, find_separation
 from fastchat_qlora.training.setup import get_data_seed, prepare_data
 from fastchat_qlora.utils.stdout import open_stdout
 
@@ -91,7 +95,15 @@ def _prepare_report(args: RunArguments, limit: int) -> Report:
         max_length=args.training.model_max_length,
         prompts=find_prompt_modes(tokenizer, parse_object(args.data.chat_template_kwargs)),
         rejections=rejections,
+        shared=_count_shared(args, splits["train"]),
         statistics={name: compute_statistics(sequences) for name, sequences in splits.items()},
         examples=chain.from_iterable(examples),
         shown=sum(min(limit or len(sequences), len(sequences)) for sequences in splits.values()),
     )
+
+
+def _count_shared(args: RunArguments, sequences: Dataset) -> SharedTokens | None:
+    """Count what sequences share in steps of one process; only a flag tells here that it is computed again."""
+    if not len(sequences):
+        return None
+    return count_shared_tokens(sequences, build_prefix_index(sequences), args, find_separation(args), 1)

@@ -20,6 +20,7 @@ from fastchat_qlora.data.analysis.statistics import (
     format_statistics,
 )
 from fastchat_qlora.data.conversation import Segment
+from fastchat_qlora.training.prefix_sharing import SharedTokens
 from fastchat_qlora.utils.html import stream_page
 from fastchat_qlora.utils.text import escape_control
 
@@ -39,6 +40,7 @@ class Report:
     prompts: list[PromptMode]  # empty where the template has one mode
     rejections: dict[str, RejectionReport]
     statistics: dict[str, DatasetStatistics]
+    shared: SharedTokens | None  # of the training data, if there is any
     examples: Iterator[Example]
     shown: int
 
@@ -74,7 +76,7 @@ def print_report(report: Report, examples: Iterable[Example], target: IO[str]) -
     for name, statistics in report.statistics.items():
         title = f"{name}, at most {report.max_length:,} tokens a sequence"
         console.print("", Text(title, style="bold"), sep="\n")
-        console.print(_build_table(format_statistics(statistics)))
+        console.print(_build_table(format_counts(report, name, statistics)))
         console.print(_build_histogram(statistics))
 
 
@@ -87,9 +89,15 @@ def write_page(report: Report, target: IO[str]) -> None:
         examples=report.examples,
         prompts=format_prompts(report.prompts),
         rejections={flag: (found, format_rejections(found)) for flag, found in report.rejections.items()},
-        statistics={name: (found, format_statistics(found)) for name, found in report.statistics.items()},
+        statistics={name: (found, format_counts(report, name, found)) for name, found in report.statistics.items()},
     )
     target.writelines(page)
+
+
+def format_counts(report: Report, name: str, statistics: DatasetStatistics) -> dict[str, str]:
+    """Return the counts of the split of that name as texts."""
+    shared = {"shared prefixes": report.shared.describe()} if report.shared and name == "train" else {}
+    return format_statistics(statistics) | shared
 
 
 def format_prompts(modes: Iterable[PromptMode]) -> dict[str, str]:

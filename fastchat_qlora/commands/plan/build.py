@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.changes import propose_changes
 from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_optimizer, list_strategies
-from fastchat_qlora.commands.plan.plan import DiskUsage, Plan, Speed, TrainingTime
+from fastchat_qlora.commands.plan.plan import DeviceEstimate, DiskUsage, Plan, Speed, TrainingTime
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
 from fastchat_qlora.data.batching.steps import StepShape, count_units
 from fastchat_qlora.data.selection import split_datasets
 from fastchat_qlora.distributed.deepspeed_config import get_offload_device
@@ -29,10 +30,11 @@ from fastchat_qlora.model.loading.base_model import build_meta_model, get_comput
 from fastchat_qlora.model.quantization.published import describe_source
 from fastchat_qlora.model.quantization.weight_shares import WeightShare, compute_share
 from fastchat_qlora.training import setup
-from fastchat_qlora.training.callbacks.activation_checkpointing import get_device_memory_gib
+from fastchat_qlora.training.callbacks.activation_checkpointing import MOST_TOKENS, get_device_memory_gib
 from fastchat_qlora.training.callbacks.effective_settings import describe_step
 from fastchat_qlora.training.checkpoints.adapter_export import restore_dropout
 from fastchat_qlora.training.disk_space import CheckpointSize, count_checkpoints
+from fastchat_qlora.training.prefix_sharing import count_shared_tokens, explain_separation
 from fastchat_qlora.training.schedule import count_steps
 
 
@@ -55,12 +57,14 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
     run = _get_settings(args, base, devices, sequences, supervised)
     cost, count, tokens = run.cost, count_units(run.dataset), int(run.lengths.sum())
     schedule = count_steps(args.training, count, devices.number)
-    estimates, changes = [], []
+    estimates, changes, given = [], [], DeviceEstimate(run.strategy)
     if not isinstance(cost, str):
         estimates = [replace(run, strategy=strategy).estimate() for strategy in list_strategies(run.strategy)]
         given = next(estimate for estimate in estimates if estimate.strategy == run.strategy)
         changes = propose_changes(run) if given.fits is False else []
-        speed = speed or _estimate_speed(run, cost, given.checkpointed)
+        speed = speed or _estimate_speed(run, cost, given)
+    passes = run.measure_passes(given.pass_tokens or MOST_TOKENS)
+    computed = round(tokens * passes.share) if passes else tokens
     return Plan(
         model=args.model.model_name_or_path,
         settings=_describe_settings(run, adapted),
@@ -68,11 +72,13 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         conversations=len(np.unique(get_column(sequences, "record"))),
         tokens=tokens,
         supervised=supervised,
+        computed=computed,
+        shared=run.shared,
         schedule=schedule,
         trainable=trainable,
         base=parameters,
         layers=0 if isinstance(cost, str) else cost.layers,
-        pass_tokens=run.count_pass_tokens(run.size),
+        pass_tokens=run.count_pass_tokens(),
         unknown=cost if isinstance(cost, str) else "",
         device_gib=devices.get_gib(devices.number),
         available=devices.get_usable_bytes(devices.number),
@@ -80,7 +86,7 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         devices=estimates,
         changes=changes,
         disk=_estimate_disk(args, run.strategy, count, sum(trainable.values())),
-        time=speed and TrainingTime(schedule.epochs * tokens / devices.number / speed.tokens_per_second, *speed),
+        time=speed and TrainingTime(schedule.epochs * computed / devices.number / speed.tokens_per_second, *speed),
     )
 
 
@@ -120,12 +126,16 @@ def _get_settings(
     args: RunArguments, base: setup.PreparedBase, devices: Devices, sequences: Dataset, supervised: int
 ) -> RunSettings:
     training, lengths = args.training, get_column(sequences, "length")
-    dataset = setup.make_training_dataset(sequences, args, devices.number)
+    index, separation = build_prefix_index(sequences), _explain_separation(args, base, devices)
+    prefixes = None if separation else index
+    dataset = setup.make_training_dataset(sequences, args, devices.number, prefixes)
     return RunSettings(
         args=args,
         base=base,
         devices=devices,
         dataset=dataset,
+        prefixes=prefixes,
+        shared=count_shared_tokens(sequences, index, args, separation, devices.number),
         lengths=lengths,
         supervised_share=supervised / int(lengths.sum()),
         strategy=_get_parallel_strategy(args, base.config, devices.number),
@@ -137,6 +147,14 @@ def _get_settings(
         max_length=training.model_max_length,
         checkpointing=None if training.auto_checkpointing else bool(training.gradient_checkpointing),
     )
+
+
+def _explain_separation(args: RunArguments, base: setup.PreparedBase, devices: Devices) -> str:
+    """Return the reason why each sequence is computed by itself; flash-attn need not be installed on this machine."""
+    if args.training.flash_attn and devices.kind != "cpu":
+        return explain_separation(args, base.config, base.meta_model, "flash_attention_2")
+    accelerator = None if devices.kind == "cpu" else devices.kind
+    return setup.choose_sharing(args, base, accelerator, get_compute_dtype(args.training))[1]
 
 
 def _get_parallel_strategy(args: RunArguments, config: PretrainedConfig, devices: int) -> ParallelStrategy:
@@ -191,13 +209,15 @@ def _estimate_disk(args: RunArguments, given: ParallelStrategy, units: int, trai
     return DiskUsage(checkpoints, size.checkpoint_bytes, size.adapter_bytes)
 
 
-def _estimate_speed(settings: RunSettings, cost: ModelCost, checkpointed: int) -> Speed | None:
+def _estimate_speed(settings: RunSettings, cost: ModelCost, given: DeviceEstimate) -> Speed | None:
     """Return the speed at which matrix products alone would run; None if this machine has no such device."""
     config, is_cpu = settings.base.config, settings.devices.kind == "cpu"
     device = torch.device("cpu") if is_cpu else torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return None
     reached = measure_flops_per_second(config, settings.precision.dtype, device)
-    needed = compute_flops_per_token(cost, settings.lengths, checkpointed)
+    passes = settings.measure_passes(given.pass_tokens or MOST_TOKENS)
+    lengths, saved = (passes.lengths, passes.saved) if passes else (settings.lengths, None)
+    needed = compute_flops_per_token(cost, lengths, given.checkpointed, saved)
     source = f"this machine's matrix products reach {reached / 1e12:.2g} TFLOP/s"
     return Speed(reached / needed, source, is_upper_bound=True)

@@ -32,7 +32,7 @@ class PlanArguments:
     device_type: Literal["auto", "cuda", "cpu"] = flag(
         "Kind of device; auto is this machine's, or cuda if --device_memory_gib is given.", "auto"
     )
-    tokens_per_second: float = flag("Tokens/s of one device, padding not counted.", 0.0)
+    tokens_per_second: float = flag("Computed tokens/s of one device, padding not counted.", 0.0)
     speed_from: str = flag("Folder of an earlier run; its measured speed is used.", "")
     output: str = flag("Write the plan to this .json file, or as JSON to the terminal if it is -.", "")
 
@@ -74,7 +74,7 @@ def _get_known_speed(own: PlanArguments) -> Speed | None:
     try:
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
         processes = int(json.loads((folder / TRAINING_ARGS_FILE).read_text(encoding="utf-8"))["processes"])
-        measured = float(results["tokens_per_second"])
+        measured = float(results.get("computed_tokens_per_second", results["tokens_per_second"]))
         if processes < 1 or not TOKENS_PER_SECOND.accepts(measured) or not 0 < measured < math.inf:
             raise ValueError(f"{measured} tokens/s in {processes} processes")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,10 +10,21 @@ from numpy.typing import NDArray
 from transformers.training_args import OptimizerNames
 
 from fastchat_qlora.commands.load_adapter import Precision
+from fastchat_qlora.commands.plan.passes import ComputedTokens, measure_passes
 from fastchat_qlora.commands.plan.plan import DeviceEstimate
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.optimizers import find_strategy_errors
-from fastchat_qlora.data.batching.steps import PassSize, bound_pass_tokens
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex
+from fastchat_qlora.data.batching.sampling import build_sampler
+from fastchat_qlora.data.batching.steps import (
+    CostModel,
+    PassSize,
+    StepDataset,
+    StepShape,
+    bound_pass_tokens,
+    count_units,
+    get_sequences,
+)
 from fastchat_qlora.distributed.deepspeed_config import get_optimizer_name
 from fastchat_qlora.distributed.topology import Topology
 from fastchat_qlora.errors import UserError
@@ -23,7 +34,9 @@ from fastchat_qlora.model.estimates.memory import MemoryNeed, ModelCost
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
 from fastchat_qlora.model.quantization.base_quantization import check_weights_can_be_sharded
 from fastchat_qlora.training.callbacks import activation_checkpointing
-from fastchat_qlora.training.setup import PreparedBase
+from fastchat_qlora.training.callbacks.activation_checkpointing import MOST_TOKENS
+from fastchat_qlora.training.prefix_sharing import SharedTokens
+from fastchat_qlora.training.setup import PreparedBase, get_attention_share, get_data_seed
 
 
 class Devices(NamedTuple):
@@ -53,6 +66,8 @@ class RunSettings:
     base: PreparedBase
     devices: Devices
     dataset: Any  # sequences, or packed sequences
+    prefixes: PrefixIndex | None  # of the sequences, if what they share is computed once
+    shared: SharedTokens
     lengths: NDArray[np.int64]  # of the sequences before packing
     supervised_share: float
     strategy: ParallelStrategy  # this and what follows can be changed to make a run fit
@@ -64,6 +79,7 @@ class RunSettings:
     max_length: int  # most tokens of a sequence
     checkpointing: bool | None  # recompute all layers, none, or as few as memory requires (None)
     _costs: dict[tuple[Precision, int], ModelCost | str] = field(default_factory=dict)
+    _passes: dict[tuple[StepShape, PassSize, int], ComputedTokens] = field(default_factory=dict)
 
     @property
     def cost(self) -> ModelCost | str:
@@ -90,16 +106,16 @@ class RunSettings:
         """Estimate the memory of one device."""
         if refused := self._find_refusal():
             return DeviceEstimate(self.strategy, refused)
-        usable, tokens = self.devices.get_usable_bytes(self.strategy.devices), self.count_pass_tokens(self.size)
+        usable, tokens = self.devices.get_usable_bytes(self.strategy.devices), self.count_pass_tokens()
         need, checkpointed = self._compute_need(tokens)
         if usable is None:
             return DeviceEstimate(self.strategy, need=need, checkpointed=checkpointed, pass_tokens=tokens)
         if self.is_auto and (checkpointed or need.total > usable):  # smaller passes come before checkpointing
-            least = self.count_pass_tokens(PassSize(1))
+            least = self._bound_pass_tokens(PassSize(1))
             sizes = range(least, tokens)
             layers = self.cost.layers if self.checkpointing and not isinstance(self.cost, str) else 0
             fitting = bisect_right(sizes, usable, key=lambda size: self._compute(size, layers).total)
-            tokens = sizes[max(fitting - 1, 0)] if sizes else tokens
+            tokens = self.count_pass_tokens(sizes[max(fitting - 1, 0)] if sizes else tokens)
             need, checkpointed = self._compute_need(tokens)
         return DeviceEstimate(self.strategy, "", need, checkpointed, need.total <= usable, tokens)
 
@@ -138,8 +154,32 @@ class RunSettings:
             count = next((count for count in range(layers) if self._compute(tokens, count).total <= usable), layers)
         return self._compute(tokens, count), count
 
-    def count_pass_tokens(self, size: PassSize) -> int:
-        """Return the tokens of the largest pass of a size, padding included."""
+    def count_pass_tokens(self, most: int = MOST_TOKENS) -> int:
+        """Return the tokens that the largest pass computes, padding included; `most` are those that fit."""
+        if passes := self.measure_passes(most):
+            return passes.largest
+        preferred, _, units = self.size
+        return self._bound_pass_tokens(PassSize(min(preferred, most), units=units))
+
+    def measure_passes(self, most: int = MOST_TOKENS) -> ComputedTokens | None:
+        """Return the tokens that passes compute where sequences share beginnings; None where they do not."""
+        if self.prefixes is None or not self.prefixes.shared.any():
+            return None
+        shape = StepShape(self.batch_size, self.accumulation, self.strategy.devices)
+        size = PassSize(min(self.size.preferred, most), most) if self.is_auto else self.size
+        key = shape, size, self.max_length
+        if key not in self._passes:
+            prefixes, sequences = self.prefixes.shorten(self.max_length), get_sequences(self.dataset)
+            cost = CostModel(get_attention_share(self.cost, sequences))
+            training, seed = self.args.training, get_data_seed(self.args)
+            strategy = str(training.train_sampling_strategy)
+            sampler = build_sampler(self.dataset, strategy, seed, shape.total, self.prefixes)
+            steps = StepDataset(sequences, sampler, shape, 0, cost, prefixes)
+            count = -(-count_units(self.dataset) // shape.total)
+            self._passes[key] = measure_passes(steps, count, prefixes, size)
+        return self._passes[key]
+
+    def _bound_pass_tokens(self, size: PassSize) -> int:
         padding_free = self.args.data.padding_free
         return bound_pass_tokens(
             self.dataset, size, self.step_size, padding_free=padding_free, max_length=self.max_length

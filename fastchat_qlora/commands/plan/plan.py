@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fastchat_qlora.model.estimates.memory import MemoryNeed
 from fastchat_qlora.model.estimates.parallelism import ParallelStrategy
+from fastchat_qlora.training.prefix_sharing import SharedTokens
 from fastchat_qlora.training.schedule import Schedule
 
 
@@ -30,7 +31,7 @@ class ProposedChange(NamedTuple):
 class Speed(NamedTuple):
     """The speed of one device and its source."""
 
-    tokens_per_second: float
+    tokens_per_second: float  # computed ones
     source: str
     is_upper_bound: bool = False  # whether training can only be slower
 
@@ -67,6 +68,8 @@ class Plan:
     conversations: int
     tokens: int  # of one epoch
     supervised: int  # of these
+    computed: int  # of these, where what sequences of a pass share is computed once
+    shared: SharedTokens
     schedule: Schedule
     trainable: dict[str, int]  # kind of module -> trained parameters
     base: int  # parameters of the base model

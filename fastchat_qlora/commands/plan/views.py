@@ -74,6 +74,7 @@ def _build_facts(plan: Plan) -> Table:
     facts = plan.settings | {
         "data": f"{data}, {plan.tokens:,} tokens an epoch, {plan.supervised:,} ({plan.supervised / plan.tokens:.0%}) "
         "of them supervised",
+        "shared prefixes": _format_shared(plan),
         "steps": f"{schedule.steps:,} in {schedule.epochs:g} epochs, {schedule.steps_per_epoch:,} an epoch",
         "largest pass": f"{plan.pass_tokens:,} tokens",
         "base model": f"{plan.base:,} parameters",
@@ -85,6 +86,11 @@ def _build_facts(plan: Plan) -> Table:
     for name, fact in facts.items():
         table.add_row(Text(name, style="dim"), Text(escape_control(fact)))
     return table
+
+
+def _format_shared(plan: Plan) -> str:
+    computed = f", {plan.computed:,} tokens are computed an epoch" if plan.computed < plan.tokens else ""
+    return f"{plan.shared.describe()}{computed}"
 
 
 def _format_time(time: TrainingTime | None) -> str:

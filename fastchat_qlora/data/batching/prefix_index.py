@@ -4,7 +4,7 @@ Beginnings are compared by hashes of their first 32, 64, ... tokens, so what two
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -38,12 +38,24 @@ class PrefixIndex:
 
     def count_each(self, indices: Ints, passes: Ints) -> Ints:
         """Return the tokens that each of several passes computes, by the number of the pass of each sequence."""
+        counts = np.bincount(passes, self.lengths[indices]).astype(np.int64)
+        return counts - np.bincount(*self.find_saved(indices, passes), len(counts)).astype(np.int64)
+
+    def find_saved(self, indices: Ints, passes: Ints) -> tuple[Ints, NDArray[np.int32]]:
+        """Return the pass of each sequence that is not the first of one, and its tokens that others compute."""
         order = np.lexsort((self.rank[indices], passes))
         places, passes = self.rank[indices][order], passes[order]
-        counts = np.bincount(passes, self.lengths[indices][order]).astype(np.int64)
         follows = np.flatnonzero(passes[1:] == passes[:-1])
-        saved = self.count_common(places[follows], places[follows + 1])
-        return counts - np.bincount(passes[follows], saved, len(counts)).astype(np.int64)
+        return passes[follows], self.count_common(places[follows], places[follows + 1])
+
+    def count_saved(self, indices: Ints, passes: Ints) -> int:
+        """Return the tokens that passes need not compute again; arguments as for count_each."""
+        return int(self.find_saved(indices, passes)[1].sum())
+
+    def shorten(self, length: int) -> "PrefixIndex":
+        """Return the index of the sequences as cut to so many tokens."""
+        cut = np.minimum(self.shared, length // LEAST_SHARED * LEAST_SHARED)
+        return replace(self, lengths=np.minimum(self.lengths, length), shared=cut)
 
     def count_shared(self, places: Ints) -> NDArray[np.int32]:
         """Return the tokens that each of these shares with the one before it among them; places are increasing."""

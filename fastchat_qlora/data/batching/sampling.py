@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastchat_qlora.data.batching.packing import PackedDataset, PackingSampler, get_column
+from fastchat_qlora.data.batching.prefix_index import PrefixIndex, find_clusters
+
 GROUPED_STEPS = 50  # optimizer steps that group_by_length draws its batches of, at most
 LEAST_GROUPS = 4  # of steps in an epoch, so that small data is not in order of length
 CLUSTERED = ("random", "batch_rebalance")  # strategies whose order may change so that clusters stay together
@@ -23,6 +26,12 @@ def find_conversations(dataset: Any) -> NDArray[np.int64]:
     records = records[rows]
     begins = np.flatnonzero((records[1:] != records[:-1]) | (rows[1:] <= rows[:-1])) + 1
     return np.concatenate([[0], begins, [len(rows)]])
+
+
+def number_conversations(dataset: Any) -> NDArray[np.int64]:
+    """Return the number of the conversation of each sequence."""
+    sizes = np.diff(find_conversations(dataset))
+    return np.repeat(np.arange(len(sizes)), sizes)
 
 
 class ConversationSampler(torch.utils.data.Sampler[list[int]]):
@@ -79,6 +88,24 @@ class ConversationSampler(torch.utils.data.Sampler[list[int]]):
         if self._strategy == "batch_rebalance":
             return _sort_windows(order, self._lengths, self._per_step, self._per_step)
         return order
+
+
+def build_sampler(
+    dataset: Any, strategy: str, seed: int, per_step: int, prefixes: PrefixIndex | None
+) -> ConversationSampler | PackingSampler:
+    """Build a sampler whose order is decided by the seed and the epoch; what shares prefixes comes into one step."""
+    if isinstance(dataset, PackedDataset):
+        return dataset.sampler
+    clusters = [] if prefixes is None else find_clusters(prefixes, number_conversations(dataset), per_step)
+    bounds, lengths = find_conversations(dataset), get_column(dataset, "length")
+    return ConversationSampler(bounds, lengths, strategy, seed, per_step, clusters)
+
+
+def count_saved_by_steps(sampler: Any, prefixes: PrefixIndex, per_step: int) -> int:
+    """Return the tokens of an epoch that need no second computation in steps of so many units of a sampler."""
+    units = [*sampler]
+    steps = np.repeat(np.arange(len(units)) // per_step, [len(unit) for unit in units])
+    return prefixes.count_saved(np.concatenate([np.asarray(unit) for unit in units]), steps)
 
 
 def group_by_length(order: NDArray[np.int64], lengths: NDArray[Any], per_step: int) -> NDArray[np.int64]:

@@ -375,7 +375,7 @@ class StepDataset(torch.utils.data.Dataset[list[list[dict[str, Any]]]]):
     ) -> None:
         self._sequences, self._units, self._shape, self._process = sequences, units, shape, process
         self._cost, self._prefixes = cost, prefixes
-        self._lengths = get_column(sequences, "length")
+        self._lengths = get_column(sequences, "length") if prefixes is None else prefixes.lengths
         self._drawn: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:

@@ -8,17 +8,29 @@ import torch
 
 from fastchat_qlora.model.estimates.memory import ModelCost
 
+Lengths = np.ndarray[Any, Any]  # in tokens
+
 TIMING_SECONDS, TIMED_ROWS = 0.5, 1024
 
 
-def compute_flops_per_token(model: ModelCost, lengths: np.ndarray[Any, Any], checkpointed: int) -> float:
-    """Return the floating-point operations of training for one real token of conversations of these lengths.
+def compute_flops_per_token(
+    model: ModelCost, lengths: Lengths, checkpointed: int, saved: Lengths | None = None
+) -> float:
+    """Return the floating-point operations of training for one computed token of conversations of these lengths.
 
     Backward costs as much as forward: a frozen weight needs the gradient of its input only, and the adapter adds
     little. Causal attention takes two products of head size times keys in forward and twice as many in backward. A
     checkpointed layer is computed once more.
+
+    Args:
+        saved: lengths of beginnings that are not computed again, if conversations share some.
     """
-    attention = sum(flops * count_keys(lengths, window) for window, flops in model.token.attention.items())
+    saved = np.zeros(1) if saved is None else saved
+    computed = lengths.sum() - saved.sum()
+    attention = sum(
+        flops * (count_keys(lengths, window) - count_keys(saved, window)) / computed
+        for window, flops in model.token.attention.items()
+    )
     recomputed = checkpointed / max(1, model.layers)
     return float(2 * model.token.flops + 3 * attention + recomputed * (model.token.flops + attention))
 
@@ -34,14 +46,14 @@ def compute_attention_share(model: ModelCost, longest: int) -> float:
     return 1.5 * everywhere / (2 * model.token.flops + 3 * within)
 
 
-def count_keys(lengths: np.ndarray[Any, Any], window: int) -> float:
-    """Return the mean number of keys of a token of conversations of these lengths; a window of 0 hides none.
+def count_keys(lengths: Lengths, window: int) -> float:
+    """Return the number of keys of all tokens of conversations of these lengths; a window of 0 hides none.
 
     Of the first tokens each has one key more than the one before it, up to the window.
     """
     lengths = lengths.astype(np.float64)
     rising = np.minimum(lengths, window or np.inf)
-    return float((rising**2 / 2 + (lengths - rising) * rising).sum() / lengths.sum())
+    return float((rising**2 / 2 + (lengths - rising) * rising).sum())
 
 
 def measure_flops_per_second(config: Any, dtype: torch.dtype, device: torch.device) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, SIZES, WINDOW, conversation, lora_config, make_base, make_quantized_base, our_peft
@@ -28,6 +29,7 @@ from fastchat_qlora.data.batching.collator import Collator
 from fastchat_qlora.model.adapter.lora import attach_adapter
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION
 from fastchat_qlora.model.estimates import memory
+from fastchat_qlora.model.estimates.flops import compute_flops_per_token
 from fastchat_qlora.model.loading.base_model import build_meta_model, cast_meta_model
 from fastchat_qlora.model.ops.chunked_loss import install_loss_head
 from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
@@ -217,6 +219,18 @@ def test_flops_of_a_mixture_are_those_of_the_chosen_experts() -> None:
     head = 2 * 2 * 0.6 * h * config.vocab_size  # forward and the gradient that is computed with it
     assert cost.flops == pytest.approx(expected + head, rel=0.01)
     assert cost.attention == pytest.approx({0: 2 * config.num_hidden_layers * 2 * h}, rel=0.01)
+
+
+def test_flops_of_shared_beginnings_are_counted_once() -> None:
+    """A computed token attends to the keys of its depth; the beginning of the second sequence is not computed."""
+    cost = profile(FAMILIES["mistral"], BF16)
+    (window,) = (window for window in cost.token.attention if window)
+    lengths, saved = np.array([800, 600]), np.array([512])
+    depths = np.concatenate([np.arange(800), np.arange(512, 600)]) + 0.5
+    keys = {0: depths.mean(), window: np.minimum(depths, window).mean()}
+    attention = sum(flops * keys[window] for window, flops in cost.token.attention.items())
+    expected = 2 * cost.token.flops + 3 * attention
+    assert compute_flops_per_token(cost, lengths, 0, saved) == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_two_layers_of_a_kind_compute() -> None:
