@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONVERSATIONS, sharegpt
+from datasets import Dataset
 from forked import succeed as run_forked
 from tiny import make_model as make_tiny
 
 from fastchat_qlora import cli
 from fastchat_qlora.config.parser import parse_args
 from fastchat_qlora.data.batching.packing import get_column
+from fastchat_qlora.data.batching.prefix_index import build_prefix_index
+from fastchat_qlora.training.prefix_sharing import count_shared_tokens
 from fastchat_qlora.training.setup import prepare_data
 
 SYSTEM = "one two three four five six " * 20
@@ -145,3 +148,16 @@ def test_nothing_is_said_to_be_shared_where_nothing_is(
     argv = f"--model_name_or_path {model_folder} --data_path {data_file} --num_examples 1"
     assert cli.main(["inspect", *argv.split()]) == 0
     assert "none repeated in a step" in capsys.readouterr().out
+
+
+def test_tokens_are_counted_within_conversations_and_within_steps(model_folder: Path, agents: Path) -> None:
+    """Both sequences of the first conversation share 64 tokens; a third one shares 32 of them, in one step or not."""
+    ids = [[*range(64), 1, 2], [*range(64), 3], [*range(32), 9, 9]]
+    columns = {"input_ids": ids, "length": [len(one) for one in ids], "record": [0, 0, 1]}
+    dataset = Dataset.from_dict(columns)
+    for per_step, steps in ((2, 96), (1, 64)):
+        flags = f"--model_name_or_path {model_folder} --data_path {agents} --output_dir unused"
+        args = parse_args(f"{flags} --per_device_train_batch_size {per_step}".split())
+        found = count_shared_tokens(dataset, build_prefix_index(dataset), args, "", 1)
+        assert found == (sum(columns["length"]), 64, steps, "")
+        assert found.describe().startswith(f"{steps} tokens (")
