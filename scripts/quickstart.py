@@ -54,7 +54,7 @@ def computes_in_bf16() -> bool:
     """Return whether this machine has fast kernels for bf16."""
     import torch
 
-    from fastchat_qlora.model.loading.base_model import has_bf16_kernels
+    from fastchat_qlora.model.ops.cpu_products import has_bf16_kernels
 
     return torch.accelerator.is_available() or has_bf16_kernels()
 

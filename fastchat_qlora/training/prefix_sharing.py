@@ -80,7 +80,9 @@ class SharedTokens(NamedTuple):
             return "none repeated in a step"
         within = f", {self.conversations:,} within conversations" if self.conversations else ""
         repeated = f"{self.steps:,} tokens ({self.steps / self.total:.0%}) repeated in steps{within}"
-        return f"{repeated}: computed again, {self.separation}" if self.separation else f"{repeated}: computed once"
+        return f"{repeated}: " + (
+            f"computed again, {self.separation}" if self.separation else "one computation is enough"
+        )
 
 
 def count_shared_tokens(

@@ -49,7 +49,6 @@ def train(args: RunArguments) -> Path:
     disable_bars_without_terminal()
     writes = topology.is_main and not training_args.dry_run
     with process_group(topology), StopSignals() as signals, lock_output_dir(output_dir, is_main=writes):
-        cores = FreeCores()
         prepared = prepare(args, topology, dtype)
         prompts = _encode_sample_prompts(args, prepared)
         if training_args.dry_run:
@@ -57,6 +56,7 @@ def train(args: RunArguments) -> Path:
             return output_dir
         monitor = StepMonitor(signals, host_group(training_args.ddp_timeout))
         set_seed(training_args.seed)  # the adapter's first values are random
+        cores = FreeCores()  # the processes that tokenized have ended
         model = _load_model(args, prepared, topology, dtype)
         clock, threads = FirstStepClock(), ThreadsByLoad(cores)
         trainer = _build_trainer(args, prepared, model, [GradientGuard(), LossGuard(), clock, threads])

@@ -3,12 +3,10 @@
 import logging
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 logger = logging.getLogger(__name__)
@@ -35,16 +33,21 @@ class FreeCores:
     torch splits an operation into equal parts, one for each core. Where one of them is taken by another process, all
     threads wait for the one on it, and libgomp's do so without giving theirs up, thousands of times a second. On one
     core less there is nothing to wait for. The number of threads decides how some products are rounded, so that runs
-    with --full_determinism, like those with one of THREAD_SETTINGS, keep it.
+    with --full_determinism keep it, like those with one of THREAD_SETTINGS, and those of several processes, which would
+    also take each other for others.
     """
 
     def __init__(self) -> None:
         self._most = self._threads = torch.get_num_threads()
-        self._is_fixed = sys.platform != "linux" or any(name in os.environ for name in THREAD_SETTINGS)
-        self._is_logged = False
+        self._quota, self._is_logged = _read_quota(), False
+        is_set = any(name in os.environ for name in THREAD_SETTINGS)
+        self._is_fixed = is_set or self._most == 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
+        self._last = Use(time.monotonic(), 0.0, 0.0, 0.0)
         if not self._is_fixed:
-            self._quota = _read_quota()
-            self._last = _read_use()
+            try:
+                self._last = _read_use(math.isfinite(self._quota))
+            except OSError:  # another system than Linux, or one that hides it
+                self._is_fixed = True
 
     def follow(self) -> None:
         """Set torch's threads by what others have used since the last time, if that was a second or more ago."""
@@ -52,7 +55,7 @@ class FreeCores:
             return
         if time.monotonic() - self._last.at < LOAD_SECONDS:
             return
-        last, self._last = self._last, _read_use()
+        last, self._last = self._last, _read_use(math.isfinite(self._quota))
         passed = self._last.at - last.at
         own = (self._last.own - last.own) / passed
         others = (self._last.cores - last.cores) / passed - own
@@ -80,17 +83,25 @@ def choose_threads(cores: float, others: float, threads: int) -> int:
     A busy process that shares a core with one of ours is counted as half a core at least.
     """
     fewest, most = (cores - math.ceil(others - limit) for limit in (TAKEN_BACK, GIVEN_UP))
-    return max(1, round(min(max(threads, fewest), most)))
+    return max(1, math.floor(min(max(threads, fewest), most)))
 
 
-def _read_use() -> Use:
-    cores = os.sched_getaffinity(0)
-    times = [one for number, one in enumerate(psutil.cpu_times(percpu=True)) if number in cores]
-    busy = sum(one.user + one.system + one.irq + one.softirq for one in times)
-    if os.nice(0) > 0:  # otherwise processes with a lower priority take nothing from this one
-        busy += sum(one.nice for one in times)
+def _read_use(has_quota: bool) -> Use:
+    """Read what has been used; a control group counts if it has a quota of its own.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set[str]()
+    ticks = 0
+    for name, *fields in map(str.split, Path("/proc/stat").read_text().splitlines()):
+        if name in names:
+            user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+            # Processes with a lower priority take nothing from this one, unless it has one itself.
+            ticks += user + system + irq + softirq + (nice if os.nice(0) > 0 else 0)
     own = time.process_time()
-    return Use(time.monotonic(), busy, _read_group_seconds() or own, own)
+    group = _read_group_seconds() if has_quota else own
+    return Use(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), group, own)
 
 
 def _read_quota() -> float:
@@ -103,8 +114,5 @@ def _read_quota() -> float:
 
 
 def _read_group_seconds() -> float:
-    try:
-        fields = dict(line.split() for line in (CONTROL_GROUP / "cpu.stat").read_text().splitlines())
-        return int(fields["usage_usec"]) / 1e6
-    except (OSError, ValueError, KeyError):
-        return 0.0
+    fields = dict(line.split() for line in (CONTROL_GROUP / "cpu.stat").read_text().splitlines())
+    return int(fields["usage_usec"]) / 1e6

@@ -130,7 +130,8 @@ def test_plan_of_a_model_that_carries_a_state(plan: Any, model_folder: Path, tok
 
 
 @pytest.mark.parametrize(
-    ("flags", "ending"), [("", "computed once"), ("--share_prefixes False", "computed again, --share_prefixes False")]
+    ("flags", "ending"),
+    [("", "one computation is enough"), ("--share_prefixes False", "computed again, --share_prefixes False")],
 )
 def test_inspect_says_what_sharing_saves(
     flags: str, ending: str, plan: Any, model_folder: Path, agents: Path, capsys: pytest.CaptureFixture[str]

@@ -176,6 +176,7 @@ def test_passes_have_room_where_sharing_fails_at_the_start(
 def test_run_that_must_share_stops_where_that_fails_at_the_start(
     check: str, model_folder: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sanity_check, check, lambda *_: "a failure")
+    for planted in (check, "_find_doubt"):
+        monkeypatch.setattr(sanity_check, planted, lambda *_: "a failure")
     with pytest.raises(RunError, match="--share_prefixes True: is not possible: a failure; leave it on auto"):
         train(command(model_folder, alike, tmp_path / "out", share_prefixes=True))

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastchat_qlora.cli import main
 from fastchat_qlora.errors import UserError
-from fastchat_qlora.model.loading.base_model import has_bf16_kernels, keep_cpu_weights_trainable
+from fastchat_qlora.model.loading.base_model import keep_cpu_weights_trainable
+from fastchat_qlora.model.ops.cpu_products import has_bf16_kernels
 from fastchat_qlora.training.callbacks.throughput import seconds_since_start
 
 EXPECTED_FILES = {

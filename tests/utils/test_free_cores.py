@@ -54,11 +54,11 @@ def let_others_use(monkeypatch: pytest.MonkeyPatch, cores: Iterable[float], grou
     seconds = iter(enumerate(cores))
     total = 0.0
 
-    def read() -> Use:
+    def read(has_quota: bool) -> Use:
         nonlocal total
         second, others = next(seconds)
         total += others
-        return Use(float(second), total + second, (1 + group) * second, float(second))
+        return Use(float(second), total + second, (1 + group * has_quota) * second, float(second))
 
     monkeypatch.setattr(free_cores, "_read_use", read)
 
@@ -99,12 +99,45 @@ def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch, two_threads:
 
 def test_use_of_this_process_is_its_own() -> None:
     """Whatever runs beside it, the cores are busy for at least as long as this process is."""
-    before = free_cores._read_use()
+    before = free_cores._read_use(False)
     value = torch.ones(1)
-    while (after := free_cores._read_use()).own - before.own < 0.5:
+    while (after := free_cores._read_use(False)).own - before.own < 0.5:
         value = value + 1
     assert after.cores - before.cores >= after.own - before.own - 0.1
+    assert after.group - before.group == after.own - before.own
     assert after.at - before.at >= (after.own - before.own) / torch.get_num_threads() - 0.1
+
+
+def test_only_cores_of_this_process_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Offline cores have no line; `nice` counts where this process has a lower priority itself."""
+    lines = ["cpu 9 9 9 9 9 9 9 9 9 9", "cpu0 100 20 30 999 999 4 5 0 0 0", "cpu2 9 9 9 9 9 9 9 0 0 0"]
+    lines += ["cpu3 200 0 0 999 999 0 0 7 0 0", "intr 1 2", "btime 5"]
+    read = Path.read_text
+    stat = "\n".join(lines)
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: stat if str(self) == "/proc/stat" else read(self, *a, **k)
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 3})
+    for niceness, expected in ((0, 339), (5, 359)):
+        monkeypatch.setattr(os, "nice", lambda step, niceness=niceness: niceness)
+        assert free_cores._read_use(False).cores == expected / os.sysconf("SC_CLK_TCK")
+
+
+def refuse(*_: object) -> Use:
+    raise PermissionError("/proc/stat")
+
+
+def test_systems_that_do_not_say_keep_their_threads(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    monkeypatch.setattr(free_cores, "_read_use", refuse)
+    FreeCores().follow()
+    assert torch.get_num_threads() == 2
+
+
+def test_runs_of_several_processes_keep_their_threads(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    let_others_use(monkeypatch, [0, 1])
+    FreeCores().follow()
+    assert torch.get_num_threads() == 2
 
 
 def test_deterministic_runs_keep_their_threads(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:

@@ -146,7 +146,8 @@ class ChatSession:
         if removed := self._model.drop_oldest(messages):
             limit = f"the {self._model.context_length:,} tokens of the model"
             logger.warning(f"The conversation no longer fits {limit}: its first {removed} messages are left out.")
-        self._cores.follow()
+        if get_device().type == "cpu":
+            self._cores.follow()
         answer = self._model.answer(messages, _write, adapter=adapter)
         _write("\n")
         if answer.was_stopped and not self._is_terminal:

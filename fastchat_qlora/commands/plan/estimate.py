@@ -155,8 +155,12 @@ class RunSettings:
         return self._compute(tokens, count), count
 
     def count_pass_tokens(self, most: int = MOST_TOKENS) -> int:
-        """Return the tokens that the largest pass computes, padding included; `most` are those that fit."""
-        if passes := self.measure_passes(most):
+        """Return the tokens that the largest pass computes, padding included; `most` are those that fit.
+
+        With --micro_batch_tokens off it is that of the largest conversations, which any epoch may bring together.
+        """
+        passes = None if self.size.units else self.measure_passes(most)
+        if passes:
             return passes.largest
         preferred, _, units = self.size
         return self._bound_pass_tokens(PassSize(min(preferred, most), units=units))

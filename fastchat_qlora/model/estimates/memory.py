@@ -30,6 +30,7 @@ from fastchat_qlora.model.estimates.optimizer_state import get_resident_state_by
 from fastchat_qlora.model.estimates.repeated_layers import repeat_layers
 from fastchat_qlora.model.loading.base_model import get_context_length, get_repeated_layers
 from fastchat_qlora.model.ops import chunked_loss
+from fastchat_qlora.model.ops.cpu_products import get_product_dtype
 from fastchat_qlora.model.ops.meta_forward import run_on_meta
 from fastchat_qlora.model.quantization.base_quantization import NOT_QUANTIZED, BaseQuantization
 from fastchat_qlora.model.quantization.quantizer import find_packed, is_converted
@@ -177,6 +178,7 @@ def measure_model_cost(
     vocabulary, size = base.get_output_embeddings().weight.shape[0], base.dtype.itemsize
     weights, largest = _measure_weights(base, quantization, device_type)
     chunked = not chunked_loss.explain_plain_loss(model)
+    product_size = get_product_dtype(base.dtype, torch.device(device_type)).itemsize
     attention = _TracedAttention(device_type, base.dtype)
     token, layers = _trace_model(model, attention, supervised_share, longest)
     return ModelCost(
@@ -186,11 +188,11 @@ def measure_model_cost(
         itemsize=size,
         trained=sum(parameter.numel() for parameter in get_trainable_parameters(model).values()),
         targets=supervised_share,
-        bytes_per_target=float(vocabulary * (size if chunked else 12 + 2 * size)),
+        bytes_per_target=float(vocabulary * (product_size if chunked else 12 + 2 * size)),
         chunk_length=chunked_loss.get_chunk_length(vocabulary, device_type) if chunked else None,
-        bytes_per_softmax=4.0 * vocabulary if chunked and size < 4 else 0.0,
+        bytes_per_softmax=4.0 * vocabulary if chunked and product_size < 4 else 0.0,
         softmax_length=chunked_loss.get_softmax_length(vocabulary, device_type),
-        dequantized=float(largest * size),
+        dequantized=largest * (size + product_size) / 2,
     )
 
 

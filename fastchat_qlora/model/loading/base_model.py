@@ -48,11 +48,6 @@ def get_compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if training_args.bf16 else torch.float32
 
 
-def has_bf16_kernels() -> bool:
-    """Return whether oneDNN multiplies bf16 on this CPU; torch's own kernels are many times slower than fp32."""
-    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())  # torch may lack oneDNN
-
-
 def get_dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")

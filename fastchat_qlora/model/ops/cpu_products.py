@@ -23,7 +23,12 @@ def multiplies_fast_in_bf16() -> bool:
     """
     if platform.machine().lower() in {"x86_64", "amd64"}:
         return bool(torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return has_bf16_kernels()
+
+
+def has_bf16_kernels() -> bool:
+    """Return whether oneDNN multiplies bf16 on this CPU; torch's own kernels are many times slower than fp32."""
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())  # torch may lack oneDNN
 
 
 def get_product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -66,10 +71,10 @@ class FrozenLinear(torch.nn.Linear):
         """Return the output, shape (..., out_features)."""
         takes_half = x.dtype == self.weight.dtype and get_product_dtype(x.dtype, x.device) != x.dtype
         is_trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        is_short = x.shape[:-1].numel() < LEAST_ROWS
-        if not takes_half or is_trained or is_short or torch.is_autocast_enabled(x.device.type):
+        if not takes_half or is_trained or x.shape[:-1].numel() < LEAST_ROWS:
             return super().forward(x)
-        output: torch.Tensor = _FrozenProduct.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]
+        with torch.autocast(x.device.type, enabled=False):  # which would cast to half precision again
+            output: torch.Tensor = _FrozenProduct.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output if x.ndim == 2 else output.view(*x.shape[:-1], -1)
 
 

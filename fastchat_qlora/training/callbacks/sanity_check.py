@@ -28,6 +28,7 @@ from fastchat_qlora.model.attention.attention_checks import (
 from fastchat_qlora.model.attention.recurrent_layers import has_recurrent_layers
 from fastchat_qlora.model.loading.auto_class import get_text_attention
 from fastchat_qlora.model.ops.chunked_loss import LossHead, compute_token_losses
+from fastchat_qlora.model.ops.cpu_products import LEAST_ROWS, get_product_dtype
 from fastchat_qlora.training.trainer import TARGET_COPIES, TARGET_NAMES, LoraTrainer
 from fastchat_qlora.utils.text import one_line
 
@@ -61,7 +62,7 @@ def run_sanity_check(trainer: LoraTrainer) -> None:
 def _check(trainer: LoraTrainer) -> None:
     conversations = _choose_conversations(trainer)
     with trainer.inference() as model:
-        is_sound = not _agree(_doubt(trainer, model, *conversations))
+        is_sound = not _agree(_find_doubt(trainer, model, *conversations))
         if trainer.data_collator.padding_free and not is_sound:
             _settle_layout(trainer, model, *conversations)
         if trainer.data_collator.padding_free and trainer.data_collator.share_prefixes:
@@ -164,14 +165,16 @@ def _choose_conversations(trainer: LoraTrainer) -> list[list[int]]:
 def _count_checked(trainer: LoraTrainer) -> int:
     """Return the tokens of each conversation that are checked: few on a CPU, where they take seconds.
 
-    They must be more for a sliding window, behind which a token is to be hidden, and for layers that carry a state,
-    which compute in chunks of 64 tokens. Neither attention nor a loss head does anything else with more tokens, up to
-    the thousands at which some models choose other factors of their positions or select keys.
+    They must be more for a sliding window, behind which a token is to be hidden, for layers that carry a state, which
+    compute in chunks of 64 tokens, and for products in fp32, which few rows do not take. With more than that a model
+    does nothing else, up to the thousands at which some choose other factors of their positions or select keys.
     """
     text = trainer.adapter.config.get_text_config()
     window = getattr(text, "sliding_window", None) or 0
     is_short = trainer.args.device.type == "cpu" and not has_recurrent_layers(trainer.adapter)
-    tokens = CHECKED_TOKENS_ON_CPU if is_short else CHECKED_TOKENS
+    dtype = trainer.adapter.dtype
+    few = CHECKED_TOKENS_ON_CPU if get_product_dtype(dtype, trainer.args.device) == dtype else LEAST_ROWS
+    tokens = few if is_short else CHECKED_TOKENS
     return int(max(tokens, window + 32) if 0 < window <= MAX_CHECKED_TOKENS - 32 else tokens)
 
 
@@ -183,17 +186,18 @@ def _choose_alike(trainer: LoraTrainer, conversation: list[int]) -> list[list[in
     tokens, parted = _count_checked(trainer), np.empty(0, dtype=np.int64)
     index = trainer.cutting.prefixes
     if index is not None and index.shared.any():
-        rows, place = get_sequences(trainer.train_dataset), int(index.shared.argmax())
-        pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[place - 1 : place + 1]]
+        rows, most = get_sequences(trainer.train_dataset), int(index.shared.argmax())
+        pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[most - 1 : most + 1]]
         length = min(map(len, pair))
         parted = np.flatnonzero(pair[0][:length] != pair[1][:length])
     if len(parted):
         start = max(0, int(parted[0]) - tokens // 2)
+        place = int(parted[0]) - start
         first, second = (ids[start : start + tokens].tolist() for ids in pair)
     else:  # nothing begins alike, or one is the beginning of the other
-        first = (conversation * tokens)[:tokens]
-        second = _change(first, tokens // 2)
-    return [first, second, _change(first, (tokens // 2 + len(first)) // 2)]
+        first, place = (conversation * tokens)[:tokens], tokens // 2
+        second = _change(first, place)
+    return [first, second, _change(first, (place + len(first)) // 2)]
 
 
 def _change(sequence: list[int], start: int, by: int = 1) -> list[int]:
@@ -201,12 +205,12 @@ def _change(sequence: list[int], start: int, by: int = 1) -> list[int]:
     return sequence[:start] + [token - by if token >= by else token + by for token in sequence[start:]]
 
 
-def _doubt(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
+def _find_doubt(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], second: list[int]) -> str:
     """Return why three passes do not show layout, causality and losses to be right at once; empty if they do.
 
     In the second pass another conversation stands before, the last token is another one, and the head returns losses.
     So all other tokens of the second conversation must give it the same hidden states, to the bit. Where rounding moves
-    them, as in mixtures of experts, or something is wrong, the checks of each must tell.
+    them, as in mixtures of experts, or something is wrong, each is checked by itself.
     """
     if not trainer.data_collator.padding_free or not trainer.loss_head or _find_scaling_by_row(trainer):
         return "there are no losses end to end"
@@ -218,10 +222,11 @@ def _doubt(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], sec
             logits = forward(**trainer.model_inputs(batches[0])).logits
             returned = _compute_with_head(trainer, forward, batches[1])
         (before, _), (after, given) = record
-        if not torch.equal(before.flatten(0, -2)[own], after.flatten(0, -2)[own]):
-            return "logits move"
+        # Before any comparison: under ZeRO-3 and FSDP2 all processes need the same number of passes.
         alone = torch.tensor([second], device=trainer.args.device)
         by_row = measure_row(model, logits[0, len(first) :].float(), alone, forward)
+        if not torch.equal(before.flatten(0, -2)[own], after.flatten(0, -2)[own]):
+            return "logits move"
     except Exception as error:  # untrusted code of a model may raise anything
         return one_line(error, 300)
     if not is_rounding_by_row(by_row, model.dtype):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastchat_qlora.model.loading.base_model import has_bf16_kernels
 from fastchat_qlora.model.ops.cpu_kernel_cache import TORCH_KERNELS, limit_kernel_caches
+from fastchat_qlora.model.ops.cpu_products import has_bf16_kernels
 
 NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

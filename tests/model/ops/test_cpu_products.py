@@ -58,17 +58,25 @@ def test_output_and_gradient_are_rounded_once(shape: tuple[int, ...], bias: bool
 
 
 def test_few_rows_and_other_dtypes_are_as_before() -> None:
-    """A token that is generated needs the whole weight; what autocast casts, and what is trained, is torch's own."""
+    """A token that is generated needs the whole weight; what is trained is torch's own."""
     layer = make_layer(bias=False)
     frozen, few, x = FrozenLinear(layer), torch.randn(LEAST_ROWS - 1, 96).bfloat16(), torch.randn(100, 96)
     assert torch.equal(frozen(few), F.linear(few, layer.weight))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(frozen(x.bfloat16()), F.linear(x.bfloat16(), layer.weight))
     frozen.weight.requires_grad_()
     frozen(x.bfloat16()).sum().backward()
     assert frozen.weight.grad is not None
     exact = make_layer(bias=True, dtype=torch.float32)
     assert torch.equal(FrozenLinear(exact)(x), exact(x))
+
+
+def test_autocast_does_not_cast_the_products_back() -> None:
+    """It is on where an adapter trains parameters in fp32 beside a model in bf16."""
+    layer, x = make_layer(bias=True), torch.randn(100, 96).bfloat16().requires_grad_()
+    exact = FrozenLinear(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = FrozenLinear(layer)(x)
+    assert torch.equal(output, exact) and not torch.equal(output, F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(*(torch.autograd.grad(one.sum(), x)[0] for one in (output, exact)))
 
 
 def count_frozen(model: torch.nn.Module) -> int:
@@ -103,11 +111,11 @@ def test_saved_modules_stay_trained() -> None:
 def test_losses_of_a_head_in_bf16_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     """The softmax and its product with the weight are never rounded to bf16."""
     monkeypatch.setattr(cpu_products, "BLOCK_WEIGHTS", 1000)
-    monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", {"cpu": 4 * 300 * 7})
+    monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", {"cpu": 4 * 300 * LEAST_ROWS})
     head = torch.nn.Linear(96, 300, bias=bias, dtype=torch.bfloat16)
-    hidden, labels = torch.randn(1, 20, 96).bfloat16().requires_grad_(), torch.randint(300, (20,))
+    hidden, labels = torch.randn(1, 200, 96).bfloat16().requires_grad_(), torch.randint(300, (200,))
     loss_head = chunked_loss.LossHead(head)
-    with loss_head.expecting(torch.arange(20), labels):
+    with loss_head.expecting(torch.arange(200), labels):
         losses = loss_head.read_losses(loss_head(hidden))
     losses.sum().backward()
     exact = hidden[0].detach().float().requires_grad_()

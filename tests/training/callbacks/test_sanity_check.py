@@ -305,6 +305,24 @@ class TestPrefixTrees:
         with trainer.inference() as model:
             assert sanity_check.find_tree_failure(trainer, model, [first, second, third]) == ""
 
+    @pytest.mark.parametrize(("shared", "own"), [(32, (1, 1)), (40, (10, 1)), (63, (1, 60)), (64, (2, 200))])
+    def test_sequences_may_be_short(
+        self, shared: int, own: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They may part, and end, before half of the tokens that are checked."""
+        monkeypatch.setattr(sanity_check, "CHECKED_TOKENS_ON_CPU", 128)
+        trainer, first = self.sharing(tmp_path), [3 + i % 80 for i in range(shared)]
+        data = [
+            {"input_ids": (ids := first + [7 + i] * more), "labels": ids, "length": len(ids)}
+            for i, more in enumerate(own)
+        ]
+        trainer.train_dataset = Dataset.from_list(data, Features(TOKENS))
+        trainer.cutting = trainer.cutting._replace(prefixes=build_prefix_index(trainer.train_dataset))
+        sequences = sanity_check._choose_alike(trainer, [9, 9])
+        assert sequences[2] != sequences[0] and len(sequences[2]) == len(sequences[0])
+        with trainer.inference() as model:
+            assert sanity_check.find_tree_failure(trainer, model, sequences) == ""
+
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
 def test_leaking_run_trains_as_a_padded_one(
@@ -319,7 +337,7 @@ def test_leaking_run_trains_as_a_padded_one(
     flags = {"max_steps": 3, "lora_dropout": 0.1, "eval_split": 2}
     padded = train(command(model_folder, data_file, tmp_path / "padded", padding_free=False, **flags))
     assert "Batches are padded" not in notices.text
-    monkeypatch.setattr(sanity_check, "_doubt", lambda *_: "a leak")
+    monkeypatch.setattr(sanity_check, "_find_doubt", lambda *_: "a leak")
     monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
     output = train(command(model_folder, data_file, tmp_path / "leaking", packing=packing, **flags))
     assert f"Batches are padded{' and sequences not packed' if packing else ''}, slower" in notices.text
@@ -359,7 +377,7 @@ class TestWrappedLate:
         SanityCheck(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def test_stops_if_batches_are_built_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sanity_check, "_doubt", lambda *_: "a leak")
+        monkeypatch.setattr(sanity_check, "_find_doubt", lambda *_: "a leak")
         monkeypatch.setattr(sanity_check, "find_leak", lambda *_: "a leak")
         trainer = self.late(tmp_path, PER_CONVERSATION)
         run_sanity_check(trainer)
