@@ -77,7 +77,14 @@ def test_threads_follow_what_others_leave(
 
 
 @pytest.mark.parametrize(
-    ("quota", "group", "threads"), [("max 100000", 0, 2), ("100000 100000", 0, 1), ("max 9", 1, 1)]
+    ("quota", "group", "threads"),
+    [
+        ("max 100000", 0, 2),
+        ("max 100000", 9, 2),
+        ("200000 100000", 0, 2),
+        ("200000 100000", 1, 1),
+        ("190000 100000", 0, 1),
+    ],
 )
 def test_threads_keep_to_a_control_group(
     monkeypatch: pytest.MonkeyPatch, two_threads: None, tmp_path: Path, quota: str, group: int, threads: int

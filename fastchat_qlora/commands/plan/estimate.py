@@ -157,10 +157,9 @@ class RunSettings:
     def count_pass_tokens(self, most: int = MOST_TOKENS) -> int:
         """Return the tokens that the largest pass computes, padding included; `most` are those that fit.
 
-        With --micro_batch_tokens off it is that of the largest conversations, which any epoch may bring together.
+        Where sequences share beginnings, it is the largest one of the first epoch, or of a sample of its steps.
         """
-        passes = None if self.size.units else self.measure_passes(most)
-        if passes:
+        if passes := self.measure_passes(most):
             return passes.largest
         preferred, _, units = self.size
         return self._bound_pass_tokens(PassSize(min(preferred, most), units=units))

@@ -188,13 +188,13 @@ def _choose_alike(trainer: LoraTrainer, conversation: list[int]) -> list[list[in
     if index is not None and index.shared.any():
         rows, most = get_sequences(trainer.train_dataset), int(index.shared.argmax())
         pair = [np.asarray(rows[int(row)]["input_ids"]) for row in np.argsort(index.rank)[most - 1 : most + 1]]
-        length = min(map(len, pair))
-        parted = np.flatnonzero(pair[0][:length] != pair[1][:length])
-    if len(parted):
+        pair.sort(key=len, reverse=True)  # stable
+        parted = np.flatnonzero(pair[0][: len(pair[1])] != pair[1])
+    if len(parted) and parted[0] + 1 < len(pair[0]):
         start = max(0, int(parted[0]) - tokens // 2)
         place = int(parted[0]) - start
         first, second = (ids[start : start + tokens].tolist() for ids in pair)
-    else:  # nothing begins alike, or one is the beginning of the other
+    else:  # nothing begins alike, one is the beginning of the other, or they part at their last tokens
         first, place = (conversation * tokens)[:tokens], tokens // 2
         second = _change(first, place)
     return [first, second, _change(first, (place + len(first)) // 2)]
