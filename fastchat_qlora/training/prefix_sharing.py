@@ -9,7 +9,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.config.validation.flags import find_separating_flag
 from fastchat_qlora.data.batching.prefix_index import PrefixIndex, build_prefix_index
-from fastchat_qlora.data.batching.sampling import build_sampler, count_saved_by_steps, number_conversations
+from fastchat_qlora.data.batching.sampling import (
+    build_sampler,
+    count_saved_by_steps,
+    find_conversations,
+    number_conversations,
+)
 from fastchat_qlora.errors import UserError
 from fastchat_qlora.model.attention.attention import (
     PER_CONVERSATION,
@@ -100,7 +105,7 @@ def count_shared_tokens(
         at_once *= training.model_max_length / index.lengths.mean()
     seed = training.seed if training.data_seed is None else training.data_seed
     sampler = build_sampler(sequences, str(training.train_sampling_strategy), seed, int(at_once), index)
-    within = index.count_saved(np.arange(len(index.lengths)), number_conversations(sequences))
+    within = index.count_saved(np.arange(len(index.lengths)), number_conversations(find_conversations(sequences)))
     return SharedTokens(total, within, count_saved_by_steps(sampler, index, int(at_once)), separation)
 
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastchat_qlora.commands.load_adapter import Precision
 from fastchat_qlora.commands.plan.changes import propose_changes
 from fastchat_qlora.commands.plan.estimate import Devices, RunSettings, get_optimizer, list_strategies
+from fastchat_qlora.commands.plan.passes import ComputedTokens
 from fastchat_qlora.commands.plan.plan import DeviceEstimate, DiskUsage, Plan, Speed, TrainingTime
 from fastchat_qlora.config.arguments import RunArguments
 from fastchat_qlora.data.batching.packing import get_column
@@ -62,8 +63,9 @@ def build_plan(args: RunArguments, devices: Devices, speed: Speed | None = None)
         estimates = [replace(run, strategy=strategy).estimate() for strategy in list_strategies(run.strategy)]
         given = next(estimate for estimate in estimates if estimate.strategy == run.strategy)
         changes = propose_changes(run) if given.fits is False else []
-        speed = speed or _estimate_speed(run, cost, given)
     passes = run.measure_passes(given.pass_tokens or MOST_TOKENS)
+    if speed is None and not isinstance(cost, str):
+        speed = _estimate_speed(run, cost, given.checkpointed, passes)
     computed = round(tokens * passes.share) if passes else tokens
     return Plan(
         model=args.model.model_name_or_path,
@@ -209,15 +211,16 @@ def _estimate_disk(args: RunArguments, given: ParallelStrategy, units: int, trai
     return DiskUsage(checkpoints, size.checkpoint_bytes, size.adapter_bytes)
 
 
-def _estimate_speed(settings: RunSettings, cost: ModelCost, given: DeviceEstimate) -> Speed | None:
+def _estimate_speed(
+    settings: RunSettings, cost: ModelCost, checkpointed: int, passes: ComputedTokens | None
+) -> Speed | None:
     """Return the speed at which matrix products alone would run; None if this machine has no such device."""
     config, is_cpu = settings.base.config, settings.devices.kind == "cpu"
     device = torch.device("cpu") if is_cpu else torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return None
     reached = measure_flops_per_second(config, settings.precision.dtype, device)
-    passes = settings.measure_passes(given.pass_tokens or MOST_TOKENS)
     lengths, saved = (passes.lengths, passes.saved) if passes else (settings.lengths, None)
-    needed = compute_flops_per_token(cost, lengths, given.checkpointed, saved)
+    needed = compute_flops_per_token(cost, lengths, checkpointed, saved)
     source = f"this machine's matrix products reach {reached / 1e12:.2g} TFLOP/s"
     return Speed(reached / needed, source, is_upper_bound=True)

@@ -1,12 +1,12 @@
 """Steps of a run whose sequences share beginnings -> the tokens that its passes compute."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastchat_qlora.data.batching.prefix_index import PrefixIndex
-from fastchat_qlora.data.batching.steps import StepDataset, StepKey
+from fastchat_qlora.data.batching.steps import PassSize, StepDataset, StepKey
 
 SAMPLED_SEQUENCES = 8_000  # whose steps are cut into passes, about
 
@@ -24,7 +24,7 @@ class ComputedTokens(NamedTuple):
         return 1 - float(self.saved.sum() / self.lengths.sum())
 
 
-def measure_passes(steps: StepDataset, count: int, prefixes: PrefixIndex, size: Any) -> ComputedTokens:
+def measure_passes(steps: StepDataset, count: int, prefixes: PrefixIndex, size: PassSize) -> ComputedTokens:
     """Cut steps of the first epoch as the run does, evenly spread ones of `count` where there are many sequences."""
     every = -(-len(prefixes.lengths) // SAMPLED_SEQUENCES)
     cut = (steps.plan(StepKey(0, number, size)) for number in range(0, count, every))

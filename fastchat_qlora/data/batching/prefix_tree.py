@@ -45,7 +45,7 @@ def build_prefix_tree(sequences: Sequence[NDArray[Any]], least: int = LEAST_SHAR
         if keys[second].startswith(keys[first]):
             holders[first] = holders[second]
     leaves = [sequence for sequence in order if holders[sequence] == sequence]
-    shared = [0, *(_match_beginnings(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
+    shared = [0, *(match_beginnings(sequences[a], sequences[b]) for a, b in pairwise(leaves))]
     total = sum(map(len, sequences))
     if total - sum(len(sequences[leaf]) for leaf in leaves) + sum(shared) < least:
         return None
@@ -54,7 +54,7 @@ def build_prefix_tree(sequences: Sequence[NDArray[Any]], least: int = LEAST_SHAR
     return tree._replace(ends=ends) if total - len(tree.ids) >= least else None
 
 
-def _match_beginnings(first: NDArray[Any], second: NDArray[Any]) -> int:
+def match_beginnings(first: NDArray[Any], second: NDArray[Any]) -> int:
     """Return the number of tokens that two sequences begin with alike; neither is a prefix of the other."""
     length = min(len(first), len(second))
     return int((first[:length] != second[:length]).argmax())

@@ -28,9 +28,9 @@ def find_conversations(dataset: Any) -> NDArray[np.int64]:
     return np.concatenate([[0], begins, [len(rows)]])
 
 
-def number_conversations(dataset: Any) -> NDArray[np.int64]:
-    """Return the number of the conversation of each sequence."""
-    sizes = np.diff(find_conversations(dataset))
+def number_conversations(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of the conversation of each sequence, for what find_conversations returns."""
+    sizes = np.diff(bounds)
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
@@ -96,8 +96,8 @@ def build_sampler(
     """Build a sampler whose order is decided by the seed and the epoch; what shares prefixes comes into one step."""
     if isinstance(dataset, PackedDataset):
         return dataset.sampler
-    clusters = [] if prefixes is None else find_clusters(prefixes, number_conversations(dataset), per_step)
     bounds, lengths = find_conversations(dataset), get_column(dataset, "length")
+    clusters = [] if prefixes is None else find_clusters(prefixes, number_conversations(bounds), per_step)
     return ConversationSampler(bounds, lengths, strategy, seed, per_step, clusters)
 
 

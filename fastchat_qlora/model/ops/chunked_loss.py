@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastchat_qlora.model.ops.cpu_products import LEAST_ROWS, get_product_dtype, multiply, multiply_by_transpose
+from fastchat_qlora.model.ops.cpu_products import get_product_dtype, multiply, multiply_by_transpose
 
 LOGITS_BYTES, LOGITS_BYTES_ON_ACCELERATOR = {"cpu": 2**26}, 2**29
 """Size of a chunk's logits in fp32: enough to read the head's weight rarely (410 targets of SmolLM2 in bf16 took two
@@ -208,9 +208,8 @@ def _compute_chunk(
     chunk: _Chunk, weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[float, LogitTransform]
 ) -> None:
     """Write the losses of a chunk, and its gradient if that is needed."""
-    dtype = get_product_dtype(weight.dtype, weight.device)
-    if dtype == weight.dtype or len(chunk.hidden) < LEAST_ROWS:
-        dtype = weight.dtype
+    dtype = get_product_dtype(weight.dtype, weight.device, len(chunk.hidden))
+    if dtype == weight.dtype:
         logits = F.linear(chunk.hidden, weight, bias)
     else:
         logits = multiply_by_transpose(chunk.hidden.to(dtype), weight)

@@ -31,9 +31,12 @@ def has_bf16_kernels() -> bool:
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())  # torch may lack oneDNN
 
 
-def get_product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of products with a dtype: fp32 on a CPU that multiplies faster in it than in half precision."""
-    if device.type != "cpu" or dtype not in HALF:
+def get_product_dtype(dtype: torch.dtype, device: torch.device, rows: int = LEAST_ROWS) -> torch.dtype:
+    """Return the dtype of products of so many rows: fp32 on a CPU that multiplies faster in it than in half precision.
+
+    The default is as many as take it.
+    """
+    if device.type != "cpu" or dtype not in HALF or rows < LEAST_ROWS:
         return dtype
     return dtype if dtype == torch.bfloat16 and multiplies_fast_in_bf16() else torch.float32
 
@@ -69,9 +72,9 @@ class FrozenLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output, shape (..., out_features)."""
-        takes_half = x.dtype == self.weight.dtype and get_product_dtype(x.dtype, x.device) != x.dtype
+        is_slow = get_product_dtype(x.dtype, x.device, x.shape[:-1].numel()) != x.dtype
         is_trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not takes_half or is_trained or x.shape[:-1].numel() < LEAST_ROWS:
+        if not is_slow or is_trained or x.dtype != self.weight.dtype:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):  # which would cast to half precision again
             output: torch.Tensor = _FrozenProduct.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from fastchat_qlora.model.ops.cpu_products import LEAST_ROWS, get_product_dtype
+from fastchat_qlora.model.ops.cpu_products import get_product_dtype
 
 EXPERTS = "per_expert"  # the name of `compute_experts` among transformers' experts functions
 ALIGNED_BYTES = 16  # of a row for which CUDA has grouped products
@@ -151,7 +151,7 @@ def _multiply_unpacked(
         if size:
             tokens = slice(start, start + size)
             own = weight[expert] if absmax is None else unpack_expert(weight, state, absmax, expert)
-            dtype = inputs.dtype if size < LEAST_ROWS else get_product_dtype(inputs.dtype, inputs.device)
+            dtype = get_product_dtype(inputs.dtype, inputs.device, size)
             outputs[tokens] = inputs[tokens].to(dtype) @ (own if inputs_first else own.T).to(dtype)
         start += size
     return outputs

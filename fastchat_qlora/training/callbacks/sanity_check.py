@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from fastchat_qlora.data.batching.packing import PackedDataset, get_column
 from fastchat_qlora.data.batching.prefix_index import LEAST_SHARED
+from fastchat_qlora.data.batching.prefix_tree import match_beginnings
 from fastchat_qlora.data.batching.steps import get_sequences
 from fastchat_qlora.errors import RunError
 from fastchat_qlora.model.attention.attention import PER_CONVERSATION, get_default_attention
@@ -256,20 +257,15 @@ def find_leak(trainer: LoraTrainer, forward: torch.nn.Module, first: list[int], 
     )
 
 
-def _match(first: list[int], second: list[int]) -> int:
-    """Return the number of tokens that two sequences begin with alike; neither is a prefix of the other."""
-    return next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-
-
 def find_tree_failure(trainer: LoraTrainer, forward: torch.nn.Module, sequences: list[list[int]]) -> str:
     """Return how the logits of a prefix tree differ from those of its sequences; empty if they do not.
 
     Of the three sequences, the branch of the second one is its own, and is changed.
     """
     model, (first, second, third) = trainer.adapter.get_base_model(), sequences
-    parted = _match(first, second)
+    parted, left = (match_beginnings(*map(np.asarray, (first, one))) for one in (second, third))
     other = next(changed for by in (1, 2) if (changed := _change(second, parted, by))[parted] != first[parted])
-    least = min(LEAST_SHARED, max(1, _match(first, third) - parted))  # of short sequences there is a tree as well
+    least = min(LEAST_SHARED, max(1, left - parted))  # of short sequences there is a tree as well
     trees = [trainer.build_batch([first, ids, third], least_shared=least) for ids in (second, other)]
     separate = trainer.build_batch(sequences)
     differs = (trees[0]["input_ids"] != trees[1]["input_ids"])[0]
